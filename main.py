@@ -1,0 +1,260 @@
+"""The command line: reads settings, starts what is missing, plays, and ends with the status the README lists.
+
+What needs AgentScope is imported inside the functions, so that --help, a mistyped flag and stop answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from simulation.config import SimulationConfig, flag_of, real_number, whole_number
+from simulation.errors import ClusterError, GameEnded, Interrupted, SettingsError, SimulationError
+
+ACTIONS = {
+    "--status": "show a row per agent server of this host (role participant)",
+    "--stop": "stop the agent servers of this host (role participant)",
+    "--launch": argparse.SUPPRESS,  # what the launcher process is started with
+    "--owned": argparse.SUPPRESS,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists all flags)")
+
+
+def make_parser() -> Parser:
+    """A flag for every setting."""
+    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    types_of = typing.get_type_hints(SimulationConfig)
+    for item in fields(SimulationConfig):
+        flag = flag_of(item.name)
+        text = item.metadata["help"] + ("" if item.default in (None, False) else " (default: %(default)s)")
+        options: dict[str, Any] = {"default": item.default, "help": text}
+        kind = types_of[item.name]
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            options["action"] = "store_true"
+        elif kind in (int, float):
+            read = whole_number if kind is int else real_number
+            options["type"] = lambda text, read=read, flag=flag: read(flag, text)
+            options["metavar"] = "N" if kind is int else "X"
+        elif item.metadata["choices"]:
+            options["metavar"] = "|".join(item.metadata["choices"])
+        if item.name == "hosts":
+            options |= {"nargs": "+", "metavar": "HOST"}
+        parser.add_argument(flag, **options)
+    for flag, text in ACTIONS.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one role; returns the exit status. Every error is one line on standard error."""
+    try:
+        given = vars(make_parser().parse_args(arguments))
+        actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:])}
+        config = SimulationConfig(**{**given, "hosts": tuple(given["hosts"])})
+        roles: dict[str, Callable[[], int]] = {
+            "main": lambda: play(config),
+            "participant": lambda: serve(config, actions),
+            "ask": lambda: ask(config),
+            "report": lambda: report(config),
+        }
+        return roles[config.role]()
+    except SimulationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
+        from simulation.console import keep_traceback
+
+        where = keep_traceback()
+        print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
+        return 1
+
+
+def serve(config: SimulationConfig, actions: set[str]) -> int:
+    """Role participant: the agent servers of this host."""
+    from simulation import launcher
+
+    if "launch" in actions:
+        launcher.launch(config, "owned" in actions)
+    elif "stop" in actions:
+        stopped = launcher.stop()
+        print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
+    elif "status" in actions:
+        rows, all_answer = launcher.status(config)
+        print("\n".join(rows) if rows else "no agent servers are running")
+        return 0 if all_answer else ClusterError.exit_status
+    else:
+        from simulation.console import ProgressWatch
+
+        started = time.monotonic()
+        watch = ProgressWatch()
+        with contextlib.closing(watch):
+            launcher.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
+        print(
+            f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are ready "
+            f"on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} [takes {time.monotonic() - started:.1f} s]"
+        )
+    return 0
+
+
+def play(config: SimulationConfig) -> int:
+    """Role main: check everything, start what is missing, play, and leave nothing behind but the results."""
+    from loguru import logger
+
+    from simulation import launcher, processes
+    from simulation.console import ProgressWatch, log_to_stderr
+    from simulation.report import RunDirectory, new_run_id
+    from simulation.security import load_or_make
+
+    log_to_stderr()
+    if config.agent_class is not None:
+        from simulation.group import load_class, pack_class
+
+        pack_class(load_class(config.agent_class))  # a mistake in a person's file is found before anything is started
+    key = load_or_make(Path(config.cluster_key_dir))
+    if config.seed is None:
+        config = replace(config, seed=secrets.randbits(32))
+        logger.info(f"seed {config.seed} drawn; --seed {config.seed} plays this game again")
+    run_id = new_run_id()
+    directory = RunDirectory(run_id, config.run_dir)
+    watch = ProgressWatch()
+    watch.listen()
+    servers = None
+
+    def servers_ready(done: int, total: int) -> None:
+        watch.progress("agent servers ready", done, total)
+        if watch.stop_signal is not None:
+            raise Interrupted(watch.stop_signal)
+
+    try:
+        if config.hosts == ("localhost",) and not processes.anything_listens(config.ports):
+            logger.info(
+                f"no agent servers run here: starting {config.server_per_host} for participants and "
+                f"{config.moderator_per_host} for moderators, for this run"
+            )
+            started = time.monotonic()
+            servers = launcher.start(config, True, servers_ready)
+            logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
+        return play_rounds(config, run_id, key, directory, watch)
+    finally:
+        watch.close()
+        if servers is not None:
+            servers.stop()
+            logger.info(f"stopped the {len(config.ports)} agent servers of this run")
+        directory.discard_if_empty()
+
+
+def play_rounds(config: SimulationConfig, run_id: str, key: Any, directory: Any, watch: Any) -> int:
+    """Play on servers that are ready, and write the results as they come; returns the exit status."""
+    from loguru import logger
+
+    from simulation.console import say
+    from simulation.game import RoundResult
+    from simulation.report import announcement_lines, failure_line, histogram_lines, summarise
+    from simulation.rounds import Simulation, check_cluster
+
+    began = time.monotonic()
+    seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
+    results: list[RoundResult] = []
+    cluster = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
+
+    def write(status: str) -> None:
+        seconds["rounds"] = sum(result.seconds for result in results)
+        seconds["total"] = time.monotonic() - began
+        directory.write_summary(summarise(config, run_id, status, cluster, seconds, results))
+
+    shakes = check_cluster(config, key)
+    seconds["connect"] = time.monotonic() - began
+    try:
+        with Simulation(config, run_id, key, watch) as simulation:
+            kind = config.agent_type if config.agent_class is None else simulation.participant_class.__name__
+            cluster |= {"servers": len(shakes) - len(config.hosts) * config.moderator_per_host}
+            cluster |= {"moderators": simulation.moderator_num}
+            logger.info(f"init {config.participant_num} {kind} participant agents...")
+            logger.info(f"init {simulation.moderator_num} moderator agents...")
+            seconds["create"] = simulation.create()
+            logger.info(f"[init takes {seconds['create']:.2f} s]")
+            for number in range(1, config.rounds + 1):
+                logger.info(f"round {number}: asking {config.participant_num} participants")
+                result = simulation.play(number)
+                results.append(result)
+                for line in announcement_lines(result, config.decimals):
+                    say(line)
+                if result.tally.failed:
+                    logger.warning(failure_line(result.tally))
+                directory.write_answers(number, simulation.answers(), simulation.game.scale)
+                write("interrupted")  # what it is, should this process be killed now
+                if watch.stop_signal is not None:
+                    break
+    except GameEnded:
+        write("failed")
+        raise
+    for line in histogram_lines(results[-1].tally, config):
+        say(line)
+    directory.join_answers()
+    from simulation.plots import draw_histogram
+
+    draw_histogram(directory.path / "histogram.png", results[-1], config)
+    unanswered = any(result.tally.failed for result in results)
+    status = "interrupted" if watch.stop_signal is not None else "partial" if unanswered else "complete"
+    write(status)
+    logger.info(f"results in {directory.path}")
+    if watch.stop_signal is not None:
+        return 128 + int(watch.stop_signal)
+    return GameEnded.exit_status if unanswered else 0
+
+
+def ask(config: SimulationConfig) -> int:
+    """Role ask: one message to one participant."""
+    from simulation.report import read_summary
+    from simulation.security import load
+
+    played, summary = read_summary(Path(str(config.run_dir)))
+    key = load(Path(config.cluster_key_dir))
+    from simulation.rounds import ask as ask_participant
+
+    print(ask_participant(played, summary["run_id"], key, config.participant, str(config.text)))
+    return 0
+
+
+def report(config: SimulationConfig) -> int:
+    """Role report: what a run came to, from its folder alone."""
+    from simulation.plots import draw_histogram
+    from simulation.report import announcement_lines, failure_line, histogram_lines, read_rounds, read_summary
+
+    path = Path(str(config.run_dir))
+    played, summary = read_summary(path)
+    results = read_rounds(path, played, summary)
+    for result in results:
+        print("\n".join(announcement_lines(result, played.decimals)))
+        if result.tally.failed:
+            print(failure_line(result.tally))
+    if results:
+        print("\n".join(histogram_lines(results[-1].tally, played)))
+        draw_histogram(path / "histogram.png", results[-1], played)
+    print(f"run {summary['run_id']} is {summary['status']}: {len(results)} of {played.rounds} rounds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The participants: what people edit, or copy from, first.
+
+A participant of your own is a subclass of `Participant` that defines one of
+
+    async def answer(self, question: Question) -> float | str
+    def reply(self, x: Msg) -> Msg
+
+The first answers many participants at once on one event loop, so it must not block; the second is AgentScope's
+ordinary method, which may block and runs in a bounded pool of threads. `answer` wins where both are defined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from agentscope.agents import AgentBase
+from agentscope.message import Msg
+from agentscope.rpc import async_func
+
+from simulation.game import Announcement, Game, Question, draw
+
+
+class Participant(AgentBase):
+    """One player: an AgentScope agent that knows its index and the game.
+
+    Args:
+        index: Its number among all participants, from 0.
+        game: Seed, range and think time; the same object for all participants of a group.
+    """
+
+    _loop: asyncio.AbstractEventLoop | None = None  # the event loop of its group, set by the group
+
+    def __init__(self, index: int, game: Game) -> None:
+        super().__init__(name=f"P{index}", use_memory=False)
+        self.index = index
+        self.game = game
+
+    async def answer(self, question: Question) -> float | str:
+        """A number from 0 to `question.max_value`, or a text that holds one."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither answer nor reply")
+
+    def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
+        """Answer one message: plays `answer` once, on the group's event loop where there is one."""
+        answering = self.answer(question_in(x, self.game))
+        if self._loop is None:
+            value = asyncio.run(answering)
+        else:
+            value = asyncio.run_coroutine_threadsafe(answering, self._loop).result()
+        metadata = {"answer": value} if isinstance(value, (int, float)) else None
+        return Msg(self.name, str(value), "assistant", metadata=metadata)
+
+    @async_func
+    def play(self, x: Msg) -> Msg:
+        """Answer one question of a round asked alone: by `answer` where it is defined, as in the group."""
+        return Participant.reply(self, x) if answers_many(type(self)) else self.reply(x)
+
+
+class RandomParticipant(Participant):
+    """Thinks for the game's think time, then gives the number that seed, round and index stand for."""
+
+    async def answer(self, question: Question) -> float:
+        if self.game.sleep_time_s > 0:
+            await asyncio.sleep(self.game.sleep_time_s)
+        return draw(self.game, question.round, self.index) / self.game.scale
+
+
+def answers_many(cls: type[Participant]) -> bool:
+    """Whether the class defines `answer`, which wins over `reply`."""
+    return cls.answer is not Participant.answer
+
+
+def message_of(question: Question) -> Msg:
+    """The question as the message that `reply` gets; everything but the words is in its metadata."""
+    return Msg("Moderator", question.text, "user", metadata=asdict(question))
+
+
+def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
+    """The question that a message holds; a message of another sender is a question of round 0."""
+    if isinstance(message, list):
+        message = message[-1] if message else None
+    metadata: Any = message.metadata if message is not None else None
+    if isinstance(metadata, dict) and "announcements" in metadata:
+        told = [{**each, "winning_units": tuple(each["winning_units"])} for each in metadata["announcements"]]
+        return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in told)})
+    text = (message.get_text_content() or "") if message is not None else ""
+    return Question(0, text, game.max_value)
+
+
+def answer_in(message: Any) -> Any:
+    """The answer that a reply holds: the number in its metadata, or else its text."""
+    if not isinstance(message, Msg):
+        return message
+    if isinstance(message.metadata, dict) and "answer" in message.metadata:
+        return message.metadata["answer"]
+    return message.get_text_content()

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Play the game: ask participants for a number, announce the average, name whoever is closest.
+#
+#   ./run_simulation.sh <server_per_host> <participant_num> [flags]
+#
+# On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
+# ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py, whose --help
+# (./run_simulation.sh 1 1 --help) lists them all.
+#
+# Settings, from the environment or configs/cluster.env:
+#   BASE_PORT           first port of the agent servers on every host (12330)
+#   HOSTS               the hosts, separated by spaces ("localhost")
+#   MODERATOR_PER_HOST  moderator servers on every host, as started (4)
+#   MODEL_PER_HOST      model servers on every host (1)
+#   AGENT_TYPE          random (or llm, in a later version)
+#   MAX_VALUE           upper bound of the numbers (100)
+#   CLUSTER_KEY_DIR     folder of the cluster key (.cluster)
+#   PYTHON              the Python to install with, 3.11 or 3.12
+#
+# Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
+# 4 participants unanswered, 5 results not written, 130 interrupted, 143 terminated, 1 a defect.
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help"
+
+main() {
+  case "${1:-}" in -h | --help) show_help && return ;; esac
+  need_number server_per_host "${1:-}" "$USAGE"
+  need_number participant_num "${2:-}" "$USAGE"
+  FLAGS=(--server-per-host "$1" --participant-num "$2")
+  shift 2
+  load_settings
+  local hosts
+  read -r -a hosts <<<"${HOSTS:-}"
+  [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}")
+  flag --base-port "${BASE_PORT:-}"
+  flag --moderator-per-host "${MODERATOR_PER_HOST:-${MODERATOR_NUM:-}}"
+  flag --model-per-host "${MODEL_PER_HOST:-}"
+  flag --agent-type "${AGENT_TYPE:-}"
+  flag --max-value "${MAX_VALUE:-}"
+  flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  ensure_venv
+  exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"
+}
+
+main "$@"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Check everything: ruff, mypy, ShellCheck, and pytest against real agent servers.
+#
+#   ./run_tests.sh [--fast] [pytest arguments]
+#
+# --fast leaves out the tests that install anew or run long.
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+
+main() {
+  local selection=()
+  case "${1:-}" in
+    -h | --help) show_help && return ;;
+    --fast) selection=(-m "not slow") && shift ;;
+  esac
+  ensure_venv test
+  cd "$ROOT"
+  "$VENV/bin/ruff" check .
+  "$VENV/bin/ruff" format --check --diff .
+  "$VENV/bin/python" -m mypy
+  "$VENV/bin/shellcheck" -x ./*.sh scripts/lib.sh .ci/run
+  exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+}
+
+main "$@"

@@ -1,0 +1,99 @@
+# Shared by the scripts at the top level, which source it: environment set-up, settings, messages.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+FLAGS=()
+
+say() { printf '%s\n' "$*" >&2; }
+
+fail() { # fail <exit status> <message>
+  say "error: $2"
+  exit "$1"
+}
+
+# The help of a script is the comment at its top.
+show_help() { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; }
+
+# Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
+load_settings() {
+  local file="$ROOT/configs/cluster.env" line key number=0
+  [ -r "$file" ] || return 0
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    case "$line" in '' | '#'*) continue ;; esac
+    key="${line%%=*}"
+    case "$key" in
+      BASE_PORT | HOSTS | HOST_NAME | MODERATOR_NUM | MODERATOR_PER_HOST | MODEL_PER_HOST | AGENT_TYPE | MAX_VALUE | \
+        CLUSTER_KEY_DIR) ;;
+      *) fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value" ;;
+    esac
+    line="${line#*=}"
+    case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
+    [ -n "${!key+set}" ] || printf -v "$key" '%s' "$line"
+  done <"$file"
+}
+
+# flag <--name> <value>: pass a setting on, unless it is empty.
+flag() { [ -z "$2" ] || FLAGS+=("$1" "$2"); }
+
+# The first argument of a script, which is a number and no flag; Python checks the number.
+need_number() { # need_number <name> <value> <usage>
+  case "$2" in
+    '') fail 2 "$1 is missing; usage: $3" ;;
+    *[!0-9]*) fail 2 "$1 '$2': must be a whole number from 1, in digits; usage: $3" ;;
+  esac
+}
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+# Print the interpreter to use: $PYTHON, or the first that works and fits.
+find_python() {
+  local candidate version
+  if [ -n "${PYTHON:-}" ]; then
+    version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"
+    case "$version" in
+      3.11 | 3.12) printf '%s\n' "$PYTHON" && return ;;
+      *) fail 2 "PYTHON=$PYTHON is Python $version: install Python 3.11 or 3.12, and name it with PYTHON=..." ;;
+    esac
+  fi
+  for candidate in python3.12 python3.11 python3 python; do
+    version="$(version_of "$candidate")" || continue
+    case "$version" in 3.11 | 3.12) printf '%s\n' "$candidate" && return ;; esac
+  done
+  fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
+}
+
+# ensure_venv [group]: make .venv, or bring it up to date when a file that says what is in it has changed.
+ensure_venv() {
+  local group="${1:-}" have want python stamp log="$ROOT/run/install.log"
+  stamp="$VENV/installed${group:+-$group}"
+  have="$(version_of "$VENV/bin/python")" || have=""
+  case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
+  want="$have"
+  if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
+    python="$(find_python)"
+    want="$(version_of "$python")"
+  fi
+  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted) || return 0
+
+  mkdir -p "$ROOT/run" || fail 2 "cannot write in $ROOT: clone into a folder of your own"
+  : >"$log"
+  if [ "$have" != "$want" ]; then
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
+    say "making $VENV with Python $want"
+    "$python" -m venv --clear "$VENV" >>"$log" 2>&1 || fail 2 "cannot make $VENV; see $log"
+  fi
+  say "installing what pyproject.toml names${group:+ (with group $group)} into $VENV; this takes a minute or two"
+  pip_install pip && pip_install -e "$ROOT" ${group:+--group "$ROOT/pyproject.toml:$group"} ||
+    fail 2 "cannot install: $(grep -i '^error' "$log" | tail -n 1 || true); see $log"
+  wanted >"$stamp"
+}
+
+wanted() { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; }
+
+pip_install() {
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$ROOT/constraints.txt" "$@" \
+    >>"$ROOT/run/install.log" 2>&1
+}

@@ -1,0 +1,1 @@
+"""A guessing game between very many agents, spread over agent servers."""

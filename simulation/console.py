@@ -1,0 +1,117 @@
+"""What a person sees while it runs: log lines and progress, both on standard error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from types import FrameType
+
+from loguru import logger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from simulation.config import ROOT
+
+LINE_EVERY_S = 5.0
+DEFECT_LOG = ROOT / "run" / "defects.log"
+
+
+def log_to_stderr() -> None:
+    """Send the log to standard error, without tracebacks: those of defects go to DEFECT_LOG."""
+    logger.remove()
+    logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}", level="INFO")
+
+
+def keep_traceback() -> str:
+    """Append the traceback of the exception being handled to DEFECT_LOG; returns where it stands now."""
+    text = traceback.format_exc()
+    try:
+        DEFECT_LOG.parent.mkdir(exist_ok=True)
+        with DEFECT_LOG.open("a") as log:
+            log.write(time.strftime("%Y-%m-%d %H:%M:%S\n") + text + "\n")
+    except OSError:
+        return f"this traceback (which could not be kept in {DEFECT_LOG}): {text}"
+    return str(DEFECT_LOG)
+
+
+class RateColumn(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+class ProgressWatch:
+    """A bar for each stage on a terminal; elsewhere a line every few seconds of a long one."""
+
+    def __init__(self) -> None:
+        self.stop_signal: int | None = None
+        self._stage = ""
+        self._bar: Progress | None = None
+        self._began = self._last_line = 0.0
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self.close()
+            self._stage, self._began, self._last_line = stage, now, now
+            if sys.stderr.isatty():
+                self._bar = _new_bar()
+                self._bar.add_task(stage, total=total)
+                self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            rate = done / (now - self._began)
+            left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
+            logger.info(f"{stage}: {done:,} of {total:,} ({rate:,.0f}/s{left})")
+        if done == total:
+            self.close()
+
+    def listen(self) -> None:
+        """From now on the first Ctrl-C or TERM asks for an early end, and the second ends this process at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._signalled)
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop_signal is not None:
+            if sys.stderr.isatty():
+                sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
+            os._exit(128 + number)
+        self.stop_signal = number
+        logger.warning("stopping; results so far are kept (once more to end at once)")
+
+    def close(self) -> None:
+        """End the stage, and take its bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+        self._stage = ""
+
+
+def _new_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        RateColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # what the moderator says belongs on standard output
+        redirect_stderr=False,
+    )
+
+
+def say(line: str) -> None:
+    """Print a line of the game on standard output; a reader that has gone away stops nothing."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

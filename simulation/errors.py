@@ -1,0 +1,77 @@
+"""Every error this program raises on purpose, each with the exit status that main ends with.
+
+    SimulationError          1   a defect of ours
+    ├── SettingsError        2   bad usage, settings or files: nothing was started
+    ├── ClusterError         3   the cluster is not ready, or not ours
+    │   ├── ServerUnreachable    nothing answers at the address, or not with our key
+    │   └── AgentGone            the server answers, but no longer holds the agent
+    ├── GameEnded            4   the game ended with participants unanswered
+    ├── ResultsError         5   results could not be written
+    └── Interrupted    130/143   Ctrl-C, or a TERM signal
+
+`UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing.
+"""
+
+from __future__ import annotations
+
+
+class SimulationError(Exception):
+    """The root: its message is one line that says what, where and what to do."""
+
+    exit_status = 1
+
+
+class SettingsError(SimulationError):
+    """A flag, a setting or a file that this program cannot start with."""
+
+    exit_status = 2
+
+
+class ClusterError(SimulationError):
+    """Agent servers are missing, unreachable or strangers."""
+
+    exit_status = 3
+
+
+class ServerUnreachable(ClusterError):
+    """One agent server does not answer."""
+
+
+class AgentGone(ClusterError):
+    """The agent server answers, but the agent is not there."""
+
+
+class GameEnded(SimulationError):
+    """The game cannot go on; the rounds finished so far are written."""
+
+    exit_status = 4
+
+
+class ResultsError(SimulationError):
+    """The run directory does not take the results."""
+
+    exit_status = 5
+
+
+class Interrupted(SimulationError):
+    """A person or the system asked us to stop.
+
+    Args:
+        signal_number: The signal that asked; the exit status is 128 plus this number.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted")
+        self.exit_status = 128 + signal_number
+
+
+class UnusableAnswer(Exception):  # noqa: N818 - it names the answer, as its message does
+    """An answer that is no number in range; the message is the cause that is counted."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The cause of a failure as one line of at most `limit` characters: `ValueError: what it said`."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    line = f"{name}: {text}" if text else name
+    return line if len(line) <= limit else line[: limit - 3] + "..."

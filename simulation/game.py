@@ -1,0 +1,313 @@
+"""The rules of the game, pure: what is asked, how an answer is read, how answers are counted, who is closest.
+
+It knows nothing of agents, servers or clocks. Answers are counted in units, whole multiples of 10^-decimals, so
+every sum is exact and tallies merge to the same result in any order.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulation.errors import UnusableAnswer
+
+Units = NDArray[np.int64]
+
+WINNERS_NAMED = 10  # of all winners, the lowest so many are named
+CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
+NO_NUMBER, OUT_OF_RANGE, AMBIGUOUS = "no number in the answer", "number out of range", "more than one number"
+
+
+@dataclass(frozen=True)
+class Game:
+    """What is the same for all participants in all rounds."""
+
+    seed: int
+    max_value: int
+    decimals: int
+    sleep_time_s: float
+
+    @property
+    def scale(self) -> int:
+        """Units in 1: 10^decimals."""
+        return 10**self.decimals
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What everyone hears after a round; `winning_units` are the answers that are closest, all of them."""
+
+    round: int
+    average: float | None
+    winning_number: float | None
+    winning_units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a participant is asked: the round (from 1), the words, the range, and what was announced so far."""
+
+    round: int
+    text: str
+    max_value: int
+    announcements: tuple[Announcement, ...] = ()
+
+
+def question_for(game: Game, round_number: int, announcements: tuple[Announcement, ...]) -> Question:
+    """The moderator's question of one round."""
+    text = (
+        f"Round {round_number}: give a number from 0 to {game.max_value}. "
+        "The average of all answers is announced, and whoever is closest to it wins."
+    )
+    return Question(round_number, text, game.max_value, announcements)
+
+
+# --- The seeded draw -------------------------------------------------------------------------------------------------
+
+_MASK = 2**64 - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _mix(z: int) -> int:
+    """The SplitMix64 finaliser: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@lru_cache(maxsize=1024)
+def _round_key(seed: int, round_number: int) -> int:
+    return _mix((_mix((seed + _GAMMA) & _MASK) + round_number * _GAMMA) & _MASK)
+
+
+def draw(game: Game, round_number: int, participant: int) -> int:
+    """The random answer, in units from 0 to max_value, that (seed, round, participant) stands for.
+
+    A change here changes every seed's game: the known answers are held by a test.
+    """
+    z = (_round_key(game.seed, round_number) + (participant + 1) * _GAMMA) & _MASK
+    return (_mix(z) * (game.max_value * game.scale + 1)) >> 64
+
+
+# --- Reading an answer -----------------------------------------------------------------------------------------------
+
+_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_RANGES = re.compile(
+    rf"(?:between\s+{_NUMBER}\s+and\s+{_NUMBER}|from\s+{_NUMBER}\s+to\s+{_NUMBER}"
+    rf"|{_NUMBER}\s*(?:to|[-–…]|\.\.+)\s*{_NUMBER}"
+    rf"|(?<=\d)\s*(?:out\s+of|of|/)\s*{_NUMBER})",
+    re.IGNORECASE,
+)
+_CHOSEN = re.compile(
+    rf"(?:choose|chose|pick|say|guess|answer(?:\s+is)?|number\s+is|answer:|number:)\s*:?\s*({_NUMBER})", re.IGNORECASE
+)
+
+
+def parse_number(text: str) -> float:
+    """Read the one number that a text answers with: "between 0 and 100 I choose 37" and "37 of 100" are 37.
+
+    Ranges and totals are left out. Raises UnusableAnswer if no number is left, or several and none is marked as chosen.
+    """
+    rest = _RANGES.sub(" ", text)
+    found = {_to_float(match) for match in re.findall(_NUMBER, rest)}
+    if len(found) > 1:
+        found = {_to_float(match) for match in _CHOSEN.findall(rest)}
+        if len(found) != 1:
+            raise UnusableAnswer(AMBIGUOUS)
+    if not found:
+        raise UnusableAnswer(NO_NUMBER)
+    return found.pop()
+
+
+def _to_float(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def to_units(answer: Any, game: Game) -> int:
+    """An answer in units, rounded half to even. Raises UnusableAnswer unless it is a number from 0 to max_value."""
+    if isinstance(answer, str):
+        answer = parse_number(answer)
+    if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, Real):
+        raise UnusableAnswer(NO_NUMBER)
+    if not 0 <= answer <= game.max_value:  # not a number is in no range
+        raise UnusableAnswer(OUT_OF_RANGE)
+    return round(answer) if game.decimals == 0 else round(float(answer) * game.scale)
+
+
+# --- Counting answers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """How often each value was answered, and why answers are missing. Tallies merge with `+`, in any order.
+
+    Attributes:
+        asked: Participants asked; always answered + failed.
+        units: The distinct answers, ascending, int64 of shape (distinct,).
+        counts: How often each of them was given, int64 of shape (distinct,).
+        failures: Participants without a usable answer, by cause.
+    """
+
+    asked: int
+    units: Units = field(default_factory=lambda: np.empty(0, np.int64))
+    counts: Units = field(default_factory=lambda: np.empty(0, np.int64))
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.asked != self.answered + self.failed:
+            raise ValueError(f"asked {self.asked}, but answered {self.answered} and failed {self.failed}")
+
+    @property
+    def answered(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failures.values())
+
+    @property
+    def total(self) -> int:
+        """The exact sum of all answers, in units; in two halves, as it may pass 64 bits."""
+        high = int(np.dot(self.units >> 32, self.counts))
+        return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
+
+    def __add__(self, other: Tally) -> Tally:
+        units, place = np.unique(np.concatenate((self.units, other.units)), return_inverse=True)
+        counts = np.zeros(len(units), np.int64)
+        np.add.at(counts, place, np.concatenate((self.counts, other.counts)))
+        failures = dict(Counter(self.failures) + Counter(other.failures))
+        return Tally(self.asked + other.asked, units, counts, failures)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tally):
+            return NotImplemented
+        same_answers = np.array_equal(self.units, other.units) and np.array_equal(self.counts, other.counts)
+        return self.asked == other.asked and same_answers and self.failures == other.failures
+
+    def average(self) -> Fraction | None:
+        """The exact mean in units; None when nobody answered."""
+        return Fraction(self.total, self.answered) if self.answered else None
+
+    def median(self) -> Fraction | None:
+        """The middle answer in units, or the mean of the two in the middle; None when nobody answered."""
+        if not self.answered:
+            return None
+        up_to = np.cumsum(self.counts)
+        low, high = np.searchsorted(up_to, [(self.answered - 1) // 2, self.answered // 2], side="right")
+        return Fraction(int(self.units[low]) + int(self.units[high]), 2)
+
+    def std(self) -> float | None:
+        """The population standard deviation in units; None when nobody answered."""
+        average = self.average()
+        if average is None:
+            return None
+        return float(np.sqrt(np.dot((self.units - float(average)) ** 2, self.counts) / self.answered))
+
+    def closest(self, target: Fraction) -> tuple[int, ...]:
+        """The answers, in units, that are nearest to the target: none, one, or two on either side of it."""
+        after = int(np.searchsorted(self.units, target.__floor__(), side="right"))
+        near = [int(unit) for unit in self.units[max(after - 1, 0) : after + 1]]
+        best = min((abs(unit - target) for unit in near), default=None)
+        return tuple(unit for unit in near if abs(unit - target) == best)
+
+    def parts(self, distinct: int) -> list[Tally]:
+        """The same tally as several of at most `distinct` values each, for messages of bounded size."""
+        pieces = [slice(at, at + distinct) for at in range(0, len(self.units), distinct)]
+        parts = [Tally(int(self.counts[piece].sum()), self.units[piece], self.counts[piece]) for piece in pieces]
+        return parts + [Tally(self.failed, failures=self.failures)] if self.failures or not parts else parts
+
+
+def merge(tallies: Iterable[Tally]) -> Tally:
+    """All tallies as one; none at all is the tally of nobody."""
+    return sum(tallies, start=Tally(0))
+
+
+@dataclass(frozen=True)
+class Winners:
+    """How many participants are closest, and the lowest WINNERS_NAMED of them, ascending."""
+
+    count: int
+    lowest: tuple[int, ...]
+
+    def __add__(self, other: Winners) -> Winners:
+        return Winners(self.count + other.count, tuple(sorted(self.lowest + other.lowest)[:WINNERS_NAMED]))
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round. Values are in units of 10^-decimals; `closest` are those nearest to the winning number."""
+
+    round: int
+    tally: Tally
+    average: Fraction | None
+    winning_number: Fraction | None
+    closest: tuple[int, ...]
+    winners: Winners
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of participants first .. first+len(units)-1: units, -1 where there is none, and then the cause."""
+
+    first: int
+    units: Units
+    failures: dict[int, str]
+
+
+class AnswerSheet:
+    """One round's answers of consecutive participants, filled in as they come; each place is filled once."""
+
+    MISSING = -1
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.count = count
+        self.units = array("q", [self.MISSING]) * count
+        self.failures: dict[int, str] = {}
+        self.done = 0
+
+    def put(self, place: int, units: int) -> None:
+        """Record the answer of participant first + place."""
+        self.units[place] = units
+        self.done += 1
+
+    def fail(self, place: int, cause: str) -> None:
+        """Record that participant first + place gave no usable answer."""
+        self.failures[place] = cause
+        self.done += 1
+
+    def _array(self) -> Units:
+        return np.frombuffer(self.units, np.int64)
+
+    def tally(self) -> Tally:
+        """Count what was answered; raises ValueError while a participant is still undecided."""
+        units = self._array()
+        distinct, counts = np.unique(units[units != self.MISSING], return_counts=True)
+        causes = Counter(self.failures.values()).most_common()
+        failures = dict(causes[:CAUSES_TOLD_APART])
+        for _, count in causes[CAUSES_TOLD_APART:]:
+            failures["other causes"] = failures.get("other causes", 0) + count
+        return Tally(self.count, distinct, counts.astype(np.int64), failures)
+
+    def winners(self, winning_units: tuple[int, ...]) -> Winners:
+        """Who answered one of the winning numbers."""
+        places = np.flatnonzero(np.isin(self._array(), winning_units))
+        return Winners(len(places), tuple(self.first + int(place) for place in places[:WINNERS_NAMED]))
+
+    def answers(self, first: int, count: int) -> Answers:
+        """The answers of those participants of first .. first+count-1 that are on this sheet."""
+        start = max(first, self.first) - self.first
+        stop = max(start, min(first + count - self.first, self.count))
+        failures = {self.first + place: cause for place, cause in self.failures.items() if start <= place < stop}
+        return Answers(self.first + start, self._array()[start:stop].copy(), failures)

@@ -1,0 +1,238 @@
+"""The agent servers of this host, from outside: start, show and stop them; and the process that forks them.
+
+One launcher process imports AgentScope once and forks a server per port; importing it in each server would take a
+second of CPU and 125 MB. Where forking is unsafe (macOS) the servers are spawned instead.
+AgentScope is imported inside functions here, so that `stop` is instant.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from simulation import processes
+from simulation.config import ROOT, SimulationConfig
+from simulation.errors import ClusterError, ServerUnreachable
+from simulation.placement import Endpoint
+from simulation.security import ClusterKey, load, load_or_make
+
+READY_TIMEOUT_S = 60.0
+LOOK_AGAIN_S = 0.5
+STOP_FIRST = "stop them with ./stop_all_server.sh first"
+
+
+class OwnedServers:
+    """Servers that end with this process, however it ends: their launcher reads a pipe that we hold open."""
+
+    def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
+        self._launcher = launcher
+
+    def stop(self) -> None:
+        """Stop them, and wait for their end."""
+        stop()
+        if self._launcher.stdin is not None:
+            self._launcher.stdin.close()
+        self._launcher.wait()
+
+
+def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], None]) -> OwnedServers | None:
+    """Start this host's agent servers, and return when every one answers.
+
+    Args:
+        config: Host name, ports and key of the servers.
+        owned: Whether they are to end with this process.
+        progress: Called with how many servers are ready, of how many.
+
+    Returns:
+        The servers if they are owned; None if not, or if exactly these run already.
+
+    Raises:
+        ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
+        SettingsError: The key or the folder for pid files and logs is unusable.
+    """
+    key = load_or_make(Path(config.cluster_key_dir))
+    with processes.one_at_a_time():
+        running = processes.own_processes()
+        if running:
+            _check_same(config, key, [int(name) for name in running if name != processes.LAUNCHER])
+            progress(len(config.ports), len(config.ports))
+            return None
+        for port in config.ports:
+            processes.check_free(config.host_name, port)
+            processes.pid_file(str(port)).unlink(missing_ok=True)
+        launcher = _spawn_launcher(config, owned)
+        try:
+            _wait_ready(config, key, launcher, progress)
+        except BaseException:
+            launcher.terminate()
+            processes.end_processes()
+            launcher.wait()
+            raise
+    return OwnedServers(launcher) if owned else None
+
+
+def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int]) -> None:
+    """Raise ClusterError unless the servers that run are the ones asked for, and answer."""
+    if ports != list(config.ports):
+        raise ClusterError(
+            f"{len(ports)} agent servers of this host run already, on ports {processes.ranges(ports)}; asked for were "
+            f"{len(config.ports)}, on {processes.ranges(list(config.ports))}: {STOP_FIRST}"
+        )
+    from simulation.remote import OWN_VERSIONS, all_of, handshake, use_key  # noqa: PLC0415
+
+    use_key(key)
+    endpoints = [Endpoint(config.host_name, port) for port in config.ports]
+    shakes = all_of({each: lambda each=each: handshake(each, config.connect_timeout) for each in endpoints})
+    for shake in shakes.values():
+        if shake.versions != OWN_VERSIONS:
+            raise ClusterError(f"the agent servers that run already are of another version of the program: {STOP_FIRST}")
+        if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
+            raise ClusterError(
+                f"the agent servers that run already are {shake.server_per_host} for participants and "
+                f"{shake.moderator_per_host} for moderators: {STOP_FIRST}"
+            )
+
+
+def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
+    command += ["--owned"] if owned else []
+    for name in ("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"):
+        command += ["--" + name.replace("_", "-"), str(getattr(config, name))]
+    with (processes.SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # OpenBLAS would start threads, and a fork wants one; what computes here is not numpy
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            cwd=ROOT,
+            start_new_session=True,  # a Ctrl-C in the terminal is main's, not theirs
+        )
+
+
+def _wait_ready(
+    config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
+) -> None:
+    """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
+    from simulation.remote import handshake, use_key  # noqa: PLC0415 - while the launcher imports the same
+
+    use_key(key)
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    for ready, port in enumerate(config.ports):
+        progress(ready, len(config.ports))
+        while True:
+            try:
+                handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
+                break
+            except ServerUnreachable:
+                pass  # not yet: does it still live?
+            if processes.pid_file(str(port)).exists() and processes.own_process(str(port)) is None:
+                raise ClusterError(f"the agent server on port {port} did not start{processes.end_of_log(str(port))}")
+            if launcher.poll() is not None:
+                raise ClusterError(f"the agent servers did not start{processes.end_of_log(processes.LAUNCHER)}")
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the agent server on port {port} does not answer after {READY_TIMEOUT_S:g} s"
+                    f"{processes.end_of_log(str(port))}"
+                )
+    progress(len(config.ports), len(config.ports))
+
+
+def stop() -> int:
+    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran."""
+    with processes.one_at_a_time():
+        return processes.end_processes()
+
+
+def status(config: SimulationConfig) -> tuple[list[str], bool]:
+    """A headline and a row per agent server of this host, and whether all of them answer."""
+    ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem != processes.LAUNCHER]
+    if not ports:
+        return [], True
+    from simulation.remote import fan_out, handshake, use_key  # noqa: PLC0415
+
+    use_key(load(Path(config.cluster_key_dir)))
+    calls = {
+        port: lambda port=port: handshake(Endpoint(config.host_name, port), config.connect_timeout)
+        for port in sorted(ports)
+    }
+    shakes, errors = fan_out(calls)
+    row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}".format
+    rows = [row("port", "role", "pid", "up since", "agents", "memory")]
+    for port in sorted(ports):
+        if port in shakes:
+            shake = shakes[port]
+            since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
+            rows.append(row(port, shake.role, shake.pid, since, shake.agents, f"{shake.memory_mb:.1f} MB"))
+        else:
+            rows.append(f"{port:>6}  does not answer: {errors[port]}")
+    return rows, not errors
+
+
+# --- The launcher process --------------------------------------------------------------------------------------------
+
+
+def launch(config: SimulationConfig, owned: bool) -> None:
+    """Be the launcher: fork a server per port, pass TERM on to them, and return when all have ended.
+
+    Args:
+        config: Host name, ports and key.
+        owned: Whether the end of standard input, which our starter holds open, means stop.
+    """
+    processes.write_pid(processes.LAUNCHER, os.getpid())
+    key = load(Path(config.cluster_key_dir))
+    import simulation.server  # noqa: F401, PLC0415 - once, for all servers to share
+
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    gc.collect()
+    gc.freeze()  # what is imported stays in pages shared by all servers
+    children: dict[int, Any] = {}
+    for port in config.ports:
+        children[port] = context.Process(target=_child, args=(config, port, key))
+        children[port].start()
+        processes.write_pid(str(port), children[port].pid)
+    wake, woken = os.pipe()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.write(woken, b"."))
+    stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
+    while children:
+        ready = multiprocessing.connection.wait([*stop_signs, *(child.sentinel for child in children.values())])
+        if any(sign in ready for sign in stop_signs):
+            stop_signs = []
+            for child in children.values():
+                child.terminate()
+        for port, child in list(children.items()):
+            if child.sentinel in ready:
+                child.join()
+                del children[port]
+                level = "INFO" if child.exitcode == 0 else "ERROR"
+                logger.log(level, f"the server on port {port} ended with exit status {child.exitcode}")
+                if child.exitcode == 0:
+                    processes.remove_pid(str(port), child.pid)
+    processes.remove_pid(processes.LAUNCHER, os.getpid())
+
+
+def _child(config: SimulationConfig, port: int, key: ClusterKey) -> None:
+    """Be the agent server of one port, with a log of its own."""
+    log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    logger.remove()
+    logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
+    from simulation.server import serve  # noqa: PLC0415 - loaded already where the launcher forked
+
+    serve(config, port, key)

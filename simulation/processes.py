@@ -1,0 +1,136 @@
+"""Processes and ports of this host: pid files, logs, what is ours, what is taken. It knows nothing of agents.
+
+Files in run/servers/: `<port>.pid` and `<port>.log` per agent server, `launcher.pid` and `launcher.log`, `lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from simulation.config import ROOT
+from simulation.errors import ClusterError, SettingsError
+
+SERVERS = ROOT / "run" / "servers"
+LAUNCHER = "launcher"
+TERM_TIMEOUT_S = 5.0
+LOG_LINES_SHOWN = 12
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Hold the lock of this checkout: servers are started or stopped by one process at a time."""
+    try:
+        SERVERS.mkdir(parents=True, exist_ok=True)
+        lock = (SERVERS / "lock").open("w")
+    except OSError as error:
+        raise SettingsError(f"cannot write in {SERVERS}: {error.strerror}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def pid_file(name: str) -> Path:
+    """The pid file of a server, by its port, or of the launcher."""
+    return SERVERS / f"{name}.pid"
+
+
+def write_pid(name: str, pid: int) -> None:
+    """Write a pid file at one stroke."""
+    draft = SERVERS / f"{name}.pid.new"
+    draft.write_text(f"{pid}\n")
+    draft.replace(pid_file(name))
+
+
+def remove_pid(name: str, pid: int) -> None:
+    """Remove a pid file, unless it names another process by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if pid_file(name).read_text().strip() == str(pid):
+            pid_file(name).unlink()
+
+
+def own_process(name: str) -> psutil.Process | None:
+    """The live process of a pid file; None if it has ended, even if its pid is another program's now."""
+    try:
+        written = pid_file(name).stat().st_mtime
+        process = psutil.Process(int(pid_file(name).read_text()))
+        command = process.cmdline()
+        launched = "--launch" in command and str(ROOT / "main.py") in command
+        ours = launched or "--multiprocessing-fork" in command  # the latter where servers are spawned
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return process if ours and alive and process.create_time() <= written + 1 else None
+    except (FileNotFoundError, ValueError, psutil.Error):
+        return None
+
+
+def own_processes() -> dict[str, psutil.Process]:
+    """All live processes of this checkout's pid files, the launcher first, then the servers by port."""
+    names = sorted((path.stem for path in SERVERS.glob("*.pid")), key=lambda name: (name != LAUNCHER, name))
+    found = {name: own_process(name) for name in names}
+    return {name: process for name, process in found.items() if process is not None}
+
+
+def end_processes() -> int:
+    """End all of them, TERM first and KILL after TERM_TIMEOUT_S, and remove stale pid files; returns how many servers."""
+    running = own_processes()
+    for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(running.values(), timeout=TERM_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=TERM_TIMEOUT_S)
+    for path in SERVERS.glob("*.pid"):
+        if own_process(path.stem) is None:
+            path.unlink(missing_ok=True)
+    return len(running.keys() - {LAUNCHER})
+
+
+def end_of_log(name: str) -> str:
+    """Where the log of a server is, and how it ends: the rest of an error message."""
+    log = SERVERS / f"{name}.log"
+    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:] if log.exists() else []
+    return "".join([f"; the end of its log {log}:", *(f"\n  {line}" for line in lines)]) if lines else ""
+
+
+def check_free(host_name: str, port: int) -> None:
+    """Raise ClusterError if another program has the port, SettingsError if it can never be ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host_name, port))
+            probe.listen()
+        except socket.gaierror:
+            raise SettingsError(f"--host-name {host_name}: no address is known for it; check /etc/hosts or DNS") from None
+        except PermissionError:
+            raise SettingsError(f"port {port} needs root: choose a BASE_PORT from 1024") from None
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise SettingsError(f"--host-name {host_name}: is not an address of this host") from None
+            raise ClusterError(
+                f"port {port} of {host_name} is taken by another program: stop it, or choose another BASE_PORT"
+            ) from None
+
+
+def anything_listens(ports: range) -> bool:
+    """Whether anything on this host listens on one of the ports, on the loopback address."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+    return False
+
+
+def ranges(ports: list[int]) -> str:
+    """Sorted ports in few words: `12330-12335, 12338`."""
+    starts = [port for port in ports if port - 1 not in ports]
+    ends = [port for port in ports if port + 1 not in ports]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))

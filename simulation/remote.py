@@ -1,0 +1,242 @@
+"""The only door to AgentScope's RPC client: secure channels, deadlines, liveness, and errors in our own words.
+
+AgentScope's client is touched here in three places, each for a reason:
+- every channel of the process comes from `RpcClient._get_channel`, so that is where the cluster key goes in;
+- its calls wait 300 s or for ever and hide the server's words, so `_Client` sets deadlines and translates errors;
+- its wait for an asynchronous reply ends after 105 s whatever happens, so `_UntilAnswered` waits on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import cloudpickle
+import grpc
+from agentscope import __version__ as agentscope_version
+from agentscope.exception import AgentServerError
+from agentscope.message import Msg
+from agentscope.rpc import RpcClient, RpcObject
+from agentscope.rpc.retry_strategy import RetryBase
+from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, StringMsg
+from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
+from google.protobuf.empty_pb2 import Empty
+
+from simulation.config import ROOT
+from simulation.errors import AgentGone, ClusterError, ServerUnreachable, SimulationError, UnusableAnswer
+from simulation.placement import Endpoint
+from simulation.security import CLUSTER_NAME, ClusterKey
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
+GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
+MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
+CALLS_AT_ONCE = 32
+CHANNEL_OPTIONS = (
+    ("grpc.ssl_target_name_override", CLUSTER_NAME),
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+)
+
+
+def _code_version() -> str:
+    """A fingerprint of the program, as it was when this process imported it."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("simulation/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+CODE_VERSION = _code_version()
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """Who an agent server is. Two sides work together if `versions` are equal."""
+
+    incarnation: str  # random, per process: another one means that all agents of the former are gone
+    pid: int
+    role: str  # participant or moderator
+    base_port: int
+    server_per_host: int
+    moderator_per_host: int
+    started: float  # seconds since the epoch
+    agents: int
+    memory_mb: float
+    code: str = CODE_VERSION
+    python: str = platform.python_version()
+    agentscope: str = agentscope_version
+
+    @property
+    def versions(self) -> tuple[str, str, str]:
+        return (self.code, self.python, self.agentscope)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+OWN_VERSIONS = (CODE_VERSION, platform.python_version(), agentscope_version)
+
+
+def use_key(key: ClusterKey) -> None:
+    """Make every channel of this process, AgentScope's own included, one between holders of the key."""
+    credentials = key.channel_credentials()
+    channels: dict[str, grpc.Channel] = {}
+
+    def secure_channel(_cls: type, url: str) -> grpc.Channel:
+        # localhost may resolve to ::1 first, where somebody else may listen
+        target = url.replace("localhost:", "127.0.0.1:")
+        if target not in channels:
+            channels[target] = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+        return channels[target]
+
+    RpcClient._get_channel = classmethod(secure_channel)
+
+
+def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
+    """Ask a server who it is.
+
+    Raises ServerUnreachable where none listens, at once or, for one that is starting, after the time-out;
+    ClusterError for a stranger.
+    """
+    try:
+        # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
+        reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting)
+    except grpc.RpcError as error:
+        raise _translated(error, endpoint) from None
+    try:
+        return Handshake(**json.loads(reply.message))
+    except (ValueError, TypeError):
+        raise ClusterError(f"{endpoint} is an agent server, but of another program or version") from None
+
+
+def fan_out(calls: Mapping[K, Callable[[], V]]) -> tuple[dict[K, V], dict[K, SimulationError]]:
+    """Make all calls, CALLS_AT_ONCE at a time, and return results and errors by key, in the order of the calls."""
+    results: dict[K, V] = {}
+    errors: dict[K, SimulationError] = {}
+    with ThreadPoolExecutor(min(CALLS_AT_ONCE, max(len(calls), 1))) as pool:
+        futures = {key: pool.submit(call) for key, call in calls.items()}
+        for key, future in futures.items():
+            try:
+                results[key] = future.result()
+            except SimulationError as error:
+                errors[key] = error
+    return results, errors
+
+
+def all_of(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
+    """Make all calls and return their results by key; raises the first error, saying how many there are."""
+    results, errors = fan_out(calls)
+    for error in errors.values():
+        if len(errors) > 1:
+            error.args = (f"{error} (the first of {len(errors)} errors)",)
+        raise error
+    return results
+
+
+class RemoteObject(RpcObject):
+    """AgentScope's proxy, with our deadlines and errors, at an id that the caller chose.
+
+    With `kwargs` the object is created there, within the deadline; without, it is expected to exist.
+    """
+
+    def __init__(
+        self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(
+            cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered()
+        )
+        self.client = _Client(endpoint, deadline_s)
+        if kwargs is not None:
+            self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)
+
+
+def remove(proxy: RemoteObject) -> None:
+    """Close the remote object and delete it; it is no error if it is gone already."""
+    proxy.client.delete_agent(proxy._oid)
+
+
+def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
+    """Ask one agent through AgentScope's own asynchronous call, and wait for as long as it takes.
+
+    Raises UnusableAnswer with the agent's own words if its `reply` raises, ClusterError if the server does not answer.
+    """
+    try:
+        return getattr(proxy, method)(message).result()
+    except AgentServerError as error:
+        cause = error.__cause__
+        if isinstance(cause, grpc.RpcError):
+            raise _translated(cause, proxy.client.endpoint) from None
+        raise UnusableAnswer(str(error.message).removeprefix("Failed to update placeholder: ")) from None
+
+
+class _Client(RpcClient):
+    def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
+        super().__init__(endpoint.host, endpoint.port)
+        self.endpoint = endpoint
+        self.deadline_s = deadline_s
+
+    def call_agent_func(
+        self, func_name: str, agent_id: str, value: bytes | None = None, timeout: float | None = None
+    ) -> bytes:
+        request = CallFuncRequest(target_func=func_name, value=value, agent_id=agent_id)
+        return self._call("call_agent_func", request, timeout).value
+
+    def create_agent(self, agent_configs: dict[str, Any], agent_id: str | None = None) -> bool:
+        request = CreateAgentRequest(agent_id=agent_id, agent_init_args=cloudpickle.dumps(agent_configs))
+        status = self._call("create_agent", request)
+        if not status.ok:
+            raise ClusterError(f"{self.endpoint}: {status.message}")
+        return True
+
+    def delete_agent(self, agent_id: str | None = None) -> bool:
+        return self._call("delete_agent", StringMsg(value=agent_id)).ok
+
+    def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        try:
+            return getattr(_stub(self.endpoint), method)(request, timeout=timeout or self.deadline_s)
+        except grpc.RpcError as error:
+            raise _translated(error, self.endpoint) from None
+
+
+class _UntilAnswered(RetryBase):
+    """Polls on while the agent thinks: only the deadline of a single poll is a reason to try again."""
+
+    def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return func(*args, **kwargs)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+
+
+def _stub(endpoint: Endpoint) -> RpcAgentStub:
+    return RpcAgentStub(RpcClient._get_channel(str(endpoint)))
+
+
+def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
+    """One of our errors for one of gRPC's."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if "refused" in details:
+            return ServerUnreachable(f"{endpoint}: no server listens there")
+        if any(sign in details for sign in ("andshake", "SSL", "reset", "Socket closed", "End of TCP")):
+            return ClusterError(f"{endpoint}: what listens there does not hold this cluster's key")
+        return ServerUnreachable(f"{endpoint}: cannot be reached ({details.splitlines()[0] if details else code.name})")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ServerUnreachable(f"{endpoint}: does not answer in time")
+    if "not exists" in details:
+        return AgentGone(f"{endpoint}: the agent is gone")
+    lines = details.strip().splitlines()
+    return SimulationError(f"{endpoint}: {lines[-1] if lines else code.name}")

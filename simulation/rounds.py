@@ -1,0 +1,238 @@
+"""The game over the cluster: connect, place, create, ask, announce. It returns results and prints nothing.
+
+    with Simulation(config, run_id, key, watch) as simulation:
+        simulation.create()
+        result = simulation.play(1)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, Protocol, TypeVar
+
+from agentscope.message import Msg
+
+from moderator import Moderator, Seating, whole_tally
+from participant import Participant
+from simulation.config import SimulationConfig
+from simulation.errors import AgentGone, ClusterError, GameEnded, Interrupted, SettingsError, UnusableAnswer
+from simulation.game import Announcement, Answers, Game, RoundResult, Winners, merge, question_for
+from simulation.group import Progress, load_class, pack_class
+from simulation.placement import Endpoint, endpoints, group_id, group_of, moderator_id, place
+from simulation.remote import (
+    GROUP_DEADLINE_S,
+    MODERATOR_DEADLINE_S,
+    OWN_VERSIONS,
+    Handshake,
+    RemoteObject,
+    all_of,
+    fan_out,
+    handshake,
+    remove,
+    reply_of,
+    use_key,
+)
+from simulation.security import ClusterKey
+
+V = TypeVar("V")
+
+POLL_S = 1.0  # how long one look at the progress may wait for the end
+FETCHED_AT_ONCE = 250_000  # answers in one message
+LEASE_PARTS = 6  # heartbeats in one lease
+
+
+class Watch(Protocol):
+    """How a caller looks on, and interrupts: a signal number in `stop_signal` asks for an early end."""
+
+    stop_signal: int | None
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Called about once a second, and at the end of each stage: "participants created" or "answers in"."""
+
+
+def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
+    """Shake hands with every agent server that the run uses, all at once.
+
+    Raises ClusterError that says how many answer and what the first other one's trouble is.
+    """
+    use_key(key)
+    ports = config.server_per_host + config.moderator_per_host
+    servers = endpoints(config.hosts, config.base_port, ports)
+    shakes, errors = fan_out({each: lambda each=each: handshake(each, config.connect_timeout) for each in servers})
+    restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
+    for error in errors.values():
+        raise ClusterError(f"{len(shakes)} of {len(servers)} agent servers are ready; {error}; {restart}")
+    layout = (config.base_port, config.server_per_host, config.moderator_per_host)
+    for endpoint, shake in shakes.items():
+        if shake.versions != OWN_VERSIONS:
+            raise ClusterError(f"{endpoint} runs another version of the program, Python or AgentScope; {restart}")
+        if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
+            raise ClusterError(
+                f"{endpoint}: its host has {shake.server_per_host} participant and {shake.moderator_per_host} moderator "
+                f"servers from port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
+            )
+    return shakes
+
+
+class Simulation:
+    """One run on a cluster whose servers are ready. As a context it removes its agents at the end, kept ones excepted.
+
+    Args:
+        config: The settings; its seed is set.
+        run_id: What all remote ids of this run begin with.
+        key: The cluster key.
+        watch: Who looks on.
+    """
+
+    def __init__(self, config: SimulationConfig, run_id: str, key: ClusterKey, watch: Watch) -> None:
+        assert config.seed is not None  # noqa: S101 - main draws one where none is given
+        use_key(key)
+        self.config = config
+        self.run_id = run_id
+        self.watch = watch
+        self.game = Game(config.seed, config.max_value, config.decimals, config.sleep_time)
+        self.participant_class = load_class(config.agent_class)
+        self._announcements: tuple[Announcement, ...] = ()
+        self._moderators: dict[int, RemoteObject] = {}
+        self._seatings: dict[int, list[Seating]] = {}
+        servers = endpoints(config.hosts, config.base_port, config.server_per_host)
+        chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
+        self._chairs = dict(enumerate(chairs))
+        for group in place(config.participant_num, len(servers), len(chairs)):
+            seating = Seating(group_id(run_id, group.first), servers[group.server], group.first, group.count)
+            self._seatings.setdefault(group.moderator, []).append(seating)
+
+    @property
+    def moderator_num(self) -> int:
+        """Moderators that have someone to ask."""
+        return len(self._seatings)
+
+    def __enter__(self) -> Simulation:
+        self._ended = threading.Event()
+        self._heartbeat = threading.Thread(target=self._renew_leases, daemon=True)
+        self._heartbeat.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._ended.set()
+        self._heartbeat.join()
+        if self.config.keep_agents and kind is None:
+            self._all(lambda moderator: moderator.keep())
+        else:
+            fan_out({number: lambda each=each: remove(each) for number, each in self._moderators.items()})
+
+    def create(self) -> float:
+        """Create moderators, groups and participants; returns the seconds it took. Raises ClusterError."""
+        started = time.monotonic()
+        packed = pack_class(self.participant_class)
+        seats = {number: self._chairs[number] for number in self._seatings}
+
+        def moderator(number: int) -> RemoteObject:
+            kwargs = {"name": f"Moderator {number}", "lease_s": self.config.lease}
+            oid = moderator_id(self.run_id, number)
+            return RemoteObject(Moderator, oid, seats[number], MODERATOR_DEADLINE_S, kwargs)
+
+        self._moderators, errors = fan_out({number: lambda number=number: moderator(number) for number in seats})
+        for error in errors.values():
+            raise error
+        one_by_one = self.config.dispatch == "agent"
+        all_of(
+            {
+                number: lambda number=number: self._moderators[number].open(
+                    self._seatings[number], self.game, packed, self.config.reply_threads, one_by_one
+                )
+                for number in seats
+            }
+        )
+        self._wait("participants created", interruptible=True)
+        return time.monotonic() - started
+
+    def play(self, number: int) -> RoundResult:
+        """Play one round to its end, or to an interruption, whose missing answers count as failed.
+
+        Raises GameEnded if a server of the run does not answer any more.
+        """
+        started = time.monotonic()
+        try:
+            question = question_for(self.game, number, self._announcements)
+            self._all(lambda moderator: moderator.begin(question))
+            self._wait("answers in", interruptible=False)
+            tally = merge(self._all(whole_tally).values())
+            average = tally.average()
+            closest = tally.closest(average) if average is not None else ()
+            announcement = Announcement(number, self._value(average), self._value(average), closest)
+            winners = sum(self._all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ()))
+        except ClusterError as error:
+            raise GameEnded(f"round {number} cannot be finished: {error}") from None
+        self._announcements += (announcement,)
+        return RoundResult(number, tally, average, average, closest, winners, time.monotonic() - started)
+
+    def answers(self) -> Iterator[Answers]:
+        """The answers of the round just played, in the order of the participants, a bounded number at a time."""
+        for number, seatings in sorted(self._seatings.items()):
+            first, stop = seatings[0].first, seatings[-1].first + seatings[-1].count
+            for start in range(first, stop, FETCHED_AT_ONCE):
+                yield self._moderators[number].answers(start, min(FETCHED_AT_ONCE, stop - start))
+
+    def _value(self, units: Fraction | None) -> float | None:
+        return None if units is None else float(units / self.game.scale)
+
+    def _wait(self, stage: str, interruptible: bool) -> None:
+        """Wait for the end of what the moderators do; an interruption ends a round early, and creation at once."""
+        halted = False
+        while True:
+            each = self._all(lambda moderator: moderator.progress(POLL_S))
+            progress = sum(each.values(), start=Progress(0, 0))
+            self.watch.progress(stage, progress.done, progress.total)
+            if progress.finished:
+                return
+            if self.watch.stop_signal is not None:
+                if interruptible:
+                    raise Interrupted(self.watch.stop_signal)
+                if not halted:
+                    self._all(lambda moderator: moderator.halt())
+                    halted = True
+
+    def _all(self, call: Callable[[RemoteObject], V]) -> dict[int, V]:
+        return all_of({number: lambda each=each: call(each) for number, each in self._moderators.items()})
+
+    def _renew_leases(self) -> None:
+        """Let the servers hear of this run even while main is busy with something else."""
+        while not self._ended.wait(self.config.lease / LEASE_PARTS):
+            fan_out({number: lambda each=each: each.progress(0.0) for number, each in self._moderators.items()})
+
+
+def ask(config: SimulationConfig, run_id: str, key: ClusterKey, participant: int, text: str) -> str:
+    """Send one message to one participant of a run that kept its agents, and return its reply.
+
+    Args:
+        config: The settings that the run was played with.
+
+    Raises:
+        SettingsError: The run has no such participant.
+        ClusterError: The participant's server does not answer, or holds it no longer.
+        GameEnded: The participant failed to reply.
+    """
+    use_key(key)
+    servers = endpoints(config.hosts, config.base_port, config.server_per_host)
+    moderators = len(config.hosts) * config.moderator_per_host
+    try:
+        group = group_of(place(config.participant_num, len(servers), moderators), participant)
+    except IndexError:
+        raise SettingsError(
+            f"--participant {participant}: the run has participants 0 to {config.participant_num - 1}"
+        ) from None
+    server = servers[group.server]
+    proxy = RemoteObject(Participant, f"{group_id(run_id, group.first)}/{participant}", server, GROUP_DEADLINE_S)
+    try:
+        return reply_of(proxy, Msg("user", text, "user")).get_text_content() or ""
+    except AgentGone:
+        raise AgentGone(
+            f"participant {participant} of run {run_id} is no longer on {server}: agents stay only after a run with "
+            "--keep-agents, until the next run or the end of the servers"
+        ) from None
+    except UnusableAnswer as error:
+        raise GameEnded(f"participant {participant} did not reply: {error}") from None

@@ -1,0 +1,229 @@
+"""One agent server: AgentScope's servicer behind mutual TLS, with handshake, leases and a prompt end.
+
+AgentScope's servicer is touched here, each time for a reason:
+- participants are found in their group by arithmetic, as a million entries in its pool are not needed;
+- deleting an object closes it first, so that its event loop and its participants are let go of;
+- what an agent raises comes back as one line, not as a traceback, and always comes back;
+- whoever calls an object of a run renews the run's lease, and the objects of a silent run are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cloudpickle
+import grpc
+import psutil
+from agentscope.rpc.rpc_agent_pb2 import GeneralResponse
+from agentscope.rpc.rpc_agent_pb2_grpc import add_RpcAgentServicer_to_server
+from agentscope.server.servicer import MAGIC_PREFIX, AgentServerServicer
+from loguru import logger
+
+import moderator  # noqa: F401 - its class must be known to AgentScope where agents are created
+from simulation.config import SimulationConfig
+from simulation.errors import SettingsError, UnusableAnswer, one_line
+from simulation.group import PERSONAL, ParticipantGroup
+from simulation.placement import run_of
+from simulation.remote import MESSAGE_BYTES, Handshake, use_key
+from simulation.security import ClusterKey
+
+RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
+REPLIES_AT_ONCE = 32  # participants asked alone that think at the same time
+POLL_S = 2  # how long a poll for one participant's reply is held; the client's deadline is 5
+STOP_GRACE_S = 0.5
+SWEEP_S = 1.0  # between two looks at the leases
+FORGET_S = 3600.0  # a run without agents is remembered for so long
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+)
+
+
+class SimulationServicer(AgentServerServicer):
+    """AgentScope's servicer for groups and moderators.
+
+    Args:
+        config: How this host's servers were started.
+        port: The port of this one.
+        stop: Called when a client asks the server to stop.
+    """
+
+    def __init__(self, config: SimulationConfig, port: int, stop: Callable[[], None]) -> None:
+        super().__init__(
+            stop_event=None,
+            host=config.host_name,
+            port=port,
+            server_id=str(port),
+            capacity=REPLIES_AT_ONCE,
+            max_timeout_seconds=POLL_S,
+        )
+        self._config = config
+        self._stop = stop
+        self._incarnation = secrets.token_hex(8)
+        self._started = time.time()
+        self._heard: dict[str, float] = {}  # run id -> time.monotonic() of the last call
+        self._heard_lock = threading.Lock()
+
+    def stop(self, request: Any, context: Any) -> GeneralResponse:
+        self._stop()
+        return GeneralResponse(ok=True)
+
+    def get_server_info(self, request: Any, context: Any) -> GeneralResponse:
+        first_moderator = self._config.base_port + self._config.server_per_host
+        hosted = self._hosted()
+        shake = Handshake(
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            role="participant" if self.port < first_moderator else "moderator",
+            base_port=self._config.base_port,
+            server_per_host=self._config.server_per_host,
+            moderator_per_host=self._config.moderator_per_host,
+            started=self._started,
+            agents=sum(getattr(agent, "agents", 1) for agent in hosted.values()),
+            memory_mb=_memory_mb(),
+        )
+        return GeneralResponse(ok=True, message=shake.to_json())
+
+    def get_agent(self, agent_id: str) -> Any:
+        self._hear(run_of(agent_id))
+        agent = super().get_agent(agent_id)
+        if agent is None:
+            group, _, index = agent_id.rpartition("/")
+            found = super().get_agent(group)
+            if isinstance(found, ParticipantGroup) and index.isdecimal():
+                return found.participant(int(index))
+        return agent
+
+    def create_agent(self, request: Any, context: Any) -> GeneralResponse:
+        run = run_of(request.agent_id)
+        self._hear(run)
+        for agent_id, agent in self._hosted().items():
+            if getattr(agent, "lease_s", None) is None and run_of(agent_id) != run:  # kept, until this next run
+                self._drop(agent_id)
+        return super().create_agent(request, context)
+
+    def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
+        return GeneralResponse(ok=self._drop(request.value))
+
+    def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
+        for agent_id in self._hosted():
+            self._drop(agent_id)
+        return GeneralResponse(ok=True)
+
+    def drop_silent(self) -> None:
+        """Drop the agents of runs that were not heard of for as long as their lease."""
+        now = time.monotonic()
+        hosted = self._hosted()
+        runs = {run_of(agent_id) for agent_id in hosted}
+        with self._heard_lock:
+            self._heard = {run: heard for run, heard in self._heard.items() if run in runs or now - heard < FORGET_S}
+            silent_s = {run: now - heard for run, heard in self._heard.items()}
+        for agent_id, agent in hosted.items():
+            lease_s = getattr(agent, "lease_s", None)
+            if lease_s is not None and silent_s[run_of(agent_id)] > lease_s:
+                logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
+                self._drop(agent_id)
+
+    def _hear(self, run: str) -> None:
+        with self._heard_lock:
+            self._heard[run] = time.monotonic()
+
+    def _hosted(self) -> dict[str, Any]:
+        with self.agent_id_lock:
+            return dict(self.agent_pool)
+
+    def _drop(self, agent_id: str) -> bool:
+        with self.agent_id_lock:
+            agent = self.agent_pool.pop(agent_id, None)
+        if agent is None:
+            return False
+        if hasattr(agent, "close"):
+            agent.close()
+        # AgentScope hung a method of its own on the instance: a cycle that would wait for the collector
+        agent.__dict__.pop("__reduce_ex__", None)
+        return True
+
+    def _process_task(self, task_id: int, agent_id: str, target_func: str, raw_args: bytes) -> None:
+        try:
+            agent = self.get_agent(agent_id)
+            if agent is None:
+                raise UnusableAnswer("the agent is gone")
+            result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
+        except UnusableAnswer as error:
+            result = MAGIC_PREFIX + str(error).encode()
+        except PERSONAL as error:
+            result = MAGIC_PREFIX + one_line(error).encode()
+        self.result_pool.set(task_id, result)
+
+
+def serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
+    """Serve until TERM, INT or a `stop` call, then end this process at once, whatever its participants do."""
+    try:
+        asyncio.run(_serve(config, port, key))
+    except SettingsError as error:
+        _end(str(error), error.exit_status)
+
+
+async def _serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
+    use_key(key)  # a moderator is a client of its groups' servers
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    servicer = SimulationServicer(config, port, lambda: loop.call_soon_threadsafe(stopping.set))
+    server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
+    add_RpcAgentServicer_to_server(servicer, server)
+    address = f"{address_of(config.host_name)}:{port}"
+    try:
+        server.add_secure_port(address, key.server_credentials())
+    except RuntimeError:
+        raise SettingsError(f"cannot listen at {address}: is the port in use?") from None
+    await server.start()
+    logger.info(f"serving at {address}, pid {os.getpid()}")
+    sweeping = asyncio.create_task(_sweep(servicer))
+    await asyncio.wait([sweeping, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
+    if sweeping.done():
+        sweeping.result()  # an error in it is a defect: to the log, and end
+    logger.info("stopping")
+    await server.stop(STOP_GRACE_S)
+    _end("stopped", 0)
+
+
+async def _sweep(servicer: SimulationServicer) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        await asyncio.to_thread(servicer.drop_silent)
+
+
+def _end(message: str, status: int) -> None:
+    """End without waiting for threads: participants may think for hours."""
+    logger.log("INFO" if status == 0 else "ERROR", message)
+    logger.complete()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def address_of(host_name: str) -> str:
+    """The IPv4 address that a host name stands for; raises SettingsError if it stands for none."""
+    try:
+        return socket.gethostbyname(host_name)
+    except OSError:
+        raise SettingsError(f"--host-name {host_name}: no address is known for this name; check /etc/hosts or DNS") from None
+
+
+def _memory_mb() -> float:
+    """Memory of this process; what is shared with the other servers counts in parts where the system tells."""
+    info = psutil.Process().memory_full_info()
+    return round(float(getattr(info, "pss", 0) or info.uss) / 2**20, 1)

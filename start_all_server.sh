@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Start the agent servers of this host, and return when every one of them answers.
+#
+#   ./start_all_server.sh <server_per_host>
+#   ./start_all_server.sh --status
+#
+# Participant servers listen on BASE_PORT and the ports after it, moderator servers on the ports after those.
+# They stay until ./stop_all_server.sh. --status shows a row per server: port, pid, up since, agents, memory.
+#
+# Settings, from the environment or configs/cluster.env:
+#   BASE_PORT        first port (12330)
+#   HOST_NAME        name of this host, as the other hosts reach it (localhost)
+#   MODERATOR_NUM    moderator servers (4)
+#   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
+#   PYTHON           the Python to install with, 3.11 or 3.12
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+
+main() {
+  case "${1:-}" in
+    -h | --help) show_help && return ;;
+    --status) FLAGS=(--status) ;;
+    *)
+      need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help"
+      FLAGS=(--server-per-host "$1")
+      ;;
+  esac
+  shift
+  load_settings
+  flag --base-port "${BASE_PORT:-}"
+  flag --host-name "${HOST_NAME:-}"
+  flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
+  flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  ensure_venv
+  exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"
+}
+
+main "$@"

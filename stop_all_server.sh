@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stop the agent servers of this host that ./start_all_server.sh started: gracefully, and firmly after 5 seconds.
+#
+#   ./stop_all_server.sh
+#
+# Succeeds when nothing runs. No process is signalled that is not such a server.
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+
+main() {
+  case "${1:-}" in
+    '') ;;
+    -h | --help) show_help && return ;;
+    *) fail 2 "'$1' is not known; usage: ./stop_all_server.sh" ;;
+  esac
+  if [ -z "$(find "$ROOT/run/servers" -name '*.pid' 2>/dev/null)" ]; then
+    echo "no agent servers were running"
+    return
+  fi
+  ensure_venv
+  exec "$VENV/bin/python" "$ROOT/main.py" --role participant --stop
+}
+
+main "$@"
