@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import secrets
 import signal
 import sys
@@ -111,8 +110,8 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
         with contextlib.closing(watch):
             launcher.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
         print(
-            f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are ready "
-            f"on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} [takes {time.monotonic() - started:.1f} s]"
+            f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
+            f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} [takes {time.monotonic() - started:.1f} s]"
         )
     return 0
 
@@ -123,12 +122,12 @@ def play(config: SimulationConfig) -> int:
 
     from simulation import launcher, processes
     from simulation.console import ProgressWatch, log_to_stderr
-    from simulation.report import RunDirectory, new_run_id
+    from simulation.results import RunDirectory, new_run_id
     from simulation.security import load_or_make
 
     log_to_stderr()
     if config.agent_class is not None:
-        from simulation.group import load_class, pack_class
+        from simulation.custom import load_class, pack_class
 
         pack_class(load_class(config.agent_class))  # a mistake in a person's file is found before anything is started
     key = load_or_make(Path(config.cluster_key_dir))
@@ -170,7 +169,8 @@ def play_rounds(config: SimulationConfig, run_id: str, key: Any, directory: Any,
 
     from simulation.console import say
     from simulation.game import RoundResult
-    from simulation.report import announcement_lines, failure_line, histogram_lines, summarise
+    from simulation.report import announcement_lines, failure_line, histogram_lines
+    from simulation.results import summarise
     from simulation.rounds import Simulation, check_cluster
 
     began = time.monotonic()
@@ -226,7 +226,7 @@ def play_rounds(config: SimulationConfig, run_id: str, key: Any, directory: Any,
 
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
-    from simulation.report import read_summary
+    from simulation.results import read_summary
     from simulation.security import load
 
     played, summary = read_summary(Path(str(config.run_dir)))
@@ -240,7 +240,8 @@ def ask(config: SimulationConfig) -> int:
 def report(config: SimulationConfig) -> int:
     """Role report: what a run came to, from its folder alone."""
     from simulation.plots import draw_histogram
-    from simulation.report import announcement_lines, failure_line, histogram_lines, read_rounds, read_summary
+    from simulation.report import announcement_lines, failure_line, histogram_lines
+    from simulation.results import read_rounds, read_summary
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)

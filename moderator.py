@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,14 +70,12 @@ class Moderator(AgentBase):
             }
             return RemoteObject(ParticipantGroup, seating.oid, seating.server, GROUP_DEADLINE_S, kwargs)
 
-        self._remote, errors = fan_out({seating.first: lambda seating=seating: create(seating) for seating in seatings})
+        self._remote, errors = fan_out({seating.first: partial(create, seating) for seating in seatings})
         for error in errors.values():
             raise error
         self._groups = dict(self._remote)
         if one_by_one:
-            self._groups = {
-                seating.first: OneByOne(self._remote[seating.first], seating, game) for seating in seatings
-            }
+            self._groups = {seating.first: OneByOne(self._remote[seating.first], seating, game) for seating in seatings}
 
     def begin(self, question: Question) -> None:
         """Start the round on all groups; returns at once."""
@@ -120,10 +119,10 @@ class Moderator(AgentBase):
     def close(self) -> None:
         """Delete all groups on their servers; those that cannot be reached drop them when their lease is over."""
         groups, self._remote, self._groups = self._remote, {}, {}
-        fan_out({first: lambda group=group: remove(group) for first, group in groups.items()})
+        fan_out({first: partial(remove, group) for first, group in groups.items()})
 
     def _all(self, call: Callable[[Any], V]) -> dict[int, V]:
-        return all_of({first: lambda group=group: call(group) for first, group in self._groups.items()})
+        return all_of({first: partial(call, group) for first, group in self._groups.items()})
 
 
 def whole_tally(group: Any) -> Tally:

@@ -12,6 +12,7 @@ ordinary method, which may block and runs in a bounded pool of threads. `answer`
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Any
 
@@ -43,11 +44,13 @@ class Participant(AgentBase):
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         """Answer one message: plays `answer` once, on the group's event loop where there is one."""
-        answering = self.answer(question_in(x, self.game))
+        answering = _outcome(self.answer(question_in(x, self.game)))
         if self._loop is None:
             value = asyncio.run(answering)
         else:
             value = asyncio.run_coroutine_threadsafe(answering, self._loop).result()
+        if isinstance(value, BaseException):
+            raise value
         metadata = {"answer": value} if isinstance(value, (int, float)) else None
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
@@ -64,6 +67,14 @@ class RandomParticipant(Participant):
         if self.game.sleep_time_s > 0:
             await asyncio.sleep(self.game.sleep_time_s)
         return draw(self.game, question.round, self.index) / self.game.scale
+
+
+async def _outcome(answering: Awaitable[Any]) -> Any:
+    """The answer, or what was raised: a sys.exit() that left its coroutine would end the event loop of all."""
+    try:
+        return await answering
+    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+        return error
 
 
 def answers_many(cls: type[Participant]) -> bool:

@@ -86,8 +86,9 @@ ensure_venv() {
     "$python" -m venv --clear "$VENV" >>"$log" 2>&1 || fail 2 "cannot make $VENV; see $log"
   fi
   say "installing what pyproject.toml names${group:+ (with group $group)} into $VENV; this takes a minute or two"
-  pip_install pip && pip_install -e "$ROOT" ${group:+--group "$ROOT/pyproject.toml:$group"} ||
+  if ! pip_install pip || ! pip_install -e "$ROOT" ${group:+--group "$ROOT/pyproject.toml:$group"}; then
     fail 2 "cannot install: $(grep -i '^error' "$log" | tail -n 1 || true); see $log"
+  fi
   wanted >"$stamp"
 }
 

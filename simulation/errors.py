@@ -65,7 +65,7 @@ class Interrupted(SimulationError):
         self.exit_status = 128 + signal_number
 
 
-class UnusableAnswer(Exception):  # noqa: N818 - it names the answer, as its message does
+class UnusableAnswer(Exception):
     """An answer that is no number in range; the message is the cause that is counted."""
 
 

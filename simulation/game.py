@@ -139,9 +139,10 @@ def to_units(answer: Any, game: Game) -> int:
         answer = parse_number(answer)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, Real):
         raise UnusableAnswer(NO_NUMBER)
-    if not 0 <= answer <= game.max_value:  # not a number is in no range
+    number: Any = answer
+    if not 0 <= number <= game.max_value:  # not a number is in no range
         raise UnusableAnswer(OUT_OF_RANGE)
-    return round(answer) if game.decimals == 0 else round(float(answer) * game.scale)
+    return int(round(number) if game.decimals == 0 else round(float(number) * game.scale))
 
 
 # --- Counting answers ------------------------------------------------------------------------------------------------
@@ -187,6 +188,8 @@ class Tally:
         np.add.at(counts, place, np.concatenate((self.counts, other.counts)))
         failures = dict(Counter(self.failures) + Counter(other.failures))
         return Tally(self.asked + other.asked, units, counts, failures)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tally):

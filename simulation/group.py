@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
-import inspect
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
 from agentscope.rpc import RpcMeta
+from loguru import logger
 
-from participant import Participant, RandomParticipant, answer_in, answers_many, message_of
-from simulation.errors import SettingsError, UnusableAnswer, one_line
+from participant import Participant, answer_in, answers_many, message_of
+from simulation.custom import PERSONAL
+from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
 
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
 TALLY_VALUES = 500_000  # distinct values in one message
 INTERRUPTED = "interrupted"
-# What a person's own code may raise: all of it is that participant's failure, sys.exit() and a stray cancel included.
-PERSONAL = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._sheet: AnswerSheet | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._halted = False
+        self._halted = self._closing = False
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -144,6 +140,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def close(self) -> None:
         """Stop whatever runs, and let go of all participants; does nothing the second time."""
+        self._closing = True
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
@@ -163,7 +160,11 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while not self._closing:
+            try:
+                self._loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:  # of a task that a person's participant made
+                logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         self._loop.run_until_complete(asyncio.sleep(0))
@@ -281,49 +282,3 @@ def _threads(count: int) -> ThreadPoolExecutor:
     if _pool is None:
         _pool = ThreadPoolExecutor(count, thread_name_prefix="reply")
     return _pool
-
-
-# --- A person's own participant --------------------------------------------------------------------------------------
-
-
-def load_class(spec: str | None) -> type[Participant]:
-    """The class that `my_file.py:MyParticipant` names; the random participant for None.
-
-    Raises SettingsError that says what is wrong with the file or the class.
-    """
-    if spec is None:
-        return RandomParticipant
-    file_name, colon, class_name = spec.rpartition(":")
-    path = Path(file_name)
-    if not colon or path.suffix != ".py":
-        raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
-    if not path.is_file():
-        raise SettingsError(f"--agent-class {spec}: there is no file {path}")
-    name = f"own_{path.stem}"  # a name of its own: a file random.py must not hide a library
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None  # noqa: S101 - true for every .py file
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except PERSONAL as error:
-        raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
-    cls = getattr(module, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Participant)):
-        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant")
-    if not answers_many(cls) and cls.reply is Participant.reply:
-        raise SettingsError(f"--agent-class {spec}: {class_name} defines neither answer nor reply")
-    if not inspect.iscoroutinefunction(cls.answer):
-        raise SettingsError(f"--agent-class {spec}: answer must be written as 'async def answer(self, question)'")
-    if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
-        raise SettingsError(f"--agent-class {spec}: reply must be an ordinary method; its async kind is called answer")
-    cloudpickle.register_pickle_by_value(module)
-    return cls
-
-
-def pack_class(cls: type[Participant]) -> bytes:
-    """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
-    try:
-        return cloudpickle.dumps(cls)
-    except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,16 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int]) -> 
             f"{len(ports)} agent servers of this host run already, on ports {processes.ranges(ports)}; asked for were "
             f"{len(config.ports)}, on {processes.ranges(list(config.ports))}: {STOP_FIRST}"
         )
-    from simulation.remote import OWN_VERSIONS, all_of, handshake, use_key  # noqa: PLC0415
+    from simulation.remote import OWN_VERSIONS, all_of, handshake, use_key
 
     use_key(key)
     endpoints = [Endpoint(config.host_name, port) for port in config.ports]
-    shakes = all_of({each: lambda each=each: handshake(each, config.connect_timeout) for each in endpoints})
+    shakes = all_of({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
         if shake.versions != OWN_VERSIONS:
-            raise ClusterError(f"the agent servers that run already are of another version of the program: {STOP_FIRST}")
+            raise ClusterError(
+                f"the agent servers that run already are of another version of the program: {STOP_FIRST}"
+            )
         if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
             raise ClusterError(
                 f"the agent servers that run already are {shake.server_per_host} for participants and "
@@ -127,7 +130,7 @@ def _wait_ready(
     config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
 ) -> None:
     """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
-    from simulation.remote import handshake, use_key  # noqa: PLC0415 - while the launcher imports the same
+    from simulation.remote import handshake, use_key
 
     use_key(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
@@ -162,12 +165,11 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
     ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem != processes.LAUNCHER]
     if not ports:
         return [], True
-    from simulation.remote import fan_out, handshake, use_key  # noqa: PLC0415
+    from simulation.remote import fan_out, handshake, use_key
 
     use_key(load(Path(config.cluster_key_dir)))
     calls = {
-        port: lambda port=port: handshake(Endpoint(config.host_name, port), config.connect_timeout)
-        for port in sorted(ports)
+        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout) for port in sorted(ports)
     }
     shakes, errors = fan_out(calls)
     row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}".format
@@ -194,9 +196,9 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     """
     processes.write_pid(processes.LAUNCHER, os.getpid())
     key = load(Path(config.cluster_key_dir))
-    import simulation.server  # noqa: F401, PLC0415 - once, for all servers to share
+    import simulation.server  # noqa: F401 - once, for all servers to share
 
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
     children: dict[int, Any] = {}
@@ -233,6 +235,6 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey) -> None:
         os.dup2(source, target)
     logger.remove()
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
-    from simulation.server import serve  # noqa: PLC0415 - loaded already where the launcher forked
+    from simulation.server import serve
 
     serve(config, port, key)

@@ -1,4 +1,4 @@
-"""Who sits where: even splits of index ranges over servers and moderators. Pure arithmetic, no lists of participants."""
+"""Who sits where: even splits of index ranges over servers and moderators; pure arithmetic."""
 
 from __future__ import annotations
 

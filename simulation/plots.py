@@ -9,12 +9,12 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # no screen is needed
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from simulation.config import SimulationConfig  # noqa: E402
-from simulation.errors import ResultsError  # noqa: E402
-from simulation.game import RoundResult  # noqa: E402
-from simulation.report import histogram  # noqa: E402
+from simulation.config import SimulationConfig
+from simulation.errors import ResultsError
+from simulation.game import RoundResult
+from simulation.report import histogram
 
 BINS = 101
 
@@ -32,7 +32,10 @@ def draw_histogram(path: Path, result: RoundResult, config: SimulationConfig) ->
         axes.axvline(average + shift, color="#c1440e", linewidth=2, label=f"average {average:.{config.decimals + 3}f}")
         winning = float(result.winning_number / scale)
         axes.axvline(
-            winning + shift, color="#222222", linestyle=":", linewidth=2,
+            winning + shift,
+            color="#222222",
+            linestyle=":",
+            linewidth=2,
             label=f"winning number {winning:.{config.decimals + 3}f}",
         )
     tally = result.tally

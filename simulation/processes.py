@@ -77,7 +77,7 @@ def own_processes() -> dict[str, psutil.Process]:
 
 
 def end_processes() -> int:
-    """End all of them, TERM first and KILL after TERM_TIMEOUT_S, and remove stale pid files; returns how many servers."""
+    """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
     running = own_processes()
     for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -108,7 +108,9 @@ def check_free(host_name: str, port: int) -> None:
             probe.bind((host_name, port))
             probe.listen()
         except socket.gaierror:
-            raise SettingsError(f"--host-name {host_name}: no address is known for it; check /etc/hosts or DNS") from None
+            raise SettingsError(
+                f"--host-name {host_name}: no address is known for it; check /etc/hosts or DNS"
+            ) from None
         except PermissionError:
             raise SettingsError(f"port {port} needs root: choose a BASE_PORT from 1024") from None
         except OSError as error:
@@ -133,4 +135,6 @@ def ranges(ports: list[int]) -> str:
     """Sorted ports in few words: `12330-12335, 12338`."""
     starts = [port for port in ports if port - 1 not in ports]
     ends = [port for port in ports if port + 1 not in ports]
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True)
+    )

@@ -153,9 +153,7 @@ class RemoteObject(RpcObject):
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
     ) -> None:
-        super().__init__(
-            cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered()
-        )
+        super().__init__(cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered())
         self.client = _Client(endpoint, deadline_s)
         if kwargs is not None:
             self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)

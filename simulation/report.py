@@ -1,277 +1,27 @@
-"""Results for people and programs: the run directory (JSON, Parquet) and the lines of the console.
-
-A run directory is written so that whatever is in it is whole: each file is written beside its place, flushed to the
-disk and renamed. It knows the results, not how they came about.
-"""
+"""Results for people: what the moderator says on the console, and a small picture of text."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import secrets
 import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from fractions import Fraction
-from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 
-from simulation.config import ROOT, SimulationConfig
-from simulation.errors import ResultsError, SettingsError, one_line
-from simulation.game import Answers, RoundResult, Tally, Units, Winners
+from simulation.config import SimulationConfig
+from simulation.game import RoundResult, Tally, Units
+from simulation.results import most_frequent
 
-SCHEMA = pa.schema(
-    [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
-)
-PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
-CAUSES_SHOWN = 20
 BARS = 15
 BAR_WIDTH = 50
-
-
-def new_run_id() -> str:
-    """A run id that sorts by time and repeats on no host."""
-    return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
-
-
-class RunDirectory:
-    """The folder of one run; made, and tried for writing, at once.
-
-    Raises SettingsError if the folder holds something already or cannot be written, ResultsError on a full disk.
-    """
-
-    def __init__(self, run_id: str, named: str | None) -> None:
-        self.path = Path(named) if named is not None else ROOT / "runs" / run_id
-        self._rounds: list[Path] = []
-        try:
-            self._made = _make_folder(self.path)
-            probe = self.path / "probe"
-            with _on_disk(probe) as file:
-                file.write(os.urandom(PROBE_BYTES))
-            probe.unlink()
-        except OSError as error:
-            self.discard_if_empty()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResultsError(f"results cannot be written to {self.path}: {error.strerror}") from None
-            raise SettingsError(f"cannot write results to {self.path}: {error.strerror}; give another --run-dir") from None
-        except ResultsError:
-            self.discard_if_empty()
-            raise
-
-    def discard_if_empty(self) -> None:
-        """Remove what was made for a run that came to nothing."""
-        for folder in getattr(self, "_made", []):
-            try:
-                folder.rmdir()
-            except OSError:
-                return  # something is in it, so it stays
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, and point runs/latest here. Raises ResultsError."""
-        with _on_disk(self.path / "summary.json") as file:
-            file.write((json.dumps(summary, indent=2) + "\n").encode())
-        latest = ROOT / "runs" / "latest"
-        try:
-            latest.parent.mkdir(exist_ok=True)
-            draft = latest.with_name(f"latest.{secrets.token_hex(4)}")
-            draft.symlink_to(os.path.relpath(self.path.resolve(), latest.parent.resolve()))
-            draft.replace(latest)
-        except OSError as error:
-            raise ResultsError(f"cannot point {latest} to {self.path}: {error.strerror}") from None
-
-    def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
-        path = self.path / f"answers-{round_number:05d}.parquet"
-        with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-            for part in answers:
-                writer.write_table(_table(round_number, part, scale))
-        self._rounds.append(path)
-
-    def join_answers(self) -> None:
-        """Make answers.parquet of the rounds' files. Raises ResultsError."""
-        path = self.path / "answers.parquet"
-        if len(self._rounds) == 1:
-            self._rounds[0].replace(path)
-        elif self._rounds:
-            with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-                for part in self._rounds:
-                    for batch in pq.ParquetFile(part).iter_batches():
-                        writer.write_batch(batch)
-            for part in self._rounds:
-                part.unlink()
-        self._rounds = []
-
-
-def _make_folder(path: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that are new, the innermost first."""
-    if path.is_dir() and any(path.iterdir()):
-        raise SettingsError(f"--run-dir {path}: holds results already; name a new folder, or an empty one")
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in (path, *path.parents):
-        if folder.exists():
-            if not folder.stat().st_mode & 0o222:  # root could, but was asked not to
-                raise PermissionError(errno.EACCES, f"{folder} is read-only")
-            break
-    path.mkdir(parents=True, exist_ok=True)
-    return new
-
-
-@contextmanager
-def _on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole, on the disk, or not at all. Raises ResultsError."""
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _table(round_number: int, part: Answers, scale: int) -> pa.Table:
-    count = len(part.units)
-    missing = part.units < 0
-    failures: list[str | None] = [None] * count
-    for participant, cause in part.failures.items():
-        failures[participant - part.first] = cause
-    columns = [
-        pa.array(np.full(count, round_number, np.int32)),
-        pa.array(np.arange(part.first, part.first + count, dtype=np.int64)),
-        pa.array(part.units / scale, mask=missing),
-        pa.array(failures, pa.string()),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
-
-
-# --- summary.json ----------------------------------------------------------------------------------------------------
-
-
-def summarise(
-    config: SimulationConfig,
-    run_id: str,
-    status: str,
-    cluster: dict[str, Any],
-    seconds: dict[str, float],
-    rounds: list[RoundResult],
-) -> dict[str, Any]:
-    """The content of summary.json; `status` is complete, partial, interrupted or failed."""
-    return {
-        "run_id": run_id,
-        "status": status,
-        "config": asdict(config),
-        "cluster": cluster,
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "rounds": [_round_summary(result, 10**config.decimals) for result in rounds],
-        "llm": None,
-    }
-
-
-def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:
-    tally = result.tally
-    std = tally.std()
-    return {
-        "round": result.round,
-        "asked": tally.asked,
-        "answered": tally.answered,
-        "failed": tally.failed,
-        "failures": _shown(tally.failures),
-        "reassigned": 0,
-        "average": _value(result.average, scale),
-        "median": _value(tally.median(), scale),
-        "std": None if std is None else std / scale,
-        "min": int(tally.units[0]) / scale if tally.answered else None,
-        "max": int(tally.units[-1]) / scale if tally.answered else None,
-        "winning_number": _value(result.winning_number, scale),
-        "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
-        "seconds": round(result.seconds, 4),
-    }
-
-
-def _shown(failures: dict[str, int]) -> dict[str, int]:
-    """The most frequent causes; what is beyond CAUSES_SHOWN is counted together."""
-    ordered = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
-    shown = dict(ordered[:CAUSES_SHOWN])
-    if len(ordered) > CAUSES_SHOWN:
-        shown["other causes"] = shown.get("other causes", 0) + sum(count for _, count in ordered[CAUSES_SHOWN:])
-    return shown
-
-
-def _value(units: Fraction | None, scale: int) -> float | None:
-    return None if units is None else float(units / scale)
-
-
-# --- Reading a run directory again -------------------------------------------------------------------------------------
-
-
-def read_summary(path: Path) -> tuple[SimulationConfig, dict[str, Any]]:
-    """The settings and the summary of a run. Raises SettingsError if the folder holds none."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-        config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
-    except OSError as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its summary.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"--run-dir {path}: its summary.json is damaged, or of another version") from None
-    return config, summary
-
-
-def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
-    """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
-    tallies: dict[int, Tally] = {}
-    try:
-        with pq.ParquetFile(path / "answers.parquet") as file:
-            for batch in file.iter_batches():
-                for number in np.unique(batch["round"].to_numpy()):
-                    of_round = batch.filter(pa.compute.equal(batch["round"], number))
-                    tallies[int(number)] = tallies.get(int(number), Tally(0)) + _tally_of(of_round, 10**config.decimals)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
-    return tallies
-
-
-def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """The rounds of a run as they were played; who won is taken from the summary."""
-    tallies = read_tallies(path, config)
-    results = []
-    for entry in summary["rounds"]:
-        tally = tallies[entry["round"]]
-        average = tally.average()
-        closest = tally.closest(average) if average is not None else ()
-        lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
-        winners = Winners(entry["winners"]["count"], lowest)
-        results.append(RoundResult(entry["round"], tally, average, average, closest, winners, entry["seconds"]))
-    return results
-
-
-def _tally_of(batch: pa.RecordBatch, scale: int) -> Tally:
-    values = batch["value"].drop_null().to_numpy()
-    units, counts = np.unique(np.rint(values * scale).astype(np.int64), return_counts=True)
-    causes = batch["failure"].drop_null().value_counts()
-    failures = {entry["values"].as_py(): entry["counts"].as_py() for entry in causes}
-    return Tally(len(batch), units, counts.astype(np.int64), failures)
-
-
-# --- The console -----------------------------------------------------------------------------------------------------
 
 
 def announcement_lines(result: RoundResult, decimals: int) -> list[str]:
     """What the moderator says after a round."""
     scale = 10**decimals
     if result.average is None:
-        return [f"Moderator: Nobody of {result.tally.asked} answered, so there is no average [takes {result.seconds:.2f} s]"]
+        return [
+            f"Moderator: Nobody of {result.tally.asked} answered, so there is no average [takes {result.seconds:.2f} s]"
+        ]
     average = f"{float(result.average / scale):.{decimals + 3}f}"
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
     more = result.winners.count - len(result.winners.lowest)
@@ -286,7 +36,7 @@ def announcement_lines(result: RoundResult, decimals: int) -> list[str]:
 
 def failure_line(tally: Tally) -> str:
     """How many did not answer, and why."""
-    causes = "; ".join(f"{cause}: {count}" for cause, count in _shown(tally.failures).items())
+    causes = "; ".join(f"{cause}: {count}" for cause, count in most_frequent(tally.failures).items())
     return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
 
 
@@ -318,4 +68,6 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     longest = max(int(counts.max()), 1)
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     rows = zip(labels, counts, strict=True)
-    return [f"  {label:>{label_width}}  {block * round(count / longest * room)} {count}".rstrip() for label, count in rows]
+    return [
+        f"  {label:>{label_width}}  {block * round(count / longest * room)} {count}".rstrip() for label, count in rows
+    ]

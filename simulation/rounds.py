@@ -1,8 +1,8 @@
 """The game over the cluster: connect, place, create, ask, announce. It returns results and prints nothing.
 
-    with Simulation(config, run_id, key, watch) as simulation:
-        simulation.create()
-        result = simulation.play(1)
+with Simulation(config, run_id, key, watch) as simulation:
+    simulation.create()
+    result = simulation.play(1)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from agentscope.message import Msg
@@ -18,9 +19,10 @@ from agentscope.message import Msg
 from moderator import Moderator, Seating, whole_tally
 from participant import Participant
 from simulation.config import SimulationConfig
+from simulation.custom import load_class, pack_class
 from simulation.errors import AgentGone, ClusterError, GameEnded, Interrupted, SettingsError, UnusableAnswer
 from simulation.game import Announcement, Answers, Game, RoundResult, Winners, merge, question_for
-from simulation.group import Progress, load_class, pack_class
+from simulation.group import Progress
 from simulation.placement import Endpoint, endpoints, group_id, group_of, moderator_id, place
 from simulation.remote import (
     GROUP_DEADLINE_S,
@@ -61,7 +63,7 @@ def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, H
     use_key(key)
     ports = config.server_per_host + config.moderator_per_host
     servers = endpoints(config.hosts, config.base_port, ports)
-    shakes, errors = fan_out({each: lambda each=each: handshake(each, config.connect_timeout) for each in servers})
+    shakes, errors = fan_out({each: partial(handshake, each, config.connect_timeout) for each in servers})
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
     for error in errors.values():
         raise ClusterError(f"{len(shakes)} of {len(servers)} agent servers are ready; {error}; {restart}")
@@ -71,8 +73,8 @@ def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, H
             raise ClusterError(f"{endpoint} runs another version of the program, Python or AgentScope; {restart}")
         if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
             raise ClusterError(
-                f"{endpoint}: its host has {shake.server_per_host} participant and {shake.moderator_per_host} moderator "
-                f"servers from port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
+                f"{endpoint}: its host has {shake.server_per_host} participant and {shake.moderator_per_host} "
+                f"moderator servers from port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
             )
     return shakes
 
@@ -88,7 +90,7 @@ class Simulation:
     """
 
     def __init__(self, config: SimulationConfig, run_id: str, key: ClusterKey, watch: Watch) -> None:
-        assert config.seed is not None  # noqa: S101 - main draws one where none is given
+        assert config.seed is not None  # main draws one where none is given
         use_key(key)
         self.config = config
         self.run_id = run_id
@@ -122,7 +124,7 @@ class Simulation:
         if self.config.keep_agents and kind is None:
             self._all(lambda moderator: moderator.keep())
         else:
-            fan_out({number: lambda each=each: remove(each) for number, each in self._moderators.items()})
+            fan_out({number: partial(remove, each) for number, each in self._moderators.items()})
 
     def create(self) -> float:
         """Create moderators, groups and participants; returns the seconds it took. Raises ClusterError."""
@@ -135,18 +137,16 @@ class Simulation:
             oid = moderator_id(self.run_id, number)
             return RemoteObject(Moderator, oid, seats[number], MODERATOR_DEADLINE_S, kwargs)
 
-        self._moderators, errors = fan_out({number: lambda number=number: moderator(number) for number in seats})
+        self._moderators, errors = fan_out({number: partial(moderator, number) for number in seats})
         for error in errors.values():
             raise error
         one_by_one = self.config.dispatch == "agent"
-        all_of(
-            {
-                number: lambda number=number: self._moderators[number].open(
-                    self._seatings[number], self.game, packed, self.config.reply_threads, one_by_one
-                )
-                for number in seats
-            }
-        )
+
+        def open_groups(number: int) -> None:
+            seatings = self._seatings[number]
+            self._moderators[number].open(seatings, self.game, packed, self.config.reply_threads, one_by_one)
+
+        all_of({number: partial(open_groups, number) for number in seats})
         self._wait("participants created", interruptible=True)
         return time.monotonic() - started
 
@@ -197,12 +197,12 @@ class Simulation:
                     halted = True
 
     def _all(self, call: Callable[[RemoteObject], V]) -> dict[int, V]:
-        return all_of({number: lambda each=each: call(each) for number, each in self._moderators.items()})
+        return all_of({number: partial(call, each) for number, each in self._moderators.items()})
 
     def _renew_leases(self) -> None:
         """Let the servers hear of this run even while main is busy with something else."""
         while not self._ended.wait(self.config.lease / LEASE_PARTS):
-            fan_out({number: lambda each=each: each.progress(0.0) for number, each in self._moderators.items()})
+            fan_out({number: partial(each.progress, 0.0) for number, each in self._moderators.items()})
 
 
 def ask(config: SimulationConfig, run_id: str, key: ClusterKey, participant: int, text: str) -> str:

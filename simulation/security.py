@@ -74,9 +74,13 @@ def load(folder: Path) -> ClusterKey:
     except ValueError:
         fits = False
     if not fits:
-        raise SettingsError(f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host")
+        raise SettingsError(
+            f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host"
+        )
     if certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
-        raise SettingsError(f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one")
+        raise SettingsError(
+            f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one"
+        )
     return key
 
 
@@ -84,7 +88,9 @@ def _check_private(path: Path, kind: str) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise SettingsError(f"the cluster key is incomplete, {path} is missing: copy the folder from another host") from None
+        raise SettingsError(
+            f"the cluster key is incomplete, {path} is missing: copy the folder from another host"
+        ) from None
     except OSError as error:
         raise SettingsError(f"cannot read the cluster key {path}: {error.strerror}") from None
     if status.st_uid not in (os.geteuid(), 0):

@@ -31,8 +31,9 @@ from loguru import logger
 
 import moderator  # noqa: F401 - its class must be known to AgentScope where agents are created
 from simulation.config import SimulationConfig
+from simulation.custom import PERSONAL
 from simulation.errors import SettingsError, UnusableAnswer, one_line
-from simulation.group import PERSONAL, ParticipantGroup
+from simulation.group import ParticipantGroup
 from simulation.placement import run_of
 from simulation.remote import MESSAGE_BYTES, Handshake, use_key
 from simulation.security import ClusterKey
@@ -181,7 +182,11 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    servicer = SimulationServicer(config, port, lambda: loop.call_soon_threadsafe(stopping.set))
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(stopping.set)
+
+    servicer = SimulationServicer(config, port, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
     address = f"{address_of(config.host_name)}:{port}"
@@ -220,7 +225,9 @@ def address_of(host_name: str) -> str:
     try:
         return socket.gethostbyname(host_name)
     except OSError:
-        raise SettingsError(f"--host-name {host_name}: no address is known for this name; check /etc/hosts or DNS") from None
+        raise SettingsError(
+            f"--host-name {host_name}: no address is known for this name; check /etc/hosts or DNS"
+        ) from None
 
 
 def _memory_mb() -> float:

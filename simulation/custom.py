@@ -1,0 +1,64 @@
+"""A person's own participant: its class, loaded from a file of theirs and packed to travel with the groups."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from participant import Participant, RandomParticipant, answers_many
+from simulation.errors import SettingsError, one_line
+
+# What a person's own code may raise: all of it is that participant's failure, sys.exit() and a stray cancel included.
+PERSONAL = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+
+
+@functools.cache
+def load_class(spec: str | None) -> type[Participant]:
+    """The class that `my_file.py:MyParticipant` names; the random participant for None.
+
+    Raises SettingsError that says what is wrong with the file or the class.
+    """
+    if spec is None:
+        return RandomParticipant
+    file_name, colon, class_name = spec.rpartition(":")
+    path = Path(file_name)
+    if not colon or path.suffix != ".py":
+        raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
+    if not path.is_file():
+        raise SettingsError(f"--agent-class {spec}: there is no file {path}")
+    name = f"own_{path.stem}"  # a name of its own: a file random.py must not hide a library
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None  # as for every .py file
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except PERSONAL as error:
+        raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Participant)):
+        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant")
+    cls: Any = found
+    if not answers_many(cls) and cls.reply is Participant.reply:
+        raise SettingsError(f"--agent-class {spec}: {class_name} defines neither answer nor reply")
+    if not inspect.iscoroutinefunction(cls.answer):
+        raise SettingsError(f"--agent-class {spec}: answer must be written as 'async def answer(self, question)'")
+    if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
+        raise SettingsError(f"--agent-class {spec}: reply must be an ordinary method; its async kind is called answer")
+    cloudpickle.register_pickle_by_value(module)
+    return cls
+
+
+def pack_class(cls: type[Participant]) -> bytes:
+    """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
+    try:
+        return cloudpickle.dumps(cls)
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
