@@ -111,7 +111,8 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
             launcher.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
         print(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
-            f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} [takes {time.monotonic() - started:.1f} s]"
+            f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
+            f"[takes {time.monotonic() - started:.1f} s]"
         )
     return 0
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
+import uvloop
 from agentscope.rpc import RpcMeta
 from loguru import logger
 
@@ -81,7 +82,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._halted = self._closing = False
         self._error: Exception | None = None
         self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._guarded(self._build()), self._loop)
@@ -202,6 +203,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
+        self._all_done = self._loop.create_future()
         with collector_paused():
             self._tasks = [
                 self._loop.create_task(self._ask(place, agent, question, sheet))
@@ -209,10 +211,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             ]
         if self._halted:
             self._cancel()
-        await asyncio.wait(self._tasks)
-        for place, task in enumerate(self._tasks):
-            if task.cancelled():  # before it had begun
-                sheet.fail(place, INTERRUPTED)
+        await self._all_done
         self._tasks = []
 
     async def _ask(self, place: int, agent: Participant | str, question: Question, sheet: AnswerSheet) -> None:
@@ -227,6 +226,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             sheet.fail(place, str(error))
         except PERSONAL as error:
             sheet.fail(place, INTERRUPTED if self._halted else one_line(error))
+        if sheet.done == self.count:
+            self._all_done.set_result(None)
 
     async def _blocking_reply(self, agent: Participant, question: Question) -> Any:
         """What a `reply` that may block says, in one of the server's threads."""

@@ -74,7 +74,8 @@ def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, H
         if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
             raise ClusterError(
                 f"{endpoint}: its host has {shake.server_per_host} participant and {shake.moderator_per_host} "
-                f"moderator servers from port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
+                f"moderator servers from port {shake.base_port}; "
+                f"this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
             )
     return shakes
 

@@ -97,7 +97,7 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=True, message=shake.to_json())
 
     def get_agent(self, agent_id: str) -> Any:
-        self._hear(run_of(agent_id))
+        self._hear(agent_id)
         agent = super().get_agent(agent_id)
         if agent is None:
             group, _, index = agent_id.rpartition("/")
@@ -107,11 +107,10 @@ class SimulationServicer(AgentServerServicer):
         return agent
 
     def create_agent(self, request: Any, context: Any) -> GeneralResponse:
-        run = run_of(request.agent_id)
-        self._hear(run)
-        for agent_id, agent in self._hosted().items():
-            if getattr(agent, "lease_s", None) is None and run_of(agent_id) != run:  # kept, until this next run
-                self._drop(agent_id)
+        if self._hear(request.agent_id):  # a new run: what an earlier one kept has served its time
+            for agent_id, agent in self._hosted().items():
+                if getattr(agent, "lease_s", 0) is None:
+                    self._drop(agent_id)
         return super().create_agent(request, context)
 
     def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
@@ -136,9 +135,15 @@ class SimulationServicer(AgentServerServicer):
                 logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
                 self._drop(agent_id)
 
-    def _hear(self, run: str) -> None:
+    def _hear(self, agent_id: str) -> bool:
+        """Renew the lease of the run that an id belongs to, if it is one of ours; returns whether the run is new."""
+        run, ours, _ = agent_id.partition("/")
+        if not ours:
+            return False
         with self._heard_lock:
+            new = run not in self._heard
             self._heard[run] = time.monotonic()
+        return new
 
     def _hosted(self) -> dict[str, Any]:
         with self.agent_id_lock:
