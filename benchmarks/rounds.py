@@ -121,7 +121,7 @@ def one_object(config: SimulationConfig, participants: int, think_s: float) -> t
 
 
 BARE = """
-import asyncio, random, statistics, sys, time
+import asyncio, random, resource, statistics, sys, time
 
 async def participant(think_s):
     await asyncio.sleep(think_s)
@@ -133,27 +133,25 @@ async def main(participants, think_s):
     statistics.fmean(numbers)
     return time.perf_counter() - began
 
-print(asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]))))
+seconds = asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 """
 
 
-def bare(participants: int, think_s: float) -> tuple[float, float]:
-    """A gather over bare coroutines in a process of its own; returns no creation, and the seconds."""
+def bare(participants: int, think_s: float, runs: int) -> Figures:
+    """A gather over bare coroutines, in processes of its own."""
     command = [sys.executable, "-c", BARE, str(participants), str(think_s)]
-    return 0.0, float(subprocess.run(command, capture_output=True, check=True).stdout)
+    printed = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(runs)]
+    seconds, memory = zip(*(map(float, line.split()) for line in printed), strict=True)
+    return Figures(0.0, statistics.median(seconds), max(memory), runs)
 
 
-def memory_mb(pids: list[int] | None) -> float:
-    """PSS of these processes; of the newest child of this one for None."""
-    processes_now = [psutil.Process(pid) for pid in pids] if pids else psutil.Process().children()[-1:]
-    total = 0
-    for process in processes_now:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().pss
-    return total / 2**20
+def memory_mb(pids: list[int]) -> float:
+    """Memory of these processes together: what they share counts once."""
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
 
 
-def peak_mb(work: Callable[[], object], pids: list[int] | None) -> float:
+def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
     """The peak of `memory_mb` while the work is done."""
     peak = 0.0
     ended = threading.Event()
@@ -171,7 +169,7 @@ def peak_mb(work: Callable[[], object], pids: list[int] | None) -> float:
     return peak
 
 
-def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int] | None) -> Figures:
+def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int]) -> Figures:
     """Medians of `runs` runs, and the memory of one more; of the same one where it is the only one."""
     times: list[tuple[float, float]] = [play() for _ in range(runs)] if runs > 1 else []
     memory = peak_mb((lambda: times.append(play())) if runs == 1 else play, pids)
@@ -199,7 +197,7 @@ def main() -> None:
         for participants, think_s in SCENES:
             scene = (config, participants, think_s)
             figures = {"this program": measure(lambda scene=scene: ours(*scene), arguments.repeats, everyone)}
-            figures["bare asyncio"] = measure(lambda scene=scene: bare(*scene[1:]), arguments.repeats, None)
+            figures["bare asyncio"] = bare(participants, think_s, arguments.repeats)
             large = participants > 10_000
             if not (large and arguments.quick):
                 runs = 1 if large else min(arguments.repeats, 3)
