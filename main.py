@@ -16,10 +16,15 @@ import typing
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.config import SimulationConfig, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, GameEnded, Interrupted, SettingsError, SimulationError
+
+if TYPE_CHECKING:
+    from simulation.console import ProgressWatch
+    from simulation.results import RunDirectory
+    from simulation.security import ClusterKey
 
 ACTIONS = {
     "--status": "show a row per agent server of this host (role participant)",
@@ -121,7 +126,7 @@ def play(config: SimulationConfig) -> int:
     """Role main: check everything, start what is missing, play, and leave nothing behind but the results."""
     from loguru import logger
 
-    from simulation import launcher, processes
+    from simulation import launcher
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.results import RunDirectory, new_run_id
     from simulation.security import load_or_make
@@ -147,9 +152,9 @@ def play(config: SimulationConfig) -> int:
             raise Interrupted(watch.stop_signal)
 
     try:
-        if config.hosts == ("localhost",) and not processes.anything_listens(config.ports):
+        if config.hosts == ("localhost",) and not any_of_ours(config, key):
             logger.info(
-                f"no agent servers run here: starting {config.server_per_host} for participants and "
+                f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
                 f"{config.moderator_per_host} for moderators, for this run"
             )
             started = time.monotonic()
@@ -164,7 +169,20 @@ def play(config: SimulationConfig) -> int:
         directory.discard_if_empty()
 
 
-def play_rounds(config: SimulationConfig, run_id: str, key: Any, directory: Any, watch: Any) -> int:
+def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
+    """Whether an agent server that this run could use is up on this host."""
+    from simulation.processes import anything_listens
+
+    if not anything_listens(config.ports):
+        return False  # the usual case on a laptop, told without waiting for AgentScope
+    from simulation.rounds import shake_hands
+
+    return bool(shake_hands(config, key)[0])
+
+
+def play_rounds(
+    config: SimulationConfig, run_id: str, key: ClusterKey, directory: RunDirectory, watch: ProgressWatch
+) -> int:
     """Play on servers that are ready, and write the results as they come; returns the exit status."""
     from loguru import logger
 
@@ -208,6 +226,7 @@ def play_rounds(config: SimulationConfig, run_id: str, key: Any, directory: Any,
                 if watch.stop_signal is not None:
                     break
     except GameEnded:
+        directory.join_answers()
         write("failed")
         raise
     for line in histogram_lines(results[-1].tally, config):

@@ -42,7 +42,7 @@ main() {
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
-  ensure_venv
+  ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"
 }
 

@@ -33,7 +33,7 @@ main() {
   flag --host-name "${HOST_NAME:-}"
   flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
-  ensure_venv
+  ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"
 }
 

@@ -19,7 +19,7 @@ main() {
     echo "no agent servers were running"
     return
   fi
-  ensure_venv
+  ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant --stop
 }
 

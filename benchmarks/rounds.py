@@ -121,7 +121,7 @@ def one_object(config: SimulationConfig, participants: int, think_s: float) -> t
 
 
 BARE = """
-import asyncio, random, resource, statistics, sys, time
+import asyncio, pathlib, random, resource, statistics, sys, time
 
 async def participant(think_s):
     await asyncio.sleep(think_s)
@@ -134,7 +134,12 @@ async def main(participants, think_s):
     return time.perf_counter() - began
 
 seconds = asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+if sys.platform == "linux":  # ru_maxrss still holds what the parent was before it became this program
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak_mb = int(status.split("VmHWM:")[1].split()[0]) / 2**10
+else:
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(seconds, peak_mb)
 """
 
 

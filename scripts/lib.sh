@@ -64,10 +64,10 @@ find_python() {
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
 
-# ensure_venv [group]: make .venv, or bring it up to date when a file that says what is in it has changed.
+# ensure_venv <group>: make .venv, or bring it up to date when a file that says what is in it has changed.
 ensure_venv() {
-  local group="${1:-}" have want python stamp log="$ROOT/run/install.log"
-  stamp="$VENV/installed${group:+-$group}"
+  local group="$1" have want python stamp log="$ROOT/run/install.log"
+  stamp="$VENV/installed-$group"
   have="$(version_of "$VENV/bin/python")" || have=""
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
   want="$have"
@@ -85,10 +85,11 @@ ensure_venv() {
     say "making $VENV with Python $want"
     "$python" -m venv --clear "$VENV" >>"$log" 2>&1 || fail 2 "cannot make $VENV; see $log"
   fi
-  say "installing what pyproject.toml names${group:+ (with group $group)} into $VENV; this takes a minute or two"
-  if ! pip_install pip || ! pip_install -e "$ROOT" ${group:+--group "$ROOT/pyproject.toml:$group"}; then
+  say "installing group $group of pyproject.toml into $VENV; this takes a minute or two"
+  if ! pip_install pip || ! pip_install --group "$ROOT/pyproject.toml:$group"; then
     fail 2 "cannot install: $(grep -i '^error' "$log" | tail -n 1 || true); see $log"
   fi
+  wanted >"$VENV/installed-run" # which every group includes
   wanted >"$stamp"
 }
 

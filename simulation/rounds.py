@@ -20,7 +20,15 @@ from moderator import Moderator, Seating, whole_tally
 from participant import Participant
 from simulation.config import SimulationConfig
 from simulation.custom import load_class, pack_class
-from simulation.errors import AgentGone, ClusterError, GameEnded, Interrupted, SettingsError, UnusableAnswer
+from simulation.errors import (
+    AgentGone,
+    ClusterError,
+    GameEnded,
+    Interrupted,
+    SettingsError,
+    SimulationError,
+    UnusableAnswer,
+)
 from simulation.game import Announcement, Answers, Game, RoundResult, Winners, merge, question_for
 from simulation.group import Progress
 from simulation.placement import Endpoint, endpoints, group_id, group_of, moderator_id, place
@@ -55,18 +63,24 @@ class Watch(Protocol):
         """Called about once a second, and at the end of each stage: "participants created" or "answers in"."""
 
 
-def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
-    """Shake hands with every agent server that the run uses, all at once.
-
-    Raises ClusterError that says how many answer and what the first other one's trouble is.
-    """
+def shake_hands(
+    config: SimulationConfig, key: ClusterKey
+) -> tuple[dict[Endpoint, Handshake], dict[Endpoint, SimulationError]]:
+    """Ask every agent server that the run uses who it is, all at once; returns who answers, and errors, by address."""
     use_key(key)
-    ports = config.server_per_host + config.moderator_per_host
-    servers = endpoints(config.hosts, config.base_port, ports)
-    shakes, errors = fan_out({each: partial(handshake, each, config.connect_timeout) for each in servers})
+    servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
+    return fan_out({each: partial(handshake, each, config.connect_timeout) for each in servers})
+
+
+def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
+    """Shake hands with every agent server that the run uses.
+
+    Raises ClusterError that says how many are ready, and what the trouble is with the first that is not.
+    """
+    shakes, errors = shake_hands(config, key)
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
     for error in errors.values():
-        raise ClusterError(f"{len(shakes)} of {len(servers)} agent servers are ready; {error}; {restart}")
+        raise ClusterError(f"{len(shakes)} of {len(shakes) + len(errors)} agent servers are ready; {error}; {restart}")
     layout = (config.base_port, config.server_per_host, config.moderator_per_host)
     for endpoint, shake in shakes.items():
         if shake.versions != OWN_VERSIONS:

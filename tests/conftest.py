@@ -1,0 +1,182 @@
+"""Real agent servers on loopback, started by the real scripts from a copy of the checkout in a path with a space."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Checkout:
+    """A copy of the project, its scripts, and what they leave."""
+
+    path: Path
+    base_port: int
+
+    def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+        """Start one of the scripts, or main.py, in the background, with this checkout's ports."""
+        env = {**os.environ, "BASE_PORT": str(self.base_port), "COLUMNS": "120", **options.pop("env", {})}
+        program = [str(self.path / command[0])]
+        if command[0].endswith(".py"):
+            program = [str(self.path / ".venv/bin/python"), *program]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.path, **options}
+        return subprocess.Popen([*program, *command[1:]], env=env, text=True, start_new_session=True, **options)
+
+    def run(self, *command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run one of them to its end."""
+        process = self.start(*command, **options)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"{command} took longer than {timeout} s:\n{process.communicate()}")
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def play(self, *arguments: str, status: int = 0, **options: Any) -> dict[str, Any]:
+        """Play a game, check the exit status, and return summary.json."""
+        done = self.run("run_simulation.sh", *arguments, **options)
+        assert done.returncode == status, done.stderr
+        return self.summary()
+
+    def summary(self, run: Path | None = None) -> dict[str, Any]:
+        return json.loads(((run or self.path / "runs/latest") / "summary.json").read_text())
+
+    def answers(self, run: Path | None = None) -> list[dict[str, Any]]:
+        return pq.read_table((run or self.path / "runs/latest") / "answers.parquet").to_pylist()
+
+    def values(self) -> list[float | None]:
+        return [row["value"] for row in self.answers()]
+
+    def runs(self) -> set[str]:
+        return {path.name for path in (self.path / "runs").glob("*")} if (self.path / "runs").exists() else set()
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive that was started from this checkout."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command = process.info["cmdline"] or []
+            if any(str(self.path) in part for part in command) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def pid(self, port_offset: int) -> int:
+        return int((self.path / f"run/servers/{self.base_port + port_offset}.pid").read_text())
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` consecutive ports that are free now, below the range that the system hands out."""
+    for _ in range(200):
+        base = random.randrange(15_000, 32_000 - count)
+        if all(is_free(port) for port in range(base, base + count)):
+            return base
+    raise RuntimeError("no free ports")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Wait until a condition holds, and return what it returned."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    pytest.fail(f"not within {timeout_s} s: {what}")
+
+
+def one_line(stderr: str) -> str:
+    """The single line of an error; fails if there is more, or a traceback."""
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+def copy_checkout(target: Path) -> Path:
+    """Copy what git would clone, uncommitted changes included, and lend it this project's environment."""
+    names = (
+        subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .split("\0")
+    )
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    (target / ".venv").symlink_to(ROOT / ".venv")
+    return target
+
+
+def clean_up(checkout: Checkout) -> None:
+    """Fail if the test left a process, a port or a half-written file behind; remove them all the same."""
+    left = checkout.processes()
+    names = [" ".join(process.info["cmdline"])[-150:] for process in left]
+    for process in left:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
+    assert not names, f"left running: {names}"
+    taken = [port for port in range(checkout.base_port, checkout.base_port + 20) if not is_free(port)]
+    assert not taken, f"ports still taken: {taken}"
+    drafts = [path for path in checkout.path.rglob("*") if path.name.endswith(".new") or path.name == "probe"]
+    assert not drafts, f"half-written files: {drafts}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Where changes are checked, a test that is skipped has failed."""
+    report = yield
+    if report.skipped and os.environ.get("CI"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Iterator[Checkout]:
+    """A checkout of one test's own, with nothing running."""
+    own = Checkout(copy_checkout(tmp_path / "a b"), free_ports(24))
+    yield own
+    clean_up(own)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    """A checkout whose 3 + 4 agent servers run for all tests of a module."""
+    own = Checkout(copy_checkout(tmp_path_factory.mktemp("cluster") / "a b"), free_ports(24))
+    started = own.run("start_all_server.sh", "3")
+    assert started.returncode == 0, started.stderr
+    yield own
+    stopped = own.run("stop_all_server.sh")
+    assert stopped.returncode == 0, stopped.stderr
+    clean_up(own)

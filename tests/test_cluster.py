@@ -1,0 +1,237 @@
+"""Games on servers that stay up: placement, seeds, dispatch, results, kept agents, leases."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import time
+
+import psutil
+import pytest
+from conftest import until
+
+
+def table(out: str) -> dict[int, list[str]]:
+    """The rows of --status, by port."""
+    return {int(line.split()[0]): line.split() for line in out.splitlines()[1:]}
+
+
+def agents(cluster) -> list[int]:
+    rows = table(cluster.run("start_all_server.sh", "--status").stdout)
+    return [int(row[5]) for row in rows.values()]
+
+
+@pytest.mark.parametrize("participants", [1, 2, 3, 1000, 1001])
+def test_everyone_is_asked_once(cluster, participants):
+    summary = cluster.play("3", str(participants), "--sleep-time", "0", "--seed", "7")
+    (played,) = summary["rounds"]
+    assert (played["asked"], played["answered"], played["failed"]) == (participants, participants, 0)
+    rows = cluster.answers()
+    assert [row["participant"] for row in rows] == list(range(participants))
+    values = [row["value"] for row in rows]
+    assert played["average"] == pytest.approx(statistics.fmean(values))
+    assert played["median"] == statistics.median(values)
+    assert played["std"] == pytest.approx(statistics.pstdev(values))
+    assert (played["min"], played["max"]) == (min(values), max(values))
+    nearest = min(abs(value - played["average"]) for value in values)
+    winners = [index for index, value in enumerate(values) if math.isclose(abs(value - played["average"]), nearest)]
+    assert played["winners"] == {"count": len(winners), "participants": [f"P{index}" for index in winners[:10]]}
+    assert agents(cluster) == [0] * 7
+
+
+def test_summary_and_console_are_as_promised(cluster):
+    done = cluster.run("run_simulation.sh", "3", "1000", "--seed", "7", "--rounds", "2")
+    assert done.returncode == 0
+    summary = cluster.summary()
+    assert summary["status"] == "complete" and summary["llm"] is None
+    assert set(summary) == {"run_id", "status", "config", "cluster", "seconds", "rounds", "llm"}
+    assert set(summary["seconds"]) == {"connect", "create", "rounds", "total"}
+    assert summary["cluster"]["lost"] == []
+    assert [entry["round"] for entry in summary["rounds"]] == [1, 2]
+    assert set(summary["rounds"][0]) == {
+        *("round", "asked", "answered", "failed", "failures", "reassigned", "average", "median", "std"),
+        *("min", "max", "winning_number", "winners", "seconds"),
+    }
+    assert summary["config"]["seed"] == 7
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Moderator: The average value is 51.778 [takes 1.")
+    assert lines[1] == "Moderator: P4, P118, P406, P562, P587, P742, P745 win with 52, the closest to it."
+    assert any("█" in line for line in lines)
+    for expected in (
+        "init 1000 random participant agents...",
+        "init 4 moderator agents...",
+        "[init takes 0.",
+        "round 1: asking 1000 participants",
+        "round 2: asking 1000 participants",
+    ):
+        assert expected in done.stderr
+    run = cluster.path / "runs" / "latest"
+    assert run.resolve().name == summary["run_id"]
+    assert {path.name for path in run.iterdir()} == {"summary.json", "answers.parquet", "histogram.png"}
+    assert (run / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    rows = cluster.answers()
+    assert len(rows) == 2000 and [row["round"] for row in rows] == [1] * 1000 + [2] * 1000
+    report = cluster.run("main.py", "--role", "report", "--run-dir", str(run))
+    assert report.returncode == 0
+    assert report.stdout.splitlines()[:4] == lines[:4]
+
+
+def test_a_seed_repeats_the_game_on_any_layout_and_dispatch(cluster, checkout):
+    common = ("--sleep-time", "0.01", "--rounds", "2", "--decimals", "2")
+    cluster.play("3", "301", "--seed", "7", *common)
+    wanted = cluster.answers()
+    assert len({row["value"] for row in wanted}) > 400
+    cluster.play("3", "301", "--seed", "7", "--dispatch", "agent", *common)
+    assert cluster.answers() == wanted
+    checkout.play("2", "301", "--seed", "7", *common, env={"MODERATOR_PER_HOST": "5"})
+    assert checkout.answers() == wanted
+    assert checkout.summary()["cluster"]["moderators"] == 5
+    cluster.play("3", "301", "--seed", "8", *common)
+    assert cluster.answers() != wanted
+
+
+def test_a_drawn_seed_is_printed_and_repeats_the_game(cluster):
+    done = cluster.run("run_simulation.sh", "3", "100", "--sleep-time", "0")
+    seed, values = cluster.summary()["config"]["seed"], cluster.values()
+    assert f"--seed {seed} plays this game again" in done.stderr
+    cluster.play("3", "100", "--sleep-time", "0", "--seed", str(seed))
+    assert cluster.values() == values
+    cluster.play("3", "100", "--sleep-time", "0")
+    assert cluster.summary()["config"]["seed"] != seed
+
+
+def test_a_fine_grain_is_counted_exactly(cluster):
+    summary = cluster.play(
+        "3", "5000", "--seed", "7", "--sleep-time", "0", "--max-value", "1000000000", "--decimals", "6"
+    )
+    assert len(set(cluster.values())) == 5000
+    assert summary["rounds"][0]["average"] == pytest.approx(statistics.fmean(cluster.values()), rel=1e-12)
+
+
+def test_64000_participants(cluster):
+    summary = cluster.play("3", "64000", "--seed", "7", "--sleep-time", "0")
+    assert summary["rounds"][0]["answered"] == 64_000
+    assert len(cluster.values()) == 64_000
+    assert (cluster.path / "runs/latest/summary.json").stat().st_size < 100_000
+
+
+def test_a_run_directory_is_named_and_never_overwritten(cluster, tmp_path):
+    folder = tmp_path / "my results"
+    cluster.play("3", "10", "--sleep-time", "0", "--run-dir", str(folder))
+    before = (folder / "summary.json").read_bytes()
+    assert (cluster.path / "runs/latest").resolve() == folder
+    again = cluster.run("run_simulation.sh", "3", "10", "--run-dir", str(folder))
+    assert again.returncode == 2 and "holds results already" in again.stderr
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_kept_agents_can_be_asked_until_the_next_run(cluster):
+    summary = cluster.play("3", "30", "--sleep-time", "0", "--seed", "7", "--keep-agents")
+    run = cluster.path / "runs" / summary["run_id"]
+    assert sum(agents(cluster)) == 34
+
+    def ask(participant: int):
+        number = str(participant)
+        return cluster.run(
+            "main.py", "--role", "ask", "--run-dir", str(run), "--participant", number, "--text", "Well?"
+        )
+
+    for participant in (0, 17, 29):
+        reply = ask(participant)
+        assert reply.returncode == 0 and 0 <= int(float(reply.stdout)) <= 100
+    assert "participants 0 to 29" in ask(30).stderr
+    cluster.play("3", "5", "--sleep-time", "0")
+    assert agents(cluster) == [0] * 7
+    gone = ask(17)
+    assert gone.returncode == 3 and "--keep-agents" in gone.stderr and len(gone.stderr.splitlines()) == 1
+
+
+def test_a_main_killed_leaves_nothing_after_its_lease(cluster):
+    process = cluster.start("run_simulation.sh", "3", "300", "--sleep-time", "600", "--lease", "3")
+    try:
+        until(lambda: sum(agents(cluster)) == 304, 30, "the agents are there")
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        until(lambda: sum(agents(cluster)) == 0, 15, "the agents are gone")
+    finally:
+        process.kill()
+        process.communicate()
+    assert "was not heard of" in (cluster.path / f"run/servers/{cluster.base_port}.log").read_text()
+
+
+def test_the_lease_outlives_a_main_that_is_busy(cluster):
+    """A round three times as long as the lease: polls renew it, and so does the heartbeat between them."""
+    summary = cluster.play("3", "12", "--sleep-time", "6", "--lease", "2")
+    assert summary["rounds"][0]["answered"] == 12
+
+
+def test_two_mains_use_the_same_servers_at_once(cluster, tmp_path):
+    games = [
+        cluster.start(
+            "run_simulation.sh", "3", "200", "--seed", seed, "--sleep-time", "1", "--run-dir", str(tmp_path / seed)
+        )
+        for seed in ("7", "8")
+    ]
+    for game in games:
+        _, err = game.communicate(timeout=60)
+        assert game.returncode == 0, err
+    assert cluster.answers(tmp_path / "7") != cluster.answers(tmp_path / "8")
+    cluster.play("3", "200", "--seed", "7", "--sleep-time", "0")
+    assert cluster.answers() == cluster.answers(tmp_path / "7")
+
+
+@pytest.mark.slow
+def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
+    def memory_mb() -> float:
+        return sum(psutil.Process(cluster.pid(offset)).memory_full_info().uss for offset in range(7)) / 2**20
+
+    for _ in range(3):
+        cluster.play("3", "20000", "--sleep-time", "0")
+    settled = memory_mb()
+    for _ in range(20):
+        cluster.play("3", "20000", "--sleep-time", "0")
+    assert memory_mb() < settled * 1.1 + 5
+    assert agents(cluster) == [0] * 7
+
+
+def test_status_shows_a_row_per_server(cluster):
+    rows = table(cluster.run("start_all_server.sh", "--status").stdout)
+    assert list(rows) == [cluster.base_port + offset for offset in range(7)]
+    assert [row[1] for row in rows.values()] == ["participant"] * 3 + ["moderator"] * 4
+    assert [int(row[2]) for row in rows.values()] == [cluster.pid(offset) for offset in range(7)]
+    assert all(float(row[6]) > 5 for row in rows.values())
+
+
+def test_a_second_start_succeeds_for_the_same_set_only(cluster):
+    pids = [cluster.pid(offset) for offset in range(7)]
+    began = time.monotonic()
+    assert cluster.run("start_all_server.sh", "3").returncode == 0
+    assert time.monotonic() - began < 10
+    other = cluster.run("start_all_server.sh", "4")
+    assert other.returncode == 3 and "7 agent servers of this host run already" in other.stderr
+    swapped = cluster.run("start_all_server.sh", "4", env={"MODERATOR_NUM": "3"})
+    assert swapped.returncode == 3 and "3 for participants and 4 for moderators" in swapped.stderr
+    assert [cluster.pid(offset) for offset in range(7)] == pids
+
+
+def test_a_run_that_asks_for_another_layout_is_refused(cluster):
+    runs = cluster.runs()
+    done = cluster.run("run_simulation.sh", "2", "10", env={"MODERATOR_PER_HOST": "5"})
+    assert done.returncode == 3
+    assert "3 participant and 4 moderator servers" in done.stderr and "this run asks for 2 and 5" in done.stderr
+    assert cluster.runs() == runs
+
+
+def test_servers_of_another_version_of_the_program_are_refused(cluster):
+    source = cluster.path / "participant.py"
+    before = source.read_bytes()
+    source.write_bytes(before + b"\n# edited after the servers were started\n")
+    try:
+        done = cluster.run("run_simulation.sh", "3", "10")
+        assert done.returncode == 3 and "runs another version" in done.stderr
+        assert "another version" in cluster.run("start_all_server.sh", "3").stderr
+    finally:
+        source.write_bytes(before)
+    cluster.play("3", "10", "--sleep-time", "0")

@@ -1,0 +1,61 @@
+"""Every setting is checked before anything starts, in one line that names flag, value and range."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, one_line
+
+BAD = [
+    ("--max-value -1", "must be from 1 to 1000000000"),
+    ("--max-value 0", "must be from 1"),
+    ("--max-value ten", "whole number"),
+    ("--participant-num 0", "must be from 1"),
+    ("--participant-num 1e6", "in digits such as 1000"),
+    ("--server-per-host -5", "must be from 1"),
+    ("--sleep-time -1", "must be from 0"),
+    ("--sleep-time nan", "must be from 0"),
+    ("--sleep-time soon", "must be a number"),
+    ("--base-port 70000", "must be from 1 to 65535"),
+    ("--base-port 65530", "would end at port 65543"),
+    ("--seed -1", "must be from 0"),
+    ("--rounds 0", "must be from 1"),
+    ("--decimals 7", "must be from 0 to 6"),
+    ("--dispatch both", "must be one of group, agent"),
+    ("--agent-type robot", "must be one of random, llm"),
+    ("--agent-type llm", "--agent-class"),
+    ("--role boss", "must be one of main, participant, ask, report"),
+    ("--role ask", "give --run-dir"),
+    ("--role report", "give --run-dir"),
+    ("--hosts a a", "none twice"),
+    ("--max-valu 5", "unrecognized"),
+    ("--seed", "expected one argument"),
+    ("stray", "unrecognized"),
+    ("--agent-class mine.py", "my_file.py:MyParticipant"),
+    ("--agent-class nowhere.py:Mine", "there is no file"),
+    ("--role report --run-dir nowhere", "summary.json"),
+]
+
+
+def main_py(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD)
+def test_bad_settings_are_one_line_and_status_2(arguments, expected):
+    done = main_py(*arguments.split())
+    message = one_line(done.stderr)
+    assert done.returncode == 2 and done.stdout == ""
+    assert expected in message
+
+
+def test_help_lists_every_flag_and_its_default():
+    done = main_py("--help")
+    assert done.returncode == 0
+    for flag in ("--seed", "--keep-agents", "--agent-class", "--dispatch", "--moderator-per-host", "--run-dir"):
+        assert flag in done.stdout
+    assert "(default: 12330)" in done.stdout.replace("\n", " ").replace("  ", "")

@@ -1,0 +1,281 @@
+"""What goes wrong on one machine: taken ports, dead servers, full disks, signals. Each in one line, nothing left."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import socket
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import until
+
+BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
+
+
+def last_line(err: str) -> str:
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+def asking(checkout) -> bool:
+    """Whether the participants of a run that a test started are there."""
+    logs = checkout.path.glob("run/servers/*.log")
+    return any("ParticipantGroup" in log.read_text() for log in logs)
+
+
+def test_one_command_starts_plays_and_stops(checkout):
+    done = checkout.run("run_simulation.sh", "2", "100", "--sleep-time", "0", cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "no agent servers of this cluster run here: starting 2 for participants and 4 for moderators" in done.stderr
+    assert "6 agent servers are ready" in done.stderr and "stopped the 6 agent servers" in done.stderr
+    assert checkout.processes() == [] and not list((checkout.path / "run/servers").glob("*.pid"))
+    assert checkout.summary()["status"] == "complete"
+
+
+def test_three_steps(checkout):
+    started = checkout.run("start_all_server.sh", "2", env={"MODERATOR_NUM": "1"}, cwd="/")
+    assert started.returncode == 0 and "ready on localhost" in started.stdout
+    for participants in ("10", "11"):
+        done = checkout.run(
+            "run_simulation.sh", "2", participants, "--sleep-time", "0", env={"MODERATOR_PER_HOST": "1"}
+        )
+        assert done.returncode == 0 and "stopped" not in done.stderr
+    stopped = checkout.run("stop_all_server.sh")
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped 3 agent servers\n")
+    again = checkout.run("stop_all_server.sh")
+    assert (again.returncode, again.stdout) == (0, "no agent servers were running\n")
+    nothing = checkout.run("start_all_server.sh", "--status")
+    assert (nothing.returncode, nothing.stdout) == (0, "no agent servers are running\n")
+
+
+def test_a_port_taken_by_another_program_is_named_and_left_alone(checkout):
+    with socket.create_server(("127.0.0.1", checkout.base_port + 3)):
+        for command in (("start_all_server.sh", "2"), ("run_simulation.sh", "2", "10")):
+            done = checkout.run(*command)
+            assert done.returncode == 3
+            assert f"port {checkout.base_port + 3} of localhost is taken" in last_line(done.stderr)
+            assert checkout.processes() == []
+    assert checkout.runs() == set()
+
+
+def test_a_dead_server_is_named_before_the_run(checkout):
+    assert checkout.run("start_all_server.sh", "10").returncode == 0
+    os.kill(checkout.pid(5), signal.SIGKILL)
+    done = checkout.run("run_simulation.sh", "10", "100")
+    assert done.returncode == 3
+    assert "13 of 14 agent servers are ready" in last_line(done.stderr)
+    assert f"localhost:{checkout.base_port + 5}: no server listens there" in last_line(done.stderr)
+    status = checkout.run("start_all_server.sh", "--status")
+    assert status.returncode == 3 and "does not answer" in status.stdout
+    assert checkout.run("start_all_server.sh", "10").returncode == 3
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 13 agent servers\n"
+    assert checkout.runs() == set()
+
+
+def test_a_server_that_dies_in_the_round_ends_the_game(checkout):
+    assert checkout.run("start_all_server.sh", "2").returncode == 0
+    game = checkout.start("run_simulation.sh", *BUSY)
+    until(lambda: asking(checkout), 20, "the round has begun")
+    os.kill(checkout.pid(1), signal.SIGKILL)
+    _, err = game.communicate(timeout=60)
+    assert game.returncode == 4 and "round 1 cannot be finished" in last_line(err)
+    assert checkout.summary()["status"] == "failed"
+    assert checkout.run("stop_all_server.sh").returncode == 0
+
+
+def test_a_stale_pid_file_is_no_reason_to_signal_a_stranger(checkout):
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        servers = checkout.path / "run/servers"
+        servers.mkdir(parents=True)
+        (servers / f"{checkout.base_port}.pid").write_text(f"{stranger.pid}\n")
+        (servers / "launcher.pid").write_text(f"{stranger.pid}\n")
+        assert checkout.run("stop_all_server.sh").stdout == "no agent servers were running\n"
+        (servers / f"{checkout.base_port}.pid").write_text(f"{stranger.pid}\n")
+        assert checkout.run("start_all_server.sh", "1").returncode == 0
+        assert checkout.pid(0) != stranger.pid
+        assert checkout.run("stop_all_server.sh").stdout == "stopped 5 agent servers\n"
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_term_ends_servers_in_the_middle_of_a_round(checkout, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import time\nfrom participant import Participant\nclass Mine(Participant):\n"
+        "    def reply(self, x):\n        time.sleep(600)\n"
+    )
+    assert checkout.run("start_all_server.sh", "2").returncode == 0
+    games = [
+        checkout.start("run_simulation.sh", *BUSY),
+        checkout.start("run_simulation.sh", *BUSY, "--agent-class", f"{mine}:Mine"),
+    ]
+    until(
+        lambda: sum(log.read_text().count("ParticipantGroup") for log in checkout.path.glob("run/servers/*.log")) >= 8,
+        30,
+        "both",
+    )
+    began = time.monotonic()
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 6 agent servers\n"
+    assert time.monotonic() - began < 5
+    for game in games:
+        _, err = game.communicate(timeout=60)
+        assert game.returncode == 4, err
+        assert "Traceback" not in err
+    assert "killed" not in "".join(log.read_text() for log in checkout.path.glob("run/servers/*.log"))
+
+
+def test_a_server_that_hangs_is_killed(checkout):
+    assert checkout.run("start_all_server.sh", "1", env={"MODERATOR_NUM": "1"}).returncode == 0
+    os.kill(checkout.pid(0), signal.SIGSTOP)
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status):
+    mine = checkout.path / "mine.py"
+    mine.write_text(
+        "import asyncio\nfrom participant import Participant\nclass Mine(Participant):\n"
+        "    async def answer(self, question):\n"
+        "        await asyncio.sleep(600 * (self.index >= 30))\n        return 50\n"
+    )
+    game = checkout.start("run_simulation.sh", "2", "100", "--rounds", "3", "--agent-class", f"{mine}:Mine")
+    until(lambda: asking(checkout), 20, "the round has begun")
+    time.sleep(1)  # for the answers of those who answer
+    game.send_signal(number)
+    out, err = game.communicate(timeout=20)
+    assert game.returncode == status, err
+    assert "Traceback" not in err and "stopped the 6 agent servers" in err
+    summary = checkout.summary()
+    assert summary["status"] == "interrupted" and len(summary["rounds"]) == 1
+    played = summary["rounds"][0]
+    assert (played["asked"], played["answered"], played["failures"]) == (100, 30, {"interrupted": 70})
+    assert "The average value is 50.000" in out
+    assert [row["value"] for row in checkout.answers()] == [50.0] * 30 + [None] * 70
+
+
+def test_a_second_ctrl_c_ends_at_once(checkout):
+    mine = checkout.path / "mine.py"
+    mine.write_text(
+        "import time\nfrom participant import Participant\nclass Mine(Participant):\n"
+        "    def reply(self, x):\n        time.sleep(600)\n"
+    )
+    game = checkout.start("run_simulation.sh", "2", "100", "--agent-class", f"{mine}:Mine", "--dispatch", "agent")
+    until(lambda: asking(checkout), 20, "the round has begun")
+    game.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    began = time.monotonic()
+    game.send_signal(signal.SIGINT)
+    _, err = game.communicate(timeout=20)
+    assert game.returncode == 130 and time.monotonic() - began < 2 and "Traceback" not in err
+    until(lambda: not checkout.processes(), 10, "the servers end with their main")
+
+
+def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
+    game = checkout.start("run_simulation.sh", *BUSY)
+    until(lambda: asking(checkout), 20, "the round has begun")
+    game.kill()
+    game.communicate()
+    until(lambda: not checkout.processes(), 10, "the servers end with their main")
+
+
+def test_a_key_that_others_can_read_stops_everything(checkout):
+    checkout.play("2", "10", "--sleep-time", "0")
+    runs = checkout.runs()
+    (checkout.path / ".cluster/cluster.key").chmod(0o644)
+    for command in (("run_simulation.sh", "2", "10"), ("start_all_server.sh", "2")):
+        done = checkout.run(*command)
+        assert done.returncode == 2 and "chmod 600" in last_line(done.stderr)
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert checkout.runs() == runs
+
+
+def test_a_read_only_runs_folder_is_found_out_first(checkout):
+    (checkout.path / "runs").mkdir(mode=0o555)
+    done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7")
+    assert done.returncode == 2 and "read-only" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert checkout.processes() == [] and checkout.runs() == set()
+    (checkout.path / "runs").rmdir()
+    (checkout.path / "runs").write_text("not a folder")
+    done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounts a small file system, which takes root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_found_out_first(checkout, small_disk):
+    (small_disk / "earlier").write_bytes(b"x" * 500_000)
+    done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7", "--run-dir", str(small_disk / "run"))
+    assert done.returncode == 5 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in small_disk.iterdir()) == ["earlier"]
+
+
+def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
+    flags = ("--rounds", "5", "--max-value", "1000000000", "--decimals", "3", "--sleep-time", "0")
+    run = small_disk / "run"
+    done = checkout.run("run_simulation.sh", "2", "20000", *flags, "--run-dir", str(run))
+    assert done.returncode == 5 and "No space left" in last_line(done.stderr)
+    assert done.stdout.count("The average value is") >= 2
+    summary = checkout.summary(run)
+    assert summary["status"] == "interrupted" and len(summary["rounds"]) >= 1
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert len(list(run.glob("answers-*.parquet"))) >= len(summary["rounds"])
+
+
+def test_a_reader_that_goes_away_stops_nothing(checkout):
+    game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0")
+    assert game.stdout is not None and game.stderr is not None
+    game.stdout.close()
+    err = game.stderr.read()
+    game.stderr.close()
+    assert game.wait(timeout=60) == 0, err
+    assert checkout.summary()["status"] == "complete"
+
+
+def test_a_log_gets_a_plain_line_now_and_then(checkout):
+    done = checkout.run("run_simulation.sh", "2", "10", "--sleep-time", "7")
+    assert "answers in: 0 of 10" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_terminal_gets_a_bar(checkout):
+    ours, theirs = pty.openpty()
+    game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "2", stderr=theirs, env={"TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(ours)
+    out, _ = game.communicate(timeout=30)
+    assert game.returncode == 0
+    for stage in (b"agent servers ready", b"answers in"):
+        assert stage in seen
+    assert "━".encode() in seen and seen.rstrip().endswith(b"agent servers of this run")
+    assert "Moderator: The average value is" in out and "\x1b" not in out
+
+
+def test_nothing_else_is_started(checkout):
+    """The launcher forks one process per port, and imports AgentScope once."""
+    assert checkout.run("start_all_server.sh", "2").returncode == 0
+    launcher = psutil.Process(int((checkout.path / "run/servers/launcher.pid").read_text()))
+    assert {child.pid for child in launcher.children()} == {checkout.pid(offset) for offset in range(6)}
+    assert len(checkout.processes()) == 7
+    assert checkout.run("stop_all_server.sh").returncode == 0

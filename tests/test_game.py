@@ -1,0 +1,178 @@
+"""The rules: draws, reading answers, counting them, who is closest."""
+
+from __future__ import annotations
+
+import statistics
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from simulation.errors import UnusableAnswer
+from simulation.game import (
+    CAUSES_TOLD_APART,
+    WINNERS_NAMED,
+    AnswerSheet,
+    Game,
+    Tally,
+    Winners,
+    draw,
+    merge,
+    parse_number,
+    to_units,
+)
+
+answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
+
+
+def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Game:
+    return Game(seed, max_value, decimals, 0.0)
+
+
+def sheet_of(entries: list[int | str], first: int = 0) -> AnswerSheet:
+    sheet = AnswerSheet(first, len(entries))
+    for place, entry in enumerate(entries):
+        if isinstance(entry, str):
+            sheet.fail(place, entry)
+        else:
+            sheet.put(place, entry)
+    return sheet
+
+
+def test_draws_are_the_known_ones():
+    assert [draw(game(7), 1, index) for index in range(10)] == [61, 41, 100, 10, 52, 76, 51, 15, 85, 76]
+    assert [draw(game(8), 1, index) for index in range(10)] == [77, 41, 33, 8, 87, 52, 78, 34, 73, 47]
+    assert [draw(game(7), 2, index) for index in range(6)] == [16, 5, 23, 31, 60, 21]
+    assert draw(game(2**64 - 1, 10**9, 6), 10_000, 10**9) == 461585616786214
+
+
+@pytest.mark.parametrize("seed", [0, 7, 8, 2**32 + 1])
+def test_draws_are_uniform_and_independent_of_their_neighbours(seed):
+    numbers = [draw(game(seed, 99), 1, index) for index in range(100_000)]
+    assert chisquare(np.bincount(numbers, minlength=100)).pvalue > 1e-4
+    pairs = np.add(np.multiply(np.array(numbers[:-1]) // 10, 10), np.array(numbers[1:]) // 10)
+    assert chisquare(np.bincount(pairs, minlength=100)).pvalue > 1e-4
+    rounds = [draw(game(seed, 99), number, 3) for number in range(1, 50_001)]
+    assert chisquare(np.bincount(rounds, minlength=100)).pvalue > 1e-4
+
+
+def test_draws_reach_both_ends():
+    numbers = {draw(game(1, 3), 1, index) for index in range(200)}
+    assert numbers == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("49.5", 49.5),
+        ("between 0 and 100 I choose 37", 37),
+        ("37 of 100", 37),
+        ("37 out of 100", 37),
+        ("37/100", 37),
+        ("I pick 12, not 40", 12),
+        ("0-100: 55", 55),
+        ("From 0 to 100, my answer is 66.", 66),
+        ("1,000", 1000),
+        ("-5", -5),
+        ("The number is **42**", 42),
+        ("7 and again 7", 7),
+        ("1e2", 100),
+    ],
+)
+def test_a_text_holds_one_number(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "none", "I like 3 and 7", "between 0 and 100"])
+def test_a_text_without_one_number_is_unusable(text):
+    with pytest.raises(UnusableAnswer):
+        parse_number(text)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, True, "x", -1, 101, 100.5, float("nan"), float("inf"), [5], 5j, b"5", np.True_]
+)
+def test_an_unusable_answer_is_no_number(answer):
+    with pytest.raises(UnusableAnswer):
+        to_units(answer, game())
+
+
+@pytest.mark.parametrize(
+    ("answer", "units"), [(0, 0), (100, 100), (49.5, 50), (50.5, 50), ("37", 37), (np.float64(3), 3), (np.int32(4), 4)]
+)
+def test_answers_are_counted_in_whole_units(answer, units):
+    assert to_units(answer, game()) == units
+    assert type(to_units(answer, game())) is int
+
+
+@given(units=st.integers(0, 10**15), decimals=st.integers(0, 6))
+def test_a_value_finds_back_to_its_units(units, decimals):
+    rules = game(max_value=10**9, decimals=decimals)
+    units = min(units, 10**9 * rules.scale)
+    assert to_units(units / rules.scale, rules) == units
+
+
+@given(answers, answers, answers)
+def test_tallies_merge_in_any_order(one, two, three):
+    a, b, c = (sheet_of(entries).tally() for entries in (one, two, three))
+    assert (a + b) + c == a + (b + c) == c + b + a == sheet_of(one + two + three).tally()
+    assert a + Tally(0) == a
+
+
+@given(answers)
+def test_figures_are_those_of_the_list(entries):
+    tally = sheet_of(entries).tally()
+    numbers = [entry for entry in entries if isinstance(entry, int)]
+    assert tally.asked == len(entries) == tally.answered + tally.failed
+    if not numbers:
+        assert tally.average() is tally.median() is tally.std() is None
+        assert tally.closest(Fraction(3)) == ()
+    else:
+        assert tally.average() == Fraction(sum(numbers), len(numbers))
+        assert tally.median() == Fraction(statistics.median(numbers))
+        assert tally.std() == pytest.approx(statistics.pstdev(numbers))
+
+
+@given(answers, st.fractions(-10, 70))
+def test_the_closest_are_closest(entries, target):
+    sheet = sheet_of(entries, first=1000)
+    distances = {1000 + place: abs(e - target) for place, e in enumerate(entries) if isinstance(e, int)}
+    best = [index for index, distance in distances.items() if distance == min(distances.values())]
+    winners = sheet.winners(sheet.tally().closest(target))
+    assert winners == Winners(len(best), tuple(best[:WINNERS_NAMED]))
+
+
+@given(answers, st.integers(1, 7))
+def test_parts_are_the_whole(entries, distinct):
+    tally = sheet_of(entries).tally()
+    assert merge(tally.parts(distinct)) == tally
+    assert all(len(part.units) <= distinct for part in tally.parts(distinct))
+
+
+def test_large_sums_are_exact():
+    tally = Tally(30_000_000, np.array([10**15 - 1, 10**15]), np.array([10_000_000, 20_000_000]))
+    assert tally.total == (10**15 - 1) * 10_000_000 + 10**15 * 20_000_000
+
+
+def test_a_tally_that_loses_someone_is_refused():
+    with pytest.raises(ValueError, match="asked 3"):
+        Tally(3, np.array([5]), np.array([2]))
+    with pytest.raises(ValueError, match="asked 2"):
+        AnswerSheet(0, 2).tally()
+
+
+def test_causes_are_bounded_and_nobody_is_lost():
+    sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_TOLD_APART)])
+    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
+    assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
+
+
+@given(answers, st.integers(0, 80), st.integers(0, 80))
+def test_answers_are_cut_where_asked(entries, first, count):
+    part = sheet_of(entries, first=10).answers(first, count)
+    expected = {10 + place: entry for place, entry in enumerate(entries) if first <= 10 + place < first + count}
+    found = {part.first + place: int(units) for place, units in enumerate(part.units) if units >= 0} | part.failures
+    assert found == expected

@@ -1,0 +1,173 @@
+"""A person's own participant: both kinds, from their file, and whatever goes wrong in it."""
+
+from __future__ import annotations
+
+import pytest
+
+MINE = """
+import asyncio
+from participant import Participant
+from agentscope.message import Msg
+
+BONUS = 1
+
+
+class Answering(Participant):
+    async def answer(self, question):
+        await asyncio.sleep(0.01)
+        return 40 + BONUS + len(question.announcements)
+
+
+class Replying(Participant):
+    def reply(self, x):
+        return Msg(self.name, f"between 0 and 100 I choose {20 + self.index % 3}", "assistant")
+
+
+class Both(Answering):
+    def reply(self, x):
+        return Msg(self.name, "99", "assistant")
+
+
+class WithInit(Participant):
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.mine = 10 * (index % 2)
+
+    async def answer(self, question):
+        return self.mine
+
+
+class Failing(Participant):
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        if index == 1:
+            raise ValueError("no seat")
+
+    async def answer(self, question):
+        if self.index == 2:
+            return 1 / 0
+        if self.index == 3:
+            return "I will not say"
+        if self.index == 4:
+            return 1000
+        if self.index == 5:
+            raise SystemExit(3)
+        if self.index == 6:
+            raise asyncio.CancelledError
+        if self.index == 7:
+            return None
+        return 50
+
+
+class FailingReply(Participant):
+    def reply(self, x):
+        if self.index == 2:
+            raise KeyError("lost")
+        return Msg(self.name, "50", "assistant")
+
+
+class Neither(Participant):
+    pass
+
+
+class NotAsync(Participant):
+    def answer(self, question):
+        return 5
+
+
+class AsyncReply(Participant):
+    async def reply(self, x):
+        return Msg(self.name, "5", "assistant")
+
+
+class Stranger:
+    pass
+"""
+SHORT = "from participant import Participant\nclass Mine(Participant):\n    async def answer(self, q):\n"
+FAILURES = {
+    1: "ValueError: no seat",
+    2: "ZeroDivisionError: division by zero",
+    3: "no number in the answer",
+    4: "number out of range",
+    5: "SystemExit: 3",
+    6: "CancelledError",
+    7: "no number in the answer",
+}
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    path = tmp_path_factory.mktemp("person") / "random.py"  # a name that also a library has
+    path.write_text(MINE)
+    return path
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_both_kinds_play(cluster, mine, dispatch):
+    for cls, expected in (
+        ("Answering", [41.0] * 9 + [42.0] * 9),
+        ("Replying", [20.0, 21.0, 22.0] * 6),
+        ("Both", [41.0] * 9 + [42.0] * 9),
+        ("WithInit", ([0.0, 10.0] * 5)[:9] * 2),
+    ):
+        cluster.play("3", "9", "--rounds", "2", "--agent-class", f"{mine}:{cls}", "--dispatch", dispatch)
+        assert cluster.values() == expected
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_a_failure_is_the_participants_own_with_its_cause(cluster, mine, dispatch):
+    summary = cluster.play("3", "20", "--agent-class", f"{mine}:Failing", "--dispatch", dispatch, status=4)
+    (played,) = summary["rounds"]
+    assert summary["status"] == "partial"
+    assert (played["asked"], played["answered"], played["failed"]) == (20, 13, 7)
+    assert played["average"] == 50
+    assert played["failures"]["no number in the answer"] == 2
+    rows = cluster.answers()
+    assert {row["participant"]: row["failure"] for row in rows if row["failure"]} == FAILURES
+    assert [row["value"] for row in rows] == [None if index in FAILURES else 50.0 for index in range(20)]
+    cluster.play("3", "20", "--agent-class", f"{mine}:FailingReply", "--dispatch", dispatch, status=4)
+    assert cluster.summary()["rounds"][0]["failures"] == {"KeyError: 'lost'": 1}
+
+
+def test_the_servers_see_the_newest_version_of_the_file(cluster, tmp_path):
+    path = tmp_path / "mine.py"
+    for number in (3, 4):
+        path.write_text(SHORT + f"        return {number}\n")
+        cluster.play("3", "5", "--agent-class", f"{path}:Mine")
+        assert cluster.values() == [number] * 5
+
+
+def test_nobody_answers(cluster, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SHORT + "        raise OSError('silent')\n")
+    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine", "--rounds", "2")
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+    assert done.stdout.startswith("Moderator: Nobody of 5 answered")
+    played = cluster.summary()["rounds"]
+    assert [entry["average"] for entry in played] == [None, None]
+    assert [entry["failures"] for entry in played] == [{"OSError: silent": 5}] * 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        ("Neither", "neither answer nor reply"),
+        ("NotAsync", "async def answer"),
+        ("AsyncReply", "reply must be an ordinary method"),
+        ("Stranger", "no class Stranger derived from Participant"),
+        ("Missing", "no class Missing derived from Participant"),
+    ],
+)
+def test_a_class_that_cannot_play_is_refused_before_anything_starts(cluster, mine, cls, expected):
+    runs = cluster.runs()
+    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{mine}:{cls}")
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert cluster.runs() == runs
+
+
+@pytest.mark.parametrize("content", ["def broken(:\n", "import no_such_library\n", "raise SystemExit(0)\n"])
+def test_a_file_that_cannot_be_imported_is_refused(cluster, tmp_path, content):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine")
+    assert done.returncode == 2 and "cannot be imported" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,68 @@
+"""Even splits, and the ids that follow from them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulation.placement import Endpoint, endpoints, even_split, group_of, place, run_of
+
+small = st.integers(1, 40)
+
+
+@given(st.integers(0, 10_000), small)
+def test_a_split_is_even_and_whole(total, parts):
+    ranges = even_split(total, parts)
+    sizes = [len(each) for each in ranges]
+    assert [index for each in ranges for index in each] == list(range(total))
+    assert len(ranges) == parts and max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 3000), small, small)
+def test_everyone_sits_in_one_group_and_nobody_is_idle(participants, servers, moderators):
+    groups = place(participants, servers, moderators)
+    assert [i for g in groups for i in range(g.first, g.first + g.count)] == list(range(participants))
+    assert len(groups) < servers + moderators
+    for count, whose in ((servers, "server"), (moderators, "moderator")):
+        work = [sum(g.count for g in groups if getattr(g, whose) == number) for number in range(count)]
+        assert max(work) - min(work) <= 1
+    assert len({(g.server, g.moderator) for g in groups}) == len(groups)
+
+
+@pytest.mark.parametrize(
+    ("participants", "servers", "moderators", "used"),
+    [
+        (1001, 10, 4, (10, 4)),
+        (3, 10, 4, (3, 3)),
+        (1, 10, 4, (1, 1)),
+        (100, 2, 5, (2, 5)),
+        (10**9, 1024, 256, (1024, 256)),
+    ],
+)
+def test_uneven_cases(participants, servers, moderators, used):
+    groups = place(participants, servers, moderators)
+    assert (len({g.server for g in groups}), len({g.moderator for g in groups})) == used
+    assert sum(g.count for g in groups) == participants
+
+
+@given(st.integers(1, 3000), small, small, st.data())
+def test_a_participant_is_found_in_its_group(participants, servers, moderators, data):
+    groups = place(participants, servers, moderators)
+    participant = data.draw(st.integers(0, participants - 1))
+    group = group_of(groups, participant)
+    assert group.first <= participant < group.first + group.count
+    for outside in (-1, participants):
+        with pytest.raises(IndexError):
+            group_of(groups, outside)
+
+
+def test_ports_are_the_same_on_every_host():
+    assert endpoints(["a", "b"], 100, 2) == [
+        Endpoint("a", 100),
+        Endpoint("a", 101),
+        Endpoint("b", 100),
+        Endpoint("b", 101),
+    ]
+    assert str(Endpoint("a", 100)) == "a:100"
+    assert run_of("run/group-3/7") == "run"

@@ -1,0 +1,53 @@
+"""README: every command in it is run, and its participant of ten lines plays."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+RUN_ELSEWHERE = {
+    "git clone": "by whoever reads this",
+    "./run_tests.sh": "it is what runs this test",
+    ".venv/bin/python benchmarks/rounds.py": "minutes; the table in README is what it printed",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command_runs(checkout):
+    (checkout.path / "my_file.py").write_text(blocks("python")[0])
+    commands = [line for block in blocks("shell") for line in block.splitlines() if line and not line.startswith("#")]
+    assert len(commands) >= 8
+    for command in commands:
+        if command.startswith(tuple(RUN_ELSEWHERE)):
+            continue
+        words = shlex.split(command.partition("  #")[0])
+        env = {}
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            env[name] = value
+        if words[0] == ".venv/bin/python":
+            words.pop(0)
+        done = checkout.run(*words, env=env)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_participant_of_ten_lines_plays(checkout):
+    source = blocks("python")[0]
+    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+    (checkout.path / "my_file.py").write_text(source)
+    summary = checkout.play("2", "50", "--rounds", "3", "--agent-class", "my_file.py:MyParticipant")
+    averages = [entry["average"] for entry in summary["rounds"]]
+    assert averages[1] < averages[0] and averages[2] < averages[1]
+
+
+def test_the_table_of_files_is_whole():
+    named = set(re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE))
+    files = {path.name for path in ROOT.glob("*.py")} | {path.name for path in ROOT.glob("*.sh")}
+    files |= {f"simulation/{path.name}" for path in ROOT.glob("simulation/*.py") if path.name != "__init__.py"}
+    assert files <= named, files - named

@@ -1,0 +1,144 @@
+"""No stranger in: servers and clients that do not hold the cluster key, and keys that others can read."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from agentscope.rpc.rpc_agent_pb2 import CreateAgentRequest, StringMsg
+from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
+from conftest import until
+from google.protobuf.empty_pb2 import Empty
+
+from simulation.errors import ClusterError, SettingsError
+from simulation.placement import Endpoint
+from simulation.remote import CHANNEL_OPTIONS, handshake, use_key
+from simulation.security import load, load_or_make
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def strangers(cluster, tmp_path):
+    """Channels as strangers would open them: plaintext, TLS without a certificate, TLS with a key of their own."""
+    key, other = load(cluster.path / ".cluster"), load_or_make(tmp_path / "other")
+    target = f"127.0.0.1:{cluster.base_port}"
+    yield "plaintext", grpc.insecure_channel(target)
+    no_certificate = grpc.ssl_channel_credentials(key.certificate)
+    yield "no certificate", grpc.secure_channel(target, no_certificate, options=CHANNEL_OPTIONS)
+    own = grpc.ssl_channel_credentials(key.certificate, other.private_key, other.certificate)
+    yield "another certificate", grpc.secure_channel(target, own, options=CHANNEL_OPTIONS)
+
+
+def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
+    written = tmp_path / "written by a stranger"
+    process = cluster.start("run_simulation.sh", "3", "100", "--sleep-time", "4", "--seed", "7")
+    try:
+        log = cluster.path / f"run/servers/{cluster.base_port}.log"
+        until(lambda: "group-0" in log.read_text(), 20, "the round has begun")
+        for name, channel in strangers(cluster, tmp_path):
+            with channel:
+                stub = RpcAgentStub(channel)
+                calls = [
+                    (stub.is_alive, Empty()),
+                    (
+                        stub.create_agent,
+                        CreateAgentRequest(agent_id="x", agent_init_args=pickle.dumps(Payload(written))),
+                    ),
+                    (stub.stop, Empty()),
+                    (stub.delete_all_agents, Empty()),
+                ]
+                for method, request in calls:
+                    with pytest.raises(grpc.RpcError) as refused:
+                        method(request, timeout=3)
+                    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, name
+                with pytest.raises(grpc.RpcError):
+                    list(stub.download_file(StringMsg(value="/etc/passwd"), timeout=3))
+    finally:
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert not written.exists()
+    assert cluster.summary()["rounds"][0]["answered"] == 100
+
+
+def test_a_holder_of_the_key_is_let_in(cluster):
+    use_key(load(cluster.path / ".cluster"))
+    assert handshake(Endpoint("localhost", cluster.base_port), 5).pid == cluster.pid(0)
+
+
+def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
+    use_key(load_or_make(tmp_path / "other"))
+    with pytest.raises(ClusterError, match="does not hold this cluster's key"):
+        handshake(Endpoint("localhost", cluster.base_port), 5)
+    done = cluster.run("run_simulation.sh", "3", "10", env={"CLUSTER_KEY_DIR": str(tmp_path / "other")})
+    assert done.returncode == 3 and "does not hold this cluster's key" in done.stderr
+
+
+def test_servers_listen_on_loopback_only(cluster):
+    listening = {
+        connection.laddr.ip
+        for process in cluster.processes()
+        for connection in process.net_connections()
+        if connection.status == "LISTEN" and connection.laddr.port >= cluster.base_port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_the_key_is_private_and_stays(tmp_path):
+    folder = tmp_path / "deep" / "key"
+    made = load_or_make(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert load_or_make(folder) == made
+    assert [path.name for path in folder.parent.iterdir()] == ["key"]
+
+
+def test_many_first_starts_agree_on_one_key(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda _: load_or_make(tmp_path / "key"), range(8)))
+    assert len({key.certificate for key in keys}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize(("name", "mode"), [(".", 0o750), ("cluster.key", 0o640), ("cluster.crt", 0o644)])
+def test_a_key_that_others_can_read_is_refused(tmp_path, name, mode):
+    folder = tmp_path / "key"
+    load_or_make(folder)
+    (folder / name).chmod(mode)
+    with pytest.raises(SettingsError, match="can be read by others: chmod"):
+        load_or_make(folder)
+
+
+def test_a_damaged_key_is_refused(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    load_or_make(one), load_or_make(other)
+    (one / "cluster.key").write_bytes((other / "cluster.key").read_bytes())
+    with pytest.raises(SettingsError, match="damaged"):
+        load(one)
+    (one / "cluster.key").write_bytes(b"garbage")
+    with pytest.raises(SettingsError, match="damaged"):
+        load(one)
+    (one / "cluster.key").unlink()
+    with pytest.raises(SettingsError, match="incomplete"):
+        load_or_make(one)
+
+
+def test_a_port_that_speaks_something_else_is_a_stranger(checkout):
+    with socket.create_server(("127.0.0.1", checkout.base_port)) as server:
+        server.settimeout(20)
+        process = checkout.start("run_simulation.sh", "2", "10")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "Traceback" not in err
+    assert f"port {checkout.base_port} of localhost is taken by another program" in err
