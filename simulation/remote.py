@@ -27,6 +27,7 @@ from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, St
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 from google.protobuf.empty_pb2 import Empty
 
+from simulation import errors
 from simulation.config import ROOT
 from simulation.errors import AgentGone, ClusterError, ServerUnreachable, SimulationError, UnusableAnswer
 from simulation.placement import Endpoint
@@ -39,6 +40,8 @@ MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
 MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
 CALLS_AT_ONCE = 32
+STRANGER = "what listens there does not hold this cluster's key"
+CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", CLUSTER_NAME),
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
@@ -113,7 +116,10 @@ def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> H
         # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
         reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting)
     except grpc.RpcError as error:
-        raise _translated(error, endpoint) from None
+        translated = _translated(error, endpoint)
+        if any(sign in (error.details() or "") for sign in CUT_OFF):
+            translated = ClusterError(f"{endpoint}: {STRANGER}")
+        raise translated from None
     try:
         return Handshake(**json.loads(reply.message))
     except (ValueError, TypeError):
@@ -123,23 +129,21 @@ def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> H
 def fan_out(calls: Mapping[K, Callable[[], V]]) -> tuple[dict[K, V], dict[K, SimulationError]]:
     """Make all calls, CALLS_AT_ONCE at a time, and return results and errors by key, in the order of the calls."""
     results: dict[K, V] = {}
-    errors: dict[K, SimulationError] = {}
+    failed: dict[K, SimulationError] = {}
     with ThreadPoolExecutor(min(CALLS_AT_ONCE, max(len(calls), 1))) as pool:
         futures = {key: pool.submit(call) for key, call in calls.items()}
         for key, future in futures.items():
             try:
                 results[key] = future.result()
             except SimulationError as error:
-                errors[key] = error
-    return results, errors
+                failed[key] = error
+    return results, failed
 
 
 def all_of(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
-    """Make all calls and return their results by key; raises the first error, saying how many there are."""
-    results, errors = fan_out(calls)
-    for error in errors.values():
-        if len(errors) > 1:
-            error.args = (f"{error} (the first of {len(errors)} errors)",)
+    """Make all calls and return their results by key; raises the first error there is."""
+    results, failed = fan_out(calls)
+    for error in failed.values():
         raise error
     return results
 
@@ -226,15 +230,20 @@ def _stub(endpoint: Endpoint) -> RpcAgentStub:
 def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
     """One of our errors for one of gRPC's."""
     code, details = error.code(), error.details() or ""
+    last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
-        if "refused" in details:
-            return ServerUnreachable(f"{endpoint}: no server listens there")
-        if any(sign in details for sign in ("andshake", "SSL", "reset", "Socket closed", "End of TCP")):
-            return ClusterError(f"{endpoint}: what listens there does not hold this cluster's key")
-        return ServerUnreachable(f"{endpoint}: cannot be reached ({details.splitlines()[0] if details else code.name})")
+        if "andshake" in details or "SSL" in details:
+            return ClusterError(f"{endpoint}: {STRANGER}")
+        refused = "refused" in details
+        return ServerUnreachable(
+            f"{endpoint}: " + ("no server listens there" if refused else f"cannot be reached ({last})")
+        )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerUnreachable(f"{endpoint}: does not answer in time")
     if "not exists" in details:
         return AgentGone(f"{endpoint}: the agent is gone")
-    lines = details.strip().splitlines()
-    return SimulationError(f"{endpoint}: {lines[-1] if lines else code.name}")
+    name, _, message = last.removeprefix(f"{errors.__name__}.").partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, ClusterError):
+        return kind(message)  # a moderator's trouble with one of its groups' servers
+    return SimulationError(f"{endpoint}: {last}")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import psutil
 import pyarrow.parquet as pq
 import pytest
+
+with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while they are imported
+    warnings.simplefilter("ignore")
+    import simulation.remote  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

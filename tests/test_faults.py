@@ -76,13 +76,16 @@ def test_a_dead_server_is_named_before_the_run(checkout):
     assert checkout.runs() == set()
 
 
-def test_a_server_that_dies_in_the_round_ends_the_game(checkout):
+def test_a_server_that_dies_in_the_round_ends_the_game(checkout, tmp_path):
     assert checkout.run("start_all_server.sh", "2").returncode == 0
-    game = checkout.start("run_simulation.sh", *BUSY)
-    until(lambda: asking(checkout), 20, "the round has begun")
-    os.kill(checkout.pid(1), signal.SIGKILL)
-    _, err = game.communicate(timeout=60)
-    assert game.returncode == 4 and "round 1 cannot be finished" in last_line(err)
+    with (tmp_path / "stderr").open("w+") as log:
+        game = checkout.start("run_simulation.sh", *BUSY, stderr=log)
+        until(lambda: "round 1: asking" in (tmp_path / "stderr").read_text(), 20, "the round has begun")
+        os.kill(checkout.pid(1), signal.SIGKILL)
+        game.communicate(timeout=60)
+    err = (tmp_path / "stderr").read_text()
+    assert game.returncode == 4, err
+    assert f"round 1 cannot be finished: localhost:{checkout.base_port + 1}: " in last_line(err)
     assert checkout.summary()["status"] == "failed"
     assert checkout.run("stop_all_server.sh").returncode == 0
 

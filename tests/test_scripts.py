@@ -79,8 +79,8 @@ def test_zero_is_refused_by_name(checkout):
 
 
 def test_settings_become_flags(shell):
-    given = {"BASE_PORT": "15000", "HOSTS": "a  b", "MODERATOR_PER_HOST": "2", "MODEL_PER_HOST": "3", "AGENT_TYPE": "llm",
-             "MAX_VALUE": "50", "CLUSTER_KEY_DIR": "/my keys"}  # fmt: skip
+    given = {"BASE_PORT": "15000", "HOSTS": "a  b", "MODERATOR_PER_HOST": "2", "MODEL_PER_HOST": "3"}
+    given |= {"AGENT_TYPE": "llm", "MAX_VALUE": "50", "CLUSTER_KEY_DIR": "/my keys"}
     assert shell("run_simulation.sh", "10", "1000", "--run-dir", "my runs", **given).stdout == (
         "[--server-per-host][10][--participant-num][1000][--hosts][a][b][--base-port][15000][--moderator-per-host][2]"
         "[--model-per-host][3][--agent-type][llm][--max-value][50][--cluster-key-dir][/my keys][--run-dir][my runs]"
