@@ -225,9 +225,9 @@ def play_rounds(
                 write("interrupted")  # what it is, should this process be killed now
                 if watch.stop_signal is not None:
                     break
-    except GameEnded:
+    except (GameEnded, Interrupted) as error:
         directory.join_answers()
-        write("failed")
+        write("failed" if isinstance(error, GameEnded) else "interrupted")
         raise
     for line in histogram_lines(results[-1].tally, config):
         say(line)
@@ -259,6 +259,7 @@ def ask(config: SimulationConfig) -> int:
 
 def report(config: SimulationConfig) -> int:
     """Role report: what a run came to, from its folder alone."""
+    from simulation.console import say
     from simulation.plots import draw_histogram
     from simulation.report import announcement_lines, failure_line, histogram_lines
     from simulation.results import read_rounds, read_summary
@@ -267,13 +268,13 @@ def report(config: SimulationConfig) -> int:
     played, summary = read_summary(path)
     results = read_rounds(path, played, summary)
     for result in results:
-        print("\n".join(announcement_lines(result, played.decimals)))
+        say("\n".join(announcement_lines(result, played.decimals)))
         if result.tally.failed:
-            print(failure_line(result.tally))
+            say(failure_line(result.tally))
     if results:
-        print("\n".join(histogram_lines(results[-1].tally, played)))
+        say("\n".join(histogram_lines(results[-1].tally, played)))
         draw_histogram(path / "histogram.png", results[-1], played)
-    print(f"run {summary['run_id']} is {summary['status']}: {len(results)} of {played.rounds} rounds")
+    say(f"run {summary['run_id']} is {summary['status']}: {len(results)} of {played.rounds} rounds")
     return 0
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from agentscope.agents import AgentBase
 
 from participant import Participant, answer_in, message_of
-from simulation.errors import SimulationError, UnusableAnswer
+from simulation.errors import UnusableAnswer
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, merge, to_units
 from simulation.group import INTERRUPTED, TALLY_VALUES, ParticipantGroup, Progress
 from simulation.placement import Endpoint
@@ -143,7 +143,7 @@ class OneByOne:
         self._game = game
         self._sheet: AnswerSheet | None = None
         self._halted = False
-        self._error: SimulationError | None = None
+        self._error: Exception | None = None
         self._changed = threading.Condition()
         self.keep = group.keep
 
@@ -189,7 +189,7 @@ class OneByOne:
                         sheet.fail(place, outcome)
                     else:
                         sheet.put(place, outcome)
-        except SimulationError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: raised to whoever asks next
             self._error = error
         with self._changed:
             self._changed.notify_all()

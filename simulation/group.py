@@ -79,6 +79,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._sheet: AnswerSheet | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._running: list[asyncio.Task[None]] = []  # the same, once all of them have begun
         self._halted = self._closing = False
         self._error: Exception | None = None
         self._changed = threading.Condition()
@@ -107,7 +108,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def halt(self) -> None:
         """Stop asking: whoever has not answered counts as failed, interrupted."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        self._loop.call_soon_threadsafe(self._halt)
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, and how many parts there are."""
@@ -146,7 +147,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
         self._agents = []
-        self._tasks = []
+        self._tasks = self._running = []
         self._sheet = None
 
     # --- Inside ------------------------------------------------------------------------------------------------------
@@ -204,20 +205,22 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
         self._all_done = self._loop.create_future()
+        self._running = []
         with collector_paused():
             self._tasks = [
                 self._loop.create_task(self._ask(place, agent, question, sheet))
                 for place, agent in enumerate(self._agents)
             ]
-        if self._halted:
-            self._cancel()
+        self._loop.call_soon(self._under_way)
         await self._all_done
-        self._tasks = []
+        self._tasks = self._running = []
 
     async def _ask(self, place: int, agent: Participant | str, question: Question, sheet: AnswerSheet) -> None:
         """Ask one participant; whatever it does wrong is its own failure, with its cause."""
         try:
-            if isinstance(agent, str):
+            if self._halted:
+                sheet.fail(place, INTERRUPTED)
+            elif isinstance(agent, str):
                 sheet.fail(place, agent)
             else:
                 answering = agent.answer(question) if self._many else self._blocking_reply(agent, question)
@@ -226,7 +229,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             sheet.fail(place, str(error))
         except PERSONAL as error:
             sheet.fail(place, INTERRUPTED if self._halted else one_line(error))
-        if sheet.done == self.count:
+        if sheet.done == self.count and not self._all_done.done():
             self._all_done.set_result(None)
 
     async def _blocking_reply(self, agent: Participant, question: Question) -> Any:
@@ -234,10 +237,16 @@ class ParticipantGroup(metaclass=RpcMeta):
         pool = _threads(self._reply_threads)
         return answer_in(await self._loop.run_in_executor(pool, agent.reply, message_of(question)))
 
-    def _cancel(self) -> None:
+    def _halt(self) -> None:
         self._halted = True
-        for task in self._tasks:
+        for task in self._running:
             task.cancel()
+
+    def _under_way(self) -> None:
+        """Called when every task has made its first step: one cancelled before would record nothing."""
+        self._running = self._tasks
+        if self._halted:
+            self._halt()
 
 
 class Unbuilt:

@@ -242,7 +242,7 @@ def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
     """The rounds of a run as they were played; who won is taken from the summary."""
-    tallies = read_tallies(path, config)
+    tallies = read_tallies(path, config) if summary["rounds"] else {}
     results = []
     for entry in summary["rounds"]:
         tally = tallies[entry["round"]]

@@ -51,6 +51,7 @@ V = TypeVar("V")
 
 POLL_S = 1.0  # how long one look at the progress may wait for the end
 FETCHED_AT_ONCE = 250_000  # answers in one message
+HALT_PATIENCE_S = 5.0  # a participant that blocks its event loop cannot be stopped
 LEASE_PARTS = 6  # heartbeats in one lease
 
 
@@ -168,7 +169,7 @@ class Simulation:
     def play(self, number: int) -> RoundResult:
         """Play one round to its end, or to an interruption, whose missing answers count as failed.
 
-        Raises GameEnded if a server of the run does not answer any more.
+        Raises GameEnded if a server of the run does not answer any more, Interrupted if participants cannot be stopped.
         """
         started = time.monotonic()
         try:
@@ -197,7 +198,7 @@ class Simulation:
 
     def _wait(self, stage: str, interruptible: bool) -> None:
         """Wait for the end of what the moderators do; an interruption ends a round early, and creation at once."""
-        halted = False
+        give_up_at: float | None = None
         while True:
             each = self._all(lambda moderator: moderator.progress(POLL_S))
             progress = sum(each.values(), start=Progress(0, 0))
@@ -205,11 +206,11 @@ class Simulation:
             if progress.finished:
                 return
             if self.watch.stop_signal is not None:
-                if interruptible:
+                if interruptible or (give_up_at is not None and time.monotonic() > give_up_at):
                     raise Interrupted(self.watch.stop_signal)
-                if not halted:
+                if give_up_at is None:
                     self._all(lambda moderator: moderator.halt())
-                    halted = True
+                    give_up_at = time.monotonic() + HALT_PATIENCE_S
 
     def _all(self, call: Callable[[RemoteObject], V]) -> dict[int, V]:
         return all_of({number: partial(call, each) for number, each in self._moderators.items()})

@@ -160,6 +160,25 @@ def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status
     assert [row["value"] for row in checkout.answers()] == [50.0] * 30 + [None] * 70
 
 
+def test_participants_that_cannot_be_stopped_do_not_stop_ctrl_c(checkout):
+    mine = checkout.path / "mine.py"
+    mine.write_text(
+        "import time\nfrom participant import Participant\nclass Mine(Participant):\n"
+        "    async def answer(self, question):\n        time.sleep(600 * (question.round > 1))\n        return 50\n"
+    )
+    with (checkout.path / "stderr").open("w+") as log:
+        game = checkout.start(
+            "run_simulation.sh", "2", "100", "--rounds", "2", "--agent-class", f"{mine}:Mine", stderr=log
+        )
+        until(lambda: "round 2: asking" in (checkout.path / "stderr").read_text(), 20, "round 2 has begun")
+        game.send_signal(signal.SIGINT)
+        game.communicate(timeout=30)
+    assert game.returncode == 130
+    summary = checkout.summary()
+    assert summary["status"] == "interrupted" and [entry["answered"] for entry in summary["rounds"]] == [100]
+    assert len(checkout.answers()) == 100
+
+
 def test_a_second_ctrl_c_ends_at_once(checkout):
     mine = checkout.path / "mine.py"
     mine.write_text(

@@ -1,0 +1,91 @@
+"""A group in this process: halting, closing, and participants that misbehave towards their event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from conftest import until
+
+from participant import Participant, RandomParticipant
+from simulation.custom import pack_class
+from simulation.game import Game, draw, question_for
+from simulation.group import INTERRUPTED, ParticipantGroup
+
+GAME = Game(7, 100, 0, 0.0)
+
+
+class Sleeper(Participant):
+    async def answer(self, question):
+        await asyncio.sleep(600)
+
+
+class Unruly(Participant):
+    """Leaves a task behind that ends the event loop, if nobody sees to it."""
+
+    async def answer(self, question):
+        async def leave():
+            raise SystemExit(1)
+
+        self.task = asyncio.get_running_loop().create_task(leave())
+        await asyncio.sleep(0.05)
+        return 5
+
+
+@pytest.fixture
+def group_of():
+    groups = []
+
+    def make(cls, count, game=GAME):
+        groups.append(ParticipantGroup("run/group-0", 0, count, game, pack_class(cls), 4, 60.0))
+        until(lambda: groups[-1].progress(1.0).finished, 10, "built")
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "run/group-0"]
+
+
+def test_participants_are_agents_that_can_be_asked_alone(group_of):
+    group = group_of(RandomParticipant, 10)
+    agent = group.participant(3)
+    assert agent.agent_id == "run/group-0/3" and agent.name == "P3" and agent.memory is None
+    assert agent.reply(None).metadata == {"answer": draw(GAME, 0, 3)}
+    assert group.participant(10) is None
+
+
+def test_a_participant_of_nobody_can_be_asked_too():
+    assert RandomParticipant(3, GAME).reply(None).get_text_content() == str(float(draw(GAME, 0, 3)))
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_halting_at_any_moment_loses_nobody(group_of, attempt):
+    group = group_of(Sleeper, 2000)
+    group.begin(question_for(GAME, 1, ()))
+    threading.Event().wait(attempt * 0.002)
+    group.halt()
+    until(lambda: group.progress(1.0).finished, 10, "halted")
+    assert group.collect(0)[0].failures == {INTERRUPTED: 2000}
+    group.begin(question_for(GAME, 2, ()))  # and it can go on
+    group.halt()
+    until(lambda: group.progress(1.0).finished, 10, "halted again")
+
+
+def test_a_task_that_exits_ends_nothing(group_of):
+    group = group_of(Unruly, 20)
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    assert group.collect(0)[0].answered == 20
+
+
+def test_a_busy_group_refuses_a_second_question(group_of):
+    group = group_of(Sleeper, 3)
+    group.begin(question_for(GAME, 1, ()))
+    with pytest.raises(RuntimeError, match="still busy"):
+        group.begin(question_for(GAME, 2, ()))
+    with pytest.raises(RuntimeError, match="no finished round"):
+        group.collect(0)
+    group.close()
+    group.close()
