@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from simulation.config import SimulationConfig
 from simulation.errors import ResultsError
@@ -23,28 +24,23 @@ def draw_histogram(path: Path, result: RoundResult, config: SimulationConfig) ->
     """Draw how often each number was answered, the average and the winning number. Raises ResultsError."""
     scale = 10**config.decimals
     edges, counts = histogram(result.tally.units, result.tally.counts, config.max_value * scale, BINS)
+    borders = (edges - 0.5) / scale  # a unit reaches half a unit to either side of its number
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    width = (edges[1] - edges[0]) / scale
-    axes.bar(edges[:-1] / scale, counts, width=width * 0.9, align="edge", color="#8fb3d9", label="answers")
+    axes.bar(borders[:-1], counts, (borders[1] - borders[0]) * 0.9, align="edge", color="#8fb3d9", label="answers")
     if result.average is not None and result.winning_number is not None:
-        shift = 0.5 / scale if width * scale == 1 else 0.0  # a bar of one unit is drawn beside its number
-        average = float(result.average / scale)
-        axes.axvline(average + shift, color="#c1440e", linewidth=2, label=f"average {average:.{config.decimals + 3}f}")
-        winning = float(result.winning_number / scale)
-        axes.axvline(
-            winning + shift,
-            color="#222222",
-            linestyle=":",
-            linewidth=2,
-            label=f"winning number {winning:.{config.decimals + 3}f}",
-        )
+        digits = config.decimals + 3
+        average, winning = float(result.average / scale), float(result.winning_number / scale)
+        axes.axvline(average, color="#c1440e", linewidth=2, label=f"average {average:.{digits}f}")
+        label = f"winning number {winning:.{digits}f}"
+        axes.axvline(winning, color="#222222", linestyle=":", linewidth=2, label=label)
     tally = result.tally
     axes.set_title(f"Round {result.round}: {tally.answered:,} of {tally.asked:,} participants answered")
     axes.set_xlabel(f"number, 0 to {config.max_value:,}")
     axes.set_ylabel("participants")
-    axes.set_xlim(0, float(edges[-1]) / scale)
+    axes.set_xlim(float(borders[0]), max(float(borders[-1]), config.max_value + 0.5 / scale))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     draft = path.with_name(f".{path.name}.new")
     try:
         figure.savefig(draft, dpi=120, format="png")

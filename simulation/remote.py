@@ -40,6 +40,7 @@ MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
 MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
 CALLS_AT_ONCE = 32
+NEW_RUN = "new-run"  # the name of the run id in a handshake's metadata
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
@@ -106,15 +107,16 @@ def use_key(key: ClusterKey) -> None:
     RpcClient._get_channel = classmethod(secure_channel)
 
 
-def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Ask a server who it is.
+def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False, new_run: str = "") -> Handshake:
+    """Ask a server who it is; with `new_run`, tell it that this run begins, for which it drops what others kept.
 
     Raises ServerUnreachable where none listens, at once or, for one that is starting, after the time-out;
     ClusterError for a stranger.
     """
     try:
         # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
-        reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting)
+        metadata = ((NEW_RUN, new_run),) if new_run else ()
+        reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting, metadata=metadata)
     except grpc.RpcError as error:
         translated = _translated(error, endpoint)
         if any(sign in (error.details() or "") for sign in CUT_OFF):

@@ -118,6 +118,7 @@ class Simulation:
         self._seatings: dict[int, list[Seating]] = {}
         servers = endpoints(config.hosts, config.base_port, config.server_per_host)
         chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
+        self._servers = servers + chairs
         self._chairs = dict(enumerate(chairs))
         for group in place(config.participant_num, len(servers), len(chairs)):
             seating = Seating(group_id(run_id, group.first), servers[group.server], group.first, group.count)
@@ -145,6 +146,9 @@ class Simulation:
     def create(self) -> float:
         """Create moderators, groups and participants; returns the seconds it took. Raises ClusterError."""
         started = time.monotonic()
+        all_of(
+            {each: partial(handshake, each, self.config.connect_timeout, False, self.run_id) for each in self._servers}
+        )
         packed = pack_class(self.participant_class)
         seats = {number: self._chairs[number] for number in self._seatings}
 

@@ -35,7 +35,7 @@ from simulation.custom import PERSONAL
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
 from simulation.placement import run_of
-from simulation.remote import MESSAGE_BYTES, Handshake, use_key
+from simulation.remote import MESSAGE_BYTES, NEW_RUN, Handshake, use_key
 from simulation.security import ClusterKey
 
 RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
@@ -81,6 +81,9 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=True)
 
     def get_server_info(self, request: Any, context: Any) -> GeneralResponse:
+        for name, run in context.invocation_metadata():
+            if name == NEW_RUN:
+                self._drop_kept(run)
         first_moderator = self._config.base_port + self._config.server_per_host
         hosted = self._hosted()
         shake = Handshake(
@@ -107,10 +110,7 @@ class SimulationServicer(AgentServerServicer):
         return agent
 
     def create_agent(self, request: Any, context: Any) -> GeneralResponse:
-        if self._hear(request.agent_id):  # a new run: what an earlier one kept has served its time
-            for agent_id, agent in self._hosted().items():
-                if getattr(agent, "lease_s", 0) is None:
-                    self._drop(agent_id)
+        self._hear(request.agent_id)
         return super().create_agent(request, context)
 
     def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
@@ -131,19 +131,22 @@ class SimulationServicer(AgentServerServicer):
             silent_s = {run: now - heard for run, heard in self._heard.items()}
         for agent_id, agent in hosted.items():
             lease_s = getattr(agent, "lease_s", None)
-            if lease_s is not None and silent_s[run_of(agent_id)] > lease_s:
+            if lease_s is not None and silent_s.get(run_of(agent_id), 0.0) > lease_s:
                 logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
                 self._drop(agent_id)
 
-    def _hear(self, agent_id: str) -> bool:
-        """Renew the lease of the run that an id belongs to, if it is one of ours; returns whether the run is new."""
+    def _drop_kept(self, new_run: str) -> None:
+        """Drop what earlier runs kept: they keep it until the next one."""
+        for agent_id, agent in self._hosted().items():
+            if getattr(agent, "lease_s", 0) is None and run_of(agent_id) != new_run:
+                self._drop(agent_id)
+
+    def _hear(self, agent_id: str) -> None:
+        """Renew the lease of the run that an id belongs to, if it is one of ours."""
         run, ours, _ = agent_id.partition("/")
-        if not ours:
-            return False
-        with self._heard_lock:
-            new = run not in self._heard
-            self._heard[run] = time.monotonic()
-        return new
+        if ours:
+            with self._heard_lock:
+                self._heard[run] = time.monotonic()
 
     def _hosted(self) -> dict[str, Any]:
         with self.agent_id_lock:
