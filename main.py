@@ -171,8 +171,9 @@ def play(config: SimulationConfig) -> int:
 
 def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
     """Whether an agent server that this run could use is up on this host."""
-    from simulation.processes import anything_listens
+    from simulation.processes import anything_listens, refuse_borrowed
 
+    refuse_borrowed()
     if not anything_listens(config.ports):
         return False  # the usual case on a laptop, told without waiting for AgentScope
     from simulation.rounds import shake_hands

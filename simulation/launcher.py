@@ -65,6 +65,7 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
     """
     key = load_or_make(Path(config.cluster_key_dir))
     with processes.one_at_a_time():
+        processes.refuse_borrowed()
         running = processes.own_processes()
         if running:
             _check_same(config, key, [int(name) for name in running if name != processes.LAUNCHER])

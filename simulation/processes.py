@@ -76,6 +76,16 @@ def own_processes() -> dict[str, psutil.Process]:
     return {name: process for name, process in found.items() if process is not None}
 
 
+def refuse_borrowed() -> None:
+    """Raise ClusterError while this checkout's servers are those of one run, with which they end."""
+    launcher = own_process(LAUNCHER)
+    if launcher is not None and "--owned" in launcher.cmdline():
+        raise ClusterError(
+            "another run of this checkout has agent servers of its own, and stops them at its end: wait for it, "
+            "or start servers that runs share with ./start_all_server.sh first"
+        )
+
+
 def end_processes() -> int:
     """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
     running = own_processes()

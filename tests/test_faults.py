@@ -204,6 +204,16 @@ def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
 
 
+def test_servers_of_one_run_are_not_lent_to_another(checkout):
+    game = checkout.start("run_simulation.sh", "2", "20", "--sleep-time", "4")
+    until((checkout.path / "run/servers/launcher.pid").exists, 20, "it starts its servers")
+    for command in (("run_simulation.sh", "2", "10"), ("start_all_server.sh", "2")):
+        done = checkout.run(*command)
+        assert done.returncode == 3 and "another run of this checkout" in last_line(done.stderr)
+    game.communicate(timeout=30)
+    assert game.returncode == 0 and checkout.summary()["rounds"][0]["answered"] == 20
+
+
 def test_a_key_that_others_can_read_stops_everything(checkout):
     checkout.play("2", "10", "--sleep-time", "0")
     runs = checkout.runs()
