@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.config import SimulationConfig, flag_of, real_number, whole_number
-from simulation.errors import ClusterError, GameEnded, Interrupted, SettingsError, SimulationError
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
-    from simulation.console import ProgressWatch
-    from simulation.results import RunDirectory
     from simulation.security import ClusterKey
 
 ACTIONS = {
@@ -74,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = vars(make_parser().parse_args(arguments))
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:])}
         config = SimulationConfig(**{**given, "hosts": tuple(given["hosts"])})
+        if actions and config.role != "participant":
+            raise SettingsError(f"--{min(actions)} goes with --role participant")
         roles: dict[str, Callable[[], int]] = {
             "main": lambda: play(config),
             "participant": lambda: serve(config, actions),
@@ -110,6 +110,11 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
     else:
         from simulation.console import ProgressWatch
 
+        def give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
+            raise Interrupted(number)
+
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, give_up)
         started = time.monotonic()
         watch = ProgressWatch()
         with contextlib.closing(watch):
@@ -139,7 +144,6 @@ def play(config: SimulationConfig) -> int:
     key = load_or_make(Path(config.cluster_key_dir))
     if config.seed is None:
         config = replace(config, seed=secrets.randbits(32))
-        logger.info(f"seed {config.seed} drawn; --seed {config.seed} plays this game again")
     run_id = new_run_id()
     directory = RunDirectory(run_id, config.run_dir)
     watch = ProgressWatch()
@@ -160,7 +164,9 @@ def play(config: SimulationConfig) -> int:
             started = time.monotonic()
             servers = launcher.start(config, True, servers_ready)
             logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
-        return play_rounds(config, run_id, key, directory, watch)
+        from simulation.run import Run
+
+        return Run(config, run_id, key, directory, watch).play()
     finally:
         watch.close()
         if servers is not None:
@@ -179,70 +185,6 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
     from simulation.rounds import shake_hands
 
     return bool(shake_hands(config, key)[0])
-
-
-def play_rounds(
-    config: SimulationConfig, run_id: str, key: ClusterKey, directory: RunDirectory, watch: ProgressWatch
-) -> int:
-    """Play on servers that are ready, and write the results as they come; returns the exit status."""
-    from loguru import logger
-
-    from simulation.console import say
-    from simulation.game import RoundResult
-    from simulation.report import announcement_lines, failure_line, histogram_lines
-    from simulation.results import summarise
-    from simulation.rounds import Simulation, check_cluster
-
-    began = time.monotonic()
-    seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
-    results: list[RoundResult] = []
-    cluster = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
-
-    def write(status: str) -> None:
-        seconds["rounds"] = sum(result.seconds for result in results)
-        seconds["total"] = time.monotonic() - began
-        directory.write_summary(summarise(config, run_id, status, cluster, seconds, results))
-
-    shakes = check_cluster(config, key)
-    seconds["connect"] = time.monotonic() - began
-    try:
-        with Simulation(config, run_id, key, watch) as simulation:
-            kind = config.agent_type if config.agent_class is None else simulation.participant_class.__name__
-            cluster |= {"servers": len(shakes) - len(config.hosts) * config.moderator_per_host}
-            cluster |= {"moderators": simulation.moderator_num}
-            logger.info(f"init {config.participant_num} {kind} participant agents...")
-            logger.info(f"init {simulation.moderator_num} moderator agents...")
-            seconds["create"] = simulation.create()
-            logger.info(f"[init takes {seconds['create']:.2f} s]")
-            for number in range(1, config.rounds + 1):
-                logger.info(f"round {number}: asking {config.participant_num} participants")
-                result = simulation.play(number)
-                results.append(result)
-                for line in announcement_lines(result, config.decimals):
-                    say(line)
-                if result.tally.failed:
-                    logger.warning(failure_line(result.tally))
-                directory.write_answers(number, simulation.answers(), simulation.game.scale)
-                write("interrupted")  # what it is, should this process be killed now
-                if watch.stop_signal is not None:
-                    break
-    except (GameEnded, Interrupted) as error:
-        directory.join_answers()
-        write("failed" if isinstance(error, GameEnded) else "interrupted")
-        raise
-    for line in histogram_lines(results[-1].tally, config):
-        say(line)
-    directory.join_answers()
-    from simulation.plots import draw_histogram
-
-    draw_histogram(directory.path / "histogram.png", results[-1], config)
-    unanswered = any(result.tally.failed for result in results)
-    status = "interrupted" if watch.stop_signal is not None else "partial" if unanswered else "complete"
-    write(status)
-    logger.info(f"results in {directory.path}")
-    if watch.stop_signal is not None:
-        return 128 + int(watch.stop_signal)
-    return GameEnded.exit_status if unanswered else 0
 
 
 def ask(config: SimulationConfig) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from agentscope.agents import AgentBase
 
 from participant import Participant, answer_in, message_of
-from simulation.errors import UnusableAnswer
+from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, merge, to_units
 from simulation.group import INTERRUPTED, TALLY_VALUES, ParticipantGroup, Progress
 from simulation.placement import Endpoint
@@ -89,9 +89,9 @@ class Moderator(AgentBase):
             each[waiting] = self._groups[waiting].progress(wait_s)
         return sum(each.values(), start=Progress(0, 0))
 
-    def halt(self) -> None:
-        """Stop the round: whoever has not answered counts as failed."""
-        self._all(lambda group: group.halt())
+    def halt(self, at_once: bool) -> None:
+        """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
+        self._all(lambda group: group.halt(at_once))
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, merged over the groups, and how many parts there are."""
@@ -163,8 +163,10 @@ class OneByOne:
             raise self._error
         return Progress(sheet.done, sheet.count)
 
-    def halt(self) -> None:
+    def halt(self, at_once: bool) -> None:
         self._halted = True
+        if at_once and self._sheet is not None:
+            self._sheet = self._sheet.closed(INTERRUPTED)
 
     def collect(self, part: int) -> tuple[Tally, int]:
         parts = self._filled().tally().parts(TALLY_VALUES)
@@ -182,17 +184,24 @@ class OneByOne:
         return self._sheet
 
     def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            for place in range(sheet.count):
+                pool.submit(self._ask_into, sheet, place, question)
+
+    def _ask_into(self, sheet: AnswerSheet, place: int, question: Question) -> None:
         try:
-            with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-                for place, outcome in enumerate(pool.map(lambda place: self._ask(place, question), range(sheet.count))):
-                    if isinstance(outcome, str):
-                        sheet.fail(place, outcome)
-                    else:
-                        sheet.put(place, outcome)
+            outcome = self._ask(place, question)
         except Exception as error:  # noqa: BLE001 - the edge of the thread: raised to whoever asks next
             self._error = error
+        else:
+            with self._changed:
+                if isinstance(outcome, str):
+                    sheet.fail(place, outcome)
+                else:
+                    sheet.put(place, outcome)
         with self._changed:
-            self._changed.notify_all()
+            if sheet.done == sheet.count or self._error is not None:
+                self._changed.notify_all()
 
     def _ask(self, place: int, question: Question) -> int | str:
         """The answer of one participant in units, or the cause of its failure."""
@@ -203,4 +212,4 @@ class OneByOne:
         try:
             return to_units(answer_in(reply_of(proxy, message_of(question), "play")), self._game)
         except UnusableAnswer as error:
-            return str(error)
+            return one_line(error)

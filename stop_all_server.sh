@@ -19,7 +19,7 @@ main() {
     echo "no agent servers were running"
     return
   fi
-  ensure_venv run
+  [ -x "$VENV/bin/python" ] || ensure_venv run # never install under servers that run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant --stop
 }
 

@@ -13,7 +13,7 @@ fail() { # fail <exit status> <message>
 }
 
 # The help of a script is the comment at its top.
-show_help() { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; }
+show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
@@ -27,6 +27,9 @@ load_settings() {
       BASE_PORT | HOSTS | HOST_NAME | MODERATOR_NUM | MODERATOR_PER_HOST | MODEL_PER_HOST | AGENT_TYPE | MAX_VALUE | \
         CLUSTER_KEY_DIR) ;;
       *) fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value" ;;
+    esac
+    case "$key" in # two names of one setting
+      MODERATOR_*) [ -z "${MODERATOR_NUM+set}${MODERATOR_PER_HOST+set}" ] || continue ;;
     esac
     line="${line#*=}"
     case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac

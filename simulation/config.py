@@ -38,7 +38,7 @@ class SimulationConfig:
     participant_num: int = setting(1000, "participants in all", 1, 10**9)
     max_value: int = setting(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
     decimals: int = setting(0, "digits after the point that answers are counted in", 0, 6)
-    rounds: int = setting(1, "rounds to play", 1, 10_000)
+    rounds: int = setting(1, "rounds to play", 1, 100)
     sleep_time: float = setting(1.0, "think time of a random participant, in seconds", 0, 86_400)
     seed: int | None = setting(None, "repeats a game exactly; drawn and printed when not given", 0, 2**64 - 1)
     dispatch: str = setting(

@@ -85,7 +85,8 @@ class ProgressWatch:
                 sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
             os._exit(128 + number)
         self.stop_signal = number
-        logger.warning("stopping; results so far are kept (once more to end at once)")
+        # not the log: its lock may be held by the very code that is interrupted here
+        os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
 
     def close(self) -> None:
         """End the stage, and take its bar away."""
@@ -110,8 +111,8 @@ def _new_bar() -> Progress:
 
 
 def say(line: str) -> None:
-    """Print a line of the game on standard output; a reader that has gone away stops nothing."""
+    """Print on standard output; a reader that has gone away, or a full disk behind it, stops nothing."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib.util
 import inspect
@@ -14,9 +13,6 @@ import cloudpickle
 
 from participant import Participant, RandomParticipant, answers_many
 from simulation.errors import SettingsError, one_line
-
-# What a person's own code may raise: all of it is that participant's failure, sys.exit() and a stray cancel included.
-PERSONAL = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
 
 
 @functools.cache
@@ -40,7 +36,7 @@ def load_class(spec: str | None) -> type[Participant]:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except PERSONAL as error:
+    except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
         raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Participant)):
@@ -60,5 +56,5 @@ def pack_class(cls: type[Participant]) -> bytes:
     """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
     try:
         return cloudpickle.dumps(cls)
-    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+    except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None

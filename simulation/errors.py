@@ -70,8 +70,12 @@ class UnusableAnswer(Exception):
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The cause of a failure as one line of at most `limit` characters: `ValueError: what it said`."""
-    text = " ".join(str(error).split())
+    """The cause of a failure in one line of at most `limit` characters, `ValueError: what it said`; never raises."""
+    try:
+        text = str(error)
+    except BaseException:  # noqa: BLE001 - a person's own exception may fail at this, too
+        text = "(its text cannot be shown)"
+    text = " ".join(text[: 10 * limit].split()).encode("utf-8", "backslashreplace").decode()
     name = type(error).__name__
-    line = f"{name}: {text}" if text else name
+    line = text if isinstance(error, UnusableAnswer) else f"{name}: {text}" if text else name
     return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -24,6 +24,7 @@ from simulation.errors import UnusableAnswer
 Units = NDArray[np.int64]
 
 WINNERS_NAMED = 10  # of all winners, the lowest so many are named
+OTHER_CAUSES = "other causes"
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 NO_NUMBER, OUT_OF_RANGE, AMBIGUOUS = "no number in the answer", "number out of range", "more than one number"
 
@@ -290,6 +291,18 @@ class AnswerSheet:
         self.failures[place] = cause
         self.done += 1
 
+    def closed(self, cause: str) -> AnswerSheet:
+        """A copy on which everyone who is undecided has failed with this cause; the original may go on filling."""
+        copy = AnswerSheet(self.first, self.count)
+        copy.units, copy.failures = self.units[:], dict(self.failures)
+        for place, units in enumerate(copy.units):
+            if units == self.MISSING:
+                copy.failures.setdefault(place, cause)
+            else:
+                copy.failures.pop(place, None)
+        copy.done = self.count
+        return copy
+
     def _array(self) -> Units:
         return np.frombuffer(self.units, np.int64)
 
@@ -300,7 +313,7 @@ class AnswerSheet:
         causes = Counter(self.failures.values()).most_common()
         failures = dict(causes[:CAUSES_TOLD_APART])
         for _, count in causes[CAUSES_TOLD_APART:]:
-            failures["other causes"] = failures.get("other causes", 0) + count
+            failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + count
         return Tally(self.count, distinct, counts.astype(np.int64), failures)
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:

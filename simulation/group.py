@@ -21,9 +21,9 @@ from agentscope.rpc import RpcMeta
 from loguru import logger
 
 from participant import Participant, answer_in, answers_many, message_of
-from simulation.custom import PERSONAL
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
+from simulation.placement import run_of
 
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
 TALLY_VALUES = 500_000  # distinct values in one message
@@ -81,7 +81,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._tasks: list[asyncio.Task[None]] = []
         self._running: list[asyncio.Task[None]] = []  # the same, once all of them have begun
         self._halted = self._closing = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
@@ -106,9 +106,15 @@ class ParticipantGroup(metaclass=RpcMeta):
             raise self._error
         return self._now()
 
-    def halt(self) -> None:
-        """Stop asking: whoever has not answered counts as failed, interrupted."""
-        self._loop.call_soon_threadsafe(self._halt)
+    def halt(self, at_once: bool) -> None:
+        """Stop asking: whoever has not answered counts as failed, interrupted.
+
+        `at_once` is for participants that cannot be stopped, as they block: what they still answer is not heard.
+        """
+        if not at_once:
+            self._loop.call_soon_threadsafe(self._halt)
+        elif self._sheet is not None:
+            self._sheet = self._sheet.closed(INTERRUPTED)
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, and how many parts there are."""
@@ -149,6 +155,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents = []
         self._tasks = self._running = []
         self._sheet = None
+        _release_threads(self.oid)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
@@ -176,7 +183,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         """Do the work and tell whoever waits; an error in it is ours, and raised to whoever asks next."""
         try:
             await work
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: handed to the caller of progress
+        except BaseException as error:  # noqa: BLE001 - the edge of the thread: handed to the caller of progress
             self._error = error
         with self._changed:
             self._changed.notify_all()
@@ -199,7 +206,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             agent: Participant = type.__call__(self._class, index, self.game)
             agent._oid = f"{self.oid}/{index}"
             agent._loop = self._loop
-        except PERSONAL as error:
+        except BaseException as error:  # noqa: BLE001 - a person's own __init__ may raise anything
             return one_line(error)
         return agent
 
@@ -225,17 +232,24 @@ class ParticipantGroup(metaclass=RpcMeta):
             else:
                 answering = agent.answer(question) if self._many else self._blocking_reply(agent, question)
                 sheet.put(place, to_units(await answering, self.game))
-        except UnusableAnswer as error:
-            sheet.fail(place, str(error))
-        except PERSONAL as error:
+        except BaseException as error:  # noqa: BLE001 - a person's own answer may raise anything, and fails alone
             sheet.fail(place, INTERRUPTED if self._halted else one_line(error))
         if sheet.done == self.count and not self._all_done.done():
             self._all_done.set_result(None)
 
     async def _blocking_reply(self, agent: Participant, question: Question) -> Any:
-        """What a `reply` that may block says, in one of the server's threads."""
-        pool = _threads(self._reply_threads)
-        return answer_in(await self._loop.run_in_executor(pool, agent.reply, message_of(question)))
+        """What a `reply` that may block says, in one of this run's threads on this server."""
+
+        def reply() -> Any:
+            try:
+                return agent.reply(message_of(question))
+            except BaseException as error:  # noqa: BLE001 - raised again below: a future refuses some kinds
+                return _Raised(error)
+
+        said = await self._loop.run_in_executor(_threads(self.oid, self._reply_threads), reply)
+        if isinstance(said, _Raised):
+            raise said.error
+        return answer_in(said)
 
     def _halt(self) -> None:
         self._halted = True
@@ -283,12 +297,32 @@ def collector_paused() -> Iterator[None]:
                 gc.enable()
 
 
-_pool: ThreadPoolExecutor | None = None
+class _Raised:
+    """An exception on its way through an executor."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    """The server's threads for blocking replies; the first group that needs them says how many."""
-    global _pool  # noqa: PLW0603 - one pool per process, made on first use
-    if _pool is None:
-        _pool = ThreadPoolExecutor(count, thread_name_prefix="reply")
-    return _pool
+_pools: dict[str, tuple[ThreadPoolExecutor, set[str]]] = {}  # by run: its threads, and the groups that use them
+_pools_lock = threading.Lock()
+
+
+def _threads(group: str, count: int) -> ThreadPoolExecutor:
+    """The threads for blocking replies that the groups of one run share on this server."""
+    with _pools_lock:
+        if run_of(group) not in _pools:
+            _pools[run_of(group)] = (ThreadPoolExecutor(count, thread_name_prefix="reply"), set())
+        pool, groups = _pools[run_of(group)]
+        groups.add(group)
+        return pool
+
+
+def _release_threads(group: str) -> None:
+    """Let go of a run's threads with its last group; one that is stuck in a reply ends with the reply."""
+    with _pools_lock:
+        pool, groups = _pools.get(run_of(group), (None, set()))
+        groups.discard(group)
+        if pool is not None and not groups:
+            pool.shutdown(wait=False, cancel_futures=True)
+            del _pools[run_of(group)]

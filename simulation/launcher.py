@@ -41,11 +41,14 @@ class OwnedServers:
         self._launcher = launcher
 
     def stop(self) -> None:
-        """Stop them, and wait for their end."""
-        stop()
+        """Stop them, and wait for their end: firmly, if a server hangs."""
         if self._launcher.stdin is not None:
             self._launcher.stdin.close()
-        self._launcher.wait()
+        try:
+            self._launcher.wait(processes.TERM_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            stop()
+            self._launcher.wait()
 
 
 def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], None]) -> OwnedServers | None:
@@ -68,12 +71,13 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
         processes.refuse_borrowed()
         running = processes.own_processes()
         if running:
-            _check_same(config, key, [int(name) for name in running if name != processes.LAUNCHER])
+            _check_same(config, key, [int(name) for name in running if name.isdigit()])
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
             processes.check_free(config.host_name, port)
             processes.pid_file(str(port)).unlink(missing_ok=True)
+            (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
         launcher = _spawn_launcher(config, owned)
         try:
             _wait_ready(config, key, launcher, progress)
@@ -136,8 +140,8 @@ def _wait_ready(
     use_key(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
     for ready, port in enumerate(config.ports):
-        progress(ready, len(config.ports))
         while True:
+            progress(ready, len(config.ports))
             try:
                 handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
                 break
@@ -163,7 +167,7 @@ def stop() -> int:
 
 def status(config: SimulationConfig) -> tuple[list[str], bool]:
     """A headline and a row per agent server of this host, and whether all of them answer."""
-    ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem != processes.LAUNCHER]
+    ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
     if not ports:
         return [], True
     from simulation.remote import fan_out, handshake, use_key
@@ -203,10 +207,15 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
     children: dict[int, Any] = {}
-    for port in config.ports:
-        children[port] = context.Process(target=_child, args=(config, port, key))
-        children[port].start()
-        processes.write_pid(str(port), children[port].pid)
+    try:
+        for port in config.ports:
+            children[port] = context.Process(target=_child, args=(config, port, key))
+            children[port].start()
+            processes.write_pid(str(port), children[port].pid)
+    except OSError:  # no memory, no room: whoever waits for us reads why in our log
+        for child in children.values():
+            child.kill()
+        raise
     wake, woken = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.write(woken, b"."))

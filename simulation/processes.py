@@ -44,8 +44,11 @@ def pid_file(name: str) -> Path:
 def write_pid(name: str, pid: int) -> None:
     """Write a pid file at one stroke."""
     draft = SERVERS / f"{name}.pid.new"
-    draft.write_text(f"{pid}\n")
-    draft.replace(pid_file(name))
+    try:
+        draft.write_text(f"{pid}\n")
+        draft.replace(pid_file(name))
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def remove_pid(name: str, pid: int) -> None:
@@ -71,7 +74,8 @@ def own_process(name: str) -> psutil.Process | None:
 
 def own_processes() -> dict[str, psutil.Process]:
     """All live processes of this checkout's pid files, the launcher first, then the servers by port."""
-    names = sorted((path.stem for path in SERVERS.glob("*.pid")), key=lambda name: (name != LAUNCHER, name))
+    ports = sorted(int(path.stem) for path in SERVERS.glob("*.pid") if path.stem.isdigit())
+    names = [LAUNCHER, *map(str, ports)]
     found = {name: own_process(name) for name in names}
     return {name: process for name, process in found.items() if process is not None}
 

@@ -25,11 +25,13 @@ import pyarrow.parquet as pq
 
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import ResultsError, SettingsError, one_line
-from simulation.game import Answers, RoundResult, Tally, Winners
+from simulation.game import OTHER_CAUSES, Answers, RoundResult, Tally, Winners
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
+LATEST = ROOT / "runs" / "latest"
+SUMMARY_BYTES = 100_000
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
 
@@ -49,6 +51,7 @@ class RunDirectory:
         self.path = Path(named) if named is not None else ROOT / "runs" / run_id
         self._rounds: list[Path] = []
         try:
+            _check_latest()
             self._made = _make_folder(self.path)
             probe = self.path / "probe"
             with _on_disk(probe) as file:
@@ -75,16 +78,22 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, and point runs/latest here. Raises ResultsError."""
+        text = json.dumps(summary, indent=2)
+        for kept in (5, 1, 0):
+            if len(text) < SUMMARY_BYTES:
+                break
+            for entry in summary["rounds"]:  # causes are what can be long; answers.parquet has them all
+                entry["failures"] = most_frequent(entry["failures"], kept)
+            text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
-            file.write((json.dumps(summary, indent=2) + "\n").encode())
-        latest = ROOT / "runs" / "latest"
+            file.write((text + "\n").encode())
+        draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")
         try:
-            latest.parent.mkdir(exist_ok=True)
-            draft = latest.with_name(f"latest.{secrets.token_hex(4)}")
-            draft.symlink_to(os.path.relpath(self.path.resolve(), latest.parent.resolve()))
-            draft.replace(latest)
+            draft.symlink_to(os.path.relpath(self.path.resolve(), LATEST.parent.resolve()))
+            draft.replace(LATEST)
         except OSError as error:
-            raise ResultsError(f"cannot point {latest} to {self.path}: {error.strerror}") from None
+            draft.unlink(missing_ok=True)
+            raise ResultsError(f"cannot point {LATEST} to {self.path}: {error.strerror}") from None
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
@@ -109,6 +118,19 @@ class RunDirectory:
         self._rounds = []
 
 
+def _check_latest() -> None:
+    """Raise SettingsError or OSError unless runs/latest can be pointed to a run."""
+    LATEST.parent.mkdir(exist_ok=True)
+    if LATEST.exists() and not LATEST.is_symlink():
+        raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
+    _check_writable(LATEST.parent)
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):  # root could, but was asked not to
+        raise PermissionError(errno.EACCES, f"{folder} is read-only")
+
+
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
     if path.is_dir() and any(path.iterdir()):
@@ -116,8 +138,7 @@ def _make_folder(path: Path) -> list[Path]:
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in (path, *path.parents):
         if folder.exists():
-            if not folder.stat().st_mode & 0o222:  # root could, but was asked not to
-                raise PermissionError(errno.EACCES, f"{folder} is read-only")
+            _check_writable(folder)
             break
     path.mkdir(parents=True, exist_ok=True)
     return new
@@ -198,13 +219,12 @@ def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:
     }
 
 
-def most_frequent(failures: dict[str, int]) -> dict[str, int]:
-    """The most frequent causes; what is beyond CAUSES_SHOWN is counted together."""
-    ordered = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
-    shown = dict(ordered[:CAUSES_SHOWN])
-    if len(ordered) > CAUSES_SHOWN:
-        shown["other causes"] = shown.get("other causes", 0) + sum(count for _, count in ordered[CAUSES_SHOWN:])
-    return shown
+def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
+    """The most frequent causes; what is beyond them is counted together."""
+    others = failures.get(OTHER_CAUSES, 0)
+    ordered = sorted((item for item in failures.items() if item[0] != OTHER_CAUSES), key=lambda i: (-i[1], i[0]))
+    others += sum(count for _, count in ordered[kept:])
+    return dict(ordered[:kept]) | ({OTHER_CAUSES: others} if others else {})
 
 
 def _value(units: Fraction | None, scale: int) -> float | None:

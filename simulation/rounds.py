@@ -51,7 +51,7 @@ V = TypeVar("V")
 
 POLL_S = 1.0  # how long one look at the progress may wait for the end
 FETCHED_AT_ONCE = 250_000  # answers in one message
-HALT_PATIENCE_S = 5.0  # a participant that blocks its event loop cannot be stopped
+HALT_PATIENCE_S = 3.0  # a participant that blocks its event loop cannot be stopped
 LEASE_PARTS = 6  # heartbeats in one lease
 
 
@@ -173,20 +173,17 @@ class Simulation:
     def play(self, number: int) -> RoundResult:
         """Play one round to its end, or to an interruption, whose missing answers count as failed.
 
-        Raises GameEnded if a server of the run does not answer any more, Interrupted if participants cannot be stopped.
+        Raises ClusterError if a server of the run does not answer any more.
         """
         started = time.monotonic()
-        try:
-            question = question_for(self.game, number, self._announcements)
-            self._all(lambda moderator: moderator.begin(question))
-            self._wait("answers in", interruptible=False)
-            tally = merge(self._all(whole_tally).values())
-            average = tally.average()
-            closest = tally.closest(average) if average is not None else ()
-            announcement = Announcement(number, self._value(average), self._value(average), closest)
-            winners = sum(self._all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ()))
-        except ClusterError as error:
-            raise GameEnded(f"round {number} cannot be finished: {error}") from None
+        question = question_for(self.game, number, self._announcements)
+        self._all(lambda moderator: moderator.begin(question))
+        self._wait("answers in", interruptible=False)
+        tally = merge(self._all(whole_tally).values())
+        average = tally.average()
+        closest = tally.closest(average) if average is not None else ()
+        announcement = Announcement(number, self._value(average), self._value(average), closest)
+        winners = sum(self._all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ()))
         self._announcements += (announcement,)
         return RoundResult(number, tally, average, average, closest, winners, time.monotonic() - started)
 
@@ -210,11 +207,13 @@ class Simulation:
             if progress.finished:
                 return
             if self.watch.stop_signal is not None:
-                if interruptible or (give_up_at is not None and time.monotonic() > give_up_at):
+                if interruptible:
                     raise Interrupted(self.watch.stop_signal)
                 if give_up_at is None:
-                    self._all(lambda moderator: moderator.halt())
+                    self._all(lambda moderator: moderator.halt(False))
                     give_up_at = time.monotonic() + HALT_PATIENCE_S
+                elif time.monotonic() > give_up_at:
+                    self._all(lambda moderator: moderator.halt(True))
 
     def _all(self, call: Callable[[RemoteObject], V]) -> dict[int, V]:
         return all_of({number: partial(call, each) for number, each in self._moderators.items()})

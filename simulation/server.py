@@ -31,7 +31,6 @@ from loguru import logger
 
 import moderator  # noqa: F401 - its class must be known to AgentScope where agents are created
 from simulation.config import SimulationConfig
-from simulation.custom import PERSONAL
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
 from simulation.placement import run_of
@@ -169,9 +168,7 @@ class SimulationServicer(AgentServerServicer):
             if agent is None:
                 raise UnusableAnswer("the agent is gone")
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
-        except UnusableAnswer as error:
-            result = MAGIC_PREFIX + str(error).encode()
-        except PERSONAL as error:
+        except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything; it must come back
             result = MAGIC_PREFIX + one_line(error).encode()
         self.result_pool.set(task_id, result)
 

@@ -95,7 +95,7 @@ def test_a_seed_repeats_the_game_on_any_layout_and_dispatch(cluster, checkout):
 def test_a_drawn_seed_is_printed_and_repeats_the_game(cluster):
     done = cluster.run("run_simulation.sh", "3", "100", "--sleep-time", "0")
     seed, values = cluster.summary()["config"]["seed"], cluster.values()
-    assert f"--seed {seed} plays this game again" in done.stderr
+    assert f"seed {seed}; --seed {seed} plays this game again" in done.stderr
     cluster.play("3", "100", "--sleep-time", "0", "--seed", str(seed))
     assert cluster.values() == values
     cluster.play("3", "100", "--sleep-time", "0")

@@ -65,11 +65,11 @@ def test_halting_at_any_moment_loses_nobody(group_of, attempt):
     group = group_of(Sleeper, 2000)
     group.begin(question_for(GAME, 1, ()))
     threading.Event().wait(attempt * 0.002)
-    group.halt()
+    group.halt(False)
     until(lambda: group.progress(1.0).finished, 10, "halted")
     assert group.collect(0)[0].failures == {INTERRUPTED: 2000}
     group.begin(question_for(GAME, 2, ()))  # and it can go on
-    group.halt()
+    group.halt(False)
     until(lambda: group.progress(1.0).finished, 10, "halted again")
 
 

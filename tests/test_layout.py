@@ -27,6 +27,7 @@ ROWS = [
     "simulation.report",
     "simulation.plots",
     "simulation.console",
+    "simulation.run",
     "main",
 ]
 AGENTSCOPE_INSIDES = {"simulation.remote", "simulation.server", "simulation.group"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+from conftest import until
 
 MINE = """
 import asyncio
@@ -171,3 +174,88 @@ def test_a_file_that_cannot_be_imported_is_refused(cluster, tmp_path, content):
     path.write_text(content)
     done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine")
     assert done.returncode == 2 and "cannot be imported" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+WILD = """
+import threading
+from participant import Participant
+from agentscope.message import Msg
+
+
+class Odd(BaseException):
+    pass
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Wild(Participant):
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        if index == 1:
+            raise Odd("no seat")
+
+    async def answer(self, question):
+        if self.index == 2:
+            raise Mute
+        if self.index == 3:
+            raise Odd("odd")
+        if self.index == 4:
+            raise ValueError("half a letter \\ud800")
+        if self.index == 5:
+            raise ValueError("many\\nlines " + "x" * 100_000)
+        if self.index == 6:
+            return next(iter([]))
+        return 50
+
+
+class WildReply(Participant):
+    def reply(self, x):
+        if self.index == 2:
+            return next(iter([]))
+        if self.index == 3:
+            raise Odd("odd")
+        if self.index == 4:
+            threading.Event().wait()
+        return Msg(self.name, "50", "assistant")
+"""
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_nothing_that_a_participant_raises_holds_up_the_others(cluster, tmp_path, dispatch):
+    path = tmp_path / "wild.py"
+    path.write_text(WILD)
+    summary = cluster.play("3", "10", "--agent-class", f"{path}:Wild", "--dispatch", dispatch, status=4)
+    assert (summary["rounds"][0]["answered"], summary["rounds"][0]["failed"]) == (4, 6)
+    causes = {row["participant"]: row["failure"] for row in cluster.answers() if row["failure"]}
+    assert causes[1] == "Odd: no seat" and causes[2] == "Mute: (its text cannot be shown)" and causes[3] == "Odd: odd"
+    assert causes[4] == "ValueError: half a letter \\ud800"
+    assert causes[5].startswith("ValueError: many lines xxx") and len(causes[5]) == 200
+    assert causes[6].startswith("RuntimeError: coroutine raised StopIteration")
+    assert (cluster.path / "runs/latest/summary.json").stat().st_size < 100_000
+
+
+def test_a_reply_that_never_ends_is_left_behind(cluster, tmp_path):
+    path = tmp_path / "wild.py"
+    path.write_text(WILD)
+    flags = ("--agent-class", f"{path}:WildReply", "--reply-threads", "2")
+    with (tmp_path / "stderr").open("w") as log:
+        game = cluster.start("run_simulation.sh", "3", "8", *flags, stderr=log)
+        until(lambda: "round 1: asking" in (tmp_path / "stderr").read_text(), 20, "the round has begun")
+        game.send_signal(signal.SIGINT)
+        game.communicate(timeout=30)
+    assert game.returncode == 130
+    assert cluster.summary()["rounds"][0]["failures"]["interrupted"] >= 1
+    cluster.play("3", "4", *flags[:1], f"{path}:WildReply", "--reply-threads", "1", status=4)  # with threads of its own
+    assert cluster.summary()["rounds"][0]["failures"] == {"StopIteration": 1, "Odd: odd": 1}
+
+
+def test_a_file_in_the_checkout_is_a_persons_own(cluster):
+    path = cluster.path / "my_file.py"  # written after the servers were started
+    for number in (3, 4):
+        path.write_text(SHORT + f"        return {number}\n")
+        cluster.play("3", "5", "--agent-class", "my_file.py:Mine")
+        assert cluster.values() == [number] * 5
+    path.unlink()
