@@ -231,7 +231,10 @@ class ParticipantGroup(metaclass=RpcMeta):
                 sheet.fail(place, agent)
             else:
                 answering = agent.answer(question) if self._many else self._blocking_reply(agent, question)
-                sheet.put(place, to_units(await answering, self.game))
+                answer = await answering
+                if isinstance(answer, _Raised):
+                    raise answer.error
+                sheet.put(place, to_units(answer, self.game))
         except BaseException as error:  # noqa: BLE001 - a person's own answer may raise anything, and fails alone
             sheet.fail(place, INTERRUPTED if self._halted else one_line(error))
         if sheet.done == self.count and not self._all_done.done():
@@ -247,9 +250,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 return _Raised(error)
 
         said = await self._loop.run_in_executor(_threads(self.oid, self._reply_threads), reply)
-        if isinstance(said, _Raised):
-            raise said.error
-        return answer_in(said)
+        return said if isinstance(said, _Raised) else answer_in(said)
 
     def _halt(self) -> None:
         self._halted = True
