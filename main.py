@@ -5,10 +5,15 @@ What needs AgentScope is imported inside the functions, so that --help, a mistyp
 
 from __future__ import annotations
 
+import os
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is told by us, in one line
+
 import argparse
 import contextlib
 import secrets
-import signal
 import sys
 import time
 import types
@@ -145,9 +150,9 @@ def play(config: SimulationConfig) -> int:
     if config.seed is None:
         config = replace(config, seed=secrets.randbits(32))
     run_id = new_run_id()
-    directory = RunDirectory(run_id, config.run_dir)
     watch = ProgressWatch()
     watch.listen()
+    directory = RunDirectory(run_id, config.run_dir)
     servers = None
 
     def servers_ready(done: int, total: int) -> None:
@@ -193,7 +198,8 @@ def ask(config: SimulationConfig) -> int:
     from simulation.security import load
 
     played, summary = read_summary(Path(str(config.run_dir)))
-    key = load(Path(config.cluster_key_dir))
+    given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
+    key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     from simulation.rounds import ask as ask_participant
 
     print(ask_participant(played, summary["run_id"], key, config.participant, str(config.text)))

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from agentscope.agents import AgentBase
 
-from participant import Participant, answer_in, message_of
+from participant import Participant, message_of
 from simulation.errors import UnusableAnswer, one_line
-from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, merge, to_units
+from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, merge
 from simulation.group import INTERRUPTED, TALLY_VALUES, ParticipantGroup, Progress
 from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, all_of, fan_out, remove, reply_of
@@ -75,7 +75,7 @@ class Moderator(AgentBase):
             raise error
         self._groups = dict(self._remote)
         if one_by_one:
-            self._groups = {seating.first: OneByOne(self._remote[seating.first], seating, game) for seating in seatings}
+            self._groups = {seating.first: OneByOne(self._remote[seating.first], seating) for seating in seatings}
 
     def begin(self, question: Question) -> None:
         """Start the round on all groups; returns at once."""
@@ -137,10 +137,9 @@ class OneByOne:
     It is here for comparison: each answer costs three calls and a thread, whatever the participant does.
     """
 
-    def __init__(self, group: RemoteObject, seating: Seating, game: Game) -> None:
+    def __init__(self, group: RemoteObject, seating: Seating) -> None:
         self._group = group
         self._seating = seating
-        self._game = game
         self._sheet: AnswerSheet | None = None
         self._halted = False
         self._error: Exception | None = None
@@ -210,6 +209,7 @@ class OneByOne:
         index = self._seating.first + place
         proxy = RemoteObject(Participant, f"{self._seating.oid}/{index}", self._seating.server, GROUP_DEADLINE_S)
         try:
-            return to_units(answer_in(reply_of(proxy, message_of(question), "play")), self._game)
+            units: int = reply_of(proxy, message_of(question), "play").metadata["units"]
+            return units
         except UnusableAnswer as error:
             return one_line(error)

@@ -20,7 +20,7 @@ from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
-from simulation.game import Announcement, Game, Question, draw
+from simulation.game import Announcement, Game, Question, draw, to_units
 
 
 class Participant(AgentBase):
@@ -44,20 +44,28 @@ class Participant(AgentBase):
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         """Answer one message: plays `answer` once, on the group's event loop where there is one."""
-        answering = _outcome(self.answer(question_in(x, self.game)))
-        if self._loop is None:
-            value = asyncio.run(answering)
-        else:
-            value = asyncio.run_coroutine_threadsafe(answering, self._loop).result()
-        if isinstance(value, BaseException):
-            raise value
+        value = self._run(self.answer(question_in(x, self.game)))
         metadata = {"answer": value} if isinstance(value, (int, float)) else None
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer one question of a round asked alone: by `answer` where it is defined, as in the group."""
-        return Participant.reply(self, x) if answers_many(type(self)) else self.reply(x)
+        """Answer one question of a round asked alone, as in the group; the answer is in the metadata, in units."""
+        if answers_many(type(self)):
+            answer = self._run(self.answer(question_in(x, self.game)))
+        else:
+            answer = answer_in(self.reply(x))
+        return Msg(self.name, "", "assistant", metadata={"units": to_units(answer, self.game)})
+
+    def _run(self, answering: Awaitable[Any]) -> Any:
+        """Wait for an answer in a thread: on the event loop of the group, where there is one."""
+        if self._loop is None:
+            value = asyncio.run(_outcome(answering))
+        else:
+            value = asyncio.run_coroutine_threadsafe(_outcome(answering), self._loop).result()
+        if isinstance(value, BaseException):
+            raise value
+        return value
 
 
 class RandomParticipant(Participant):

@@ -22,7 +22,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help"
 

@@ -7,7 +7,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 main() {
   case "${1:-}" in
@@ -15,7 +15,7 @@ main() {
     -h | --help) show_help && return ;;
     *) fail 2 "'$1' is not known; usage: ./stop_all_server.sh" ;;
   esac
-  if [ -z "$(find "$ROOT/run/servers" -name '*.pid' 2>/dev/null)" ]; then
+  if ! [ -d "$ROOT/run/servers" ]; then
     echo "no agent servers were running"
     return
   fi

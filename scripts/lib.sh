@@ -29,11 +29,11 @@ load_settings() {
       *) fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value" ;;
     esac
     case "$key" in # two names of one setting
-      MODERATOR_*) [ -z "${MODERATOR_NUM+set}${MODERATOR_PER_HOST+set}" ] || continue ;;
+      MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
     line="${line#*=}"
     case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
-    [ -n "${!key+set}" ] || printf -v "$key" '%s' "$line"
+    [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }
 

@@ -64,6 +64,7 @@ class SimulationConfig:
     text: str | None = setting(None, "what to say to it (role ask)")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cluster_key_dir", str(Path(self.cluster_key_dir).absolute()))
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         last_port = self.base_port + self.server_per_host + self.moderator_per_host - 1

@@ -14,6 +14,8 @@ import cloudpickle
 from participant import Participant, RandomParticipant, answers_many
 from simulation.errors import SettingsError, one_line
 
+PACKED_BYTES = 64 * 2**20
+
 
 @functools.cache
 def load_class(spec: str | None) -> type[Participant]:
@@ -55,6 +57,12 @@ def load_class(spec: str | None) -> type[Participant]:
 def pack_class(cls: type[Participant]) -> bytes:
     """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
     try:
-        return cloudpickle.dumps(cls)
+        packed = cloudpickle.dumps(cls)
     except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
+    if len(packed) > PACKED_BYTES:
+        raise SettingsError(
+            f"--agent-class: {cls.__name__} carries {len(packed) >> 20} MB of its file's data to every server, "
+            f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
+        )
+    return packed

@@ -75,7 +75,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
         text = str(error)
     except BaseException:  # noqa: BLE001 - a person's own exception may fail at this, too
         text = "(its text cannot be shown)"
-    text = " ".join(text[: 10 * limit].split()).encode("utf-8", "backslashreplace").decode()
+    text = " ".join(text[: 10 * limit].split())
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
     name = type(error).__name__
     line = text if isinstance(error, UnusableAnswer) else f"{name}: {text}" if text else name
     return line if len(line) <= limit else line[: limit - 3] + "..."

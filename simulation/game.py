@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Real
@@ -26,7 +27,9 @@ Units = NDArray[np.int64]
 WINNERS_NAMED = 10  # of all winners, the lowest so many are named
 OTHER_CAUSES = "other causes"
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
+TEXT_READ = 20_000  # characters of an answer at most
 NO_NUMBER, OUT_OF_RANGE, AMBIGUOUS = "no number in the answer", "number out of range", "more than one number"
+TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ def draw(game: Game, round_number: int, participant: int) -> int:
 
 # --- Reading an answer -----------------------------------------------------------------------------------------------
 
-_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_DIGITS = (
+    r"\d{1,30}"  # bounded, as is the text: a participant that answers a million digits must not hold up its server
+)
+_NUMBER = rf"-?(?:\d{{1,3}}(?:,\d{{3}}){{1,10}}|{_DIGITS})(?:\.{_DIGITS})?(?:[eE][-+]?\d{{1,3}})?"
 _RANGES = re.compile(
     rf"(?:between\s+{_NUMBER}\s+and\s+{_NUMBER}|from\s+{_NUMBER}\s+to\s+{_NUMBER}"
     rf"|{_NUMBER}\s*(?:to|[-–…]|\.\.+)\s*{_NUMBER}"
@@ -119,6 +125,8 @@ def parse_number(text: str) -> float:
 
     Ranges and totals are left out. Raises UnusableAnswer if no number is left, or several and none is marked as chosen.
     """
+    if len(text) > TEXT_READ:
+        raise UnusableAnswer(TOO_LONG)
     rest = _RANGES.sub(" ", text)
     found = {_to_float(match) for match in re.findall(_NUMBER, rest)}
     if len(found) > 1:
@@ -138,7 +146,7 @@ def to_units(answer: Any, game: Game) -> int:
     """An answer in units, rounded half to even. Raises UnusableAnswer unless it is a number from 0 to max_value."""
     if isinstance(answer, str):
         answer = parse_number(answer)
-    if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, Real):
+    if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise UnusableAnswer(NO_NUMBER)
     number: Any = answer
     if not 0 <= number <= game.max_value:  # not a number is in no range

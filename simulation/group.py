@@ -81,7 +81,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._tasks: list[asyncio.Task[None]] = []
         self._running: list[asyncio.Task[None]] = []  # the same, once all of them have begun
         self._halted = self._closing = False
-        self._error: BaseException | None = None
+        self._error: RuntimeError | None = None
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
@@ -184,7 +184,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         try:
             await work
         except BaseException as error:  # noqa: BLE001 - the edge of the thread: handed to the caller of progress
-            self._error = error
+            self._error = RuntimeError(f"group {self.oid}: {one_line(error)}")
         with self._changed:
             self._changed.notify_all()
 

@@ -24,7 +24,7 @@ from typing import Any
 from loguru import logger
 
 from simulation import processes
-from simulation.config import ROOT, SimulationConfig
+from simulation.config import ROOT, SimulationConfig, flag_of
 from simulation.errors import ClusterError, ServerUnreachable
 from simulation.placement import Endpoint
 from simulation.security import ClusterKey, load, load_or_make
@@ -117,7 +117,7 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
     command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
     for name in ("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"):
-        command += ["--" + name.replace("_", "-"), str(getattr(config, name))]
+        command += [flag_of(name), str(getattr(config, name))]
     with (processes.SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
         return subprocess.Popen(
             command,

@@ -40,6 +40,7 @@ MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
 MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
 CALLS_AT_ONCE = 32
+SILENT_POLLS = 4  # of AgentScope's 5 s each
 NEW_RUN = "new-run"  # the name of the run id in a handshake's metadata
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
@@ -215,14 +216,17 @@ class _Client(RpcClient):
 
 
 class _UntilAnswered(RetryBase):
-    """Polls on while the agent thinks: only the deadline of a single poll is a reason to try again."""
+    """Polls on while the agent thinks, for as long as the server says so; SILENT_POLLS without a word are its end."""
 
     def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        silent = 0
         while True:
             try:
                 return func(*args, **kwargs)
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                still_thinking = error.details() == "Timeout"  # the servicer's own word
+                silent = 0 if still_thinking else silent + 1
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
                     raise
 
 

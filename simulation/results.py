@@ -249,15 +249,23 @@ def read_summary(path: Path) -> tuple[SimulationConfig, dict[str, Any]]:
 def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
     """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
     tallies: dict[int, Tally] = {}
+    whole = path / "answers.parquet"
+    parts = sorted(path.glob("answers-*.parquet"))  # of a run that was killed
     try:
-        with pq.ParquetFile(path / "answers.parquet") as file:
-            for batch in file.iter_batches():
-                for number in np.unique(batch["round"].to_numpy()):
-                    of_round = batch.filter(pa.compute.equal(batch["round"], number))
-                    tallies[int(number)] = tallies.get(int(number), Tally(0)) + _tally_of(of_round, 10**config.decimals)
+        for batch in (
+            batch for file in ([whole] if whole.exists() or not parts else parts) for batch in _batches(file)
+        ):
+            for number in np.unique(batch["round"].to_numpy()):
+                of_round = batch.filter(pa.compute.equal(batch["round"], number))
+                tallies[int(number)] = tallies.get(int(number), Tally(0)) + _tally_of(of_round, 10**config.decimals)
     except (OSError, pa.ArrowInvalid) as error:
         raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
     return tallies
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches()
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
@@ -265,6 +273,8 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
     tallies = read_tallies(path, config) if summary["rounds"] else {}
     results = []
     for entry in summary["rounds"]:
+        if entry["round"] not in tallies:
+            raise SettingsError(f"--run-dir {path}: the answers of round {entry['round']} are missing")
         tally = tallies[entry["round"]]
         average = tally.average()
         closest = tally.closest(average) if average is not None else ()

@@ -247,7 +247,8 @@ def ask(config: SimulationConfig, run_id: str, key: ClusterKey, participant: int
     server = servers[group.server]
     proxy = RemoteObject(Participant, f"{group_id(run_id, group.first)}/{participant}", server, GROUP_DEADLINE_S)
     try:
-        return reply_of(proxy, Msg("user", text, "user")).get_text_content() or ""
+        reply = reply_of(proxy, Msg("user", text, "user"))
+        return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
     except AgentGone:
         raise AgentGone(
             f"participant {participant} of run {run_id} is no longer on {server}: agents stay only after a run with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_a_text_holds_one_number(text, number):
     assert parse_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "none", "I like 3 and 7", "between 0 and 100"])
+@pytest.mark.parametrize("text", ["", "none", "I like 3 and 7", "between 0 and 100", "1" * 19_999, "7" + " " * 20_000])
 def test_a_text_without_one_number_is_unusable(text):
     with pytest.raises(UnusableAnswer):
         parse_number(text)
@@ -101,7 +102,18 @@ def test_an_unusable_answer_is_no_number(answer):
 
 
 @pytest.mark.parametrize(
-    ("answer", "units"), [(0, 0), (100, 100), (49.5, 50), (50.5, 50), ("37", 37), (np.float64(3), 3), (np.int32(4), 4)]
+    ("answer", "units"),
+    [
+        (0, 0),
+        (100, 100),
+        (49.5, 50),
+        (50.5, 50),
+        ("37", 37),
+        (np.float64(3), 3),
+        (np.int32(4), 4),
+        (Decimal("4.5"), 4),
+        (Fraction(100, 3), 33),
+    ],
 )
 def test_answers_are_counted_in_whole_units(answer, units):
     assert to_units(answer, game()) == units

@@ -9,6 +9,10 @@ from conftest import until
 
 MINE = """
 import asyncio
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 from participant import Participant
 from agentscope.message import Msg
 
@@ -60,6 +64,11 @@ class Failing(Participant):
         if self.index == 7:
             return None
         return 50
+
+
+class Kinds(Participant):
+    async def answer(self, question):
+        return [Fraction(100, 3), Decimal("4.5"), np.float64(7), np.array([5]), True, b"5", ["6"]][self.index]
 
 
 class FailingReply(Participant):
@@ -130,6 +139,12 @@ def test_a_failure_is_the_participants_own_with_its_cause(cluster, mine, dispatc
     assert [row["value"] for row in rows] == [None if index in FAILURES else 50.0 for index in range(20)]
     cluster.play("3", "20", "--agent-class", f"{mine}:FailingReply", "--dispatch", dispatch, status=4)
     assert cluster.summary()["rounds"][0]["failures"] == {"KeyError: 'lost'": 1}
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_any_kind_of_number_counts_alike(cluster, mine, dispatch):
+    cluster.play("3", "7", "--agent-class", f"{mine}:Kinds", "--dispatch", dispatch, status=4)
+    assert cluster.values() == [33, 4, 7, None, None, None, None]
 
 
 def test_the_servers_see_the_newest_version_of_the_file(cluster, tmp_path):

@@ -137,6 +137,13 @@ def test_a_missing_venv_module_is_named(shell, tmp_path):
     assert done.returncode == 2 and "has no venv module: install it" in one_line(done.stderr)
 
 
+def test_a_link_to_a_script_is_as_good(shell, tmp_path):
+    (tmp_path / "play").symlink_to(shell.path / "run_simulation.sh")
+    shell("run_simulation.sh", "1", "2")  # for the environment
+    done = subprocess.run([tmp_path / "play", "1", "2"], capture_output=True, text=True, check=True)
+    assert done.stdout == "[--server-per-host][1][--participant-num][2]"
+
+
 def test_constraints_are_exact_and_name_no_index():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert len(lines) > 50 and all(line.count("==") == 1 and "/" not in line for line in lines)
