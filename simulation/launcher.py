@@ -174,7 +174,8 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
 
     use_key(load(Path(config.cluster_key_dir)))
     calls = {
-        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout) for port in sorted(ports)
+        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, memory=True)
+        for port in sorted(ports)
     }
     shakes, errors = fan_out(calls)
     row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}".format

@@ -41,7 +41,7 @@ GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
 MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
 CALLS_AT_ONCE = 32
 SILENT_POLLS = 4  # of AgentScope's 5 s each
-NEW_RUN = "new-run"  # the name of the run id in a handshake's metadata
+NEW_RUN, MEMORY = "new-run", "memory"  # what may stand in a handshake's metadata
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
@@ -78,7 +78,7 @@ class Handshake:
     moderator_per_host: int
     started: float  # seconds since the epoch
     agents: int
-    memory_mb: float
+    memory_mb: float | None  # told only to those who ask for it, as it takes 5 ms to find out
     code: str = CODE_VERSION
     python: str = platform.python_version()
     agentscope: str = agentscope_version
@@ -109,15 +109,18 @@ def use_key(key: ClusterKey) -> None:
     RpcClient._get_channel = classmethod(secure_channel)
 
 
-def handshake(endpoint: Endpoint, timeout_s: float, starting: bool = False, new_run: str = "") -> Handshake:
-    """Ask a server who it is; with `new_run`, tell it that this run begins, for which it drops what others kept.
+def handshake(
+    endpoint: Endpoint, timeout_s: float, starting: bool = False, new_run: str = "", memory: bool = False
+) -> Handshake:
+    """Ask a server who it is, and how large with `memory`.
 
+    With `new_run` it is told that this run begins, for which it drops what others kept.
     Raises ServerUnreachable where none listens, at once or, for one that is starting, after the time-out;
     ClusterError for a stranger.
     """
     try:
         # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
-        metadata = ((NEW_RUN, new_run),) if new_run else ()
+        metadata = [(NEW_RUN, new_run)] * bool(new_run) + [(MEMORY, "")] * memory
         reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting, metadata=metadata)
     except grpc.RpcError as error:
         translated = _translated(error, endpoint)

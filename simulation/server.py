@@ -34,7 +34,7 @@ from simulation.config import SimulationConfig
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
 from simulation.placement import run_of
-from simulation.remote import MESSAGE_BYTES, NEW_RUN, Handshake, use_key
+from simulation.remote import MEMORY, MESSAGE_BYTES, NEW_RUN, Handshake, use_key
 from simulation.security import ClusterKey
 
 RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
@@ -80,9 +80,9 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=True)
 
     def get_server_info(self, request: Any, context: Any) -> GeneralResponse:
-        for name, run in context.invocation_metadata():
-            if name == NEW_RUN:
-                self._drop_kept(run)
+        asked = dict(context.invocation_metadata())
+        if NEW_RUN in asked:
+            self._drop_kept(asked[NEW_RUN])
         first_moderator = self._config.base_port + self._config.server_per_host
         hosted = self._hosted()
         shake = Handshake(
@@ -94,7 +94,7 @@ class SimulationServicer(AgentServerServicer):
             moderator_per_host=self._config.moderator_per_host,
             started=self._started,
             agents=sum(getattr(agent, "agents", 1) for agent in hosted.values()),
-            memory_mb=_memory_mb(),
+            memory_mb=_memory_mb() if MEMORY in asked else None,
         )
         return GeneralResponse(ok=True, message=shake.to_json())
 
