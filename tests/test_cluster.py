@@ -158,7 +158,8 @@ def test_a_main_killed_leaves_nothing_after_its_lease(cluster):
     finally:
         process.kill()
         process.communicate()
-    assert "was not heard of" in (cluster.path / f"run/servers/{cluster.base_port}.log").read_text()
+    # whichever server is first: a moderator that is dropped deletes its groups
+    assert any("was not heard of" in log.read_text() for log in cluster.path.glob("run/servers/*.log"))
 
 
 def test_the_lease_outlives_a_main_that_is_busy(cluster):
