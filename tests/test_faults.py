@@ -144,13 +144,13 @@ def test_a_server_that_hangs_is_killed(checkout):
 def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status):
     mine = checkout.path / "mine.py"
     mine.write_text(
-        "import asyncio\nfrom participant import Participant\nclass Mine(Participant):\n"
+        "import asyncio, pathlib\nfrom participant import Participant\nclass Mine(Participant):\n"
         "    async def answer(self, question):\n"
-        "        await asyncio.sleep(600 * (self.index >= 30))\n        return 50\n"
+        "        await asyncio.sleep(600 * (self.index >= 30))\n"
+        f"        pathlib.Path({str(checkout.path)!r}, f'answered-{{self.index}}').touch()\n        return 50\n"
     )
     game = checkout.start("run_simulation.sh", "2", "100", "--rounds", "3", "--agent-class", f"{mine}:Mine")
-    until(lambda: asking(checkout), 20, "the round has begun")
-    time.sleep(1)  # for the answers of those who answer
+    until(lambda: len(list(checkout.path.glob("answered-*"))) == 30, 20, "those who answer have answered")
     game.send_signal(number)
     out, err = game.communicate(timeout=20)
     assert game.returncode == status, err
@@ -189,14 +189,17 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
         "import time\nfrom participant import Participant\nclass Mine(Participant):\n"
         "    def reply(self, x):\n        time.sleep(600)\n"
     )
-    game = checkout.start("run_simulation.sh", "2", "100", "--agent-class", f"{mine}:Mine", "--dispatch", "agent")
-    until(lambda: asking(checkout), 20, "the round has begun")
-    game.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    began = time.monotonic()
-    game.send_signal(signal.SIGINT)
-    _, err = game.communicate(timeout=20)
-    assert game.returncode == 130 and time.monotonic() - began < 2 and "Traceback" not in err
+    log = checkout.path / "stderr"
+    with log.open("w") as stderr:
+        flags = ("--agent-class", f"{mine}:Mine", "--dispatch", "agent")
+        game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
+        until(lambda: asking(checkout), 20, "the round has begun")
+        game.send_signal(signal.SIGINT)
+        until(lambda: "once more to end at once" in log.read_text(), 10, "the first one is heard")
+        began = time.monotonic()
+        game.send_signal(signal.SIGINT)
+        game.communicate(timeout=20)
+    assert game.returncode == 130 and time.monotonic() - began < 2 and "Traceback" not in log.read_text()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
 
 
@@ -318,15 +321,15 @@ def test_a_link_that_cannot_be_made_is_found_out_first(checkout, tmp_path):
 def test_ctrl_c_keeps_the_answers_of_one_by_one_too(checkout):
     mine = checkout.path / "mine.py"
     mine.write_text(
-        "import time\nfrom participant import Participant\nfrom agentscope.message import Msg\n"
-        "class Mine(Participant):\n    def reply(self, x):\n"
-        "        time.sleep(600 * (self.index >= 5))\n        return Msg(self.name, '50', 'assistant')\n"
+        "import pathlib, time\nfrom participant import Participant\nfrom agentscope.message import Msg\n"
+        "class Mine(Participant):\n    def reply(self, x):\n        time.sleep(600 * (self.index >= 5))\n"
+        f"        pathlib.Path({str(checkout.path)!r}, f'answered-{{self.index}}').touch()\n"
+        "        return Msg(self.name, '50', 'assistant')\n"
     )
     with (checkout.path / "stderr").open("w") as log:
         flags = ("--agent-class", f"{mine}:Mine", "--dispatch", "agent")
         game = checkout.start("run_simulation.sh", "2", "10", *flags, stderr=log)
-        until(lambda: "round 1: asking" in (checkout.path / "stderr").read_text(), 20, "the round has begun")
-        time.sleep(1)  # for the answers of those who answer
+        until(lambda: len(list(checkout.path.glob("answered-*"))) == 5, 20, "those who answer have answered")
         game.send_signal(signal.SIGINT)
         game.communicate(timeout=30)
     assert game.returncode == 130
