@@ -27,11 +27,12 @@ from simulation.config import SimulationConfig, flag_of, real_number, whole_numb
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
+    from simulation.model_configs import ModelConfig
     from simulation.security import ClusterKey
 
 ACTIONS = {
-    "--status": "show a row per agent server of this host (role participant)",
-    "--stop": "stop the agent servers of this host (role participant)",
+    "--status": "show a row per server of this host (roles participant and vllm)",
+    "--stop": "stop the servers of this host (roles participant and vllm)",
     "--launch": argparse.SUPPRESS,  # what the launcher process is started with
     "--owned": argparse.SUPPRESS,
 }
@@ -74,16 +75,20 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
-        given = vars(make_parser().parse_args(arguments))
+        flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
+        given = vars(make_parser().parse_args(flags))
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:])}
         config = SimulationConfig(**{**given, "hosts": tuple(given["hosts"])})
-        if actions and config.role != "participant":
-            raise SettingsError(f"--{min(actions)} goes with --role participant")
+        if actions and config.role not in ("participant", "vllm"):
+            raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
+        if for_vllm and config.role != "vllm":
+            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
         roles: dict[str, Callable[[], int]] = {
             "main": lambda: play(config),
             "participant": lambda: serve(config, actions),
             "ask": lambda: ask(config),
             "report": lambda: report(config),
+            "vllm": lambda: serve_models(config, actions, for_vllm),
         }
         return roles[config.role]()
     except SimulationError as error:
@@ -97,6 +102,24 @@ def main(arguments: list[str] | None = None) -> int:
         where = keep_traceback()
         print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
         return 1
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our flags, and those after --, which are for vLLM."""
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+def _interruptible() -> None:
+    """Raise Interrupted on a signal, so that what was started so far is stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _give_up)
 
 
 def serve(config: SimulationConfig, actions: set[str]) -> int:
@@ -115,11 +138,7 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
     else:
         from simulation.console import ProgressWatch
 
-        def give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
-            raise Interrupted(number)
-
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, give_up)
+        _interruptible()
         started = time.monotonic()
         watch = ProgressWatch()
         with contextlib.closing(watch):
@@ -132,12 +151,38 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
     return 0
 
 
+def serve_models(config: SimulationConfig, actions: set[str], for_vllm: list[str]) -> int:
+    """Role vllm: the vLLM servers of this host."""
+    from simulation import inference
+
+    if "stop" in actions:
+        stopped = inference.stop()
+        print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
+    elif "status" in actions:
+        rows, all_healthy = inference.status()
+        print("\n".join(rows) if rows else "no vLLM servers are running")
+        return 0 if all_healthy else ClusterError.exit_status
+    elif config.dry_run:
+        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config)))
+    else:
+        from simulation.console import ProgressWatch
+
+        _interruptible()
+        with contextlib.closing(ProgressWatch()) as watch:
+            rows = inference.start(
+                config, for_vllm, lambda done, total: watch.progress("vLLM servers ready", done, total)
+            )
+        print("\n".join(rows))
+    return 0
+
+
 def play(config: SimulationConfig) -> int:
     """Role main: check everything, start what is missing, play, and leave nothing behind but the results."""
     from loguru import logger
 
     from simulation import launcher
     from simulation.console import ProgressWatch, log_to_stderr
+    from simulation.plan import plan_lines
     from simulation.results import RunDirectory, new_run_id
     from simulation.security import load_or_make
 
@@ -145,7 +190,12 @@ def play(config: SimulationConfig) -> int:
     if config.agent_class is not None:
         from simulation.custom import load_class, pack_class
 
-        pack_class(load_class(config.agent_class))  # a mistake in a person's file is found before anything is started
+        # a mistake in a person's file is found before anything is started
+        pack_class(load_class(config.agent_class, config.agent_type))
+    models = check_models_file(config)
+    if config.dry_run:
+        print("\n".join(plan_lines(config, models)))
+        return 0
     key = load_or_make(Path(config.cluster_key_dir))
     if config.seed is None:
         config = replace(config, seed=secrets.randbits(32))
@@ -178,6 +228,22 @@ def play(config: SimulationConfig) -> int:
             servers.stop()
             logger.info(f"stopped the {len(config.ports)} agent servers of this run")
         directory.discard_if_empty()
+
+
+def check_models_file(config: SimulationConfig) -> dict[str, ModelConfig]:
+    """The models of an LLM run. A model that may cost money is refused unless allowed, after saying how much."""
+    if config.agent_type != "llm":
+        return {}
+    from simulation.model_configs import is_within, model_name, read_models, refuse_elsewhere
+    from simulation.plan import cost_lines
+
+    models = read_models(config)
+    asked = [models[name] for name in map(model_name, range(1, config.model_per_host + 1)) if name in models]
+    if not config.dry_run and not all(is_within(model.base_url, config.hosts) for model in asked):
+        print("\n".join(cost_lines(config, models)), file=sys.stderr)
+        for model in asked:
+            refuse_elsewhere(config, model.name, model.base_url)
+    return models
 
 
 def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:

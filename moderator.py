@@ -20,6 +20,7 @@ from participant import Participant, message_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, merge
 from simulation.group import INTERRUPTED, TALLY_VALUES, ParticipantGroup, Progress
+from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, all_of, fan_out, remove, reply_of
 
@@ -77,9 +78,9 @@ class Moderator(AgentBase):
         if one_by_one:
             self._groups = {seating.first: OneByOne(self._remote[seating.first], seating) for seating in seatings}
 
-    def begin(self, question: Question) -> None:
-        """Start the round on all groups; returns at once."""
-        self._all(lambda group: group.begin(question))
+    def begin(self, question: Question, tokens_each: float | None = None) -> None:
+        """Start the round on all groups; returns at once. `tokens_each` is what each participant may cost."""
+        self._all(lambda group: group.begin(question, tokens_each))
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far all groups are together. Waits on one unfinished group at most, so as to hold one thread there."""
@@ -88,6 +89,10 @@ class Moderator(AgentBase):
         if waiting is not None and wait_s > 0:
             each[waiting] = self._groups[waiting].progress(wait_s)
         return sum(each.values(), start=Progress(0, 0))
+
+    def usage(self) -> Usage:
+        """What all groups together have cost so far."""
+        return sum(self._all(lambda group: group.usage()).values(), start=Usage())
 
     def halt(self, at_once: bool) -> None:
         """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
@@ -108,8 +113,9 @@ class Moderator(AgentBase):
         """The answers of those of participants first .. first+count-1 that are asked by this moderator."""
         parts = [part for part in self._all(lambda group: group.answers(first, count)).values() if len(part.units)]
         failures = {index: cause for part in parts for index, cause in part.failures.items()}
+        texts = {index: text for part in parts for index, text in part.texts.items()}
         units = [part.units for part in parts] or [np.empty(0, np.int64)]
-        return Answers(parts[0].first if parts else first, np.concatenate(units), failures)
+        return Answers(parts[0].first if parts else first, np.concatenate(units), failures, texts)
 
     def keep(self) -> None:
         """Stay with all groups when the run is over, until the next run or the end of the servers."""
@@ -145,8 +151,10 @@ class OneByOne:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self.keep = group.keep
+        self.usage = group.usage
 
-    def begin(self, question: Question) -> None:
+    def begin(self, question: Question, tokens_each: float | None = None) -> None:
+        self._group.allow(tokens_each)
         self._halted = False
         self._sheet = AnswerSheet(self._seating.first, self._seating.count)
         threading.Thread(target=self._ask_all, args=(question, self._sheet), daemon=True).start()
@@ -194,22 +202,22 @@ class OneByOne:
             self._error = error
         else:
             with self._changed:
-                if isinstance(outcome, str):
-                    sheet.fail(place, outcome)
+                if "units" in outcome:
+                    sheet.put(place, outcome["units"])
                 else:
-                    sheet.put(place, outcome)
+                    sheet.fail(place, outcome["cause"], outcome["text"])
         with self._changed:
             if sheet.done == sheet.count or self._error is not None:
                 self._changed.notify_all()
 
-    def _ask(self, place: int, question: Question) -> int | str:
-        """The answer of one participant in units, or the cause of its failure."""
+    def _ask(self, place: int, question: Question) -> dict[str, Any]:
+        """What one participant says: its answer in `units`, or the `cause` of its failure and its `text`."""
         if self._halted:
-            return INTERRUPTED
+            return {"cause": INTERRUPTED, "text": None}
         index = self._seating.first + place
         proxy = RemoteObject(Participant, f"{self._seating.oid}/{index}", self._seating.server, GROUP_DEADLINE_S)
         try:
-            units: int = reply_of(proxy, message_of(question), "play").metadata["units"]
-            return units
-        except UnusableAnswer as error:
-            return one_line(error)
+            said: dict[str, Any] = reply_of(proxy, message_of(question), "play").metadata
+            return said
+        except UnusableAnswer as error:  # raised by whatever else its code does
+            return {"cause": one_line(error), "text": None}

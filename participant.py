@@ -1,4 +1,4 @@
-"""The participants: what people edit, or copy from, first.
+"""The participants: what people edit, or copy from, first. `RandomParticipant` and `LLMParticipant` are the ready ones.
 
 A participant of your own is a subclass of `Participant` that defines one of
 
@@ -20,7 +20,11 @@ from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
+from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Game, Question, draw, to_units
+from simulation.model import Chat
+from simulation.model_configs import model_of
+from simulation.prompts import Numbers, Prompt, prompt_for, rules
 
 
 class Participant(AgentBase):
@@ -32,6 +36,7 @@ class Participant(AgentBase):
     """
 
     _loop: asyncio.AbstractEventLoop | None = None  # the event loop of its group, set by the group
+    _chat: Chat | None = None  # how its group asks models, likewise
 
     def __init__(self, index: int, game: Game) -> None:
         super().__init__(name=f"P{index}", use_memory=False)
@@ -50,12 +55,16 @@ class Participant(AgentBase):
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer one question of a round asked alone, as in the group; the answer is in the metadata, in units."""
-        if answers_many(type(self)):
-            answer = self._run(self.answer(question_in(x, self.game)))
-        else:
-            answer = answer_in(self.reply(x))
-        return Msg(self.name, "", "assistant", metadata={"units": to_units(answer, self.game)})
+        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the cause."""
+        try:
+            if answers_many(type(self)):
+                answer = self._run(self.answer(question_in(x, self.game)))
+            else:
+                answer = answer_in(self.reply(x))
+            metadata: dict[str, Any] = {"units": to_units(answer, self.game)}
+        except UnusableAnswer as error:
+            metadata = {"cause": one_line(error), "text": error.text}
+        return Msg(self.name, "", "assistant", metadata=metadata)
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Wait for an answer in a thread: on the event loop of the group, where there is one."""
@@ -75,6 +84,41 @@ class RandomParticipant(Participant):
         if self.game.sleep_time_s > 0:
             await asyncio.sleep(self.game.sleep_time_s)
         return draw(self.game, question.round, self.index) / self.game.scale
+
+
+class LLMParticipant(Participant):
+    """Asks its model for the number, and remembers its own numbers; what was announced, the question carries.
+
+    Everybody with the same memory has the same prompt, and shares requests with the others of its group.
+    """
+
+    def __init__(self, index: int, game: Game) -> None:
+        super().__init__(index, game)
+        self.numbers: Numbers = ()  # in rounds 1, 2, ...; None where it gave none
+
+    def system(self) -> str:
+        """The system prompt; override it for a character of your own."""
+        return rules(self.game)
+
+    def prompt(self, question: Question) -> Prompt:
+        """What is asked of the model in a round."""
+        return prompt_for(self.system(), question, self.numbers)
+
+    async def answer(self, question: Question) -> float | str:
+        """The model's number; to a message that is no question of a round, the model's words."""
+        chat = self._chat or Chat(self.game)
+        model = model_of(self.index, chat.sampling.models)
+        if question.round == 0:
+            return await chat.ask(model, self.prompt(question), str, held=False)
+        known = self.numbers[: question.round - 1]
+        self.numbers = known + (None,) * (question.round - 1 - len(known))
+        units = await chat.ask(model, self.prompt(question), self._units)
+        number = units / self.game.scale
+        self.numbers += (number,)
+        return number
+
+    def _units(self, text: str) -> int:
+        return to_units(text, self.game)
 
 
 async def _outcome(answering: Awaitable[Any]) -> Any:

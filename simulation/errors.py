@@ -66,7 +66,16 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """An answer that is no number in range; the message is the cause that is counted."""
+    """An answer that is no number in range; the message is the cause that is counted.
+
+    Args:
+        cause: Why.
+        text: What was answered, where there was a text.
+    """
+
+    def __init__(self, cause: str, text: str | None = None) -> None:
+        super().__init__(cause)
+        self.text = text
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

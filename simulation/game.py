@@ -28,8 +28,23 @@ WINNERS_NAMED = 10  # of all winners, the lowest so many are named
 OTHER_CAUSES = "other causes"
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 TEXT_READ = 20_000  # characters of an answer at most
+SHORT = 64  # characters of an answer that is worth remembering
 NO_NUMBER, OUT_OF_RANGE, AMBIGUOUS = "no number in the answer", "number out of range", "more than one number"
+TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
 TOO_LONG = f"text of more than {TEXT_READ} characters"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How LLM participants ask their models: the settings of the same names."""
+
+    models: int  # participant i asks model_{i mod models + 1}
+    structured_output: str
+    samples_per_request: int
+    max_attempts: int
+    max_in_flight: int | None
+    attempt_timeout_s: float
+    reply_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Game:
     max_value: int
     decimals: int
     sleep_time_s: float
+    sampling: Sampling | None = None  # None where no participant asks a model
 
     @property
     def scale(self) -> int:
@@ -126,16 +142,23 @@ def parse_number(text: str) -> float:
     Ranges and totals are left out. Raises UnusableAnswer if no number is left, or several and none is marked as chosen.
     """
     if len(text) > TEXT_READ:
-        raise UnusableAnswer(TOO_LONG)
+        raise UnusableAnswer(TOO_LONG, text)
+    return _read_short(text) if len(text) <= SHORT else _read(text)
+
+
+def _read(text: str) -> float:
     rest = _RANGES.sub(" ", text)
     found = {_to_float(match) for match in re.findall(_NUMBER, rest)}
     if len(found) > 1:
         found = {_to_float(match) for match in _CHOSEN.findall(rest)}
         if len(found) != 1:
-            raise UnusableAnswer(AMBIGUOUS)
+            raise UnusableAnswer(AMBIGUOUS, text)
     if not found:
-        raise UnusableAnswer(NO_NUMBER)
+        raise UnusableAnswer(NO_NUMBER, text)
     return found.pop()
+
+
+_read_short = lru_cache(maxsize=4096)(_read)  # models say the same few things again and again
 
 
 def _to_float(text: str) -> float:
@@ -144,13 +167,14 @@ def _to_float(text: str) -> float:
 
 def to_units(answer: Any, game: Game) -> int:
     """An answer in units, rounded half to even. Raises UnusableAnswer unless it is a number from 0 to max_value."""
-    if isinstance(answer, str):
-        answer = parse_number(answer)
+    text = answer if isinstance(answer, str) else None
+    if text is not None:
+        answer = parse_number(text)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise UnusableAnswer(NO_NUMBER)
     number: Any = answer
     if not 0 <= number <= game.max_value:  # not a number is in no range
-        raise UnusableAnswer(OUT_OF_RANGE)
+        raise UnusableAnswer(OUT_OF_RANGE, text)
     return int(round(number) if game.decimals == 0 else round(float(number) * game.scale))
 
 
@@ -270,11 +294,15 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of participants first .. first+len(units)-1: units, -1 where there is none, and then the cause."""
+    """The answers of participants first .. first+len(units)-1: units, -1 where there is none, and then the cause.
+
+    `texts` holds what some of those who failed did say.
+    """
 
     first: int
     units: Units
     failures: dict[int, str]
+    texts: dict[int, str] = field(default_factory=dict)
 
 
 class AnswerSheet:
@@ -287,6 +315,7 @@ class AnswerSheet:
         self.count = count
         self.units = array("q", [self.MISSING]) * count
         self.failures: dict[int, str] = {}
+        self.texts: dict[int, str] = {}
         self.done = 0
 
     def put(self, place: int, units: int) -> None:
@@ -294,15 +323,17 @@ class AnswerSheet:
         self.units[place] = units
         self.done += 1
 
-    def fail(self, place: int, cause: str) -> None:
-        """Record that participant first + place gave no usable answer."""
+    def fail(self, place: int, cause: str, text: str | None = None) -> None:
+        """Record that participant first + place gave no usable answer, and what it said, of the first who failed."""
         self.failures[place] = cause
+        if text is not None and len(self.texts) < TEXTS_KEPT:
+            self.texts[place] = text[:TEXT_KEPT]
         self.done += 1
 
     def closed(self, cause: str) -> AnswerSheet:
         """A copy on which everyone who is undecided has failed with this cause; the original may go on filling."""
         copy = AnswerSheet(self.first, self.count)
-        copy.units, copy.failures = self.units[:], dict(self.failures)
+        copy.units, copy.failures, copy.texts = self.units[:], dict(self.failures), dict(self.texts)
         for place, units in enumerate(copy.units):
             if units == self.MISSING:
                 copy.failures.setdefault(place, cause)
@@ -333,5 +364,8 @@ class AnswerSheet:
         """The answers of those participants of first .. first+count-1 that are on this sheet."""
         start = max(first, self.first) - self.first
         stop = max(start, min(first + count - self.first, self.count))
-        failures = {self.first + place: cause for place, cause in self.failures.items() if start <= place < stop}
-        return Answers(self.first + start, self._array()[start:stop].copy(), failures)
+        failures, texts = (
+            {self.first + place: words for place, words in said.items() if start <= place < stop}
+            for said in (self.failures, self.texts)
+        )
+        return Answers(self.first + start, self._array()[start:stop].copy(), failures, texts)

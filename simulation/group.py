@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from loguru import logger
 from participant import Participant, answer_in, answers_many, message_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
+from simulation.model import Chat, Usage
 from simulation.placement import run_of
 
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
@@ -81,6 +83,8 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._tasks: list[asyncio.Task[None]] = []
         self._running: list[asyncio.Task[None]] = []  # the same, once all of them have begun
         self._halted = self._closing = False
+        self._chat = Chat(game) if game.sampling is not None else None
+        self._answering_s = self._client_s = 0.0
         self._error: RuntimeError | None = None
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
@@ -90,13 +94,23 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     # --- What moderators call ----------------------------------------------------------------------------------------
 
-    def begin(self, question: Question) -> None:
-        """Start asking; returns at once."""
+    def begin(self, question: Question, tokens_each: float | None = None) -> None:
+        """Start asking; returns at once. `tokens_each` is what each participant may cost in this round."""
         if not self._now().finished:
             raise RuntimeError(f"group {self.oid} is still busy")
         self._halted = False
+        self.allow(tokens_each)
         self._sheet = AnswerSheet(self.first, self.count)
         asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
+
+    def allow(self, tokens_each: float | None) -> None:
+        """What each participant may cost from now on, on average, in tokens; None is no limit."""
+        if self._chat is not None:
+            self._chat.allow(None if tokens_each is None else tokens_each * self.count)
+
+    def usage(self) -> Usage:
+        """What all rounds have cost so far."""
+        return Usage() if self._chat is None else self._chat.usage(self._answering_s, self._client_s)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far it is, after waiting up to `wait_s` seconds for the end; this is also the heartbeat."""
@@ -149,6 +163,8 @@ class ParticipantGroup(metaclass=RpcMeta):
     def close(self) -> None:
         """Stop whatever runs, and let go of all participants; does nothing the second time."""
         self._closing = True
+        if self._chat is not None:
+            self._chat.close()
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
@@ -206,11 +222,13 @@ class ParticipantGroup(metaclass=RpcMeta):
             agent: Participant = type.__call__(self._class, index, self.game)
             agent._oid = f"{self.oid}/{index}"
             agent._loop = self._loop
+            agent._chat = self._chat
         except BaseException as error:  # noqa: BLE001 - a person's own __init__ may raise anything
             return one_line(error)
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
+        began, began_cpu = time.monotonic(), time.process_time()
         self._all_done = self._loop.create_future()
         self._running = []
         with collector_paused():
@@ -221,6 +239,9 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._loop.call_soon(self._under_way)
         await self._all_done
         self._tasks = self._running = []
+        took_s = time.monotonic() - began
+        self._answering_s += took_s
+        self._client_s += min(time.process_time() - began_cpu, took_s)
 
     async def _ask(self, place: int, agent: Participant | str, question: Question, sheet: AnswerSheet) -> None:
         """Ask one participant; whatever it does wrong is its own failure, with its cause."""
@@ -236,7 +257,8 @@ class ParticipantGroup(metaclass=RpcMeta):
                     raise answer.error
                 sheet.put(place, to_units(answer, self.game))
         except BaseException as error:  # noqa: BLE001 - a person's own answer may raise anything, and fails alone
-            sheet.fail(place, INTERRUPTED if self._halted else one_line(error))
+            text = error.text if isinstance(error, UnusableAnswer) else None
+            sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
         if sheet.done == self.count and not self._all_done.done():
             self._all_done.set_result(None)
 

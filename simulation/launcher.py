@@ -26,11 +26,16 @@ from loguru import logger
 from simulation import processes
 from simulation.config import ROOT, SimulationConfig, flag_of
 from simulation.errors import ClusterError, ServerUnreachable
+from simulation.model_configs import read_models
 from simulation.placement import Endpoint
 from simulation.security import ClusterKey, load, load_or_make
 
 READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
+HANDED_ON = (  # the settings of the servers
+    *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
+    *("model_per_host", "model_configs", "vllm_base_port"),
+)
 STOP_FIRST = "stop them with ./stop_all_server.sh first"
 
 
@@ -64,14 +69,16 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
 
     Raises:
         ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
-        SettingsError: The key or the folder for pid files and logs is unusable.
+        SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
     """
     key = load_or_make(Path(config.cluster_key_dir))
+    models = read_models(config) if Path(config.model_configs).exists() else {}
     with processes.one_at_a_time():
         processes.refuse_borrowed()
         running = processes.own_processes()
         if running:
-            _check_same(config, key, [int(name) for name in running if name.isdigit()])
+            urls = {name: model.base_url for name, model in models.items()}
+            _check_same(config, key, [int(name) for name in running if name.isdigit()], urls)
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
@@ -89,7 +96,7 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
     return OwnedServers(launcher) if owned else None
 
 
-def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int]) -> None:
+def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], models: dict[str, str]) -> None:
     """Raise ClusterError unless the servers that run are the ones asked for, and answer."""
     if ports != list(config.ports):
         raise ClusterError(
@@ -111,12 +118,25 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int]) -> 
                 f"the agent servers that run already are {shake.server_per_host} for participants and "
                 f"{shake.moderator_per_host} for moderators: {STOP_FIRST}"
             )
+        if shake.models != models:
+            raise ClusterError(
+                f"the agent servers that run already know {_listed(shake.models)}; asked for were {_listed(models)}: "
+                f"{STOP_FIRST}"
+            )
+
+
+def _listed(models: dict[str, str]) -> str:
+    """The models in few words."""
+    return (
+        ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
+        or "no model"
+    )
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
-    for name in ("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"):
+    for name in HANDED_ON:
         command += [flag_of(name), str(getattr(config, name))]
     with (processes.SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
         return subprocess.Popen(

@@ -109,12 +109,16 @@ def end_processes() -> int:
 
 def end_of_log(name: str) -> str:
     """Where the log of a server is, and how it ends: the rest of an error message."""
-    log = SERVERS / f"{name}.log"
+    return end_of(SERVERS / f"{name}.log")
+
+
+def end_of(log: Path) -> str:
+    """Likewise, of any log."""
     lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:] if log.exists() else []
     return "".join([f"; the end of its log {log}:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 
-def check_free(host_name: str, port: int) -> None:
+def check_free(host_name: str, port: int, setting: str = "BASE_PORT") -> None:
     """Raise ClusterError if another program has the port, SettingsError if it can never be ours."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -126,12 +130,12 @@ def check_free(host_name: str, port: int) -> None:
                 f"--host-name {host_name}: no address is known for it; check /etc/hosts or DNS"
             ) from None
         except PermissionError:
-            raise SettingsError(f"port {port} needs root: choose a BASE_PORT from 1024") from None
+            raise SettingsError(f"port {port} needs root: choose a {setting} from 1024") from None
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise SettingsError(f"--host-name {host_name}: is not an address of this host") from None
             raise ClusterError(
-                f"port {port} of {host_name} is taken by another program: stop it, or choose another BASE_PORT"
+                f"port {port} of {host_name} is taken by another program: stop it, or choose another {setting}"
             ) from None
 
 

@@ -41,7 +41,7 @@ GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
 MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
 CALLS_AT_ONCE = 32
 SILENT_POLLS = 4  # of AgentScope's 5 s each
-NEW_RUN, MEMORY = "new-run", "memory"  # what may stand in a handshake's metadata
+NEW_RUN, MEMORY, CHECK_MODELS = "new-run", "memory", "check-models"  # what may stand in a handshake's metadata
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
@@ -79,6 +79,8 @@ class Handshake:
     started: float  # seconds since the epoch
     agents: int
     memory_mb: float | None  # told only to those who ask for it, as it takes 5 ms to find out
+    models: dict[str, str]  # the models it knows: name, and address
+    model_troubles: dict[str, str]  # by name, why a model that it was asked to check does not answer
     code: str = CODE_VERSION
     python: str = platform.python_version()
     agentscope: str = agentscope_version
@@ -110,17 +112,24 @@ def use_key(key: ClusterKey) -> None:
 
 
 def handshake(
-    endpoint: Endpoint, timeout_s: float, starting: bool = False, new_run: str = "", memory: bool = False
+    endpoint: Endpoint,
+    timeout_s: float,
+    starting: bool = False,
+    new_run: str = "",
+    memory: bool = False,
+    check_models: int = 0,
 ) -> Handshake:
     """Ask a server who it is, and how large with `memory`.
 
     With `new_run` it is told that this run begins, for which it drops what others kept.
+    With `check_models` it asks the servers of model_1 .. model_N whether they answer, for half of the time-out.
     Raises ServerUnreachable where none listens, at once or, for one that is starting, after the time-out;
     ClusterError for a stranger.
     """
     try:
         # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
         metadata = [(NEW_RUN, new_run)] * bool(new_run) + [(MEMORY, "")] * memory
+        metadata += [(CHECK_MODELS, f"{check_models} {timeout_s / 2}")] * bool(check_models)
         reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting, metadata=metadata)
     except grpc.RpcError as error:
         translated = _translated(error, endpoint)

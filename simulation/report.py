@@ -9,6 +9,7 @@ import numpy as np
 
 from simulation.config import SimulationConfig
 from simulation.game import RoundResult, Tally, Units
+from simulation.model import Usage
 from simulation.results import most_frequent
 
 BARS = 15
@@ -38,6 +39,17 @@ def failure_line(tally: Tally) -> str:
     """How many did not answer, and why."""
     causes = "; ".join(f"{cause}: {count}" for cause, count in most_frequent(tally.failures).items())
     return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
+
+
+def usage_line(before: Usage, after: Usage, round_s: float) -> str:
+    """What one round cost, and where its time went; `before` and `after` are what the game cost until then."""
+    answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
+    return (
+        f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
+        f"{after.prompt_tokens - before.prompt_tokens:,} tokens of prompts and "
+        f"{after.completion_tokens - before.completion_tokens:,} of answers; {answering_s - client_s:.2f} s waiting "
+        f"for the model, {client_s:.2f} s client work, {max(round_s - answering_s, 0):.2f} s RPC"
+    )
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import ResultsError, SettingsError, one_line
-from simulation.game import OTHER_CAUSES, Answers, RoundResult, Tally, Winners
+from simulation.game import OTHER_CAUSES, TEXTS_KEPT, Answers, RoundResult, Tally, Winners
+from simulation.model import Usage
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
@@ -50,6 +51,7 @@ class RunDirectory:
     def __init__(self, run_id: str, named: str | None) -> None:
         self.path = Path(named) if named is not None else ROOT / "runs" / run_id
         self._rounds: list[Path] = []
+        self._failed: list[dict[str, Any]] = []
         try:
             _check_latest()
             self._made = _make_folder(self.path)
@@ -101,7 +103,17 @@ class RunDirectory:
         with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
             for part in answers:
                 writer.write_table(_table(round_number, part, scale))
+                self._keep_failed(round_number, part)
         self._rounds.append(path)
+        if self._failed:
+            with _on_disk(self.path / "failed_answers.jsonl") as file:
+                file.writelines((json.dumps(entry, ensure_ascii=False) + "\n").encode() for entry in self._failed)
+
+    def _keep_failed(self, round_number: int, part: Answers) -> None:
+        """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""
+        for participant, text in sorted(part.texts.items())[: TEXTS_KEPT - len(self._failed)]:
+            cause = part.failures[participant]
+            self._failed.append({"round": round_number, "participant": participant, "failure": cause, "text": text})
 
     def join_answers(self) -> None:
         """Make answers.parquet of the rounds' files. Raises ResultsError."""
@@ -185,8 +197,10 @@ def summarise(
     cluster: dict[str, Any],
     seconds: dict[str, float],
     rounds: list[RoundResult],
+    usage: Usage,
 ) -> dict[str, Any]:
     """The content of summary.json; `status` is complete, partial, interrupted or failed."""
+    llm = config.agent_type == "llm"
     return {
         "run_id": run_id,
         "status": status,
@@ -194,8 +208,19 @@ def summarise(
         "cluster": cluster,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [_round_summary(result, 10**config.decimals) for result in rounds],
-        "llm": None,
+        "llm": _llm_summary(usage) if llm else None,
+        "llm_seconds": _time_told_apart(usage, seconds["rounds"]) if llm else None,
     }
+
+
+def _llm_summary(usage: Usage) -> dict[str, int]:
+    return {name: getattr(usage, name) for name in ("requests", "prompt_tokens", "completion_tokens", "retries")}
+
+
+def _time_told_apart(usage: Usage, rounds_s: float) -> dict[str, float]:
+    """Where the seconds of the rounds went: waiting for the model, work of the slowest agent server, and RPC."""
+    parts = (usage.answering_s - usage.client_s, usage.client_s, rounds_s - usage.answering_s)
+    return {name: round(max(part, 0.0), 4) for name, part in zip(("model", "client", "rpc"), parts, strict=True)}
 
 
 def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:

@@ -29,8 +29,10 @@ from simulation.errors import (
     SimulationError,
     UnusableAnswer,
 )
-from simulation.game import Announcement, Answers, Game, RoundResult, Winners, merge, question_for
+from simulation.game import Announcement, Answers, Game, RoundResult, Sampling, Winners, merge, question_for
 from simulation.group import Progress
+from simulation.model import Usage
+from simulation.model_configs import model_name, refuse_elsewhere
 from simulation.placement import Endpoint, endpoints, group_id, group_of, moderator_id, place
 from simulation.remote import (
     GROUP_DEADLINE_S,
@@ -92,7 +94,39 @@ def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, H
                 f"moderator servers from port {shake.base_port}; "
                 f"this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
             )
+    if config.agent_type == "llm":
+        _check_models_known(config, shakes)
+        check_models(config)
     return shakes
+
+
+def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:
+    """Raise ClusterError if a server does not know a model asked for, SettingsError if one is outside."""
+    names = [model_name(number + 1) for number in range(config.model_per_host)]
+    for endpoint, shake in shakes.items():
+        missing = [name for name in names if name not in shake.models]
+        if missing:
+            known = f"{len(shake.models)} models" if shake.models else "no model"
+            raise ClusterError(
+                f"{endpoint} knows {known}, and {missing[0]} is not among them; --model-per-host "
+                f"{config.model_per_host} asks for {names[0]} to {names[-1]}: see configs/model_configs.json, and "
+                "start the agent servers again with the same MODEL_PER_HOST"
+            )
+        for name in names:
+            refuse_elsewhere(config, name, shake.models[name])
+
+
+def check_models(config: SimulationConfig) -> None:
+    """Let one agent server of every host ask the host's models whether they answer; raises ClusterError."""
+    firsts = endpoints(config.hosts, config.base_port, 1)
+    timeout_s = 2 * config.connect_timeout
+    ask = partial(handshake, timeout_s=timeout_s, check_models=config.model_per_host)
+    for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
+        for name, trouble in shake.model_troubles.items():
+            raise ClusterError(
+                f"{endpoint.host}: {name} at {shake.models[name]} {trouble}; start it there with ./start_vllm.sh, or "
+                "correct configs/model_configs.json"
+            )
 
 
 class Simulation:
@@ -111,8 +145,9 @@ class Simulation:
         self.config = config
         self.run_id = run_id
         self.watch = watch
-        self.game = Game(config.seed, config.max_value, config.decimals, config.sleep_time)
-        self.participant_class = load_class(config.agent_class)
+        self.game = Game(config.seed, config.max_value, config.decimals, config.sleep_time, _sampling(config))
+        self.usage = Usage()  # of the rounds so far
+        self.participant_class = load_class(config.agent_class, config.agent_type)
         self._announcements: tuple[Announcement, ...] = ()
         self._moderators: dict[int, RemoteObject] = {}
         self._seatings: dict[int, list[Seating]] = {}
@@ -177,8 +212,9 @@ class Simulation:
         """
         started = time.monotonic()
         question = question_for(self.game, number, self._announcements)
-        self._all(lambda moderator: moderator.begin(question))
+        self._all(lambda moderator: moderator.begin(question, self._tokens_each()))
         self._wait("answers in", interruptible=False)
+        self.usage = sum(self._all(lambda moderator: moderator.usage()).values(), start=Usage())
         tally = merge(self._all(whole_tally).values())
         average = tally.average()
         closest = tally.closest(average) if average is not None else ()
@@ -193,6 +229,12 @@ class Simulation:
             first, stop = seatings[0].first, seatings[-1].first + seatings[-1].count
             for start in range(first, stop, FETCHED_AT_ONCE):
                 yield self._moderators[number].answers(start, min(FETCHED_AT_ONCE, stop - start))
+
+    def _tokens_each(self) -> float | None:
+        """What each participant may cost in the next round; None is no limit."""
+        if self.config.max_tokens is None:
+            return None
+        return max(self.config.max_tokens - self.usage.tokens, 0) / self.config.participant_num
 
     def _value(self, units: Fraction | None) -> float | None:
         return None if units is None else float(units / self.game.scale)
@@ -222,6 +264,20 @@ class Simulation:
         """Let the servers hear of this run even while main is busy with something else."""
         while not self._ended.wait(self.config.lease / LEASE_PARTS):
             fan_out({number: partial(each.progress, 0.0) for number, each in self._moderators.items()})
+
+
+def _sampling(config: SimulationConfig) -> Sampling | None:
+    if config.agent_type != "llm":
+        return None
+    return Sampling(
+        config.model_per_host,
+        config.structured_output,
+        config.samples_per_request,
+        config.max_attempts,
+        config.max_in_flight,
+        config.attempt_timeout,
+        config.reply_timeout,
+    )
 
 
 def ask(config: SimulationConfig, run_id: str, key: ClusterKey, participant: int, text: str) -> str:

@@ -13,9 +13,12 @@ from simulation.console import ProgressWatch, say
 from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerUnreachable, SimulationError
 from simulation.game import RoundResult
 from simulation.group import INTERRUPTED
-from simulation.report import announcement_lines, failure_line, histogram_lines
+from simulation.model import Usage
+from simulation.model_client import OUT_OF_TOKENS
+from simulation.replies import MODEL_SERVER
+from simulation.report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results import RunDirectory, summarise
-from simulation.rounds import Simulation, check_cluster
+from simulation.rounds import Simulation, check_cluster, check_models
 from simulation.security import ClusterKey
 
 
@@ -31,6 +34,8 @@ class Run:
         self.directory = directory
         self.watch = watch
         self.results: list[RoundResult] = []
+        self.usage = Usage()
+        self.ended_early: str | None = None  # why, other than by a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self._began = time.monotonic()
@@ -46,7 +51,8 @@ class Run:
                 self._create(simulation)
                 for number in range(1, self.config.rounds + 1):
                     self._play_round(simulation, number)
-                    if self.watch.stop_signal is not None:
+                    self._look_after_models()
+                    if self.watch.stop_signal is not None or self.ended_early is not None:
                         break
         except SimulationError as error:
             if self.results or isinstance(error, (GameEnded, Interrupted)):
@@ -70,6 +76,7 @@ class Run:
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
             result = simulation.play(number)
+            before, self.usage = self.usage, simulation.usage
             for line in announcement_lines(result, self.config.decimals):
                 say(line)
             if result.tally.failed:
@@ -80,7 +87,23 @@ class Run:
                 self.cluster["lost"] = [str(error).partition(": ")[0]]
             raise GameEnded(f"round {number} cannot be finished: {error}") from None
         self.results.append(result)
+        if self.config.agent_type == "llm":
+            logger.info(usage_line(before, self.usage, result.seconds))
         self._write("interrupted")  # what it is, should this process be killed now
+
+    def _look_after_models(self) -> None:
+        """Find out whether another round makes sense: there are tokens left, and models that answer."""
+        failures = self.results[-1].tally.failures
+        spent = self.config.max_tokens is not None and self.usage.tokens >= self.config.max_tokens
+        if OUT_OF_TOKENS in failures or (spent and len(self.results) < self.config.rounds):
+            self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
+        elif self.watch.stop_signal is None and any(cause.startswith(MODEL_SERVER) for cause in failures):
+            try:
+                check_models(self.config)
+            except ClusterError as error:
+                self.ended_early = str(error)
+        if self.ended_early is not None:
+            logger.warning(f"{self.ended_early}: the game ends after round {len(self.results)} of {self.config.rounds}")
 
     def _finish(self) -> int:
         """Write the whole run, and a picture of its last round; returns the exit status."""
@@ -88,8 +111,9 @@ class Run:
         for line in histogram_lines(last.tally, self.config):
             say(line)
         self.directory.join_answers()
-        unanswered = any(result.tally.failed for result in self.results)
-        cut_short = len(self.results) < self.config.rounds or INTERRUPTED in last.tally.failures
+        unanswered = self.ended_early is not None or any(result.tally.failed for result in self.results)
+        stopped = self.ended_early is None and len(self.results) < self.config.rounds
+        cut_short = stopped or INTERRUPTED in last.tally.failures
         self._write("interrupted" if cut_short else "partial" if unanswered else "complete")
         from simulation.plots import draw_histogram  # noqa: PLC0415 - half a second, which nobody waits for earlier
 
@@ -102,5 +126,5 @@ class Run:
     def _write(self, status: str) -> None:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
-        summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results)
+        summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results, self.usage)
         self.directory.write_summary(summary)

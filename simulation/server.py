@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -33,8 +34,10 @@ import moderator  # noqa: F401 - its class must be known to AgentScope where age
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
+from simulation.model import check_models, load_models
+from simulation.model_configs import ModelConfig, model_name
 from simulation.placement import run_of
-from simulation.remote import MEMORY, MESSAGE_BYTES, NEW_RUN, Handshake, use_key
+from simulation.remote import CHECK_MODELS, MEMORY, MESSAGE_BYTES, NEW_RUN, Handshake, use_key
 from simulation.security import ClusterKey
 
 RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
@@ -56,10 +59,13 @@ class SimulationServicer(AgentServerServicer):
     Args:
         config: How this host's servers were started.
         port: The port of this one.
+        models: The models that its participants may ask.
         stop: Called when a client asks the server to stop.
     """
 
-    def __init__(self, config: SimulationConfig, port: int, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SimulationConfig, port: int, models: dict[str, ModelConfig], stop: Callable[[], None]
+    ) -> None:
         super().__init__(
             stop_event=None,
             host=config.host_name,
@@ -69,6 +75,7 @@ class SimulationServicer(AgentServerServicer):
             max_timeout_seconds=POLL_S,
         )
         self._config = config
+        self._models = models
         self._stop = stop
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
@@ -95,6 +102,8 @@ class SimulationServicer(AgentServerServicer):
             started=self._started,
             agents=sum(getattr(agent, "agents", 1) for agent in hosted.values()),
             memory_mb=_memory_mb() if MEMORY in asked else None,
+            models={name: model.base_url for name, model in self._models.items()},
+            model_troubles=self._model_troubles(asked.get(CHECK_MODELS, "")),
         )
         return GeneralResponse(ok=True, message=shake.to_json())
 
@@ -133,6 +142,14 @@ class SimulationServicer(AgentServerServicer):
             if lease_s is not None and silent_s.get(run_of(agent_id), 0.0) > lease_s:
                 logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
                 self._drop(agent_id)
+
+    def _model_troubles(self, asked: str) -> dict[str, str]:
+        """What is wrong with the first so many models that we know; asked is how many, and for how many seconds."""
+        if not asked:
+            return {}
+        number, timeout_s = asked.split()
+        names = [model_name(each + 1) for each in range(int(number))]
+        return check_models([name for name in names if name in self._models], float(timeout_s))
 
     def _drop_kept(self, new_run: str) -> None:
         """Drop what earlier runs kept: they keep it until the next one."""
@@ -191,7 +208,8 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
     def stop() -> None:
         loop.call_soon_threadsafe(stopping.set)
 
-    servicer = SimulationServicer(config, port, stop)
+    models = load_models(config) if Path(config.model_configs).exists() else {}
+    servicer = SimulationServicer(config, port, models, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
     address = f"{address_of(config.host_name)}:{port}"

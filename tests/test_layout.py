@@ -15,7 +15,13 @@ ROWS = [
     "simulation.placement",
     "simulation.security",
     "simulation.processes",
+    "simulation.in_flight",
     "simulation.remote",
+    "simulation.prompts",
+    "simulation.replies",
+    "simulation.model_configs",
+    "simulation.model_client",
+    "simulation.model",
     "participant",
     "simulation.custom",
     "simulation.group",
@@ -28,6 +34,8 @@ ROWS = [
     "simulation.plots",
     "simulation.console",
     "simulation.run",
+    "simulation.plan",
+    "simulation.inference",
     "main",
 ]
 AGENTSCOPE_INSIDES = {"simulation.remote", "simulation.server", "simulation.group"}

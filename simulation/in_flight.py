@@ -1,0 +1,113 @@
+"""How many requests may be in flight to one model server: one limit for all processes of this host, shared fairly.
+
+A file that all of them map into memory has a row per process; a lock on the file guards it, and the system lets go of
+that lock when its holder dies. Whoever has least in flight goes first, and among equals whoever has waited longest.
+A process that was not heard of for a while counts for nothing, so a dead one holds up nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulation.processes import SERVERS
+
+Row = NDArray[np.int64]
+
+FOLDER = SERVERS / "in-flight"
+ROWS = 4096
+OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, requests, and two times in ns
+BEAT_S = 1.0  # a process that holds or waits is heard of so often
+WAITING_LOST_NS = 2 * 10**9  # after so long without a word a process does not wait any more,
+HOLDING_LOST_NS = 20 * 10**9  # and after so long it holds nothing any more
+
+
+class InFlight:
+    """This process's part in the limit of one model server.
+
+    Args:
+        address: Of the model server.
+        folder: Where the file is.
+    """
+
+    def __init__(self, address: str, folder: Path = FOLDER) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(
+            folder / hashlib.sha256(address.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        os.ftruncate(self._file, ROWS * 4 * 8)
+        self._map = mmap.mmap(self._file, ROWS * 4 * 8)
+        self._table = np.frombuffer(self._map, np.int64).reshape(ROWS, 4)
+        self._owner = secrets.randbits(62) + 1
+        self._row = -1
+        self.holding = 0
+
+    def take(self, limit: int) -> bool:
+        """Take one place if the limit allows it and nobody is before us; if not, we wait from now on."""
+        with self._locked() as (own, now):
+            since = int(own[WAITING_SINCE]) or now
+            own[WAITING_SINCE] = since
+            held, first = self.holding, True
+            for owner, holding, waiting_since, heard in self._table[1 : self._used() + 1].tolist():
+                if owner in (0, self._owner):
+                    continue
+                if now - heard < HOLDING_LOST_NS:
+                    held += holding
+                if waiting_since and now - heard < WAITING_LOST_NS:
+                    first = first and (self.holding, since) <= (holding, waiting_since)
+            granted = held < limit and first
+            if granted:
+                self.holding += 1
+                own[HOLDING], own[WAITING_SINCE] = self.holding, 0
+        return granted
+
+    def give_back(self) -> None:
+        """Give one place back."""
+        with self._locked() as (own, _):
+            self.holding -= 1
+            own[HOLDING] = self.holding
+
+    def beat(self, waiting: bool) -> None:
+        """Say that this process lives; to be called every BEAT_S seconds while it holds places or waits."""
+        with self._locked() as (own, _):
+            if not waiting:
+                own[WAITING_SINCE] = 0
+
+    def close(self) -> None:
+        """Give everything back."""
+        with self._locked() as (own, _):
+            own[:] = 0
+        self._row = -1
+        os.close(self._file)
+
+    def _used(self) -> int:
+        """How many rows have been used; row 0 holds nothing but that."""
+        return int(self._table[0, 0])
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[tuple[Row, int]]:
+        """Our row and the time, while nobody else may look."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            now = time.monotonic_ns()
+            if self._row < 0 or self._table[self._row, OWNER] != self._owner:  # new, or given up as lost
+                used = self._table[1 : self._used() + 1]
+                lost = (used[:, OWNER] == 0) | (now - used[:, HEARD] > HOLDING_LOST_NS) | (used[:, HEARD] > now)
+                self._row = int(lost.argmax()) + 1 if lost.any() else len(used) + 1
+                self._table[0, 0] = max(len(used), self._row)
+                self._table[self._row] = (self._owner, self.holding, 0, now)
+            own = self._table[self._row]
+            own[HEARD] = now
+            yield own, now
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)

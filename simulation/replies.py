@@ -1,0 +1,131 @@
+"""What a model server's reply means, and how long to wait after a bad one; pure.
+
+A reply that is no set of answers becomes a `Trouble`, which says whether asking again may help.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BUSY = (429, 503)  # the server asks everyone to wait
+REFUSED_REQUEST = (400, 422)  # something in the request itself
+PASSING = (408, 409, 425)  # and every 5xx
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "answer withheld by a content filter"}
+NO_TEXT = "no text in the answer"
+WORDS_SHOWN = 120
+MODEL_SERVER = "model server"  # how the causes begin that are no participant's doing
+
+
+class Trouble(Exception):
+    """A request that brought no answers; the message is the cause of the failures that may come of it.
+
+    Attributes:
+        again: Whether the same request may succeed later.
+        endpoint: Whether the server is in trouble as a whole, so that others had better wait too.
+        garbled: Whether the server did answer, but nothing that can be read.
+        refused: Whether the server refused what the request says.
+        retry_after_s: How long the server asked us to wait.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        again: bool = True,
+        endpoint: bool = False,
+        garbled: bool = False,
+        refused: bool = False,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        super().__init__(cause)
+        self.again = again
+        self.endpoint = endpoint
+        self.garbled = garbled
+        self.refused = refused
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answers of one request: texts, and where there is none, why; and the tokens, None if the server keeps mum."""
+
+    texts: tuple[tuple[str | None, str | None], ...]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
+    """Read a reply of the chat completions API; `now` is the time in seconds since the epoch. Raises Trouble."""
+    if status != 200:
+        raise _refusal(status, headers, body, now)
+    try:
+        reply = json.loads(body)
+    except ValueError:
+        raise Trouble(f"{MODEL_SERVER}: the reply is not JSON", garbled=True) from None
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise Trouble(f"{MODEL_SERVER}: no choices in the reply", garbled=True)
+    usage = reply.get("usage")
+    prompt, completion = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(tuple(map(_text_of, choices)), prompt, completion)
+
+
+def _text_of(choice: Any) -> tuple[str | None, str | None]:
+    """The text of a choice, and why it cannot be used, if it cannot."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
+        return None, NO_TEXT
+    return text, CUT_OFF.get(str(choice.get("finish_reason")))
+
+
+def _count(usage: Any, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
+
+
+def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Trouble:
+    cause = f"{MODEL_SERVER}: HTTP {status}"
+    if status in BUSY:
+        return Trouble(cause, endpoint=True, retry_after_s=retry_after(headers.get("retry-after"), now))
+    if status >= 500 or status in PASSING:
+        return Trouble(cause, retry_after_s=retry_after(headers.get("retry-after"), now))
+    words = _words_of(body)
+    return Trouble(f"{cause}: {words}" if words else cause, again=False, refused=status in REFUSED_REQUEST)
+
+
+def _words_of(body: bytes) -> str:
+    """The server's own words about an error, in one line."""
+    try:
+        reply = json.loads(body)
+        error = reply.get("error", reply)
+        words = error.get("message") if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        return ""
+    return " ".join(str(words or "").split())[:WORDS_SHOWN]
+
+
+def retry_after(value: str | None, now: float) -> float:
+    """The seconds that a Retry-After header asks for: a number, or a date (RFC 9110, 10.2.3); 0 if it says neither."""
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value)
+        return min(seconds, 1e9) if seconds > 0 else 0.0
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - now, 0.0)
+    except ValueError:
+        return 0.0
+
+
+def pause_s(troubles: int, retry_after_s: float, chance: float) -> float:
+    """Seconds to wait after so many troubles in a row: doubling, with jitter (`chance` is 0 to 1), or as asked."""
+    grown = min(FIRST_PAUSE_S * 2 ** min(troubles - 1, 16), LONGEST_PAUSE_S)
+    return max(retry_after_s, grown * (0.5 + chance / 2))

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stop the vLLM servers of this host that ./start_vllm.sh started: gracefully, and firmly after 15 seconds.
+#
+#   ./stop_vllm.sh
+#
+# Succeeds when nothing runs. No process is signalled that is not such a server.
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
+
+main() {
+  case "${1:-}" in
+    '') ;;
+    -h | --help) show_help && return ;;
+    *) fail 2 "'$1' is not known; usage: ./stop_vllm.sh" ;;
+  esac
+  if ! [ -d "$ROOT/run/vllm" ]; then
+    echo "no vLLM servers were running"
+    return
+  fi
+  [ -x "$VENV/bin/python" ] || ensure_venv run
+  exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --stop
+}
+
+main "$@"
