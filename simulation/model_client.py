@@ -188,9 +188,11 @@ class ModelClient:
         if reply.status_code in (401, 403) or reply.status_code >= 500:
             return f"answers with HTTP {reply.status_code}"
         try:
-            served = [str(each["id"]) for each in reply.json()["data"]] if reply.status_code == 200 else []
-        except (ValueError, LookupError, TypeError):
+            listed = reply.json() if reply.status_code == 200 else {}
+        except ValueError:
             return "answers, but is no server of the OpenAI API"
+        data = listed.get("data") if isinstance(listed, dict) else None
+        served = [str(each.get("id")) for each in data if isinstance(each, dict)] if isinstance(data, list) else []
         if served and config.model not in served:
             return f"serves {', '.join(served[:5])}, not {config.model}"
         return None
@@ -297,7 +299,8 @@ class ModelClient:
                 response = await self._http.send(request, stream=True)
                 body = await _body_of(response)
         except TimeoutError:
-            raise Trouble(NO_ANSWER) from None
+            cut_short = patience_s < sampling.attempt_timeout_s  # then what was wrong before says more
+            raise Trouble((batch.cause if cut_short else None) or NO_ANSWER) from None
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             raise Trouble(f"{MODEL_SERVER}: {_connection_cause(error)}", endpoint=True) from None
         return read_reply(response.status_code, response.headers, body, time.time())

@@ -1,0 +1,140 @@
+"""A model server that misbehaves on demand: small, OpenAI-compatible, on a thread of the test's own.
+
+Each request takes the next of its `habits`; when they are used up, it behaves, or goes on with `for_ever`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from aiohttp import web
+
+HABITS = {
+    "429": (429, {}, '{"error": {"message": "too many"}}'),
+    "429 for 1 s": (429, {"Retry-After": "1"}, ""),
+    "500": (500, {}, "Internal Server Error"),
+    "503": (503, {}, ""),
+    "404": (404, {}, '{"error": {"message": "no such model"}}'),
+    "html": (200, {"Content-Type": "text/html"}, "<html><body>Welcome! 42</body></html>"),
+    "garbage": (200, {"Content-Type": "application/json"}, '{"choices": [{"mess'),
+    "not an object": (200, {"Content-Type": "application/json"}, "37"),
+    "no choices": (200, {"Content-Type": "application/json"}, '{"choices": [], "usage": null}'),
+    "null choices": (200, {"Content-Type": "application/json"}, '{"choices": null}'),
+}
+PROMPT_TOKENS, ANSWER_TOKENS = 50, 3
+
+
+class FakeModel:
+    """It counts what it was asked, and what it answered, so that tests can compare."""
+
+    def __init__(self, habits: Iterable[str] = (), for_ever: str = "well", delay_s: float = 0.0) -> None:
+        self.habits = itertools.chain(habits, itertools.repeat(for_ever))
+        self.delay_s = delay_s
+        self.model = "participant-model"
+        self.bodies: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.texts: list[str] = []
+        self.now = self.most_at_once = 0
+        self._random = random.Random(1)
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def samples(self) -> list[int]:
+        """How many samples each request asked for."""
+        return [body.get("n", 1) for body in self.bodies]
+
+    def close(self) -> None:
+        """Stop; does nothing the second time."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._start())
+        self._ready.set()
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(self._runner.cleanup())
+        self._loop.close()
+
+    async def _start(self) -> None:
+        application = web.Application()
+        application.router.add_get("/v1/models", self._models)
+        application.router.add_post("/v1/chat/completions", self._complete)
+        self._runner = web.AppRunner(application, shutdown_timeout=0.1, handler_cancellation=True)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port: int = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": self.model}]})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = json.loads(await request.read())
+        self.bodies.append(body)
+        self.times.append(time.monotonic())
+        habit = next(self.habits)
+        self.now += 1
+        self.most_at_once = max(self.most_at_once, self.now)
+        try:
+            await asyncio.sleep(self.delay_s)
+            return await self._answer(request, body, habit)
+        finally:
+            self.now -= 1
+
+    async def _answer(self, request: web.Request, body: dict[str, Any], habit: str) -> web.StreamResponse:
+        asked = body.get("n", 1)
+        if habit in HABITS:
+            status, headers, text = HABITS[habit]
+            return web.Response(status=status, headers=headers, body=text.encode())
+        if habit == "never":
+            await asyncio.sleep(3600)
+        if habit == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+        if habit == "breaks off":
+            response = web.StreamResponse(headers={"Content-Length": "10000", "Content-Type": "application/json"})
+            await response.prepare(request)
+            await response.write(b'{"choices": [')
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+        if habit == "refuses n" and asked > 1:
+            return web.json_response({"error": {"message": "n must be 1"}}, status=400)
+        given = {"ignores n": 1, "gives one fewer": max(asked - 1, 1), "gives one more": asked + 1}.get(habit, asked)
+        said = {
+            "null": None,
+            "words": "I will not say",
+            "out of range": "1000",
+            "talks": "between 0 and 100 I choose 37",
+            "a total": "37 of 100",
+            "cut off": "3",
+        }
+        texts = [said.get(habit, str(self._random.randint(0, 100))) for _ in range(given)]
+        self.texts += [str(text) for text in texts[:asked]]
+        reason = "length" if habit == "cut off" else "stop"
+        choices = [
+            {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+            for index, text in enumerate(texts)
+        ]
+        usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": ANSWER_TOKENS * given}
+        return web.json_response({"choices": choices} | ({} if habit == "keeps mum" else {"usage": usage}))

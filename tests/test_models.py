@@ -1,0 +1,293 @@
+"""LLM participants in a group of this process, against a model server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from conftest import free_ports, until
+from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
+
+from moderator import whole_tally
+from participant import LLMParticipant
+from simulation.config import SimulationConfig
+from simulation.custom import pack_class
+from simulation.errors import UnusableAnswer
+from simulation.game import Announcement, Game, Sampling, question_for
+from simulation.group import INTERRUPTED, ParticipantGroup
+from simulation.model import Chat, check_models, load_models
+from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS
+from simulation.replies import CUT_OFF, NO_TEXT
+
+SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
+TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
+TROUBLES += ["reset", "breaks off", "null", "words", "out of range", "cut off"]
+
+
+@pytest.fixture
+def play(tmp_path):
+    """Play rounds with LLM participants in this process; returns the group, with what it counted."""
+    groups = []
+
+    def make(fake, count, rounds=1, tokens_each=None, temperature=1.0, **sampling):
+        url = fake if isinstance(fake, str) else fake.url
+        entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}
+        entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": temperature}}
+        (tmp_path / "models.json").write_text(json.dumps([entry]))
+        load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
+        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling))
+        group = ParticipantGroup("run/group-0", 0, count, game, pack_class(LLMParticipant), 4, 60.0)
+        groups.append(group)
+        until(lambda: group.progress(1.0).finished, 10, "built")
+        told = ()
+        for number in range(1, rounds + 1):
+            group.begin(question_for(game, number, told), tokens_each)
+            until(lambda: group.progress(1.0).finished, 60, "answered")
+            told += (Announcement(number, 49.5, 49.5, (49, 50)),)
+        return group
+
+    yield make
+    for group in groups:
+        group.close()
+
+
+@pytest.fixture
+def fake_of():
+    fakes = []
+
+    def make(*habits, **options):
+        fakes.append(FakeModel(habits, **options))
+        return fakes[-1]
+
+    yield make
+    for fake in fakes:
+        fake.close()
+
+
+def tally_of(group):
+    tally = whole_tally(group)
+    assert tally.asked == tally.answered + tally.failed == group.count
+    return tally
+
+
+def test_equal_prompts_are_few_requests_and_everyone_has_a_sample_of_their_own(play, fake_of):
+    fake = fake_of()
+    group = play(fake, 250)
+    assert sorted(fake.samples) == [50, 100, 100]
+    counted = dict(zip(tally_of(group).units.tolist(), tally_of(group).counts.tolist(), strict=True))
+    assert counted == Counter(map(int, fake.texts))
+    usage = group.usage()
+    assert (usage.requests, usage.retries) == (3, 0)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (3 * PROMPT_TOKENS, 250 * ANSWER_TOKENS)
+
+
+@pytest.mark.parametrize("setting", [{"samples_per_request": 1}, {"temperature": 0}])
+def test_one_request_each_where_samples_are_not_shared(play, fake_of, setting):
+    fake = fake_of()
+    assert tally_of(play(fake, 50, **setting)).answered == 50
+    assert len(fake.bodies) == 50 and not any("n" in body for body in fake.bodies)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_passes(play, fake_of, trouble):
+    fake = fake_of(trouble, trouble)
+    group = play(fake, 150)
+    assert tally_of(group).answered == 150
+    assert group.usage().retries >= 1
+    if trouble == "429 for 1 s":
+        assert fake.times[-1] - fake.times[0] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("trouble", "cause"),
+    [
+        ("html", "the reply is not JSON"),
+        ("garbage", "the reply is not JSON"),
+        ("no choices", "no choices in the reply"),
+        ("429", "HTTP 429"),
+        ("500", "HTTP 500"),
+        ("404", "HTTP 404: no such model"),
+        ("reset", "connection lost"),
+        ("breaks off", "the reply breaks off"),
+        ("never", NO_ANSWER),
+        ("null", NO_TEXT),
+        ("words", "no number in the answer"),
+        ("out of range", "number out of range"),
+        ("cut off", CUT_OFF["length"]),
+    ],
+)
+def test_a_trouble_that_stays_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
+    fake = fake_of(for_ever=trouble)
+    began = time.monotonic()
+    tally = tally_of(play(fake, 150, reply_timeout_s=1.5, attempt_timeout_s=0.5))
+    assert time.monotonic() - began < 6
+    assert tally.answered == 0 and len(tally.failures) == 1
+    assert cause in next(iter(tally.failures))
+
+
+def test_a_server_that_is_not_there_is_a_failure_in_time(play):
+    tally = tally_of(play(f"http://127.0.0.1:{free_ports(1)}/v1", 1000, reply_timeout_s=1.0))
+    assert tally.failures == {"model server: connection refused": 1000}
+
+
+def test_what_waits_in_the_queue_fails_in_time_too(play, fake_of):
+    fake = fake_of(for_ever="never")
+    began = time.monotonic()
+    tally = tally_of(
+        play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout_s=1.0, attempt_timeout_s=60.0)
+    )
+    assert tally.failures == {NO_ANSWER: 500} and time.monotonic() - began < 5
+
+
+def test_a_long_queue_is_no_trouble_while_the_server_answers(play, fake_of):
+    fake = fake_of(delay_s=0.1)
+    tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout_s=1.0))
+    assert tally.answered == 60 and fake.most_at_once == 2
+
+
+@pytest.mark.parametrize("habit", ["refuses n", "ignores n"])
+def test_a_server_without_n_is_asked_for_one_each(play, fake_of, habit):
+    fake = fake_of(for_ever=habit)
+    group = play(fake, 300)
+    assert tally_of(group).answered == 300
+    assert sum(samples > 1 for samples in fake.samples) <= 3
+
+
+def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
+    fake = fake_of("gives one fewer", "gives one fewer")
+    group = play(fake, 100)
+    assert tally_of(group).answered == 100
+    assert fake.samples == [100, 1] and group.usage().completion_tokens == 100 * ANSWER_TOKENS
+    fake = fake_of("gives one more")
+    assert tally_of(play(fake, 100)).answered == 100
+
+
+def test_a_refusal_of_something_else_is_no_storm_of_requests(play, fake_of):
+    fake = fake_of(for_ever="404")
+    assert tally_of(play(fake, 1000)).failed == 1000
+    assert len(fake.bodies) <= 10
+
+
+@pytest.mark.parametrize("words", ["talks", "a total"])
+def test_free_text_is_read_with_care(play, fake_of, words):
+    fake = fake_of(for_ever=words)
+    assert tally_of(play(fake, 20, structured_output="none")).units.tolist() == [37]
+    assert not {"structured_outputs", "response_format"} & fake.bodies[0].keys()
+
+
+def test_both_ways_of_structured_output(play, fake_of):
+    fake = fake_of()
+    play(fake, 1)
+    pattern = fake.bodies[0]["structured_outputs"]["regex"]
+    assert re.fullmatch(pattern, "100") and not re.fullmatch(pattern, "101")
+    fake = fake_of()
+    play(fake, 1, structured_output="response_format")
+    schema = fake.bodies[0]["response_format"]["json_schema"]["schema"]
+    assert re.fullmatch(schema["properties"]["number"]["pattern"], "37")
+
+
+def test_an_unusable_answer_is_asked_for_again_by_those_who_got_it(play, fake_of):
+    fake = fake_of("words", "well")
+    group = play(fake, 150)
+    assert tally_of(group).answered == 150
+    assert sorted(fake.samples) == [50, 100, 100] or sorted(fake.samples) == [50, 50, 100]
+    fake = fake_of(for_ever="words")
+    group = play(fake, 50, max_attempts=2)
+    assert fake.samples == [50, 50]
+    said = group.answers(0, 50)
+    assert set(said.failures.values()) == {"no number in the answer"} and len(said.failures) == 50
+    assert len(said.texts) == 20 and set(said.texts.values()) == {"I will not say"}
+
+
+def test_memory_is_ones_own_numbers_and_what_was_announced(play, fake_of):
+    fake = fake_of()
+    group = play(fake, 300, rounds=2)
+    later = [body["messages"][1]["content"] for body in fake.bodies if "Round 2" in body["messages"][1]["content"]]
+    numbers = {group.participant(index).numbers[0] for index in range(300)}
+    assert len(later) == len(numbers)
+    assert all("the average was 49.5" in text for text in later)
+    assert {re.search(r"so far: (\d+)", text)[1] for text in later} == {f"{number:.0f}" for number in numbers}
+    assert not any(re.search(r"\bP\d+\b", json.dumps(body["messages"])) for body in fake.bodies)
+
+
+def test_those_without_a_number_remember_that(play, fake_of):
+    fake = fake_of("words", "words", "words")
+    play(fake, 10, rounds=2)
+    assert "Your numbers so far: none." in fake.bodies[-1]["messages"][1]["content"]
+
+
+def test_a_budget_of_tokens_is_never_overspent(play, fake_of):
+    fake = fake_of()
+    group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
+    tally = tally_of(group)
+    assert set(tally.failures) == {OUT_OF_TOKENS} and tally.answered > 0
+    assert group.usage().tokens == len(fake.bodies) * PROMPT_TOKENS + tally.answered * ANSWER_TOKENS
+    assert group.usage().tokens <= 1200 + PROMPT_TOKENS
+
+
+def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
+    fake = fake_of(for_ever="keeps mum")
+    group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
+    assert 0 < len(fake.bodies) < 20 and group.usage().tokens == 0
+
+
+def test_halting_waits_for_no_model(play, fake_of):
+    fake = fake_of(for_ever="never")
+    group = play("http://127.0.0.1:9/v1", 50, reply_timeout_s=0.2)
+    group = play(fake, 200, rounds=0)
+    group.begin(question_for(group.game, 1, ()))
+    until(lambda: fake.bodies, 5, "asked")
+    group.halt(False)
+    until(lambda: group.progress(0.1).finished, 5, "halted")
+    assert tally_of(group).failures == {INTERRUPTED: 200}
+    group.close()
+    until(lambda: fake.now == 0, 5, "the requests are given up")
+
+
+def test_one_participant_alone_and_one_of_nobody(play, fake_of):
+    fake = fake_of()
+    group = play(fake, 3)
+    assert group.participant(1).reply(None).get_text_content().isdecimal()
+    assert "structured_outputs" not in fake.bodies[-1]
+    assert LLMParticipant(0, group.game).reply(None).get_text_content().isdecimal()
+    assert len(group.participant(1).numbers) == 1  # a talk is no round
+
+
+def test_a_model_that_nobody_knows(play, fake_of):
+    tally = tally_of(play(fake_of(), 4, models=2))
+    assert tally.failures == {"this agent server knows no model model_2": 2}
+
+
+def test_check_names_what_is_wrong(play, fake_of):
+    fake = fake_of()
+    play(fake, 1)
+    assert check_models(["model_1"], 5.0) == {}
+    fake.model = "another"
+    assert check_models(["model_1"], 5.0) == {"model_1": "serves another, not participant-model"}
+    fake.close()
+    assert "connection refused" in check_models(["model_1"], 5.0)["model_1"]
+
+
+def test_one_client_for_all_groups_of_a_process(play, fake_of):
+    fake = fake_of(delay_s=0.05)
+    one, two = play(fake, 40, rounds=0), play(fake, 40, rounds=0, max_in_flight=3)
+    for group in (one, two):
+        group.begin(question_for(group.game, 1, ()))
+    for group in (one, two):
+        until(lambda group=group: group.progress(1.0).finished, 10, "answered")
+        assert tally_of(group).answered == 40
+    assert len([thread for thread in threading.enumerate() if thread.name == "models"]) == 1
+
+
+def test_ask_raises_the_last_cause(play, fake_of):
+    fake = fake_of(for_ever="out of range")
+    group = play(fake, 1, rounds=0)
+    with pytest.raises(UnusableAnswer, match="out of range") as caught:
+        LLMParticipant(0, group.game)._run(LLMParticipant(0, group.game).answer(question_for(group.game, 1, ())))
+    assert caught.value.text == "1000" and len(fake.bodies) == 3
+    assert Chat(group.game).usage(0.0, 0.0).requests == 0
