@@ -1,0 +1,287 @@
+"""What LLM participants are made of, apart: prompts, replies, the models' settings, the common limit, the estimate."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulation import in_flight
+from simulation.config import SimulationConfig
+from simulation.errors import SettingsError
+from simulation.game import Announcement, Game, question_for
+from simulation.in_flight import InFlight
+from simulation.model_configs import is_within, model_of, read_models, refuse_elsewhere
+from simulation.plan import estimate
+from simulation.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
+from simulation.replies import LONGEST_PAUSE_S, Trouble, pause_s, read_reply, retry_after
+
+ENTRY = {
+    "config_name": "model",
+    "model_type": "openai_chat",
+    "model_name": "m",
+    "client_args": {"base_url": "http://localhost/v1"},
+}
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 10**9), st.integers(0, 2 * 10**9))
+def test_the_pattern_takes_the_numbers_in_range_and_no_others(max_value, number):
+    assert bool(re.fullmatch(number_pattern(max_value, 0), str(number))) == (number <= max_value)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 6), st.decimals(0, 2 * 10**6, places=6))
+def test_the_pattern_knows_decimals(max_value, decimals, number):
+    text = f"{number:f}"[: len(str(int(number))) + 1 + decimals]
+    assert bool(re.fullmatch(number_pattern(max_value, decimals), text)) == (float(text) <= max_value)
+    assert not re.fullmatch(number_pattern(max_value, decimals), text + "0" * 7)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "007", "1.", ".5", "5 ", "1e2", "٣"])
+def test_the_pattern_takes_nothing_else(text):
+    assert not re.fullmatch(number_pattern(100, 2), text)
+
+
+def test_who_remembers_the_same_is_asked_the_same():
+    game = Game(1, 100, 0, 0.0)
+    told = (Announcement(1, 49.561, 49.561, (50,)), Announcement(2, None, None, ()))
+    prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
+    assert prompt is prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
+    assert prompt.user.splitlines()[:3] == [
+        "Round 1: the average was 49.561.",
+        "Round 2: nobody answered.",
+        "Your numbers so far: 12, none.",
+    ]
+    assert "0 to 100" in prompt.system and prompt.tokens > 50
+
+
+def test_how_an_answer_is_held_to_a_number_and_to_a_length():
+    game = Game(1, 100, 2, 0.0)
+    assert structured_fields("none", game) == {}
+    assert answer_tokens("structured_outputs", game) >= len("100.00")
+    assert answer_tokens("response_format", game) > answer_tokens("structured_outputs", game)
+
+
+# --- Replies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_is_read_choice_by_choice():
+    choices = [
+        {"message": {"content": "37"}, "finish_reason": "stop"},
+        {"message": {"content": None}},
+        {"message": {"content": "3"}, "finish_reason": "length"},
+        {"message": None},
+        "?",
+    ]
+    reply = read_reply(200, {}, json.dumps({"choices": choices, "usage": {"prompt_tokens": 5}}).encode(), 0.0)
+    assert [cause is None for _, cause in reply.texts] == [True, False, False, False, False]
+    assert reply.texts[0][0] == "37" and (reply.prompt_tokens, reply.completion_tokens) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "again", "endpoint", "garbled"),
+    [
+        (200, b"", True, False, True),
+        (200, b"[]", True, False, True),
+        (200, b"\xff\xfe", True, False, True),
+        (429, b"", True, True, False),
+        (503, b"", True, True, False),
+        (500, b"<html>", True, False, False),
+        (408, b"", True, False, False),
+        (301, b"", False, False, False),
+        (400, b'{"error": {"message": "n"}}', False, False, False),
+        (401, b'{"error": "key"}', False, False, False),
+    ],
+)
+def test_every_other_reply_is_a_trouble(status, body, again, endpoint, garbled):
+    with pytest.raises(Trouble) as caught:
+        read_reply(status, {}, body, 0.0)
+    trouble = caught.value
+    assert (trouble.again, trouble.endpoint, trouble.garbled) == (again, endpoint, garbled)
+    assert trouble.refused == (status == 400) and str(trouble).startswith("model server: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, 0),
+        ("", 0),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("-3", 0),
+        ("nan", 0),
+        ("soon", 0),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 90),
+        ("Thu, 01 Jan 1970 00:00:01 GMT", 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, seconds):
+    assert retry_after(value, now=10.0) == seconds
+
+
+def test_pauses_grow_with_jitter_and_an_end_and_are_never_shorter_than_asked_for():
+    assert [pause_s(troubles, 0.0, 1.0) for troubles in (1, 2, 3)] == [0.25, 0.5, 1.0]
+    assert pause_s(3, 0.0, 0.0) == 0.5 and pause_s(1000, 0.0, 1.0) == LONGEST_PAUSE_S
+    assert pause_s(1, 30.0, 0.5) == 30.0
+
+
+# --- The models' settings --------------------------------------------------------------------------------------------
+
+
+def config_with(tmp_path, entries, **settings):
+    path = tmp_path / "models.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return SimulationConfig(model_configs=str(path), **settings)
+
+
+def test_one_entry_without_a_port_is_the_template(tmp_path):
+    models = read_models(config_with(tmp_path, [ENTRY], model_per_host=3, vllm_base_port=9000))
+    assert {name: model.base_url for name, model in models.items()} == {
+        f"model_{number}": f"http://localhost:{8999 + number}/v1" for number in (1, 2, 3)
+    }
+    assert {model.model for model in models.values()} == {"m"}
+    assert [model_of(index, 3) for index in range(4)] == ["model_1", "model_2", "model_3", "model_1"]
+
+
+def test_entries_written_out_keep_their_addresses(tmp_path):
+    urls = ["http://localhost:1234/v1", "https://[::1]:99/v1/"]
+    entries = [
+        ENTRY | {"config_name": f"model_{number + 1}", "client_args": {"base_url": url}}
+        for number, url in enumerate(urls)
+    ]
+    models = read_models(config_with(tmp_path, entries, model_per_host=2))
+    assert [model.base_url for model in models.values()] == ["http://localhost:1234/v1", "https://[::1]:99/v1"]
+    assert next(iter(read_models(config_with(tmp_path, [entries[0]])).values())).base_url == urls[0]
+
+
+@pytest.mark.parametrize(
+    ("entries", "trouble"),
+    [
+        ("{", "is not JSON"),
+        ([], "one at least"),
+        ("37", "one at least"),
+        ([5], "entry 1: must be an object"),
+        ([ENTRY | {"model_type": "dashscope_chat"}], "model_type must be openai_chat"),
+        ([ENTRY | {"model_name": ""}], "model_name is missing"),
+        ([ENTRY | {"client_args": {}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "localhost:8010"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http://localhost:x/v1"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": "x"}], "client_args must be an object"),
+        ([ENTRY | {"generate_args": {"n": 3}}], "generate_args holds n"),
+        ([ENTRY | {"generate_args": {"seed": 3}}], "generate_args holds seed"),
+        ([ENTRY | {"modelname": "m"}], "modelname is not known"),
+        ([ENTRY, ENTRY], "same config_name"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, entries, trouble):
+    with pytest.raises(SettingsError, match=r"models\.json") as caught:
+        read_models(config_with(tmp_path, entries))
+    assert trouble in str(caught.value)
+
+
+def test_an_api_key_is_shown_nowhere(tmp_path):
+    models = read_models(config_with(tmp_path, [ENTRY | {"api_key": "secret"}]))
+    assert "secret" not in repr(models)
+
+
+@pytest.mark.parametrize(
+    ("url", "within"),
+    [
+        ("http://localhost:1/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("http://[::1]:1/v1", True),
+        ("http://node2:8010/v1", True),
+        ("http://node3/v1", False),
+        ("https://api.example.com/v1", False),
+        ("http://localhost.example.com/v1", False),
+        ("http://localhost@example.com/v1", False),
+    ],
+)
+def test_what_is_outside_the_cluster_is_refused(url, within):
+    assert is_within(url, ["node1", "node2"]) == within
+    config = SimulationConfig(hosts=("node1", "node2"))
+    if not within:
+        with pytest.raises(SettingsError, match="--allow-remote-model"):
+            refuse_elsewhere(config, "model_1", url)
+    refuse_elsewhere(SimulationConfig(allow_remote_model=True), "model_1", url)
+
+
+# --- The estimate ----------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
+    config = config_with(
+        tmp_path, [ENTRY], participant_num=1000, server_per_host=2, moderator_per_host=1, rounds=3, model_per_host=2
+    )
+    rounds = estimate(config, read_models(config))
+    assert [each.requests for each in rounds] == [2 * 2 * 3, 2 * 2 * (101 + (250 - 101) // 100), 1000]
+    assert rounds[0].answer_tokens == 1000 * answer_tokens("structured_outputs", Game(0, 100, 0, 0.0))
+    assert rounds[2].prompt_tokens > rounds[2].requests * rounds[0].prompt_tokens / rounds[0].requests
+
+
+# --- The common limit ------------------------------------------------------------------------------------------------
+
+
+def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
+    one, two = InFlight("a", tmp_path), InFlight("a", tmp_path)
+    assert [one.take(3) for _ in range(4)] == [True, True, True, False]
+    assert not two.take(3)
+    one.give_back()
+    assert not one.take(3)  # the other waits, and has less
+    assert two.take(3)
+    two.give_back()
+    assert not two.take(3) or two.holding == 1
+    assert InFlight("b", tmp_path).take(1)
+
+
+def test_who_has_waited_longest_is_first_among_equals(tmp_path):
+    one, two, three = (InFlight("a", tmp_path) for _ in range(3))
+    assert one.take(1) and not two.take(1) and not three.take(1)
+    one.give_back()
+    assert not one.take(1) and not three.take(1) and two.take(1)
+
+
+def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
+    gone, one = InFlight("a", tmp_path), InFlight("a", tmp_path)
+    assert gone.take(1) and not one.take(1)
+    monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**8)
+    time.sleep(0.15)
+    assert one.take(1)
+    monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**12)
+    gone.give_back()  # it was only slow: its row is its own, or another one
+    assert gone.holding == 0 and one.holding == 1
+
+
+def use_places(folder, limit, seconds, results):
+    places, taken, most = InFlight("a", folder), 0, 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if places.take(limit):
+            taken += 1
+            most = max(most, int(places._table[1:, in_flight.HOLDING].sum()))
+            time.sleep(0.002)
+            places.give_back()
+        else:
+            time.sleep(0.0005)
+    results.put((taken, most))
+
+
+def test_several_processes_keep_the_limit_and_share_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=use_places, args=(tmp_path, 2, 2.0, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    counts = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert max(most for _, most in counts) <= 2
+    taken = sorted(count for count, _ in counts)
+    assert taken[0] > 50 and taken[-1] < 3 * taken[0]
