@@ -36,9 +36,19 @@ class Checkout:
     path: Path
     base_port: int
 
+    @property
+    def model_port(self) -> int:
+        """The port of the model server that this checkout's agent servers know."""
+        return self.base_port + 20
+
+    @property
+    def model_env(self) -> dict[str, str]:
+        return {"VLLM_BASE_PORT": str(self.model_port)}
+
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
         """Start one of the scripts, or main.py, in the background, with this checkout's ports."""
-        env = {**os.environ, "BASE_PORT": str(self.base_port), "COLUMNS": "120", **options.pop("env", {})}
+        env = {**os.environ, "BASE_PORT": str(self.base_port), **self.model_env, "COLUMNS": "120"}
+        env |= options.pop("env", {})
         program = [str(self.path / command[0])]
         if command[0].endswith(".py"):
             program = [str(self.path / ".venv/bin/python"), *program]
@@ -140,7 +150,8 @@ def copy_checkout(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
-    (target / ".venv").symlink_to(ROOT / ".venv")
+    for name in (".venv", ".venv-vllm"):
+        (target / name).symlink_to(ROOT / name)
     return target
 
 
@@ -152,7 +163,7 @@ def clean_up(checkout: Checkout) -> None:
         process.send_signal(signal.SIGKILL)
     psutil.wait_procs(left, timeout=5)
     assert not names, f"left running: {names}"
-    taken = [port for port in range(checkout.base_port, checkout.base_port + 20) if not is_free(port)]
+    taken = [port for port in range(checkout.base_port, checkout.base_port + 24) if not is_free(port)]
     assert not taken, f"ports still taken: {taken}"
     drafts = [path for path in checkout.path.rglob("*") if path.name.endswith(".new") or path.name == "probe"]
     assert not drafts, f"half-written files: {drafts}"

@@ -11,7 +11,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -34,8 +34,9 @@ PROMPT_TOKENS, ANSWER_TOKENS = 50, 3
 class FakeModel:
     """It counts what it was asked, and what it answered, so that tests can compare."""
 
-    def __init__(self, habits: Iterable[str] = (), for_ever: str = "well", delay_s: float = 0.0) -> None:
-        self.habits = itertools.chain(habits, itertools.repeat(for_ever))
+    def __init__(self, habits: Iterable[str] = (), for_ever: str = "well", delay_s: float = 0.0, port: int = 0) -> None:
+        self.habits: Iterator[str] = itertools.chain(habits, itertools.repeat(for_ever))
+        self.port = port
         self.delay_s = delay_s
         self.model = "participant-model"
         self.bodies: list[dict[str, Any]] = []
@@ -57,6 +58,10 @@ class FakeModel:
     def samples(self) -> list[int]:
         """How many samples each request asked for."""
         return [body.get("n", 1) for body in self.bodies]
+
+    def for_ever(self, habit: str) -> None:
+        """Behave like this from now on."""
+        self.habits = itertools.repeat(habit)
 
     def close(self) -> None:
         """Stop; does nothing the second time."""
@@ -81,9 +86,9 @@ class FakeModel:
         application.router.add_post("/v1/chat/completions", self._complete)
         self._runner = web.AppRunner(application, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
-        self.port: int = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
     async def _models(self, _request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": self.model}]})

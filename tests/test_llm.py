@@ -1,0 +1,221 @@
+"""LLM participants through the scripts, on real agent servers, against a model server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+
+import pytest
+from conftest import free_ports, one_line, until
+from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
+
+CHARACTER = """
+from participant import LLMParticipant, Participant
+
+
+class Pirate(LLMParticipant):
+    def system(self):
+        return super().system() + " You are a pirate."
+
+
+class Asker(Participant):
+    async def answer(self, question):
+        return 5
+"""
+
+
+@pytest.fixture
+def fake(cluster):
+    """A model server at the address that the cluster's agent servers know."""
+    server = FakeModel(port=cluster.model_port)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def play(cluster):
+    """Play with LLM participants on the cluster."""
+
+    def run(*arguments, status=0, **options):
+        flags = ("--agent-type", "llm", "--seed", "7")
+        return cluster.play("3", *arguments, *flags, status=status, **options)
+
+    return run
+
+
+def test_two_rounds_are_answered_and_accounted_for(cluster, fake, play):
+    summary = play("600", "--rounds", "2")
+    assert summary["status"] == "complete"
+    assert [entry["answered"] for entry in summary["rounds"]] == [600, 600]
+    assert Counter(cluster.values()) == Counter(map(float, fake.texts))
+    assert summary["llm"] == {
+        "requests": len(fake.bodies),
+        "prompt_tokens": len(fake.bodies) * PROMPT_TOKENS,
+        "completion_tokens": 1200 * ANSWER_TOKENS,
+        "retries": 0,
+    }
+    seconds = summary["llm_seconds"]
+    assert seconds.keys() == {"model", "client", "rpc"} and all(value >= 0 for value in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(summary["seconds"]["rounds"], rel=0.2)
+    first = [body for body in fake.bodies if "Round 2" not in body["messages"][1]["content"]]
+    assert sum(body.get("n", 1) for body in first) == 600 and len(first) <= 12
+
+
+def test_one_by_one_is_the_same_game(cluster, fake, play):
+    summary = play("20", "--dispatch", "agent", "--rounds", "2")
+    assert [entry["answered"] for entry in summary["rounds"]] == [20, 20]
+    assert len(fake.texts) == 40 and summary["llm"]["requests"] == len(fake.bodies)
+
+
+def test_the_limit_of_requests_is_common_to_all_servers_of_the_host(cluster, fake, play):
+    fake.delay_s = 0.02
+    play("300", "--samples-per-request", "1", "--max-in-flight", "4")
+    assert fake.most_at_once == 4
+
+
+def test_failed_answers_are_kept_and_counted(cluster, fake, play):
+    fake.for_ever("words")
+    summary = play("60", "--max-attempts", "2", status=4)
+    assert summary["status"] == "partial"
+    assert summary["rounds"][0]["failures"] == {"no number in the answer": 60}
+    assert summary["rounds"][0]["average"] is None
+    lines = (cluster.path / "runs/latest/failed_answers.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert len(kept) == 20
+    assert kept[0] == {"round": 1, "participant": 0, "failure": "no number in the answer", "text": "I will not say"}
+
+
+def test_a_budget_ends_the_game(cluster, fake, play):
+    summary = play("300", "--rounds", "3", "--max-tokens", "3000", status=4)
+    spent = summary["llm"]["prompt_tokens"] + summary["llm"]["completion_tokens"]
+    assert spent <= 3000 and summary["status"] == "partial" and len(summary["rounds"]) < 3
+    assert "out of tokens (--max-tokens)" in summary["rounds"][-1]["failures"]
+
+
+def test_a_budget_that_is_spent_with_a_round_ends_the_game_before_the_next(cluster, fake, play):
+    fake.for_ever("talks")  # so that round 2 costs what round 1 did
+    spent = 2 * 2 * PROMPT_TOKENS + 60 * ANSWER_TOKENS
+    done = cluster.run(
+        *("run_simulation.sh", "3", "60", "--agent-type", "llm", "--rounds", "9", "--max-tokens", str(6 * spent)),
+    )
+    assert done.returncode == 4 and "the game ends after round" in done.stderr
+    assert all(entry["asked"] == entry["answered"] + entry["failed"] for entry in cluster.summary()["rounds"])
+
+
+def test_models_that_stop_for_good_end_the_game(cluster, fake, play):
+    fake.delay_s = 0.05
+    done = cluster.start(
+        *("run_simulation.sh", "3", "300", "--agent-type", "llm", "--samples-per-request", "1", "--max-in-flight", "2"),
+        *("--reply-timeout", "2", "--rounds", "5"),
+    )
+    until(lambda: len(fake.bodies) > 20, 30, "asked")
+    fake.close()
+    _, err = done.communicate(timeout=30)
+    assert done.returncode == 4 and "Traceback" not in err
+    summary = cluster.summary()
+    entry = summary["rounds"][0]
+    assert len(summary["rounds"]) == 1 and 0 < entry["answered"] < 300
+    assert set(entry["failures"]) <= {"model server: connection refused", "model server: connection lost"}
+    assert entry["seconds"] < 15
+
+
+def test_models_that_come_back_in_mid_round_lose_nobody(cluster, fake, play):
+    fake.delay_s = 0.05
+    flags = ("--agent-type", "llm", "--samples-per-request", "1", "--max-in-flight", "4")
+    done = cluster.start("run_simulation.sh", "3", "200", *flags)
+    until(lambda: len(fake.bodies) > 20, 30, "asked")
+    fake.close()
+    again = FakeModel(port=cluster.model_port)
+    try:
+        done.communicate(timeout=60)
+    finally:
+        again.close()
+    assert done.returncode == 0 and cluster.summary()["rounds"][0]["answered"] == 200
+
+
+def test_an_interrupted_round_waits_for_no_model(cluster, fake, play):
+    fake.for_ever("never")
+    run = cluster.start("run_simulation.sh", "3", "100", "--agent-type", "llm")
+    until(lambda: fake.bodies, 30, "asked")
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert cluster.summary()["rounds"][0]["failures"] == {"interrupted": 100}
+    until(lambda: fake.now == 0, 5, "the requests are given up")
+
+
+def test_a_kept_participant_talks(cluster, fake, play):
+    play("30", "--keep-agents")
+    said = cluster.run(
+        *("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", "17", "--text", "Why that one?"),
+    )
+    assert said.returncode == 0 and said.stdout.strip() == fake.texts[-1]
+    asked = fake.bodies[-1]
+    assert asked["messages"][1]["content"].endswith("Why that one?") and "structured_outputs" not in asked
+    assert "Your numbers so far" in asked["messages"][1]["content"]
+
+
+def test_a_character_of_ones_own(cluster, fake, play):
+    (cluster.path / "mine.py").write_text(CHARACTER)
+    play("30", "--agent-class", "mine.py:Pirate")
+    assert all(body["messages"][0]["content"].endswith("You are a pirate.") for body in fake.bodies)
+    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", "mine.py:Pirate")
+    assert done.returncode == 2 and "--agent-type llm" in one_line(done.stderr)
+    play("5", "--agent-class", "mine.py:Asker")
+    assert cluster.values() == [5.0] * 5
+
+
+# --- Before anything is created --------------------------------------------------------------------------------------
+
+
+def refused(cluster, *flags, status, **env):
+    """Run, and return the error; nothing was written."""
+    before = cluster.runs()
+    done = cluster.run("run_simulation.sh", "3", "50", "--agent-type", "llm", *flags, env=env)
+    assert done.returncode == status, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr and cluster.runs() == before
+    return errors[0], done
+
+
+def test_a_model_that_does_not_answer_stops_the_run(cluster):
+    error, _ = refused(cluster, status=3)
+    assert f"localhost: model_1 at http://localhost:{cluster.model_port}/v1 does not answer" in error
+
+
+def test_a_model_that_no_server_knows_stops_the_run(cluster, fake):
+    error, _ = refused(cluster, "--model-per-host", "3", status=3)
+    assert "model_2 is not among them" in error and f"localhost:{cluster.base_port}" in error
+    assert fake.bodies == []
+
+
+def test_a_paid_model_is_refused_after_the_estimate(cluster, fake):
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "m", "api_key": "secret"}
+    entry |= {"client_args": {"base_url": "https://api.example.com/v1"}}
+    (cluster.path / "paid.json").write_text(json.dumps([entry]))
+    error, done = refused(cluster, "--model-configs", "paid.json", "--price-per-million-tokens", "10", status=2)
+    assert "--allow-remote-model" in error and "https://api.example.com/v1" in error
+    assert "at 10 per million" in done.stderr and "secret" not in done.stderr + done.stdout
+
+
+def test_a_dry_run_starts_nothing(checkout):
+    done = checkout.run("run_simulation.sh", "4", "1000", "--agent-type", "llm", "--rounds", "2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for words in ("participants: 1,000 llm, 250 on each server", "prompt tokens", "in all", "model_1"):
+        assert words in done.stdout
+    assert checkout.runs() == set() and not (checkout.path / "run/servers").exists()
+    plain = checkout.run("run_simulation.sh", "4", "1001", "--dry-run")
+    assert "250 to 251 on each server" in plain.stdout and "tokens" not in plain.stdout
+
+
+def test_a_broken_models_file_is_one_line(checkout):
+    (checkout.path / "configs/model_configs.json").write_text("[{]")
+    for command in (("start_all_server.sh", "2"), ("run_simulation.sh", "2", "5", "--agent-type", "llm")):
+        done = checkout.run(*command)
+        assert done.returncode == 2 and "model_configs.json" in one_line(done.stderr)
+
+
+def test_servers_that_know_other_models_are_not_taken_for_the_same(cluster):
+    done = cluster.run("start_all_server.sh", "3", env={"VLLM_BASE_PORT": str(free_ports(1))})
+    assert done.returncode == 3 and "know model_1 at" in one_line(done.stderr)
