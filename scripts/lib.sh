@@ -73,7 +73,7 @@ gpus_found() {
   local found
   found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || found=0
   if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    found="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]')" || found=0
+    found="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]')" || found=0
   fi
   printf '%s\n' "$found"
 }

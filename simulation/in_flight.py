@@ -26,7 +26,7 @@ Row = NDArray[np.int64]
 
 FOLDER = SERVERS / "in-flight"
 ROWS = 4096
-OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, requests, and two times in ns
+OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, places, and two times in ns
 BEAT_S = 1.0  # a process that holds or waits is heard of so often
 WAITING_LOST_NS = 2 * 10**9  # after so long without a word a process does not wait any more,
 HOLDING_LOST_NS = 20 * 10**9  # and after so long it holds nothing any more
@@ -52,8 +52,11 @@ class InFlight:
         self._row = -1
         self.holding = 0
 
-    def take(self, limit: int) -> bool:
-        """Take one place if the limit allows it and nobody is before us; if not, we wait from now on."""
+    def take(self, limit: int, places: int = 1) -> bool:
+        """Take places if the limit allows it and nobody is before us; if not, we wait from now on.
+
+        More places than there are at all are given to whoever is alone.
+        """
         with self._locked() as (own, now):
             since = int(own[WAITING_SINCE]) or now
             own[WAITING_SINCE] = since
@@ -61,20 +64,20 @@ class InFlight:
             for owner, holding, waiting_since, heard in self._table[1 : self._used() + 1].tolist():
                 if owner in (0, self._owner):
                     continue
-                if now - heard < HOLDING_LOST_NS:
+                if 0 <= now - heard < HOLDING_LOST_NS:  # less than 0 is from before the machine was started
                     held += holding
-                if waiting_since and now - heard < WAITING_LOST_NS:
+                if waiting_since and 0 <= now - heard < WAITING_LOST_NS:
                     first = first and (self.holding, since) <= (holding, waiting_since)
-            granted = held < limit and first
+            granted = first and (held + places <= limit or held == 0)
             if granted:
-                self.holding += 1
+                self.holding += places
                 own[HOLDING], own[WAITING_SINCE] = self.holding, 0
         return granted
 
-    def give_back(self) -> None:
-        """Give one place back."""
+    def give_back(self, places: int = 1) -> None:
+        """Give places back."""
         with self._locked() as (own, _):
-            self.holding -= 1
+            self.holding -= places
             own[HOLDING] = self.holding
 
     def beat(self, waiting: bool) -> None:

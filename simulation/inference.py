@@ -7,12 +7,13 @@ Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def gpus_here() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(found)
-    return tuple(name.strip() for name in visible.split(",") if name.strip()) if found else ()
+    names = [name.strip() for name in visible.split(",")] if found else []
+    return tuple(itertools.takewhile(lambda name: name and not name.startswith("-"), names))  # -1 hides the rest
 
 
 def plan(config: SimulationConfig) -> list[Plan]:
@@ -121,7 +123,9 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                 _wait_healthy(each.port, started, lambda number=number: progress(number, len(plans)))  # type: ignore[misc]
                 took[each.port] = time.monotonic() - began
         except BaseException:
-            _end([psutil.Process(process.pid) for process in started.values() if process.poll() is None])
+            _end([process.pid for process in started.values()])
+            for process in started.values():
+                process.wait()
             for port in started:
                 _pid_file(port).unlink(missing_ok=True)
             raise
@@ -136,9 +140,7 @@ def stop() -> int:
     """Stop all vLLM servers of this checkout, firmly after TERM_TIMEOUT_S; returns how many ran."""
     with processes.one_at_a_time():
         running = own_servers()
-        _end(list(running.values()))
-        for path in FOLDER.glob("*.pid"):
-            path.unlink(missing_ok=True)
+        _end_all()
     return len(running)
 
 
@@ -167,9 +169,8 @@ def _own_process(path: Path) -> psutil.Process | None:
     try:
         written = path.stat().st_mtime
         process = psutil.Process(int(path.read_text()))
-        ours = any(part.startswith(str(VENV)) for part in process.cmdline()) or process.name().startswith("VLLM")
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return process if ours and alive and process.create_time() <= written + 1 else None
+        ours = _session_of(process) == process.pid
+        return process if ours and process.create_time() <= written + 1 else None
     except (FileNotFoundError, ValueError, psutil.Error):
         return None
 
@@ -244,20 +245,34 @@ def _pid_file(port: int) -> Path:
     return FOLDER / f"{port}.pid"
 
 
-def _end(servers: list[psutil.Process]) -> None:
-    """TERM to each server, which ends its workers; KILL to whatever is left of its session."""
-    everyone = {process.pid: process for server in servers for process in _family(server)}
-    for server in servers:
+def _end_all() -> None:
+    """End all servers of our pid files, and what those that died have left."""
+    _end([int(path.read_text()) for path in FOLDER.glob("*.pid") if path.read_text().strip().isdigit()])
+    for path in FOLDER.glob("*.pid"):
+        path.unlink(missing_ok=True)
+
+
+def _end(leaders: list[int]) -> None:
+    """TERM to each server, which ends its workers; KILL to what is left of its session, at once where it is dead."""
+    everyone = [process for process in psutil.process_iter() if _session_of(process) in leaders]
+    living = {_session_of(process) for process in everyone if process.pid in leaders}
+    for process in everyone:
         with contextlib.suppress(psutil.NoSuchProcess):
-            server.terminate()
-    _, alive = psutil.wait_procs(everyone.values(), timeout=TERM_TIMEOUT_S)
+            if process.pid in leaders:
+                process.terminate()
+            elif _session_of(process) not in living:
+                process.kill()
+    _, alive = psutil.wait_procs(everyone, timeout=TERM_TIMEOUT_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=5)
 
 
-def _family(server: psutil.Process) -> Iterator[psutil.Process]:
-    yield server
-    with contextlib.suppress(psutil.NoSuchProcess):
-        yield from server.children(recursive=True)
+def _session_of(process: psutil.Process) -> int | None:
+    """The server that a process of vLLM belongs to: each is the leader of a session; None for any other process."""
+    try:
+        vllm = process.name().startswith("VLLM") or any(part.startswith(str(VENV)) for part in process.cmdline())
+        return os.getsid(process.pid) if vllm and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, OSError):
+        return None

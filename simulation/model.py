@@ -7,6 +7,7 @@ client as one `Ask`; clients live on one thread of the process, and each model s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Any, TypeVar
 import uvloop
 from agentscope.manager import ModelManager
 
+from simulation.asks import Ask, Outcome
 from simulation.config import SimulationConfig
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Game, Sampling
-from simulation.model_client import Ask, ModelClient, Outcome
+from simulation.model_client import ModelClient
 from simulation.model_configs import ModelConfig, read_models
 from simulation.prompts import Prompt, answer_tokens, structured_fields
-from simulation.replies import Reply
+from simulation.replies import CUT_OFF, Tokens
 
 V = TypeVar("V")
 Waiting = list[asyncio.Future[Any]]
@@ -94,7 +96,7 @@ class Chat:
         deadline: float | None = None
         for _ in range(self.sampling.max_attempts):
             (text, cause), deadline = await self._sample(model, prompt, held, deadline)
-            if cause is None:
+            if cause is None or (not held and cause == CUT_OFF["length"]):
                 assert text is not None
                 try:
                     return read(text)
@@ -129,22 +131,22 @@ class Chat:
             left = self._tokens_left - self._set_aside - ask.prompt.tokens
             count = max(min(wanted, int(left // _most_tokens(ask))), 0)
         if count:
-            self._set_aside += self._price(ask, count)
+            ask.set_aside = self._price(ask, count)
+            self._set_aside += ask.set_aside
             self.requests += 1
             self.retries += ask.deadline is not None
         return count
 
-    def settle(self, ask: Ask, count: int, reply: Reply | None) -> None:
-        price = self._price(ask, count)
+    def settle(self, ask: Ask, tokens: Tokens | None, answered: bool) -> None:
+        """Count what a request did cost; one that was answered by a server that tells no tokens, what was set aside."""
+        price, ask.set_aside = ask.set_aside, 0.0
         self._set_aside -= price
-        spent = 0.0
-        if reply is not None:
-            self.prompt_tokens += reply.prompt_tokens or 0
-            self.completion_tokens += reply.completion_tokens or 0
-            told = reply.prompt_tokens is not None and reply.completion_tokens is not None
-            spent = (reply.prompt_tokens or 0) + (reply.completion_tokens or 0) if told else price
-        if self._tokens_left is not None:
-            self._tokens_left -= spent
+        if tokens is not None:
+            self.prompt_tokens += tokens.prompt
+            self.completion_tokens += tokens.completion
+            price = tokens.prompt + tokens.completion
+        if self._tokens_left is not None and (tokens is not None or answered):
+            self._tokens_left -= price
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +227,7 @@ def _most_tokens(ask: Ask) -> int:
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
-    if not loop.is_closed():  # the group is gone, and nobody waits
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the group is gone, and nobody waits
         loop.call_soon_threadsafe(call, *arguments)
 
 

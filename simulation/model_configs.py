@@ -45,7 +45,7 @@ class ModelConfig:
     @property
     def address(self) -> str:
         """Host and port."""
-        return urlsplit(self.base_url).netloc.rpartition("@")[2]
+        return urlsplit(self.base_url).netloc
 
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
@@ -120,6 +120,9 @@ def _trouble_with(entry: Any) -> str | None:
     for name in OURS:
         there = isinstance(generate_args, dict) and name in generate_args
         troubles[f"generate_args holds {name}, which every request sets for itself"] = there
+    for name in ("max_tokens", "max_completion_tokens"):
+        limit = generate_args.get(name, 1) if isinstance(generate_args, dict) else 1
+        troubles[f"generate_args: {name} must be a whole number from 1"] = type(limit) is not int or limit < 1
     troubles["client_args needs a base_url such as http://localhost/v1"] = not _is_address(entry)
     return next((trouble for trouble, there in troubles.items() if there), None)
 
@@ -127,7 +130,7 @@ def _trouble_with(entry: Any) -> str | None:
 def _is_address(entry: dict[str, Any]) -> bool:
     try:
         url = urlsplit(_url_of(entry))
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and "@" not in url.netloc
     except (KeyError, AttributeError, ValueError, TypeError):
         return False
 

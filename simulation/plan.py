@@ -37,6 +37,7 @@ def estimate(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> lis
     sharing = _sharing(config)
     fields = models[model_name(1)].generate_args if model_name(1) in models else {}
     limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
+    samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
     each = int(limit or answer_tokens(config.structured_output, game))
     rounds = []
     told: tuple[Announcement, ...] = ()
@@ -44,9 +45,7 @@ def estimate(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> lis
         numbers = tuple(float(config.max_value) for _ in told)
         prompt = prompt_for(rules(game), question_for(game, number, told), numbers)
         memories = (config.max_value * game.scale + 1) ** (number - 1)
-        requests = sum(
-            groups * _requests(count, memories, config.samples_per_request) for count, groups in sharing.items()
-        )
+        requests = sum(groups * _requests(count, memories, samples) for count, groups in sharing.items())
         rounds.append(RoundEstimate(number, requests, requests * prompt.tokens, config.participant_num * each))
         told += (Announcement(number, config.max_value / 2, config.max_value / 2, ()),)
     return rounds

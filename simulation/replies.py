@@ -21,6 +21,14 @@ WORDS_SHOWN = 120
 MODEL_SERVER = "model server"  # how the causes begin that are no participant's doing
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a request cost, as the server counts it."""
+
+    prompt: int
+    completion: int
+
+
 class Trouble(Exception):
     """A request that brought no answers; the message is the cause of the failures that may come of it.
 
@@ -30,6 +38,7 @@ class Trouble(Exception):
         garbled: Whether the server did answer, but nothing that can be read.
         refused: Whether the server refused what the request says.
         retry_after_s: How long the server asked us to wait.
+        tokens: What it cost all the same, if the server says so.
     """
 
     def __init__(
@@ -41,6 +50,7 @@ class Trouble(Exception):
         garbled: bool = False,
         refused: bool = False,
         retry_after_s: float = 0.0,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__(cause)
         self.again = again
@@ -48,6 +58,7 @@ class Trouble(Exception):
         self.garbled = garbled
         self.refused = refused
         self.retry_after_s = retry_after_s
+        self.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,7 @@ class Reply:
     """The answers of one request: texts, and where there is none, why; and the tokens, None if the server keeps mum."""
 
     texts: tuple[tuple[str | None, str | None], ...]
-    prompt_tokens: int | None
-    completion_tokens: int | None
+    tokens: Tokens | None
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
@@ -68,11 +78,10 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
     except ValueError:
         raise Trouble(f"{MODEL_SERVER}: the reply is not JSON", garbled=True) from None
     choices = reply.get("choices") if isinstance(reply, dict) else None
+    tokens = _tokens_of(reply)
     if not isinstance(choices, list) or not choices:
-        raise Trouble(f"{MODEL_SERVER}: no choices in the reply", garbled=True)
-    usage = reply.get("usage")
-    prompt, completion = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(tuple(map(_text_of, choices)), prompt, completion)
+        raise Trouble(f"{MODEL_SERVER}: no choices in the reply", garbled=True, tokens=tokens)
+    return Reply(tuple(map(_text_of, choices)), tokens)
 
 
 def _text_of(choice: Any) -> tuple[str | None, str | None]:
@@ -84,9 +93,11 @@ def _text_of(choice: Any) -> tuple[str | None, str | None]:
     return text, CUT_OFF.get(str(choice.get("finish_reason")))
 
 
-def _count(usage: Any, name: str) -> int | None:
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
+def _tokens_of(reply: Any) -> Tokens | None:
+    usage = reply.get("usage") if isinstance(reply, dict) else None
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    prompt, completion = (count if isinstance(count, int) and count >= 0 else None for count in counts)
+    return None if prompt is None or completion is None else Tokens(prompt, completion)
 
 
 def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Trouble:

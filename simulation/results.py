@@ -107,7 +107,7 @@ class RunDirectory:
         self._rounds.append(path)
         if self._failed:
             with _on_disk(self.path / "failed_answers.jsonl") as file:
-                file.writelines((json.dumps(entry, ensure_ascii=False) + "\n").encode() for entry in self._failed)
+                file.writelines((json.dumps(entry) + "\n").encode() for entry in self._failed)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
         """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""

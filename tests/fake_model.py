@@ -133,6 +133,7 @@ class FakeModel:
             "talks": "between 0 and 100 I choose 37",
             "a total": "37 of 100",
             "cut off": "3",
+            "half an emoji": "\ud83d",
         }
         texts = [said.get(habit, str(self._random.randint(0, 100))) for _ in range(given)]
         self.texts += [str(text) for text in texts[:asked]]
@@ -141,5 +142,7 @@ class FakeModel:
             {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
             for index, text in enumerate(texts)
         ]
+        if habit == "paid, but empty":
+            choices = []
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": ANSWER_TOKENS * given}
         return web.json_response({"choices": choices} | ({} if habit == "keeps mum" else {"usage": usage}))

@@ -20,6 +20,8 @@ ROWS = [
     "simulation.prompts",
     "simulation.replies",
     "simulation.model_configs",
+    "simulation.model_http",
+    "simulation.asks",
     "simulation.model_client",
     "simulation.model",
     "participant",

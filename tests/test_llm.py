@@ -86,6 +86,13 @@ def test_failed_answers_are_kept_and_counted(cluster, fake, play):
     assert kept[0] == {"round": 1, "participant": 0, "failure": "no number in the answer", "text": "I will not say"}
 
 
+def test_an_answer_that_no_file_can_hold_ends_nothing(cluster, fake, play):
+    fake.for_ever("half an emoji")
+    summary = play("5", "--max-attempts", "1", status=4)
+    assert summary["rounds"][0]["failures"] == {"no number in the answer": 5}
+    assert len((cluster.path / "runs/latest/failed_answers.jsonl").read_text().splitlines()) == 5
+
+
 def test_a_budget_ends_the_game(cluster, fake, play):
     summary = play("300", "--rounds", "3", "--max-tokens", "3000", status=4)
     spent = summary["llm"]["prompt_tokens"] + summary["llm"]["completion_tokens"]

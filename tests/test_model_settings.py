@@ -82,7 +82,7 @@ def test_a_reply_is_read_choice_by_choice():
     ]
     reply = read_reply(200, {}, json.dumps({"choices": choices, "usage": {"prompt_tokens": 5}}).encode(), 0.0)
     assert [cause is None for _, cause in reply.texts] == [True, False, False, False, False]
-    assert reply.texts[0][0] == "37" and (reply.prompt_tokens, reply.completion_tokens) == (5, None)
+    assert reply.texts[0][0] == "37" and reply.tokens is None  # half of the usage is none
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,8 @@ def test_entries_written_out_keep_their_addresses(tmp_path):
         ([ENTRY | {"client_args": {}}], "needs a base_url"),
         ([ENTRY | {"client_args": {"base_url": "localhost:8010"}}], "needs a base_url"),
         ([ENTRY | {"client_args": {"base_url": "http://localhost:x/v1"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http://me:secret@localhost/v1"}}], "needs a base_url"),
+        ([ENTRY | {"generate_args": {"max_tokens": None}}], "max_tokens must be a whole number"),
         ([ENTRY | {"client_args": "x"}], "client_args must be an object"),
         ([ENTRY | {"generate_args": {"n": 3}}], "generate_args holds n"),
         ([ENTRY | {"generate_args": {"seed": 3}}], "generate_args holds seed"),
@@ -224,6 +226,11 @@ def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
     assert [each.requests for each in rounds] == [2 * 2 * 3, 2 * 2 * (101 + (250 - 101) // 100), 1000]
     assert rounds[0].answer_tokens == 1000 * answer_tokens("structured_outputs", Game(0, 100, 0, 0.0))
     assert rounds[2].prompt_tokens > rounds[2].requests * rounds[0].prompt_tokens / rounds[0].requests
+
+
+def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
+    config = config_with(tmp_path, [ENTRY | {"generate_args": {"temperature": 0}}], participant_num=1000)
+    assert estimate(config, read_models(config))[0].requests == 1000
 
 
 # --- The common limit ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
 
+import simulation.model
 from moderator import whole_tally
 from participant import LLMParticipant
 from simulation.config import SimulationConfig
@@ -291,3 +292,42 @@ def test_ask_raises_the_last_cause(play, fake_of):
         LLMParticipant(0, group.game)._run(LLMParticipant(0, group.game).answer(question_for(group.game, 1, ())))
     assert caught.value.text == "1000" and len(fake.bodies) == 3
     assert Chat(group.game).usage(0.0, 0.0).requests == 0
+
+
+def test_different_prompts_keep_a_server_as_busy_as_equal_ones(play, fake_of):
+    fake = fake_of(delay_s=0.2)
+    group = play(fake, 2000, rounds=2)
+    assert tally_of(group).answered == 2000
+    assert fake.most_at_once > 20  # in round 2 some 20 remember the same, so that requests are small
+
+
+def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
+    fake = fake_of(delay_s=0.2)
+    for _ in range(5):
+        group = play(fake, 30, rounds=0, samples_per_request=1, max_in_flight=20)
+        group.begin(question_for(group.game, 1, ()))
+        group.close()
+    assert tally_of(play(fake, 60, samples_per_request=1, max_in_flight=20)).answered == 60
+    places = [client._places for client in simulation.model._thread._clients.values() if fake.url in client._http.url]
+    until(lambda: [each.holding for each in places] == [0], 5, "all places are given back")
+
+
+def test_an_empty_purse_holds_up_nobody_else(play, fake_of):
+    fake = fake_of("never")
+    poor, rich = play(fake, 5, rounds=0, samples_per_request=1), play(fake, 40, rounds=0)
+    poor.begin(question_for(poor.game, 1, ()), tokens_each=25.0)
+    until(lambda: fake.bodies, 5, "asked")
+    rich.begin(question_for(rich.game, 1, ()))
+    until(lambda: rich.progress(1.0).finished, 3, "answered")
+    assert tally_of(rich).answered == 40 and not poor.progress(0.0).finished
+    poor.halt(False)
+
+
+def test_a_long_talk_is_heard_to_its_end(play, fake_of):
+    group = play(fake_of("well", for_ever="cut off"), 1)
+    assert group.participant(0).reply(None).get_text_content() == "3"
+
+
+def test_tokens_of_a_reply_without_answers_are_counted(play, fake_of):
+    fake = fake_of("paid, but empty")
+    assert play(fake, 10).usage().prompt_tokens == 2 * PROMPT_TOKENS

