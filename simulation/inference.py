@@ -110,6 +110,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
             raise ClusterError(
                 f"vLLM servers of this checkout run already, on ports {ports}: ./stop_vllm.sh stops them"
             )
+        _end_all()  # what servers that were killed have left
         for each in plans:
             processes.check_free(HOST, each.port, "VLLM_BASE_PORT")
         started: dict[int, subprocess.Popen[bytes]] = {}
