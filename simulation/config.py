@@ -75,7 +75,7 @@ class SimulationConfig:
         1,
         1e6,
     )
-    attempt_timeout: float = setting(120.0, "seconds that one request may take", 0.1, 86_400)
+    attempt_timeout: float = setting(300.0, "seconds that one request may take", 0.1, 86_400)
     reply_timeout: float = setting(
         600.0, "seconds that a participant is asked again for while its model does not answer", 0.1, 864_000
     )

@@ -53,10 +53,7 @@ class InFlight:
         self.holding = 0
 
     def take(self, limit: int, places: int = 1) -> bool:
-        """Take places if the limit allows it and nobody is before us; if not, we wait from now on.
-
-        More places than there are at all are given to whoever is alone.
-        """
+        """Take places if there is one left and nobody is before us; if not, we wait from now on."""
         with self._locked() as (own, now):
             since = int(own[WAITING_SINCE]) or now
             own[WAITING_SINCE] = since
@@ -68,7 +65,7 @@ class InFlight:
                     held += holding
                 if waiting_since and 0 <= now - heard < WAITING_LOST_NS:
                     first = first and (self.holding, since) <= (holding, waiting_since)
-            granted = first and (held + places <= limit or held == 0)
+            granted = first and held < limit
             if granted:
                 self.holding += places
                 own[HOLDING], own[WAITING_SINCE] = self.holding, 0

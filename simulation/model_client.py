@@ -21,7 +21,7 @@ from simulation.model_http import ModelHttp
 from simulation.replies import MODEL_SERVER, Reply, Trouble, pause_s
 
 ANSWERS_IN_FLIGHT = 512  # twice the sequences that vLLM runs at a time (max_num_seqs, 256), so that it never waits
-POLL_S = 0.005  # between two looks at a limit that other processes use up
+POLL_S, LONGEST_POLL_S = 0.005, 0.05  # between two looks at a limit that other processes use up
 TICK_S = 0.25  # between two looks at who has waited too long
 GARBLED_REPLIES = 8  # in a row, for one request
 NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
@@ -43,6 +43,7 @@ class ModelClient:
         self._last_cause = NO_ANSWER
         self._resting_until = -math.inf
         self._timer: asyncio.TimerHandle | None = None
+        self._poll_s = POLL_S
         self._ticking: asyncio.Task[None] | None = None
 
     def put(self, asks: list[Ask], first: bool = False) -> None:
@@ -83,9 +84,11 @@ class ModelClient:
             limit, places = self._measure(batch)
             if not self._places.take(limit, places):
                 ask.put_back(batch)
-                if self._places.holding + places <= limit:  # else the end of one of ours is what we wait for
-                    self._look_again(POLL_S)
+                if self._places.holding < limit:  # else the end of one of ours is what we wait for
+                    self._look_again(self._poll_s)
+                    self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
                 return
+            self._poll_s = POLL_S
             count = batch.purse.afford(batch, len(batch.waiting))
             if count < len(batch.waiting):
                 ask.put_back(batch.cut_rest(count))

@@ -1,0 +1,354 @@
+"""Answers per second of LLM participants: rounds 1 and 2 of four programs, on the same servers, in one run.
+
+    .venv/bin/python benchmarks/llm.py
+
+- this program: equal prompts share requests;
+- one request each: this program with --samples-per-request 1;
+- one object: AgentScope's own pattern, an RPC object per participant, each with a client of its own;
+- the limit: a bare aiohttp loop that posts the very requests of "this program", as many at a time.
+
+First against a real vLLM server on this machine's CPUs with a tiny model of random weights, then against a stand-in
+that answers at once, where all that is left is the program's own work, with all participants on one agent server.
+Figures are medians. Memory is what a fresh agent server has grown by when two rounds are over, and at the peak (PSS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import aiohttp
+import psutil
+import uvloop
+from agentscope.agents import AgentBase
+from agentscope.message import Msg
+from agentscope.rpc import DistConf, RpcClient
+from loguru import logger
+
+from simulation import inference, launcher, processes
+from simulation.config import SimulationConfig
+from simulation.console import ProgressWatch
+from simulation.game import Game, question_for
+from simulation.model_client import ANSWERS_IN_FLIGHT
+from simulation.model_configs import model_name, read_models
+from simulation.placement import place
+from simulation.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
+from simulation.results import new_run_id
+from simulation.rounds import Simulation
+from simulation.security import load_or_make
+
+VLLM_FLAGS = ["--dtype", "float32", "--max-model-len", "1024"]
+SAMPLE_S = 0.05
+
+STAND_IN = """
+import asyncio, itertools, json, sys, uvloop
+
+def head_and_body(n, shift):
+    choices = [{"index": i, "message": {"role": "assistant", "content": str((i * 37 + shift) % 101)},
+                "finish_reason": "stop"} for i in range(n)]
+    usage = {"prompt_tokens": 90, "completion_tokens": 2 * n, "total_tokens": 90 + 2 * n}
+    body = json.dumps({"object": "chat.completion", "model": "m", "choices": choices, "usage": usage}).encode()
+    return b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body
+
+class Server(asyncio.Protocol):
+    replies, shift = {}, itertools.count()
+
+    def connection_made(self, transport):
+        self.transport, self.received = transport, b""
+
+    def data_received(self, data):
+        self.received += data
+        while (end := self.received.find(b"\\r\\n\\r\\n")) >= 0:
+            head = self.received[:end].lower()
+            at = head.find(b"content-length:")
+            size = int(head[at + 15 :].split(b"\\r\\n")[0]) if at >= 0 else 0
+            if len(self.received) < end + 4 + size:
+                return
+            body, self.received = self.received[end + 4 : end + 4 + size], self.received[end + 4 + size :]
+            key = (json.loads(body).get("n", 1) if size else 1, next(self.shift) % 101)
+            if key not in self.replies:
+                self.replies[key] = head_and_body(*key)
+            self.transport.write(self.replies[key])
+
+async def main():
+    server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", int(sys.argv[1]))
+    print("ready", flush=True)
+    await server.serve_forever()
+
+uvloop.run(main())
+"""
+
+
+@dataclass(frozen=True)
+class Played:
+    """Two rounds of so many participants; times in seconds."""
+
+    participants: int
+    create_s: float
+    rounds_s: tuple[float, float]
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Answers per second in round 1, in round 2, and in round 1 with creation."""
+        one, two = self.rounds_s
+        return self.participants / one, self.participants / two, self.participants / (self.create_s + one)
+
+
+class PlainParticipant(AgentBase):
+    """An LLM participant as AgentScope's documentation would have it: a model of its own, and blocking."""
+
+    def __init__(self, system: str, fields: dict[str, Any], *_: object) -> None:
+        super().__init__(name="participant", sys_prompt=system, model_config_name="model_1", use_memory=False)
+        self.fields = fields
+
+    def reply(self, x: Msg | None = None) -> Msg:
+        messages = [{"role": "system", "content": self.sys_prompt}, {"role": "user", "content": x.content}]
+        return Msg(self.name, self.model(messages, **self.fields).text, "assistant")
+
+
+def ours(config: SimulationConfig) -> tuple[Played, list[int]]:
+    """Play two rounds; returns the times, and what was answered in round 1."""
+    scene = replace(config, rounds=2, seed=random.getrandbits(32))
+    key = load_or_make(Path(config.cluster_key_dir))
+    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+        create_s = simulation.create()
+        one = simulation.play(1)
+        first = [int(unit) for part in simulation.answers() for unit in part.units]
+        two = simulation.play(2)
+    assert one.tally.answered == two.tally.answered == config.participant_num
+    return Played(config.participant_num, create_s, (one.seconds, two.seconds)), first
+
+
+def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
+    """The bodies of the requests that two rounds take: one list for each."""
+    game = Game(0, config.max_value, 0, 0.0)
+    groups = place(len(first), config.server_per_host, config.moderator_per_host)
+    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # its length is what matters
+    rounds: list[list[bytes]] = [[], []]
+    for group in groups:
+        numbers = first[group.first : group.first + group.count]
+        once = prompt_for(rules(game), question_for(game, 1, ()), ())
+        later = {number: announcement._replace(user=announcement.user + f" {number}") for number in set(numbers)}
+        rounds[0] += _bodies(config, game, once, group.count)
+        for number, count in Counter(numbers).items():
+            rounds[1] += _bodies(config, game, later[number], count)
+    return rounds
+
+
+def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) -> Iterator[bytes]:
+    model = read_models(config)[model_name(1)]
+    fields = model.generate_args | {"max_tokens": answer_tokens(config.structured_output, game)}
+    fields |= structured_fields(config.structured_output, game)
+    messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+    for start in range(0, count, config.samples_per_request):
+        samples = min(config.samples_per_request, count - start)
+        yield json.dumps({"model": model.model, "messages": messages, **fields, "n": samples}).encode()
+
+
+def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Played:
+    """Post the requests as fast as one loop can, ANSWERS_IN_FLIGHT answers at a time."""
+    url = f"http://127.0.0.1:{config.vllm_base_port}/v1/chat/completions"
+
+    async def post_all(bodies: list[bytes]) -> float:
+        at_a_time = -(-ANSWERS_IN_FLIGHT * len(bodies) // config.participant_num)
+        answers = 0
+        waiting = iter(bodies)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        async with aiohttp.ClientSession(connector=connector) as session:
+
+            async def post_next() -> None:
+                nonlocal answers
+                for body in waiting:
+                    async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as reply:
+                        answers += len(json.loads(await reply.read())["choices"])
+
+            began = time.perf_counter()
+            await asyncio.gather(*(post_next() for _ in range(at_a_time)))
+            took = time.perf_counter() - began
+        assert answers == config.participant_num
+        return took
+
+    return Played(config.participant_num, 0.0, (uvloop.run(post_all(rounds[0])), uvloop.run(post_all(rounds[1]))))
+
+
+def one_object(config: SimulationConfig, participants: int) -> Played:
+    """One RPC object per participant, each with a client; their second round is like the first."""
+    ports = range(config.base_port, config.base_port + config.server_per_host)
+    game = Game(0, config.max_value, 0, 0.0)
+    fields = {
+        "max_tokens": answer_tokens(config.structured_output, game),
+        "extra_body": structured_fields(config.structured_output, game),
+    }
+    for port in ports:  # the class travels as an argument, as the servers do not have it
+        hello = {"args": ("", fields, PlainParticipant), "kwargs": {}, "class_name": "PlainParticipant"}
+        assert RpcClient("localhost", port).create_agent(hello, f"hello-{port}-{time.monotonic_ns()}")
+    began = time.perf_counter()
+    agents = [
+        PlainParticipant(rules(game), fields, to_dist=DistConf(host="localhost", port=ports[index % len(ports)]))
+        for index in range(participants)
+    ]
+    for agent in agents:
+        agent._check_created()
+    create_s = time.perf_counter() - began
+    rounds_s = []
+    for number in (1, 2):
+        question = Msg("Moderator", question_for(game, number, ()).text, "user")
+        began = time.perf_counter()
+        numbers = [int(answer.content) for answer in [agent(question) for agent in agents]]
+        assert len(numbers) == participants
+        rounds_s.append(time.perf_counter() - began)
+    for port in ports:
+        RpcClient("localhost", port).delete_all_agent()
+    return Played(participants, create_s, (rounds_s[0], rounds_s[1]))
+
+
+def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
+    """What an agent server grows by for each participant, in KB: when two rounds are over, and at the peak."""
+    server = processes.own_process(str(config.base_port))
+    assert server is not None
+    key = load_or_make(Path(config.cluster_key_dir))
+    seen = [_pss_kb(server)]
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(SAMPLE_S):
+            seen.append(_pss_kb(server))
+
+    sampler = threading.Thread(target=sample)
+    with Simulation(replace(config, rounds=2, seed=1), new_run_id(), key, ProgressWatch()) as simulation:
+        sampler.start()
+        simulation.create()
+        for number in (1, 2):
+            simulation.play(number)
+        ended.set()
+        sampler.join()
+        after = _pss_kb(server)
+    return (after - seen[0]) / config.participant_num, (max(seen) - seen[0]) / config.participant_num
+
+
+def _pss_kb(process: psutil.Process) -> float:
+    return process.memory_full_info().pss / 2**10
+
+
+@contextlib.contextmanager
+def agent_servers(config: SimulationConfig) -> Iterator[None]:
+    """Agent servers for as long as they are needed."""
+    with contextlib.closing(ProgressWatch()) as watch:
+        servers = launcher.start(config, True, lambda done, total: watch.progress("servers ready", done, total))
+    assert servers is not None, "stop the servers that run first: ./stop_all_server.sh"
+    try:
+        yield
+    finally:
+        servers.stop()
+
+
+@contextlib.contextmanager
+def real_vllm(config: SimulationConfig) -> Iterator[None]:
+    """A vLLM server on the CPU, with a tiny model that is made for it."""
+    python = ROOT / ".venv-vllm/bin/python"
+    assert python.exists(), "./start_vllm.sh --install makes the environment first"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
+        with contextlib.closing(ProgressWatch()) as watch:
+            serving = replace(config, role="vllm", model_path=folder, gpu_num=0)
+            inference.start(serving, VLLM_FLAGS, lambda done, total: watch.progress("vLLM ready", done, total))
+        try:
+            yield
+        finally:
+            inference.stop()
+
+
+@contextlib.contextmanager
+def stand_in(config: SimulationConfig) -> Iterator[None]:
+    """A model server that answers at once."""
+    command = [sys.executable, "-c", STAND_IN, str(config.vllm_base_port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
+        try:
+            yield
+        finally:
+            server.terminate()
+
+
+class Table:
+    """The rates of the programs, row by row."""
+
+    def __init__(self, title: str) -> None:
+        print(f"\n{title}\n")
+        self._row = "| {:<16} | {:>12} | {:>8} | {:>9} | {:>9} | {:>13} | {:>12} | {:>4} |".format
+        titles = ("creation", "round 1", "round 2", "with creation", "of the limit", "runs")
+        print(self._row("program", "participants", *titles))
+        print(self._row(":---", *["---:"] * 7))
+
+    def add(self, program: str, runs: list[Played], limits: list[Played] | None) -> None:
+        """Print one row: medians of answers per second, and round 1 as a part of the limit's."""
+        create_s = statistics.median(played.create_s for played in runs)
+        rates = [statistics.median(played.rates[number] for played in runs) for number in range(3)]
+        part = f"{rates[0] / statistics.median(played.rates[0] for played in limits):.2f}" if limits else ""
+        shown = [f"{rate:,.0f}/s" for rate in rates]
+        print(self._row(program, f"{runs[0].participants:,}", f"{create_s:.2f} s", *shown, part, len(runs)), flush=True)
+
+
+def compare(title: str, config: SimulationConfig, repeats: int, each: int, objects: int) -> None:
+    """Measure all four programs, this one and the limit in turn, and print the table."""
+    table = Table(title)
+    ours(replace(config, participant_num=1000))  # warm
+    ours_played, limits = [], []
+    for _ in range(repeats):
+        played, first = ours(config)
+        ours_played.append(played)
+        limits.append(limit(config, requests_like_ours(config, first)))
+    table.add("the limit", limits, limits)
+    table.add("this program", ours_played, limits)
+    alone = replace(config, participant_num=each, samples_per_request=1)
+    table.add("one request each", [ours(alone)[0] for _ in range(min(repeats, 3))], None)
+    if objects:
+        table.add("one object", [one_object(config, objects) for _ in range(min(repeats, 3))], None)
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="runs that the medians are of (default 5)")
+    parser.add_argument("--base-port", type=int, default=12330, help="first port of the agent servers (default 12330)")
+    parser.add_argument("--vllm-base-port", type=int, default=8010, help="port of the model server (default 8010)")
+    parser.add_argument("--only", choices=("vllm", "stand-in"), help="one of the two tables")
+    arguments = parser.parse_args()
+    logger.remove()
+    config = SimulationConfig(
+        agent_type="llm", base_port=arguments.base_port, vllm_base_port=arguments.vllm_base_port, participant_num=10_000
+    )
+    if arguments.only != "stand-in":
+        with real_vllm(config), agent_servers(config):
+            compare("Real vLLM on the CPU, 10 + 4 agent servers", config, arguments.repeats, each=2_000, objects=200)
+    if arguments.only != "vllm":
+        one_server = replace(config, participant_num=64_000, server_per_host=1, moderator_per_host=1)
+        with stand_in(config), agent_servers(one_server):
+            compare("A stand-in that answers at once, one agent server", one_server, arguments.repeats, 16_000, 0)
+            after, peak = memory_per_participant(one_server)
+            print(
+                f"\nMemory of the agent server per participant: {after:.1f} KB after two rounds, {peak:.1f} KB at the peak"
+            )
+
+
+if __name__ == "__main__":
+    main()
