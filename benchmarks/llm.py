@@ -339,15 +339,15 @@ def main() -> None:
     )
     if arguments.only != "stand-in":
         with real_vllm(config), agent_servers(config):
-            compare("Real vLLM on the CPU, 10 + 4 agent servers", config, arguments.repeats, each=2_000, objects=200)
+            compare("Real vLLM on the CPU, 10 + 4 agent servers", config, arguments.repeats, 2_000, 200)
     if arguments.only != "vllm":
         one_server = replace(config, participant_num=64_000, server_per_host=1, moderator_per_host=1)
-        with stand_in(config), agent_servers(one_server):
-            compare("A stand-in that answers at once, one agent server", one_server, arguments.repeats, 16_000, 0)
-            after, peak = memory_per_participant(one_server)
-            print(
-                f"\nMemory of the agent server per participant: {after:.1f} KB after two rounds, {peak:.1f} KB at the peak"
-            )
+        with stand_in(config):
+            with agent_servers(one_server):
+                compare("A stand-in that answers at once, one agent server", one_server, arguments.repeats, 16_000, 0)
+            with agent_servers(one_server):
+                after, peak = memory_per_participant(one_server)
+        print(f"\nMemory per participant: {after:.1f} KB after two rounds, {peak:.1f} KB at the peak")
 
 
 if __name__ == "__main__":

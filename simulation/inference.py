@@ -7,6 +7,7 @@ Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -26,6 +27,8 @@ from simulation.model_configs import read_models
 
 FOLDER = ROOT / "run" / "vllm"
 VENV = ROOT / ".venv-vllm"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "large-scale-simulation"
+LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # see _home
 HOST = "127.0.0.1"
 LOOK_S = 0.5
 TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
@@ -102,6 +105,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     """
     plans = plan(config)
     model_path = _checked_path(config.model_path)
+    home = _home()
     with processes.one_at_a_time():
         FOLDER.mkdir(parents=True, exist_ok=True)
         running = own_servers()
@@ -117,7 +121,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
         began = time.monotonic()
         try:
             for each in plans:
-                started[each.port] = _spawn(each, model_path, more)
+                started[each.port] = _spawn(home, each, model_path, more)
             took = {}
             for number, each in enumerate(plans):
                 progress(number, len(plans))
@@ -142,6 +146,7 @@ def stop() -> int:
     with processes.one_at_a_time():
         running = own_servers()
         _end_all()
+        LINK.unlink(missing_ok=True)
     return len(running)
 
 
@@ -191,12 +196,32 @@ def _checked_path(model_path: str | None) -> str:
     return model_path
 
 
-def _spawn(each: Plan, model_path: str, more: list[str]) -> subprocess.Popen[bytes]:
+def _home() -> Path:
+    """Where vLLM is run from: it hands its own path to compilers and to LD_PRELOAD, which break at a space.
+
+    Raises SettingsError if there is no place for a link without one.
+    """
+    if not re.search(r"\s", str(VENV)):
+        return VENV
+    if re.search(r"\s", str(LINK)):
+        raise SettingsError(
+            f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
+        )
+    try:
+        LINK.parent.mkdir(parents=True, exist_ok=True)
+        LINK.unlink(missing_ok=True)
+        LINK.symlink_to(VENV)
+    except OSError as error:
+        raise SettingsError(f"cannot make the link {LINK} to {VENV}: {error.strerror}") from None
+    return LINK
+
+
+def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subprocess.Popen[bytes]:
     if each.gpus:
-        command = [str(VENV / "bin/vllm"), "serve", model_path]
+        command = [str(home / "bin/python"), str(home / "bin/vllm"), "serve", model_path]
         command += ["--tensor-parallel-size", str(len(each.gpus))] if len(each.gpus) > 1 else []
     else:  # the command looks for a package vllm, which the wheel for CPUs does not call itself
-        command = [str(VENV / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
+        command = [str(home / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
     command += ["--host", HOST, "--port", str(each.port), "--served-model-name", each.model, *more]
     # VLLM_PORT would be a port between vLLM's own processes, the same for all servers
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
@@ -225,8 +250,9 @@ def _wait_healthy(port: int, started: dict[int, subprocess.Popen[bytes]], waitin
 
 def _cause(log: Path) -> str:
     """The first error that vLLM wrote about, which the later ones come of; in one line."""
-    found = re.search(r"\b[\w.]*Error: .{1,300}", log.read_text(errors="replace"))
-    return f": {found.group()}" if found else ""
+    lines = (line for line in log.read_text(errors="replace").splitlines() if not re.search(" WARNING | INFO ", line))
+    found = (re.search(r"\b[\w.]*Error: .{1,300}", line) for line in lines)
+    return next((f": {error.group()}" for error in found if error), "")
 
 
 def _is_healthy(port: int) -> bool:
@@ -273,7 +299,9 @@ def _end(leaders: list[int]) -> None:
 def _session_of(process: psutil.Process) -> int | None:
     """The server that a process of vLLM belongs to: each is the leader of a session; None for any other process."""
     try:
-        vllm = process.name().startswith("VLLM") or any(part.startswith(str(VENV)) for part in process.cmdline())
+        vllm = process.name().startswith("VLLM") or any(
+            part.startswith((str(VENV), str(LINK))) for part in process.cmdline()
+        )
         return os.getsid(process.pid) if vllm and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError):
         return None

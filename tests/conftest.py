@@ -29,6 +29,10 @@ with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while
 ROOT = Path(__file__).resolve().parent.parent
 
 
+VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
+VLLM_MEMORY_GB = 5
+
+
 @dataclass
 class Checkout:
     """A copy of the project, its scripts, and what they leave."""
@@ -86,14 +90,22 @@ class Checkout:
     def processes(self) -> list[psutil.Process]:
         """Everything alive that was started from this checkout."""
         found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            command = process.info["cmdline"] or []
-            if any(str(self.path) in part for part in command) and process.info["status"] != psutil.STATUS_ZOMBIE:
+        for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+            places = [*(process.info["cmdline"] or []), process.info["cwd"] or ""]
+            if any(str(self.path) in part for part in places) and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
 
     def pid(self, port_offset: int) -> int:
         return int((self.path / f"run/servers/{self.base_port + port_offset}.pid").read_text())
+
+
+def require_vllm() -> None:
+    """Skip where this machine cannot hold vLLM."""
+    if not VLLM_PYTHON.exists():
+        pytest.skip("no vLLM environment here: ./start_vllm.sh --install could not make one")
+    if psutil.virtual_memory().available < VLLM_MEMORY_GB * 2**30:
+        pytest.skip(f"vLLM needs {VLLM_MEMORY_GB} GB of memory")
 
 
 def free_ports(count: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, require_vllm
 
 README = (ROOT / "README.md").read_text()
 RUN_ELSEWHERE = {
@@ -19,10 +20,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_every_command_runs(checkout):
-    (checkout.path / "my_file.py").write_text(blocks("python")[0])
-    commands = [line for block in blocks("shell") for line in block.splitlines() if line and not line.startswith("#")]
-    assert len(commands) >= 8
+def commands_in(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def run_all(checkout, commands):
     for command in commands:
         if command.startswith(tuple(RUN_ELSEWHERE)):
             continue
@@ -33,8 +35,27 @@ def test_every_command_runs(checkout):
             env[name] = value
         if words[0] == ".venv/bin/python":
             words.pop(0)
-        done = checkout.run(*words, env=env)
+        done = checkout.run(*words, env=env, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_command_runs(checkout):
+    (checkout.path / "my_file.py").write_text(blocks("python")[0])
+    commands = [command for block in blocks("shell") if "vllm" not in block for command in commands_in(block)]
+    assert len(commands) >= 8
+    run_all(checkout, commands)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_command_with_a_language_model_runs(checkout):
+    require_vllm()
+    commands = [command for block in blocks("shell") if "vllm" in block for command in commands_in(block)]
+    assert len(commands) >= 7
+    run_all(checkout, commands)
+    summary = checkout.summary()
+    assert summary["status"] == "complete" and summary["config"]["agent_type"] == "llm"
+    assert [entry["answered"] for entry in summary["rounds"]] == [1000, 1000]
 
 
 def test_the_participant_of_ten_lines_plays(checkout):

@@ -13,22 +13,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Checkout, clean_up, copy_checkout, free_ports, is_free, one_line, until
+from conftest import (
+    ROOT,
+    VLLM_PYTHON,
+    Checkout,
+    clean_up,
+    copy_checkout,
+    free_ports,
+    is_free,
+    one_line,
+    require_vllm,
+    until,
+)
 
 pytestmark = pytest.mark.slow
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
-VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 START_S = 240  # it takes half a minute to a minute on two cores
-MEMORY_GB = 5
-
-
-def require_vllm() -> None:
-    """Skip where this machine cannot hold vLLM."""
-    if not VLLM_PYTHON.exists():
-        pytest.skip("no vLLM environment here: ./start_vllm.sh --install could not make one")
-    if psutil.virtual_memory().available < MEMORY_GB * 2**30:
-        pytest.skip(f"vLLM needs {MEMORY_GB} GB of memory")
 
 
 @pytest.fixture(scope="module")
