@@ -205,11 +205,10 @@ def summarise(
         "run_id": run_id,
         "status": status,
         "config": asdict(config),
-        "cluster": cluster,
+        "cluster": cluster | ({"llm_seconds": _time_told_apart(usage, seconds["rounds"])} if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [_round_summary(result, 10**config.decimals) for result in rounds],
         "llm": _llm_summary(usage) if llm else None,
-        "llm_seconds": _time_told_apart(usage, seconds["rounds"]) if llm else None,
     }
 
 

@@ -55,7 +55,7 @@ def test_two_rounds_are_answered_and_accounted_for(cluster, fake, play):
         "completion_tokens": 1200 * ANSWER_TOKENS,
         "retries": 0,
     }
-    seconds = summary["llm_seconds"]
+    seconds = summary["cluster"]["llm_seconds"]
     assert seconds.keys() == {"model", "client", "rpc"} and all(value >= 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(summary["seconds"]["rounds"], rel=0.2)
     first = [body for body in fake.bodies if "Round 2" not in body["messages"][1]["content"]]
