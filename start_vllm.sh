@@ -28,7 +28,7 @@ main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --status | --install | -- | '') ;;
-    *) fail 2 "'$1' is not known; usage: MODEL_PATH=... ./start_vllm.sh [-- flags for vLLM], or --help" ;;
+    *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set, or --help" ;;
   esac
   load_settings
   flag --model-path "${MODEL_PATH:-}"

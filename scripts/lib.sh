@@ -84,7 +84,7 @@ default_model_per_host() {
   [ -z "${MODEL_PER_HOST:-}" ] || return 0
   [ -n "$gpus" ] || gpus="$(gpus_found)"
   case "$gpus$each" in *[!0-9]*) return 0 ;; esac # Python says what is wrong with them
-  [ "$each" -gt 0 ] && [ "$gpus" -ge "$each" ] && MODEL_PER_HOST=$((gpus / each)) || MODEL_PER_HOST=1
+  [ "$each" -eq 0 ] || [ "$gpus" -lt $((2 * each)) ] || MODEL_PER_HOST=$((gpus / each)) # one is the default anyway
 }
 
 # ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed.

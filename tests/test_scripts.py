@@ -62,6 +62,9 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "start_all_server.sh -5",
         "start_all_server.sh --stat",
         "stop_all_server.sh now",
+        "start_vllm.sh now",
+        "start_vllm.sh --gpu-num",
+        "stop_vllm.sh now",
     ],
 )
 def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
@@ -87,6 +90,10 @@ def test_settings_become_flags(shell):
     )
     assert shell("start_all_server.sh", "10", BASE_PORT="15000", HOST_NAME="a", MODERATOR_NUM="2").stdout == (
         "[--role][participant][--server-per-host][10][--base-port][15000][--host-name][a][--moderator-per-host][2]"
+    )
+    assert (
+        "[--model-per-host][2][--vllm-base-port][9]"
+        in shell("start_all_server.sh", "10", GPU_NUM="4", TENSOR_PARALLEL="2", VLLM_BASE_PORT="9").stdout
     )
     assert shell("run_simulation.sh", "1", "2").stdout == "[--server-per-host][1][--participant-num][2]"
 
