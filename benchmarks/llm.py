@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -333,6 +334,7 @@ def main() -> None:
     parser.add_argument("--vllm-base-port", type=int, default=8010, help="port of the model server (default 8010)")
     parser.add_argument("--only", choices=("vllm", "stand-in"), help="one of the two tables")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     logger.remove()
     config = SimulationConfig(
         agent_type="llm", base_port=arguments.base_port, vllm_base_port=arguments.vllm_base_port, participant_num=10_000
