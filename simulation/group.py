@@ -27,6 +27,7 @@ from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, 
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
 
+TURN = 32_768  # participants of a group that wait for a model at the same time
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
 TALLY_VALUES = 500_000  # distinct values in one message
 INTERRUPTED = "interrupted"
@@ -80,8 +81,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._sheet: AnswerSheet | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._running: list[asyncio.Task[None]] = []  # the same, once all of them have begun
+        self._running: set[asyncio.Task[None]] = set()  # participants that are thinking
         self._halted = self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
         self._answering_s = self._client_s = 0.0
@@ -169,7 +169,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
         self._agents = []
-        self._tasks = self._running = []
+        self._running = set()
         self._sheet = None
         _release_threads(self.oid)
 
@@ -228,39 +228,45 @@ class ParticipantGroup(metaclass=RpcMeta):
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
+        """Ask everyone, and return when everyone has answered or failed.
+
+        Those who wait for a model wait in turns, as each takes 2 KB meanwhile; the next turn begins when half of one
+        has gone, so that the model never waits, and is large, so that equal prompts still meet.
+        """
         began, began_cpu = time.monotonic(), time.process_time()
-        self._all_done = self._loop.create_future()
-        self._running = []
-        with collector_paused():
-            self._tasks = [
-                self._loop.create_task(self._ask(place, agent, question, sheet))
-                for place, agent in enumerate(self._agents)
-            ]
-        self._loop.call_soon(self._under_way)
-        await self._all_done
-        self._tasks = self._running = []
+        at_once = self.count if self._chat is None else max(TURN, 2 * self._chat.sampling.samples_per_request)
+        asking = _Asking(sheet)
+        for first in range(0, self.count, at_once):
+            stop = min(first + at_once, self.count)
+            asking.wait_for(self.count if stop == self.count else stop - at_once // 2, self._loop)
+            with collector_paused():
+                for place in range(first, stop):
+                    self._loop.create_task(self._ask(place, self._agents[place], question, asking))
+            await asking.reached
         took_s = time.monotonic() - began
         self._answering_s += took_s
         self._client_s += min(time.process_time() - began_cpu, took_s)
 
-    async def _ask(self, place: int, agent: Participant | str, question: Question, sheet: AnswerSheet) -> None:
+    async def _ask(self, place: int, agent: Participant | str, question: Question, asking: _Asking) -> None:
         """Ask one participant; whatever it does wrong is its own failure, with its cause."""
+        task: Any = asyncio.current_task()
+        self._running.add(task)  # now that it has begun: one cancelled before would record nothing
         try:
             if self._halted:
-                sheet.fail(place, INTERRUPTED)
+                asking.sheet.fail(place, INTERRUPTED)
             elif isinstance(agent, str):
-                sheet.fail(place, agent)
+                asking.sheet.fail(place, agent)
             else:
                 answering = agent.answer(question) if self._many else self._blocking_reply(agent, question)
                 answer = await answering
                 if isinstance(answer, _Raised):
                     raise answer.error
-                sheet.put(place, to_units(answer, self.game))
+                asking.sheet.put(place, to_units(answer, self.game))
         except BaseException as error:  # noqa: BLE001 - a person's own answer may raise anything, and fails alone
             text = error.text if isinstance(error, UnusableAnswer) else None
-            sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
-        if sheet.done == self.count and not self._all_done.done():
-            self._all_done.set_result(None)
+            asking.sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
+        self._running.discard(task)
+        asking.count()
 
     async def _blocking_reply(self, agent: Participant, question: Question) -> Any:
         """What a `reply` that may block says, in one of this run's threads on this server."""
@@ -276,14 +282,27 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _halt(self) -> None:
         self._halted = True
-        for task in self._running:
+        for task in list(self._running):
             task.cancel()
 
-    def _under_way(self) -> None:
-        """Called when every task has made its first step: one cancelled before would record nothing."""
-        self._running = self._tasks
-        if self._halted:
-            self._halt()
+
+class _Asking:
+    """One round under way: its sheet, and how many answers somebody waits for."""
+
+    def __init__(self, sheet: AnswerSheet) -> None:
+        self.sheet = sheet
+
+    def wait_for(self, done: int, loop: asyncio.AbstractEventLoop) -> None:
+        """Make `reached` a future of the moment when so many are done."""
+        self._awaited = done
+        self.reached: asyncio.Future[None] = loop.create_future()
+        if self.sheet.done >= done:
+            self.reached.set_result(None)
+
+    def count(self) -> None:
+        """Called after each answer."""
+        if self.sheet.done >= self._awaited and not self.reached.done():
+            self.reached.set_result(None)
 
 
 class Unbuilt:

@@ -27,6 +27,7 @@ from simulation.replies import CUT_OFF, Tokens
 
 V = TypeVar("V")
 Waiting = list[asyncio.Future[Any]]
+Sampled = tuple[Outcome, float]  # a text or a cause, and the deadline for asking again
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,14 @@ class Chat:
         """The most that a request may cost, the prompt's length being an estimate."""
         return ask.prompt.tokens + count * _most_tokens(ask)
 
-    async def _sample(self, model: str, prompt: Prompt, held: bool, deadline: float | None) -> tuple[Outcome, float]:
+    def _sample(self, model: str, prompt: Prompt, held: bool, deadline: float | None) -> asyncio.Future[Sampled]:
+        """What will come of one request's share; no coroutine of its own, as everybody waits for one at a time."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[tuple[Outcome, float]] = loop.create_future()
+        future: asyncio.Future[Sampled] = loop.create_future()
         if not self._fresh:
             loop.call_soon(self._flush, loop)
         self._fresh.setdefault((model, prompt, held, deadline), []).append(future)
-        return await future
+        return future
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hand over what was asked in this pass of the event loop."""
