@@ -45,7 +45,8 @@ class Run:
         servers = check_cluster(self.config, self.key)
         self.seconds["connect"] = time.monotonic() - self._began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
-        logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
+        if self.config.agent_type != "llm":  # a model's answers are drawn by its server
+            logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         try:
             with Simulation(self.config, self.run_id, self.key, self.watch) as simulation:
                 self._create(simulation)
