@@ -23,7 +23,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import ROOT, SimulationConfig, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def make_parser() -> Parser:
     types_of = typing.get_type_hints(SimulationConfig)
     for item in fields(SimulationConfig):
         flag = flag_of(item.name)
-        text = item.metadata["help"] + ("" if item.default in (None, False) else " (default: %(default)s)")
-        options: dict[str, Any] = {"default": item.default, "help": text}
+        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        text = item.metadata["help"] + ("" if default in (None, False) else f" (default: {default})")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         kind = types_of[item.name]
         if isinstance(kind, types.UnionType):
             kind = typing.get_args(kind)[0]
@@ -78,13 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
         given = vars(make_parser().parse_args(flags))
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:])}
-        config = SimulationConfig(**{**given, "hosts": tuple(given["hosts"])})
+        if "hosts" in given:
+            given["hosts"] = tuple(given["hosts"])
+        config = SimulationConfig(**given)
         if actions and config.role not in ("participant", "vllm"):
             raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
         if for_vllm and config.role != "vllm":
             raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
         roles: dict[str, Callable[[], int]] = {
-            "main": lambda: play(config),
+            "main": lambda: play(config, given),
             "participant": lambda: serve(config, actions),
             "ask": lambda: ask(config),
             "report": lambda: report(config),
@@ -176,17 +179,27 @@ def serve_models(config: SimulationConfig, actions: set[str], for_vllm: list[str
     return 0
 
 
-def play(config: SimulationConfig) -> int:
-    """Role main: check everything, start what is missing, play, and leave nothing behind but the results."""
+def play(config: SimulationConfig, given: dict[str, Any]) -> int:
+    """Role main: check everything, start what is missing, play, and leave nothing behind but the results.
+
+    Args:
+        config: The settings.
+        given: Those that were given by hand, which is what counts in a run that is resumed.
+    """
     from loguru import logger
 
     from simulation import launcher
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.plan import plan_lines
-    from simulation.results import RunDirectory, new_run_id
+    from simulation.results import RunDirectory, new_run_id, read_played
     from simulation.security import load_or_make
 
     log_to_stderr()
+    played = None
+    if config.resume is not None:
+        if config.run_dir is not None:
+            raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
+        config, played = read_played(Path(config.resume), {name: given[name] for name in given.keys() - {"resume"}})
     if config.agent_class is not None:
         from simulation.custom import load_class, pack_class
 
@@ -199,11 +212,12 @@ def play(config: SimulationConfig) -> int:
     key = load_or_make(Path(config.cluster_key_dir))
     if config.seed is None:
         config = replace(config, seed=secrets.randbits(32))
-    run_id = new_run_id()
+    run_id = new_run_id() if played is None else played.run_id
     watch = ProgressWatch()
     watch.listen()
-    directory = RunDirectory(run_id, config.run_dir)
+    directory = RunDirectory(Path(config.run_dir or ROOT / "runs" / run_id), resumed=played is not None)
     servers = None
+    rounds_left = played is None or len(played.results) < config.rounds
 
     def servers_ready(done: int, total: int) -> None:
         watch.progress("agent servers ready", done, total)
@@ -211,7 +225,7 @@ def play(config: SimulationConfig) -> int:
             raise Interrupted(watch.stop_signal)
 
     try:
-        if config.hosts == ("localhost",) and not any_of_ours(config, key):
+        if rounds_left and config.hosts == ("localhost",) and not any_of_ours(config, key):
             logger.info(
                 f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
                 f"{config.moderator_per_host} for moderators, for this run"
@@ -221,7 +235,7 @@ def play(config: SimulationConfig) -> int:
             logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
         from simulation.run import Run
 
-        return Run(config, run_id, key, directory, watch).play()
+        return Run(config, run_id, key, directory, watch, played).play()
     finally:
         watch.close()
         if servers is not None:
@@ -260,15 +274,21 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
 
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
-    from simulation.results import read_summary
+    from simulation.results import read_agents, read_summary
     from simulation.security import load
 
-    played, summary = read_summary(Path(str(config.run_dir)))
+    path = Path(str(config.run_dir))
+    played, _ = read_summary(path)
+    if config.participant >= played.participant_num:
+        raise SettingsError(
+            f"--participant {config.participant}: the run has participants 0 to {played.participant_num - 1}"
+        )
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     from simulation.rounds import ask as ask_participant
 
-    said = ask_participant(played, summary["run_id"], key, config.participant, str(config.text))
+    server, oid = read_agents(path, config.participant)
+    said = ask_participant(server, oid, key, str(config.text))
     print(said.encode(errors="backslashreplace").decode())  # half a character, which models do say, cannot be printed
     return 0
 

@@ -47,6 +47,13 @@ class Participant(AgentBase):
         """A number from 0 to `question.max_value`, or a text that holds one."""
         raise NotImplementedError(f"{type(self).__name__} defines neither answer nor reply")
 
+    def recall(self, numbers: Numbers) -> None:
+        """Hear its own numbers of rounds 1, 2, ... (None where it gave none), when it was made anew after them.
+
+        That is so on the servers that take over from one that was lost, and in a run that is resumed. What else it
+        remembers is gone; what was announced, the next question carries.
+        """
+
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         """Answer one message: plays `answer` once, on the group's event loop where there is one."""
         value = self._run(self.answer(question_in(x, self.game)))
@@ -95,6 +102,9 @@ class LLMParticipant(Participant):
     def __init__(self, index: int, game: Game) -> None:
         super().__init__(index, game)
         self.numbers: Numbers = ()  # in rounds 1, 2, ...; None where it gave none
+
+    def recall(self, numbers: Numbers) -> None:
+        self.numbers = numbers
 
     def system(self) -> str:
         """The system prompt; override it for a character of your own."""

@@ -2,10 +2,12 @@
 # Play the game: ask participants for a number, announce the average, name whoever is closest.
 #
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
+#   ./run_simulation.sh --resume <folder of a run> [flags]
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
 # ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py, whose --help
-# (./run_simulation.sh 1 1 --help) lists them all.
+# (./run_simulation.sh 1 1 --help) lists them all. --resume goes on with a run after its last finished round, with its own
+# settings but for those given here, also on other hosts and servers.
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT           first port of the agent servers on every host (12330)
@@ -29,11 +31,18 @@ USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --hel
 
 main() {
   case "${1:-}" in -h | --help) show_help && return ;; esac
-  need_number server_per_host "${1:-}" "$USAGE"
-  need_number participant_num "${2:-}" "$USAGE"
-  FLAGS=(--server-per-host "$1" --participant-num "$2")
-  shift 2
   load_settings
+  if [ "${1:-}" = --resume ]; then
+    [ -n "${2:-}" ] || fail 2 "--resume needs the folder of a run, such as runs/latest"
+    FLAGS=(--resume "$2")
+  else
+    need_number server_per_host "${1:-}" "$USAGE"
+    need_number participant_num "${2:-}" "$USAGE"
+    FLAGS=(--server-per-host "$1" --participant-num "$2")
+    flag --agent-type "${AGENT_TYPE:-}"
+    flag --max-value "${MAX_VALUE:-}"
+  fi
+  shift 2
   local hosts
   read -r -a hosts <<<"${HOSTS:-}"
   [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}")
@@ -42,8 +51,6 @@ main() {
   default_model_per_host
   flag --model-per-host "${MODEL_PER_HOST:-}"
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-  flag --agent-type "${AGENT_TYPE:-}"
-  flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"

@@ -56,6 +56,15 @@ class SimulationConfig:
     moderator_per_host: int = setting(4, "moderator servers on every host, on the ports after those", 1, 4096)
     cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key")
     connect_timeout: float = setting(5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600)
+    heartbeat_timeout: float = setting(
+        10.0,
+        "seconds without a heartbeat after which a server is given up on, and its participants go to others",
+        0.5,
+        3600,
+    )
+    min_servers: int | None = setting(
+        None, "end the game when fewer participant servers are left in a round (default: when none is)", 1, 10**6
+    )
     lease: float = setting(60.0, "seconds after which a server drops the agents of a silent run", 2, 86_400)
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
     # LLM participants
@@ -89,6 +98,7 @@ class SimulationConfig:
     tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024)
     model_path: str | None = setting(None, "the model's folder, or its name on a hub")
     # The results
+    resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
     run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     participant: int = setting(0, "which participant to talk to (role ask)", 0, 10**9)
@@ -109,6 +119,8 @@ class SimulationConfig:
             raise SettingsError(f"--hosts {' '.join(self.hosts)}: must name at least one host, and none twice")
         if self.role == "ask" and (self.run_dir is None or self.text is None):
             raise SettingsError("--role ask: give --run-dir, --participant and --text")
+        if self.resume is not None and self.role != "main":
+            raise SettingsError("--resume: goes with --role main")
         if self.role == "report" and self.run_dir is None:
             raise SettingsError("--role report: give --run-dir, the folder of a finished run")
         if self.vllm_base_port + self.model_per_host - 1 > 65_535:

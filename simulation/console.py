@@ -74,6 +74,10 @@ class ProgressWatch:
         if done == total:
             self.close()
 
+    def tell(self, line: str) -> None:
+        """Say what happened to a server."""
+        logger.warning(line)
+
     def listen(self) -> None:
         """From now on the first Ctrl-C or TERM asks for an early end, and the second ends this process at once."""
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -3,8 +3,9 @@
     SimulationError          1   a defect of ours
     ├── SettingsError        2   bad usage, settings or files: nothing was started
     ├── ClusterError         3   the cluster is not ready, or not ours
-    │   ├── ServerUnreachable    nothing answers at the address, or not with our key
-    │   └── AgentGone            the server answers, but no longer holds the agent
+    │   └── ServerLost           a server that a game may go on without
+    │       ├── ServerUnreachable    nothing answers at the address
+    │       └── AgentGone            the server answers, but no longer holds the agent
     ├── GameEnded            4   the game ended with participants unanswered
     ├── ResultsError         5   results could not be written
     └── Interrupted    130/143   Ctrl-C, or a TERM signal
@@ -33,11 +34,20 @@ class ClusterError(SimulationError):
     exit_status = 3
 
 
-class ServerUnreachable(ClusterError):
-    """One agent server does not answer."""
+class ServerLost(ClusterError):
+    """One agent server is of no use any more; its address begins the message."""
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the server."""
+        return str(self).partition(": ")[0]
 
 
-class AgentGone(ClusterError):
+class ServerUnreachable(ServerLost):
+    """The agent server does not answer."""
+
+
+class AgentGone(ServerLost):
     """The agent server answers, but the agent is not there."""
 
 

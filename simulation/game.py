@@ -31,6 +31,7 @@ TEXT_READ = 20_000  # characters of an answer at most
 SHORT = 64  # characters of an answer that is worth remembering
 NO_NUMBER, OUT_OF_RANGE, AMBIGUOUS = "no number in the answer", "number out of range", "more than one number"
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
+INTERRUPTED = "interrupted"  # the cause where a person ended the round
 TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
@@ -290,6 +291,13 @@ class RoundResult:
     closest: tuple[int, ...]
     winners: Winners
     seconds: float
+    reassigned: int = 0  # participants who went to another server, or moderator, meanwhile
+
+
+def announcement_of(number: int, average: Fraction | None, closest: tuple[int, ...], scale: int) -> Announcement:
+    """What everyone hears of a round: its average is the winning number; fractions are in units of 1 / scale."""
+    value = None if average is None else float(average / scale)
+    return Announcement(number, value, value, closest)
 
 
 @dataclass(frozen=True)

@@ -8,44 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import uvloop
 from agentscope.rpc import RpcMeta
 from loguru import logger
+from numpy.typing import NDArray
 
 from participant import Participant, answer_in, answers_many, message_of
 from simulation.errors import UnusableAnswer, one_line
-from simulation.game import Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
+from simulation.game import INTERRUPTED, Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
+from simulation.heartbeat import Progress
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
 TALLY_VALUES = 500_000  # distinct values in one message
-INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How many of the participants are built, or have answered, in what the group is doing now."""
-
-    done: int
-    total: int
-
-    @property
-    def finished(self) -> bool:
-        return self.done == self.total
-
-    def __add__(self, other: Progress) -> Progress:
-        return Progress(self.done + other.done, self.total + other.total)
 
 
 class ParticipantGroup(metaclass=RpcMeta):
@@ -80,12 +68,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._many = answers_many(self._class)
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
+        self._round = 0
         self._sheet: AnswerSheet | None = None
         self._running: set[asyncio.Task[None]] = set()  # participants that are thinking
         self._halted = self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
         self._answering_s = self._client_s = 0.0
-        self._error: RuntimeError | None = None
+        self._error = ""
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
@@ -95,12 +84,17 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- What moderators call ----------------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start asking; returns at once. `tokens_each` is what each participant may cost in this round."""
-        if not self._now().finished:
+        """Start asking; returns at once. `tokens_each` is what each participant may cost in this round.
+
+        Does nothing if this round has begun: whoever is not sure whether it was heard says it again.
+        """
+        if question.round == self._round:
+            return
+        if not self.progress().finished:
             raise RuntimeError(f"group {self.oid} is still busy")
         self._halted = False
         self.allow(tokens_each)
-        self._sheet = AnswerSheet(self.first, self.count)
+        self._sheet, self._round = AnswerSheet(self.first, self.count), question.round
         asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
 
     def allow(self, tokens_each: float | None) -> None:
@@ -113,12 +107,30 @@ class ParticipantGroup(metaclass=RpcMeta):
         return Usage() if self._chat is None else self._chat.usage(self._answering_s, self._client_s)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        """How far it is, after waiting up to `wait_s` seconds for the end; this is also the heartbeat."""
+        """How far it is, after waiting up to `wait_s` seconds for the end; heartbeats carry this."""
         with self._changed:
-            self._changed.wait_for(lambda: self._now().finished or self._error is not None, timeout=wait_s)
-        if self._error is not None:
-            raise self._error
-        return self._now()
+            self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
+        done = self._done()
+        usage = astuple(self.usage()) if self._chat is not None else ()
+        return Progress(done, self.count, self._round, self._error, usage)
+
+    def remember(self, first: int, values: NDArray[np.float64]) -> None:
+        """Tell participants who were made anew what they answered in the rounds so far.
+
+        Args:
+            first: The first of them.
+            values: Their answers, of shape (rounds, participants); not a number where there is none.
+        """
+        if self._done() < self.count:
+            raise RuntimeError(f"group {self.oid} is still being built")
+        for offset, numbers in enumerate(values.T.tolist()):
+            place = first - self.first + offset
+            agent = self._agents[place]
+            if not isinstance(agent, str):
+                try:
+                    agent.recall(tuple(None if math.isnan(number) else number for number in numbers))
+                except BaseException as error:  # noqa: BLE001 - a person's own recall may raise anything
+                    self._agents[place] = one_line(error)
 
     def halt(self, at_once: bool) -> None:
         """Stop asking: whoever has not answered counts as failed, interrupted.
@@ -142,10 +154,6 @@ class ParticipantGroup(metaclass=RpcMeta):
     def answers(self, first: int, count: int) -> Answers:
         """The answers of those of participants first .. first+count-1 that are here."""
         return self._finished_sheet().answers(first, count)
-
-    def keep(self) -> None:
-        """Stay when the run is over, until the next run or the end of the server."""
-        self.lease_s = None
 
     # --- What the server calls ---------------------------------------------------------------------------------------
 
@@ -175,8 +183,8 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
-    def _now(self) -> Progress:
-        return Progress(self._sheet.done if self._sheet is not None else len(self._agents), self.count)
+    def _done(self) -> int:
+        return self._sheet.done if self._sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
         if self._sheet is None or self._sheet.done < self.count:
@@ -196,11 +204,11 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._loop.close()
 
     async def _guarded(self, work: Any) -> None:
-        """Do the work and tell whoever waits; an error in it is ours, and raised to whoever asks next."""
+        """Do the work and tell whoever waits; an error in it is ours, and told to whoever asks next."""
         try:
             await work
-        except BaseException as error:  # noqa: BLE001 - the edge of the thread: handed to the caller of progress
-            self._error = RuntimeError(f"group {self.oid}: {one_line(error)}")
+        except BaseException as error:  # noqa: BLE001 - the edge of the thread: heartbeats tell it
+            self._error = f"group {self.oid}: {one_line(error)}"
         with self._changed:
             self._changed.notify_all()
 

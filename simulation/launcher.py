@@ -1,7 +1,8 @@
 """The agent servers of this host, from outside: start, show and stop them; and the process that forks them.
 
 One launcher process imports AgentScope once and forks a server per port; importing it in each server would take a
-second of CPU and 125 MB. Where forking is unsafe (macOS) the servers are spawned instead.
+second of CPU and 125 MB. It stays as their parent, and starts one that dies again. Where forking is unsafe (macOS) the
+servers are spawned instead.
 AgentScope is imported inside functions here, so that `stop` is instant.
 """
 
@@ -32,6 +33,8 @@ from simulation.security import ClusterKey, load, load_or_make
 
 READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
+DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
+RESTART_EVERY_S = 1.0  # one that dies at once is not started more often
 HANDED_ON = (  # the settings of the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port"),
@@ -85,6 +88,7 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
             processes.check_free(config.host_name, port)
             processes.pid_file(str(port)).unlink(missing_ok=True)
             (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
+            processes.note_restarts(port, 0)
         launcher = _spawn_launcher(config, owned)
         try:
             _wait_ready(config, key, launcher, progress)
@@ -190,23 +194,24 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
     ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
     if not ports:
         return [], True
-    from simulation.remote import fan_out, handshake, use_key
+    from simulation.remote import MEMORY, fan_out, handshake, use_key
 
     use_key(load(Path(config.cluster_key_dir)))
     calls = {
-        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, memory=True)
+        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})
         for port in sorted(ports)
     }
     shakes, errors = fan_out(calls)
-    row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}".format
-    rows = [row("port", "role", "pid", "up since", "agents", "memory")]
+    row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}  {:>8}".format
+    rows = [row("port", "role", "pid", "up since", "agents", "memory", "restarts")]
     for port in sorted(ports):
         if port in shakes:
             shake = shakes[port]
             since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
-            rows.append(row(port, shake.role, shake.pid, since, shake.agents, f"{shake.memory_mb:.1f} MB"))
+            size, restarts = f"{shake.memory_mb:.1f} MB", processes.restarts(port)
+            rows.append(row(port, shake.role, shake.pid, since, shake.agents, size, restarts))
         else:
-            rows.append(f"{port:>6}  does not answer: {errors[port]}")
+            rows.append(f"{port:>6}  does not answer after {processes.restarts(port)} restarts: {errors[port]}")
     return rows, not errors
 
 
@@ -214,7 +219,7 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
-    """Be the launcher: fork a server per port, pass TERM on to them, and return when all have ended.
+    """Be the launcher: fork a server per port, and again when it dies; pass TERM on; return when all have ended.
 
     Args:
         config: Host name, ports and key.
@@ -224,43 +229,104 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     key = load(Path(config.cluster_key_dir))
     import simulation.server  # noqa: F401 - once, for all servers to share
 
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
-    children: dict[int, Any] = {}
+    servers: dict[int, _Server] = {}
     try:
         for port in config.ports:
-            children[port] = context.Process(target=_child, args=(config, port, key))
-            children[port].start()
-            processes.write_pid(str(port), children[port].pid)
+            servers[port] = _Server(config, port, key)
     except OSError:  # no memory, no room: whoever waits for us reads why in our log
-        for child in children.values():
-            child.kill()
+        for server in servers.values():
+            server.process.kill()
         raise
     wake, woken = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
-    while children:
-        ready = multiprocessing.connection.wait([*stop_signs, *(child.sentinel for child in children.values())])
+    while servers:
+        alive = [server.process.sentinel for server in servers.values() if server.restart_at is None]
+        due = [server.restart_at for server in servers.values() if server.restart_at is not None]
+        timeout_s = max(min(due) - time.monotonic(), 0.0) if due else None
+        ready = multiprocessing.connection.wait([*stop_signs, *alive], timeout_s)
         if any(sign in ready for sign in stop_signs):
             stop_signs = []
-            for child in children.values():
-                child.terminate()
-        for port, child in list(children.items()):
-            if child.sentinel in ready:
-                child.join()
-                del children[port]
-                level = "INFO" if child.exitcode == 0 else "ERROR"
-                logger.log(level, f"the server on port {port} ended with exit status {child.exitcode}")
-                if child.exitcode == 0:
-                    processes.remove_pid(str(port), child.pid)
+            for server in servers.values():
+                server.stop()
+        for port, server in list(servers.items()):
+            if server.process.sentinel in ready and server.restart_at is None:
+                server.see_to_its_end()
+            elif server.restart_at is not None and server.restart_at <= time.monotonic():
+                server.start()
+            if server.given_up:
+                del servers[port]
     processes.remove_pid(processes.LAUNCHER, os.getpid())
 
 
-def _child(config: SimulationConfig, port: int, key: ClusterKey) -> None:
-    """Be the agent server of one port, with a log of its own."""
-    log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+class _Server:
+    """One agent server as its parent sees it: started, and started again when it dies, unless that is in vain."""
+
+    def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
+        self._arguments = (config, port, key)
+        self._port = port
+        self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._stopping = False
+        self._restarts = 0
+        self._in_vain = 0  # deaths in a row before it was ready
+        self.restart_at: float | None = None  # when to start it again, if it is to wait
+        self.given_up = False
+        self.start()
+
+    def start(self) -> None:
+        self._ready, told = self._context.Pipe(duplex=False)
+        self.process = self._context.Process(target=_child, args=(*self._arguments, told))
+        self.process.start()
+        self._started = time.monotonic()
+        self.restart_at = None
+        told.close()  # that is the child's
+        processes.write_pid(str(self._port), self.process.pid)
+        processes.note_restarts(self._port, self._restarts)
+
+    def stop(self) -> None:
+        self._stopping = True
+        if self.restart_at is None:
+            self.process.terminate()
+        else:
+            self.given_up = True
+
+    def see_to_its_end(self) -> None:
+        """Say how it ended, and start it again if it died."""
+        self.process.join()
+        status = self.process.exitcode
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        was_ready = self._was_ready()
+        self._in_vain = 0 if was_ready else self._in_vain + 1
+        if status == 0:
+            processes.remove_pid(str(self._port), self.process.pid)
+        if status == 0 or self._stopping:
+            logger.info(f"the server on port {self._port} {how}")
+            self.given_up = True
+        elif not was_ready and (self._restarts == 0 or self._in_vain == DEATHS_IN_VAIN):
+            tries = f" {self._in_vain} times in a row" if self._in_vain > 1 else ""
+            logger.error(f"the server on port {self._port} {how} before it was ready{tries}: it is not started again")
+            self.given_up = True
+        else:
+            logger.error(f"the server on port {self._port} {how}: starting it again")
+            self._restarts += 1
+            self.restart_at = max(self._started + RESTART_EVERY_S, time.monotonic())
+
+    def _was_ready(self) -> bool:
+        """Whether it said so before its end."""
+        try:
+            return bool(self._ready.poll() and self._ready.recv())
+        except EOFError:
+            return False
+        finally:
+            self._ready.close()
+
+
+def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
+    """Be the agent server of one port, with a log of its own, and say so when it is ready."""
+    log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
@@ -268,4 +334,4 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey) -> None:
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
     from simulation.server import serve
 
-    serve(config, port, key)
+    serve(config, port, key, lambda: ready.send(True))

@@ -69,11 +69,6 @@ def endpoints(hosts: Sequence[str], first_port: int, per_host: int) -> list[Endp
     return [Endpoint(host, first_port + offset) for host in hosts for offset in range(per_host)]
 
 
-def moderator_id(run_id: str, moderator: int) -> str:
-    """The remote id of a moderator."""
-    return f"{run_id}/moderator-{moderator}"
-
-
 def group_id(run_id: str, first: int) -> str:
     """The remote id of the group that starts with participant `first`; its participants are `<group id>/<index>`."""
     return f"{run_id}/group-{first}"
@@ -82,3 +77,13 @@ def group_id(run_id: str, first: int) -> str:
 def run_of(remote_id: str) -> str:
     """The run that a remote id belongs to."""
     return remote_id.partition("/")[0]
+
+
+def remote_run(run_id: str, part: str) -> str:
+    """What a run is called on the servers: a run that is resumed is another one there, as the former may still be."""
+    return f"{run_id}~{part}"
+
+
+def same_run(one: str, other: str) -> bool:
+    """Whether two names on the servers are of the same run, played in parts."""
+    return one.partition("~")[0] == other.partition("~")[0]

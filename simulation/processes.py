@@ -1,6 +1,7 @@
 """Processes and ports of this host: pid files, logs, what is ours, what is taken. It knows nothing of agents.
 
-Files in run/servers/: `<port>.pid` and `<port>.log` per agent server, `launcher.pid` and `launcher.log`, `lock`.
+Files in run/servers/: `<port>.pid`, `<port>.log` and, if it was started again, `<port>.restarts` per agent server;
+`launcher.pid` and `launcher.log`; `lock`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,22 @@ def write_pid(name: str, pid: int) -> None:
         draft.replace(pid_file(name))
     finally:
         draft.unlink(missing_ok=True)
+
+
+def note_restarts(port: int, count: int) -> None:
+    """Write down how often a server was started again."""
+    if count == 0:
+        (SERVERS / f"{port}.restarts").unlink(missing_ok=True)
+    else:
+        (SERVERS / f"{port}.restarts").write_text(f"{count}\n")
+
+
+def restarts(port: int) -> int:
+    """How often a server was started again."""
+    try:
+        return int((SERVERS / f"{port}.restarts").read_text())
+    except (FileNotFoundError, ValueError):  # never, or this moment
+        return 0
 
 
 def remove_pid(name: str, pid: int) -> None:

@@ -2,7 +2,8 @@
 
 AgentScope's client is touched here in three places, each for a reason:
 - every channel of the process comes from `RpcClient._get_channel`, so that is where the cluster key goes in;
-- its calls wait 300 s or for ever and hide the server's words, so `_Client` sets deadlines and translates errors;
+- its calls wait 300 s or for ever and hide the server's words, so `_Client` sets deadlines, translates errors, and lets
+  go of calls to a server that was given up on;
 - its wait for an asynchronous reply ends after 105 s whatever happens, so `_UntilAnswered` waits on.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,7 +32,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from simulation import errors
 from simulation.config import ROOT
-from simulation.errors import AgentGone, ClusterError, ServerUnreachable, SimulationError, UnusableAnswer
+from simulation.errors import AgentGone, ClusterError, ServerLost, ServerUnreachable, SimulationError, UnusableAnswer
 from simulation.placement import Endpoint
 from simulation.security import CLUSTER_NAME, ClusterKey
 
@@ -38,10 +41,13 @@ V = TypeVar("V")
 
 MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
-MODERATOR_DEADLINE_S = 60.0  # a moderator's call may hold several calls to its groups
+PATIENT_S = 3600.0  # the deadline of calls that end when heartbeats do
 CALLS_AT_ONCE = 32
 SILENT_POLLS = 4  # of AgentScope's 5 s each
-NEW_RUN, MEMORY, CHECK_MODELS = "new-run", "memory", "check-models"  # what may stand in a handshake's metadata
+# What may stand in a handshake's metadata, of a run or about the server
+NEW_RUN, KEEP_RUN, END_RUN, HEARTBEAT = "new-run", "keep-run", "end-run", "heartbeat"
+MEMORY, CHECK_MODELS = "memory", "check-models"
+NOBODY_LISTENS = "no server listens there"
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
@@ -49,6 +55,8 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 20_000),  # a connection through a link that was down is made anew
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
@@ -112,24 +120,25 @@ def use_key(key: ClusterKey) -> None:
 
 
 def handshake(
-    endpoint: Endpoint,
-    timeout_s: float,
-    starting: bool = False,
-    new_run: str = "",
-    memory: bool = False,
-    check_models: int = 0,
+    endpoint: Endpoint, timeout_s: float, starting: bool = False, told: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Ask a server who it is, and how large with `memory`.
+    """Ask a server who it is, and tell it something by the way.
 
-    With `new_run` it is told that this run begins, for which it drops what others kept.
-    With `check_models` it asks the servers of model_1 .. model_N whether they answer, for half of the time-out.
-    Raises ServerUnreachable where none listens, at once or, for one that is starting, after the time-out;
-    ClusterError for a stranger.
+    Args:
+        endpoint: Its address.
+        timeout_s: How long it may take.
+        starting: Whether to wait so long even where none listens yet.
+        told: NEW_RUN: the run that begins, for which it drops what others kept. KEEP_RUN: the run whose agents stay.
+            END_RUN: the run whose agents go. MEMORY: tell how large it is. CHECK_MODELS: "N T": ask the servers of
+            model_1 .. model_N whether they answer, for T seconds.
+
+    Raises:
+        ServerUnreachable: None listens, or it does not answer in time.
+        ClusterError: It is a stranger.
     """
     try:
         # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
-        metadata = [(NEW_RUN, new_run)] * bool(new_run) + [(MEMORY, "")] * memory
-        metadata += [(CHECK_MODELS, f"{check_models} {timeout_s / 2}")] * bool(check_models)
+        metadata = list((told or {}).items())
         reply = _stub(endpoint).get_server_info(Empty(), timeout=timeout_s, wait_for_ready=starting, metadata=metadata)
     except grpc.RpcError as error:
         translated = _translated(error, endpoint)
@@ -140,6 +149,35 @@ def handshake(
         return Handshake(**json.loads(reply.message))
     except (ValueError, TypeError):
         raise ClusterError(f"{endpoint} is an agent server, but of another program or version") from None
+
+
+def heartbeat(
+    endpoint: Endpoint, run: str, wait_s: float, timeout_s: float, done: Callable[[str | SimulationError], None]
+) -> None:
+    """Ask a server for a sign of life, and for what the objects of a run are at, after up to `wait_s` of their work.
+
+    Returns at once; `done` is called in a thread of gRPC's, with the server's words or with the error.
+    """
+    metadata = [(HEARTBEAT, f"{run} {wait_s}")]
+    call = _stub(endpoint).get_server_info.future(Empty(), timeout=timeout_s, metadata=metadata)
+
+    def heard(call: Any) -> None:
+        error = call.exception()
+        done(call.result().message if error is None else _translated(error, endpoint))
+
+    call.add_done_callback(heard)
+
+
+_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # under way, by where they go
+_calls_lock = threading.Lock()
+
+
+def let_go_of_calls(endpoint: Endpoint) -> None:
+    """End all calls to a server: they raise ServerUnreachable."""
+    with _calls_lock:
+        under_way = list(_calls[endpoint])
+    for call in under_way:
+        call.cancel()
 
 
 def fan_out(calls: Mapping[K, Callable[[], V]]) -> tuple[dict[K, V], dict[K, SimulationError]]:
@@ -221,10 +259,18 @@ class _Client(RpcClient):
         return self._call("delete_agent", StringMsg(value=agent_id)).ok
 
     def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        call = getattr(_stub(self.endpoint), method).future(request, timeout=timeout or self.deadline_s)
+        with _calls_lock:
+            _calls[self.endpoint].add(call)
         try:
-            return getattr(_stub(self.endpoint), method)(request, timeout=timeout or self.deadline_s)
+            return call.result()
+        except grpc.FutureCancelledError:
+            raise ServerUnreachable(f"{self.endpoint}: was given up on") from None
         except grpc.RpcError as error:
             raise _translated(error, self.endpoint) from None
+        finally:
+            with _calls_lock:
+                _calls[self.endpoint].discard(call)
 
 
 class _UntilAnswered(RetryBase):
@@ -254,15 +300,16 @@ def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
         if "andshake" in details or "SSL" in details:
             return ClusterError(f"{endpoint}: {STRANGER}")
         refused = "refused" in details
-        return ServerUnreachable(
-            f"{endpoint}: " + ("no server listens there" if refused else f"cannot be reached ({last})")
-        )
+        return ServerUnreachable(f"{endpoint}: " + (NOBODY_LISTENS if refused else f"cannot be reached ({last})"))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerUnreachable(f"{endpoint}: does not answer in time")
     if "not exists" in details:
         return AgentGone(f"{endpoint}: the agent is gone")
-    name, _, message = last.removeprefix(f"{errors.__name__}.").partition(": ")
+    return told_error(last) or SimulationError(f"{endpoint}: {last}")
+
+
+def told_error(text: str) -> ServerLost | None:
+    """What a moderator says of a server that it has lost, as the error that it was; None if it is something else."""
+    name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
     kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, ClusterError):
-        return kind(message)  # a moderator's trouble with one of its groups' servers
-    return SimulationError(f"{endpoint}: {last}")
+    return kind(message) if isinstance(kind, type) and issubclass(kind, ServerLost) else None

@@ -7,14 +7,17 @@ results, not how they came about.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,19 +25,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from simulation.config import ROOT, SimulationConfig
-from simulation.errors import ResultsError, SettingsError, one_line
-from simulation.game import OTHER_CAUSES, TEXTS_KEPT, Answers, RoundResult, Tally, Winners
+from simulation.config import ROOT, SimulationConfig, flag_of
+from simulation.errors import ClusterError, ResultsError, SettingsError, one_line
+from simulation.game import INTERRUPTED, OTHER_CAUSES, TEXTS_KEPT, Answers, RoundResult, Tally, Winners
 from simulation.model import Usage
+from simulation.placement import Endpoint
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
+WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
+FAILED, AGENTS = "failed_answers.jsonl", "agents.jsonl"
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
+GAME_SETTINGS = {"participant_num", "agent_type", "agent_class", "max_value", "decimals", "seed"}  # of a whole run
 
 
 def new_run_id() -> str:
@@ -43,18 +51,24 @@ def new_run_id() -> str:
 
 
 class RunDirectory:
-    """The folder of one run; made, and tried for writing, at once.
+    """The folder of one run; made, tried for writing, and locked, at once.
 
-    Raises SettingsError if the folder holds something already or cannot be written, ResultsError on a full disk.
+    Args:
+        path: Where it is.
+        resumed: Whether it holds the beginning of this run; otherwise it must hold nothing.
+
+    Raises:
+        SettingsError: It holds something already, is being written by another run, or cannot be written.
+        ResultsError: The disk is full.
     """
 
-    def __init__(self, run_id: str, named: str | None) -> None:
-        self.path = Path(named) if named is not None else ROOT / "runs" / run_id
-        self._rounds: list[Path] = []
+    def __init__(self, path: Path, resumed: bool = False) -> None:
+        self.path = path
         self._failed: list[dict[str, Any]] = []
         try:
             _check_latest()
-            self._made = _make_folder(self.path)
+            self._made = [] if resumed else _make_folder(self.path)
+            self._lock = _lock(self.path)
             probe = self.path / "probe"
             with _on_disk(probe) as file:
                 file.write(os.urandom(PROBE_BYTES))
@@ -99,14 +113,14 @@ class RunDirectory:
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
-        path = self.path / f"answers-{round_number:05d}.parquet"
+        path = self._part(round_number)
+        self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # of a try that broke off
         with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
             for part in answers:
                 writer.write_table(_table(round_number, part, scale))
                 self._keep_failed(round_number, part)
-        self._rounds.append(path)
         if self._failed:
-            with _on_disk(self.path / "failed_answers.jsonl") as file:
+            with _on_disk(self.path / FAILED) as file:
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in self._failed)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
@@ -115,19 +129,63 @@ class RunDirectory:
             cause = part.failures[participant]
             self._failed.append({"round": round_number, "participant": participant, "failure": cause, "text": text})
 
+    def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
+        """What participants answered in rounds 1 .. rounds.
+
+        Returns shape (rounds, count), not a number where there is no answer. Raises ResultsError.
+        """
+        return np.stack([self._values(self._part(number + 1), first, count) for number in range(rounds)])
+
+    def _values(self, part: Path, first: int, count: int) -> NDArray[np.float64]:
+        try:
+            with pq.ParquetFile(part) as file:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                stops = np.cumsum(sizes)  # rows are in the order of the participants
+                low, high = np.searchsorted(stops, (first, first + count - 1), side="right")
+                column = file.read_row_groups(list(range(low, high + 1)), columns=["value"])["value"]
+                before = int(stops[low]) - sizes[low]
+                values: NDArray[np.float64] = column.slice(first - before, count).to_numpy()
+                return values
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ResultsError(f"cannot read {part}: {one_line(error)}") from None
+
+    def _part(self, round_number: int) -> Path:
+        return self.path / f"answers-{round_number:05d}.parquet"
+
+    def go_back_to(self, rounds: int) -> None:
+        """Have the answers of rounds 1 .. rounds in files of their own again, and no others. Raises ResultsError."""
+        whole = self.path / WHOLE
+        if whole.exists():
+            for number, pieces in groupby(_by_round(whole), key=itemgetter(0)):
+                if number <= rounds:
+                    with _on_disk(self._part(number)) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+                        for _, piece in pieces:
+                            writer.write_batch(piece)
+            whole.unlink()
+        for part in self.path.glob(PARTS):
+            if part not in [self._part(number + 1) for number in range(rounds)]:
+                part.unlink()
+        if (self.path / FAILED).exists():
+            entries = map(json.loads, (self.path / FAILED).read_text().splitlines())
+            self._failed = [entry for entry in entries if entry["round"] <= rounds]
+
     def join_answers(self) -> None:
         """Make answers.parquet of the rounds' files. Raises ResultsError."""
-        path = self.path / "answers.parquet"
-        if len(self._rounds) == 1:
-            self._rounds[0].replace(path)
-        elif self._rounds:
-            with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-                for part in self._rounds:
-                    for batch in pq.ParquetFile(part).iter_batches():
+        parts = sorted(self.path.glob(PARTS))
+        if len(parts) == 1:
+            parts[0].replace(self.path / WHOLE)
+        elif parts:
+            with _on_disk(self.path / WHOLE) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+                for part in parts:
+                    for batch in _batches(part):
                         writer.write_batch(batch)
-            for part in self._rounds:
+            for part in parts:
                 part.unlink()
-        self._rounds = []
+
+    def write_agents(self, agents: list[dict[str, Any]]) -> None:
+        """Write where the agents are that were kept. Raises ResultsError."""
+        with _on_disk(self.path / AGENTS) as file:
+            file.writelines((json.dumps(agent) + "\n").encode() for agent in agents)
 
 
 def _check_latest() -> None:
@@ -143,10 +201,25 @@ def _check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, f"{folder} is read-only")
 
 
+def _lock(path: Path) -> int:
+    """Let no other run write here while this process lives; raises SettingsError if one does."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise SettingsError(f"{path} is being written by another run: wait for its end") from None
+    except OSError:
+        pass  # a network file system that locks no folders
+    return folder
+
+
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
     if path.is_dir() and any(path.iterdir()):
-        raise SettingsError(f"--run-dir {path}: holds results already; name a new folder, or an empty one")
+        raise SettingsError(
+            f"--run-dir {path}: holds results already; name a new folder, or go on with that run: --resume {path}"
+        )
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in (path, *path.parents):
         if folder.exists():
@@ -231,7 +304,7 @@ def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:
         "answered": tally.answered,
         "failed": tally.failed,
         "failures": most_frequent(tally.failures),
-        "reassigned": 0,
+        "reassigned": result.reassigned,
         "average": _value(result.average, scale),
         "median": _value(tally.median(), scale),
         "std": None if std is None else std / scale,
@@ -258,6 +331,56 @@ def _value(units: Fraction | None, scale: int) -> float | None:
 # --- Reading a run directory again ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Played:
+    """What there is of a run that is to be resumed: its finished rounds, and what they took."""
+
+    run_id: str
+    results: list[RoundResult]
+    usage: Usage
+    lost: list[str]
+    seconds: float
+
+
+def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
+    """The settings that a run is to be resumed with, and its finished rounds.
+
+    Args:
+        path: Its folder.
+        given: Settings that are to be others from now on.
+
+    Raises:
+        SettingsError: The folder holds no run, or a setting cannot change in mid-game.
+    """
+    config, summary = read_summary(path)
+    for name in GAME_SETTINGS & given.keys():
+        if given[name] != getattr(config, name):
+            raise SettingsError(
+                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
+            )
+    config = replace(config, **given, run_dir=str(path))
+    results = read_rounds(path, config, summary)
+    cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
+    results = results[: next(cut, len(results))]
+    if config.rounds < len(results):
+        raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
+    llm, told = summary["llm"] or {}, summary["cluster"].get("llm_seconds", {"model": 0.0, "client": 0.0})
+    usage = Usage(**llm, answering_s=told["model"] + told["client"], client_s=told["client"])
+    return config, Played(summary["run_id"], results, usage, summary["cluster"]["lost"], summary["seconds"]["total"])
+
+
+def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
+    """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
+    try:
+        for line in (path / AGENTS).read_text().splitlines():
+            agent = json.loads(line)
+            if agent["first"] <= participant < agent["first"] + agent["count"]:
+                return Endpoint(agent["host"], agent["port"]), f"{agent['oid']}/{participant}"
+    except OSError:
+        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents") from None
+    raise ClusterError(f"participant {participant} of the run in {path} was not kept")
+
+
 def read_summary(path: Path) -> tuple[SimulationConfig, dict[str, Any]]:
     """The settings and the summary of a run. Raises SettingsError if the folder holds none."""
     try:
@@ -273,15 +396,12 @@ def read_summary(path: Path) -> tuple[SimulationConfig, dict[str, Any]]:
 def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
     """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
     tallies: dict[int, Tally] = {}
-    whole = path / "answers.parquet"
-    parts = sorted(path.glob("answers-*.parquet"))  # of a run that was killed
+    whole = path / WHOLE
+    parts = sorted(path.glob(PARTS))  # of a run that was killed
     try:
-        for batch in (
-            batch for file in ([whole] if whole.exists() or not parts else parts) for batch in _batches(file)
-        ):
-            for number in np.unique(batch["round"].to_numpy()):
-                of_round = batch.filter(pa.compute.equal(batch["round"], number))
-                tallies[int(number)] = tallies.get(int(number), Tally(0)) + _tally_of(of_round, 10**config.decimals)
+        for file in [whole] if whole.exists() or not parts else parts:
+            for number, piece in _by_round(file):
+                tallies[number] = tallies.get(number, Tally(0)) + _tally_of(piece, 10**config.decimals)
     except (OSError, pa.ArrowInvalid) as error:
         raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
     return tallies
@@ -290,6 +410,13 @@ def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches()
+
+
+def _by_round(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The rows of a file, round by round, as they are in it."""
+    for batch in _batches(path):
+        for number in np.unique(batch["round"].to_numpy()):
+            yield int(number), batch.filter(pa.compute.equal(batch["round"], number))
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
@@ -304,7 +431,8 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
         closest = tally.closest(average) if average is not None else ()
         lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
         winners = Winners(entry["winners"]["count"], lowest)
-        results.append(RoundResult(entry["round"], tally, average, average, closest, winners, entry["seconds"]))
+        seconds, reassigned = entry["seconds"], entry["reassigned"]
+        results.append(RoundResult(entry["round"], tally, average, average, closest, winners, seconds, reassigned))
     return results
 
 

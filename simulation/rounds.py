@@ -1,22 +1,24 @@
 """The game over the cluster: connect, place, create, ask, announce. It returns results and prints nothing.
 
-with Simulation(config, run_id, key, watch) as simulation:
+with Simulation(config, run, key, watch) as simulation:
     simulation.create()
     result = simulation.play(1)
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from fractions import Fraction
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from agentscope.message import Msg
+from numpy.typing import NDArray
 
-from moderator import Moderator, Seating, whole_tally
+from moderator import Moderator, whole_tally
 from participant import Participant
 from simulation.config import SimulationConfig
 from simulation.custom import load_class, pack_class
@@ -25,19 +27,36 @@ from simulation.errors import (
     ClusterError,
     GameEnded,
     Interrupted,
-    SettingsError,
+    ServerLost,
     SimulationError,
     UnusableAnswer,
 )
-from simulation.game import Announcement, Answers, Game, RoundResult, Sampling, Winners, merge, question_for
-from simulation.group import Progress
+from simulation.game import (
+    INTERRUPTED,
+    Announcement,
+    Answers,
+    Game,
+    RoundResult,
+    Sampling,
+    Tally,
+    Winners,
+    announcement_of,
+    merge,
+    question_for,
+)
+from simulation.group import ParticipantGroup
+from simulation.heartbeat import Heartbeats
 from simulation.model import Usage
 from simulation.model_configs import model_name, refuse_elsewhere
-from simulation.placement import Endpoint, endpoints, group_id, group_of, moderator_id, place
+from simulation.placement import Endpoint, endpoints
 from simulation.remote import (
+    CHECK_MODELS,
+    END_RUN,
     GROUP_DEADLINE_S,
-    MODERATOR_DEADLINE_S,
+    KEEP_RUN,
+    NEW_RUN,
     OWN_VERSIONS,
+    PATIENT_S,
     Handshake,
     RemoteObject,
     all_of,
@@ -45,16 +64,21 @@ from simulation.remote import (
     handshake,
     remove,
     reply_of,
+    told_error,
     use_key,
 )
+from simulation.seating import Seat, Seating
 from simulation.security import ClusterKey
 
 V = TypeVar("V")
 
-POLL_S = 1.0  # how long one look at the progress may wait for the end
+POLL_S = 1.0  # between two looks at a person's Ctrl-C
+LOOK_AGAIN_S = 0.1  # between two looks for a server that comes back
+GATHER_S = 2.0  # where all were lost, the first one that is back waits so long for others
+LOSSES_IN_ROUND = 3  # a server that is lost more often is not used again, as something in the game may be what kills it
 FETCHED_AT_ONCE = 250_000  # answers in one message
 HALT_PATIENCE_S = 3.0  # a participant that blocks its event loop cannot be stopped
-LEASE_PARTS = 6  # heartbeats in one lease
+NOTHING_USED = Usage()
 
 
 class Watch(Protocol):
@@ -63,7 +87,20 @@ class Watch(Protocol):
     stop_signal: int | None
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Called about once a second, and at the end of each stage: "participants created" or "answers in"."""
+        """Called with every heartbeat, and at the end of each stage: "participants created" or "answers in"."""
+
+    def tell(self, line: str) -> None:
+        """Called when a server is lost, or answers again."""
+
+
+class Record(Protocol):
+    """Where the answers of finished rounds are kept."""
+
+    def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
+        """Keep one round's answers, in place of any that were kept of it before."""
+
+    def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
+        """What participants answered in rounds 1 .. rounds: shape (rounds, count), not a number where there is none."""
 
 
 def shake_hands(
@@ -96,7 +133,7 @@ def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, H
             )
     if config.agent_type == "llm":
         _check_models_known(config, shakes)
-        check_models(config)
+        check_models(config, endpoints(config.hosts, config.base_port, config.server_per_host))
     return shakes
 
 
@@ -116,11 +153,12 @@ def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handsha
             refuse_elsewhere(config, name, shake.models[name])
 
 
-def check_models(config: SimulationConfig) -> None:
-    """Let one agent server of every host ask the host's models whether they answer; raises ClusterError."""
-    firsts = endpoints(config.hosts, config.base_port, 1)
+def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
+    """Let one of these servers on every host ask the host's models whether they answer; raises ClusterError."""
+    firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
-    ask = partial(handshake, timeout_s=timeout_s, check_models=config.model_per_host)
+    told = {CHECK_MODELS: f"{config.model_per_host} {timeout_s / 2}"}
+    ask = partial(handshake, timeout_s=timeout_s, told=told)
     for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():
             raise ClusterError(
@@ -130,105 +168,307 @@ def check_models(config: SimulationConfig) -> None:
 
 
 class Simulation:
-    """One run on a cluster whose servers are ready. As a context it removes its agents at the end, kept ones excepted.
+    """A run on servers that are ready; as a context it leaves none of its agents behind, kept ones excepted.
+
+    Servers may die meanwhile: whoever sat there is made anew on others and asked again before the round ends.
 
     Args:
         config: The settings; its seed is set.
-        run_id: What all remote ids of this run begin with.
+        run: What all remote ids of this run begin with (see `remote_run`).
         key: The cluster key.
         watch: Who looks on.
+        record: Where answers are kept; without one, participants who are made anew remember nothing.
+        played: What was announced in rounds that were played before.
+        usage: What those have cost.
     """
 
-    def __init__(self, config: SimulationConfig, run_id: str, key: ClusterKey, watch: Watch) -> None:
+    def __init__(
+        self,
+        config: SimulationConfig,
+        run: str,
+        key: ClusterKey,
+        watch: Watch,
+        record: Record | None = None,
+        played: tuple[Announcement, ...] = (),
+        usage: Usage = NOTHING_USED,
+    ) -> None:
         assert config.seed is not None  # main draws one where none is given
         use_key(key)
         self.config = config
-        self.run_id = run_id
+        self.run = run
         self.watch = watch
+        self.record = record
         self.game = Game(config.seed, config.max_value, config.decimals, config.sleep_time, _sampling(config))
-        self.usage = Usage()  # of the rounds so far
         self.participant_class = load_class(config.agent_class, config.agent_type)
-        self._announcements: tuple[Announcement, ...] = ()
-        self._moderators: dict[int, RemoteObject] = {}
-        self._seatings: dict[int, list[Seating]] = {}
-        servers = endpoints(config.hosts, config.base_port, config.server_per_host)
-        chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
-        self._servers = servers + chairs
-        self._chairs = dict(enumerate(chairs))
-        for group in place(config.participant_num, len(servers), len(chairs)):
-            seating = Seating(group_id(run_id, group.first), servers[group.server], group.first, group.count)
-            self._seatings.setdefault(group.moderator, []).append(seating)
+        self.lost: list[Endpoint] = []  # given up on at some time, in that order
+        self._announcements = played
+        self._used_before = usage
+        self._used: dict[str, Usage] = {}  # by group, those that are gone included
+        self._servers = endpoints(config.hosts, config.base_port, config.server_per_host)
+        self._chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
+        self._seating = Seating(run, config.participant_num, self._servers, self._chairs)
+        self._made: dict[str, float] = {}  # the groups and moderators there are, and since when
+        self._ready: set[str] = set()  # groups whose participants are built, and remember
+        self._moderators: dict[Endpoint, RemoteObject] = {}
+        self._asks: dict[Endpoint, list[Seat]] = {}  # whom each moderator was told to ask
+        self._noted: Counter[Endpoint] = Counter()  # losses that were seen to
+        self._losses: Counter[Endpoint] = Counter()  # those of this round
 
     @property
     def moderator_num(self) -> int:
         """Moderators that have someone to ask."""
-        return len(self._seatings)
+        return len({seat.chair for seat in self._seating.seats})
+
+    @property
+    def usage(self) -> Usage:
+        """What all rounds so far have cost."""
+        now, before = sum(self._used.values(), start=NOTHING_USED), self._used_before
+        answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
+        return replace(now + before, answering_s=answering_s, client_s=client_s)
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The groups that there are, in the order of their participants."""
+        return [seat for seat in self._seating.seats if seat.server is not None]
+
+    @property
+    def living(self) -> list[Endpoint]:
+        """The participant servers that play."""
+        return [each for each in self._servers if self._heartbeats.alive(each)]
 
     def __enter__(self) -> Simulation:
-        self._ended = threading.Event()
-        self._heartbeat = threading.Thread(target=self._renew_leases, daemon=True)
-        self._heartbeat.start()
+        greet = partial(handshake, timeout_s=self.config.connect_timeout, told={NEW_RUN: self.run})
+        shakes = all_of({each: partial(greet, each) for each in self._all_servers()})
+        incarnations = {endpoint: shake.incarnation for endpoint, shake in shakes.items()}
+        self._heartbeats = Heartbeats(self.run, incarnations, self.config.heartbeat_timeout, self.config.lease)
+        self._heartbeats.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self._ended.set()
-        self._heartbeat.join()
-        if self.config.keep_agents and kind is None:
-            self._all(lambda moderator: moderator.keep())
-        else:
-            fan_out({number: partial(remove, each) for number, each in self._moderators.items()})
+        self._heartbeats.__exit__()
+        farewell = {KEEP_RUN if self.config.keep_agents and kind is None else END_RUN: self.run}
+        part = partial(handshake, timeout_s=self.config.connect_timeout, told=farewell)
+        # a server that does not hear it drops the agents when their lease is over
+        fan_out({each: partial(part, each) for each in self._all_servers() if self._heartbeats.answers(each)})
 
     def create(self) -> float:
-        """Create moderators, groups and participants; returns the seconds it took. Raises ClusterError."""
+        """Create moderators, groups and participants; returns the seconds it took. Raises GameEnded, Interrupted."""
         started = time.monotonic()
-        all_of(
-            {each: partial(handshake, each, self.config.connect_timeout, False, self.run_id) for each in self._servers}
-        )
-        packed = pack_class(self.participant_class)
-        seats = {number: self._chairs[number] for number in self._seatings}
-
-        def moderator(number: int) -> RemoteObject:
-            kwargs = {"name": f"Moderator {number}", "lease_s": self.config.lease}
-            oid = moderator_id(self.run_id, number)
-            return RemoteObject(Moderator, oid, seats[number], MODERATOR_DEADLINE_S, kwargs)
-
-        self._moderators, errors = fan_out({number: partial(moderator, number) for number in seats})
-        for error in errors.values():
-            raise error
-        one_by_one = self.config.dispatch == "agent"
-
-        def open_groups(number: int) -> None:
-            seatings = self._seatings[number]
-            self._moderators[number].open(seatings, self.game, packed, self.config.reply_threads, one_by_one)
-
-        all_of({number: partial(open_groups, number) for number in seats})
-        self._wait("participants created", interruptible=True)
+        self._despite_losses(self._seat_everyone)
         return time.monotonic() - started
 
     def play(self, number: int) -> RoundResult:
-        """Play one round to its end, or to an interruption, whose missing answers count as failed.
+        """Play one round to its end, or to an interruption, whose missing answers count as failed; and record it.
 
-        Raises ClusterError if a server of the run does not answer any more.
+        Raises GameEnded if too few servers are left, and whatever the record raises.
         """
         started = time.monotonic()
+        self._losses.clear()
+        self._welcome_back(number)
+        seats_before = set(self._seating.seats)
         question = question_for(self.game, number, self._announcements)
-        self._all(lambda moderator: moderator.begin(question, self._tokens_each()))
-        self._wait("answers in", interruptible=False)
-        self.usage = sum(self._all(lambda moderator: moderator.usage()).values(), start=Usage())
-        tally = merge(self._all(whole_tally).values())
-        average = tally.average()
-        closest = tally.closest(average) if average is not None else ()
-        announcement = Announcement(number, self._value(average), self._value(average), closest)
-        winners = sum(self._all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ()))
+
+        def play() -> tuple[RoundResult, Announcement]:
+            self._seat_everyone()
+            self._all(lambda moderator: moderator.begin(question, self._tokens_each()))
+            self._wait("answers in", number, self.seats)
+            result, announcement = self._result(number, started, seats_before)
+            if self.record is not None:
+                self.record.write_answers(number, self.answers(), self.game.scale)
+            return result, announcement
+
+        result, announcement = self._despite_losses(play)
         self._announcements += (announcement,)
-        return RoundResult(number, tally, average, average, closest, winners, time.monotonic() - started)
+        return result
 
     def answers(self) -> Iterator[Answers]:
         """The answers of the round just played, in the order of the participants, a bounded number at a time."""
-        for number, seatings in sorted(self._seatings.items()):
-            first, stop = seatings[0].first, seatings[-1].first + seatings[-1].count
-            for start in range(first, stop, FETCHED_AT_ONCE):
-                yield self._moderators[number].answers(start, min(FETCHED_AT_ONCE, stop - start))
+        for seat in self._seating.seats:
+            for first in range(seat.first, seat.first + seat.count, FETCHED_AT_ONCE):
+                count = min(FETCHED_AT_ONCE, seat.first + seat.count - first)
+                if seat.server is None:
+                    yield Answers(first, np.full(count, -1), dict.fromkeys(range(first, first + count), INTERRUPTED))
+                else:
+                    yield self._moderators[seat.chair].answers(first, count)
+
+    # --- Servers that come and go ------------------------------------------------------------------------------------
+
+    def _all_servers(self) -> list[Endpoint]:
+        return self._servers + self._chairs
+
+    def _despite_losses(self, work: Callable[[], V]) -> V:
+        """Do the work; where a server is lost over it, do again with the others what is not done yet."""
+        while True:
+            try:
+                return work()
+            except ServerLost as error:
+                endpoint = next((each for each in self._all_servers() if str(each) == error.address), None)
+                if endpoint is None:
+                    raise SimulationError(f"an unknown server was lost: {error}") from error
+                self._heartbeats.give_up(endpoint, str(error).partition(": ")[2])
+                self._note_losses()
+
+    def _note_losses(self) -> None:
+        """See to the consequences of all losses since the last time: what was on those servers is gone."""
+        for endpoint in self._all_servers():
+            losses, why = self._heartbeats.losses(endpoint)
+            if losses == self._noted[endpoint]:
+                continue
+            self._losses[endpoint] += losses - self._noted[endpoint]
+            self._noted[endpoint] = losses
+            if endpoint not in self.lost:
+                self.lost.append(endpoint)
+            self.watch.tell(f"{endpoint} is lost: {why}; going on without it")
+            self._seating.evict(endpoint)
+            self._moderators.pop(endpoint, None)
+            self._asks.pop(endpoint, None)
+
+    def _take_back(self, endpoint: Endpoint) -> None:
+        self._note_losses()
+        self._heartbeats.take_back(endpoint)
+
+    def _welcome_back(self, number: int) -> None:
+        """Let servers play again that were lost and answer again, and drop what they, or others, hold in vain."""
+        for endpoint in self._all_servers():
+            if self._heartbeats.is_back(endpoint):
+                self._take_back(endpoint)
+                self.watch.tell(f"{endpoint} answers again, and plays from round {number} on")
+        alive = {each for each in self._all_servers() if self._heartbeats.alive(each)}
+        self._seating.bring_home(alive, alive)
+        wanted = {seat.oid for seat in self._seating.seats} | {each._oid for each in self._moderators.values()}
+        strays = {
+            oid: RemoteObject(ParticipantGroup, oid, endpoint, self.config.connect_timeout)
+            for endpoint in alive
+            for oid in self._heartbeats.last(endpoint).objects.keys() - wanted
+        }
+        fan_out({oid: partial(remove, stray) for oid, stray in strays.items()})
+
+    def _players(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
+        """Those of the pool who live; if none does, those that come back. Raises GameEnded if none comes in time."""
+        gathered_from: float | None = None
+        while True:
+            alive = [each for each in pool if self._heartbeats.alive(each)]
+            if alive:
+                return alive
+            if self.watch.stop_signal is not None:
+                raise Interrupted(self.watch.stop_signal)
+            hopeful = [each for each in pool if self._losses[each] < LOSSES_IN_ROUND]
+            if not hopeful:
+                raise GameEnded(f"every {role} server was lost {LOSSES_IN_ROUND} times in this round")
+            silent_s = min(self._heartbeats.silent_s(each) for each in hopeful)
+            if silent_s > self.config.heartbeat_timeout:
+                raise GameEnded(f"no {role} server has answered for {silent_s:.0f} s: {self._why_lost(hopeful[0])}")
+            back = [each for each in hopeful if self._heartbeats.is_back(each)]
+            if back and gathered_from is None:
+                gathered_from = time.monotonic()
+            if gathered_from is not None and (back == hopeful or time.monotonic() > gathered_from + GATHER_S):
+                for endpoint in back:
+                    self._take_back(endpoint)
+            self._heartbeats.wait(LOOK_AGAIN_S)
+
+    def _why_lost(self, endpoint: Endpoint) -> str:
+        return f"{endpoint} {self._heartbeats.losses(endpoint)[1]}; --resume plays on when servers are up again"
+
+    def _seat_everyone(self) -> None:
+        """Bring the cluster to where everyone sits on a living server and is asked by a living moderator.
+
+        Makes only what is missing, so it may be repeated. Raises ServerLost, GameEnded, Interrupted.
+        """
+        self._note_losses()
+        servers = self._players(self._servers, "participant")
+        minimum = self.config.min_servers
+        if minimum is not None and len(servers) < minimum:
+            raise GameEnded(
+                f"{len(servers)} of {len(self._servers)} participant servers are left; --min-servers asks for {minimum}"
+            )
+        chairs = self._players(self._chairs, "moderator")
+        stopping = self.watch.stop_signal is not None and bool(self._ready)
+        self._seating.reseat(servers, chairs, onto=[] if stopping else servers)
+        self._make_groups([seat for seat in self.seats if seat.oid not in self._ready])
+        self._seat_moderators()
+
+    def _make_groups(self, seats: list[Seat]) -> None:
+        """Create groups, wait until their participants are built, and tell these what they have answered so far."""
+        packed = pack_class(self.participant_class)
+
+        def make(seat: Seat) -> RemoteObject:
+            kwargs = {
+                "oid": seat.oid,
+                "first": seat.first,
+                "count": seat.count,
+                "game": self.game,
+                "participant_class": packed,
+                "reply_threads": self.config.reply_threads,
+                "lease_s": self.config.lease,
+            }
+            return self._group(seat, kwargs)
+
+        made, errors = fan_out({seat.oid: partial(make, seat) for seat in seats if seat.oid not in self._made})
+        self._made |= dict.fromkeys(made, time.monotonic())
+        for error in errors.values():
+            raise error
+        if seats:
+            self._wait("participants created", 0, seats)
+        remembers = self.participant_class.recall is not Participant.recall
+        if self._announcements and remembers and self.record is not None:
+            all_of({seat.oid: partial(self._remind, seat, self.record) for seat in seats})
+        self._ready |= {seat.oid for seat in seats}
+
+    def _group(self, seat: Seat, kwargs: dict[str, Any] | None = None) -> RemoteObject:
+        assert seat.server is not None
+        return RemoteObject(ParticipantGroup, seat.oid, seat.server, PATIENT_S, kwargs)
+
+    def _remind(self, seat: Seat, record: Record) -> None:
+        group = self._group(seat)
+        rounds = len(self._announcements)
+        at_once = max(FETCHED_AT_ONCE // rounds, 1)
+        for first in range(seat.first, seat.first + seat.count, at_once):
+            count = min(at_once, seat.first + seat.count - first)
+            group.remember(first, record.values(first, count, rounds))
+
+    def _seat_moderators(self) -> None:
+        """Create the moderators that are missing, and tell each whom to ask."""
+        asks: dict[Endpoint, list[Seat]] = {}
+        for seat in self.seats:
+            asks.setdefault(seat.chair, []).append(seat)
+
+        def make(chair: Endpoint) -> RemoteObject:
+            number = self._chairs.index(chair)
+            oid = f"{self.run}/moderator-{number}.{self._noted[chair]}"
+            kwargs = {
+                "name": f"Moderator {number}",
+                "timeout_s": self.config.heartbeat_timeout,
+                "lease_s": self.config.lease,
+            }
+            return RemoteObject(Moderator, oid, chair, PATIENT_S, kwargs)
+
+        made, errors = fan_out({chair: partial(make, chair) for chair in asks if chair not in self._moderators})
+        self._moderators |= made
+        self._made |= {moderator._oid: time.monotonic() for moderator in made.values()}
+        for error in errors.values():
+            raise error
+        one_by_one = self.config.dispatch == "agent"
+        changed = {chair: asks.get(chair, []) for chair in self._moderators if asks.get(chair) != self._asks.get(chair)}
+        all_of({chair: partial(self._moderators[chair].seat, seats, one_by_one) for chair, seats in changed.items()})
+        self._asks = asks
+
+    # --- A round -----------------------------------------------------------------------------------------------------
+
+    def _result(self, number: int, started: float, seats_before: set[Seat]) -> tuple[RoundResult, Announcement]:
+        """Collect what was answered, announce the average, and hear who won."""
+        missing = self.config.participant_num - sum(seat.count for seat in self.seats)
+        tally = merge(self._all(whole_tally).values()) + Tally(
+            missing, failures={INTERRUPTED: missing} if missing else {}
+        )
+        if tally.asked != self.config.participant_num:
+            raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
+        average = tally.average()
+        closest = tally.closest(average) if average is not None else ()
+        announcement = announcement_of(number, average, closest, self.game.scale)
+        winners = sum(self._all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ()))
+        seconds = time.monotonic() - started
+        reassigned = sum(seat.count for seat in self._seating.seats if seat not in seats_before)
+        return RoundResult(number, tally, average, average, closest, winners, seconds, reassigned), announcement
 
     def _tokens_each(self) -> float | None:
         """What each participant may cost in the next round; None is no limit."""
@@ -236,34 +476,62 @@ class Simulation:
             return None
         return max(self.config.max_tokens - self.usage.tokens, 0) / self.config.participant_num
 
-    def _value(self, units: Fraction | None) -> float | None:
-        return None if units is None else float(units / self.game.scale)
+    def _wait(self, stage: str, number: int, seats: list[Seat]) -> None:
+        """Wait until what these groups do in this round is done; an interruption ends a round early, creation at once.
 
-    def _wait(self, stage: str, interruptible: bool) -> None:
-        """Wait for the end of what the moderators do; an interruption ends a round early, and creation at once."""
+        Heartbeats tell how far they are: however long it takes, slow is not dead. Raises ServerLost, Interrupted.
+        """
+        awaited = self._awaited(number, seats)
+        total = sum(seat.count for seat in seats)
         give_up_at: float | None = None
+        self._heartbeats.hurry()
         while True:
-            each = self._all(lambda moderator: moderator.progress(POLL_S))
-            progress = sum(each.values(), start=Progress(0, 0))
-            self.watch.progress(stage, progress.done, progress.total)
-            if progress.finished:
+            done = self._done(awaited, number)
+            self.watch.progress(stage, done, total)
+            if done == total:
                 return
             if self.watch.stop_signal is not None:
-                if interruptible:
+                if number == 0:
                     raise Interrupted(self.watch.stop_signal)
                 if give_up_at is None:
                     self._all(lambda moderator: moderator.halt(False))
                     give_up_at = time.monotonic() + HALT_PATIENCE_S
                 elif time.monotonic() > give_up_at:
                     self._all(lambda moderator: moderator.halt(True))
+            self._heartbeats.wait(POLL_S)
 
-    def _all(self, call: Callable[[RemoteObject], V]) -> dict[int, V]:
-        return all_of({number: partial(call, each) for number, each in self._moderators.items()})
+    def _awaited(self, number: int, seats: list[Seat]) -> dict[Endpoint, dict[str, bool]]:
+        """The objects that must be there, by server, and whether it is they who count the participants."""
+        one_by_one = number > 0 and self.config.dispatch == "agent"
+        awaited: dict[Endpoint, dict[str, bool]] = {}
+        for seat in seats:
+            assert seat.server is not None
+            awaited.setdefault(seat.server, {})[seat.oid] = not one_by_one
+        if number > 0:
+            for chair in self._asks:
+                awaited.setdefault(chair, {})[self._moderators[chair]._oid] = one_by_one
+        return awaited
 
-    def _renew_leases(self) -> None:
-        """Let the servers hear of this run even while main is busy with something else."""
-        while not self._ended.wait(self.config.lease / LEASE_PARTS):
-            fan_out({number: partial(each.progress, 0.0) for number, each in self._moderators.items()})
+    def _done(self, awaited: dict[Endpoint, dict[str, bool]], number: int) -> int:
+        """How many participants have answered, or are built in round 0, as far as was heard; notes what they cost."""
+        done = 0
+        for endpoint, objects in awaited.items():
+            beat, sent = self._heartbeats.look(endpoint)
+            for oid, counts in objects.items():
+                progress = beat.objects.get(oid)
+                if progress is None:
+                    if sent > self._made[oid]:
+                        raise AgentGone(f"{endpoint}: the agent is gone")
+                    continue
+                if progress.error:
+                    raise told_error(progress.error) or SimulationError(progress.error)
+                if progress.usage:
+                    self._used[oid] = Usage(*progress.usage)  # type: ignore[arg-type]
+                done += progress.done if counts and progress.round == number else 0
+        return done
+
+    def _all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
+        return all_of({chair: partial(call, self._moderators[chair]) for chair in self._asks})
 
 
 def _sampling(config: SimulationConfig) -> Sampling | None:
@@ -280,35 +548,27 @@ def _sampling(config: SimulationConfig) -> Sampling | None:
     )
 
 
-def ask(config: SimulationConfig, run_id: str, key: ClusterKey, participant: int, text: str) -> str:
+def ask(server: Endpoint, oid: str, key: ClusterKey, text: str) -> str:
     """Send one message to one participant of a run that kept its agents, and return its reply.
 
     Args:
-        config: The settings that the run was played with.
+        server: Where the participant is.
+        oid: Its remote id, `<group id>/<index>`.
+        key: The cluster key.
+        text: The message.
 
     Raises:
-        SettingsError: The run has no such participant.
         ClusterError: The participant's server does not answer, or holds it no longer.
         GameEnded: The participant failed to reply.
     """
     use_key(key)
-    servers = endpoints(config.hosts, config.base_port, config.server_per_host)
-    moderators = len(config.hosts) * config.moderator_per_host
     try:
-        group = group_of(place(config.participant_num, len(servers), moderators), participant)
-    except IndexError:
-        raise SettingsError(
-            f"--participant {participant}: the run has participants 0 to {config.participant_num - 1}"
-        ) from None
-    server = servers[group.server]
-    proxy = RemoteObject(Participant, f"{group_id(run_id, group.first)}/{participant}", server, GROUP_DEADLINE_S)
-    try:
-        reply = reply_of(proxy, Msg("user", text, "user"))
+        reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), Msg("user", text, "user"))
         return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
     except AgentGone:
         raise AgentGone(
-            f"participant {participant} of run {run_id} is no longer on {server}: agents stay only after a run with "
-            "--keep-agents, until the next run or the end of the servers"
+            f"{oid} is no longer on {server}: agents stay only after a run with --keep-agents, until the next run or "
+            "the end of the servers"
         ) from None
     except UnusableAnswer as error:
-        raise GameEnded(f"participant {participant} did not reply: {error}") from None
+        raise GameEnded(f"participant {oid.rpartition('/')[2]} did not reply: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from typing import Any
 
@@ -10,54 +11,92 @@ from loguru import logger
 
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
-from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerUnreachable, SimulationError
-from simulation.game import RoundResult
-from simulation.group import INTERRUPTED
+from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, SimulationError
+from simulation.game import INTERRUPTED, announcement_of
 from simulation.model import Usage
 from simulation.model_client import OUT_OF_TOKENS
+from simulation.placement import remote_run
 from simulation.replies import MODEL_SERVER
 from simulation.report import announcement_lines, failure_line, histogram_lines, usage_line
-from simulation.results import RunDirectory, summarise
+from simulation.results import Played, RunDirectory, summarise
 from simulation.rounds import Simulation, check_cluster, check_models
+from simulation.seating import Seat
 from simulation.security import ClusterKey
+
+LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
 
 class Run:
-    """A run, its results so far, and where they are written."""
+    """A run, its results so far, and where they are written.
+
+    Args:
+        config: The settings.
+        run_id: Its name.
+        key: The cluster key.
+        directory: Its folder.
+        watch: Who looks on.
+        played: What there is of it, if it is resumed.
+    """
 
     def __init__(
-        self, config: SimulationConfig, run_id: str, key: ClusterKey, directory: RunDirectory, watch: ProgressWatch
+        self,
+        config: SimulationConfig,
+        run_id: str,
+        key: ClusterKey,
+        directory: RunDirectory,
+        watch: ProgressWatch,
+        played: Played | None = None,
     ) -> None:
         self.config = config
         self.run_id = run_id
         self.key = key
         self.directory = directory
         self.watch = watch
-        self.results: list[RoundResult] = []
-        self.usage = Usage()
+        self.results = list(played.results) if played is not None else []
+        self.usage = played.usage if played is not None else Usage()
         self.ended_early: str | None = None  # why, other than by a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
+        self._lost_before = played.lost if played is not None else []
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
-        self._began = time.monotonic()
+        self._began = time.monotonic() - (played.seconds if played is not None else 0.0)
+
+    @property
+    def to_play(self) -> range:
+        """The rounds that are left."""
+        return range(len(self.results) + 1, self.config.rounds + 1)
 
     def play(self) -> int:
         """Play all rounds and write the results; returns the exit status. Raises what ended the run early, written."""
+        if self.results:
+            self.directory.go_back_to(len(self.results))
+            logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
+        if not self.to_play:
+            return self._finish()
+        began = time.monotonic()
         servers = check_cluster(self.config, self.key)
-        self.seconds["connect"] = time.monotonic() - self._began
+        self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
+        scale = 10**self.config.decimals
+        played = tuple(announcement_of(each.round, each.average, each.closest, scale) for each in self.results)
+        run = remote_run(self.run_id, secrets.token_hex(2))
+        simulation = Simulation(self.config, run, self.key, self.watch, self.directory, played, self.usage)
         try:
-            with Simulation(self.config, self.run_id, self.key, self.watch) as simulation:
+            with simulation:
                 self._create(simulation)
-                for number in range(1, self.config.rounds + 1):
+                self._write("interrupted")  # what it is, should this process be killed from now on
+                for number in self.to_play:
                     self._play_round(simulation, number)
-                    self._look_after_models()
+                    self._look_after_models(simulation)
                     if self.watch.stop_signal is not None or self.ended_early is not None:
                         break
+                if self.config.keep_agents:
+                    self.directory.write_agents([_agents_in(seat) for seat in simulation.seats])
         except SimulationError as error:
             if self.results or isinstance(error, (GameEnded, Interrupted)):
                 with contextlib.suppress(ResultsError):  # the first error is the one to tell
+                    self._note_losses(simulation)
                     self.directory.join_answers()
                     self._write("interrupted" if isinstance(error, Interrupted) else "failed")
             raise
@@ -73,26 +112,30 @@ class Run:
         logger.info(f"[init takes {self.seconds['create']:.2f} s]")
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
-        """Play, tell and write one round. Raises GameEnded if a server does not answer any more."""
+        """Play one round, have it written, and tell it. Raises GameEnded if too few servers are left."""
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
             result = simulation.play(number)
-            before, self.usage = self.usage, simulation.usage
-            for line in announcement_lines(result, self.config.decimals):
-                say(line)
-            if result.tally.failed:
-                logger.warning(failure_line(result.tally))
-            self.directory.write_answers(number, simulation.answers(), simulation.game.scale)
-        except ClusterError as error:
-            if isinstance(error, ServerUnreachable):
-                self.cluster["lost"] = [str(error).partition(": ")[0]]
+        except GameEnded as error:
             raise GameEnded(f"round {number} cannot be finished: {error}") from None
+        before, self.usage = self.usage, simulation.usage
+        for line in announcement_lines(result, self.config.decimals):
+            say(line)
+        if result.tally.failed:
+            logger.warning(failure_line(result.tally))
+        if result.reassigned:
+            logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
         self.results.append(result)
         if self.config.agent_type == "llm":
             logger.info(usage_line(before, self.usage, result.seconds))
-        self._write("interrupted")  # what it is, should this process be killed now
+        self._note_losses(simulation)
+        self._write("interrupted")
 
-    def _look_after_models(self) -> None:
+    def _note_losses(self, simulation: Simulation) -> None:
+        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.lost)]
+        self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
+
+    def _look_after_models(self, simulation: Simulation) -> None:
         """Find out whether another round makes sense: there are tokens left, and models that answer."""
         failures = self.results[-1].tally.failures
         spent = self.config.max_tokens is not None and self.usage.tokens >= self.config.max_tokens
@@ -100,7 +143,7 @@ class Run:
             self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
         elif self.watch.stop_signal is None and any(cause.startswith(MODEL_SERVER) for cause in failures):
             try:
-                check_models(self.config)
+                check_models(self.config, simulation.living)
             except ClusterError as error:
                 self.ended_early = str(error)
         if self.ended_early is not None:
@@ -129,3 +172,15 @@ class Run:
         self.seconds["total"] = time.monotonic() - self._began
         summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results, self.usage)
         self.directory.write_summary(summary)
+
+
+def _agents_in(seat: Seat) -> dict[str, Any]:
+    """Where the participants of a group can be spoken to."""
+    assert seat.server is not None
+    return {
+        "oid": seat.oid,
+        "host": seat.server.host,
+        "port": seat.server.port,
+        "first": seat.first,
+        "count": seat.count,
+    }

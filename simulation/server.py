@@ -3,8 +3,10 @@
 AgentScope's servicer is touched here, each time for a reason:
 - participants are found in their group by arithmetic, as a million entries in its pool are not needed;
 - deleting an object closes it first, so that its event loop and its participants are let go of;
+- its pool forgets replies after two hours, or when 8192 others have come, while some may still think: ours does not;
 - what an agent raises comes back as one line, not as a traceback, and always comes back;
-- whoever calls an object of a run renews the run's lease, and the objects of a silent run are dropped.
+- whoever calls an object of a run, or asks for a heartbeat, renews the run's lease, and the objects of a silent run are
+  dropped.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,17 +30,29 @@ import grpc
 import psutil
 from agentscope.rpc.rpc_agent_pb2 import GeneralResponse
 from agentscope.rpc.rpc_agent_pb2_grpc import add_RpcAgentServicer_to_server
+from agentscope.server.async_result_pool import LocalPool
 from agentscope.server.servicer import MAGIC_PREFIX, AgentServerServicer
 from loguru import logger
 
-import moderator  # noqa: F401 - its class must be known to AgentScope where agents are created
+from moderator import Moderator
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
+from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
 from simulation.model_configs import ModelConfig, model_name
-from simulation.placement import run_of
-from simulation.remote import CHECK_MODELS, MEMORY, MESSAGE_BYTES, NEW_RUN, Handshake, use_key
+from simulation.placement import run_of, same_run
+from simulation.remote import (
+    CHECK_MODELS,
+    END_RUN,
+    HEARTBEAT,
+    KEEP_RUN,
+    MEMORY,
+    MESSAGE_BYTES,
+    NEW_RUN,
+    Handshake,
+    use_key,
+)
 from simulation.security import ClusterKey
 
 RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
@@ -46,8 +61,10 @@ POLL_S = 2  # how long a poll for one participant's reply is held; the client's 
 STOP_GRACE_S = 0.5
 SWEEP_S = 1.0  # between two looks at the leases
 FORGET_S = 3600.0  # a run without agents is remembered for so long
+REPLIES_KEPT = 4096  # of those that were fetched, in case one was lost on its way
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients ask every 20 s whether the connection lives
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
@@ -74,6 +91,7 @@ class SimulationServicer(AgentServerServicer):
             capacity=REPLIES_AT_ONCE,
             max_timeout_seconds=POLL_S,
         )
+        self.result_pool = _Results()
         self._config = config
         self._models = models
         self._stop = stop
@@ -88,8 +106,9 @@ class SimulationServicer(AgentServerServicer):
 
     def get_server_info(self, request: Any, context: Any) -> GeneralResponse:
         asked = dict(context.invocation_metadata())
-        if NEW_RUN in asked:
-            self._drop_kept(asked[NEW_RUN])
+        if HEARTBEAT in asked:
+            return GeneralResponse(ok=True, message=self._beat(*asked[HEARTBEAT].split()).to_json())
+        self._begin_or_end_runs(asked)
         first_moderator = self._config.base_port + self._config.server_per_host
         hosted = self._hosted()
         shake = Handshake(
@@ -151,18 +170,39 @@ class SimulationServicer(AgentServerServicer):
         names = [model_name(each + 1) for each in range(int(number))]
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
-    def _drop_kept(self, new_run: str) -> None:
-        """Drop what earlier runs kept: they keep it until the next one."""
-        for agent_id, agent in self._hosted().items():
-            if getattr(agent, "lease_s", 0) is None and run_of(agent_id) != new_run:
-                self._drop(agent_id)
+    def _beat(self, run: str, wait_s: str) -> Beat:
+        """What the run's objects are at, after waiting for the end of their work for so long."""
+        self._renew_lease(run)
+        until = time.monotonic() + float(wait_s)
+        playing = {
+            oid: agent
+            for oid, agent in self._hosted().items()
+            if run_of(oid) == run and isinstance(agent, (ParticipantGroup, Moderator))
+        }
+        for agent in playing.values():
+            agent.progress(max(until - time.monotonic(), 0.0))
+        return Beat(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
+
+    def _begin_or_end_runs(self, asked: dict[str, str]) -> None:
+        """Do what a handshake asks for."""
+        for oid, agent in self._hosted().items():
+            run, kept = run_of(oid), getattr(agent, "lease_s", 0) is None
+            if run == asked.get(KEEP_RUN):
+                agent.lease_s = None
+            elif run == asked.get(END_RUN):
+                self._drop(oid)
+            elif NEW_RUN in asked and run != asked[NEW_RUN] and (kept or same_run(run, asked[NEW_RUN])):
+                self._drop(oid)  # kept until the next run, or left by the main that this one continues
 
     def _hear(self, agent_id: str) -> None:
         """Renew the lease of the run that an id belongs to, if it is one of ours."""
         run, ours, _ = agent_id.partition("/")
         if ours:
-            with self._heard_lock:
-                self._heard[run] = time.monotonic()
+            self._renew_lease(run)
+
+    def _renew_lease(self, run: str) -> None:
+        with self._heard_lock:
+            self._heard[run] = time.monotonic()
 
     def _hosted(self) -> dict[str, Any]:
         with self.agent_id_lock:
@@ -190,15 +230,38 @@ class SimulationServicer(AgentServerServicer):
         self.result_pool.set(task_id, result)
 
 
-def serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
-    """Serve until TERM, INT or a `stop` call, then end this process at once, whatever its participants do."""
+class _Results(LocalPool):
+    """The replies of participants asked alone: each stays until it was fetched, and for a while after."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.pool: dict[int, Any] = {}  # in place of one that forgets
+        self._fetched: deque[int] = deque()
+
+    def get(self, key: int, timeout: int = POLL_S) -> Any:
+        value = super().get(key, timeout)
+        self._fetched.append(key)
+        if len(self._fetched) > REPLIES_KEPT:
+            self.pool.pop(self._fetched.popleft(), None)
+        return value
+
+
+def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
+    """Serve until TERM, INT or a `stop` call, then end this process at once, whatever its participants do.
+
+    Args:
+        config: How this host's servers were started.
+        port: The port of this one.
+        key: The cluster key.
+        ready: Called when it serves.
+    """
     try:
-        asyncio.run(_serve(config, port, key))
+        asyncio.run(_serve(config, port, key, ready))
     except SettingsError as error:
         _end(str(error), error.exit_status)
 
 
-async def _serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
+async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
     use_key(key)  # a moderator is a client of its groups' servers
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
@@ -219,6 +282,7 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey) -> None:
         raise SettingsError(f"cannot listen at {address}: is the port in use?") from None
     await server.start()
     logger.info(f"serving at {address}, pid {os.getpid()}")
+    ready()
     sweeping = asyncio.create_task(_sweep(servicer))
     await asyncio.wait([sweeping, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
     if sweeping.done():

@@ -13,10 +13,12 @@ ROWS = [
     "simulation.config",
     "simulation.game",
     "simulation.placement",
+    "simulation.seating",
     "simulation.security",
     "simulation.processes",
     "simulation.in_flight",
     "simulation.remote",
+    "simulation.heartbeat",
     "simulation.prompts",
     "simulation.replies",
     "simulation.model_configs",
@@ -76,7 +78,7 @@ def test_agentscope_is_entered_where_it_should_be():
 
 
 def test_the_pure_rules_know_no_agents():
-    for name in ("simulation.game", "simulation.placement"):
+    for name in ("simulation.game", "simulation.placement", "simulation.seating"):
         assert not any(
             module.startswith(("agentscope", "grpc", "time", "random")) for module in imports_of(files()[name])
         )
