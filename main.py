@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ACTIONS = {
     "--status": "show a row per server of this host (roles participant and vllm)",
     "--stop": "stop the servers of this host (roles participant and vllm)",
+    "--make-key": "make the cluster key unless there is one, and print its folder (role participant)",
     "--launch": argparse.SUPPRESS,  # what the launcher process is started with
     "--owned": argparse.SUPPRESS,
 }
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
         given = vars(make_parser().parse_args(flags))
-        actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:])}
+        actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
@@ -128,9 +129,13 @@ def _interruptible() -> None:
 def serve(config: SimulationConfig, actions: set[str]) -> int:
     """Role participant: the agent servers of this host."""
     from simulation import launcher
+    from simulation.security import load_or_make
 
     if "launch" in actions:
         launcher.launch(config, "owned" in actions)
+    elif "make-key" in actions:
+        load_or_make(Path(config.cluster_key_dir))
+        print(config.cluster_key_dir)
     elif "stop" in actions:
         stopped = launcher.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")

@@ -4,6 +4,8 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
+SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
+SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
 FLAGS=()
 
 say() { printf '%s\n' "$*" >&2; }
@@ -16,6 +18,8 @@ fail() { # fail <exit status> <message>
 # The help of a script is the comment at its top.
 show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
+is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *" $1 "*) ;; *) false ;; esac ;; esac; }
+
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
   local file="$ROOT/configs/cluster.env" line key number=0
@@ -24,11 +28,8 @@ load_settings() {
     number=$((number + 1))
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
-    case "$key" in
-      BASE_PORT | HOSTS | HOST_NAME | MODERATOR_NUM | MODERATOR_PER_HOST | MODEL_PER_HOST | AGENT_TYPE | MAX_VALUE | \
-        CLUSTER_KEY_DIR | VLLM_BASE_PORT | GPU_NUM | TENSOR_PARALLEL | MODEL_PATH) ;;
-      *) fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value" ;;
-    esac
+    is_setting "$key" ||
+      fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value"
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, copy_checkout, one_line
 
-SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "run_tests.sh")
+SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Run one of these scripts on all hosts at once over ssh, or give all hosts the cluster key of this one.
+#
+#   ./on_all_hosts.sh <script> [arguments]      such as ./on_all_hosts.sh start_all_server.sh 10
+#   ./on_all_hosts.sh push-key [--force]
+#
+# Every host needs a checkout of its own, in the same folder as here. There the script runs, with HOST_NAME set to the
+# host's name in HOSTS and with the settings that the environment holds here. Lines of output come as they are written,
+# after their host's name. push-key makes the cluster key here if there is none, and copies it to every host; a host
+# that has another one keeps it, unless --force is given.
+#
+# ssh asks nothing: it has to get in with a key. A host's own key is accepted the first time and checked from then on.
+# Ctrl-C ends the ssh sessions; a host may still finish what it has begun.
+#
+# Settings, from the environment or configs/cluster.env:
+#   HOSTS            the hosts, separated by spaces (required)
+#   REMOTE_DIR       folder of the checkout on every host (that of this one)
+#   SSH_CONFIG       configuration of ssh to use in place of your own: ports, users, identities
+#   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
+#
+# Exit status: 0 every host succeeded, 2 bad usage or settings, 130 interrupted, 143 terminated; otherwise the highest
+# of the hosts' own, where a host that ssh does not reach, or loses, counts as 3.
+set -euo pipefail
+
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
+
+USAGE="./on_all_hosts.sh <script> [arguments], or push-key [--force], or --help"
+SSH=(ssh -T -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=10)
+INPUT=(true) # prints what every host reads
+HOST_LIST=()
+SESSIONS=() # the process of ssh to each host
+
+main() {
+  local what="${1:-}" words="" word
+  case "$what" in
+    -h | --help) show_help && return ;;
+    '') fail 2 "a script is missing; usage: $USAGE" ;;
+    push-key) case "$#${2:-}" in 1 | 2--force) ;; *) fail 2 "push-key knows --force alone; usage: $USAGE" ;; esac ;;
+    *)
+      what="./${what#./}"
+      case "${what#./}" in
+        */* | on_all_hosts.sh) false ;;
+        *.sh) [ -x "$ROOT/$what" ] ;;
+        *) false ;;
+      esac || fail 2 "'$1' is not one of the scripts that hosts can run; usage: $USAGE"
+      ;;
+  esac
+  for word in $SETTINGS; do # before configs/cluster.env is read, as each host has its own
+    case "$word" in HOST_NAME | REMOTE_DIR | SSH_CONFIG) continue ;; esac
+    [ -z "${!word:-}" ] || words="$words $word=$(quoted "${!word}")"
+  done
+  for word in "$what" "${@:2}"; do words="$words $(quoted "$word")"; done
+  load_settings
+  check_hosts
+  if [ "$what" = push-key ]; then
+    prepare_key
+    on_all "set -- $(quoted "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}; $(cat "$ROOT/scripts/receive_key.sh")"
+  else
+    SSH+=(-n)
+    on_all "[ -x $what ] || { echo 'error: there is no $what in' \"\$PWD\" >&2; exit 2; }; exec env$words"
+  fi
+}
+
+# A word as every shell understands it.
+quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
+
+check_hosts() {
+  local host
+  read -r -a HOST_LIST <<<"${HOSTS:-}"
+  [ "${#HOST_LIST[@]}" -gt 0 ] || fail 2 "HOSTS names no host: set it in configs/cluster.env, such as HOSTS=node1 node2"
+  for host in "${HOST_LIST[@]}"; do
+    case "$host" in -* | *[!A-Za-z0-9._:-]*) fail 2 "HOSTS: '$host' is no name of a host" ;; esac
+    [ "$(printf '%s\n' "${HOST_LIST[@]}" | grep -cxF -e "$host")" -eq 1 ] || fail 2 "HOSTS names $host twice"
+  done
+  command -v ssh >/dev/null || fail 2 "ssh is missing: install it (Debian: apt install openssh-client)"
+  [ -z "${SSH_CONFIG:-}" ] || [ -r "$SSH_CONFIG" ] || fail 2 "SSH_CONFIG=$SSH_CONFIG cannot be read"
+  [ -z "${SSH_CONFIG:-}" ] || SSH+=(-F "$SSH_CONFIG")
+}
+
+# Only the standard input of ssh carries the key: a command line can be read by every user of a host.
+prepare_key() {
+  local folder
+  flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  ensure_venv run
+  folder="$("$VENV/bin/python" "$ROOT/main.py" --role participant --make-key ${FLAGS[@]+"${FLAGS[@]}"})"
+  INPUT=(tar -C "$folder" -cf - cluster.crt cluster.key)
+}
+
+on_all() { # on_all <what sh runs in the folder of the checkout>
+  local folder="${REMOTE_DIR:-$ROOT}" enter host command index status highest=0 failures=0 failed=""
+  enter="$(quoted "error: there is no folder $folder: clone the checkout there, or set REMOTE_DIR")"
+  enter="cd $(quoted "$folder") 2>/dev/null || { echo $enter >&2; exit 2; }"
+  WORK="$(mktemp -d)"
+  trap 'rm -rf "$WORK"' EXIT
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM HUP
+  for host in "${HOST_LIST[@]}"; do
+    command="exec sh -c $(quoted "$enter; HOST_NAME=$host; export HOST_NAME; $1")"
+    mkfifo "$WORK/$host.out" "$WORK/$host.err"
+    "${INPUT[@]}" | "${SSH[@]}" "$host" "$command" >"$WORK/$host.out" 2>"$WORK/$host.err" &
+    SESSIONS+=($!)
+    named "$host" <"$WORK/$host.out" &
+    named "$host" <"$WORK/$host.err" >&2 &
+  done
+  for index in "${!SESSIONS[@]}"; do
+    status=0
+    wait "${SESSIONS[index]}" || status=$?
+    case "$status" in
+      0) continue ;;
+      255) status=3 failed="$failed; ssh to ${HOST_LIST[index]} failed" ;;
+      *) failed="$failed; ${HOST_LIST[index]} failed with exit status $status" ;;
+    esac
+    failures=$((failures + 1))
+    [ "$status" -le "$highest" ] || highest="$status"
+  done
+  wait # for the last lines
+  say "$((${#SESSIONS[@]} - failures)) of ${#SESSIONS[@]} hosts succeeded$failed"
+  return "$highest"
+}
+
+# Every line of a host with its name.
+named() {
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do printf '%s: %s\n' "$1" "$line"; done
+}
+
+interrupted() { # interrupted <exit status>
+  trap '' INT TERM HUP
+  kill "${SESSIONS[@]}" 2>/dev/null || true # some may have ended
+  wait
+  exit "$1"
+}
+
+main "$@"
