@@ -3,7 +3,8 @@
 #
 #   ./run_tests.sh [--fast] [pytest arguments]
 #
-# --fast leaves out the tests that install anew or run long, those with a real vLLM server among them.
+# --fast leaves out the tests that install anew or run long, those with a real vLLM server among them. Without it, root
+# of a Debian also gets the packages that tests with several hosts need.
 set -euo pipefail
 
 # shellcheck source=scripts/lib.sh
@@ -17,13 +18,14 @@ main() {
   esac
   ensure_venv test
   if [ "${#selection[@]}" -eq 0 ]; then # a machine that cannot hold vLLM skips its tests, and says so
+    ensure_debian
     "$ROOT/start_vllm.sh" --install || say "tests that need vLLM will be skipped"
   fi
   cd "$ROOT"
   "$VENV/bin/ruff" check .
   "$VENV/bin/ruff" format --check --diff .
   "$VENV/bin/python" -m mypy
-  "$VENV/bin/shellcheck" -x ./*.sh scripts/lib.sh .ci/run
+  "$VENV/bin/shellcheck" -x ./*.sh scripts/*.sh .ci/run
   exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
 }
 

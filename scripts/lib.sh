@@ -88,6 +88,31 @@ default_model_per_host() {
   [ "$each" -eq 0 ] || [ "$gpus" -lt $((2 * each)) ] || MODEL_PER_HOST=$((gpus / each)) # one is the default anyway
 }
 
+# What some tests need and Debian has, where it can be installed; none of its services is started, now or later.
+ensure_debian() {
+  local missing=() log="$ROOT/run/install.log"
+  command -v ip >/dev/null || missing+=(iproute2)
+  [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+  [ "${#missing[@]}" -gt 0 ] || return 0
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]} for the tests"
+    mkdir -p "$ROOT/run"
+    ! apt_install "${missing[@]}" </dev/null >"$log" 2>&1 || return 0
+    say "cannot install: $(grep '^E:' "$log" | tail -n 1 || true); see $log"
+  fi
+  say "tests that need these packages of Debian will be skipped: ${missing[*]}"
+}
+
+apt_install() (
+  policy=/usr/sbin/policy-rc.d # which packages ask whether to start their services
+  if ! [ -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" || return 1
+  fi
+  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" || return 1
+  case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
+)
+
 # ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed.
 ensure_venv() {
   local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
