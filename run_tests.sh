@@ -25,7 +25,7 @@ main() {
   "$VENV/bin/ruff" check .
   "$VENV/bin/ruff" format --check --diff .
   "$VENV/bin/python" -m mypy
-  "$VENV/bin/shellcheck" -x ./*.sh scripts/*.sh .ci/run
+  "$VENV/bin/shellcheck" -x ./*.sh scripts/*.sh examples/slurm/* .ci/run
   exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
 }
 

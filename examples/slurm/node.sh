@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One node's part of examples/slurm/simulation.sbatch: start its servers, print a line when they are ready, and stop them
+# when the input ends. Pid files, locks and logs are facts about one node, so the scripts run from a copy on its own disk,
+# which borrows the installed environments of the shared checkout. Logs are taken back to run/slurm-<job>/<node>/.
+#
+#   examples/slurm/node.sh <server_per_host>
+set -euo pipefail
+
+main() {
+  local checkout
+  checkout="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd -P)"
+  export HOST_NAME="$SLURMD_NODENAME"
+  trap 'exit 143' TERM INT
+  COPY="$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/simulation-$SLURM_JOB_ID.XXXXXX")"
+  LOGS="$checkout/run/slurm-$SLURM_JOB_ID/$HOST_NAME"
+  trap finish EXIT
+  cd "$checkout"
+  cp -R ./*.py ./*.sh ./*.txt pyproject.toml configs scripts simulation "$COPY"
+  ln -s "$checkout"/.venv* "$COPY"
+  if [ "${AGENT_TYPE:-}" = llm ]; then in_background "$COPY/start_vllm.sh"; fi
+  in_background "$COPY/start_all_server.sh" "$1"
+  echo "$HOST_NAME is ready"
+  in_background cat
+}
+
+# A signal interrupts a wait, and no command in the foreground.
+in_background() {
+  "$@" <&0 >&2 &
+  JOB=$!
+  wait "$JOB"
+}
+
+finish() {
+  trap '' TERM INT
+  if kill "${JOB:-}" 2>/dev/null; then wait "$JOB" || true; fi
+  "$COPY/stop_all_server.sh" >&2 || true
+  [ "${AGENT_TYPE:-}" != llm ] || "$COPY/stop_vllm.sh" >&2 || true
+  mkdir -p "$LOGS"
+  [ ! -d "$COPY/run" ] || find "$COPY/run" -name '*.log' -exec cp {} "$LOGS" \;
+  rm -rf "$COPY"
+}
+
+main "$@"
