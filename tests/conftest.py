@@ -39,6 +39,7 @@ class Checkout:
 
     path: Path
     base_port: int
+    in_front: tuple[str, ...] = ()  # a command that runs the rest of its line elsewhere
 
     @property
     def model_port(self) -> int:
@@ -57,7 +58,9 @@ class Checkout:
         if command[0].endswith(".py"):
             program = [str(self.path / ".venv/bin/python"), *program]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.path, **options}
-        return subprocess.Popen([*program, *command[1:]], env=env, text=True, start_new_session=True, **options)
+        return subprocess.Popen(
+            [*self.in_front, *program, *command[1:]], env=env, text=True, start_new_session=True, **options
+        )
 
     def run(self, *command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one of them to its end."""
@@ -208,3 +211,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     stopped = own.run("stop_all_server.sh")
     assert stopped.returncode == 0, stopped.stderr
     clean_up(own)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Four hosts, and a stranger on their switch, for all tests of a module, with nothing running (tests/hosts.py)."""
+    from hosts import network_of
+
+    with network_of(tmp_path_factory.mktemp("network")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts(network: Any) -> Any:
+    """The same with 4 + 1 agent servers on each of the four hosts; whoever stops or kills some starts them again."""
+    network.start_servers()
+    return network
