@@ -10,6 +10,7 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is told by us, in one line
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for what /etc/hosts tells
 
 import argparse
 import contextlib

@@ -117,6 +117,11 @@ class SimulationConfig:
             )
         if not self.hosts or len(set(self.hosts)) < len(self.hosts):
             raise SettingsError(f"--hosts {' '.join(self.hosts)}: must name at least one host, and none twice")
+        if "localhost" in self.hosts and len(self.hosts) > 1:
+            raise SettingsError(
+                f"--hosts {' '.join(self.hosts)}: localhost is another machine on each of them; name all hosts as they "
+                "reach each other"
+            )
         if self.role == "ask" and (self.run_dir is None or self.text is None):
             raise SettingsError("--role ask: give --run-dir, --participant and --text")
         if self.resume is not None and self.role != "main":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import ipaddress
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,17 +136,35 @@ def end_of(log: Path) -> str:
     return "".join([f"; the end of its log {log}:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 
+def address_of(host_name: str) -> str:
+    """The IPv4 address that a host name stands for, which may be a loopback address for `localhost` alone.
+
+    Raises SettingsError if there is none that other hosts could use; its message leaves it to the caller to say who.
+    """
+    try:
+        address = socket.gethostbyname(host_name)
+    except (OSError, UnicodeError):  # the latter for what cannot be a name
+        raise SettingsError("no address is known for this name; check /etc/hosts or DNS") from None
+    parsed = ipaddress.ip_address(address)
+    if host_name != "localhost" and (parsed.is_loopback or parsed.is_unspecified):
+        raise SettingsError(
+            f"the name stands for {address} here, where no other host can reach it; give it the host's address in the "
+            "network, in /etc/hosts or DNS"
+        )
+    return address
+
+
 def check_free(host_name: str, port: int, setting: str = "BASE_PORT") -> None:
     """Raise ClusterError if another program has the port, SettingsError if it can never be ours."""
+    try:
+        address = address_of(host_name)
+    except SettingsError as error:
+        raise SettingsError(f"--host-name {host_name}: {error}") from None
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host_name, port))
+            probe.bind((address, port))
             probe.listen()
-        except socket.gaierror:
-            raise SettingsError(
-                f"--host-name {host_name}: no address is known for it; check /etc/hosts or DNS"
-            ) from None
         except PermissionError:
             raise SettingsError(f"port {port} needs root: choose a {setting} from 1024") from None
         except OSError as error:

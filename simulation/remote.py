@@ -180,11 +180,13 @@ def let_go_of_calls(endpoint: Endpoint) -> None:
         call.cancel()
 
 
-def fan_out(calls: Mapping[K, Callable[[], V]]) -> tuple[dict[K, V], dict[K, SimulationError]]:
-    """Make all calls, CALLS_AT_ONCE at a time, and return results and errors by key, in the order of the calls."""
+def fan_out(
+    calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
+) -> tuple[dict[K, V], dict[K, SimulationError]]:
+    """Make all calls, so many at a time, and return results and errors by key, in the order of the calls."""
     results: dict[K, V] = {}
     failed: dict[K, SimulationError] = {}
-    with ThreadPoolExecutor(min(CALLS_AT_ONCE, max(len(calls), 1))) as pool:
+    with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:
         futures = {key: pool.submit(call) for key, call in calls.items()}
         for key, future in futures.items():
             try:
@@ -299,8 +301,12 @@ def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
             return ClusterError(f"{endpoint}: {STRANGER}")
-        refused = "refused" in details
-        return ServerUnreachable(f"{endpoint}: " + (NOBODY_LISTENS if refused else f"cannot be reached ({last})"))
+        cause = f"cannot be reached ({last.rpartition(': ')[2]})"
+        if "refused" in details:
+            cause = NOBODY_LISTENS
+        elif "DNS resolution failed" in details:
+            cause = "no address is known for this name; check /etc/hosts or DNS"
+        return ServerUnreachable(f"{endpoint}: {cause}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerUnreachable(f"{endpoint}: does not answer in time")
     if "not exists" in details:

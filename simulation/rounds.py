@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -49,12 +50,14 @@ from simulation.heartbeat import Heartbeats
 from simulation.model import Usage
 from simulation.model_configs import model_name, refuse_elsewhere
 from simulation.placement import Endpoint, endpoints
+from simulation.processes import address_of
 from simulation.remote import (
     CHECK_MODELS,
     END_RUN,
     GROUP_DEADLINE_S,
     KEEP_RUN,
     NEW_RUN,
+    NOBODY_LISTENS,
     OWN_VERSIONS,
     PATIENT_S,
     Handshake,
@@ -106,35 +109,91 @@ class Record(Protocol):
 def shake_hands(
     config: SimulationConfig, key: ClusterKey
 ) -> tuple[dict[Endpoint, Handshake], dict[Endpoint, SimulationError]]:
-    """Ask every agent server that the run uses who it is, all at once; returns who answers, and errors, by address."""
+    """Ask every agent server that the run uses who it is, all at once, with the connect time-out as one deadline.
+
+    Returns who answers, and errors, by address; a SettingsError where a host's name stands for no address.
+    """
     use_key(key)
+    deadline = time.monotonic() + config.connect_timeout
+    addresses = {host: _look_up(host) for host in config.hosts}
+
+    def left_s() -> float:
+        return max(deadline - time.monotonic(), 0.0)
+
+    def shake(server: Endpoint) -> Handshake:
+        try:
+            addresses[server.host].result(left_s())
+        except TimeoutError:
+            raise SettingsError(
+                f"no address is known for this name after {config.connect_timeout:g} s; check /etc/hosts or DNS"
+            ) from None
+        return handshake(server, left_s())
+
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
-    return fan_out({each: partial(handshake, each, config.connect_timeout) for each in servers})
+    return fan_out({each: partial(shake, each) for each in servers}, CHECKS_AT_ONCE)
+
+
+def _look_up(host: str) -> Future[str]:
+    """Look up a host's address in a thread that nobody has to wait for: a name server may take its time."""
+    found: Future[str] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(address_of(host))
+        except SettingsError as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return found
 
 
 def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
     """Shake hands with every agent server that the run uses.
 
-    Raises ClusterError that says how many are ready, and what the trouble is with the first that is not.
+    Raises ClusterError with a line for each host that is not ready: how many of its servers are, and the first trouble.
     """
     shakes, errors = shake_hands(config, key)
-    restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
-    for error in errors.values():
-        raise ClusterError(f"{len(shakes)} of {len(shakes) + len(errors)} agent servers are ready; {error}; {restart}")
-    layout = (config.base_port, config.server_per_host, config.moderator_per_host)
-    for endpoint, shake in shakes.items():
-        if shake.versions != OWN_VERSIONS:
-            raise ClusterError(f"{endpoint} runs another version of the program, Python or AgentScope; {restart}")
-        if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
-            raise ClusterError(
-                f"{endpoint}: its host has {shake.server_per_host} participant and {shake.moderator_per_host} "
-                f"moderator servers from port {shake.base_port}; "
-                f"this run asks for {layout[1]} and {layout[2]} from {layout[0]}"
-            )
+    troubles = {host: _trouble_at(host, config, shakes, errors) for host in config.hosts}
+    lines = [f"{host}: {trouble}" for host, trouble in troubles.items() if trouble is not None]
+    if lines:
+        raise ClusterError("\nerror: ".join(lines))
     if config.agent_type == "llm":
         _check_models_known(config, shakes)
         check_models(config, endpoints(config.hosts, config.base_port, config.server_per_host))
     return shakes
+
+
+def _trouble_at(
+    host: str,
+    config: SimulationConfig,
+    shakes: dict[Endpoint, Handshake],
+    errors: dict[Endpoint, SimulationError],
+) -> str | None:
+    """What keeps a host from playing, and what to do about it; None if it is ready."""
+    ready = {endpoint: shake for endpoint, shake in shakes.items() if endpoint.host == host}
+    failed = [error for endpoint, error in errors.items() if endpoint.host == host]
+    restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
+    layout = (config.base_port, config.server_per_host, config.moderator_per_host)
+    for endpoint, shake in ready.items():
+        versions = zip(("the program", "Python", "AgentScope"), shake.versions, OWN_VERSIONS, strict=True)
+        others = [f"{name} ({there} there, {here} here)" for name, there, here in versions if there != here]
+        if others:
+            return f"{endpoint} runs another version of {', '.join(others)}; make the host like this one, and {restart}"
+        if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
+            return (
+                f"it has {shake.server_per_host} participant and {shake.moderator_per_host} moderator servers from "
+                f"port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}; {restart}"
+            )
+    if not failed:
+        return None
+    if isinstance(failed[0], SettingsError):
+        return str(failed[0])
+    first, advice = str(failed[0]), restart
+    if STRANGER in first:
+        advice = f"copy the folder of the cluster key there, and {restart}"
+    elif not ready and NOBODY_LISTENS not in first:
+        advice = f"see whether the host is up and in reach, or {restart}"
+    return f"{len(ready)} of {len(ready) + len(failed)} agent servers are ready; {first}; {advice}"
 
 
 def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:

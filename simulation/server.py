@@ -15,7 +15,6 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -42,6 +41,7 @@ from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
 from simulation.model_configs import ModelConfig, model_name
 from simulation.placement import run_of, same_run
+from simulation.processes import address_of
 from simulation.remote import (
     CHECK_MODELS,
     END_RUN,
@@ -305,16 +305,6 @@ def _end(message: str, status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def address_of(host_name: str) -> str:
-    """The IPv4 address that a host name stands for; raises SettingsError if it stands for none."""
-    try:
-        return socket.gethostbyname(host_name)
-    except OSError:
-        raise SettingsError(
-            f"--host-name {host_name}: no address is known for this name; check /etc/hosts or DNS"
-        ) from None
 
 
 def _memory_mb() -> float:
