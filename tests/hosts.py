@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,20 +55,29 @@ class Host(Checkout):
         """The process of the agent server on this port."""
         return self.pid(port - self.base_port)
 
+    def logs(self) -> dict[int, str]:
+        """What its agent servers have logged so far, by port."""
+        found = (self.path / "run/servers").glob("[0-9]*.log")
+        return {int(path.stem): path.read_text() for path in found}
+
     def inside(self) -> list[psutil.Process]:
         """Everything that runs in the namespace, whatever started it."""
         return processes_in(self.namespace)
 
     def names(self, names: dict[str, str]) -> None:
-        """Write the host's /etc/hosts, name to address; seen by what is started from now on."""
+        """Write the host's /etc/hosts, name to address; seen at once by everything on it."""
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names.items())]
         self.etc("hosts", "\n".join(lines) + "\n")
 
+    @property
+    def etc_folder(self) -> Path:
+        """Where the files are that are the host's own under /etc."""
+        return NAMES_OF_NAMESPACES / self.namespace
+
     def etc(self, name: str, text: str) -> None:
-        """Write a file that is the host's own under /etc; seen by what is started from now on."""
-        folder = NAMES_OF_NAMESPACES / self.namespace
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        """Write a file that is the host's own under /etc; a new one is seen by what is started from now on."""
+        self.etc_folder.mkdir(parents=True, exist_ok=True)
+        (self.etc_folder / name).write_text(text)
 
 
 class Network:
@@ -181,11 +191,11 @@ def network_of(folder: Path) -> Iterator[Network]:
 
 
 def remove_leftovers() -> None:
-    """Remove the namespaces of test sessions that were aborted, and what runs in them."""
-    for line in _ip("netns", "list").splitlines():
-        namespace = line.split()[0]
-        kind, *parts = namespace.split("-")
-        if kind == OURS and _created(int(parts[0])) != int(parts[1]):
+    """Remove the namespaces of test sessions that were aborted, what runs in them, and their files."""
+    listed = [line.split()[0] for line in _ip("netns", "list").splitlines()]
+    for namespace in {*listed, *(path.name for path in NAMES_OF_NAMESPACES.glob("*"))}:
+        session = re.fullmatch(rf"{OURS}-(\d+)-(\d+)-\d+-\w+", namespace)
+        if session and _created(int(session[1])) != int(session[2]):
             _remove(namespace)
 
 
@@ -201,13 +211,16 @@ def processes_in(namespace: str) -> list[psutil.Process]:
 
 
 def _remove(namespace: str) -> None:
-    """Remove a namespace, the processes and interfaces in it, and its files."""
-    running = processes_in(namespace)
-    for process in running:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(running, timeout=5)
-    _ip("netns", "delete", namespace)
+    """Remove a namespace, the processes and interfaces in it, and its files; another session may be doing the same."""
+    if Path("/run/netns", namespace).exists():
+        with contextlib.suppress(AssertionError):
+            running = processes_in(namespace)
+            for process in running:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(running, timeout=5)
+            _ip("netns", "delete", namespace)
+        assert namespace not in _ip("netns", "list").split(), f"{namespace} cannot be removed"
     shutil.rmtree(NAMES_OF_NAMESPACES / namespace, ignore_errors=True)
     with contextlib.suppress(OSError):  # somebody else's are in it, or it is gone
         NAMES_OF_NAMESPACES.rmdir()

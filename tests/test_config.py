@@ -38,6 +38,7 @@ BAD = [
     ("--role ask", "give --run-dir"),
     ("--role report", "give --run-dir"),
     ("--hosts a a", "none twice"),
+    ("--hosts node1 localhost", "localhost is another machine on each of them"),
     ("--max-valu 5", "unrecognized"),
     ("--seed", "expected one argument"),
     ("stray", "unrecognized"),

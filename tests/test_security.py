@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
 import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import grpc
 import pytest
-from agentscope.rpc.rpc_agent_pb2 import CreateAgentRequest, StringMsg
-from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 from conftest import until
-from google.protobuf.empty_pb2 import Empty
+from strangers import attack
 
 from simulation.errors import ClusterError, SettingsError
 from simulation.placement import Endpoint
-from simulation.remote import CHANNEL_OPTIONS, handshake, use_key
+from simulation.remote import handshake, use_key
 from simulation.security import load, load_or_make
-
-
-class Payload:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def strangers(cluster, tmp_path):
-    """Channels as strangers would open them: plaintext, TLS without a certificate, TLS with a key of their own."""
-    key, other = load(cluster.path / ".cluster"), load_or_make(tmp_path / "other")
-    target = f"127.0.0.1:{cluster.base_port}"
-    yield "plaintext", grpc.insecure_channel(target)
-    no_certificate = grpc.ssl_channel_credentials(key.certificate)
-    yield "no certificate", grpc.secure_channel(target, no_certificate, options=CHANNEL_OPTIONS)
-    own = grpc.ssl_channel_credentials(key.certificate, other.private_key, other.certificate)
-    yield "another certificate", grpc.secure_channel(target, own, options=CHANNEL_OPTIONS)
 
 
 def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
@@ -48,27 +22,12 @@ def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
     try:
         log = cluster.path / f"run/servers/{cluster.base_port}.log"
         until(lambda: "group-0" in log.read_text(), 20, "the round has begun")
-        for name, channel in strangers(cluster, tmp_path):
-            with channel:
-                stub = RpcAgentStub(channel)
-                calls = [
-                    (stub.is_alive, Empty()),
-                    (
-                        stub.create_agent,
-                        CreateAgentRequest(agent_id="x", agent_init_args=pickle.dumps(Payload(written))),
-                    ),
-                    (stub.stop, Empty()),
-                    (stub.delete_all_agents, Empty()),
-                ]
-                for method, request in calls:
-                    with pytest.raises(grpc.RpcError) as refused:
-                        method(request, timeout=3)
-                    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE, name
-                with pytest.raises(grpc.RpcError):
-                    list(stub.download_file(StringMsg(value="/etc/passwd"), timeout=3))
+        certificate = load(cluster.path / ".cluster").certificate
+        became = attack(f"127.0.0.1:{cluster.base_port}", certificate, load_or_make(tmp_path / "other"), written)
     finally:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
+    assert len(became) == 15 and set(became.values()) == {"UNAVAILABLE"}, became
     assert not written.exists()
     assert cluster.summary()["rounds"][0]["answered"] == 100
 
