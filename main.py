@@ -273,7 +273,7 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
     refuse_borrowed()
     if not anything_listens(config.ports):
         return False  # the usual case on a laptop, told without waiting for AgentScope
-    from simulation.rounds import shake_hands
+    from simulation.readiness import shake_hands
 
     return bool(shake_hands(config, key)[0])
 

@@ -16,10 +16,11 @@ from simulation.game import INTERRUPTED, announcement_of
 from simulation.model import Usage
 from simulation.model_client import OUT_OF_TOKENS
 from simulation.placement import remote_run
+from simulation.readiness import check_cluster, check_models
 from simulation.replies import MODEL_SERVER
 from simulation.report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results import Played, RunDirectory, summarise
-from simulation.rounds import Simulation, check_cluster, check_models
+from simulation.rounds import Simulation
 from simulation.seating import Seat
 from simulation.security import ClusterKey
 
@@ -92,7 +93,7 @@ class Run:
                     if self.watch.stop_signal is not None or self.ended_early is not None:
                         break
                 if self.config.keep_agents:
-                    self.directory.write_agents([_agents_in(seat) for seat in simulation.seats])
+                    self.directory.write_agents([_agents_in(seat) for seat in simulation.cluster.seated])
         except SimulationError as error:
             if self.results or isinstance(error, (GameEnded, Interrupted)):
                 with contextlib.suppress(ResultsError):  # the first error is the one to tell
@@ -132,7 +133,7 @@ class Run:
         self._write("interrupted")
 
     def _note_losses(self, simulation: Simulation) -> None:
-        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.lost)]
+        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.cluster.lost)]
         self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
 
     def _look_after_models(self, simulation: Simulation) -> None:
@@ -143,7 +144,7 @@ class Run:
             self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
         elif self.watch.stop_signal is None and any(cause.startswith(MODEL_SERVER) for cause in failures):
             try:
-                check_models(self.config, simulation.living)
+                check_models(self.config, simulation.cluster.living)
             except ClusterError as error:
                 self.ended_early = str(error)
         if self.ended_early is not None:

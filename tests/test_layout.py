@@ -32,6 +32,8 @@ ROWS = [
     "moderator",
     "simulation.server",
     "simulation.launcher",
+    "simulation.readiness",
+    "simulation.cluster",
     "simulation.rounds",
     "simulation.results",
     "simulation.report",
