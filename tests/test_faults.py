@@ -64,8 +64,14 @@ def test_a_port_taken_by_another_program_is_named_and_left_alone(checkout):
     assert checkout.runs() == set()
 
 
+def kill_launcher(checkout) -> None:
+    """Let nobody start servers again that die."""
+    os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
+
+
 def test_a_dead_server_is_named_before_the_run(checkout):
     assert checkout.run("start_all_server.sh", "10").returncode == 0
+    kill_launcher(checkout)
     os.kill(checkout.pid(5), signal.SIGKILL)
     done = checkout.run("run_simulation.sh", "10", "100")
     assert done.returncode == 3
@@ -78,18 +84,23 @@ def test_a_dead_server_is_named_before_the_run(checkout):
     assert checkout.runs() == set()
 
 
-def test_a_server_that_dies_in_the_round_ends_the_game(checkout, tmp_path):
+def test_servers_that_all_die_end_the_game(checkout, tmp_path):
     assert checkout.run("start_all_server.sh", "2").returncode == 0
+    kill_launcher(checkout)
+    flags = ("2", "400", "--rounds", "3", "--sleep-time", "1", "--heartbeat-timeout", "2")
     with (tmp_path / "stderr").open("w+") as log:
-        game = checkout.start("run_simulation.sh", *BUSY, stderr=log)
-        until(lambda: "round 1: asking" in (tmp_path / "stderr").read_text(), 20, "the round has begun")
-        os.kill(checkout.pid(1), signal.SIGKILL)
+        game = checkout.start("run_simulation.sh", *flags, stderr=log)
+        until(lambda: "round 2: asking" in (tmp_path / "stderr").read_text(), 20, "round 2 has begun")
+        for offset in (0, 1):
+            os.kill(checkout.pid(offset), signal.SIGKILL)
         game.communicate(timeout=60)
     err = (tmp_path / "stderr").read_text()
     assert game.returncode == 4, err
-    assert f"round 1 cannot be finished: localhost:{checkout.base_port + 1}: " in last_line(err)
-    assert checkout.summary()["status"] == "failed"
-    assert checkout.summary()["cluster"]["lost"] == [f"localhost:{checkout.base_port + 1}"]
+    assert "round 2 cannot be finished: no participant server has answered for 2 s: localhost:" in last_line(err)
+    summary = checkout.summary()
+    assert summary["status"] == "failed" and [played["answered"] for played in summary["rounds"]] == [400]
+    assert sorted(summary["cluster"]["lost"]) == [f"localhost:{checkout.base_port + offset}" for offset in (0, 1)]
+    assert len(checkout.answers()) == 400
     assert checkout.run("stop_all_server.sh").returncode == 0
 
 

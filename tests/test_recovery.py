@@ -1,0 +1,195 @@
+"""Servers that die, hang or are cut off in mid-round, on four real hosts: no answer lost, made up or counted twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import until
+from hosts import BASE_PORT, NODES, SERVER_PER_HOST
+
+from simulation.config import SimulationConfig
+from simulation.game import Game, draw
+
+PARTICIPANTS = 8000
+CHAIR = BASE_PORT + SERVER_PER_HOST  # the moderator server of each host
+SOON = ("--heartbeat-timeout", "2")
+
+
+class Playing:
+    """A game under way on node1, with seed 7, and what it has logged so far."""
+
+    def __init__(self, hosts, log: Path, *flags: str) -> None:
+        self._node1 = hosts["node1"]
+        self._log = log
+        with log.open("w") as stderr:
+            command = ("run_simulation.sh", str(SERVER_PER_HOST), str(PARTICIPANTS), "--seed", "7", *flags)
+            self._process = self._node1.start(*command, stderr=stderr)
+
+    def logged(self, text: str, timeout_s: float = 60) -> None:
+        """Wait until a line of the log holds this text."""
+        until(lambda: text in self._log.read_text(), timeout_s, f"{text!r} in {self._log.read_text()}")
+
+    def end(self, status: int = 0, timeout_s: float = 120) -> dict:
+        """Wait for the end, check the exit status, and return summary.json."""
+        self._process.communicate(timeout=timeout_s)
+        assert self._process.returncode == status, self._log.read_text()
+        assert "Traceback" not in self._log.read_text()
+        return self._node1.summary()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def play(hosts, tmp_path):
+    return lambda *flags: Playing(hosts, tmp_path / "stderr", *flags)
+
+
+def drawn(rounds: int) -> list[int]:
+    """What an undisturbed game is answered, round by round."""
+    game = Game(7, SimulationConfig().max_value, 0, 0.0)
+    return [draw(game, number + 1, index) for number in range(rounds) for index in range(PARTICIPANTS)]
+
+
+def check_whole(hosts, summary: dict, rounds: int) -> None:
+    """Check that every participant was counted once in every round, with the answer of an undisturbed game."""
+    assert summary["status"] == "complete"
+    for played in summary["rounds"]:
+        assert (played["asked"], played["answered"], played["failed"]) == (PARTICIPANTS, PARTICIPANTS, 0)
+    assert hosts["node1"].values() == drawn(rounds)
+    averages = [
+        sum(drawn(rounds)[at : at + PARTICIPANTS]) / PARTICIPANTS
+        for at in range(0, rounds * PARTICIPANTS, PARTICIPANTS)
+    ]
+    assert [played["average"] for played in summary["rounds"]] == pytest.approx(averages)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that hangs, for as long as the context lasts."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("port", [BASE_PORT + 1, CHAIR], ids=["participant server", "moderator server"])
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_a_server_that_is_killed(hosts, play, port, dispatch):
+    flags = ("--participant-num", "400") if dispatch == "agent" else ()
+    game = play("--rounds", "2", "--sleep-time", "1", "--dispatch", dispatch, *flags)
+    game.logged("round 1: asking")
+    os.kill(hosts["node2"].pid_at(port), signal.SIGKILL)
+    summary = game.end()
+    first, second = summary["rounds"]
+    assert summary["cluster"]["lost"] == [f"node2:{port}"]
+    assert 0 < first["reassigned"] < first["asked"] and second["reassigned"] == 0
+    if dispatch == "group":
+        check_whole(hosts, summary, 2)
+    else:
+        assert hosts["node1"].values() == drawn(1)[:400] + [
+            draw(Game(7, 100, 0, 0.0), 2, index) for index in range(400)
+        ]
+
+
+@pytest.mark.parametrize("port", [BASE_PORT, CHAIR], ids=["participant server", "moderator server"])
+def test_a_server_that_hangs_and_comes_back(hosts, play, port):
+    game = play("--rounds", "4", "--sleep-time", "1", *SOON)
+    game.logged("round 1: asking")
+    with stopped(hosts["node3"].pid_at(port)):
+        game.logged(f"node3:{port} is lost: was not heard of for 2.", 20)
+        game.logged("round 2: asking")
+    game.logged(f"node3:{port} answers again, and plays from round", 20)
+    summary = game.end()
+    assert summary["cluster"]["lost"] == [f"node3:{port}"]
+    assert summary["rounds"][0]["reassigned"] > 0 and summary["rounds"][3]["reassigned"] == 0
+    check_whole(hosts, summary, 4)
+
+
+def test_a_host_that_is_cut_off_and_comes_back(hosts, play):
+    game = play("--rounds", "8", "--sleep-time", "1", *SOON)
+    game.logged("round 1: asking")
+    hosts.cut("node4")
+    try:
+        game.logged(f"node4:{BASE_PORT} is lost", 20)
+        game.logged("round 2: asking")
+    finally:
+        hosts.mend("node4")
+    game.logged(f"node4:{BASE_PORT} answers again", 30)
+    summary = game.end()
+    assert {name.partition(":")[0] for name in summary["cluster"]["lost"]} == {"node4"}
+    assert len(summary["cluster"]["lost"]) == SERVER_PER_HOST + 1
+    assert summary["rounds"][7]["reassigned"] == 0
+    check_whole(hosts, summary, 8)
+
+
+def test_slow_is_not_dead(hosts, play):
+    game = play("--sleep-time", "7", *SOON, "--lease", "2")
+    game.logged("answers in: 0 of 8,000", 20)
+    summary = game.end()
+    assert summary["cluster"]["lost"] == []
+    check_whole(hosts, summary, 1)
+
+
+def test_too_few_servers_end_the_game_with_what_was_played(hosts, play):
+    game = play("--rounds", "3", "--sleep-time", "1", "--min-servers", str(4 * SERVER_PER_HOST))
+    game.logged("round 2: asking")
+    os.kill(hosts["node2"].pid_at(BASE_PORT), signal.SIGKILL)
+    summary = game.end(status=4)
+    assert summary["status"] == "failed" and summary["cluster"]["lost"] == [f"node2:{BASE_PORT}"]
+    assert [played["answered"] for played in summary["rounds"]] == [PARTICIPANTS]
+    assert hosts["node1"].values() == drawn(1)
+    game.logged("error: round 2 cannot be finished: 15 of 16 participant servers are left; --min-servers asks for 16")
+
+
+def test_a_main_that_is_killed_is_resumed_on_other_hosts(hosts, play):
+    node1 = hosts["node1"]
+    game = play("--rounds", "4", "--sleep-time", "1")
+    game.logged("round 3: asking")
+    game.kill()
+    run = (node1.path / "runs/latest").resolve()
+    assert node1.summary()["status"] == "interrupted" and len(node1.summary()["rounds"]) == 2
+    resumed = node1.run("run_simulation.sh", "--resume", str(run), env={"HOSTS": "node1 node2 node3"})
+    assert resumed.returncode == 0, resumed.stderr
+    summary = node1.summary()
+    assert summary["run_id"] == run.name and summary["config"]["hosts"] == ["node1", "node2", "node3"]
+    check_whole(hosts, summary, 4)
+
+
+@pytest.mark.slow
+def test_a_server_is_killed_every_second_of_twenty_rounds(hosts, play):
+    """A different one each time, participant and moderator servers alike: the launchers start them again."""
+    dice = random.Random(11)
+    over = threading.Event()
+    killed: list[str] = []
+
+    def kill_one_every_second() -> None:
+        while not over.wait(1.0):
+            host, port = dice.choice(hosts.nodes), dice.randrange(BASE_PORT, CHAIR + 1)
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # not up again yet
+                os.kill(host.pid_at(port), signal.SIGKILL)
+                killed.append(f"{host.name}:{port}")
+
+    game = play("--rounds", "20", "--sleep-time", "0.5")
+    game.logged("round 1: asking")
+    chaos = threading.Thread(target=kill_one_every_second)
+    chaos.start()
+    try:
+        summary = game.end(timeout_s=170)
+    finally:
+        over.set()
+        chaos.join()
+    assert len(killed) > 10
+    assert set(summary["cluster"]["lost"]) <= set(killed)
+    assert sum(played["reassigned"] for played in summary["rounds"]) > 0
+    check_whole(hosts, summary, 20)
+    assert set(summary["config"]["hosts"]) == set(NODES)

@@ -1,0 +1,172 @@
+"""Runs that are gone on with, and what participants remember when they were made anew; on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from conftest import one_line, until
+
+from simulation.game import INTERRUPTED
+
+ROUNDS = ("--rounds", "4")
+# Every answer follows from the participant's own answers so far: one who has forgotten them gives others.
+MINDFUL = """
+import asyncio, pathlib
+from participant import Participant
+class Mindful(Participant):
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.own = []
+    def recall(self, numbers):
+        self.own = list(numbers)
+    async def answer(self, question):
+        number = (self.index + sum(2 * own + 1 for own in self.own if own is not None)) % 101
+        if question.round == 2 and self.index % 50 == 7:
+            self.own.append(None)
+            raise ValueError("I pass")
+        self.own.append(number)
+        await asyncio.sleep({think_s})
+        return number
+"""
+
+
+@pytest.fixture
+def mindful(checkout):
+    (checkout.path / "mindful.py").write_text(MINDFUL.format(think_s=0.7))
+    return ("--agent-class", "mindful.py:Mindful", *ROUNDS)
+
+
+def log_of(checkout):
+    return (checkout.path / "stderr").read_text()
+
+
+def play(checkout, *arguments):
+    """Start a game in the background, its log in a file."""
+    with (checkout.path / "stderr").open("w") as stderr:
+        return checkout.start("run_simulation.sh", *arguments, stderr=stderr)
+
+
+def test_participants_who_are_made_anew_remember(checkout, mindful):
+    assert checkout.run("start_all_server.sh", "3").returncode == 0
+    checkout.play("3", "300", *mindful, status=4)
+    undisturbed = checkout.answers()
+    assert sum(row["failure"] is not None for row in undisturbed) == 6
+    game = play(checkout, "3", "300", *mindful)
+    until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
+    os.kill(checkout.pid(1), signal.SIGKILL)
+    game.communicate(timeout=60)
+    assert game.returncode == 4, log_of(checkout)
+    assert checkout.answers() == undisturbed
+    assert [played["reassigned"] for played in checkout.summary()["rounds"]] == [0, 0, 100, 0]
+    assert checkout.run("stop_all_server.sh").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, number):
+    checkout.play("3", "300", *mindful, status=4)
+    undisturbed, whole = checkout.answers(), checkout.summary()
+    game = play(checkout, "2", "300", *mindful)
+    until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
+    game.send_signal(number)
+    game.communicate(timeout=30)
+    until(lambda: not checkout.processes(), 10, "its servers have ended")
+    run = (checkout.path / "runs/latest").resolve()
+    before = checkout.summary()
+    assert before["status"] == "interrupted"
+    resumed = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "5")
+    assert resumed.returncode == 4, resumed.stderr
+    assert "has played 2 of 4 rounds" in resumed.stderr and "round 2: asking" not in resumed.stderr
+    assert (checkout.path / "runs/latest").resolve() == run
+    assert checkout.answers() == undisturbed
+    summary = checkout.summary()
+    assert summary["run_id"] == before["run_id"] and summary["config"]["server_per_host"] == 5
+    assert summary["status"] == "partial" and summary["seconds"]["total"] > before["seconds"]["total"]
+    for one, other in zip(summary["rounds"], whole["rounds"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("answers.parquet", "histogram.png", "summary.json"),
+    ]
+
+
+def test_a_run_that_is_over_can_be_played_on(checkout):
+    checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "4")
+    four = checkout.answers()
+    run = checkout.path / "runs/two"
+    checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "2", "--run-dir", str(run))
+    again = checkout.run("run_simulation.sh", "--resume", str(run))
+    assert again.returncode == 0 and "asking" not in again.stderr and "starting" not in again.stderr
+    assert checkout.answers(run) == four[:100]
+    longer = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "4")
+    assert longer.returncode == 0, longer.stderr
+    assert checkout.answers(run) == four and checkout.summary(run)["status"] == "complete"
+    shorter = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3")
+    assert shorter.returncode == 2 and "has played 4 already" in one_line(shorter.stderr)
+
+
+def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
+    summary = checkout.play("2", "50", "--seed", "7", "--sleep-time", "0")
+    run = checkout.path / "runs" / summary["run_id"]
+    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    refused = {
+        ("--resume", "runs/latest", "--seed", "8"): "--seed 8: the run in runs/latest was begun with 7, which stays",
+        ("--resume", "runs/latest", "--participant-num", "51"): "was begun with 50",
+        ("--resume", "runs/latest", "--run-dir", "elsewhere"): "--run-dir: does not go with --resume",
+        ("--resume", "runs/none"): "cannot read its summary.json",
+        ("--resume",): "--resume needs the folder of a run",
+        ("2", "50", "--run-dir", "runs/latest"): "go on with that run: --resume runs/latest",
+    }
+    for arguments, message in refused.items():
+        done = checkout.run("run_simulation.sh", *arguments)
+        assert done.returncode == 2 and message in one_line(done.stderr), done.stderr
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+
+
+def test_a_run_under_way_is_not_resumed(checkout):
+    game = play(checkout, "2", "50", "--sleep-time", "5")
+    until((checkout.path / "runs/latest/summary.json").exists, 30, "it has begun")
+    second = checkout.run("run_simulation.sh", "--resume", "runs/latest")
+    assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
+    game.communicate(timeout=30)
+    assert game.returncode == 0 and checkout.summary()["status"] == "complete"
+
+
+def test_rounds_recorded_but_not_yet_told_are_played_again(checkout):
+    """As after a kill between two files: the summary says what is finished, whatever else lies there."""
+    checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "3")
+    three = checkout.answers()
+    run = (checkout.path / "runs/latest").resolve()
+    summary = json.loads((run / "summary.json").read_text())
+    shutil.copy(run / "answers.parquet", run / "answers-00009.parquet")
+    (run / "summary.json").write_text(json.dumps({**summary, "status": INTERRUPTED, "rounds": summary["rounds"][:1]}))
+    resumed = checkout.run("run_simulation.sh", "--resume", str(run))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "has played 1 of 3 rounds" in resumed.stderr
+    assert checkout.answers() == three and not list(run.glob("answers-*"))
+
+
+def test_a_server_that_dies_is_started_again_until_that_is_in_vain(checkout):
+    assert checkout.run("start_all_server.sh", "2", env={"MODERATOR_NUM": "1"}).returncode == 0
+    launcher = checkout.path / "run/servers/launcher.log"
+
+    def restarts():
+        rows = checkout.run("start_all_server.sh", "--status").stdout.splitlines()
+        return [row.split()[-1] for row in rows[1:]] if all("answer" not in row for row in rows) else None
+
+    first = checkout.pid(0)
+    os.kill(first, signal.SIGKILL)
+    assert until(restarts, 20, "all answer again") in (["1", "0", "0"], ["0", "0", "0"])
+    until(lambda: restarts() == ["1", "0", "0"], 20, "the restart is told")
+    assert checkout.pid(0) != first
+    port = checkout.base_port
+    assert f"the server on port {port} was ended by SIGKILL: starting it again" in launcher.read_text()
+    (checkout.path / "configs/model_configs.json").write_text("no JSON")  # what a server reads before it is ready
+    os.kill(checkout.pid(0), signal.SIGKILL)
+    given_up = f"the server on port {port} ended with exit status 2 before it was ready 3 times in a row"
+    until(lambda: given_up in launcher.read_text(), 30, "it is given up")
+    status = checkout.run("start_all_server.sh", "--status")
+    assert status.returncode == 3 and "does not answer after 4 restarts" in status.stdout
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
