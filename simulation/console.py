@@ -17,6 +17,7 @@ from rich.text import Text
 from simulation.config import ROOT
 
 LINE_EVERY_S = 5.0
+SAME_SIGNAL_S = 1.0  # `timeout` and others signal a process and then its whole group
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
 
@@ -50,6 +51,7 @@ class ProgressWatch:
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
+        self._signalled_at = 0.0
         self._stage = ""
         self._bar: Progress | None = None
         self._began = self._last_line = 0.0
@@ -85,9 +87,12 @@ class ProgressWatch:
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None:
+            if time.monotonic() < self._signalled_at + SAME_SIGNAL_S:
+                return
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
             os._exit(128 + number)
+        self._signalled_at = time.monotonic()  # first, as the next signal may come before the next line
         self.stop_signal = number
         # not the log: its lock may be held by the very code that is interrupted here
         os.write(2, b"stopping; results so far are kept (once more to end at once)\n")

@@ -9,11 +9,14 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import is_free, until
+
+from simulation import console
 
 BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
 
@@ -160,10 +163,16 @@ def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status
         "        await asyncio.sleep(600 * (self.index >= 30))\n"
         f"        pathlib.Path({str(checkout.path)!r}, f'answered-{{self.index}}').touch()\n        return 50\n"
     )
-    game = checkout.start("run_simulation.sh", "2", "100", "--rounds", "3", "--agent-class", f"{mine}:Mine")
-    until(lambda: len(list(checkout.path.glob("answered-*"))) == 30, 20, "those who answer have answered")
-    game.send_signal(number)
-    out, err = game.communicate(timeout=20)
+    log = checkout.path / "stderr"
+    with log.open("w") as stderr:
+        flags = ("--rounds", "3", "--agent-class", f"{mine}:Mine")
+        game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
+        until(lambda: len(list(checkout.path.glob("answered-*"))) == 30, 20, "those who answer have answered")
+        game.send_signal(number)
+        until(lambda: "results so far are kept" in log.read_text(), 10, "it is heard")
+        os.killpg(game.pid, number)  # as `timeout` does, which signals its child and then the group
+        out, _ = game.communicate(timeout=20)
+    err = log.read_text()
     assert game.returncode == status, err
     assert "Traceback" not in err and "stopped the 6 agent servers" in err
     summary = checkout.summary()
@@ -208,10 +217,21 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
         game.send_signal(signal.SIGINT)
         until(lambda: "once more to end at once" in log.read_text(), 10, "the first one is heard")
         began = time.monotonic()
-        game.send_signal(signal.SIGINT)
+        until(lambda: game.send_signal(signal.SIGINT) or game.poll() is not None, 10, "another one is heard")
         game.communicate(timeout=20)
-    assert game.returncode == 130 and time.monotonic() - began < 2 and "Traceback" not in log.read_text()
+    assert game.returncode == 130 and time.monotonic() - began < console.SAME_SIGNAL_S + 2
+    assert "Traceback" not in log.read_text()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    ended, clock, watch = [], [100.0], console.ProgressWatch()
+    monkeypatch.setattr(console.os, "_exit", ended.append)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for later, exits in ((0, []), (0.001, []), (0.9, []), (0.2, [143])):  # seconds after the one before
+        clock[0] += later
+        watch._signalled(signal.SIGTERM, None)
+        assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
 
 
 def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
