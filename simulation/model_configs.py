@@ -18,6 +18,9 @@ from simulation.errors import SettingsError
 
 MODEL_TYPE = "openai_chat"
 OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
+ELSEWHERE = {"http_client": "is this program's own"} | dict.fromkeys(
+    ("api_key", "organization"), "stands beside client_args, not in it"
+)
 KNOWN = {"config_name", "model_type", "model_name", "api_key", "organization", "client_args", "generate_args"}
 
 
@@ -85,7 +88,7 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
         entries = json.loads(Path(path).read_text())
     except OSError as error:
         raise SettingsError(f"--model-configs {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise SettingsError(f"--model-configs {path}: is not JSON: {error}") from None
     entries = [entries] if isinstance(entries, dict) else entries
     if not isinstance(entries, list) or not entries:
@@ -123,14 +126,30 @@ def _trouble_with(entry: Any) -> str | None:
     for name in ("max_tokens", "max_completion_tokens"):
         limit = generate_args.get(name, 1) if isinstance(generate_args, dict) else 1
         troubles[f"generate_args: {name} must be a whole number from 1"] = type(limit) is not int or limit < 1
-    troubles["client_args needs a base_url such as http://localhost/v1"] = not _is_address(entry)
+    client_args = entry["client_args"] if isinstance(entry.get("client_args"), dict) else {}
+    for name, where in ELSEWHERE.items():
+        troubles[f"client_args holds {name}, which {where}"] = name in client_args
+    headers = client_args.get("default_headers") or {}
+    troubles["client_args: default_headers must be an object"] = not isinstance(headers, dict)
+    sent = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
+    sent["client_args: default_headers"] = [*headers, *headers.values()] if isinstance(headers, dict) else []
+    for name, texts in sent.items():
+        troubles[f"{name} must hold printable ASCII characters only"] = not all(map(_fits_a_header, texts))
+    url = "client_args needs a base_url such as http://localhost/v1, without blanks, ? or #"
+    troubles[url] = not _is_address(entry)
     return next((trouble for trouble, there in troubles.items() if there), None)
+
+
+def _fits_a_header(text: Any) -> bool:
+    return isinstance(text, str) and text.isascii() and text.isprintable()
 
 
 def _is_address(entry: dict[str, Any]) -> bool:
     try:
-        url = urlsplit(_url_of(entry))
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and "@" not in url.netloc
+        text = _url_of(entry)
+        url = urlsplit(text)
+        plain = text.isprintable() and not set(text) & set(" ?#") and "@" not in url.netloc
+        return plain and url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except (KeyError, AttributeError, ValueError, TypeError):
         return False
 

@@ -27,6 +27,7 @@ ENTRY = {
     "model_name": "m",
     "client_args": {"base_url": "http://localhost/v1"},
 }
+URL = ENTRY["client_args"]
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
@@ -174,6 +175,20 @@ def test_entries_written_out_keep_their_addresses(tmp_path):
         ([ENTRY | {"client_args": {"base_url": "localhost:8010"}}], "needs a base_url"),
         ([ENTRY | {"client_args": {"base_url": "http://localhost:x/v1"}}], "needs a base_url"),
         ([ENTRY | {"client_args": {"base_url": "http://me:secret@localhost/v1"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http:// localhost/v1"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http://localhost/v1 "}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http://local\thost/v1"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": {"base_url": "http://localhost/v1?a=b"}}], "without blanks, ? or #"),
+        ([ENTRY | {"client_args": {"base_url": "http://localhost/v1#a"}}], "needs a base_url"),
+        ([ENTRY | {"client_args": URL | {"api_key": "secret"}}], "client_args holds api_key, which stands beside"),
+        ([ENTRY | {"client_args": URL | {"http_client": None}}], "client_args holds http_client"),
+        ([ENTRY | {"client_args": URL | {"default_headers": {"X": "a\nb"}}}], "default_headers must hold printable"),
+        ([ENTRY | {"client_args": URL | {"default_headers": ["X"]}}], "default_headers must be an object"),
+        ([ENTRY | {"api_key": "secret\r\nX: y"}], "api_key must hold printable ASCII"),
+        ([ENTRY | {"api_key": "schlüssel"}], "api_key must hold printable ASCII"),
+        ([ENTRY | {"organization": 5}], "organization must hold printable ASCII"),
+        ("[" * 100_000, "is not JSON"),
+        ('[{"a":' * 100_000, "is not JSON"),
         ([ENTRY | {"generate_args": {"max_tokens": None}}], "max_tokens must be a whole number"),
         ([ENTRY | {"client_args": "x"}], "client_args must be an object"),
         ([ENTRY | {"generate_args": {"n": 3}}], "generate_args holds n"),
@@ -185,7 +200,7 @@ def test_entries_written_out_keep_their_addresses(tmp_path):
 def test_a_mistake_in_the_file_is_named(tmp_path, entries, trouble):
     with pytest.raises(SettingsError, match=r"models\.json") as caught:
         read_models(config_with(tmp_path, entries))
-    assert trouble in str(caught.value)
+    assert trouble in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_an_api_key_is_shown_nowhere(tmp_path):
