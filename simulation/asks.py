@@ -71,6 +71,7 @@ class Ask:
         self.asked_at = time.monotonic()
         self.troubles = 0  # in a row
         self.cause: str | None = None  # of the last one
+        self.got_one = False  # one answer alone, when several brought trouble
         self.set_aside = 0.0  # tokens, by its purse
 
     def cut(self, count: int) -> Ask:
@@ -98,6 +99,7 @@ class Ask:
         """The same for others."""
         part = Ask(self.purse, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline)
         part.asked_at, part.troubles, part.cause = self.asked_at, self.troubles, self.cause
+        part.got_one = self.got_one
         return part
 
     def give_up(self, cause: str) -> None:

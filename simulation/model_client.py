@@ -24,6 +24,7 @@ ANSWERS_IN_FLIGHT = 512  # twice the sequences that vLLM runs at a time (max_num
 POLL_S, LONGEST_POLL_S = 0.005, 0.05  # between two looks at a limit that other processes use up
 TICK_S = 0.25  # between two looks at who has waited too long
 GARBLED_REPLIES = 8  # in a row, for one request
+TROUBLES_WITH_N = 3  # in a row, before one answer is asked for instead of several
 NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
 OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 
@@ -168,17 +169,41 @@ class ModelClient:
             self._ticking = None
 
     async def _serve(self, batch: Ask, count: int) -> None:
-        """One request, and what comes of it."""
+        """One request, and what comes of it; after trouble that n may have brought, one more for a single answer."""
+        try:
+            reply = await self._request(batch, count)
+            if isinstance(reply, Trouble) and count > 1 and self._doubts_n(batch, reply):
+                trouble, count, reply = reply, 1, await self._request(batch, 1)
+                if isinstance(reply, Reply):
+                    if batch.got_one or not trouble.again:
+                        self._ask_one_each(batch, f"has trouble with several answers in one request ({trouble})")
+                    batch.got_one = True
+            if isinstance(reply, Trouble):
+                self._trouble(batch, reply)
+            else:
+                self._answered(batch, count, reply)
+        except Exception as error:  # noqa: BLE001 - whatever it is: the participants must hear of it
+            batch.give_up(one_line(error))
+
+    async def _request(self, batch: Ask, count: int) -> Reply | Trouble:
+        """One attempt, and its price."""
         try:
             reply = await self._post(batch, count)
         except Trouble as trouble:
             batch.purse.settle(batch, trouble.tokens, False)
-            self._trouble(batch, count, trouble)
-        except Exception as error:  # noqa: BLE001 - whatever it is: the participants must hear of it
-            batch.give_up(one_line(error))
-        else:
-            batch.purse.settle(batch, reply.tokens, True)  # before anybody can ask what was spent
-            self._answered(batch, count, reply)
+            return trouble
+        batch.purse.settle(batch, reply.tokens, True)  # before anybody can ask what was spent
+        return reply
+
+    def _doubts_n(self, batch: Ask, trouble: Trouble) -> bool:
+        """Whether to ask for one answer at once: a refusal is clear, other trouble only if it comes again and again."""
+        clear = not trouble.again or batch.got_one or batch.troubles + 1 >= TROUBLES_WITH_N
+        return trouble.perhaps_n and clear and batch.purse.afford(batch, 1) == 1
+
+    def _ask_one_each(self, batch: Ask, why: str) -> None:
+        if batch.purse not in self._one_each:
+            self._one_each.add(batch.purse)
+            logger.warning(f"{batch.config.address} {why}: asking for one each")
 
     async def _post(self, batch: Ask, count: int) -> Reply:
         """One attempt. Raises Trouble."""
@@ -194,33 +219,29 @@ class ModelClient:
         self._troubles = 0
         self._last_cause = NO_ANSWER
         outcomes = list(reply.texts[:count])
-        if count > 1 and len(outcomes) == 1 and batch.purse not in self._one_each:
-            self._one_each.add(batch.purse)
-            logger.warning(f"{batch.config.address} gives one answer where {count} were asked for: asking for one each")
-        served = [batch.waiting.pop() for _ in outcomes]
-        batch.deliver(served, outcomes, batch.deadline or 0.0)
+        if count > 1:
+            batch.got_one = False
+            if len(outcomes) == 1:
+                self._ask_one_each(batch, f"gives one answer where {count} were asked for")
+        batch.deliver(batch.waiting[: -len(outcomes) - 1 : -1], outcomes, batch.deadline or 0.0)
+        del batch.waiting[-len(outcomes) :]
         if batch.waiting:
             batch.troubles, batch.cause = 0, None
             self.put([batch], first=True)
 
-    def _trouble(self, batch: Ask, count: int, trouble: Trouble) -> None:
+    def _trouble(self, batch: Ask, trouble: Trouble) -> None:
         """What becomes of a request that brought nothing: once more, now or later, or the end."""
         cause = str(trouble)
         batch.troubles += 1
         batch.cause = self._last_cause = cause
-        if trouble.refused and count > 1:  # n, or something else? asked for one, the server will say
-            self._one_each.add(batch.purse)
-            logger.warning(
-                f"{batch.config.address} refuses {count} answers in one request ({cause}): asking for one each"
-            )
-            self.put([batch], first=True)
-        elif not trouble.again or (trouble.garbled and batch.troubles >= GARBLED_REPLIES):
+        if not trouble.again or (trouble.garbled and batch.troubles >= GARBLED_REPLIES):
             same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
             for ask in [batch, *(same if trouble.refused else [])]:  # none of them would fare better
                 ask.give_up(cause)
         elif trouble.endpoint:
-            self._troubles += 1
-            pause = min(pause_s(self._troubles, trouble.retry_after_s, random.random()), self._left_s(batch))
+            if time.monotonic() >= self._resting_until:  # else it is of the same burst as the one before
+                self._troubles += 1
+            pause = min(pause_s(max(self._troubles, 1), trouble.retry_after_s, random.random()), self._left_s(batch))
             self._resting_until = max(self._resting_until, time.monotonic() + pause)
             self.put([batch], first=True)
         else:

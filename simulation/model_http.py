@@ -14,9 +14,11 @@ import httpx2
 import openai
 
 from simulation.model_configs import ModelConfig, is_within
-from simulation.replies import MODEL_SERVER, Reply, Trouble, read_reply
+from simulation.replies import MODEL_SERVER, Reply, Trouble, in_one_line, read_reply
 
 REPLY_BYTES = 256 * 2**20
+LOST = "connection lost"
+MODELS_SHOWN, NAME_SHOWN = 5, 80  # of what a server says that it serves, and characters of each
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5
 
 
@@ -25,6 +27,9 @@ class ModelHttp:
 
     Attributes:
         url: The address, up to and with `/v1`.
+
+    Raises:
+        ValueError: A header, of the environment perhaps, holds what no header can.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -50,6 +55,9 @@ class ModelHttp:
         said = {**settings.default_headers, **settings.auth_headers}
         self._headers = httpx2.Headers({name: value for name, value in said.items() if isinstance(value, str)})
         self._headers["content-type"] = "application/json"
+        for name, value in self._headers.items():
+            if not value.isprintable():
+                raise ValueError(f"the header {name} holds characters that cannot be sent")
         self._completions = httpx2.URL(self.url + "/chat/completions")
 
     async def check(self, model: str, timeout_s: float) -> str | None:
@@ -57,20 +65,21 @@ class ModelHttp:
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._client.get(self.url + "/models", headers=self._headers)
+            if reply.status_code in (401, 403) or reply.status_code >= 500:
+                return f"answers with HTTP {reply.status_code}"
+            listed = reply.json() if reply.status_code == 200 else {}
         except TimeoutError:
             return f"does not answer within {timeout_s:g} s"
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             return f"does not answer: {_connection_cause(error)}"
-        if reply.status_code in (401, 403) or reply.status_code >= 500:
-            return f"answers with HTTP {reply.status_code}"
-        try:
-            listed = reply.json() if reply.status_code == 200 else {}
-        except ValueError:
+        except (ValueError, RecursionError):  # no HTTP, no JSON, or JSON that is nested too deep
             return "answers, but is no server of the OpenAI API"
         data = listed.get("data") if isinstance(listed, dict) else None
-        served = [str(each.get("id")) for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        ids = [each.get("id") for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+        served = [each for each in ids if isinstance(each, str)]
         if served and model not in served:
-            return f"serves {', '.join(served[:5])}, not {model}"
+            shown = ", ".join(in_one_line(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])
+            return f"serves {shown}, not {model}"
         return None
 
     async def post(self, body: bytes, timeout_s: float) -> Reply:
@@ -83,7 +92,10 @@ class ModelHttp:
         except TimeoutError:
             raise
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise Trouble(f"{MODEL_SERVER}: {_connection_cause(error)}", endpoint=True) from None
+            cause = _connection_cause(error)
+            raise Trouble(f"{MODEL_SERVER}: {cause}", endpoint=True, perhaps_n=cause == LOST) from None
+        except ValueError:  # of a library that met what no HTTP server sends
+            raise Trouble(f"{MODEL_SERVER}: the reply is not HTTP", garbled=True) from None
         return read_reply(response.status_code, response.headers, received, time.time())
 
 
@@ -112,7 +124,7 @@ def _connection_cause(error: BaseException | None) -> str:
         if isinstance(chain, aiohttp.ClientConnectorDNSError):
             return "no address is known for its host"
         chain = chain.__cause__ or chain.__context__ or _os_error(chain)
-    return "connection lost"
+    return LOST
 
 
 def _os_error(error: BaseException) -> BaseException | None:

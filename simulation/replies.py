@@ -11,13 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simulation.errors import UnusableAnswer, one_line
+
 BUSY = (429, 503)  # the server asks everyone to wait
 REFUSED_REQUEST = (400, 422)  # something in the request itself
-PASSING = (408, 409, 425)  # and every 5xx
+DENIED = (401, 403)  # whatever the request says
+PASSING = (408, 409, 425)  # and every 5xx but 501, "not implemented"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "answer withheld by a content filter"}
 NO_TEXT = "no text in the answer"
 WORDS_SHOWN = 120
+MOST_TOKENS = 10**12  # of one request; more is no count
 MODEL_SERVER = "model server"  # how the causes begin that are no participant's doing
 
 
@@ -37,6 +41,7 @@ class Trouble(Exception):
         endpoint: Whether the server is in trouble as a whole, so that others had better wait too.
         garbled: Whether the server did answer, but nothing that can be read.
         refused: Whether the server refused what the request says.
+        perhaps_n: Whether the server may have no trouble but with n, the number of answers in one request.
         retry_after_s: How long the server asked us to wait.
         tokens: What it cost all the same, if the server says so.
     """
@@ -49,6 +54,7 @@ class Trouble(Exception):
         endpoint: bool = False,
         garbled: bool = False,
         refused: bool = False,
+        perhaps_n: bool = True,
         retry_after_s: float = 0.0,
         tokens: Tokens | None = None,
     ) -> None:
@@ -57,6 +63,7 @@ class Trouble(Exception):
         self.endpoint = endpoint
         self.garbled = garbled
         self.refused = refused
+        self.perhaps_n = perhaps_n
         self.retry_after_s = retry_after_s
         self.tokens = tokens
 
@@ -75,7 +82,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
         raise _refusal(status, headers, body, now)
     try:
         reply = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested too deep
         raise Trouble(f"{MODEL_SERVER}: the reply is not JSON", garbled=True) from None
     choices = reply.get("choices") if isinstance(reply, dict) else None
     tokens = _tokens_of(reply)
@@ -90,24 +97,28 @@ def _text_of(choice: Any) -> tuple[str | None, str | None]:
     text = message.get("content") if isinstance(message, dict) else None
     if not isinstance(text, str):
         return None, NO_TEXT
-    return text, CUT_OFF.get(str(choice.get("finish_reason")))
+    reason = choice.get("finish_reason")
+    return text, CUT_OFF.get(reason) if isinstance(reason, str) else None
 
 
 def _tokens_of(reply: Any) -> Tokens | None:
     usage = reply.get("usage") if isinstance(reply, dict) else None
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (count if isinstance(count, int) and count >= 0 else None for count in counts)
+    prompt, completion = (count if type(count) is int and 0 <= count <= MOST_TOKENS else None for count in counts)
     return None if prompt is None or completion is None else Tokens(prompt, completion)
 
 
 def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Trouble:
     cause = f"{MODEL_SERVER}: HTTP {status}"
     if status in BUSY:
-        return Trouble(cause, endpoint=True, retry_after_s=retry_after(headers.get("retry-after"), now))
-    if status >= 500 or status in PASSING:
+        return Trouble(
+            cause, endpoint=True, perhaps_n=False, retry_after_s=retry_after(headers.get("retry-after"), now)
+        )
+    if (status >= 500 and status != 501) or status in PASSING:
         return Trouble(cause, retry_after_s=retry_after(headers.get("retry-after"), now))
     words = _words_of(body)
-    return Trouble(f"{cause}: {words}" if words else cause, again=False, refused=status in REFUSED_REQUEST)
+    said = f"{cause}: {words}" if words else cause
+    return Trouble(said, again=False, refused=status in REFUSED_REQUEST, perhaps_n=status not in DENIED)
 
 
 def _words_of(body: bytes) -> str:
@@ -116,9 +127,14 @@ def _words_of(body: bytes) -> str:
         reply = json.loads(body)
         error = reply.get("error", reply)
         words = error.get("message") if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
+        return in_one_line(words, WORDS_SHOWN) if words else ""
+    except (ValueError, AttributeError, RecursionError):
         return ""
-    return " ".join(str(words or "").split())[:WORDS_SHOWN]
+
+
+def in_one_line(words: Any, limit: int) -> str:
+    """What a stranger says, fit to be printed: one line of at most `limit` characters that steers no terminal."""
+    return one_line(UnusableAnswer(str(words)), limit)
 
 
 def retry_after(value: str | None, now: float) -> float:
@@ -132,7 +148,7 @@ def retry_after(value: str | None, now: float) -> float:
         pass
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - now, 0.0)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

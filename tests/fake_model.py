@@ -11,7 +11,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -26,6 +26,9 @@ HABITS = {
     "garbage": (200, {"Content-Type": "application/json"}, '{"choices": [{"mess'),
     "not an object": (200, {"Content-Type": "application/json"}, "37"),
     "no choices": (200, {"Content-Type": "application/json"}, '{"choices": [], "usage": null}'),
+    "an error with 200": (200, {"Content-Type": "application/json"}, '{"error": {"message": "no"}}'),
+    "501": (501, {}, ""),
+    "nested": (200, {"Content-Type": "application/json"}, '{"choices":[' * 100_000),
     "null choices": (200, {"Content-Type": "application/json"}, '{"choices": null}'),
 }
 PROMPT_TOKENS, ANSWER_TOKENS = 50, 3
@@ -39,6 +42,7 @@ class FakeModel:
         self.port = port
         self.delay_s = delay_s
         self.model = "participant-model"
+        self.listed: Callable[[Any], str] | None = None  # how the list of models is written
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.texts: list[str] = []
@@ -91,7 +95,7 @@ class FakeModel:
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
     async def _models(self, _request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self.model}]})
+        return web.json_response({"object": "list", "data": [{"id": self.model}]}, dumps=self.listed or json.dumps)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -123,8 +127,14 @@ class FakeModel:
             assert request.transport is not None
             request.transport.abort()
             return response
+        if habit == "odd status line":
+            assert request.transport is not None
+            request.transport.write(b"HTTP/1.1 200 \xff\xfe\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
+            request.transport.close()
         if habit == "refuses n" and asked > 1:
             return web.json_response({"error": {"message": "n must be 1"}}, status=400)
+        if habit.startswith("with n: ") and asked > 1:
+            return await self._answer(request, body, habit.removeprefix("with n: "))
         given = {"ignores n": 1, "gives one fewer": max(asked - 1, 1), "gives one more": asked + 1}.get(habit, asked)
         said = {
             "null": None,
@@ -145,4 +155,6 @@ class FakeModel:
         if habit == "paid, but empty":
             choices = []
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": ANSWER_TOKENS * given}
+        if habit == "absurd usage":
+            usage["prompt_tokens"] = 10**400
         return web.json_response({"choices": choices} | ({} if habit == "keeps mum" else {"usage": usage}))

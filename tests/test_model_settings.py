@@ -86,6 +86,26 @@ def test_a_reply_is_read_choice_by_choice():
     assert reply.texts[0][0] == "37" and reply.tokens is None  # half of the usage is none
 
 
+@pytest.mark.parametrize("count", [pytest.param(10**400, id="401 digits"), 10**12 + 1, -1, True, 5.0, "5", None, [5]])
+def test_an_absurd_usage_is_none(count):
+    reply = {"choices": [{"message": {"content": "37"}}], "usage": {"prompt_tokens": 5, "completion_tokens": count}}
+    assert read_reply(200, {}, json.dumps(reply).encode(), 0.0).tokens is None
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_reply_nested_without_end_is_a_trouble(status):
+    for body in (b"[" * 100_000, b'{"error":' * 100_000, b'{"choices":[' * 100_000):
+        with pytest.raises(Trouble) as caught:
+            read_reply(status, {}, body, 0.0)
+        assert caught.value.garbled == (status == 200)
+
+
+def test_what_a_server_says_steers_no_terminal():
+    with pytest.raises(Trouble) as caught:
+        read_reply(404, {}, json.dumps({"error": {"message": "\x1b[2Jno\n" + "x" * 500}}).encode(), 0.0)
+    assert str(caught.value).startswith("model server: HTTP 404: \\x1b[2Jno xxx") and len(str(caught.value)) < 150
+
+
 @pytest.mark.parametrize(
     ("status", "body", "again", "endpoint", "garbled"),
     [
@@ -99,6 +119,10 @@ def test_a_reply_is_read_choice_by_choice():
         (301, b"", False, False, False),
         (400, b'{"error": {"message": "n"}}', False, False, False),
         (401, b'{"error": "key"}', False, False, False),
+        (403, b"", False, False, False),
+        (404, b"", False, False, False),
+        (501, b"", False, False, False),
+        (502, b"", True, False, False),
     ],
 )
 def test_every_other_reply_is_a_trouble(status, body, again, endpoint, garbled):
@@ -107,6 +131,7 @@ def test_every_other_reply_is_a_trouble(status, body, again, endpoint, garbled):
     trouble = caught.value
     assert (trouble.again, trouble.endpoint, trouble.garbled) == (again, endpoint, garbled)
     assert trouble.refused == (status == 400) and str(trouble).startswith("model server: ")
+    assert trouble.perhaps_n == (status not in (401, 403, 429, 503))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,7 @@ def test_every_other_reply_is_a_trouble(status, body, again, endpoint, garbled):
         ("soon", 0),
         ("Thu, 01 Jan 1970 00:01:40 GMT", 90),
         ("Thu, 01 Jan 1970 00:00:01 GMT", 0),
+        ("Thu, 01 Jan 99999999999 00:00:01 GMT", 0),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value, seconds):

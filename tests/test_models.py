@@ -22,12 +22,13 @@ from simulation.errors import UnusableAnswer
 from simulation.game import Announcement, Game, Sampling, question_for
 from simulation.group import INTERRUPTED, ParticipantGroup
 from simulation.model import Chat, check_models, load_models
-from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS
+from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS, TROUBLES_WITH_N
 from simulation.replies import CUT_OFF, NO_TEXT
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
-TROUBLES += ["reset", "breaks off", "null", "words", "out of range", "cut off"]
+TROUBLES += ["an error with 200", "nested", "odd status line", "absurd usage", "reset", "breaks off", "null", "words"]
+TROUBLES += ["out of range", "cut off"]
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_every_trouble_passes(play, fake_of, trouble):
     fake = fake_of(trouble, trouble)
     group = play(fake, 150)
     assert tally_of(group).answered == 150
-    assert group.usage().retries >= 1
+    assert group.usage().retries >= (trouble != "absurd usage")
     if trouble == "429 for 1 s":
         assert fake.times[-1] - fake.times[0] > 0.9
 
@@ -109,6 +110,8 @@ def test_every_trouble_passes(play, fake_of, trouble):
     [
         ("html", "the reply is not JSON"),
         ("garbage", "the reply is not JSON"),
+        ("nested", "the reply is not JSON"),
+        ("odd status line", "the reply is not HTTP"),
         ("no choices", "no choices in the reply"),
         ("429", "HTTP 429"),
         ("500", "HTTP 500"),
@@ -151,12 +154,51 @@ def test_a_long_queue_is_no_trouble_while_the_server_answers(play, fake_of):
     assert tally.answered == 60 and fake.most_at_once == 2
 
 
-@pytest.mark.parametrize("habit", ["refuses n", "ignores n"])
+@pytest.mark.parametrize("habit", ["refuses n", "ignores n", "with n: 501", "with n: 404"])
 def test_a_server_without_n_is_asked_for_one_each(play, fake_of, habit):
     fake = fake_of(for_ever=habit)
     group = play(fake, 300)
     assert tally_of(group).answered == 300
     assert sum(samples > 1 for samples in fake.samples) <= 3
+
+
+@pytest.mark.parametrize("trouble", ["500", "an error with 200", "no choices", "garbage", "reset", "breaks off"])
+def test_a_server_that_stumbles_over_n_is_asked_for_one_each(play, fake_of, trouble):
+    fake = fake_of(for_ever=f"with n: {trouble}")
+    group = play(fake, 300)
+    assert tally_of(group).answered == 300
+    assert sum(samples > 1 for samples in fake.samples) <= 3 * (TROUBLES_WITH_N + 1)
+
+
+@pytest.mark.parametrize("trouble", ["500", "garbage", "reset"])
+def test_a_server_that_recovers_is_not_taken_for_one_without_n(play, fake_of, trouble):
+    fake = fake_of(*[trouble] * TROUBLES_WITH_N)
+    assert tally_of(play(fake, 100)).answered == 100
+    assert fake.samples == [100] * TROUBLES_WITH_N + [1, 99]
+
+
+@pytest.mark.parametrize("trouble", ["429", "503"])
+def test_a_busy_server_is_asked_for_as_many_again(play, fake_of, trouble):
+    fake = fake_of(*[trouble] * TROUBLES_WITH_N)
+    assert tally_of(play(fake, 100)).answered == 100
+    assert fake.samples == [100] * (TROUBLES_WITH_N + 1)
+
+
+@pytest.mark.parametrize("trouble", ["429", "503", "reset"])
+def test_a_burst_of_troubles_is_one(play, fake_of, trouble):
+    fake = fake_of(*[trouble] * 50, delay_s=0.2)
+    began = time.monotonic()
+    assert tally_of(play(fake, 60, samples_per_request=1)).answered == 60
+    assert time.monotonic() - began < 3
+
+
+def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
+    def settle(chat, ask, tokens, answered):
+        if answered:
+            raise OverflowError("too many")
+
+    monkeypatch.setattr(Chat, "settle", settle)
+    assert tally_of(play(fake_of(), 50)).failures == {"OverflowError: too many": 50}
 
 
 def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
@@ -171,7 +213,7 @@ def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
 def test_a_refusal_of_something_else_is_no_storm_of_requests(play, fake_of):
     fake = fake_of(for_ever="404")
     assert tally_of(play(fake, 1000)).failed == 1000
-    assert len(fake.bodies) <= 10
+    assert len(fake.bodies) <= 2 * 10  # each with n, and each with one, to see whether n is what it refuses
 
 
 @pytest.mark.parametrize("words", ["talks", "a total"])
@@ -231,6 +273,20 @@ def test_a_budget_of_tokens_is_never_overspent(play, fake_of):
     assert group.usage().tokens <= 1200 + PROMPT_TOKENS
 
 
+def test_a_budget_holds_where_the_usage_is_absurd(play, fake_of):
+    fake = fake_of(for_ever="absurd usage")
+    group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
+    assert set(tally_of(group).failures) == {OUT_OF_TOKENS} and group.usage().tokens == 0
+
+
+def test_a_key_that_no_header_can_hold_is_named(play, fake_of, monkeypatch):
+    fake = fake_of()
+    monkeypatch.setenv("OPENAI_ORG_ID", "two\nlines")
+    group = play(fake, 3)
+    assert "openai-organization" in next(iter(tally_of(group).failures)) and fake.bodies == []
+    assert "cannot be asked with these settings" in check_models(["model_1"], 5.0)["model_1"]
+
+
 def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
     fake = fake_of(for_ever="keeps mum")
     group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
@@ -270,6 +326,11 @@ def test_check_names_what_is_wrong(play, fake_of):
     assert check_models(["model_1"], 5.0) == {}
     fake.model = "another"
     assert check_models(["model_1"], 5.0) == {"model_1": "serves another, not participant-model"}
+    fake.model = "\x1b[2Janother\n" + "x" * 500
+    shown = check_models(["model_1"], 5.0)["model_1"]
+    assert shown.startswith("serves \\x1b[2Janother xxx") and len(shown) < 120
+    fake.listed = lambda _: "[" * 100_000
+    assert check_models(["model_1"], 5.0) == {"model_1": "answers, but is no server of the OpenAI API"}
     fake.close()
     assert "connection refused" in check_models(["model_1"], 5.0)["model_1"]
 
