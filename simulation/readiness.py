@@ -124,7 +124,8 @@ def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handsha
     for endpoint, shake in shakes.items():
         missing = [name for name in names if name not in shake.models]
         if missing:
-            known = f"{len(shake.models)} models" if shake.models else "no model"
+            known = ", ".join(f"{name} at {url}" for name, url in list(shake.models.items())[:3]) or "no model"
+            known += ", ..." if len(shake.models) > 3 else ""
             raise ClusterError(
                 f"{endpoint} knows {known}, and {missing[0]} is not among them; --model-per-host "
                 f"{config.model_per_host} asks for {names[0]} to {names[-1]}: see configs/model_configs.json, and "

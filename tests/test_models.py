@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import free_ports, until
@@ -18,12 +19,14 @@ from moderator import whole_tally
 from participant import LLMParticipant
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
-from simulation.errors import UnusableAnswer
+from simulation.errors import ClusterError, UnusableAnswer
 from simulation.game import Announcement, Game, Sampling, question_for
 from simulation.group import INTERRUPTED, ParticipantGroup
 from simulation.model import Chat, check_models, load_models
 from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS, TROUBLES_WITH_N
+from simulation.placement import Endpoint
 from simulation.replies import CUT_OFF, NO_TEXT
+from simulation.rounds import _check_models_known
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
@@ -318,6 +321,17 @@ def test_one_participant_alone_and_one_of_nobody(play, fake_of):
 def test_a_model_that_nobody_knows(play, fake_of):
     tally = tally_of(play(fake_of(), 4, models=2))
     assert tally.failures == {"this agent server knows no model model_2": 2}
+
+
+def test_what_a_server_knows_instead_of_a_model_is_named():
+    config = SimulationConfig(model_per_host=2)
+    for known, words in (
+        ({"model": "http://node2/v1"}, "knows model at http://node2/v1, and model_1 is not among them"),
+        ({f"m{number}": "u" for number in range(5)}, "knows m0 at u, m1 at u, m2 at u, ..., and model_1"),
+        ({}, "knows no model, and model_1"),
+    ):
+        with pytest.raises(ClusterError, match=re.escape(words)):
+            _check_models_known(config, {Endpoint("localhost", 1): SimpleNamespace(models=known)})
 
 
 def test_check_names_what_is_wrong(play, fake_of):
