@@ -197,7 +197,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     from simulation import launcher
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.plan import plan_lines
-    from simulation.results import RunDirectory, new_run_id, read_played
+    from simulation.results import RunDirectory, new_run_id, read_played, read_summary
     from simulation.security import load_or_make
 
     log_to_stderr()
@@ -205,7 +205,10 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     if config.resume is not None:
         if config.run_dir is not None:
             raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
-        config, played = read_played(Path(config.resume), {name: given[name] for name in given.keys() - {"resume"}})
+        path = Path(config.resume)
+        read_summary(path, "--resume")
+        directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
+        config, played = read_played(path, {name: given[name] for name in given.keys() - {"resume"}})
     if config.agent_class is not None:
         from simulation.custom import load_class, pack_class
 
@@ -221,7 +224,8 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     run_id = new_run_id() if played is None else played.run_id
     watch = ProgressWatch()
     watch.listen()
-    directory = RunDirectory(Path(config.run_dir or ROOT / "runs" / run_id), resumed=played is not None)
+    if played is None:
+        directory = RunDirectory(Path(config.run_dir or ROOT / "runs" / run_id))
     servers = None
     rounds_left = played is None or len(played.results) < config.rounds
 

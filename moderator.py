@@ -62,6 +62,7 @@ class Moderator(AgentBase):
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far those are whom it asks one by one; groups that ask together are heard of from their own servers."""
+        number = self._round  # first: a new round's number never goes with old answers
         alone = [group for group in self._groups.values() if isinstance(group, OneByOne)]
         waiting = next((group for group in alone if not group.progress().finished), None)
         if waiting is not None:
@@ -69,7 +70,7 @@ class Moderator(AgentBase):
         each = [group.progress() for group in alone]
         error = next((progress.error for progress in each if progress.error), "")
         done, total = sum(progress.done for progress in each), sum(progress.total for progress in each)
-        return Progress(done, total, self._round, error)
+        return Progress(done, total, number, error)
 
     def halt(self, at_once: bool) -> None:
         """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
@@ -91,6 +92,10 @@ class Moderator(AgentBase):
         seat = next(seat for seat in self._groups if seat.first <= first < seat.first + seat.count)
         answers: Answers = self._groups[seat].answers(first, count)
         return answers
+
+    def close(self) -> None:
+        """Ask nobody any more."""
+        self.seat([], one_by_one=False)
 
     def _all(self, call: Callable[[Any], V]) -> dict[Seat, V]:
         return all_of({seat: partial(call, group) for seat, group in self._groups.items()})
@@ -119,20 +124,21 @@ class OneByOne:
         self._changed = threading.Condition()
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        if question.round == self._round:
+        if question.round <= self._round:
             return
         self._group.allow(tokens_each)
         self._halted = False
-        self._sheet, self._round = AnswerSheet(self._seat.first, self._seat.count), question.round
+        self._sheet = AnswerSheet(self._seat.first, self._seat.count)
+        self._round = question.round
         threading.Thread(target=self._ask_all, args=(question, self._sheet), daemon=True).start()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        sheet = self._sheet
+        number, sheet = self._round, self._sheet  # in this order: a new round's number never goes with old answers
         if sheet is None:
             return Progress(0, 0)
         with self._changed:
             self._changed.wait_for(lambda: sheet.done == sheet.count or self._error, timeout=wait_s)
-        return Progress(sheet.done, sheet.count, self._round, self._error)
+        return Progress(sheet.done, sheet.count, number, self._error)
 
     def halt(self, at_once: bool) -> None:
         self._halted = True

@@ -120,11 +120,12 @@ class LLMParticipant(Participant):
         model = model_of(self.index, chat.sampling.models)
         if question.round == 0:
             return await chat.ask(model, self.prompt(question), str, held=False)
-        known = self.numbers[: question.round - 1]
-        self.numbers = known + (None,) * (question.round - 1 - len(known))
+        before = question.round - 1
+        known = self.numbers[:before]
+        self.numbers = known = known + (None,) * (before - len(known))
         units = await chat.ask(model, self.prompt(question), self._units)
         number = units / self.game.scale
-        self.numbers += (number,)
+        self.numbers = (*known, number)  # one for each round, also where it is asked twice
         return number
 
     def _units(self, text: str) -> int:

@@ -41,6 +41,7 @@ from simulation.seating import Seat, Seating
 V = TypeVar("V")
 
 POLL_S = 1.0  # between two looks at a person's Ctrl-C
+LOOK_S = 5e-5  # between two looks at the heartbeats, for each server
 LOOK_AGAIN_S = 0.1  # between two looks for a server that comes back
 GATHER_S = 2.0  # where all were lost, the first one that is back waits so long for others
 LOSSES_IN_ROUND = 3  # a server that is lost more often is not used again, as something in the game may be what kills it
@@ -103,7 +104,7 @@ class Cluster:
         self._chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
         self._all_servers = self._servers + self._chairs
         self._seating = Seating(run, config.participant_num, self._servers, self._chairs)
-        self._made: dict[str, float] = {}  # the groups and moderators there are, and since when
+        self._made: set[str] = set()  # the groups there are
         self._ready: set[str] = set()  # groups whose participants are built, and remember
         self._moderators: dict[Endpoint, RemoteObject] = {}
         self._asks: dict[Endpoint, list[Seat]] = {}  # whom each moderator was told to ask
@@ -134,8 +135,11 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        keep = self.config.keep_agents and kind is None
+        if keep:
+            self._drop_strays()
         self._heartbeats.__exit__()
-        farewell = {KEEP_RUN if self.config.keep_agents and kind is None else END_RUN: self.run}
+        farewell = {KEEP_RUN if keep else END_RUN: self.run}
         part = partial(handshake, timeout_s=self.config.connect_timeout, told=farewell)
         # a server that does not hear it drops the agents when their lease is over
         fan_out({each: partial(part, each) for each in self._all_servers if self._heartbeats.answers(each)})
@@ -190,6 +194,11 @@ class Cluster:
                 self.watch.tell(f"{endpoint} answers again, and plays from round {number} on")
         alive = {each for each in self._all_servers if self._heartbeats.alive(each)}
         self._seating.bring_home(alive, alive)
+        self._drop_strays()
+
+    def _drop_strays(self) -> None:
+        """Have servers drop what was made anew elsewhere while they were lost, or has come home."""
+        alive = {each for each in self._all_servers if self._heartbeats.alive(each)}
         wanted = {seat.oid for seat in self._seating.seats} | {each._oid for each in self._moderators.values()}
         strays = {
             oid: RemoteObject(ParticipantGroup, oid, endpoint, self.config.connect_timeout)
@@ -259,7 +268,7 @@ class Cluster:
             return self._group(seat, kwargs)
 
         made, errors = fan_out({seat.oid: partial(make, seat) for seat in seats if seat.oid not in self._made})
-        self._made |= dict.fromkeys(made, time.monotonic())
+        self._made |= made.keys()
         for error in errors.values():
             raise error
         if seats:
@@ -298,12 +307,17 @@ class Cluster:
 
         made, errors = fan_out({chair: partial(make, chair) for chair in asks if chair not in self._moderators})
         self._moderators |= made
-        self._made |= {moderator._oid: time.monotonic() for moderator in made.values()}
         for error in errors.values():
             raise error
         one_by_one = self.config.dispatch == "agent"
         changed = {chair: asks.get(chair, []) for chair in self._moderators if asks.get(chair) != self._asks.get(chair)}
-        all_of({chair: partial(self._moderators[chair].seat, seats, one_by_one) for chair, seats in changed.items()})
+        told, errors = fan_out(
+            {chair: partial(self._moderators[chair].seat, seats, one_by_one) for chair, seats in changed.items()}
+        )
+        for chair in told:
+            self._asks[chair] = changed[chair]
+        for error in errors.values():
+            raise error
         self._asks = asks
 
     # --- What they are at --------------------------------------------------------------------------------------------
@@ -316,9 +330,10 @@ class Cluster:
         awaited = self._awaited(number, seats)
         total = sum(seat.count for seat in seats)
         give_up_at: float | None = None
-        self._heartbeats.hurry()
+        since = time.monotonic()
+        self._heartbeats.hurry(number)
         while True:
-            done = self._done(awaited, number)
+            done = self._done(awaited, number, since)
             self.watch.progress(stage, done, total)
             if done == total:
                 return
@@ -331,6 +346,7 @@ class Cluster:
                 elif time.monotonic() > give_up_at:
                     self.all(lambda moderator: moderator.halt(True))
             self._heartbeats.wait(POLL_S)
+            time.sleep(len(awaited) * LOOK_S)  # many servers are looked at less often
 
     def _awaited(self, number: int, seats: list[Seat]) -> dict[Endpoint, dict[str, bool]]:
         """The objects that must be there, by server, and whether it is they who count the participants."""
@@ -344,20 +360,25 @@ class Cluster:
                 awaited.setdefault(chair, {})[self._moderators[chair]._oid] = one_by_one
         return awaited
 
-    def _done(self, awaited: dict[Endpoint, dict[str, bool]], number: int) -> int:
-        """How many participants have answered, or are built in round 0, as far as was heard; notes what they cost."""
+    def _done(self, awaited: dict[Endpoint, dict[str, bool]], number: int, since: float) -> int:
+        """How many participants have answered, or are built in round 0, as was heard since; notes what they cost."""
         done = 0
+        gone: AgentGone | None = None
         for endpoint, objects in awaited.items():
             beat, sent = self._heartbeats.look(endpoint)
+            if sent < since:  # it may tell of groups that have been replaced
+                continue
             for oid, counts in objects.items():
                 progress = beat.objects.get(oid)
-                if progress is None:
-                    if sent > self._made[oid]:
-                        raise AgentGone(f"{endpoint}: the agent is gone")
+                if progress is None:  # as after a pause of this process that was longer than the lease: then all are
+                    gone = AgentGone(f"{endpoint}: the agent is gone")
+                    self._heartbeats.give_up(endpoint, "the agent is gone")
                     continue
                 if progress.error:
                     raise told_error(progress.error) or SimulationError(progress.error)
                 if progress.usage:
                     self.used[oid] = Usage(*progress.usage)  # type: ignore[arg-type]
                 done += progress.done if counts and progress.round == number else 0
+        if gone is not None:
+            raise gone
         return done

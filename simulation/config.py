@@ -124,6 +124,9 @@ class SimulationConfig:
             )
         if self.role == "ask" and (self.run_dir is None or self.text is None):
             raise SettingsError("--role ask: give --run-dir, --participant and --text")
+        servers = len(self.hosts) * self.server_per_host
+        if self.min_servers is not None and self.min_servers > servers and self.resume is None:
+            raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
         if self.resume is not None and self.role != "main":
             raise SettingsError("--resume: goes with --role main")
         if self.role == "report" and self.run_dir is None:

@@ -5,6 +5,7 @@
     ├── ClusterError         3   the cluster is not ready, or not ours
     │   └── ServerLost           a server that a game may go on without
     │       ├── ServerUnreachable    nothing answers at the address
+    │       ├── Stranger             what answers does not hold our key
     │       └── AgentGone            the server answers, but no longer holds the agent
     ├── GameEnded            4   the game ended with participants unanswered
     ├── ResultsError         5   results could not be written
@@ -45,6 +46,10 @@ class ServerLost(ClusterError):
 
 class ServerUnreachable(ServerLost):
     """The agent server does not answer."""
+
+
+class Stranger(ServerLost):
+    """What listens there does not hold our key, or hangs before it can show it."""
 
 
 class AgentGone(ServerLost):

@@ -86,15 +86,16 @@ class ParticipantGroup(metaclass=RpcMeta):
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
         """Start asking; returns at once. `tokens_each` is what each participant may cost in this round.
 
-        Does nothing if this round has begun: whoever is not sure whether it was heard says it again.
+        Does nothing if this round has begun, or is over: whoever is not sure whether it was heard says it again.
         """
-        if question.round == self._round:
+        if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
             return
         if not self.progress().finished:
             raise RuntimeError(f"group {self.oid} is still busy")
         self._halted = False
         self.allow(tokens_each)
-        self._sheet, self._round = AnswerSheet(self.first, self.count), question.round
+        self._sheet = AnswerSheet(self.first, self.count)
+        self._round = question.round
         asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
 
     def allow(self, tokens_each: float | None) -> None:
@@ -110,9 +111,9 @@ class ParticipantGroup(metaclass=RpcMeta):
         """How far it is, after waiting up to `wait_s` seconds for the end; heartbeats carry this."""
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        done = self._done()
+        number, done = self._round, self._done()  # in this order: a new round's number never goes with old answers
         usage = astuple(self.usage()) if self._chat is not None else ()
-        return Progress(done, self.count, self._round, self._error, usage)
+        return Progress(done, self.count, number, self._error, usage)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Tell participants who were made anew what they answered in the rounds so far.

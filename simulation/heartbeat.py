@@ -18,12 +18,13 @@ from typing import Any
 
 from simulation.errors import ServerUnreachable, SimulationError
 from simulation.placement import Endpoint
-from simulation.remote import NOBODY_LISTENS, heartbeat, let_go_of_calls
+from simulation.remote import NOBODY_LISTENS, allow_calls, heartbeat, let_go_of_calls
 
 WAIT_S = 1.0  # how long a server that works holds its answer back
 AGAIN_S = 0.1  # between two tries to reach a server
 SERVERS_A_SECOND = 1000  # beats that main can take
 BEATS_IN_LEASE = 4
+ASLEEP_S = 1.0  # a deadline that is told so late is no sign of anything but that this process was stopped
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class _Pulse:
     losses: int = 0  # how often it was lost
     why: str = ""  # the last time
     back: bool = False  # whether it has answered since
-    asked: bool = False  # whether a beat is under way
-    hurried: bool = False  # whether something happened meanwhile
+    asked: float = 0.0  # when the newest beat was asked for, which alone is followed by another one
 
 
 class Heartbeats:
@@ -107,11 +107,14 @@ class Heartbeats:
         self._pulses = {each: _Pulse(name, now, Beat(name)) for each, name in incarnations.items()}
         self._due = [(now, endpoint) for endpoint in self._pulses]  # a heap: when to ask whom
         self._changed = threading.Condition()  # guards all of this
+        self._number = 0  # the round that is waited for
         self._news = False
         self._ended = False
         self._thread = threading.Thread(target=self._ask_around, name="heartbeats", daemon=True)
 
     def __enter__(self) -> Heartbeats:
+        for endpoint in self._pulses:
+            allow_calls(endpoint)
         self._thread.start()
         return self
 
@@ -165,13 +168,12 @@ class Heartbeats:
 
     # --- What is decided elsewhere -----------------------------------------------------------------------------------
 
-    def hurry(self) -> None:
-        """Ask everyone at once: they have something new to do."""
+    def hurry(self, number: int) -> None:
+        """Ask everyone at once, as they have something new to do: what belongs to this round is waited for."""
         with self._changed:
+            self._number = number
             now = time.monotonic()
             self._due = [(now, endpoint) for endpoint in self._pulses]
-            for pulse in self._pulses.values():
-                pulse.hurried = pulse.asked
             self._changed.notify_all()
 
     def give_up(self, endpoint: Endpoint, why: str) -> None:
@@ -190,6 +192,7 @@ class Heartbeats:
         with self._changed:
             pulse = self._pulses[endpoint]
             pulse.lost = pulse.back = False
+        allow_calls(endpoint)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
@@ -204,21 +207,23 @@ class Heartbeats:
                     return
                 _, endpoint = heapq.heappop(self._due)
                 pulse = self._pulses[endpoint]
-                if pulse.asked:
-                    continue
-                pulse.asked = True
+                pulse.asked, number = now, self._number
                 left_s = self._timeout_s if pulse.lost else pulse.heard + self._timeout_s - now
-            self._ask(endpoint, max(left_s, self._wait_s + AGAIN_S))
+            self._ask(endpoint, number, now, max(left_s, self._wait_s + AGAIN_S))
 
-    def _ask(self, endpoint: Endpoint, timeout_s: float) -> None:
-        sent = time.monotonic()
-        heartbeat(endpoint, self._run, self._wait_s, timeout_s, lambda said: self._hear(endpoint, sent, said))
+    def _ask(self, endpoint: Endpoint, number: int, sent: float, timeout_s: float) -> None:
+        def hear(said: str | SimulationError) -> None:
+            self._hear(endpoint, sent, timeout_s, said)
 
-    def _hear(self, endpoint: Endpoint, sent: float, said: str | SimulationError) -> None:
+        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, hear)
+
+    def _hear(self, endpoint: Endpoint, sent: float, timeout_s: float, said: str | SimulationError) -> None:
         why = ""
         with self._changed:
             pulse, now = self._pulses[endpoint], time.monotonic()
-            pulse.asked = False
+            if sent != pulse.asked:
+                pulse.heard = max(pulse.heard, now if isinstance(said, str) else 0.0)
+                return
             beat = Beat.from_json(said) if isinstance(said, str) else None
             if isinstance(said, str) and beat is None:
                 again_s, why = self._wait_s, "says something that this program does not understand"
@@ -227,6 +232,8 @@ class Heartbeats:
                 if beat.incarnation != pulse.incarnation:
                     pulse.incarnation = beat.incarnation
                     why = "has been started anew, without its agents"
+            elif now > sent + timeout_s + ASLEEP_S:  # it was this process that was not heard of
+                pulse.heard, again_s = now, 0.0
             else:
                 pulse.back = False
                 again_s = self._wait_s if pulse.lost else AGAIN_S
@@ -234,8 +241,6 @@ class Heartbeats:
                     why = str(said).partition(": ")[2]
                 elif now - pulse.heard >= self._timeout_s:
                     why = f"was not heard of for {now - pulse.heard:.1f} s"
-            if pulse.hurried:
-                again_s, pulse.hurried = 0.0, False
             heapq.heappush(self._due, (now + again_s, endpoint))
             self._changed.notify_all()
         if why:
@@ -246,4 +251,5 @@ class Heartbeats:
         pulse.beat, pulse.sent, pulse.heard = beat, sent, now
         pulse.back = pulse.lost
         self._news = True
-        return 0.0 if any(not (each.finished or each.error) for each in beat.objects.values()) else self._wait_s
+        at_work = (each for each in beat.objects.values() if each.round == self._number and not each.finished)
+        return 0.0 if any(not each.error for each in at_work) else self._wait_s

@@ -8,6 +8,7 @@ AgentScope is imported inside functions here, so that `stop` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import multiprocessing
@@ -52,11 +53,11 @@ class OwnedServers:
         """Stop them, and wait for their end: firmly, if a server hangs."""
         if self._launcher.stdin is not None:
             self._launcher.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._launcher.wait(processes.TERM_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if processes.own_processes():  # it hangs, or was killed and has left them behind
             stop()
-            self._launcher.wait()
+        self._launcher.wait()
 
 
 def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], None]) -> OwnedServers | None:
@@ -212,6 +213,10 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
             rows.append(row(port, shake.role, shake.pid, since, shake.agents, size, restarts))
         else:
             rows.append(f"{port:>6}  does not answer after {processes.restarts(port)} restarts: {errors[port]}")
+    if processes.own_process(processes.LAUNCHER) is None:
+        rows.append(
+            "their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"
+        )
     return rows, not errors
 
 
@@ -255,8 +260,8 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         for port, server in list(servers.items()):
             if server.process.sentinel in ready and server.restart_at is None:
                 server.see_to_its_end()
-            elif server.restart_at is not None and server.restart_at <= time.monotonic():
-                server.start()
+            elif not server.given_up and server.restart_at is not None and server.restart_at <= time.monotonic():
+                server.start_again()
             if server.given_up:
                 del servers[port]
     processes.remove_pid(processes.LAUNCHER, os.getpid())
@@ -283,8 +288,21 @@ class _Server:
         self._started = time.monotonic()
         self.restart_at = None
         told.close()  # that is the child's
-        processes.write_pid(str(self._port), self.process.pid)
-        processes.note_restarts(self._port, self._restarts)
+        try:
+            processes.write_pid(str(self._port), self.process.pid)
+            processes.note_restarts(self._port, self._restarts)
+        except OSError:  # nobody would find it
+            self.process.kill()
+            self.process.join()
+            raise
+
+    def start_again(self) -> None:
+        """Start it, or try later where there is no memory or room."""
+        try:
+            self.start()
+        except OSError as error:
+            logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
+            self.restart_at = time.monotonic() + RESTART_EVERY_S
 
     def stop(self) -> None:
         self._stopping = True
@@ -326,6 +344,8 @@ class _Server:
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
     """Be the agent server of one port, with a log of its own, and say so when it is ready."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
     log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):

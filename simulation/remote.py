@@ -32,7 +32,15 @@ from google.protobuf.empty_pb2 import Empty
 
 from simulation import errors
 from simulation.config import ROOT
-from simulation.errors import AgentGone, ClusterError, ServerLost, ServerUnreachable, SimulationError, UnusableAnswer
+from simulation.errors import (
+    AgentGone,
+    ClusterError,
+    ServerLost,
+    ServerUnreachable,
+    SimulationError,
+    Stranger,
+    UnusableAnswer,
+)
 from simulation.placement import Endpoint
 from simulation.security import CLUSTER_NAME, ClusterKey
 
@@ -55,7 +63,7 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.keepalive_time_ms", 20_000),  # a connection through a link that was down is made anew
+    ("grpc.keepalive_time_ms", 20_000),  # where a link was down meanwhile, so that the connection is made anew
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -143,7 +151,7 @@ def handshake(
     except grpc.RpcError as error:
         translated = _translated(error, endpoint)
         if any(sign in (error.details() or "") for sign in CUT_OFF):
-            translated = ClusterError(f"{endpoint}: {STRANGER}")
+            translated = Stranger(f"{endpoint}: {STRANGER}")
         raise translated from None
     try:
         return Handshake(**json.loads(reply.message))
@@ -152,13 +160,18 @@ def handshake(
 
 
 def heartbeat(
-    endpoint: Endpoint, run: str, wait_s: float, timeout_s: float, done: Callable[[str | SimulationError], None]
+    endpoint: Endpoint,
+    run: str,
+    number: int,
+    wait_s: float,
+    timeout_s: float,
+    done: Callable[[str | SimulationError], None],
 ) -> None:
-    """Ask a server for a sign of life, and for what the objects of a run are at, after up to `wait_s` of their work.
+    """Ask a server for a sign of life, and for what the objects of a run are at, after up to `wait_s` of this round.
 
     Returns at once; `done` is called in a thread of gRPC's, with the server's words or with the error.
     """
-    metadata = [(HEARTBEAT, f"{run} {wait_s}")]
+    metadata = [(HEARTBEAT, f"{run} {number} {wait_s}")]
     call = _stub(endpoint).get_server_info.future(Empty(), timeout=timeout_s, metadata=metadata)
 
     def heard(call: Any) -> None:
@@ -169,15 +182,23 @@ def heartbeat(
 
 
 _calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # under way, by where they go
+_given_up: set[Endpoint] = set()
 _calls_lock = threading.Lock()
 
 
 def let_go_of_calls(endpoint: Endpoint) -> None:
-    """End all calls to a server: they raise ServerUnreachable."""
+    """End all calls to a server, and those to come until `allow_calls`: they raise ServerUnreachable."""
     with _calls_lock:
+        _given_up.add(endpoint)
         under_way = list(_calls[endpoint])
     for call in under_way:
         call.cancel()
+
+
+def allow_calls(endpoint: Endpoint) -> None:
+    """Let calls go to a server again."""
+    with _calls_lock:
+        _given_up.discard(endpoint)
 
 
 def fan_out(
@@ -264,6 +285,8 @@ class _Client(RpcClient):
         call = getattr(_stub(self.endpoint), method).future(request, timeout=timeout or self.deadline_s)
         with _calls_lock:
             _calls[self.endpoint].add(call)
+            if self.endpoint in _given_up:
+                call.cancel()
         try:
             return call.result()
         except grpc.FutureCancelledError:
@@ -300,7 +323,7 @@ def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
     last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
-            return ClusterError(f"{endpoint}: {STRANGER}")
+            return Stranger(f"{endpoint}: {STRANGER}")
         cause = f"cannot be reached ({last.rpartition(': ')[2]})"
         if "refused" in details:
             cause = NOBODY_LISTENS

@@ -63,7 +63,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, resumed: bool = False) -> None:
-        self.path = path
+        self.path = path.resolve()  # runs/latest may be pointed elsewhere meanwhile
         self._failed: list[dict[str, Any]] = []
         try:
             _check_latest()
@@ -119,9 +119,14 @@ class RunDirectory:
             for part in answers:
                 writer.write_table(_table(round_number, part, scale))
                 self._keep_failed(round_number, part)
+        self._write_failed()
+
+    def _write_failed(self) -> None:
         if self._failed:
             with _on_disk(self.path / FAILED) as file:
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in self._failed)
+        else:
+            (self.path / FAILED).unlink(missing_ok=True)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
         """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""
@@ -168,6 +173,7 @@ class RunDirectory:
         if (self.path / FAILED).exists():
             entries = map(json.loads, (self.path / FAILED).read_text().splitlines())
             self._failed = [entry for entry in entries if entry["round"] <= rounds]
+            self._write_failed()
 
     def join_answers(self) -> None:
         """Make answers.parquet of the rounds' files. Raises ResultsError."""
@@ -239,6 +245,11 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is in the folder
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -338,8 +349,8 @@ class Played:
     run_id: str
     results: list[RoundResult]
     usage: Usage
-    lost: list[str]
-    seconds: float
+    cluster: dict[str, Any]
+    seconds: dict[str, float]
 
 
 def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
@@ -352,21 +363,25 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     Raises:
         SettingsError: The folder holds no run, or a setting cannot change in mid-game.
     """
-    config, summary = read_summary(path)
+    config, summary = read_summary(path, "--resume")
     for name in GAME_SETTINGS & given.keys():
         if given[name] != getattr(config, name):
             raise SettingsError(
                 f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
             )
-    config = replace(config, **given, run_dir=str(path))
+    config = replace(config, **given, run_dir=str(path.resolve()))
     results = read_rounds(path, config, summary)
     cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
-    llm, told = summary["llm"] or {}, summary["cluster"].get("llm_seconds", {"model": 0.0, "client": 0.0})
-    usage = Usage(**llm, answering_s=told["model"] + told["client"], client_s=told["client"])
-    return config, Played(summary["run_id"], results, usage, summary["cluster"]["lost"], summary["seconds"]["total"])
+    try:
+        summary["cluster"]["lost"], summary["seconds"]["total"]
+        told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
+        usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
+        return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
+    except (KeyError, TypeError):
+        raise SettingsError(f"--resume {path}: its summary.json is damaged, or of another version") from None
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
@@ -381,15 +396,15 @@ def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     raise ClusterError(f"participant {participant} of the run in {path} was not kept")
 
 
-def read_summary(path: Path) -> tuple[SimulationConfig, dict[str, Any]]:
-    """The settings and the summary of a run. Raises SettingsError if the folder holds none."""
+def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig, dict[str, Any]]:
+    """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
     try:
         summary = json.loads((path / "summary.json").read_text())
         config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
     except OSError as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its summary.json: {error.strerror}") from None
+        raise SettingsError(f"{flag} {path}: cannot read its summary.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"--run-dir {path}: its summary.json is damaged, or of another version") from None
+        raise SettingsError(f"{flag} {path}: its summary.json is damaged, or of another version") from None
     return config, summary
 
 

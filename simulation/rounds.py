@@ -78,6 +78,7 @@ class Simulation:
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
         self._used_before = usage
+        self._used_then: dict[str, Usage] = {}  # what each group had cost when the round began
 
     @property
     def moderator_num(self) -> int:
@@ -112,11 +113,14 @@ class Simulation:
         started = time.monotonic()
         self.cluster.begin_round(number)
         seats_before = set(self.cluster.seats)
+        allowed: dict[str, float] = {}
+        self._used_then = dict(self.cluster.used)
         question = question_for(self.game, number, self._announcements)
 
         def play() -> tuple[RoundResult, Announcement]:
             self.cluster.seat_everyone(len(self._announcements))
-            self.cluster.all(lambda moderator: moderator.begin(question, self._tokens_each()))
+            tokens_each = self._tokens_each(allowed)
+            self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
             self.cluster.wait("answers in", number, self.cluster.seated)
             result, announcement = self._result(number, started, seats_before)
             if self.record is not None:
@@ -155,11 +159,28 @@ class Simulation:
         reassigned = sum(seat.count for seat in self.cluster.seats if seat not in seats_before)
         return RoundResult(number, tally, average, average, closest, winners, seconds, reassigned), announcement
 
-    def _tokens_each(self) -> float | None:
-        """What each participant may cost in the next round; None is no limit."""
+    def _tokens_each(self, allowed: dict[str, float]) -> float | None:
+        """What each participant of the groups that begin now may cost in this round; None is no limit.
+
+        Args:
+            allowed: What the groups that have begun this round may cost, those that were lost included; those that
+                begin now are added.
+        """
         if self.config.max_tokens is None:
             return None
-        return max(self.config.max_tokens - self.usage.tokens, 0) / self.config.participant_num
+        living = {seat.oid: seat.count for seat in self.cluster.seated}
+        before = self._used_before.tokens + sum(used.tokens for used in self._used_then.values())
+        promised = sum(tokens for oid, tokens in allowed.items() if oid in living)
+        lost = sum(self._used_now(oid) for oid in allowed if oid not in living)
+        left = max(self.config.max_tokens - before - promised - lost, 0.0)
+        new = {oid: count for oid, count in living.items() if oid not in allowed}
+        each = left / max(sum(new.values()), 1)
+        allowed |= {oid: each * count for oid, count in new.items()}
+        return each
+
+    def _used_now(self, oid: str) -> int:
+        """What a group has cost in this round."""
+        return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
 
 
 def _sampling(config: SimulationConfig) -> Sampling | None:

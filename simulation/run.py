@@ -11,7 +11,7 @@ from loguru import logger
 
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
-from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, SimulationError
+from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
 from simulation.game import INTERRUPTED, announcement_of
 from simulation.model import Usage
 from simulation.model_client import OUT_OF_TOKENS
@@ -57,9 +57,13 @@ class Run:
         self.usage = played.usage if played is not None else Usage()
         self.ended_early: str | None = None  # why, other than by a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
-        self._lost_before = played.lost if played is not None else []
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
-        self._began = time.monotonic() - (played.seconds if played is not None else 0.0)
+        self._resumed = played is not None
+        if played is not None:
+            self.seconds |= played.seconds
+            self.cluster = played.cluster | {"hosts": list(config.hosts)}
+        self._lost_before: list[str] = self.cluster["lost"]
+        self._began = time.monotonic() - self.seconds["total"]
 
     @property
     def to_play(self) -> range:
@@ -68,7 +72,7 @@ class Run:
 
     def play(self) -> int:
         """Play all rounds and write the results; returns the exit status. Raises what ended the run early, written."""
-        if self.results:
+        if self._resumed:
             self.directory.go_back_to(len(self.results))
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.to_play:
@@ -95,6 +99,7 @@ class Run:
                 if self.config.keep_agents:
                     self.directory.write_agents([_agents_in(seat) for seat in simulation.cluster.seated])
         except SimulationError as error:
+            self.usage = simulation.usage
             if self.results or isinstance(error, (GameEnded, Interrupted)):
                 with contextlib.suppress(ResultsError):  # the first error is the one to tell
                     self._note_losses(simulation)
@@ -145,6 +150,8 @@ class Run:
         elif self.watch.stop_signal is None and any(cause.startswith(MODEL_SERVER) for cause in failures):
             try:
                 check_models(self.config, simulation.cluster.living)
+            except ServerLost:
+                pass  # the next round sees to that
             except ClusterError as error:
                 self.ended_early = str(error)
         if self.ended_early is not None:

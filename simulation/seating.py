@@ -69,7 +69,7 @@ class Seating:
             for pieces in self._pieces
         ]
 
-    def reseat(self, servers: Sequence[Endpoint], chairs: Sequence[Endpoint], onto: Sequence[Endpoint]) -> None:
+    def reseat(self, servers: Collection[Endpoint], chairs: Sequence[Endpoint], onto: Sequence[Endpoint]) -> None:
         """Let only these servers and moderators play: whoever sits elsewhere, or is asked by others, comes to them.
 
         Args:
@@ -77,6 +77,7 @@ class Seating:
             chairs: Whose moderators may go on asking, and take over from the others; at least one.
             onto: Where those go, in even shares, who cannot stay; if there is none, they sit nowhere.
         """
+        servers, chairs_alive = set(servers), set(chairs)
         away = [seat for seat in self.seats if seat.server not in servers]
         shares = even_split(sum(seat.count for seat in away), max(len(onto), 1))
         stops = [share.stop for share in shares]
@@ -95,7 +96,7 @@ class Seating:
                     new.append(Seat(self._new_id(at), at, count, server, seat.chair))
                     at, passed = at + count, passed + count
             chair = chairs[number % len(chairs)]
-            self._pieces[number] = [seat if seat.chair in chairs else replace(seat, chair=chair) for seat in new]
+            self._pieces[number] = [seat if seat.chair in chairs_alive else replace(seat, chair=chair) for seat in new]
 
     def _new_id(self, first: int) -> str:
         self._made += 1

@@ -55,7 +55,8 @@ from simulation.remote import (
 )
 from simulation.security import ClusterKey
 
-RPC_THREADS = 64  # calls served at the same time; they are short, but for one long poll per group at most
+RPC_THREADS = 1024  # calls served at the same time, each thread made when it is needed; most are short, but those who
+# ask one by one hold one for each participant, and a heartbeat must never wait for them
 REPLIES_AT_ONCE = 32  # participants asked alone that think at the same time
 POLL_S = 2  # how long a poll for one participant's reply is held; the client's deadline is 5
 STOP_GRACE_S = 0.5
@@ -170,8 +171,8 @@ class SimulationServicer(AgentServerServicer):
         names = [model_name(each + 1) for each in range(int(number))]
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
-    def _beat(self, run: str, wait_s: str) -> Beat:
-        """What the run's objects are at, after waiting for the end of their work for so long."""
+    def _beat(self, run: str, number: str, wait_s: str) -> Beat:
+        """What the run's objects are at, after waiting for so long for those that are at this round to end it."""
         self._renew_lease(run)
         until = time.monotonic() + float(wait_s)
         playing = {
@@ -180,7 +181,8 @@ class SimulationServicer(AgentServerServicer):
             if run_of(oid) == run and isinstance(agent, (ParticipantGroup, Moderator))
         }
         for agent in playing.values():
-            agent.progress(max(until - time.monotonic(), 0.0))
+            if agent.progress().round == int(number):
+                agent.progress(max(until - time.monotonic(), 0.0))
         return Beat(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
 
     def _begin_or_end_runs(self, asked: dict[str, str]) -> None:

@@ -117,7 +117,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
         ("--resume", "runs/latest", "--run-dir", "elsewhere"): "--run-dir: does not go with --resume",
         ("--resume", "runs/none"): "cannot read its summary.json",
         ("--resume",): "--resume needs the folder of a run",
-        ("2", "50", "--run-dir", "runs/latest"): "go on with that run: --resume runs/latest",
+        ("2", "50", "--run-dir", "runs/latest"): "go on with that run: --resume",
     }
     for arguments, message in refused.items():
         done = checkout.run("run_simulation.sh", *arguments)
