@@ -43,9 +43,10 @@ import uvloop
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import DistConf, RpcClient
+from common import agent_servers
 from loguru import logger
 
-from simulation import inference, launcher, processes
+from simulation import inference, processes
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.game import Game, question_for
@@ -248,18 +249,6 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
 
 def _pss_kb(process: psutil.Process) -> float:
     return process.memory_full_info().pss / 2**10
-
-
-@contextlib.contextmanager
-def agent_servers(config: SimulationConfig) -> Iterator[None]:
-    """Agent servers for as long as they are needed."""
-    with contextlib.closing(ProgressWatch()) as watch:
-        servers = launcher.start(config, True, lambda done, total: watch.progress("servers ready", done, total))
-    assert servers is not None, "stop the servers that run first: ./stop_all_server.sh"
-    try:
-        yield
-    finally:
-        servers.stop()
 
 
 @contextlib.contextmanager

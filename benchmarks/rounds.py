@@ -18,7 +18,6 @@ and 0.16 s with uvloop as well.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import random
 import statistics
@@ -37,9 +36,10 @@ import psutil
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import DistConf, RpcClient
+from common import agent_servers
 from loguru import logger
 
-from simulation import launcher, processes
+from simulation import processes
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.results import new_run_id
@@ -190,15 +190,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logger.remove()
     config = SimulationConfig(base_port=arguments.base_port)
-    with contextlib.closing(ProgressWatch()) as watch:
-        servers = launcher.start(config, True, lambda done, total: watch.progress("servers ready", done, total))
-    assert servers is not None, "stop the servers that run first: ./stop_all_server.sh"
-    pids = [process.pid for process in processes.own_processes().values()]
-    everyone = [*pids, os.getpid()]
     row = "| {:>12} | {:>7} | {:<12} | {:>9} | {:>9} | {:>9} | {:>11} | {:>13} | {:>4} |".format
     print(row("participants", "think", "program", "creation", "round", "both", "peak memory", "ours is faster", "runs"))
     print(row(*("---:", "---:", ":---", "---:", "---:", "---:", "---:", "---:", "---:")))
-    try:
+    with agent_servers(config):
+        everyone = [*(process.pid for process in processes.own_processes().values()), os.getpid()]
         for participants, think_s in SCENES:
             scene = (config, participants, think_s)
             figures = {"this program": measure(lambda scene=scene: ours(*scene), arguments.repeats, everyone)}
@@ -212,8 +208,6 @@ def main() -> None:
                 seconds = [f"{value:.2f} s" for value in (each.create_s, each.round_s, each.total_s)]
                 rest = (f"{each.memory_mb:,.0f} MB", f"{ratio:.2f} x", each.runs)
                 print(row(f"{participants:,}", f"{think_s:g} s", name, *seconds, *rest), flush=True)
-    finally:
-        servers.stop()
 
 
 if __name__ == "__main__":
