@@ -1,0 +1,285 @@
+"""What it costs to be ready for faults, what a fault costs, and when servers are ready: three tables of medians.
+
+    .venv/bin/python benchmarks/faults.py
+
+- cost: a round of 64,000 participants with 1 s think time on 10 + 4 servers, three ways in turn. "Bare" hears of each
+  server once, at the end of its part, and records nothing; "heartbeats" is as in every game; "heartbeats and record"
+  also writes the answers and summary.json to the disk (fsync, rename) before the next round could begin.
+- kill: the same round, in which a server is killed (-9) or stopped (-STOP) after 0.5 s. All answers are checked to be
+  those of the undisturbed round, and everyone to be counted once. A stopped server is lost when it was not heard of for
+  --heartbeat-timeout, here 2 s, which is part of the time.
+- ready: ./start_all_server.sh 10, until it returns, on one host and on four at once, which are network namespaces
+  (tests/hosts.py) of this machine and share its cores; beside it, what the import of a server's modules takes alone.
+  Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+import psutil
+from common import agent_servers
+from loguru import logger
+
+from simulation import heartbeat, processes, results
+from simulation.config import SimulationConfig
+from simulation.console import ProgressWatch
+from simulation.game import RoundResult
+from simulation.model import Usage
+from simulation.placement import Endpoint
+from simulation.remote import all_of, handshake
+from simulation.results import RunDirectory, new_run_id, summarise
+from simulation.rounds import Simulation
+from simulation.security import ClusterKey, load_or_make
+
+PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
+FAULT_AT_S = 0.5
+HELD_S = 60.0  # longer than a round here: a heartbeat that is held back for so long is heard at its end
+PATIENCE_S = 60.0  # with a server that is started again
+IMPORT = "import simulation.server"  # what the launcher of a host imports once for all its servers
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls which server, in a game with which --heartbeat-timeout."""
+
+    name: str
+    signal: int
+    port_offset: int = 5
+    timeout_s: float = SimulationConfig().heartbeat_timeout
+
+
+FAULTS = (
+    Fault("none", 0),
+    Fault("kill -9 of a participant server", signal.SIGKILL),
+    Fault("kill -9 of a moderator server", signal.SIGKILL, 11),
+    Fault("kill -STOP of a participant server, time-out 2 s", signal.SIGSTOP, 5, 2.0),
+    Fault("kill -STOP of a moderator server, time-out 2 s", signal.SIGSTOP, 11, 2.0),
+)
+
+
+class Table:
+    """Rows of Markdown: a wide name, and figures."""
+
+    def __init__(self, title: str, name: str, *figures: str) -> None:
+        widths = [max(len(figure), 8) for figure in figures]
+        self._row = " | ".join(["| {:<50}", *(f"{{:>{width}}}" for width in widths)]) + " |"
+        print(f"\n{title}\n")
+        self.add(name, *figures)
+        self.add(":---", *["---:"] * len(figures))
+
+    def add(self, name: str, *figures: object) -> None:
+        print(self._row.format(name, *map(str, figures)), flush=True)
+
+
+# --- The cost of being ready -----------------------------------------------------------------------------------------
+
+
+def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, folder: Path | None) -> tuple[float, int]:
+    """Seconds from the question until the next round could begin, and how many heartbeats were asked for meanwhile."""
+    run_id = new_run_id()
+    record = RunDirectory(folder / run_id) if folder is not None else None
+    with (
+        patch.object(heartbeat, "WAIT_S", held_s),
+        patch.object(heartbeat, "heartbeat", wraps=heartbeat.heartbeat) as beats,
+        Simulation(config, run_id, key, ProgressWatch(), record) as simulation,
+    ):
+        simulation.create()
+        beats_before, began = beats.call_count, time.perf_counter()
+        result = simulation.play(1)
+        if record is not None:
+            seconds = {"rounds": result.seconds}
+            record.write_summary(summarise(config, run_id, "interrupted", {}, seconds, [result], Usage()))
+        took = time.perf_counter() - began
+        asked = beats.call_count - beats_before
+    check(result)
+    return took, asked
+
+
+def check(result: RoundResult) -> None:
+    """Everyone was asked, and has answered, once."""
+    assert result.tally.asked == result.tally.answered == PARTICIPANTS, result.tally
+
+
+def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
+    """Play the round with more and more readiness, in turn, and print the table."""
+    table = Table(
+        f"{PARTICIPANTS:,} participants, {THINK_S:g} s think time, 10 + 4 servers",
+        *("a round", "time", "more than bare", "heartbeats", "runs"),
+    )
+    scene = replace(config, heartbeat_timeout=HELD_S)  # else a shorter one would shorten the wait for a heartbeat
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="benchmark-") as name,  # on the disk of the real ones
+        patch.object(results, "LATEST", Path(name) / "latest"),
+    ):
+        ways: dict[str, Callable[[], tuple[float, int]]] = {
+            "bare": partial(recorded_round, scene, key, HELD_S, None),
+            "heartbeats": partial(recorded_round, scene, key, heartbeat.WAIT_S, None),
+            "heartbeats and record": partial(recorded_round, scene, key, heartbeat.WAIT_S, Path(name)),
+        }
+        for play in ways.values():
+            play()  # warm
+        played: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way in random.sample(list(ways), len(ways)):  # none always comes after the same other one
+                played[way].append(ways[way]())
+    bare_s = statistics.median(seconds for seconds, _ in played["bare"])
+    for way, runs in played.items():
+        round_s = statistics.median(seconds for seconds, _ in runs)
+        beats = statistics.median(asked for _, asked in runs)
+        table.add(way, f"{round_s:.3f} s", f"{round_s / bare_s - 1:+.1%}", f"{beats:g}", len(runs))
+
+
+# --- What a fault costs ----------------------------------------------------------------------------------------------
+
+
+def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> tuple[RoundResult, float, Any]:
+    """Play a round in which the fault happens; returns it, the seconds from the fault to its end, and the answers."""
+    port = config.base_port + fault.port_offset
+    victim = processes.own_process(str(port))
+    assert victim is not None, f"no server runs on port {port}"
+    struck_at: list[float] = []
+
+    def strike() -> None:
+        victim.send_signal(fault.signal)
+        struck_at.append(time.monotonic())
+
+    timer = threading.Timer(FAULT_AT_S, strike)
+    scene = replace(config, heartbeat_timeout=fault.timeout_s)
+    try:
+        with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+            simulation.create()
+            began = time.monotonic()
+            timer.start()
+            result = simulation.play(1)
+            answers = np.concatenate([part.units for part in simulation.answers()])
+    finally:
+        timer.cancel()
+        restart(config, victim)
+    check(result)
+    assert (result.reassigned > 0) == (fault.signal != 0), result.reassigned
+    return result, began + result.seconds - struck_at[0], answers
+
+
+def restart(config: SimulationConfig, server: psutil.Process) -> None:
+    """Have a server started anew, in whatever state it is, and wait until all answer."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server.kill()
+    _, alive = psutil.wait_procs([server], timeout=PATIENCE_S)
+    assert not alive, f"{server} cannot be killed"
+    servers = [Endpoint(config.host_name, port) for port in config.ports]
+    all_of({each: partial(handshake, each, PATIENCE_S, starting=True) for each in servers})
+
+
+def kill(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
+    """Play the round with each fault, in turn, and print the table."""
+    table = Table(
+        f"The same round, with a fault {FAULT_AT_S:g} s after it began",
+        *("fault", "round", "from then to the end", "reassigned", "runs"),
+    )
+    _, _, expected = disturbed_round(config, key, FAULTS[0])  # warm
+    played: dict[Fault, list[tuple[RoundResult, float]]] = {fault: [] for fault in FAULTS}
+    for _ in range(repeats):
+        for fault, runs in played.items():
+            result, after_s, answers = disturbed_round(config, key, fault)
+            assert np.array_equal(answers, expected), f"{fault.name}: other answers than undisturbed"
+            runs.append((result, after_s))
+    for fault, runs in played.items():
+        round_s = statistics.median(result.seconds for result, _ in runs)
+        after_s = statistics.median(seconds for _, seconds in runs)
+        moved = statistics.median(result.reassigned for result, _ in runs)
+        table.add(fault.name, f"{round_s:.2f} s", f"{after_s:.2f} s", f"{moved:,.0f}", len(runs))
+
+
+# --- When servers are ready ------------------------------------------------------------------------------------------
+
+
+def import_at_once(count: int) -> None:
+    """Import what a server imports in so many processes at the same time."""
+    started = [subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT) for _ in range(count)]
+    statuses = [process.wait() for process in started]
+    assert not any(statuses), statuses
+
+
+def ready(config: SimulationConfig, repeats: int) -> None:
+    """Start the servers of one host, and of four at once, and print the table."""
+    from hosts import NODES, network_of  # noqa: PLC0415 - it needs pytest, which only tests install
+
+    moderators = str(config.moderator_per_host)
+    title = f"Until all servers answer, {config.server_per_host} + {moderators} on each host"
+    table = Table(title, *("command", "hosts", "servers", "time", "runs"))
+    with tempfile.TemporaryDirectory() as name, network_of(Path(name)) as network:
+
+        def start(nodes: tuple[str, ...]) -> None:
+            network.start_servers(nodes, config.server_per_host, env={"MODERATOR_NUM": moderators})
+
+        start(NODES)  # warm: compile the copies
+        network.stop_servers()
+        for nodes in (NODES[:1], NODES):
+            importing, starting = [], []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                import_at_once(len(nodes))
+                imported = time.perf_counter()
+                start(nodes)
+                importing.append(imported - began)
+                starting.append(time.perf_counter() - imported)
+                network.stop_servers(nodes)
+            servers = len(nodes) * len(config.ports)
+            table.add(f'python -c "{IMPORT}"', len(nodes), "", f"{statistics.median(importing):.2f} s", repeats)
+            command = f"./start_all_server.sh {config.server_per_host}"
+            table.add(command, len(nodes), servers, f"{statistics.median(starting):.2f} s", repeats)
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="runs that the medians are of (default 5)")
+    parser.add_argument("--base-port", type=int, default=12330, help="first port of the servers (default 12330)")
+    parser.add_argument("--only", choices=("cost", "kill", "ready"), help="one of the three tables")
+    arguments = parser.parse_args()
+    chosen = {arguments.only} if arguments.only is not None else {"cost", "kill", "ready"}
+    if "ready" in chosen and (os.geteuid() != 0 or shutil.which("ip") is None):
+        parser.error("network namespaces take root and the command ip; --only cost and --only kill do without")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
+    logger.remove()
+    config = SimulationConfig(
+        base_port=arguments.base_port, participant_num=PARTICIPANTS, sleep_time=THINK_S, seed=SEED
+    )
+    if chosen & {"cost", "kill"}:
+        key = load_or_make(Path(config.cluster_key_dir))
+        with agent_servers(config):
+            if "cost" in chosen:
+                cost(config, key, arguments.repeats)
+            if "kill" in chosen:
+                kill(config, key, arguments.repeats)
+    if "ready" in chosen:
+        ready(config, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
