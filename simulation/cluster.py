@@ -54,7 +54,7 @@ class Watch(Protocol):
 
     stop_signal: int | None
 
-    def progress(self, stage: str, done: int, total: int) -> None:
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Called with every heartbeat, and at the end of each stage: "participants created" or "answers in"."""
 
     def tell(self, line: str) -> None:
@@ -334,7 +334,8 @@ class Cluster:
         self._heartbeats.hurry(number)
         while True:
             done = self._done(awaited, number, since)
-            self.watch.progress(stage, done, total)
+            answering = sum(self._heartbeats.answers(each) for each in self._all_servers)
+            self.watch.progress(stage, done, total, f"{answering} of {len(self._all_servers)} servers answer")
             if done == total:
                 return
             if self.watch.stop_signal is not None:

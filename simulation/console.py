@@ -56,23 +56,23 @@ class ProgressWatch:
         self._bar: Progress | None = None
         self._began = self._last_line = 0.0
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is."""
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Show how far a stage is, and what there is to note beside it."""
         now = time.monotonic()
         if stage != self._stage:
             self.close()
             self._stage, self._began, self._last_line = stage, now, now
             if sys.stderr.isatty():
                 self._bar = _new_bar()
-                self._bar.add_task(stage, total=total)
+                self._bar.add_task(stage, total=total, note=note)
                 self._bar.start()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done)
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             rate = done / (now - self._began)
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
-            logger.info(f"{stage}: {done:,} of {total:,} ({rate:,.0f}/s{left})")
+            logger.info(f"{stage}: {done:,} of {total:,} ({rate:,.0f}/s{left})" + f"; {note}" * bool(note))
         if done == total:
             self.close()
 
@@ -112,6 +112,7 @@ def _new_bar() -> Progress:
         TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
         RateColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # what the moderator says belongs on standard output

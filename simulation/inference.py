@@ -116,7 +116,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
             )
         _end_all()  # what servers that were killed have left
         for each in plans:
-            processes.check_free(HOST, each.port, "VLLM_BASE_PORT")
+            processes.check_free("localhost", each.port, "VLLM_BASE_PORT")
         started: dict[int, subprocess.Popen[bytes]] = {}
         began = time.monotonic()
         try:

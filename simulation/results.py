@@ -376,7 +376,8 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
     try:
-        summary["cluster"]["lost"], summary["seconds"]["total"]
+        if "lost" not in summary["cluster"] or "total" not in summary["seconds"]:
+            raise KeyError
         told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
         usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
         return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections import Counter
 
@@ -139,6 +140,36 @@ def test_models_that_come_back_in_mid_round_lose_nobody(cluster, fake, play):
     finally:
         again.close()
     assert done.returncode == 0 and cluster.summary()["rounds"][0]["answered"] == 200
+
+
+@pytest.mark.parametrize("victim", ["a participant server", "main"])
+def test_whoever_is_made_anew_remembers_its_own_numbers(cluster, fake, tmp_path, victim):
+    fake.delay_s = 0.5
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        flags = ("--agent-type", "llm", "--rounds", "4", "--samples-per-request", "10")
+        game = cluster.start("run_simulation.sh", "3", "90", *flags, stderr=stderr)
+    until(lambda: "round 3: asking" in log.read_text(), 30, "round 3")
+    if victim == "main":
+        game.kill()
+        game.communicate()
+        resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest")
+        assert resumed.returncode == 0, resumed.stderr
+    else:
+        os.kill(cluster.pid(1), signal.SIGKILL)
+        game.communicate(timeout=60)
+        assert game.returncode == 0 and cluster.summary()["rounds"][2]["reassigned"] == 30, log.read_text()
+    summary = cluster.summary()
+    assert [played["answered"] for played in summary["rounds"]] == [90] * 4
+    assert summary["llm"]["requests"] <= len(fake.bodies)
+    memories: Counter[str] = Counter()
+    for body in fake.bodies:
+        words = body["messages"][1]["content"]
+        if "Round 4:" in words:
+            memories[words.partition("Your numbers so far: ")[2].partition(".")[0]] += body.get("n", 1)
+    numbers = [f"{value:g}" for value in cluster.values()]
+    assert memories == Counter(", ".join(numbers[index : index + 270 : 90]) for index in range(90))
+    until(lambda: cluster.run("start_all_server.sh", "--status").returncode == 0, 20, "all servers answer again")
 
 
 def test_an_interrupted_round_waits_for_no_model(cluster, fake, play):

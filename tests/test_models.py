@@ -25,8 +25,8 @@ from simulation.group import INTERRUPTED, ParticipantGroup
 from simulation.model import Chat, check_models, load_models
 from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS, TROUBLES_WITH_N
 from simulation.placement import Endpoint
-from simulation.replies import CUT_OFF, NO_TEXT
 from simulation.readiness import _check_models_known
+from simulation.replies import CUT_OFF, NO_TEXT
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]

@@ -72,3 +72,11 @@ def test_the_table_of_files_is_whole():
     files = {path.name for path in ROOT.glob("*.py")} | {path.name for path in ROOT.glob("*.sh")}
     files |= {f"simulation/{path.name}" for path in ROOT.glob("simulation/*.py") if path.name != "__init__.py"}
     assert files <= named, files - named
+
+
+def test_every_test_that_the_table_of_faults_names_is_there():
+    section = README.partition("## When something dies")[2].partition("\n## ")[0]
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", section)
+    assert len(named) > 15
+    for file, test in named:
+        assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), test

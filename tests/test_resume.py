@@ -10,7 +10,9 @@ import signal
 import pytest
 from conftest import one_line, until
 
+from simulation.errors import SettingsError
 from simulation.game import INTERRUPTED
+from simulation.results import RunDirectory
 
 ROUNDS = ("--rounds", "4")
 # Every answer follows from the participant's own answers so far: one who has forgotten them gives others.
@@ -134,17 +136,20 @@ def test_a_run_under_way_is_not_resumed(checkout):
     assert game.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
-def test_rounds_recorded_but_not_yet_told_are_played_again(checkout):
+@pytest.mark.parametrize("finished", [0, 1])
+def test_rounds_recorded_but_not_yet_told_are_played_again(checkout, finished):
     """As after a kill between two files: the summary says what is finished, whatever else lies there."""
     checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "3")
     three = checkout.answers()
     run = (checkout.path / "runs/latest").resolve()
     summary = json.loads((run / "summary.json").read_text())
     shutil.copy(run / "answers.parquet", run / "answers-00009.parquet")
-    (run / "summary.json").write_text(json.dumps({**summary, "status": INTERRUPTED, "rounds": summary["rounds"][:1]}))
+    (run / "summary.json").write_text(
+        json.dumps({**summary, "status": INTERRUPTED, "rounds": summary["rounds"][:finished]})
+    )
     resumed = checkout.run("run_simulation.sh", "--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr
-    assert "has played 1 of 3 rounds" in resumed.stderr
+    assert f"has played {finished} of 3 rounds" in resumed.stderr
     assert checkout.answers() == three and not list(run.glob("answers-*"))
 
 
@@ -170,3 +175,25 @@ def test_a_server_that_dies_is_started_again_until_that_is_in_vain(checkout):
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 3 and "does not answer after 4 restarts" in status.stdout
     assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
+
+
+def test_a_resumed_run_stays_in_its_folder(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "latest").symlink_to("one")
+    directory = RunDirectory(tmp_path / "latest", resumed=True)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("another")
+    assert directory.path == (tmp_path / "one").resolve()
+    with pytest.raises(SettingsError, match="is being written by another run"):
+        RunDirectory(tmp_path / "one", resumed=True)
+
+
+def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout):
+    game = play(checkout, "2", "50", "--sleep-time", "3")
+    until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
+    os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
+    status = checkout.run("start_all_server.sh", "--status")
+    assert status.returncode == 0 and "their launcher has died" in status.stdout
+    game.communicate(timeout=60)
+    assert game.returncode == 0, log_of(checkout)
+    assert checkout.processes() == []

@@ -1,0 +1,126 @@
+"""Heartbeats against real agent servers in this process's reach, and what a group makes of late words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import until
+
+from participant import RandomParticipant
+from simulation.custom import pack_class
+from simulation.errors import ServerUnreachable
+from simulation.game import Game, question_for
+from simulation.group import ParticipantGroup
+from simulation.heartbeat import Beat, Heartbeats, Progress
+from simulation.placement import Endpoint
+from simulation.remote import RemoteObject, handshake, use_key
+from simulation.security import load
+
+GAME = Game(7, 100, 0, 0.0)
+TIMEOUT_S = 1.5
+
+
+@pytest.fixture
+def server(cluster):
+    """The address of a participant server, and its pid."""
+    use_key(load(Path(cluster.path / ".cluster")))
+    return Endpoint("localhost", cluster.base_port), cluster.pid(0)
+
+
+@pytest.fixture
+def beats(server):
+    endpoint, _ = server
+    with Heartbeats("run~1", {endpoint: handshake(endpoint, 5).incarnation}, TIMEOUT_S, 60) as heartbeats:
+        heartbeats.hurry(0)
+        until(lambda: heartbeats.look(endpoint)[1] > 0, 5, "the first beat")
+        yield heartbeats
+
+
+def group_on(endpoint: Endpoint, oid: str) -> RemoteObject:
+    kwargs = {
+        **{"oid": oid, "first": 0, "count": 10, "game": GAME, "participant_class": pack_class(RandomParticipant)},
+        **{"reply_threads": 1, "lease_s": 60.0},
+    }
+    return RemoteObject(ParticipantGroup, oid, endpoint, 30.0, kwargs)
+
+
+def test_a_beat_tells_what_the_objects_of_the_run_are_at(server, beats):
+    endpoint, _ = server
+    group = group_on(endpoint, "run~1/group-0")
+    beats.hurry(0)
+    until(lambda: beats.last(endpoint).objects == {"run~1/group-0": Progress(10, 10)}, 5, "the group is heard of")
+    group.begin(question_for(GAME, 1, ()))
+    beats.hurry(1)
+    until(lambda: beats.last(endpoint).objects == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
+    group.begin(question_for(GAME, 2, ()))
+    until(lambda: group.progress(1.0) == Progress(10, 10, 2), 5, "round 2 is over")
+    group.begin(question_for(GAME, 1, ()))  # as a moderator may that had hung meanwhile
+    assert group.progress(0.0) == Progress(10, 10, 2)
+    assert group.client.delete_agent("run~1/group-0")
+
+
+def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, beats):
+    endpoint, pid = server
+    group = group_on(endpoint, "run~1/group-1")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in range(2):  # one that waits when the server is given up on, and one that is made later
+            with pytest.raises(ServerUnreachable, match="was given up on"):
+                group.progress(0.0)
+        assert TIMEOUT_S - 1.1 < time.monotonic() - began < TIMEOUT_S + 2
+        with pytest.raises(ServerUnreachable, match=r"was not heard of for 1\.\d s"):
+            beats.look(endpoint)
+        assert not beats.alive(endpoint) and not beats.is_back(endpoint) and beats.losses(endpoint)[0] == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: beats.is_back(endpoint), 10, "it answers again")
+    assert not beats.alive(endpoint)
+    beats.take_back(endpoint)
+    assert beats.alive(endpoint) and group.progress(0.0) == Progress(10, 10)
+    assert group.client.delete_agent("run~1/group-1")
+
+
+def suspended_main(cluster, log: Path, *flags: str):
+    """A game in its first round, with seed 7, and its main process, which was stopped."""
+    with log.open("w") as stderr:
+        game = cluster.start("run_simulation.sh", "3", "60", "--seed", "7", *flags, stderr=stderr)
+    until(lambda: "round 1: asking" in log.read_text(), 30, "round 1")
+    (main,) = (process for process in cluster.processes() if "--participant-num" in process.info["cmdline"])
+    main.suspend()
+    return game, main
+
+
+def test_a_main_that_was_stopped_takes_nobody_for_lost(cluster, tmp_path):
+    log = tmp_path / "stderr"
+    game, main = suspended_main(cluster, log, "--sleep-time", "7", "--heartbeat-timeout", "1")
+    time.sleep(4)  # what is tested is a time in which main does nothing
+    main.resume()
+    game.communicate(timeout=60)
+    assert game.returncode == 0, log.read_text()
+    assert cluster.summary()["cluster"]["lost"] == [] and "is lost" not in log.read_text()
+
+
+def test_a_main_that_was_stopped_for_longer_than_its_lease_makes_everyone_anew(cluster, tmp_path):
+    log = tmp_path / "stderr"
+    game, main = suspended_main(cluster, log, "--sleep-time", "5", "--lease", "2")
+    servers = [cluster.path / f"run/servers/{cluster.base_port + offset}.log" for offset in range(7)]
+    until(lambda: all("dropping 2" in server.read_text() for server in servers), 20, "all have dropped their agents")
+    main.resume()
+    game.communicate(timeout=60)
+    assert game.returncode == 0, log.read_text()
+    played = cluster.summary()["rounds"][0]
+    assert (played["answered"], played["reassigned"]) == (60, 60)
+    cluster.play("3", "60", "--sleep-time", "0", "--seed", "7")
+    assert cluster.summary()["rounds"][0]["average"] == played["average"]
+
+
+def test_what_is_no_beat_of_ours_is_told_apart():
+    beat = Beat("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
+    assert Beat.from_json(beat.to_json()) == beat
+    for text in ("", "[]", "{}", '{"incarnation": "a", "objects": {"x": {}}}', '{"incarnation": "a", "objects": 5}'):
+        assert Beat.from_json(text) is None
