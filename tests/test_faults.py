@@ -298,8 +298,8 @@ def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
     run = small_disk / "run"
     done = checkout.run("run_simulation.sh", "2", "20000", *flags, "--run-dir", str(run))
     assert done.returncode == 5 and "No space left" in last_line(done.stderr)
-    assert done.stdout.count("The average value is") >= 2
     summary = checkout.summary(run)
+    assert done.stdout.count("The average value is") == len(summary["rounds"]) >= 1  # what is told is written
     assert summary["status"] in ("failed", "interrupted") and len(summary["rounds"]) >= 1
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     kept = sum(len(pq.read_table(path)) for path in run.glob("answers*.parquet"))
