@@ -35,12 +35,11 @@ main() {
   if [ "${1:-}" = --resume ]; then
     [ -n "${2:-}" ] || fail 2 "--resume needs the folder of a run, such as runs/latest"
     FLAGS=(--resume "$2")
+    AGENT_TYPE="" MAX_VALUE="" # it is the same game
   else
     need_number server_per_host "${1:-}" "$USAGE"
     need_number participant_num "${2:-}" "$USAGE"
     FLAGS=(--server-per-host "$1" --participant-num "$2")
-    flag --agent-type "${AGENT_TYPE:-}"
-    flag --max-value "${MAX_VALUE:-}"
   fi
   shift 2
   local hosts
@@ -51,6 +50,8 @@ main() {
   default_model_per_host
   flag --model-per-host "${MODEL_PER_HOST:-}"
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+  flag --agent-type "${AGENT_TYPE:-}"
+  flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"

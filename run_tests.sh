@@ -26,7 +26,8 @@ main() {
   "$VENV/bin/ruff" format --check --diff .
   "$VENV/bin/python" -m mypy
   "$VENV/bin/shellcheck" -x ./*.sh scripts/*.sh examples/slurm/* .ci/run
-  exec "$VENV/bin/python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+  # two files at a time: most tests wait for processes to start, or for participants to think
+  exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"
 }
 
 main "$@"

@@ -122,6 +122,8 @@ class Simulation:
             tokens_each = self._tokens_each(allowed)
             self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
             self.cluster.wait("answers in", number, self.cluster.seated)
+            if self.config.dispatch == "agent" and self.game.sampling is not None:
+                self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
             result, announcement = self._result(number, started, seats_before)
             if self.record is not None:
                 self.record.write_answers(number, self.answers(), self.game.scale)
@@ -155,7 +157,7 @@ class Simulation:
         winners = sum(
             self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
         )
-        seconds = time.monotonic() - started
+        seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
         reassigned = sum(seat.count for seat in self.cluster.seats if seat not in seats_before)
         return RoundResult(number, tally, average, average, closest, winners, seconds, reassigned), announcement
 

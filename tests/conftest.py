@@ -29,6 +29,9 @@ with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
 
@@ -112,9 +115,15 @@ def require_vllm() -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports that are free now, below the range that the system hands out."""
+    """The first of `count` consecutive ports that are free now, below the range that the system hands out.
+
+    Tests that run at the same time draw from ranges of their own, as a port is free until its server starts.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = (32_000 - 15_000) // workers
+    first = 15_000 + share * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for _ in range(200):
-        base = random.randrange(15_000, 32_000 - count)
+        base = random.randrange(first, first + share - count)
         if all(is_free(port) for port in range(base, base + count)):
             return base
     raise RuntimeError("no free ports")

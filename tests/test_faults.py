@@ -27,9 +27,9 @@ def last_line(err: str) -> str:
 
 
 def asking(checkout) -> bool:
-    """Whether the participants of a run that a test started are there."""
+    """Whether a run that a test started has its moderators, who are made last."""
     logs = checkout.path.glob("run/servers/*.log")
-    return any("ParticipantGroup" in log.read_text() for log in logs)
+    return any("<Moderator>" in log.read_text() for log in logs)
 
 
 def test_one_command_starts_plays_and_stops(checkout):
@@ -213,7 +213,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
     with log.open("w") as stderr:
         flags = ("--agent-class", f"{mine}:Mine", "--dispatch", "agent")
         game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
-        until(lambda: asking(checkout), 20, "the round has begun")
+        until(lambda: "round 1: asking" in log.read_text(), 20, "the round has begun")
         game.send_signal(signal.SIGINT)
         until(lambda: "once more to end at once" in log.read_text(), 10, "the first one is heard")
         began = time.monotonic()
