@@ -134,7 +134,7 @@ def test_starting_twice_is_refused(vllm, tiny_model):
 def test_stopped_for_good_ends_the_game(vllm):
     flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "5", "--rounds", "3")
     begun = requests_of(vllm)
-    run = vllm.start("run_simulation.sh", "2", "4000", *flags)
+    run = vllm.start("run_simulation.sh", "2", "20000", *flags)
     until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
     stopped = vllm.run("stop_vllm.sh")
     assert stopped.returncode == 0 and "stopped 1 vLLM servers" in stopped.stdout
@@ -142,7 +142,7 @@ def test_stopped_for_good_ends_the_game(vllm):
     assert run.returncode == 4 and "Traceback" not in err, err
     summary = vllm.summary()
     entry = summary["rounds"][0]
-    assert len(summary["rounds"]) == 1 and 0 < entry["answered"] < 4000
+    assert len(summary["rounds"]) == 1 and 0 < entry["answered"] < 20_000
     assert all(cause.startswith("model server: ") for cause in entry["failures"])
     assert vllm.run("stop_vllm.sh").stdout == "no vLLM servers were running\n"
 
