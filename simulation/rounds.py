@@ -8,7 +8,9 @@ with Simulation(config, run, key, watch) as simulation:
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +43,7 @@ from simulation.seating import Seat
 from simulation.security import ClusterKey
 
 FETCHED_AT_ONCE = 250_000  # answers in one message
+FETCHES_AT_ONCE = 4  # messages under way
 NOTHING_USED = Usage()
 
 
@@ -135,13 +138,22 @@ class Simulation:
 
     def answers(self) -> Iterator[Answers]:
         """The answers of the round just played, in the order of the participants, a bounded number at a time."""
-        for seat in self.cluster.seats:
-            for first in range(seat.first, seat.first + seat.count, FETCHED_AT_ONCE):
-                count = min(FETCHED_AT_ONCE, seat.first + seat.count - first)
-                if seat.server is None:
-                    yield Answers(first, np.full(count, -1), dict.fromkeys(range(first, first + count), INTERRUPTED))
-                else:
-                    yield self.cluster.moderator_of(seat).answers(first, count)
+        under_way: deque[Future[Answers]] = deque()
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            for seat in self.cluster.seats:
+                for first in range(seat.first, seat.first + seat.count, FETCHED_AT_ONCE):
+                    count = min(FETCHED_AT_ONCE, seat.first + seat.count - first)
+                    under_way.append(pool.submit(self._fetch, seat, first, count))
+                    if len(under_way) == FETCHES_AT_ONCE:
+                        yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+    def _fetch(self, seat: Seat, first: int, count: int) -> Answers:
+        if seat.server is None:
+            return Answers(first, np.full(count, -1), dict.fromkeys(range(first, first + count), INTERRUPTED))
+        answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
+        return answers
 
     def _result(self, number: int, started: float, seats_before: set[Seat]) -> tuple[RoundResult, Announcement]:
         """Collect what was answered, announce the average, and hear who won."""
