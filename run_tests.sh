@@ -26,8 +26,13 @@ main() {
   "$VENV/bin/ruff" format --check --diff .
   "$VENV/bin/python" -m mypy
   "$VENV/bin/shellcheck" -x ./*.sh scripts/*.sh examples/slurm/* .ci/run
-  # two files at a time: most tests wait for processes to start, or for participants to think
-  exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"
+  # two files at a time: most tests wait for processes to start, or for participants to think; in a folder of their own,
+  # as pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted), and breaks off then
+  local folder
+  folder="$(mktemp -d)"
+  "$VENV/bin/python" -m pytest -n 2 --dist loadfile --basetemp "$folder/tests" \
+    ${selection[@]+"${selection[@]}"} "$@" || { status=$? && say "the tests' files stay in $folder" && exit "$status"; }
+  rm -rf "$folder"
 }
 
 main "$@"
