@@ -17,7 +17,6 @@ from scipy.stats import chisquare
 from simulation.errors import UnusableAnswer
 from simulation.game import (
     CAUSES_TOLD_APART,
-    TEXT_READ,
     WINNERS_NAMED,
     AnswerSheet,
     Game,
@@ -25,9 +24,9 @@ from simulation.game import (
     Winners,
     draw,
     merge,
-    parse_number,
     to_units,
 )
+from simulation.reading import TEXT_READ, parse_number
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
 

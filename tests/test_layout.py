@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     "simulation.errors",
     "simulation.config",
+    "simulation.reading",
     "simulation.game",
     "simulation.placement",
     "simulation.seating",
@@ -80,7 +81,7 @@ def test_agentscope_is_entered_where_it_should_be():
 
 
 def test_the_pure_rules_know_no_agents():
-    for name in ("simulation.game", "simulation.placement", "simulation.seating"):
+    for name in ("simulation.reading", "simulation.game", "simulation.placement", "simulation.seating"):
         assert not any(
             module.startswith(("agentscope", "grpc", "time", "random")) for module in imports_of(files()[name])
         )
