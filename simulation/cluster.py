@@ -19,7 +19,7 @@ from participant import Participant
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
 from simulation.errors import AgentGone, GameEnded, Interrupted, ServerLost, SimulationError
-from simulation.game import Answers, Game
+from simulation.game import Game
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Heartbeats
 from simulation.model import Usage
@@ -37,6 +37,7 @@ from simulation.remote import (
     told_error,
 )
 from simulation.seating import Seat, Seating
+from simulation.sheet import Answers
 
 V = TypeVar("V")
 

@@ -6,7 +6,6 @@ every sum is exact and tallies merge to the same result in any order.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,9 +25,7 @@ Units = NDArray[np.int64]
 
 WINNERS_NAMED = 10  # of all winners, the lowest so many are named
 OTHER_CAUSES = "other causes"
-CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 OUT_OF_RANGE = "number out of range"
-TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
 INTERRUPTED = "interrupted"  # the cause where a person ended the round
 
 
@@ -252,82 +249,3 @@ def announcement_of(number: int, average: Fraction | None, closest: tuple[int, .
     """What everyone hears of a round: its average is the winning number; fractions are in units of 1 / scale."""
     value = None if average is None else float(average / scale)
     return Announcement(number, value, value, closest)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of participants first .. first+len(units)-1: units, -1 where there is none, and then the cause.
-
-    `texts` holds what some of those who failed did say.
-    """
-
-    first: int
-    units: Units
-    failures: dict[int, str]
-    texts: dict[int, str] = field(default_factory=dict)
-
-
-class AnswerSheet:
-    """One round's answers of consecutive participants, filled in as they come; each place is filled once."""
-
-    MISSING = -1
-
-    def __init__(self, first: int, count: int) -> None:
-        self.first = first
-        self.count = count
-        self.units = array("q", [self.MISSING]) * count
-        self.failures: dict[int, str] = {}
-        self.texts: dict[int, str] = {}
-        self.done = 0
-
-    def put(self, place: int, units: int) -> None:
-        """Record the answer of participant first + place."""
-        self.units[place] = units
-        self.done += 1
-
-    def fail(self, place: int, cause: str, text: str | None = None) -> None:
-        """Record that participant first + place gave no usable answer, and what it said, of the first who failed."""
-        self.failures[place] = cause
-        if text is not None and len(self.texts) < TEXTS_KEPT:
-            self.texts[place] = text[:TEXT_KEPT]
-        self.done += 1
-
-    def closed(self, cause: str) -> AnswerSheet:
-        """A copy on which everyone who is undecided has failed with this cause; the original may go on filling."""
-        copy = AnswerSheet(self.first, self.count)
-        copy.units, copy.failures, copy.texts = self.units[:], dict(self.failures), dict(self.texts)
-        for place, units in enumerate(copy.units):
-            if units == self.MISSING:
-                copy.failures.setdefault(place, cause)
-            else:
-                copy.failures.pop(place, None)
-        copy.done = self.count
-        return copy
-
-    def _array(self) -> Units:
-        return np.frombuffer(self.units, np.int64)
-
-    def tally(self) -> Tally:
-        """Count what was answered; raises ValueError while a participant is still undecided."""
-        units = self._array()
-        distinct, counts = np.unique(units[units != self.MISSING], return_counts=True)
-        causes = Counter(self.failures.values()).most_common()
-        failures = dict(causes[:CAUSES_TOLD_APART])
-        for _, count in causes[CAUSES_TOLD_APART:]:
-            failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + count
-        return Tally(self.count, distinct, counts.astype(np.int64), failures)
-
-    def winners(self, winning_units: tuple[int, ...]) -> Winners:
-        """Who answered one of the winning numbers."""
-        places = np.flatnonzero(np.isin(self._array(), winning_units))
-        return Winners(len(places), tuple(self.first + int(place) for place in places[:WINNERS_NAMED]))
-
-    def answers(self, first: int, count: int) -> Answers:
-        """The answers of those participants of first .. first+count-1 that are on this sheet."""
-        start = max(first, self.first) - self.first
-        stop = max(start, min(first + count - self.first, self.count))
-        failures, texts = (
-            {self.first + place: words for place, words in said.items() if start <= place < stop}
-            for said in (self.failures, self.texts)
-        )
-        return Answers(self.first + start, self._array()[start:stop].copy(), failures, texts)

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from participant import Participant, answer_in, answers_many, message_of
 from simulation.errors import UnusableAnswer, one_line
-from simulation.game import INTERRUPTED, Announcement, Answers, AnswerSheet, Game, Question, Tally, Winners, to_units
+from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
 from simulation.heartbeat import Progress
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
+from simulation.sheet import Answers, AnswerSheet
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do

@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from simulation.config import ROOT, SimulationConfig, flag_of
 from simulation.errors import ClusterError, ResultsError, SettingsError, one_line
-from simulation.game import INTERRUPTED, OTHER_CAUSES, TEXTS_KEPT, Answers, RoundResult, Tally, Winners
+from simulation.game import INTERRUPTED, OTHER_CAUSES, RoundResult, Tally, Winners
 from simulation.model import Usage
 from simulation.placement import Endpoint
+from simulation.sheet import FAILED, TEXTS_KEPT, Answers
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
@@ -39,7 +40,7 @@ SCHEMA = pa.schema(
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
-FAILED, AGENTS = "failed_answers.jsonl", "agents.jsonl"
+FAILED_ANSWERS, AGENTS = "failed_answers.jsonl", "agents.jsonl"
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
 GAME_SETTINGS = {"participant_num", "agent_type", "agent_class", "max_value", "decimals", "seed"}  # of a whole run
@@ -123,15 +124,15 @@ class RunDirectory:
 
     def _write_failed(self) -> None:
         if self._failed:
-            with _on_disk(self.path / FAILED) as file:
+            with _on_disk(self.path / FAILED_ANSWERS) as file:
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in self._failed)
         else:
-            (self.path / FAILED).unlink(missing_ok=True)
+            (self.path / FAILED_ANSWERS).unlink(missing_ok=True)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
         """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""
         for participant, text in sorted(part.texts.items())[: TEXTS_KEPT - len(self._failed)]:
-            cause = part.failures[participant]
+            cause = part.cause_of(participant)
             self._failed.append({"round": round_number, "participant": participant, "failure": cause, "text": text})
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
@@ -170,8 +171,8 @@ class RunDirectory:
         for part in self.path.glob(PARTS):
             if part not in [self._part(number + 1) for number in range(rounds)]:
                 part.unlink()
-        if (self.path / FAILED).exists():
-            entries = map(json.loads, (self.path / FAILED).read_text().splitlines())
+        if (self.path / FAILED_ANSWERS).exists():
+            entries = map(json.loads, (self.path / FAILED_ANSWERS).read_text().splitlines())
             self._failed = [entry for entry in entries if entry["round"] <= rounds]
             self._write_failed()
 
@@ -258,15 +259,13 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 def _table(round_number: int, part: Answers, scale: int) -> pa.Table:
     count = len(part.units)
-    missing = part.units < 0
-    failures: list[str | None] = [None] * count
-    for participant, cause in part.failures.items():
-        failures[participant - part.first] = cause
+    failed = part.units < 0
+    causes = pa.array(part.causes, pa.string())
     columns = [
         pa.array(np.full(count, round_number, np.int32)),
         pa.array(np.arange(part.first, part.first + count, dtype=np.int64)),
-        pa.array(part.units / scale, mask=missing),
-        pa.array(failures, pa.string()),
+        pa.array(part.units / scale, mask=failed),
+        causes.take(pa.array(FAILED - part.units, mask=~failed)),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 

@@ -26,7 +26,6 @@ from simulation.errors import AgentGone, GameEnded, SimulationError, UnusableAns
 from simulation.game import (
     INTERRUPTED,
     Announcement,
-    Answers,
     Game,
     RoundResult,
     Sampling,
@@ -41,6 +40,7 @@ from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of, use_key
 from simulation.seating import Seat
 from simulation.security import ClusterKey
+from simulation.sheet import FAILED, Answers
 
 FETCHED_AT_ONCE = 250_000  # answers in one message
 FETCHES_AT_ONCE = 4  # messages under way
@@ -151,7 +151,7 @@ class Simulation:
 
     def _fetch(self, seat: Seat, first: int, count: int) -> Answers:
         if seat.server is None:
-            return Answers(first, np.full(count, -1), dict.fromkeys(range(first, first + count), INTERRUPTED))
+            return Answers(first, np.full(count, FAILED), [INTERRUPTED])
         answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
         return answers
 

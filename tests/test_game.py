@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -16,33 +15,16 @@ from scipy.stats import chisquare
 
 from simulation.errors import UnusableAnswer
 from simulation.game import (
-    CAUSES_TOLD_APART,
-    WINNERS_NAMED,
-    AnswerSheet,
     Game,
     Tally,
-    Winners,
     draw,
-    merge,
     to_units,
 )
 from simulation.reading import TEXT_READ, parse_number
 
-answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
-
 
 def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Game:
     return Game(seed, max_value, decimals, 0.0)
-
-
-def sheet_of(entries: list[int | str], first: int = 0) -> AnswerSheet:
-    sheet = AnswerSheet(first, len(entries))
-    for place, entry in enumerate(entries):
-        if isinstance(entry, str):
-            sheet.fail(place, entry)
-        else:
-            sheet.put(place, entry)
-    return sheet
 
 
 def test_draws_are_the_known_ones():
@@ -245,43 +227,6 @@ def test_a_value_finds_back_to_its_units(units, decimals):
     assert to_units(units / rules.scale, rules) == units
 
 
-@given(answers, answers, answers)
-def test_tallies_merge_in_any_order(one, two, three):
-    a, b, c = (sheet_of(entries).tally() for entries in (one, two, three))
-    assert (a + b) + c == a + (b + c) == c + b + a == sheet_of(one + two + three).tally()
-    assert a + Tally(0) == a
-
-
-@given(answers)
-def test_figures_are_those_of_the_list(entries):
-    tally = sheet_of(entries).tally()
-    numbers = [entry for entry in entries if isinstance(entry, int)]
-    assert tally.asked == len(entries) == tally.answered + tally.failed
-    if not numbers:
-        assert tally.average() is tally.median() is tally.std() is None
-        assert tally.closest(Fraction(3)) == ()
-    else:
-        assert tally.average() == Fraction(sum(numbers), len(numbers))
-        assert tally.median() == Fraction(statistics.median(numbers))
-        assert tally.std() == pytest.approx(statistics.pstdev(numbers))
-
-
-@given(answers, st.fractions(-10, 70))
-def test_the_closest_are_closest(entries, target):
-    sheet = sheet_of(entries, first=1000)
-    distances = {1000 + place: abs(e - target) for place, e in enumerate(entries) if isinstance(e, int)}
-    best = [index for index, distance in distances.items() if distance == min(distances.values())]
-    winners = sheet.winners(sheet.tally().closest(target))
-    assert winners == Winners(len(best), tuple(best[:WINNERS_NAMED]))
-
-
-@given(answers, st.integers(1, 7))
-def test_parts_are_the_whole(entries, distinct):
-    tally = sheet_of(entries).tally()
-    assert merge(tally.parts(distinct)) == tally
-    assert all(len(part.units) <= distinct for part in tally.parts(distinct))
-
-
 def test_large_sums_are_exact():
     tally = Tally(30_000_000, np.array([10**15 - 1, 10**15]), np.array([10_000_000, 20_000_000]))
     assert tally.total == (10**15 - 1) * 10_000_000 + 10**15 * 20_000_000
@@ -290,19 +235,3 @@ def test_large_sums_are_exact():
 def test_a_tally_that_loses_someone_is_refused():
     with pytest.raises(ValueError, match="asked 3"):
         Tally(3, np.array([5]), np.array([2]))
-    with pytest.raises(ValueError, match="asked 2"):
-        AnswerSheet(0, 2).tally()
-
-
-def test_causes_are_bounded_and_nobody_is_lost():
-    sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_TOLD_APART)])
-    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
-    assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
-
-
-@given(answers, st.integers(0, 80), st.integers(0, 80))
-def test_answers_are_cut_where_asked(entries, first, count):
-    part = sheet_of(entries, first=10).answers(first, count)
-    expected = {10 + place: entry for place, entry in enumerate(entries) if first <= 10 + place < first + count}
-    found = {part.first + place: int(units) for place, units in enumerate(part.units) if units >= 0} | part.failures
-    assert found == expected

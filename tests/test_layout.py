@@ -13,6 +13,7 @@ ROWS = [
     "simulation.config",
     "simulation.reading",
     "simulation.game",
+    "simulation.sheet",
     "simulation.placement",
     "simulation.seating",
     "simulation.security",
@@ -81,7 +82,13 @@ def test_agentscope_is_entered_where_it_should_be():
 
 
 def test_the_pure_rules_know_no_agents():
-    for name in ("simulation.reading", "simulation.game", "simulation.placement", "simulation.seating"):
+    for name in (
+        "simulation.reading",
+        "simulation.game",
+        "simulation.sheet",
+        "simulation.placement",
+        "simulation.seating",
+    ):
         assert not any(
             module.startswith(("agentscope", "grpc", "time", "random")) for module in imports_of(files()[name])
         )

@@ -27,6 +27,7 @@ from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS, TROUBLES_WITH_N
 from simulation.placement import Endpoint
 from simulation.readiness import _check_models_known
 from simulation.replies import CUT_OFF, NO_TEXT
+from simulation.sheet import FAILED
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
@@ -246,7 +247,7 @@ def test_an_unusable_answer_is_asked_for_again_by_those_who_got_it(play, fake_of
     group = play(fake, 50, max_attempts=2)
     assert fake.samples == [50, 50]
     said = group.answers(0, 50)
-    assert set(said.failures.values()) == {"no number in the answer"} and len(said.failures) == 50
+    assert said.causes == ["no number in the answer"] and said.units.tolist() == [FAILED] * 50
     assert len(said.texts) == 20 and set(said.texts.values()) == {"I will not say"}
 
 

@@ -1,0 +1,171 @@
+"""Answers as they come in: what is recorded, counted, and handed on of each participant."""
+
+from __future__ import annotations
+
+import statistics
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from simulation.errors import UnusableAnswer, one_line
+from simulation.game import INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Game, Tally, Winners, merge, to_units
+from simulation.sheet import CAUSES_TOLD_APART, TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
+
+answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
+
+
+def sheet_of(entries: list[int | str], first: int = 0) -> AnswerSheet:
+    sheet = AnswerSheet(first, len(entries))
+    for place, entry in enumerate(entries):
+        if isinstance(entry, str):
+            sheet.fail(place, entry)
+        else:
+            sheet.put(place, entry)
+    return sheet
+
+
+def said_in(part: Answers) -> dict[int, int | str]:
+    return {
+        part.first + place: part.cause_of(part.first + place) or units
+        for place, units in enumerate(part.units.tolist())
+    }
+
+
+@given(answers, answers, answers)
+def test_tallies_merge_in_any_order(one, two, three):
+    a, b, c = (sheet_of(entries).tally() for entries in (one, two, three))
+    assert (a + b) + c == a + (b + c) == c + b + a == sheet_of(one + two + three).tally()
+    assert a + Tally(0) == a
+
+
+@given(answers)
+def test_figures_are_those_of_the_list(entries):
+    tally = sheet_of(entries).tally()
+    numbers = [entry for entry in entries if isinstance(entry, int)]
+    assert tally.asked == len(entries) == tally.answered + tally.failed
+    if not numbers:
+        assert tally.average() is tally.median() is tally.std() is None
+        assert tally.closest(Fraction(3)) == ()
+    else:
+        assert tally.average() == Fraction(sum(numbers), len(numbers))
+        assert tally.median() == Fraction(statistics.median(numbers))
+        assert tally.std() == pytest.approx(statistics.pstdev(numbers))
+
+
+@given(answers, st.fractions(-10, 70))
+def test_the_closest_are_closest(entries, target):
+    sheet = sheet_of(entries, first=1000)
+    distances = {1000 + place: abs(e - target) for place, e in enumerate(entries) if isinstance(e, int)}
+    best = [index for index, distance in distances.items() if distance == min(distances.values())]
+    winners = sheet.winners(sheet.tally().closest(target))
+    assert winners == Winners(len(best), tuple(best[:WINNERS_NAMED]))
+
+
+@given(answers, st.integers(1, 7))
+def test_parts_are_the_whole(entries, distinct):
+    tally = sheet_of(entries).tally()
+    assert merge(tally.parts(distinct)) == tally
+    assert all(len(part.units) <= distinct for part in tally.parts(distinct))
+
+
+def test_an_undecided_participant_is_not_counted():
+    with pytest.raises(ValueError, match="asked 2"):
+        AnswerSheet(0, 2).tally()
+
+
+def test_causes_are_bounded_and_nobody_is_lost():
+    sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_TOLD_APART)])
+    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
+    assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
+
+
+@given(answers, st.integers(0, 80), st.integers(0, 80))
+def test_answers_are_cut_where_asked(entries, first, count):
+    part = sheet_of(entries, first=10).answers(first, count)
+    expected = {10 + place: entry for place, entry in enumerate(entries) if first <= 10 + place < first + count}
+    assert said_in(part) == expected
+    assert set(part.causes) == {entry for entry in expected.values() if isinstance(entry, str)}
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60))
+def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
+    sheet = AnswerSheet(0, len(entries))
+    for place, entry in enumerate(entries):
+        if isinstance(entry, str):
+            sheet.fail(place, entry)
+        elif entry is not None:
+            sheet.put(place, entry)
+    closed = sheet.closed(INTERRUPTED)
+    assert list(said_in(closed.answers(0, len(entries))).values()) == [
+        INTERRUPTED if entry is None else entry for entry in entries
+    ]
+    assert closed.done == closed.tally().asked == len(entries)
+    assert sheet.done == len(entries) - entries.count(None)
+    assert [int(units) == UNDECIDED for units in sheet.answers(0, len(entries)).units] == [e is None for e in entries]
+
+
+def test_no_answer_is_taken_for_a_failure():
+    with pytest.raises(ValueError, match="-3 units"):
+        AnswerSheet(0, 1).put(0, -3)
+
+
+class Odd(float):
+    """A kind of number that a person's participant may return."""
+
+    def __round__(self, *_: Any) -> int:  # type: ignore[override]
+        raise KeyError("odd")
+
+
+plain = st.one_of(
+    st.integers(-3, 103), st.floats(-3, 103), st.integers(0, 200).map(lambda n: n / 2), st.sampled_from([-0.0, 0, 100])
+)
+strange: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from([None, True, np.True_, "37", "none", "1 or 2", float("nan"), float("inf"), 10**400, -(10**400)]),
+    st.sampled_from([np.float64(3.5), np.int32(4), Decimal("4.5"), Fraction(9, 2), Odd(3), [5], 2**63, 5j]),
+    st.text(max_size=5),
+)
+in_range = st.one_of(st.integers(0, 100), st.floats(0, 100), st.integers(0, 200).map(lambda n: n / 2))
+
+
+@given(
+    st.one_of(st.lists(in_range), st.lists(plain), st.lists(st.one_of(plain, strange))),
+    st.integers(0, 6),
+    st.booleans(),
+)
+@example([0.5, 1.5, 2.5, 100.0, 0], 0, True)
+@example([10**400, 1], 2, False)
+def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbours):
+    game = Game(7, 100, decimals, 0.0)
+    places: Any = range(2, 2 + len(said)) if neighbours else [2 * (len(said) - at) for at in range(len(said))]
+    one, together = (AnswerSheet(5, 2 * len(said) + 2) for _ in range(2))
+    for place, answer in zip(places, said, strict=True):
+        try:
+            one.put(place, to_units(answer, game))
+        except (UnusableAnswer, KeyError) as error:
+            one.fail(place, one_line(error), getattr(error, "text", None))
+    together.put_all(places, said, game)
+    assert together.done == one.done == len(said)
+    assert together.texts == one.texts
+    everyone = [sheet.closed(INTERRUPTED).answers(0, 1000) for sheet in (one, together)]
+    assert said_in(everyone[0]) == said_in(everyone[1])
+
+
+def test_answers_and_places_go_together():
+    with pytest.raises(ValueError, match="1 answers for 2 places"):
+        AnswerSheet(0, 2).put_all([0, 1], [5], Game(7, 100, 0, 0.0))
+
+
+def test_causes_as_different_as_the_participants_are_kept():
+    sheet = AnswerSheet(0, 100_000)
+    for place in range(100_000):
+        sheet.fail(place, f"cause {place}", f"text {place}")
+    part = sheet.answers(70_000, 10)
+    assert part.causes == [part.cause_of(place) for place in range(70_000, 70_010)]
+    assert part.causes[0] == "cause 70000"
+    assert sheet.tally().failures[OTHER_CAUSES] == 100_000 - CAUSES_TOLD_APART
+    assert list(sheet.texts) == list(range(TEXTS_KEPT))
