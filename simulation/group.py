@@ -11,9 +11,7 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
 
@@ -24,12 +22,13 @@ from agentscope.rpc import RpcMeta
 from loguru import logger
 from numpy.typing import NDArray
 
-from participant import Participant, answer_in, answers_many, message_of
+from participant import Home, Participant, answer_in, answers_many, message_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
 from simulation.heartbeat import Progress
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
+from simulation.scheduler import Scheduler, collector_paused
 from simulation.sheet import Answers, AnswerSheet
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
@@ -71,7 +70,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._round = 0
         self._sheet: AnswerSheet | None = None
-        self._running: set[asyncio.Task[None]] = set()  # participants that are thinking
+        self._scheduler: Scheduler | None = None  # of the round that is under way
         self._halted = self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
         self._answering_s = self._client_s = 0.0
@@ -79,6 +78,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
+        self._home = Home(oid, self._loop, self._chat)
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._guarded(self._build()), self._loop)
 
@@ -179,8 +179,9 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
         self._agents = []
-        self._running = set()
+        self._scheduler = None
         self._sheet = None
+        gc.unfreeze()  # what is left of them in cycles can be collected
         _release_threads(self.oid)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
@@ -226,93 +227,88 @@ class ParticipantGroup(metaclass=RpcMeta):
                 for index in range(self.first + start, self.first + min(start + BUILT_AT_ONCE, self.count)):
                     self._agents.append(self._built(index))
             await asyncio.sleep(0)
+        gc.freeze()  # else the collector walks them all again whenever their number has grown by a quarter
 
     def _built(self, index: int) -> Participant | str:
         try:
             agent: Participant = type.__call__(self._class, index, self.game)
-            agent._oid = f"{self.oid}/{index}"
-            agent._loop = self._loop
-            agent._chat = self._chat
+            agent._home = self._home
         except BaseException as error:  # noqa: BLE001 - a person's own __init__ may raise anything
             return one_line(error)
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask everyone, and return when everyone has answered or failed.
-
-        Those who wait for a model wait in turns, as each takes 2 KB meanwhile; the next turn begins when half of one
-        has gone, so that the model never waits, and is large, so that equal prompts still meet.
-        """
+        """Ask everyone, and return when everyone has answered or failed."""
         began, began_cpu = time.monotonic(), time.process_time()
-        at_once = self.count if self._chat is None else max(TURN, 2 * self._chat.sampling.samples_per_request)
-        asking = _Asking(sheet)
-        for first in range(0, self.count, at_once):
-            stop = min(first + at_once, self.count)
-            asking.wait_for(self.count if stop == self.count else stop - at_once // 2, self._loop)
-            with collector_paused():
-                for place in range(first, stop):
-                    self._loop.create_task(self._ask(place, self._agents[place], question, asking))
-            await asking.reached
+        if self._many:
+            await self._schedule(question, sheet)
+        else:
+            await self._ask_in_threads(question, sheet)
         took_s = time.monotonic() - began
         self._answering_s += took_s
         self._client_s += min(time.process_time() - began_cpu, took_s)
 
-    async def _ask(self, place: int, agent: Participant | str, question: Question, asking: _Asking) -> None:
-        """Ask one participant; whatever it does wrong is its own failure, with its cause."""
-        task: Any = asyncio.current_task()
-        self._running.add(task)  # now that it has begun: one cancelled before would record nothing
-        try:
-            if self._halted:
-                asking.sheet.fail(place, INTERRUPTED)
-            elif isinstance(agent, str):
-                asking.sheet.fail(place, agent)
-            else:
-                answering = agent.answer(question) if self._many else self._blocking_reply(agent, question)
-                answer = await answering
-                if isinstance(answer, _Raised):
-                    raise answer.error
-                asking.sheet.put(place, to_units(answer, self.game))
-        except BaseException as error:  # noqa: BLE001 - a person's own answer may raise anything, and fails alone
-            text = error.text if isinstance(error, UnusableAnswer) else None
-            asking.sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
-        self._running.discard(task)
-        asking.count()
+    async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
+        """Ask all of them together; whatever one does wrong is its own failure, with its cause.
 
-    async def _blocking_reply(self, agent: Participant, question: Question) -> Any:
-        """What a `reply` that may block says, in one of this run's threads on this server."""
+        Those who wait for a model wait in turns, as each takes 2 KB meanwhile; the next turn begins when half of one
+        has gone, so that the model never waits, and is large, so that equal prompts still meet.
+        """
+        agents = self._agents
 
-        def reply() -> Any:
-            try:
-                return agent.reply(message_of(question))
-            except BaseException as error:  # noqa: BLE001 - raised again below: a future refuses some kinds
-                return _Raised(error)
+        def answer(place: int) -> Any:
+            agent = agents[place]
+            if isinstance(agent, str):
+                raise UnusableAnswer(agent)
+            return agent.answer(question)
 
-        said = await self._loop.run_in_executor(_threads(self.oid, self._reply_threads), reply)
-        return said if isinstance(said, _Raised) else answer_in(said)
+        def answered(places: list[int], answers: list[Any]) -> None:
+            sheet.put_all(places, answers, self.game)
+
+        def failed(place: int, error: BaseException) -> None:
+            self._fail(sheet, place, error)
+
+        at_once = None if self._chat is None else max(TURN, 2 * self._chat.sampling.samples_per_request)
+        self._scheduler = Scheduler(self._loop, self.count, answer, answered, failed, at_once)
+        if self._halted:
+            self._scheduler.halt()
+        await self._scheduler.run()
+        self._scheduler = None
+
+    async def _ask_in_threads(self, question: Question, sheet: AnswerSheet) -> None:
+        """Ask those whose `reply` may block, in this run's threads on this server."""
+        places = iter(range(self.count))  # of all threads: each takes the next one
+        lock = threading.Lock()
+
+        def ask() -> None:
+            for place in places:
+                try:
+                    units = to_units(self._reply(place, question), self.game)
+                except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything, and fails alone
+                    with lock:
+                        self._fail(sheet, place, error)
+                else:
+                    with lock:
+                        sheet.put(place, units)
+
+        pool = _threads(self.oid, self._reply_threads)
+        asking = [self._loop.run_in_executor(pool, ask) for _ in range(min(self._reply_threads, self.count))]
+        await asyncio.gather(*asking)
+
+    def _reply(self, place: int, question: Question) -> Any:
+        agent = self._agents[place]
+        if self._halted or isinstance(agent, str):
+            raise UnusableAnswer(INTERRUPTED if self._halted else str(agent))
+        return answer_in(agent.reply(message_of(question)))
+
+    def _fail(self, sheet: AnswerSheet, place: int, error: BaseException) -> None:
+        text = error.text if isinstance(error, UnusableAnswer) else None
+        sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
 
     def _halt(self) -> None:
         self._halted = True
-        for task in list(self._running):
-            task.cancel()
-
-
-class _Asking:
-    """One round under way: its sheet, and how many answers somebody waits for."""
-
-    def __init__(self, sheet: AnswerSheet) -> None:
-        self.sheet = sheet
-
-    def wait_for(self, done: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Make `reached` a future of the moment when so many are done."""
-        self._awaited = done
-        self.reached: asyncio.Future[None] = loop.create_future()
-        if self.sheet.done >= done:
-            self.reached.set_result(None)
-
-    def count(self) -> None:
-        """Called after each answer."""
-        if self.sheet.done >= self._awaited and not self.reached.done():
-            self.reached.set_result(None)
+        if self._scheduler is not None:
+            self._scheduler.halt()
 
 
 class Unbuilt:
@@ -327,33 +323,6 @@ class Unbuilt:
         raise UnusableAnswer(self.cause)
 
     play = reply
-
-
-_paused = 0
-_paused_lock = threading.Lock()
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile, in this process; may be entered by several threads at once."""
-    global _paused  # noqa: PLW0603 - the collector is global, too
-    with _paused_lock:
-        _paused += 1
-        gc.disable()
-    try:
-        yield
-    finally:
-        with _paused_lock:
-            _paused -= 1
-            if _paused == 0:
-                gc.enable()
-
-
-class _Raised:
-    """An exception on its way through an executor."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
 
 
 _pools: dict[str, tuple[ThreadPoolExecutor, set[str]]] = {}  # by run: its threads, and the groups that use them

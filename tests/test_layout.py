@@ -18,6 +18,7 @@ ROWS = [
     "simulation.seating",
     "simulation.security",
     "simulation.processes",
+    "simulation.scheduler",
     "simulation.in_flight",
     "simulation.remote",
     "simulation.heartbeat",

@@ -1,0 +1,328 @@
+"""Runs very many coroutines on one event loop at the price of a coroutine each; knows nothing of agents.
+
+A coroutine that only pauses waits in a wheel of timers: without a task, a future and a timer of its own, which are four
+times its size. One that awaits anything else goes on as an asyncio task from there, and cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from heapq import heappop, heappush
+from types import CoroutineType, coroutine
+from typing import Any
+
+BATCH = 1000  # coroutines stepped between two looks at what else the event loop has to do
+TICKS_A_SECOND = 1000
+LONGEST_S = 1e9  # a pause of thirty years may as well be one of sixty
+CANCELLED = object()  # in place of what a coroutine awaits: nothing any more
+
+Pair = tuple[int, Coroutine[Any, Any, Any]]  # a place, and the coroutine that runs there
+
+
+class Pause(float):
+    """Seconds to wait for: `await Pause(1.5)`; anywhere, and for little where a `Scheduler` steps the coroutine."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Iterator[Any]:
+        if not self > 0:
+            return iter(())
+        if _here.stepping:
+            return iter((self,))  # an iterator in C, in place of a generator: it waits for as long as the pause lasts
+        return asyncio.sleep(self).__await__()
+
+
+class _Here(threading.local):
+    """Whether a scheduler steps a coroutine in this thread at this moment."""
+
+    stepping = False
+
+
+_here = _Here()
+
+
+class Raised:
+    """What a coroutine raised, where its value would be."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Scheduler:
+    """Runs a coroutine for each of the places 0 .. count-1, once.
+
+    A coroutine is stepped under a task that stands by, and in a context of its own. As long as nobody has kept that
+    task, or set a variable of that context, nobody can tell whether it is the same at the next step: so one serves all
+    who only pause, and becomes the task of the first who does more.
+
+    Args:
+        loop: The event loop of this thread.
+        count: How many places there are.
+        begin: Makes the coroutine of a place; what it raises, that place has failed with.
+        answered: Takes places and what their coroutines returned, many at a time.
+        failed: Takes a place and what its coroutine raised.
+        at_once: How many may be under way together. Others begin when half of those have ended, all in one pass of the
+            event loop; None lets all be under way, and begin little by little.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        count: int,
+        begin: Callable[[int], Coroutine[Any, Any, Any]],
+        answered: Callable[[list[int], list[Any]], None],
+        failed: Callable[[int, BaseException], None],
+        at_once: int | None = None,
+    ) -> None:
+        self._loop = loop
+        self._count = count
+        self._begin = begin
+        self._answered = answered
+        self._failed_at = failed
+        self._at_once = at_once or count
+        self._batch = at_once or BATCH
+        self._begun = self._ended = 0
+        self._halted = False
+        self._places: list[int] = []  # those who have returned something since it was last told
+        self._values: list[Any] = []
+        self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # who waits, by the tick that they wait for
+        self._due: list[tuple[int, int, array[int], list[Any]]] = []  # the same as a heap, and those that are full
+        self._buckets_made = 0
+        self._to_cancel: list[tuple[array[int], list[Any]]] = []
+        self._tasks: dict[asyncio.Task[Any], Pair] = {}  # those who have a task
+        self._next_pass: asyncio.Handle | None = None
+        self._is_soon = False  # that pass
+        self._everyone_ended: asyncio.Future[None] = loop.create_future()
+
+    async def run(self) -> None:
+        """Run them all; returns when the last one has ended. What `answered` and `failed` raise comes out here."""
+        self._pass_at_once()
+        await self._everyone_ended
+
+    def halt(self) -> None:
+        """Begin no more, and cancel all that are under way, as a task is cancelled."""
+        self._halted = True
+        self._to_cancel += [(places, coroutines) for _, _, places, coroutines in self._due]
+        self._due.clear()
+        self._buckets.clear()
+        for task in list(self._tasks):
+            task.cancel()
+        self._pass_at_once()
+
+    # --- One pass of the event loop ----------------------------------------------------------------------------------
+
+    def _pass_at_once(self) -> None:
+        if not self._is_soon:
+            if self._next_pass is not None:
+                self._next_pass.cancel()
+            self._next_pass = self._loop.call_soon(self._pass)
+            self._is_soon = True
+
+    def _pass(self) -> None:
+        """Step those whose pause is over, then begin more."""
+        self._next_pass, self._is_soon = None, False
+        if self._everyone_ended.done():
+            return
+        try:
+            with collector_paused():
+                if self._to_cancel:
+                    self._step_all(zip(*self._to_cancel.pop(), strict=True), cancel=True)
+                self._step_all(self._whose_pause_is_over())
+                self._step_all(self._who_can_begin())
+                self._tell()
+        except BaseException as error:  # noqa: BLE001 - a defect of ours: whoever awaits run() hears of it
+            self._everyone_ended.set_exception(error)
+        else:
+            self._plan_next()
+
+    def _tell(self) -> None:
+        places, values = self._places, self._values
+        if places:
+            self._places, self._values = [], []
+            self._answered(places, values)
+            self._ended += len(places)
+
+    def _failed(self, place: int, error: BaseException) -> None:
+        self._failed_at(place, error)
+        self._ended += 1
+
+    def _plan_next(self) -> None:
+        if self._ended == self._count:
+            self._everyone_ended.set_result(None)
+        elif self._to_cancel or self._may_begin() > 0:
+            self._pass_at_once()
+        elif self._due and not self._is_soon:
+            wait_s = self._due[0][0] / TICKS_A_SECOND - time.monotonic()
+            self._next_pass = self._loop.call_later(max(wait_s, 0.0), self._pass)
+
+    def _may_begin(self) -> int:
+        """How many may begin now."""
+        left = self._count - self._begun
+        room = self._at_once - (self._begun - self._ended)
+        return min(left, room) if room >= min(left, self._at_once // 2) else 0
+
+    def _who_can_begin(self) -> Iterator[Pair]:
+        for _ in range(min(self._may_begin(), self._batch)):
+            place = self._begun
+            self._begun += 1
+            if self._halted:
+                self._failed(place, asyncio.CancelledError())
+                continue
+            try:
+                work = self._begin(place)
+            except BaseException as error:  # noqa: BLE001 - of a person's own method, if it is no coroutine
+                self._failed(place, error)
+                continue
+            yield place, work if type(work) is CoroutineType else _awaiting(work)
+
+    def _whose_pause_is_over(self) -> Iterator[Pair]:
+        now, stepped = time.monotonic() * TICKS_A_SECOND, 0
+        while self._due and stepped < BATCH and self._due[0][0] <= now:
+            tick, _, places, works = heappop(self._due)
+            self._buckets.pop(tick, None)
+            stepped += len(places)
+            yield from zip(places, works, strict=True)
+
+    # --- Steps -------------------------------------------------------------------------------------------------------
+
+    def _step_all(self, pairs: Iterator[Pair], cancel: bool = False) -> None:
+        """Step each of them to where it waits, or ends; with `cancel`, by a CancelledError."""
+        for first in pairs:  # of those that the next stand-by can serve
+            context = Context()
+            adopted: list[tuple[Pair, Any]] = []
+            standby = self._loop.create_task(self._go_on(adopted), context=context)
+            asyncio.tasks._enter_task(self._loop, standby)  # asyncio's documented door for schedulers
+            _here.stepping = True
+            try:
+                last = context.run(self._step_until_known, context, standby, first, pairs, cancel)
+            finally:
+                _here.stepping = False
+                asyncio.tasks._leave_task(self._loop, standby)
+            if last is not None:
+                adopted.append(last)
+                self._adopt(standby, last[0])
+
+    def _step_until_known(
+        self, context: Context, standby: asyncio.Task[Any], first: Pair, others: Iterator[Pair], cancel: bool
+    ) -> tuple[Pair, Any] | None:
+        """Step one after the other until somebody may know the stand-by; returns who needs it, and what it awaits."""
+        references, cancelling, buckets = sys.getrefcount, standby.cancelling, self._buckets
+        place, work = first
+        unknown = references(standby)
+        while True:
+            try:
+                awaited = work.throw(asyncio.CancelledError()) if cancel else work.send(None)
+            except StopIteration as stop:
+                self._places.append(place)
+                self._values.append(stop.value)
+            except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+                self._failed(place, error)
+            else:
+                if type(awaited) is not Pause or references(standby) != unknown or context or cancelling():
+                    return (place, work), awaited
+                tick = int((time.monotonic() + min(awaited, LONGEST_S)) * TICKS_A_SECOND) + 1
+                bucket = buckets.get(tick)
+                if bucket is None or len(bucket[1]) == BATCH:
+                    bucket = self._new_bucket(tick)
+                bucket[0].append(place)
+                bucket[1].append(work)
+            if references(standby) != unknown or context or cancelling():
+                return None
+            pair = next(others, None)
+            if pair is None:
+                return None
+            place, work = pair
+
+    def _new_bucket(self, tick: int) -> tuple[array[int], list[Any]]:
+        bucket: tuple[array[int], list[Any]] = (array("I"), [])
+        self._buckets[tick] = bucket
+        self._buckets_made += 1
+        heappush(self._due, (tick, self._buckets_made, *bucket))
+        return bucket
+
+    # --- Those who need a task ---------------------------------------------------------------------------------------
+
+    def _adopt(self, task: asyncio.Task[Any], pair: Pair) -> None:
+        self._tasks[task] = pair
+        task.add_done_callback(self._task_ended)
+
+    async def _go_on(self, adopted: list[tuple[Pair, Any]]) -> Any:
+        """The stand-by: goes on with the coroutine that was given to it, if one was."""
+        if not adopted:
+            return None
+        (_, work), awaited = adopted.pop()
+        try:
+            return await _rest(work, awaited)
+        except BaseException as error:  # noqa: BLE001 - a sys.exit() that left the task would end the event loop of all
+            return Raised(error)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        pair = self._tasks.pop(task)
+        if task.cancelled():  # before it began: the coroutine has not heard of it
+            self._adopt(self._loop.create_task(self._go_on([(pair, CANCELLED)])), pair)
+            return
+        outcome = task.result()
+        if isinstance(outcome, Raised):
+            self._failed(pair[0], outcome.error)
+        else:
+            self._places.append(pair[0])
+            self._values.append(outcome)
+        self._pass_at_once()
+
+
+@coroutine
+def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, Any]:
+    """What is left of a coroutine that waits for something."""
+    while True:
+        try:
+            if awaited is CANCELLED:
+                raise asyncio.CancelledError
+            if type(awaited) is Pause:
+                yield from asyncio.sleep(awaited).__await__()
+            else:
+                yield awaited
+        except GeneratorExit:
+            work.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is the coroutine's: cancelled, or what it waited for failed
+            try:
+                awaited = work.throw(error)
+            except StopIteration as stop:
+                return stop.value
+        else:
+            return (yield from work)
+
+
+async def _awaiting(awaitable: Any) -> Any:
+    """A coroutine for what is none; raises TypeError if it cannot be awaited."""
+    return await awaitable
+
+
+# --- The collector ---------------------------------------------------------------------------------------------------
+
+_paused = 0
+_paused_lock = threading.Lock()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile, in this process; may be entered by several threads at once."""
+    global _paused  # noqa: PLW0603 - the collector is global, too
+    with _paused_lock:
+        _paused += 1
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _paused_lock:
+            _paused -= 1
+            if _paused == 0:
+                gc.enable()

@@ -1,0 +1,294 @@
+"""The scheduler: whatever a coroutine does, it fares as it would as a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextvars import ContextVar
+
+import pytest
+import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulation.scheduler import BATCH, Pause, Scheduler
+
+WHO = ContextVar("WHO", default=None)
+
+
+def play(works, at_once=None, halt_after=None):
+    """Run the coroutines that these functions make; returns what each place came to, and how often it was told."""
+    outcomes, told = {}, dict.fromkeys(range(len(works)), 0)
+
+    def answered(places, values):
+        for place, value in zip(places, values, strict=True):
+            outcomes[place] = value
+            told[place] += 1
+
+    def failed(place, error):
+        outcomes[place] = type(error).__name__
+        told[place] += 1
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        scheduler = Scheduler(loop, len(works), lambda place: works[place](place), answered, failed, at_once)
+        if halt_after is not None:
+            loop.call_later(halt_after, scheduler.halt)
+        await asyncio.wait_for(scheduler.run(), 20)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+    assert set(told.values()) <= {1}, "somebody was told twice, or never"
+    return [outcomes[place] for place in range(len(works))]
+
+
+async def at_once(place):
+    return place
+
+
+async def pauses(place):
+    await Pause(0.01)
+    await Pause(0.01)
+    return place
+
+
+async def does_not_pause(place):
+    await Pause(0)
+    await Pause(-1)
+    await Pause(float("nan"))
+    return place
+
+
+async def sleeps(place):
+    await asyncio.sleep(0.01)
+    await Pause(0.01)
+    await asyncio.sleep(0)
+    return place
+
+
+async def sleeps_after_a_pause(place):
+    await Pause(0.01)
+    return await asyncio.sleep(0.01, place)
+
+
+async def raises(place):
+    await Pause(0.01)
+    raise ValueError(place)
+
+
+async def exits(place):
+    raise SystemExit(place)
+
+
+async def exits_as_a_task(place):
+    await asyncio.sleep(0.01)
+    raise KeyboardInterrupt
+
+
+async def times_out(place):
+    async with asyncio.timeout(0.01):
+        await Pause(5)
+
+
+async def times_out_in_time(place):
+    async with asyncio.timeout(5):
+        await Pause(0.01)
+    return place
+
+
+async def times_out_after_a_pause(place):
+    await Pause(0.01)
+    async with asyncio.timeout(0.01):
+        await Pause(5)
+
+
+async def waits_for(place):
+    return await asyncio.wait_for(pauses(place), 5)
+
+
+async def gathers(place):
+    return sum(await asyncio.gather(pauses(place), sleeps(place), at_once(place))) // 3
+
+
+async def groups(place):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pauses(place))
+        failing = group.create_task(raises(place))
+        await Pause(5)
+    return failing
+
+
+async def gathers_pauses(place):
+    await asyncio.gather(Pause(0.01), Pause(0.02))
+    return place
+
+
+async def cancels_itself(place):
+    asyncio.current_task().cancel()
+    await Pause(5)
+
+
+async def cancels_itself_later(place):
+    task = asyncio.current_task()
+    asyncio.get_running_loop().call_later(0.01, task.cancel)
+    try:
+        await Pause(5)
+    except asyncio.CancelledError:
+        await Pause(0.01)
+        return place
+
+
+async def keeps_a_variable(place):
+    WHO.set(place)
+    await Pause(0.01)
+    return WHO.get()
+
+
+async def sees_no_variable(place):
+    await Pause(0.005)
+    return place if WHO.get() is None else "somebody else's"
+
+
+async def sets_a_variable_as_a_task(place):
+    await asyncio.sleep(0.001)
+    WHO.set(place)
+    await Pause(0.01)
+    return WHO.get()
+
+
+async def fails_at_what_it_awaits(place):
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_exception, KeyError(place))
+    try:
+        await future
+    except KeyError:
+        await Pause(0.01)
+        return place
+
+
+def is_no_coroutine(place):
+    raise LookupError(place)
+
+
+def is_a_number(place):
+    return place
+
+
+def returns_an_awaitable(place):
+    return Pause(0.01)
+
+
+WORKS = [
+    at_once, pauses, does_not_pause, sleeps, sleeps_after_a_pause, raises, exits, exits_as_a_task, times_out,
+    times_out_in_time, times_out_after_a_pause, waits_for, gathers, groups, gathers_pauses, cancels_itself,
+    cancels_itself_later, keeps_a_variable, sees_no_variable, sets_a_variable_as_a_task, fails_at_what_it_awaits,
+    is_no_coroutine, is_a_number, returns_an_awaitable,
+]  # fmt: skip
+COME_TO = {
+    raises: "ValueError", exits: "SystemExit", exits_as_a_task: "KeyboardInterrupt", times_out: "TimeoutError",
+    times_out_after_a_pause: "TimeoutError", groups: "ExceptionGroup", cancels_itself: "CancelledError",
+    is_no_coroutine: "LookupError", is_a_number: "TypeError", returns_an_awaitable: None,
+}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(WORKS), max_size=60), st.sampled_from([None, 2, 7]))
+def test_everyone_fares_as_a_task_of_its_own(works, at_once_most):
+    assert play(works, at_once_most) == [COME_TO.get(work, place) for place, work in enumerate(works)]
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_many_of_a_kind(work):
+    assert play([work] * 300) == [COME_TO.get(work, place) for place in range(300)]
+
+
+def test_pauses_are_as_long_as_asked_and_go_on_together():
+    began = time.monotonic()
+
+    async def late(place):
+        started = time.monotonic()
+        await Pause(0.05 + place % 7 / 100)
+        return time.monotonic() - started - (0.05 + place % 7 / 100)
+
+    over = play([late] * 5000)
+    assert min(over) >= 0 and time.monotonic() - began < 3
+
+
+def test_no_more_are_under_way_than_may_be():
+    under_way = most = 0
+
+    async def counted(place):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await (asyncio.sleep(0.001) if place % 2 else Pause(0.001))
+        under_way -= 1
+        return place
+
+    assert play([counted] * 500, at_once=40) == list(range(500))
+    assert most == 40
+
+
+def test_the_event_loop_is_not_held_up():
+    """Between two batches others have their turn."""
+    turns = 0
+
+    async def run():
+        nonlocal turns
+        loop = asyncio.get_running_loop()
+
+        async def other():
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        beside = loop.create_task(other())
+        scheduler = Scheduler(loop, 20 * BATCH, at_once, lambda places, values: None, lambda place, error: None)
+        await scheduler.run()
+        beside.cancel()
+
+    asyncio.run(run())
+    assert turns >= 19
+
+
+async def forever(place):
+    await (asyncio.sleep(600) if place % 2 else Pause(600))
+
+
+async def answers_all_the_same(place):
+    try:
+        await Pause(600)
+    except asyncio.CancelledError:
+        await Pause(0.01)
+        return place
+
+
+@pytest.mark.parametrize("halt_after", [0.0, 0.001, 0.01, 0.1])
+@pytest.mark.parametrize("at_once_most", [None, 100])
+def test_halting_ends_everyone_once(halt_after, at_once_most):
+    outcomes = play([forever] * 3000, at_once_most, halt_after)
+    assert outcomes == ["CancelledError"] * 3000
+
+
+def test_who_is_cancelled_may_still_answer():
+    assert play([answers_all_the_same] * 100, halt_after=0.05) == list(range(100))
+
+
+@pytest.mark.parametrize("work", [at_once, pauses, sleeps])
+def test_a_defect_of_whoever_records_comes_out(work):
+    async def run():
+        def answered(places, values):
+            raise ZeroDivisionError
+
+        scheduler = Scheduler(asyncio.get_running_loop(), 10, work, answered, lambda place, error: None)
+        await asyncio.wait_for(scheduler.run(), 5)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run())
+
+
+def test_a_pause_is_awaited_anywhere():
+    began = time.monotonic()
+    asyncio.run(pauses(1))
+    assert 0.02 <= time.monotonic() - began < 1
