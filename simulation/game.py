@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
@@ -52,10 +52,15 @@ class Game:
     sleep_time_s: float
     sampling: Sampling | None = None  # None where no participant asks a model
 
-    @property
+    @cached_property
     def scale(self) -> int:
         """Units in 1: 10^decimals."""
         return 10**self.decimals
+
+    @cached_property
+    def numbers(self) -> int:
+        """How many different answers there are, in units."""
+        return self.max_value * self.scale + 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def draw(game: Game, round_number: int, participant: int) -> int:
     A change here changes every seed's game: the known answers are held by a test.
     """
     z = (_round_key(game.seed, round_number) + (participant + 1) * _GAMMA) & _MASK
-    return (_mix(z) * (game.max_value * game.scale + 1)) >> 64
+    return (_mix(z) * game.numbers) >> 64
 
 
 # --- An answer in units ----------------------------------------------------------------------------------------------

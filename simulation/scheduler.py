@@ -16,12 +16,13 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from heapq import heappop, heappush
+from itertools import chain
 from types import CoroutineType, coroutine
 from typing import Any
 
 BATCH = 1000  # coroutines stepped between two looks at what else the event loop has to do
 TICKS_A_SECOND = 1000
-LONGEST_S = 1e9  # a pause of thirty years may as well be one of sixty
+LONGEST_S = 1e9  # that the wheel counts
 CANCELLED = object()  # in place of what a coroutine awaits: nothing any more
 
 Pair = tuple[int, Coroutine[Any, Any, Any]]  # a place, and the coroutine that runs there
@@ -33,8 +34,8 @@ class Pause(float):
     __slots__ = ()
 
     def __await__(self) -> Iterator[Any]:
-        if not self > 0:
-            return iter(())
+        if not 0 < self < LONGEST_S:
+            return iter(()) if not self > 0 else asyncio.sleep(self).__await__()
         if _here.stepping:
             return iter((self,))  # an iterator in C, in place of a generator: it waits for as long as the pause lasts
         return asyncio.sleep(self).__await__()
@@ -214,21 +215,21 @@ class Scheduler:
         self, context: Context, standby: asyncio.Task[Any], first: Pair, others: Iterator[Pair], cancel: bool
     ) -> tuple[Pair, Any] | None:
         """Step one after the other until somebody may know the stand-by; returns who needs it, and what it awaits."""
-        references, cancelling, buckets = sys.getrefcount, standby.cancelling, self._buckets
-        place, work = first
+        references, cancelling, buckets, now = sys.getrefcount, standby.cancelling, self._buckets, time.monotonic
+        places, values = self._places, self._values
         unknown = references(standby)
-        while True:
+        for place, work in chain((first,), others):
             try:
                 awaited = work.throw(asyncio.CancelledError()) if cancel else work.send(None)
             except StopIteration as stop:
-                self._places.append(place)
-                self._values.append(stop.value)
+                places.append(place)
+                values.append(stop.value)
             except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
                 self._failed(place, error)
             else:
                 if type(awaited) is not Pause or references(standby) != unknown or context or cancelling():
                     return (place, work), awaited
-                tick = int((time.monotonic() + min(awaited, LONGEST_S)) * TICKS_A_SECOND) + 1
+                tick = int((now() + awaited) * TICKS_A_SECOND) + 1
                 bucket = buckets.get(tick)
                 if bucket is None or len(bucket[1]) == BATCH:
                     bucket = self._new_bucket(tick)
@@ -236,10 +237,7 @@ class Scheduler:
                 bucket[1].append(work)
             if references(standby) != unknown or context or cancelling():
                 return None
-            pair = next(others, None)
-            if pair is None:
-                return None
-            place, work = pair
+        return None
 
     def _new_bucket(self, tick: int) -> tuple[array[int], list[Any]]:
         bucket: tuple[array[int], list[Any]] = (array("I"), [])
