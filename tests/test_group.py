@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 
 import pytest
+from agentscope.agents import AgentBase
+from agentscope.message import Msg
 from conftest import until
 
+from moderator import whole_tally
 from participant import Participant, RandomParticipant
 from simulation.custom import pack_class
 from simulation.game import Game, draw, question_for
@@ -54,6 +60,61 @@ def test_participants_are_agents_that_can_be_asked_alone(group_of):
     assert agent.agent_id == "run/group-0/3" and agent.name == "P3" and agent.memory is None
     assert agent.reply(None).metadata == {"answer": draw(GAME, 0, 3)}
     assert group.participant(10) is None
+
+
+class Named(Participant):
+    """Sets itself what AgentBase would set, and is part of a cycle."""
+
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.name = f"Ms. {index}"
+        self.itself = self
+
+    async def answer(self, question):
+        await self.think(0.01)
+        return self.index
+
+
+class Blocking(Participant):
+    def reply(self, x=None):
+        time.sleep(0.01)
+        if self.index == 3:
+            raise SystemExit(3)
+        return Msg(self.name, f"{x.metadata['round']} it is not, I say {self.index}", "assistant")
+
+
+def test_what_agents_have_is_there_when_it_is_asked_for(group_of):
+    group = group_of(Named, 10)
+    agent = group.participant(3)
+    assert isinstance(agent, AgentBase) and set(vars(agent)) == {"index", "game", "name", "itself", "_home"}
+    seen = []
+    agent.register_hook("pre_reply", "seen", lambda self, args, kwargs: seen.append(args))
+    assert agent.reply(None).name == agent.name == "Ms. 3" and seen == [(None,)]
+    assert agent.memory is None and agent.sys_prompt is None and agent._audience is None
+    with pytest.raises(AttributeError, match="'Named' object has no attribute 'model'"):
+        _ = agent.model
+    assert set(vars(group.participant(4))) == {"index", "game", "name", "itself", "_home"}
+
+
+def test_participants_in_cycles_are_let_go_of(group_of):
+    group = group_of(Named, 10)
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    agents = [weakref.ref(group.participant(index)) for index in range(10)]
+    group.close()
+    gc.collect()
+    assert [agent() for agent in agents] == [None] * 10
+
+
+def test_blocking_replies_have_threads_and_fail_alone(group_of):
+    group = group_of(Blocking, 40)
+    began = time.monotonic()
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    assert 0.1 <= time.monotonic() - began < 0.39  # four threads, each 0.01 s for a reply
+    tally = whole_tally(group)
+    assert tally.answered == 39 and tally.failures == {"SystemExit: 3": 1}
+    assert group.answers(0, 40).units.tolist() == [*range(3), -2, *range(4, 40)]
 
 
 def test_a_participant_of_nobody_can_be_asked_too():
