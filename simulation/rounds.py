@@ -19,7 +19,8 @@ from agentscope.message import Msg
 
 from moderator import whole_tally
 from participant import Participant
-from simulation.cluster import Cluster, Record, Watch
+from simulation.attendance import Watch
+from simulation.cluster import Cluster, Record
 from simulation.config import SimulationConfig
 from simulation.custom import load_class
 from simulation.errors import AgentGone, GameEnded, SimulationError, UnusableAnswer

@@ -36,6 +36,7 @@ ROWS = [
     "simulation.server",
     "simulation.launcher",
     "simulation.readiness",
+    "simulation.attendance",
     "simulation.cluster",
     "simulation.rounds",
     "simulation.results",
