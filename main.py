@@ -129,19 +129,21 @@ def _interruptible() -> None:
 
 def serve(config: SimulationConfig, actions: set[str]) -> int:
     """Role participant: the agent servers of this host."""
-    from simulation import launcher
+    from simulation import local_servers
     from simulation.security import load_or_make
 
     if "launch" in actions:
+        from simulation import launcher
+
         launcher.launch(config, "owned" in actions)
     elif "make-key" in actions:
         load_or_make(Path(config.cluster_key_dir))
         print(config.cluster_key_dir)
     elif "stop" in actions:
-        stopped = launcher.stop()
+        stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif "status" in actions:
-        rows, all_answer = launcher.status(config)
+        rows, all_answer = local_servers.status(config)
         print("\n".join(rows) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
@@ -151,7 +153,7 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
         started = time.monotonic()
         watch = ProgressWatch()
         with contextlib.closing(watch):
-            launcher.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
+            local_servers.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
         print(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
             f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
@@ -194,7 +196,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     """
     from loguru import logger
 
-    from simulation import launcher
+    from simulation import local_servers
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.plan import plan_lines
     from simulation.results import RunDirectory, new_run_id, read_played, read_summary
@@ -241,7 +243,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
                 f"{config.moderator_per_host} for moderators, for this run"
             )
             started = time.monotonic()
-            servers = launcher.start(config, True, servers_ready)
+            servers = local_servers.start(config, True, servers_ready)
             logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
         from simulation.run import Run
 

@@ -1,226 +1,29 @@
-"""The agent servers of this host, from outside: start, show and stop them; and the process that forks them.
+"""The process that forks the agent servers of this host, and again those that die.
 
-One launcher process imports AgentScope once and forks a server per port; importing it in each server would take a
-second of CPU and 125 MB. It stays as their parent, and starts one that dies again. Where forking is unsafe (macOS) the
-servers are spawned instead.
-AgentScope is imported inside functions here, so that `stop` is instant.
+It imports AgentScope once and forks a server per port; importing it in each server would take a second of CPU and
+125 MB. Where forking is unsafe (macOS) the servers are spawned instead.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
 from simulation import processes
-from simulation.config import ROOT, SimulationConfig, flag_of
-from simulation.errors import ClusterError, ServerUnreachable
-from simulation.model_configs import read_models
-from simulation.placement import Endpoint
-from simulation.security import ClusterKey, load, load_or_make
+from simulation.config import SimulationConfig
+from simulation.security import ClusterKey, load
 
-READY_TIMEOUT_S = 60.0
-LOOK_AGAIN_S = 0.5
 DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
 RESTART_EVERY_S = 1.0  # one that dies at once is not started more often
-HANDED_ON = (  # the settings of the servers
-    *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
-    *("model_per_host", "model_configs", "vllm_base_port"),
-)
-STOP_FIRST = "stop them with ./stop_all_server.sh first"
-
-
-class OwnedServers:
-    """Servers that end with this process, however it ends: their launcher reads a pipe that we hold open."""
-
-    def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
-        self._launcher = launcher
-
-    def stop(self) -> None:
-        """Stop them, and wait for their end: firmly, if a server hangs."""
-        if self._launcher.stdin is not None:
-            self._launcher.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._launcher.wait(processes.TERM_TIMEOUT_S)
-        if processes.own_processes():  # it hangs, or was killed and has left them behind
-            stop()
-        self._launcher.wait()
-
-
-def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], None]) -> OwnedServers | None:
-    """Start this host's agent servers, and return when every one answers.
-
-    Args:
-        config: Host name, ports and key of the servers.
-        owned: Whether they are to end with this process.
-        progress: Called with how many servers are ready, of how many.
-
-    Returns:
-        The servers if they are owned; None if not, or if exactly these run already.
-
-    Raises:
-        ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
-        SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
-    """
-    key = load_or_make(Path(config.cluster_key_dir))
-    models = read_models(config) if Path(config.model_configs).exists() else {}
-    with processes.one_at_a_time():
-        processes.refuse_borrowed()
-        running = processes.own_processes()
-        if running:
-            urls = {name: model.base_url for name, model in models.items()}
-            _check_same(config, key, [int(name) for name in running if name.isdigit()], urls)
-            progress(len(config.ports), len(config.ports))
-            return None
-        for port in config.ports:
-            processes.check_free(config.host_name, port)
-            processes.pid_file(str(port)).unlink(missing_ok=True)
-            (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
-            processes.note_restarts(port, 0)
-        launcher = _spawn_launcher(config, owned)
-        try:
-            _wait_ready(config, key, launcher, progress)
-        except BaseException:
-            launcher.terminate()
-            processes.end_processes()
-            launcher.wait()
-            raise
-    return OwnedServers(launcher) if owned else None
-
-
-def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], models: dict[str, str]) -> None:
-    """Raise ClusterError unless the servers that run are the ones asked for, and answer."""
-    if ports != list(config.ports):
-        raise ClusterError(
-            f"{len(ports)} agent servers of this host run already, on ports {processes.ranges(ports)}; asked for were "
-            f"{len(config.ports)}, on {processes.ranges(list(config.ports))}: {STOP_FIRST}"
-        )
-    from simulation.remote import OWN_VERSIONS, all_of, handshake, use_key
-
-    use_key(key)
-    endpoints = [Endpoint(config.host_name, port) for port in config.ports]
-    shakes = all_of({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
-    for shake in shakes.values():
-        if shake.versions != OWN_VERSIONS:
-            raise ClusterError(
-                f"the agent servers that run already are of another version of the program: {STOP_FIRST}"
-            )
-        if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
-            raise ClusterError(
-                f"the agent servers that run already are {shake.server_per_host} for participants and "
-                f"{shake.moderator_per_host} for moderators: {STOP_FIRST}"
-            )
-        if shake.models != models:
-            raise ClusterError(
-                f"the agent servers that run already know {_listed(shake.models)}; asked for were {_listed(models)}: "
-                f"{STOP_FIRST}"
-            )
-
-
-def _listed(models: dict[str, str]) -> str:
-    """The models in few words."""
-    return (
-        ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
-        or "no model"
-    )
-
-
-def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
-    command += ["--owned"] if owned else []
-    for name in HANDED_ON:
-        command += [flag_of(name), str(getattr(config, name))]
-    with (processes.SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # OpenBLAS would start threads, and a fork wants one; what computes here is not numpy
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            cwd=ROOT,
-            start_new_session=True,  # a Ctrl-C in the terminal is main's, not theirs
-        )
-
-
-def _wait_ready(
-    config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
-) -> None:
-    """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
-    from simulation.remote import handshake, use_key
-
-    use_key(key)
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    for ready, port in enumerate(config.ports):
-        while True:
-            progress(ready, len(config.ports))
-            try:
-                handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
-                break
-            except ServerUnreachable:
-                pass  # not yet: does it still live?
-            if processes.pid_file(str(port)).exists() and processes.own_process(str(port)) is None:
-                raise ClusterError(f"the agent server on port {port} did not start{processes.end_of_log(str(port))}")
-            if launcher.poll() is not None:
-                raise ClusterError(f"the agent servers did not start{processes.end_of_log(processes.LAUNCHER)}")
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"the agent server on port {port} does not answer after {READY_TIMEOUT_S:g} s"
-                    f"{processes.end_of_log(str(port))}"
-                )
-    progress(len(config.ports), len(config.ports))
-
-
-def stop() -> int:
-    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran."""
-    with processes.one_at_a_time():
-        return processes.end_processes()
-
-
-def status(config: SimulationConfig) -> tuple[list[str], bool]:
-    """A headline and a row per agent server of this host, and whether all of them answer."""
-    ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
-    if not ports:
-        return [], True
-    from simulation.remote import MEMORY, fan_out, handshake, use_key
-
-    use_key(load(Path(config.cluster_key_dir)))
-    calls = {
-        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})
-        for port in sorted(ports)
-    }
-    shakes, errors = fan_out(calls)
-    row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}  {:>8}".format
-    rows = [row("port", "role", "pid", "up since", "agents", "memory", "restarts")]
-    for port in sorted(ports):
-        if port in shakes:
-            shake = shakes[port]
-            since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
-            size, restarts = f"{shake.memory_mb:.1f} MB", processes.restarts(port)
-            rows.append(row(port, shake.role, shake.pid, since, shake.agents, size, restarts))
-        else:
-            rows.append(f"{port:>6}  does not answer after {processes.restarts(port)} restarts: {errors[port]}")
-    if processes.own_process(processes.LAUNCHER) is None:
-        rows.append(
-            "their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"
-        )
-    return rows, not errors
-
-
-# --- The launcher process --------------------------------------------------------------------------------------------
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:

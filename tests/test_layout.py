@@ -35,6 +35,7 @@ ROWS = [
     "moderator",
     "simulation.server",
     "simulation.launcher",
+    "simulation.local_servers",
     "simulation.readiness",
     "simulation.attendance",
     "simulation.cluster",
