@@ -173,11 +173,7 @@ class Tally:
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
     def __add__(self, other: Tally) -> Tally:
-        units, place = np.unique(np.concatenate((self.units, other.units)), return_inverse=True)
-        counts = np.zeros(len(units), np.int64)
-        np.add.at(counts, place, np.concatenate((self.counts, other.counts)))
-        failures = dict(Counter(self.failures) + Counter(other.failures))
-        return Tally(self.asked + other.asked, units, counts, failures)
+        return merge((self, other))
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
@@ -222,7 +218,17 @@ class Tally:
 
 def merge(tallies: Iterable[Tally]) -> Tally:
     """All tallies as one; none at all is the tally of nobody."""
-    return sum(tallies, start=Tally(0))
+    every = [Tally(0), *tallies]
+    units = np.concatenate([tally.units for tally in every])
+    counts = np.concatenate([tally.counts for tally in every])
+    if not (np.diff(units) > 0).all():  # as the parts of one tally are
+        units, place = np.unique(units, return_inverse=True)
+        counts, each = np.zeros(len(units), np.int64), counts
+        np.add.at(counts, place, each)
+    failures: Counter[str] = Counter()
+    for tally in every:
+        failures.update(tally.failures)
+    return Tally(sum(tally.asked for tally in every), units, counts, dict(failures))
 
 
 @dataclass(frozen=True)

@@ -16,27 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simulation.answer_rows import rows_by_round, rows_in, rows_of, tally_in, values_in, write_rows
 from simulation.config import ROOT, SimulationConfig, flag_of
 from simulation.errors import ClusterError, ResultsError, SettingsError, one_line
 from simulation.game import INTERRUPTED, OTHER_CAUSES, RoundResult, Tally, Winners
 from simulation.model import Usage
 from simulation.placement import Endpoint
-from simulation.sheet import FAILED, TEXTS_KEPT, Answers
+from simulation.sheet import TEXTS_KEPT, Answers
 
-SCHEMA = pa.schema(
-    [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
-)
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
@@ -116,10 +112,14 @@ class RunDirectory:
         """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
         path = self._part(round_number)
         self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # of a try that broke off
-        with _on_disk(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+
+        def rows() -> Iterator[pa.Table]:
             for part in answers:
-                writer.write_table(_table(round_number, part, scale))
                 self._keep_failed(round_number, part)
+                yield rows_of(round_number, part, scale)
+
+        with _on_disk(path) as file:
+            write_rows(file, rows())
         self._write_failed()
 
     def _write_failed(self) -> None:
@@ -144,14 +144,7 @@ class RunDirectory:
 
     def _values(self, part: Path, first: int, count: int) -> NDArray[np.float64]:
         try:
-            with pq.ParquetFile(part) as file:
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                stops = np.cumsum(sizes)  # rows are in the order of the participants
-                low, high = np.searchsorted(stops, (first, first + count - 1), side="right")
-                column = file.read_row_groups(list(range(low, high + 1)), columns=["value"])["value"]
-                before = int(stops[low]) - sizes[low]
-                values: NDArray[np.float64] = column.slice(first - before, count).to_numpy()
-                return values
+            return values_in(part, first, count)
         except (OSError, pa.ArrowInvalid) as error:
             raise ResultsError(f"cannot read {part}: {one_line(error)}") from None
 
@@ -162,11 +155,10 @@ class RunDirectory:
         """Have the answers of rounds 1 .. rounds in files of their own again, and no others. Raises ResultsError."""
         whole = self.path / WHOLE
         if whole.exists():
-            for number, pieces in groupby(_by_round(whole), key=itemgetter(0)):
+            for number, tables in groupby(rows_by_round(whole), key=itemgetter(0)):
                 if number <= rounds:
-                    with _on_disk(self._part(number)) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-                        for _, piece in pieces:
-                            writer.write_batch(piece)
+                    with _on_disk(self._part(number)) as file:
+                        write_rows(file, map(itemgetter(1), tables))
             whole.unlink()
         for part in self.path.glob(PARTS):
             if part not in [self._part(number + 1) for number in range(rounds)]:
@@ -182,10 +174,8 @@ class RunDirectory:
         if len(parts) == 1:
             parts[0].replace(self.path / WHOLE)
         elif parts:
-            with _on_disk(self.path / WHOLE) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-                for part in parts:
-                    for batch in _batches(part):
-                        writer.write_batch(batch)
+            with _on_disk(self.path / WHOLE) as file:
+                write_rows(file, chain.from_iterable(map(rows_in, parts)))
             for part in parts:
                 part.unlink()
 
@@ -255,19 +245,6 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _table(round_number: int, part: Answers, scale: int) -> pa.Table:
-    count = len(part.units)
-    failed = part.units < 0
-    causes = pa.array(part.causes, pa.string())
-    columns = [
-        pa.array(np.full(count, round_number, np.int32)),
-        pa.array(np.arange(part.first, part.first + count, dtype=np.int64)),
-        pa.array(part.units / scale, mask=failed),
-        causes.take(pa.array(FAILED - part.units, mask=~failed)),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 # --- summary.json ----------------------------------------------------------------------------------------------------
@@ -415,23 +392,11 @@ def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
     parts = sorted(path.glob(PARTS))  # of a run that was killed
     try:
         for file in [whole] if whole.exists() or not parts else parts:
-            for number, piece in _by_round(file):
-                tallies[number] = tallies.get(number, Tally(0)) + _tally_of(piece, 10**config.decimals)
+            for number, rows in rows_by_round(file):
+                tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
     except (OSError, pa.ArrowInvalid) as error:
         raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
     return tallies
-
-
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches()
-
-
-def _by_round(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The rows of a file, round by round, as they are in it."""
-    for batch in _batches(path):
-        for number in np.unique(batch["round"].to_numpy()):
-            yield int(number), batch.filter(pa.compute.equal(batch["round"], number))
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
@@ -449,11 +414,3 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
         seconds, reassigned = entry["seconds"], entry["reassigned"]
         results.append(RoundResult(entry["round"], tally, average, average, closest, winners, seconds, reassigned))
     return results
-
-
-def _tally_of(batch: pa.RecordBatch, scale: int) -> Tally:
-    values = batch["value"].drop_null().to_numpy()
-    units, counts = np.unique(np.rint(values * scale).astype(np.int64), return_counts=True)
-    causes = batch["failure"].drop_null().value_counts()
-    failures = {entry["values"].as_py(): entry["counts"].as_py() for entry in causes}
-    return Tally(len(batch), units, counts.astype(np.int64), failures)

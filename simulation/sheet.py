@@ -6,7 +6,7 @@ Ten million may fail at once, each in its own words: a failure is a code beside 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,15 +108,9 @@ class AnswerSheet:
 
     def tally(self) -> Tally:
         """Count what was answered; raises ValueError while a participant is still undecided."""
-        distinct, counts = _count(self._units[self._units >= 0])
-        failed = np.bincount(FAILED - self._units[self._units <= FAILED], minlength=len(self._causes))
-        causes = list(self._causes)
-        most = np.argsort(-failed, kind="stable")[:CAUSES_TOLD_APART]
-        failures = {causes[code]: int(failed[code]) for code in most if failed[code]}
-        others = int(failed.sum()) - sum(failures.values())
-        if others:
-            failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
-        return Tally(self.count, distinct, counts, failures)
+        distinct, counts = counted(self._units[self._units >= 0])
+        failed = np.bincount(FAILED - self._units[self._units <= FAILED])
+        return Tally(self.count, distinct, counts, told_apart(failed, list(self._causes).__getitem__))
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Who answered one of the winning numbers."""
@@ -146,7 +140,17 @@ def _plain_numbers(answers: Sequence[Any]) -> NDArray[np.float64] | None:
         return None
 
 
-def _count(units: Units) -> tuple[Units, Units]:
+def told_apart(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
+    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together."""
+    most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
+    failures = {cause(place): int(often[place]) for place in most if often[place]}
+    others = int(often.sum()) - sum(failures.values())
+    if others:
+        failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
+    return failures
+
+
+def counted(units: Units) -> tuple[Units, Units]:
     """The distinct units, ascending, and how often there is each."""
     if len(units) and units.max() <= len(units):  # as many counters as answers at most, in a tenth of the time
         counts = np.bincount(units)

@@ -14,6 +14,7 @@ ROWS = [
     "simulation.reading",
     "simulation.game",
     "simulation.sheet",
+    "simulation.answer_rows",
     "simulation.placement",
     "simulation.seating",
     "simulation.security",
