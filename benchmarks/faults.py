@@ -40,7 +40,7 @@ sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import psutil
-from common import agent_servers
+from common import Table, agent_servers
 from loguru import logger
 
 from simulation import heartbeat, processes, results
@@ -78,20 +78,6 @@ FAULTS = (
     Fault("kill -STOP of a participant server, time-out 2 s", signal.SIGSTOP, 5, 2.0),
     Fault("kill -STOP of a moderator server, time-out 2 s", signal.SIGSTOP, 11, 2.0),
 )
-
-
-class Table:
-    """Rows of Markdown: a wide name, and figures."""
-
-    def __init__(self, title: str, name: str, *figures: str) -> None:
-        widths = [max(len(figure), 8) for figure in figures]
-        self._row = " | ".join(["| {:<50}", *(f"{{:>{width}}}" for width in widths)]) + " |"
-        print(f"\n{title}\n")
-        self.add(name, *figures)
-        self.add(":---", *["---:"] * len(figures))
-
-    def add(self, name: str, *figures: object) -> None:
-        print(self._row.format(name, *map(str, figures)), flush=True)
 
 
 # --- The cost of being ready -----------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +31,10 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import psutil
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import DistConf, RpcClient
-from common import agent_servers
+from common import agent_servers, peak_mb
 from loguru import logger
 
 from simulation import processes
@@ -48,7 +46,6 @@ from simulation.security import load_or_make
 
 SCENES = ((1_000, 1.0), (10_000, 0.0), (64_000, 0.0))  # participants, think time in seconds
 IN_FLIGHT = 2_000  # calls of the one-object pattern at a time: each is a thread, and nothing else bounds them
-SAMPLE_S = 0.05
 
 
 @dataclass
@@ -149,29 +146,6 @@ def bare(participants: int, think_s: float, runs: int) -> Figures:
     printed = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(runs)]
     seconds, memory = zip(*(map(float, line.split()) for line in printed), strict=True)
     return Figures(0.0, statistics.median(seconds), max(memory), runs)
-
-
-def memory_mb(pids: list[int]) -> float:
-    """Memory of these processes together: what they share counts once."""
-    return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
-
-
-def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
-    """The peak of `memory_mb` while the work is done."""
-    peak = 0.0
-    ended = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not ended.wait(SAMPLE_S):
-            peak = max(peak, memory_mb(pids))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    work()
-    ended.set()
-    sampler.join()
-    return peak
 
 
 def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int]) -> Figures:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import cloudpickle
 import grpc
@@ -54,7 +55,7 @@ CALLS_AT_ONCE = 32
 SILENT_POLLS = 4  # of AgentScope's 5 s each
 # What may stand in a handshake's metadata, of a run or about the server
 NEW_RUN, KEEP_RUN, END_RUN, HEARTBEAT = "new-run", "keep-run", "end-run", "heartbeat"
-MEMORY, CHECK_MODELS = "memory", "check-models"
+MEMORY, SERVED, CHECK_MODELS = "memory", "served", "check-models"
 NOBODY_LISTENS = "no server listens there"
 STRANGER = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
@@ -97,6 +98,8 @@ class Handshake:
     memory_mb: float | None  # told only to those who ask for it, as it takes 5 ms to find out
     models: dict[str, str]  # the models it knows: name, and address
     model_troubles: dict[str, str]  # by name, why a model that it was asked to check does not answer
+    # By what was called, if asked for: how often so far, and the bytes of what was said and answered
+    served: dict[str, tuple[int, int, int]]
     code: str = CODE_VERSION
     python: str = platform.python_version()
     agentscope: str = agentscope_version
@@ -137,8 +140,8 @@ def handshake(
         timeout_s: How long it may take.
         starting: Whether to wait so long even where none listens yet.
         told: NEW_RUN: the run that begins, for which it drops what others kept. KEEP_RUN: the run whose agents stay.
-            END_RUN: the run whose agents go. MEMORY: tell how large it is. CHECK_MODELS: "N T": ask the servers of
-            model_1 .. model_N whether they answer, for T seconds.
+            END_RUN: the run whose agents go. MEMORY: tell how large it is. SERVED: tell what it was called for so far.
+            CHECK_MODELS: "N T": ask the servers of model_1 .. model_N whether they answer, for T seconds.
 
     Raises:
         ServerUnreachable: None listens, or it does not answer in time.
@@ -313,8 +316,16 @@ class _UntilAnswered(RetryBase):
                     raise
 
 
+_stubs: WeakKeyDictionary[grpc.Channel, RpcAgentStub] = WeakKeyDictionary()
+
+
 def _stub(endpoint: Endpoint) -> RpcAgentStub:
-    return RpcAgentStub(RpcClient._get_channel(str(endpoint)))
+    """The calls of a server; made once for each channel, as making them takes a sixth of a heartbeat."""
+    channel = RpcClient._get_channel(str(endpoint))
+    stub = _stubs.get(channel)
+    if stub is None:
+        stub = _stubs[channel] = RpcAgentStub(channel)
+    return stub
 
 
 def _translated(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:

@@ -12,6 +12,12 @@ import psutil
 import pytest
 from conftest import until
 
+from simulation.placement import Endpoint
+from simulation.remote import SERVED, handshake, use_key
+from simulation.security import load
+
+STEPS = ("seat", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
+
 
 def table(out: str) -> dict[int, list[str]]:
     """The rows of --status, by port."""
@@ -195,6 +201,32 @@ def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
         cluster.play("3", "20000", "--sleep-time", "0")
     assert memory_mb() < settled * 1.1 + 5
     assert agents(cluster) == [0] * 7
+
+
+def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
+    use_key(load(cluster.path / ".cluster"))
+    servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
+
+    def served() -> dict[str, list[int]]:
+        told = [handshake(server, 5, told={SERVED: ""}).served for server in servers]
+        return {
+            name: [sum(each) for each in zip(*(one.get(name, (0, 0, 0)) for one in told), strict=True)]
+            for name in STEPS
+        }
+
+    crossed = []
+    for participants in ("1000", "100000"):
+        before = served()
+        cluster.play("3", participants, "--sleep-time", "0")
+        crossed.append(
+            {name: [b - a for a, b in zip(before[name], after, strict=True)] for name, after in served().items()}
+        )
+    few, many = crossed
+    groups, moderators = 6, 4  # 3 servers' and 4 moderators' shares meet 6 times
+    for name in STEPS:
+        assert few[name][0] == many[name][0] == groups * (name != "seat") + moderators
+        assert min(few[name][1:]) > 0
+        assert sum(many[name][1:]) < 1.2 * sum(few[name][1:])  # larger numbers take a few more bytes
 
 
 def test_status_shows_a_row_per_server(cluster):

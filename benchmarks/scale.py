@@ -1,0 +1,341 @@
+"""How time, memory and the network grow with the participants: tables, a straight line, and a picture of it.
+
+    .venv/bin/python benchmarks/scale.py
+
+Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but for `hosts`.
+
+- time: creation and one round, and the straight line through what they take past the second of thinking. The line is
+  the one of least squares of the deviations in %, as small games count as much as large ones. Times are medians of
+  --repeats runs for up to 1,000,000 participants, of a third as many beyond. Memory (GB are 10^9 bytes) is the sampled
+  peak of all processes together, main included (PSS), while run_simulation.sh plays the same game and writes its
+  results, in a run that is not timed, as looking at it takes time. "Afterwards" is what the servers hold when the run
+  is over: were its agents still there, peaks would add up, which is checked.
+- command: ./run_simulation.sh with the servers up, from its start to its end, results on the disk.
+- wire: what a round takes on the network. Calls, and the bytes of their messages, are counted by the servers that serve
+  them (`served` in simulation/remote.py): of main to moderators, of these to groups, and of main's heartbeats to all.
+  "Crossed" is what the kernel saw on the loopback interface meanwhile, with TLS, HTTP and TCP, so nothing else should
+  use it.
+- hosts: rounds of 10 participants on each of very many servers, to see main and moderators keep up (scale_network.py).
+
+What the profile shows:
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pyarrow.parquet as pq
+from common import Table, agent_servers, memory_mb, peak_mb
+from loguru import logger
+from scale_network import SCENES, hosts, wire
+
+from simulation import processes, results
+from simulation.config import SimulationConfig
+from simulation.console import ProgressWatch
+from simulation.placement import endpoints
+from simulation.remote import handshake
+from simulation.results import new_run_id
+from simulation.rounds import Simulation
+from simulation.security import ClusterKey, load_or_make
+
+THINK_S = 1.0
+SIZES = (64_000, 250_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000)
+LARGE = 1_000_000  # games beyond are played less often
+GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # seconds of both, GB
+COMMAND_GOAL_S = 8.0
+PUBLISHED = {1_000_000: 40.0}  # seconds, on a cluster of machines with 64 cores each (arXiv 2407.17789)
+SECONDS_SHOWN = (1, 2, 5, 10, 20, 40)  # on the axis of the picture
+PICTURE = ROOT / "docs/scaling.png"
+GONE_S = 30.0  # how long it may take until the memory of agents that are gone is free
+KEPT_PART = 0.25  # of what a run takes: more than that afterwards, and its agents are still there
+MODES = ("time", "command", "wire", "hosts")
+
+
+@dataclass(frozen=True)
+class Played:
+    """One game of one round; times in seconds."""
+
+    create_s: float
+    round_s: float
+
+    @property
+    def both_s(self) -> float:
+        return self.create_s + self.round_s
+
+
+def play(config: SimulationConfig, key: ClusterKey, participants: int) -> Played:
+    """Play one round, without writing anything."""
+    scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
+    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+        create_s = simulation.create()
+        result = simulation.play(1)
+    assert result.tally.asked == result.tally.answered == participants, result.tally
+    return Played(create_s, result.seconds)
+
+
+# --- Time and memory -------------------------------------------------------------------------------------------------
+
+
+def times(config: SimulationConfig, key: ClusterKey, up_to: int, repeats: int, picture: Path | None) -> None:
+    """Play ever larger games, and print the table, the line, and the picture."""
+    table = Table(
+        f"Creation and a round of {THINK_S:g} s think time, 2 + 1 agent servers",
+        *(
+            "participants",
+            "creation",
+            "round",
+            "both",
+            "goal",
+            "published",
+            "peak memory",
+            "goal",
+            "afterwards",
+            "runs",
+        ),
+        name_format=">12",
+    )
+    medians: dict[int, float] = {}
+    for participants in (size for size in SIZES if size <= up_to):
+        runs = []
+        for _ in range(repeats if participants <= LARGE else -(-repeats // 3)):
+            runs.append(play(config, key, participants))
+            wait_until_gone(config)
+        peak_gb, afterwards_gb = memory_of(config, participants)
+        create_s, round_s, both_s = (
+            statistics.median(getattr(each, name) for each in runs) for name in ("create_s", "round_s", "both_s")
+        )
+        medians[participants] = both_s
+        goal_s, goal_gb = GOALS.get(participants, (None, None))
+        table.add(
+            f"{participants:,}",
+            *(in_seconds(create_s), in_seconds(round_s), in_seconds(both_s), in_seconds(goal_s)),
+            *(
+                in_seconds(PUBLISHED.get(participants)),
+                f"{peak_gb:.2f} GB",
+                "" if goal_gb is None else f"{goal_gb:g} GB",
+            ),
+            *(f"{afterwards_gb:.2f} GB", len(runs)),
+        )
+    if len(medians) > 1:
+        line = Line.through({size: both_s - THINK_S for size, both_s in medians.items()})
+        print(f"\nPast the {THINK_S:g} s of thinking: {line}")
+        if picture is not None:
+            draw(picture, medians, line)
+
+
+def in_seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"
+
+
+def memory_of(config: SimulationConfig, participants: int) -> tuple[float, float]:
+    """The peak of all processes while the whole command plays, and what the servers hold afterwards, in GB."""
+    servers = [process.pid for process in processes.own_processes().values()]
+    before = memory_mb(servers)
+    with results_folder() as folder:
+        game = start_command(config, participants, folder / "run")
+        peak = peak_mb(game.wait, [*servers, game.pid])
+        check_command(game, participants, folder / "run")
+    wait_until_gone(config)
+    deadline = time.monotonic() + GONE_S
+    while (afterwards := memory_mb(servers)) > before + KEPT_PART * (peak - before):
+        assert time.monotonic() < deadline, f"{afterwards:,.0f} MB of {peak:,.0f} MB are held after the run"
+    return peak * 2**20 / 1e9, afterwards * 2**20 / 1e9
+
+
+def wait_until_gone(config: SimulationConfig) -> None:
+    """Wait until no server has any agents."""
+    deadline = time.monotonic() + GONE_S
+    servers = endpoints(config.hosts, config.base_port, len(config.ports))
+    while any(handshake(server, GONE_S).agents for server in servers):
+        assert time.monotonic() < deadline, "the agents of a run are still there"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line, and how far the farthest point is off it, as a part of the line's value there."""
+
+    each_s: float
+    start_s: float
+    deviation: float
+
+    @classmethod
+    def through(cls, points: dict[int, float]) -> Line:
+        """The line of least squares of the deviations in parts of what was measured."""
+        x, y = np.array(list(points)), np.array(list(points.values()))
+        each_s, start_s = np.polyfit(x, y, 1, w=1 / y)
+        return cls(float(each_s), float(start_s), float(np.max(np.abs(y / (start_s + each_s * x) - 1))))
+
+    def at(self, participants: float) -> float:
+        return self.start_s + self.each_s * participants
+
+    def __str__(self) -> str:
+        return (
+            f"{self.start_s:.2f} s + {self.each_s * 1e6:.2f} us per participant; the largest deviation from this line "
+            f"is {self.deviation:.0%}"
+        )
+
+
+def draw(path: Path, medians: dict[int, float], line: Line) -> None:
+    """Draw what was measured, the line and the goals on logarithmic axes, and in small on linear ones."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - half a second, which would be in somebody's figures
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    even = axes.inset_axes((0.68, 0.14, 0.32, 0.27))
+    sizes = np.geomspace(min(medians), max(medians), 200)
+    label = f"{THINK_S:g} s + {line.start_s:.2f} s + {line.each_s * 1e6:.1f} µs per participant"
+    for each in (axes, even):
+        each.plot(sizes, THINK_S + line.at(sizes), color="#8fb3d9", linewidth=3, label=label)
+        each.plot(list(medians), list(medians.values()), "o", color="#1f4e79", markersize=7, label="measured")
+        each.spines[["top", "right"]].set_visible(False)
+    goals = {size: goal_s for size, (goal_s, _) in GOALS.items()}
+    axes.plot(list(goals), list(goals.values()), "v", color="#c1440e", markersize=10, label="goal, at most")
+    published = {"color": "#666666", "markersize": 14, "label": "published, on many machines of 64 cores"}
+    axes.plot(list(PUBLISHED), list(PUBLISHED.values()), "*", **published)
+    axes.axhline(THINK_S, color="#222222", linestyle=":", label="thinking")
+    for size, both_s in medians.items():
+        axes.annotate(f"{both_s:.1f} s", (size, both_s), xytext=(7, -17), textcoords="offset points", fontsize=12)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(list(medians), list(map(short, medians)))
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(SECONDS_SHOWN, [f"{seconds} s" for seconds in SECONDS_SHOWN])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(0.8, 60)
+    axes.tick_params(labelsize=12)
+    axes.set_xlabel("participants, on two cores of one machine", fontsize=12)
+    axes.set_ylabel("creation and one round", fontsize=12)
+    axes.legend(frameon=False, fontsize=12, loc="upper left")
+    even.set_xlim(0, max(medians) * 1.05)
+    even.set_ylim(0, max(medians.values()) * 1.1)
+    even.set_xticks([max(medians) / 2, max(medians)], [short(max(medians) // 2), short(max(medians))])
+    even.set_title("the same on linear axes", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"The curve is drawn in {path}")
+
+
+def short(size: int) -> str:
+    return f"{size / 1e6:g} M" if size >= 1e6 else f"{size / 1e3:g} k"
+
+
+# --- The whole command -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def results_folder() -> Iterator[Path]:
+    """A folder on the disk of the real results; at the end it is gone, and runs/latest is what it was."""
+    results.LATEST.parent.mkdir(exist_ok=True)
+    latest = results.LATEST.readlink() if results.LATEST.is_symlink() else None
+    try:
+        with tempfile.TemporaryDirectory(dir=results.LATEST.parent, prefix="benchmark-") as name:
+            yield Path(name)
+    finally:
+        results.LATEST.unlink(missing_ok=True)
+        if latest is not None:
+            results.LATEST.symlink_to(latest)
+
+
+def start_command(config: SimulationConfig, participants: int, folder: Path) -> subprocess.Popen[bytes]:
+    """What a person would type; its process becomes main's."""
+    settings = {
+        "BASE_PORT": str(config.base_port),
+        "HOSTS": "localhost",
+        "MODERATOR_PER_HOST": str(config.moderator_per_host),
+        "AGENT_TYPE": "random",
+    }
+    command = ["./run_simulation.sh", str(config.server_per_host), str(participants)]
+    return subprocess.Popen(
+        [*command, "--sleep-time", f"{THINK_S:g}", "--run-dir", str(folder)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path) -> dict[str, float]:
+    """Check that it has ended well, with a row on the disk for each answer; returns what it says of its time."""
+    assert game.returncode == 0, f"run_simulation.sh ended with exit status {game.returncode}"
+    assert pq.read_metadata(folder / "answers.parquet").num_rows == participants
+    seconds: dict[str, float] = json.loads((folder / "summary.json").read_text())["seconds"]
+    return seconds
+
+
+def command(config: SimulationConfig, participants: int, repeats: int) -> None:
+    """Time the whole command, and print the table."""
+    table = Table(
+        "The whole command with 2 + 1 agent servers up, from its start to its end",
+        *("command", "time", "goal", "creation", "round", "the rest", "runs"),
+    )
+    taken = []
+    for _ in range(repeats):
+        with results_folder() as folder:
+            began = time.perf_counter()
+            game = start_command(config, participants, folder / "run")
+            game.wait()
+            took_s = time.perf_counter() - began
+            taken.append((took_s, check_command(game, participants, folder / "run")))
+        wait_until_gone(config)
+    create_s, round_s = (statistics.median(seconds[name] for _, seconds in taken) for name in ("create", "rounds"))
+    took_s = statistics.median(took_s for took_s, _ in taken)
+    table.add(
+        f"./run_simulation.sh {config.server_per_host} {participants} --sleep-time {THINK_S:g}",
+        *(in_seconds(took_s), in_seconds(COMMAND_GOAL_S if participants == LARGE else None)),
+        *(in_seconds(create_s), in_seconds(round_s), in_seconds(took_s - create_s - round_s), repeats),
+    )
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="runs that the medians are of (default 5)")
+    parser.add_argument("--up-to", type=int, default=SIZES[-1], help="participants of the largest game (default all)")
+    parser.add_argument("--servers", type=int, default=SCENES[-1][0], help="servers of the largest mode hosts")
+    parser.add_argument("--base-port", type=int, default=12330, help="first port of the servers (default 12330)")
+    parser.add_argument("--picture", type=Path, help=f"where to draw the curve (default {PICTURE}, if it is whole)")
+    parser.add_argument("--only", choices=MODES, help="one of the tables")
+    arguments = parser.parse_args()
+    chosen = {arguments.only} if arguments.only is not None else set(MODES)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
+    logger.remove()
+    config = SimulationConfig(
+        base_port=arguments.base_port, server_per_host=2, moderator_per_host=1, sleep_time=THINK_S
+    )
+    if chosen & {"time", "command", "wire"}:
+        key = load_or_make(Path(config.cluster_key_dir))
+        with agent_servers(config, owned=False):  # so that run_simulation.sh may use them, too
+            play(config, key, 1000)  # warm
+            if "time" in chosen:
+                whole = arguments.up_to >= SIZES[-1]
+                times(
+                    config, key, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None)
+                )
+            if "command" in chosen:
+                command(config, min(arguments.up_to, LARGE), arguments.repeats)
+            if "wire" in chosen:
+                wire(config, arguments.up_to)
+    if "hosts" in chosen:
+        hosts(config, arguments.servers)
+
+
+if __name__ == "__main__":
+    main()
