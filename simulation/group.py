@@ -28,7 +28,7 @@ from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Wi
 from simulation.heartbeat import Progress
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
-from simulation.scheduler import Scheduler, collector_paused
+from simulation.scheduler import Scheduler, collector_paused, spare_from_collector
 from simulation.sheet import Answers, AnswerSheet
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
@@ -226,8 +226,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             with collector_paused():
                 for index in range(self.first + start, self.first + min(start + BUILT_AT_ONCE, self.count)):
                     self._agents.append(self._built(index))
+                spare_from_collector()
             await asyncio.sleep(0)
-        gc.freeze()  # else the collector walks them all again whenever their number has grown by a quarter
 
     def _built(self, index: int) -> Participant | str:
         try:

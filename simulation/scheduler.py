@@ -137,8 +137,11 @@ class Scheduler:
                 if self._to_cancel:
                     self._step_all(zip(*self._to_cancel.pop(), strict=True), cancel=True)
                 self._step_all(self._whose_pause_is_over())
+                begun = self._begun
                 self._step_all(self._who_can_begin())
                 self._tell()
+                if self._begun > begun and not self._tasks:  # what only pauses, the wheel lets go of
+                    spare_from_collector()
         except BaseException as error:  # noqa: BLE001 - a defect of ours: whoever awaits run() hears of it
             self._everyone_ended.set_exception(error)
         else:
@@ -227,14 +230,15 @@ class Scheduler:
             except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
                 self._failed(place, error)
             else:
-                if type(awaited) is not Pause or references(standby) != unknown or context or cancelling():
-                    return (place, work), awaited
-                tick = int((now() + awaited) * TICKS_A_SECOND) + 1
-                bucket = buckets.get(tick)
-                if bucket is None or len(bucket[1]) == BATCH:
-                    bucket = self._new_bucket(tick)
-                bucket[0].append(place)
-                bucket[1].append(work)
+                if type(awaited) is Pause and references(standby) == unknown and not (context or cancelling()):
+                    tick = int((now() + awaited) * TICKS_A_SECOND) + 1
+                    bucket = buckets.get(tick)
+                    if bucket is None or len(bucket[1]) == BATCH:
+                        bucket = self._new_bucket(tick)
+                    bucket[0].append(place)
+                    bucket[1].append(work)
+                    continue
+                return (place, work), awaited
             if references(standby) != unknown or context or cancelling():
                 return None
         return None
@@ -324,3 +328,14 @@ def collector_paused() -> Iterator[None]:
             _paused -= 1
             if _paused == 0:
                 gc.enable()
+
+
+def spare_from_collector() -> None:
+    """Have later collections pass over what lives now; to be said now and then while very much is made.
+
+    Else the collector walks all of it again whenever its number has grown by a quarter: half of what building 500,000
+    agents takes, a quarter of what asking them takes. What is garbage already is collected before; cycles of objects
+    that live now and become garbage later are, after `gc.unfreeze()`.
+    """
+    gc.collect(0)
+    gc.freeze()
