@@ -136,7 +136,7 @@ class _Later:
         return participant.__dict__[self._attribute]
 
 
-for _attribute in vars(type.__call__(AgentBase, name="", use_memory=False)).keys() - {"name", "_oid"}:
+for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "_oid", "_init_settings"}:
     setattr(Participant, _attribute, _Later(_attribute))
 
 
