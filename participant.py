@@ -144,9 +144,10 @@ class RandomParticipant(Participant):
     """Thinks for the game's think time, then gives the number that seed, round and index stand for."""
 
     async def answer(self, question: Question) -> float:
-        if self.game.sleep_time_s > 0:
-            await self.think(self.game.sleep_time_s)
-        return draw(self.game, question.round, self.index) / self.game.scale
+        game = self.game
+        if game.sleep_time_s > 0:
+            await self.think(game.sleep_time_s)
+        return draw(game, question.round, self.index) / game.scale
 
 
 class LLMParticipant(Participant):

@@ -6,7 +6,7 @@ Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but fo
 
 - time: creation and one round, and the straight line through what they take past the second of thinking. The line is
   the one of least squares of the deviations in %, as small games count as much as large ones. Times are medians of
-  --repeats runs for up to 1,000,000 participants, of a third as many beyond. Memory (GB are 10^9 bytes) is the sampled
+  --repeats runs. Memory (GB are 10^9 bytes) is the sampled
   peak of all processes together, main included (PSS), while run_simulation.sh plays the same game and writes its
   results, in a run that is not timed, as looking at it takes time. "Afterwards" is what the servers hold when all
   agents are gone: Python's allocator keeps what it could not give back for the next run, and does not grow by it.
@@ -58,7 +58,7 @@ from simulation.security import ClusterKey, load_or_make
 
 THINK_S = 1.0
 SIZES = (64_000, 250_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000)
-LARGE = 1_000_000  # games beyond are played less often
+COMMAND_SIZE = 1_000_000
 GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # seconds of both, GB
 COMMAND_GOAL_S = 8.0
 PUBLISHED = {1_000_000: 40.0}  # seconds, on a cluster of machines with 64 cores each (arXiv 2407.17789)
@@ -114,7 +114,7 @@ def times(config: SimulationConfig, key: ClusterKey, up_to: int, repeats: int, p
     medians: dict[int, float] = {}
     for participants in (size for size in SIZES if size <= up_to):
         runs = []
-        for _ in range(repeats if participants <= LARGE else -(-repeats // 3)):
+        for _ in range(repeats):
             runs.append(play(config, key, participants))
             wait_until_gone(config)
         peak_gb, afterwards_gb = memory_of(config, participants)
@@ -293,7 +293,7 @@ def command(config: SimulationConfig, participants: int, repeats: int) -> None:
     took_s = statistics.median(took_s for took_s, _ in taken)
     table.add(
         f"./run_simulation.sh {config.server_per_host} {participants} --sleep-time {THINK_S:g}",
-        *(in_seconds(took_s), in_seconds(COMMAND_GOAL_S if participants == LARGE else None)),
+        *(in_seconds(took_s), in_seconds(COMMAND_GOAL_S if participants == COMMAND_SIZE else None)),
         *(in_seconds(create_s), in_seconds(round_s), in_seconds(took_s - create_s - round_s), repeats),
     )
 
@@ -325,7 +325,7 @@ def main() -> None:
                     config, key, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None)
                 )
             if "command" in chosen:
-                command(config, min(arguments.up_to, LARGE), arguments.repeats)
+                command(config, min(arguments.up_to, COMMAND_SIZE), arguments.repeats)
             if "wire" in chosen:
                 wire(config, arguments.up_to)
     if "hosts" in chosen:

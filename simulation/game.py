@@ -107,7 +107,7 @@ def _mix(z: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _round_key(seed: int, round_number: int) -> int:
-    return _mix((_mix((seed + _GAMMA) & _MASK) + round_number * _GAMMA) & _MASK)
+    return _mix((_mix((seed + _GAMMA) & _MASK) + round_number * _GAMMA) & _MASK) + _GAMMA
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
@@ -115,7 +115,7 @@ def draw(game: Game, round_number: int, participant: int) -> int:
 
     A change here changes every seed's game: the known answers are held by a test.
     """
-    z = (_round_key(game.seed, round_number) + (participant + 1) * _GAMMA) & _MASK
+    z = (_round_key(game.seed, round_number) + participant * _GAMMA) & _MASK
     return (_mix(z) * game.numbers) >> 64
 
 

@@ -188,12 +188,14 @@ class Scheduler:
             yield place, work if type(work) is CoroutineType else _awaiting(work)
 
     def _whose_pause_is_over(self) -> Iterator[Pair]:
-        now, stepped = time.monotonic() * TICKS_A_SECOND, 0
-        while self._due and stepped < BATCH and self._due[0][0] <= now:
+        now, count = time.monotonic() * TICKS_A_SECOND, 0
+        over: list[Iterator[Pair]] = []
+        while self._due and count < BATCH and self._due[0][0] <= now:
             tick, _, places, works = heappop(self._due)
             self._buckets.pop(tick, None)
-            stepped += len(places)
-            yield from zip(places, works, strict=True)
+            count += len(places)
+            over.append(zip(places, works, strict=True))
+        return chain.from_iterable(over)
 
     # --- Steps -------------------------------------------------------------------------------------------------------
 
