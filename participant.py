@@ -73,7 +73,7 @@ class Participant(AgentBase):
         return f"{self._home.oid}/{self.index}"
 
     def think(self, seconds: float) -> Awaitable[None]:
-        """Think for so long: `await self.think(1.5)`, which takes 0.4 KB meanwhile, where asyncio.sleep takes 2 KB."""
+        """Think for so long: `await self.think(1.5)`; asyncio.sleep does the same for 1.3 KB and 25 us more."""
         return Pause(seconds)
 
     async def answer(self, question: Question) -> float | str:

@@ -32,7 +32,7 @@ from simulation.rounds import Simulation
 from simulation.security import ClusterKey, load_or_make
 
 WIRE_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
-SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32), (1024, 64))  # servers of participants, and of moderators
+SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # servers of participants, and of moderators
 EACH = 10  # participants of a server
 ROUNDS = 4  # of which the first is not told
 READY_S = 600.0  # for as many servers as would be on 64 hosts
@@ -133,6 +133,7 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
             "round",
             "calls",
             "heartbeats",
+            "RPCs/s",
         ),
         *("main's CPU", "a moderator's CPU", "all servers' CPU"),
         name_format=">10",
@@ -164,6 +165,7 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
             *(f"{ready_s:.1f} s", f"{server_mb:.1f} MB", f"{create_s:.2f} s"),
             *(f"{median[name]:.3f} s" for name in ("ask_s", "collect_s", "announce_s", "round_s")),
             *(f"{median[name]:,.0f}" for name in ("calls", "heartbeats")),
+            f"{(median['calls'] + median['heartbeats']) / median['round_s']:,.0f}",
             *(f"{median[name]:.3f} s" for name in ("main_cpu_s", "moderator_cpu_s", "servers_cpu_s")),
         )
 
