@@ -130,9 +130,9 @@ class _Later:
     def __get__(self, participant: Participant | None, _: type) -> Any:
         if participant is None:
             return self
-        own = dict(participant.__dict__)
-        AgentBase.__init__(participant, name=participant.name, use_memory=False)
-        participant.__dict__.update(own)
+        for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
+            if isinstance(getattr(type(participant), attribute, None), _Later):  # else it is the class's own
+                participant.__dict__.setdefault(attribute, value)
         return participant.__dict__[self._attribute]
 
 

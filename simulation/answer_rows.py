@@ -11,11 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simulation.game import Tally
+from simulation.game import INTERRUPTED, Tally
 from simulation.sheet import FAILED, Answers, counted, told_apart
 
 SCHEMA = pa.schema(
@@ -74,7 +74,7 @@ def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
     """All rows of a file with their rounds, in tables of one round each."""
     for table in rows_in(path):
         for number in np.unique(table["round"].to_numpy()):
-            yield int(number), table.filter(pa.compute.equal(table["round"], number))
+            yield int(number), table.filter(pc.equal(table["round"], number))
 
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
@@ -94,5 +94,10 @@ def tally_in(table: pa.Table, scale: int) -> Tally:
     values = table["value"].drop_null().to_numpy()
     units, counts = counted(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()
-    failures = told_apart(causes.field("counts").to_numpy(), lambda place: causes[place]["values"].as_py())
+    interrupted = pc.index(causes.field("values"), INTERRUPTED).as_py()
+    failures = told_apart(
+        causes.field("counts").to_numpy(),
+        lambda place: causes[place]["values"].as_py(),
+        None if interrupted < 0 else interrupted,
+    )
     return Tally(len(table), units, counts, failures)

@@ -7,7 +7,6 @@ group's own. AgentScope's construction is touched here, because it costs more th
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import threading
 import time
@@ -181,7 +180,6 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents = []
         self._scheduler = None
         self._sheet = None
-        gc.unfreeze()  # what is left of them in cycles can be collected
         _release_threads(self.oid)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
@@ -309,6 +307,10 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._halted = True
         if self._scheduler is not None:
             self._scheduler.halt()
+        elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
+            self._sheet = self._sheet.closed(INTERRUPTED)
+            with self._changed:
+                self._changed.notify_all()
 
 
 class Unbuilt:

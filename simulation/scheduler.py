@@ -35,7 +35,7 @@ class Pause(float):
 
     def __await__(self) -> Iterator[Any]:
         if not 0 < self < LONGEST_S:
-            return iter(()) if not self > 0 else asyncio.sleep(self).__await__()
+            return asyncio.sleep(max(0.0, self)).__await__()  # of nothing, a pass of the event loop: others go on
         if _here.stepping:
             return iter((self,))  # an iterator in C, in place of a generator: it waits for as long as the pause lasts
         return asyncio.sleep(self).__await__()
@@ -50,6 +50,32 @@ class _Here(threading.local):
 _here = _Here()
 
 
+class Standby(asyncio.Task[Any]):
+    """The task that coroutines are stepped under, and that somebody may have done something to."""
+
+    __slots__ = ("touched",)
+
+    def __init__(self, work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        super().__init__(work, loop=loop, context=context)
+        self.touched = False
+
+    def __hash__(self) -> int:  # it may be a weak key
+        self.touched = True
+        return super().__hash__()
+
+    def cancel(self, msg: Any = None) -> bool:
+        self.touched = True
+        return super().cancel(msg)
+
+    def add_done_callback(self, call: Any, /, *, context: Context | None = None) -> None:
+        self.touched = True
+        super().add_done_callback(call, context=context)
+
+    def set_name(self, name: object, /) -> None:
+        self.touched = True
+        super().set_name(name)
+
+
 class Raised:
     """What a coroutine raised, where its value would be."""
 
@@ -61,8 +87,8 @@ class Scheduler:
     """Runs a coroutine for each of the places 0 .. count-1, once.
 
     A coroutine is stepped under a task that stands by, and in a context of its own. As long as nobody has kept that
-    task, or set a variable of that context, nobody can tell whether it is the same at the next step: so one serves all
-    who only pause, and becomes the task of the first who does more.
+    task or done something to it, or set a variable of that context, nobody can tell whether it is the same at the next
+    step: so one serves all who only pause, and becomes the task of the first who does more.
 
     Args:
         loop: The event loop of this thread.
@@ -140,7 +166,7 @@ class Scheduler:
                 begun = self._begun
                 self._step_all(self._who_can_begin())
                 self._tell()
-                if self._begun > begun and not self._tasks:  # what only pauses, the wheel lets go of
+                if self._begun > begun:
                     spare_from_collector()
         except BaseException as error:  # noqa: BLE001 - a defect of ours: whoever awaits run() hears of it
             self._everyone_ended.set_exception(error)
@@ -204,7 +230,7 @@ class Scheduler:
         for first in pairs:  # of those that the next stand-by can serve
             context = Context()
             adopted: list[tuple[Pair, Any]] = []
-            standby = self._loop.create_task(self._go_on(adopted), context=context)
+            standby = self._standby(adopted, context)
             asyncio.tasks._enter_task(self._loop, standby)  # asyncio's documented door for schedulers
             _here.stepping = True
             try:
@@ -213,14 +239,16 @@ class Scheduler:
                 _here.stepping = False
                 asyncio.tasks._leave_task(self._loop, standby)
             if last is not None:
+                if asyncio.isfuture(last[1]):  # the mark of who awaits it is to be seen by its task alone
+                    last[1]._asyncio_future_blocking = False
                 adopted.append(last)
                 self._adopt(standby, last[0])
 
     def _step_until_known(
-        self, context: Context, standby: asyncio.Task[Any], first: Pair, others: Iterator[Pair], cancel: bool
+        self, context: Context, standby: Standby, first: Pair, others: Iterator[Pair], cancel: bool
     ) -> tuple[Pair, Any] | None:
         """Step one after the other until somebody may know the stand-by; returns who needs it, and what it awaits."""
-        references, cancelling, buckets, now = sys.getrefcount, standby.cancelling, self._buckets, time.monotonic
+        references, buckets, now = sys.getrefcount, self._buckets, time.monotonic
         places, values = self._places, self._values
         unknown = references(standby)
         for place, work in chain((first,), others):
@@ -232,7 +260,7 @@ class Scheduler:
             except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
                 self._failed(place, error)
             else:
-                if type(awaited) is Pause and references(standby) == unknown and not (context or cancelling()):
+                if type(awaited) is Pause and references(standby) == unknown and not (context or standby.touched):
                     tick = int((now() + awaited) * TICKS_A_SECOND) + 1
                     bucket = buckets.get(tick)
                     if bucket is None or len(bucket[1]) == BATCH:
@@ -241,7 +269,7 @@ class Scheduler:
                     bucket[1].append(work)
                     continue
                 return (place, work), awaited
-            if references(standby) != unknown or context or cancelling():
+            if references(standby) != unknown or context or standby.touched:
                 return None
         return None
 
@@ -258,11 +286,23 @@ class Scheduler:
         self._tasks[task] = pair
         task.add_done_callback(self._task_ended)
 
+    def _standby(self, adopted: list[tuple[Pair, Any]], context: Context) -> Standby:
+        work = self._go_on(adopted)
+        work.send(None)  # up to _is_cancelled: a task that is cancelled before its first step hears nothing of it
+        standby = Standby(work, self._loop, context)
+        standby.touched = False  # by asyncio itself
+        return standby
+
     async def _go_on(self, adopted: list[tuple[Pair, Any]]) -> Any:
         """The stand-by: goes on with the coroutine that was given to it, if one was."""
+        cancelled = await _is_cancelled()
         if not adopted:
             return None
         (_, work), awaited = adopted.pop()
+        if asyncio.isfuture(awaited):
+            awaited._asyncio_future_blocking = True
+        if cancelled and not (asyncio.isfuture(awaited) and awaited.cancel()):  # as a task cancels what it waits for
+            awaited = CANCELLED
         try:
             return await _rest(work, awaited)
         except BaseException as error:  # noqa: BLE001 - a sys.exit() that left the task would end the event loop of all
@@ -270,16 +310,23 @@ class Scheduler:
 
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
         pair = self._tasks.pop(task)
-        if task.cancelled():  # before it began: the coroutine has not heard of it
-            self._adopt(self._loop.create_task(self._go_on([(pair, CANCELLED)])), pair)
-            return
-        outcome = task.result()
+        outcome = Raised(asyncio.CancelledError()) if task.cancelled() else task.result()  # by itself, as it returned
         if isinstance(outcome, Raised):
             self._failed(pair[0], outcome.error)
         else:
             self._places.append(pair[0])
             self._values.append(outcome)
         self._pass_at_once()
+
+
+@coroutine
+def _is_cancelled() -> Generator[Any, Any, bool]:
+    """Whether the task is cancelled before its first step; a coroutine that waits here has begun."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        return True
+    return False
 
 
 @coroutine
@@ -333,11 +380,9 @@ def collector_paused() -> Iterator[None]:
 
 
 def spare_from_collector() -> None:
-    """Have later collections pass over what lives now; to be said now and then while very much is made.
+    """Have the collector look at what was just made, once; to be said now and then while very much is made.
 
-    Else the collector walks all of it again whenever its number has grown by a quarter: half of what building 500,000
-    agents takes, a quarter of what asking them takes. What is garbage already is collected before; cycles of objects
-    that live now and become garbage later are, after `gc.unfreeze()`.
+    Else it walks all of it again whenever its number has grown by a quarter: half of what building 500,000 agents
+    takes, a quarter of what asking them takes.
     """
-    gc.collect(0)
-    gc.freeze()
+    gc.collect(1)

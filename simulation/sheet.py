@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulation.errors import UnusableAnswer, one_line
-from simulation.game import OTHER_CAUSES, OUT_OF_RANGE, WINNERS_NAMED, Game, Tally, Units, Winners, to_units
+from simulation.game import (
+    INTERRUPTED,
+    OTHER_CAUSES,
+    OUT_OF_RANGE,
+    WINNERS_NAMED,
+    Game,
+    Tally,
+    Units,
+    Winners,
+    to_units,
+)
 
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
@@ -110,7 +120,9 @@ class AnswerSheet:
         """Count what was answered; raises ValueError while a participant is still undecided."""
         distinct, counts = counted(self._units[self._units >= 0])
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
-        return Tally(self.count, distinct, counts, told_apart(failed, list(self._causes).__getitem__))
+        causes = list(self._causes)
+        interrupted = causes.index(INTERRUPTED) if INTERRUPTED in self._causes else None
+        return Tally(self.count, distinct, counts, told_apart(failed, causes.__getitem__, interrupted))
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Who answered one of the winning numbers."""
@@ -140,9 +152,14 @@ def _plain_numbers(answers: Sequence[Any]) -> NDArray[np.float64] | None:
         return None
 
 
-def told_apart(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together."""
+def told_apart(often: Units, cause: Callable[[int], str], interrupted: int | None) -> dict[str, int]:
+    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together.
+
+    Cause `interrupted` is always told apart: by it a round is known that was not played to its end.
+    """
     most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
+    if interrupted is not None and interrupted < len(often) and interrupted not in most:
+        most[-1] = interrupted
     failures = {cause(place): int(often[place]) for place in most if often[place]}
     others = int(often.sum()) - sum(failures.values())
     if others:

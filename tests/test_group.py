@@ -62,6 +62,28 @@ def test_participants_are_agents_that_can_be_asked_alone(group_of):
     assert group.participant(10) is None
 
 
+class Plan:
+    """Part of a cycle."""
+
+    def __init__(self):
+        self.itself = self
+
+
+class Planning(Participant):
+    """Has a new plan each round."""
+
+    async def answer(self, question):
+        self.plan = Plan()
+        await self.think(0.01)
+        return 1
+
+
+class Stuck(Participant):
+    def reply(self, x):
+        time.sleep(1.5)
+        return Msg(self.name, "1", "assistant")
+
+
 class Named(Participant):
     """Sets itself what AgentBase would set, and is part of a cycle."""
 
@@ -96,6 +118,26 @@ def test_what_agents_have_is_there_when_it_is_asked_for(group_of):
     assert set(vars(group.participant(4))) == {"index", "game", "name", "itself", "_home"}
 
 
+class Shy(Participant):
+    """Has what AgentBase would set, in the ways a class may have it."""
+
+    sys_prompt = "You are shy."
+
+    @property
+    def memory(self):
+        return f"of {self.index}"
+
+    async def answer(self, question):
+        return len(self.sys_prompt) + len(self.memory)
+
+
+def test_what_a_class_has_of_its_own_stays(group_of):
+    agent = group_of(Shy, 10).participant(3)
+    assert agent._audience is None and agent.name == "P3"  # AgentBase's own, made now
+    assert (agent.sys_prompt, agent.memory) == ("You are shy.", "of 3")
+    assert agent.reply(None).get_text_content() == "16"
+
+
 def test_participants_in_cycles_are_let_go_of(group_of):
     group = group_of(Named, 10)
     group.begin(question_for(GAME, 1, ()))
@@ -115,6 +157,23 @@ def test_blocking_replies_have_threads_and_fail_alone(group_of):
     tally = whole_tally(group)
     assert tally.answered == 39 and tally.failures == {"SystemExit: 3": 1}
     assert group.answers(0, 40).units.tolist() == [*range(3), -2, *range(4, 40)]
+
+
+def test_what_rounds_leave_behind_in_cycles_is_let_go_of(group_of):
+    group = group_of(Planning, 100)
+    for number in (1, 2, 3):
+        group.begin(question_for(GAME, number, ()))
+        until(lambda: group.progress(1.0).finished, 10, "answered")
+    gc.collect()
+    assert sum(type(each).__name__ == "Plan" for each in gc.get_objects()) == 100
+
+
+def test_whoever_blocks_is_not_waited_for_when_the_round_is_halted(group_of):
+    group = group_of(Stuck, 10)
+    group.begin(question_for(GAME, 1, ()))
+    group.halt(at_once=False)
+    until(lambda: group.progress(0.1).finished, 1, "halted")
+    assert whole_tally(group).failures == {INTERRUPTED: 10}
 
 
 def test_a_participant_of_nobody_can_be_asked_too():

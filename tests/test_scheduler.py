@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import uvloop
@@ -123,6 +124,68 @@ async def gathers_pauses(place):
     return place
 
 
+SHARED = []  # what the coroutines of one test wait for together
+
+
+async def awaits_a_shared_future(place):
+    if not SHARED or SHARED[0].get_loop() is not asyncio.get_running_loop():
+        SHARED[:] = [asyncio.ensure_future(asyncio.sleep(0.01, "loaded"))]
+    assert await SHARED[0] == "loaded"
+    await Pause(0.01)
+    return place
+
+
+async def pauses_for_nothing_until_others_are_done(place):
+    done = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(0.01, done.set_result, place)
+    while not done.done():
+        await Pause(0)
+    return done.result()
+
+
+async def times_out_within_a_longer_time_out(place):
+    async with asyncio.timeout(0.05):
+        while True:
+            try:
+                async with asyncio.timeout(0.001):
+                    time.sleep(0.0002)
+                    await asyncio.sleep(5)
+            except TimeoutError:
+                continue
+
+
+MOODS = WeakKeyDictionary()
+
+
+async def keeps_a_mood_of_its_task(place):
+    assert asyncio.current_task() not in MOODS
+    MOODS[asyncio.current_task()] = place
+    await Pause(0.01)
+    return MOODS[asyncio.current_task()]
+
+
+async def has_its_end_told(place):
+    told = asyncio.get_running_loop().create_future()
+    asyncio.current_task().add_done_callback(told.set_result)
+    await Pause(0.01)
+    assert not told.done()
+    return place
+
+
+async def changes_its_mind(place):
+    asyncio.current_task().cancel()
+    asyncio.current_task().uncancel()
+    try:
+        await Pause(0.01)
+    except asyncio.CancelledError:
+        return place
+
+
+async def is_cancelled_as_it_returns(place):
+    await asyncio.sleep(0.001)
+    asyncio.current_task().cancel()
+
+
 async def cancels_itself(place):
     asyncio.current_task().cancel()
     await Pause(5)
@@ -182,12 +245,15 @@ WORKS = [
     at_once, pauses, does_not_pause, sleeps, sleeps_after_a_pause, raises, exits, exits_as_a_task, times_out,
     times_out_in_time, times_out_after_a_pause, waits_for, gathers, groups, gathers_pauses, cancels_itself,
     cancels_itself_later, keeps_a_variable, sees_no_variable, sets_a_variable_as_a_task, fails_at_what_it_awaits,
-    is_no_coroutine, is_a_number, returns_an_awaitable,
+    is_no_coroutine, is_a_number, returns_an_awaitable, awaits_a_shared_future,
+    pauses_for_nothing_until_others_are_done, times_out_within_a_longer_time_out, keeps_a_mood_of_its_task,
+    has_its_end_told, changes_its_mind, is_cancelled_as_it_returns,
 ]  # fmt: skip
 COME_TO = {
     raises: "ValueError", exits: "SystemExit", exits_as_a_task: "KeyboardInterrupt", times_out: "TimeoutError",
     times_out_after_a_pause: "TimeoutError", groups: "ExceptionGroup", cancels_itself: "CancelledError",
     is_no_coroutine: "LookupError", is_a_number: "TypeError", returns_an_awaitable: None,
+    times_out_within_a_longer_time_out: "TimeoutError", is_cancelled_as_it_returns: "CancelledError",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from simulation.answer_rows import rows_of, tally_in
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Game, Tally, Winners, merge, to_units
 from simulation.sheet import CAUSES_TOLD_APART, TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
@@ -82,6 +83,16 @@ def test_causes_are_bounded_and_nobody_is_lost():
     sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_TOLD_APART)])
     assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
     assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
+
+
+def test_an_interruption_is_told_apart_from_any_number_of_causes():
+    often = [f"cause {place}" for place in range(CAUSES_TOLD_APART + 50)] * 2
+    sheet = sheet_of([*often, INTERRUPTED])
+    assert sheet.tally().failures[INTERRUPTED] == 1
+    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
+    answers = sheet.answers(0, len(often) + 1)
+    read = tally_in(rows_of(1, answers, 1), 1)
+    assert read.failures[INTERRUPTED] == 1 and read.failed == len(often) + 1
 
 
 @given(answers, st.integers(0, 80), st.integers(0, 80))
