@@ -49,8 +49,8 @@ class Participant(AgentBase):
     """One player: an AgentScope agent that knows its index and the game.
 
     What AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) is made when it is first asked
-    for, as most of a million participants never need it. A subclass may rely on all of it; another base class that wants
-    its own `__init__` called has it called by the subclass.
+    for, as most of a million participants never need it. A subclass may rely on all of it. The `__init__` of another
+    base class is the subclass's to call.
 
     Args:
         index: Its number among all participants, from 0.

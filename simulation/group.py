@@ -7,6 +7,7 @@ group's own. AgentScope's construction is touched here, because it costs more th
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
@@ -252,6 +253,8 @@ class ParticipantGroup(metaclass=RpcMeta):
         Those who wait for a model wait in turns, as each takes 2 KB meanwhile; the next turn begins when half of one
         has gone, so that the model never waits, and is large, so that equal prompts still meet.
         """
+        if question.round > 1:  # as the scheduler keeps it from coming up by itself: cycles that rounds left behind
+            gc.collect()
         agents = self._agents
 
         def answer(place: int) -> Any:

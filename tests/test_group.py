@@ -161,11 +161,10 @@ def test_blocking_replies_have_threads_and_fail_alone(group_of):
 
 def test_what_rounds_leave_behind_in_cycles_is_let_go_of(group_of):
     group = group_of(Planning, 100)
-    for number in (1, 2, 3):
+    for number in range(1, 6):
         group.begin(question_for(GAME, number, ()))
         until(lambda: group.progress(1.0).finished, 10, "answered")
-    gc.collect()
-    assert sum(type(each).__name__ == "Plan" for each in gc.get_objects()) == 100
+    assert sum(type(each).__name__ == "Plan" for each in gc.get_objects()) <= 200  # of this round, and the last one
 
 
 def test_whoever_blocks_is_not_waited_for_when_the_round_is_halted(group_of):
