@@ -22,7 +22,7 @@ Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but fo
 What the profile shows (perf, tracemalloc; microseconds of one core per participant, Python 3.11):
 
 - Building takes 0.3: an object with index, game and home. The 1.4 KB and 6 us of AgentBase's own attributes are left to
-  who asks for them. Half of the rest was the collector's, until it was told to pass over what lives.
+  who asks for them. Half of the rest was the collector's, until it was made to look at each only once.
 - Until it thinks, a participant takes 1.4: its coroutine 0.15, the way to its pause 0.45, the wheel 0.25, the
   collector 0.1, and memory that the kernel hands out most of the rest. A task, a future and a timer took 15 more.
 - After it, 1.4: the draw 0.8, as 16 operations on Python's integers; StopIteration and the end of the coroutine 0.3;
