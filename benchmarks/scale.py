@@ -28,7 +28,8 @@ What the profile shows (perf, tracemalloc; microseconds of one core per particip
 - After it, 1.4: the draw 0.8, as 16 operations on Python's integers; StopIteration and the end of the coroutine 0.3;
   the sheet 0.1.
 - The bend of the curve at a million: up to there the work after thinking is hidden by the second of thinking, past it
-  both halves count, which is 1.7 times as much. No line through both can be closer than 20 %, unless that half shrinks.
+  both halves count, which is up to 1.7 times as much. The closest line is off by 10 to 25 %, the more the less the
+  machine is disturbed.
 - Tried and dropped: drawing before thinking makes the line straighter (0.9 moves to the hidden half), and every round a
   fifth slower, as the number has to be kept; SplitMix64 written out in one function, 1 %. A `__getattr__` for what
   AgentBase has cost 12 %, since no other attribute is then read by CPython's fast path; descriptors cost nothing.
