@@ -19,20 +19,18 @@ Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but fo
   servers at the peak.
 - hosts: rounds of 10 participants on each of very many servers, to see main and moderators keep up (scale_network.py).
 
-What the profile shows (perf, tracemalloc; microseconds of one core per participant, Python 3.11):
+What the profile shows (perf, and each part alone in a loop; microseconds of one core per participant, Python 3.11):
 
 - Building takes 0.3: an object with index, game and home. The 1.4 KB and 6 us of AgentBase's own attributes are left to
   who asks for them. Half of the rest was the collector's, until it was made to look at each only once.
-- Until it thinks, a participant takes 1.4: its coroutine 0.15, the way to its pause 0.45, the wheel 0.25, the
-  collector 0.1, and memory that the kernel hands out most of the rest. A task, a future and a timer took 15 more.
-- After it, 1.4: the draw 0.8, as 16 operations on Python's integers; StopIteration and the end of the coroutine 0.3;
-  the sheet 0.1.
-- The bend of the curve at a million: up to there the work after thinking is hidden by the second of thinking, past it
-  both halves count, which is up to 1.7 times as much. The closest line is off by 10 to 25 %, the more the less the
-  machine is disturbed.
-- Tried and dropped: drawing before thinking makes the line straighter (0.9 moves to the hidden half), and every round a
-  fifth slower, as the number has to be kept; SplitMix64 written out in one function, 1 %. A `__getattr__` for what
-  AgentBase has cost 12 %, since no other attribute is then read by CPython's fast path; descriptors cost nothing.
+- Until it thinks, a participant takes 1.4, of which its coroutine 0.15, the way to its pause 0.45, the collector 0.1;
+  the wheel and fresh memory were not told apart. `asyncio.sleep`, a task and a timer, takes 25 more.
+- After it, 1.4, of which the draw 0.8 and the end of the coroutine 0.3.
+- The curve bends at about a million: up to there the work after thinking is hidden by the second of thinking, past it
+  both halves count. Whole runs were off the closest line by 10 to 30 %, and one of four by less than 20 %.
+- Tried and dropped: drawing before thinking, which takes 0.6 from after the pause and adds 1.1 before it; SplitMix64
+  written out in one function, 1 %. A `__getattr__` for what AgentBase has took 12 % of a round: no attribute of such a
+  class is read by CPython's fast path.
 """
 
 from __future__ import annotations
