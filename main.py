@@ -198,8 +198,10 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
     from simulation import local_servers
     from simulation.console import ProgressWatch, log_to_stderr
+    from simulation.library import game_to_play
+    from simulation.past_runs import read_game, read_played, read_summary
     from simulation.plan import plan_lines
-    from simulation.results import RunDirectory, new_run_id, read_played, read_summary
+    from simulation.results import RunDirectory, new_run_id
     from simulation.security import load_or_make
 
     log_to_stderr()
@@ -223,6 +225,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     key = load_or_make(Path(config.cluster_key_dir))
     if config.seed is None:
         config = replace(config, seed=secrets.randbits(32))
+    game = read_game(path, config) if played is not None else game_to_play(config, models)
     run_id = new_run_id() if played is None else played.run_id
     watch = ProgressWatch()
     watch.listen()
@@ -247,7 +250,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
         from simulation.run import Run
 
-        return Run(config, run_id, key, directory, watch, played).play()
+        return Run(config, run_id, key, directory, watch, game, played).play()
     finally:
         watch.close()
         if servers is not None:
@@ -286,7 +289,7 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
 
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
-    from simulation.results import read_agents, read_summary
+    from simulation.past_runs import read_agents, read_summary
     from simulation.security import load
 
     path = Path(str(config.run_dir))
@@ -308,9 +311,9 @@ def ask(config: SimulationConfig) -> int:
 def report(config: SimulationConfig) -> int:
     """Role report: what a run came to, from its folder alone."""
     from simulation.console import say
+    from simulation.past_runs import read_rounds, read_summary
     from simulation.plots import draw_histogram
     from simulation.report import announcement_lines, failure_line, histogram_lines
-    from simulation.results import read_rounds, read_summary
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)

@@ -93,6 +93,7 @@ ensure_debian() {
   local missing=() log="$ROOT/run/install.log"
   command -v ip >/dev/null || missing+=(iproute2)
   [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+  command -v chromium >/dev/null || missing+=(chromium)
   [ "${#missing[@]}" -gt 0 ] || return 0
   if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
     say "installing ${missing[*]} for the tests"

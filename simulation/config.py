@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from simulation.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
+DASHBOARD_PORT = 8050
+FRACTION_TEXT = 40  # characters
+FINEST = 10**9  # the largest denominator
 
 
 def setting(
@@ -20,6 +24,12 @@ def setting(
 ) -> Any:
     """A field with what its flag needs: help, and the allowed range or choices."""
     return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
+
+
+def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **choices: Any) -> Any:
+    """A setting of the game, which an experiment file may hold; one that `stays` is the same in a run resumed."""
+    made = setting(default, help_text, *allowed, **choices)
+    return field(default=default, metadata={**made.metadata, "game": True, "stays": stays})
 
 
 @dataclass(frozen=True)
@@ -34,15 +44,29 @@ class SimulationConfig:
         choices=("main", "participant", "ask", "report", "vllm"),
     )
     # The game
-    agent_type: str = setting("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
-    agent_class: str | None = setting(None, "your own participant, as my_file.py:MyParticipant")
+    experiment: str | None = setting(
+        None, "a YAML file with settings of the game; a list of values for one of them plays a run with each"
+    )
+    agent_type: str = of_game("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
+    agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant")
     dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
-    participant_num: int = setting(1000, "participants in all", 1, 10**9)
-    max_value: int = setting(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
-    decimals: int = setting(0, "digits after the point that answers are counted in", 0, 6)
-    rounds: int = setting(1, "rounds to play", 1, 100)
-    sleep_time: float = setting(1.0, "think time of a random participant, in seconds", 0, 86_400)
-    seed: int | None = setting(None, "repeats a game exactly; drawn and printed when not given", 0, 2**64 - 1)
+    participant_num: int = of_game(1000, "participants in all", 1, 10**9)
+    max_value: int = of_game(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
+    decimals: int = of_game(0, "digits after the point that answers are counted in", 0, 6)
+    rounds: int = of_game(1, "rounds to play", 1, 100, stays=False)
+    ratio: str = of_game("1", "whoever is closest to so much of the average wins: a fraction such as 2/3, or 0.51")
+    offset: str = of_game("0", "what is added to that: 5 and a ratio of 1/2 is 5 plus half the average")
+    sleep_time: float = of_game(1.0, "think time of a random participant, in seconds", 0, 86_400, stays=False)
+    seed: int | None = of_game(None, "repeats a game exactly; drawn and printed when not given", 0, 2**64 - 1)
+    prompt: str = of_game("basic", "what LLM participants are told: a name in the prompts file")
+    personas: str | None = of_game(
+        None, "who the participants are: a name in the personas file, or several, as education+occupation"
+    )
+    models: str | None = of_game(
+        None, "shares of models, as model_1=2/3,model_2=1/3 (default: participants use all of a host in turn)"
+    )
+    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name")
+    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name")
     dispatch: str = setting(
         "group",
         "group asks the participants of a server together; agent asks each through its own AgentScope proxy",
@@ -71,13 +95,16 @@ class SimulationConfig:
     model_per_host: int = setting(1, "model servers on every host; participants use them in turn", 1, 1024)
     model_configs: str = setting(str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format")
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
-    structured_output: str = setting(
+    structured_output: str = of_game(
         "structured_outputs",
         "how the model is held to a number in range: by vLLM's field, by the field of the OpenAI API, or not at all",
+        stays=False,
         choices=("structured_outputs", "response_format", "none"),
     )
-    samples_per_request: int = setting(100, "participants with the same prompt that share a request, by n", 1, 10_000)
-    max_attempts: int = setting(3, "answers of one participant until one is a number in range", 1, 100)
+    samples_per_request: int = of_game(
+        100, "participants with the same prompt that share a request, by n", 1, 10_000, stays=False
+    )
+    max_attempts: int = of_game(3, "answers of one participant until one is a number in range", 1, 100, stays=False)
     max_in_flight: int | None = setting(
         None,
         "requests in flight per model and host, of all its agent servers (default: enough for 512 answers)",
@@ -88,7 +115,9 @@ class SimulationConfig:
     reply_timeout: float = setting(
         600.0, "seconds that a participant is asked again for while its model does not answer", 0.1, 864_000
     )
-    max_tokens: int | None = setting(None, "tokens, of prompts and answers, that the game may cost", 1, 10**15)
+    max_tokens: int | None = of_game(
+        None, "tokens, of prompts and answers, that the game may cost", 1, 10**15, stays=False
+    )
     price_per_million_tokens: float | None = setting(None, "price of 10^6 tokens, for the estimate", 0, 1e9)
     # vLLM servers (role vllm)
     vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535)
@@ -101,14 +130,21 @@ class SimulationConfig:
     resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
     run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
+    dashboard: int | None = setting(
+        None, "serve a page on this host that shows what the run is at; the port is 8050 unless given", 0, 65_535
+    )
     participant: int = setting(0, "which participant to talk to (role ask)", 0, 10**9)
+    winner: bool = setting(False, "talk to the first winner of the last round (role ask)")
     text: str | None = setting(None, "what to say to it (role ask)")
 
     def __post_init__(self) -> None:
-        for name in ("cluster_key_dir", "model_configs"):  # read by servers whose working directory is another
+        # read by servers whose working directory is another
+        for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
             object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
+        for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):
+            object.__setattr__(self, name, str(fraction(flag_of(name), getattr(self, name), low, high)))
         last_port = self.base_port + self.server_per_host + self.moderator_per_host - 1
         if last_port > 65_535:
             raise SettingsError(
@@ -171,3 +207,14 @@ def real_number(flag: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise SettingsError(f"{flag} {text!r}: must be a number, such as 0.5") from None
+
+
+def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
+    """Read an exact number such as 2/3 or 0.51, to 10^-9 at most; raises SettingsError."""
+    try:
+        value = Fraction(str(text)) if len(str(text)) <= FRACTION_TEXT else Fraction(-1)
+    except (ValueError, ZeroDivisionError):
+        raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
+    if not low <= value <= high or value.denominator > FINEST:
+        raise SettingsError(f"{flag} {text}: must be from {low} to {high:g}, as a fraction such as 2/3 or as 0.51")
+    return value

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulation.cast import Cast
 from simulation.errors import UnusableAnswer
 from simulation.reading import NO_NUMBER, parse_number
+from simulation.shares import GAMMA, MASK, mix
 
 Units = NDArray[np.int64]
 
@@ -43,14 +45,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Wording:
+    """What LLM participants are told: a prompt of the prompts file, its braces not yet filled in (see prompts.py).
+
+    Attributes:
+        name: What it is called.
+        system: Who they are and what the rules are.
+        instruction: How to answer; said last in every round, and not where they are asked about something else.
+        reasoning_tokens: How long they may think aloud before the number; None where they say the number at once.
+    """
+
+    name: str
+    system: str
+    instruction: str
+    reasoning_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class Game:
-    """What is the same for all participants in all rounds."""
+    """What is the same for all participants in all rounds: whoever is closest to offset + ratio * average wins."""
 
     seed: int
     max_value: int
     decimals: int
     sleep_time_s: float
     sampling: Sampling | None = None  # None where no participant asks a model
+    ratio: Fraction = Fraction(1)
+    offset: Fraction = Fraction(0)
+    wording: Wording | None = None  # likewise
+    cast: Cast | None = None  # who they are, where that matters
 
     @cached_property
     def scale(self) -> int:
@@ -62,15 +85,70 @@ class Game:
         """How many different answers there are, in units."""
         return self.max_value * self.scale + 1
 
+    @property
+    def target(self) -> str:
+        """What to be closest to, in words: "the average", "2/3 of the average" or "5 plus 1/2 of the average"."""
+        return target_in_words(self.ratio, self.offset)
+
+    @property
+    def target_or_it(self) -> str:
+        """The same where the average was spoken of just before."""
+        return "it" if self.ratio == 1 and not self.offset else self.target
+
+    @property
+    def equilibria(self) -> tuple[float, ...]:
+        """The numbers that nobody would move away from if all gave them, ascending; empty where that is any number."""
+        return equilibria(self.ratio, self.offset, self.max_value)
+
+    def winning_number(self, average: Fraction) -> Fraction:
+        """What to be closest to, in units, as the average is."""
+        return self.offset * self.scale + self.ratio * average
+
+
+def target_in_words(ratio: Fraction, offset: Fraction) -> str:
+    """What to be closest to; see Game.target."""
+    share = "the average" if ratio == 1 else f"{in_words(ratio)} {'of' if ratio < 1 else 'times'} the average"
+    return f"{in_words(offset)} plus {share}" if offset else share
+
+
+def in_words(number: Fraction) -> str:
+    """A short decimal, if it is one exactly, and is not better known as a fraction."""
+    if number.denominator == 1 or (number.denominator > 10 and Fraction(f"{float(number):.6g}") == number):
+        return f"{float(number):.6g}" if number.denominator > 1 else str(number)
+    return str(number)
+
+
+def equilibria(ratio: Fraction, offset: Fraction, max_value: int) -> tuple[float, ...]:
+    """The pure symmetric Nash equilibria in many players' game over 0..max_value; empty where every number is one.
+
+    Best replies lead from any number to offset + ratio * number, within the range: its fixed points (Nagel, "Unraveling
+    in Guessing Games: An Experimental Study", 1995).
+    """
+    if ratio == 1:
+        return (float(max_value),) if offset else ()
+    inner = offset / (1 - ratio)
+    if ratio < 1:
+        return (min(float(inner), float(max_value)),)
+    return (0.0, float(max_value)) if offset == 0 else (float(max_value),)
+
 
 @dataclass(frozen=True)
 class Announcement:
-    """What everyone hears after a round; `winning_units` are the answers that are closest, all of them."""
+    """What everyone hears after a round.
+
+    Attributes:
+        round: Which one.
+        average: Of all answers; None if there was none.
+        winning_number: What to be closest to.
+        winning_units: The answers that are closest, all of them.
+        winners: How many gave them; None before they are counted.
+    """
 
     round: int
     average: float | None
     winning_number: float | None
     winning_units: tuple[int, ...]
+    winners: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,27 +165,18 @@ def question_for(game: Game, round_number: int, announcements: tuple[Announcemen
     """The moderator's question of one round."""
     text = (
         f"Round {round_number}: give a number from 0 to {game.max_value}. "
-        "The average of all answers is announced, and whoever is closest to it wins."
+        f"The average of all answers is announced, and whoever is closest to {game.target_or_it} wins."
     )
     return Question(round_number, text, game.max_value, announcements)
 
 
 # --- The seeded draw -------------------------------------------------------------------------------------------------
 
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
-
-
-def _mix(z: int) -> int:
-    """The SplitMix64 finaliser: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
 
 @lru_cache(maxsize=1024)
 def _round_key(seed: int, round_number: int) -> int:
-    return _mix((_mix((seed + _GAMMA) & _MASK) + round_number * _GAMMA) & _MASK) + _GAMMA
+    key: int = mix((mix((seed + GAMMA) & MASK) + round_number * GAMMA) & MASK) + GAMMA
+    return key
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
@@ -115,8 +184,9 @@ def draw(game: Game, round_number: int, participant: int) -> int:
 
     A change here changes every seed's game: the known answers are held by a test.
     """
-    z = (_round_key(game.seed, round_number) + participant * _GAMMA) & _MASK
-    return (_mix(z) * game.numbers) >> 64
+    z = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
+    units: int = (mix(z) * game.numbers) >> 64
+    return units
 
 
 # --- An answer in units ----------------------------------------------------------------------------------------------
@@ -256,7 +326,8 @@ class RoundResult:
     reassigned: int = 0  # participants who went to another server, or moderator, meanwhile
 
 
-def announcement_of(number: int, average: Fraction | None, closest: tuple[int, ...], scale: int) -> Announcement:
-    """What everyone hears of a round: its average is the winning number; fractions are in units of 1 / scale."""
-    value = None if average is None else float(average / scale)
-    return Announcement(number, value, value, closest)
+def announcement_of(result: RoundResult, scale: int) -> Announcement:
+    """What everyone hears of a round that was counted, in units of 1 / scale."""
+    average = None if result.average is None else float(result.average / scale)
+    winning_number = None if result.winning_number is None else float(result.winning_number / scale)
+    return Announcement(result.round, average, winning_number, result.closest, result.winners.count)

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from fractions import Fraction
 from itertools import chain, groupby
 from operator import itemgetter
@@ -25,21 +25,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simulation.answer_rows import rows_by_round, rows_in, rows_of, tally_in, values_in, write_rows
-from simulation.config import ROOT, SimulationConfig, flag_of
-from simulation.errors import ClusterError, ResultsError, SettingsError, one_line
-from simulation.game import INTERRUPTED, OTHER_CAUSES, RoundResult, Tally, Winners
+from simulation.answer_rows import rows_by_round, rows_in, rows_of, values_in, write_rows
+from simulation.cast import Cast
+from simulation.config import ROOT, SimulationConfig
+from simulation.errors import ResultsError, SettingsError, one_line
+from simulation.game import OTHER_CAUSES, Game, RoundResult
 from simulation.model import Usage
-from simulation.placement import Endpoint
 from simulation.sheet import TEXTS_KEPT, Answers
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
-FAILED_ANSWERS, AGENTS = "failed_answers.jsonl", "agents.jsonl"
+FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
-GAME_SETTINGS = {"participant_num", "agent_type", "agent_class", "max_value", "decimals", "seed"}  # of a whole run
 
 
 def new_run_id() -> str:
@@ -179,6 +178,13 @@ class RunDirectory:
             for part in parts:
                 part.unlink()
 
+    def write_game(self, game: Game) -> None:
+        """Write what the game is played with, as the files it was read from may change. Raises ResultsError."""
+        cast = game.cast if game.cast is not None else Cast(game.seed, 0)
+        said = {"wording": asdict(game.wording) if game.wording is not None else None, "cast": cast.to_json()}
+        with _on_disk(self.path / GAME) as file:
+            file.write((json.dumps(said, indent=2) + "\n").encode())
+
     def write_agents(self, agents: list[dict[str, Any]]) -> None:
         """Write where the agents are that were kept. Raises ResultsError."""
         with _on_disk(self.path / AGENTS) as file:
@@ -313,104 +319,3 @@ def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[st
 
 def _value(units: Fraction | None, scale: int) -> float | None:
     return None if units is None else float(units / scale)
-
-
-# --- Reading a run directory again ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Played:
-    """What there is of a run that is to be resumed: its finished rounds, and what they took."""
-
-    run_id: str
-    results: list[RoundResult]
-    usage: Usage
-    cluster: dict[str, Any]
-    seconds: dict[str, float]
-
-
-def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
-    """The settings that a run is to be resumed with, and its finished rounds.
-
-    Args:
-        path: Its folder.
-        given: Settings that are to be others from now on.
-
-    Raises:
-        SettingsError: The folder holds no run, or a setting cannot change in mid-game.
-    """
-    config, summary = read_summary(path, "--resume")
-    for name in GAME_SETTINGS & given.keys():
-        if given[name] != getattr(config, name):
-            raise SettingsError(
-                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
-            )
-    config = replace(config, **given, run_dir=str(path.resolve()))
-    results = read_rounds(path, config, summary)
-    cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
-    results = results[: next(cut, len(results))]
-    if config.rounds < len(results):
-        raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
-    try:
-        if "lost" not in summary["cluster"] or "total" not in summary["seconds"]:
-            raise KeyError
-        told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
-        usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
-        return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
-    except (KeyError, TypeError):
-        raise SettingsError(f"--resume {path}: its summary.json is damaged, or of another version") from None
-
-
-def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
-    """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
-    try:
-        for line in (path / AGENTS).read_text().splitlines():
-            agent = json.loads(line)
-            if agent["first"] <= participant < agent["first"] + agent["count"]:
-                return Endpoint(agent["host"], agent["port"]), f"{agent['oid']}/{participant}"
-    except OSError:
-        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents") from None
-    raise ClusterError(f"participant {participant} of the run in {path} was not kept")
-
-
-def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig, dict[str, Any]]:
-    """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-        config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
-    except OSError as error:
-        raise SettingsError(f"{flag} {path}: cannot read its summary.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{flag} {path}: its summary.json is damaged, or of another version") from None
-    return config, summary
-
-
-def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
-    """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
-    tallies: dict[int, Tally] = {}
-    whole = path / WHOLE
-    parts = sorted(path.glob(PARTS))  # of a run that was killed
-    try:
-        for file in [whole] if whole.exists() or not parts else parts:
-            for number, rows in rows_by_round(file):
-                tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
-    return tallies
-
-
-def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """The rounds of a run as they were played; who won is taken from the summary."""
-    tallies = read_tallies(path, config) if summary["rounds"] else {}
-    results = []
-    for entry in summary["rounds"]:
-        if entry["round"] not in tallies:
-            raise SettingsError(f"--run-dir {path}: the answers of round {entry['round']} are missing")
-        tally = tallies[entry["round"]]
-        average = tally.average()
-        closest = tally.closest(average) if average is not None else ()
-        lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
-        winners = Winners(entry["winners"]["count"], lowest)
-        seconds, reassigned = entry["seconds"], entry["reassigned"]
-        results.append(RoundResult(entry["round"], tally, average, average, closest, winners, seconds, reassigned))
-    return results

@@ -29,13 +29,13 @@ from simulation.game import (
     Announcement,
     Game,
     RoundResult,
-    Sampling,
     Tally,
     Winners,
     announcement_of,
     merge,
     question_for,
 )
+from simulation.library import game_of
 from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of, use_key
@@ -59,6 +59,7 @@ class Simulation:
         key: The cluster key.
         watch: Who looks on.
         record: Where answers are kept; without one, participants who are made anew remember nothing.
+        game: What is played; by default what the settings say, with nobody in a role.
         played: What was announced in rounds that were played before.
         usage: What those have cost.
     """
@@ -70,14 +71,16 @@ class Simulation:
         key: ClusterKey,
         watch: Watch,
         record: Record | None = None,
+        game: Game | None = None,
         played: tuple[Announcement, ...] = (),
         usage: Usage = NOTHING_USED,
     ) -> None:
         assert config.seed is not None  # main draws one where none is given
         use_key(key)
+        game = game or game_of(config, None, None)
         self.config = config
         self.record = record
-        self.game = Game(config.seed, config.max_value, config.decimals, config.sleep_time, _sampling(config))
+        self.game = game
         self.participant_class = load_class(config.agent_class, config.agent_type)
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
@@ -121,20 +124,20 @@ class Simulation:
         self._used_then = dict(self.cluster.used)
         question = question_for(self.game, number, self._announcements)
 
-        def play() -> tuple[RoundResult, Announcement]:
+        def play() -> RoundResult:
             self.cluster.seat_everyone(len(self._announcements))
             tokens_each = self._tokens_each(allowed)
             self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
             self.cluster.wait("answers in", number, self.cluster.seated)
             if self.config.dispatch == "agent" and self.game.sampling is not None:
                 self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
-            result, announcement = self._result(number, started, seats_before)
+            result = self._result(number, started, seats_before)
             if self.record is not None:
                 self.record.write_answers(number, self.answers(), self.game.scale)
-            return result, announcement
+            return result
 
-        result, announcement = self.cluster.despite_losses(play)
-        self._announcements += (announcement,)
+        result = self.cluster.despite_losses(play)
+        self._announcements += (announcement_of(result, self.game.scale),)
         return result
 
     def answers(self) -> Iterator[Answers]:
@@ -156,8 +159,8 @@ class Simulation:
         answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
         return answers
 
-    def _result(self, number: int, started: float, seats_before: set[Seat]) -> tuple[RoundResult, Announcement]:
-        """Collect what was answered, announce the average, and hear who won."""
+    def _result(self, number: int, started: float, seats_before: set[Seat]) -> RoundResult:
+        """Collect what was answered, announce the average and the winning number, and hear who won."""
         missing = self.config.participant_num - sum(seat.count for seat in self.cluster.seated)
         tally = merge(self.cluster.all(whole_tally).values()) + Tally(
             missing, failures={INTERRUPTED: missing} if missing else {}
@@ -165,14 +168,16 @@ class Simulation:
         if tally.asked != self.config.participant_num:
             raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
         average = tally.average()
-        closest = tally.closest(average) if average is not None else ()
-        announcement = announcement_of(number, average, closest, self.game.scale)
+        winning_number = self.game.winning_number(average) if average is not None else None
+        closest = tally.closest(winning_number) if winning_number is not None else ()
+        result = RoundResult(number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
+        announcement = announcement_of(result, self.game.scale)
         winners = sum(
             self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
         )
         seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
         reassigned = sum(seat.count for seat in self.cluster.seats if seat not in seats_before)
-        return RoundResult(number, tally, average, average, closest, winners, seconds, reassigned), announcement
+        return replace(result, winners=winners, seconds=seconds, reassigned=reassigned)
 
     def _tokens_each(self, allowed: dict[str, float]) -> float | None:
         """What each participant of the groups that begin now may cost in this round; None is no limit.
@@ -196,20 +201,6 @@ class Simulation:
     def _used_now(self, oid: str) -> int:
         """What a group has cost in this round."""
         return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
-
-
-def _sampling(config: SimulationConfig) -> Sampling | None:
-    if config.agent_type != "llm":
-        return None
-    return Sampling(
-        config.model_per_host,
-        config.structured_output,
-        config.samples_per_request,
-        config.max_attempts,
-        config.max_in_flight,
-        config.attempt_timeout,
-        config.reply_timeout,
-    )
 
 
 def ask(server: Endpoint, oid: str, key: ClusterKey, text: str) -> str:

@@ -12,14 +12,15 @@ from loguru import logger
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
 from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
-from simulation.game import INTERRUPTED, announcement_of
+from simulation.game import INTERRUPTED, Game, announcement_of
 from simulation.model import Usage
 from simulation.model_client import OUT_OF_TOKENS
+from simulation.past_runs import Played
 from simulation.placement import remote_run
 from simulation.readiness import check_cluster, check_models
 from simulation.replies import MODEL_SERVER
 from simulation.report import announcement_lines, failure_line, histogram_lines, usage_line
-from simulation.results import Played, RunDirectory, summarise
+from simulation.results import RunDirectory, summarise
 from simulation.rounds import Simulation
 from simulation.seating import Seat
 from simulation.security import ClusterKey
@@ -36,6 +37,7 @@ class Run:
         key: The cluster key.
         directory: Its folder.
         watch: Who looks on.
+        game: What is played.
         played: What there is of it, if it is resumed.
     """
 
@@ -46,6 +48,7 @@ class Run:
         key: ClusterKey,
         directory: RunDirectory,
         watch: ProgressWatch,
+        game: Game,
         played: Played | None = None,
     ) -> None:
         self.config = config
@@ -53,6 +56,7 @@ class Run:
         self.key = key
         self.directory = directory
         self.watch = watch
+        self.game = game
         self.results = list(played.results) if played is not None else []
         self.usage = played.usage if played is not None else Usage()
         self.ended_early: str | None = None  # why, other than by a signal
@@ -77,6 +81,7 @@ class Run:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.to_play:
             return self._finish()
+        self.directory.write_game(self.game)
         began = time.monotonic()
         servers = check_cluster(self.config, self.key)
         self.seconds["connect"] = time.monotonic() - began
@@ -84,9 +89,9 @@ class Run:
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         scale = 10**self.config.decimals
-        played = tuple(announcement_of(each.round, each.average, each.closest, scale) for each in self.results)
+        played = tuple(announcement_of(each, scale) for each in self.results)
         run = remote_run(self.run_id, secrets.token_hex(2))
-        simulation = Simulation(self.config, run, self.key, self.watch, self.directory, played, self.usage)
+        simulation = Simulation(self.config, run, self.key, self.watch, self.directory, self.game, played, self.usage)
         try:
             with simulation:
                 self._create(simulation)

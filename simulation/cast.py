@@ -1,0 +1,147 @@
+"""Who the participants are: their personas and their models, by exact shares and by the seed; pure.
+
+A cast is the same wherever participants sit, and whoever knows it can tell for each of them alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulation.shares import dealt, dealt_one, quotas
+
+MODEL = "model"  # the topic of a mixture, beside the names of persona sets
+
+
+@dataclass(frozen=True)
+class Persona:
+    """What a share of the participants are, and how an LLM participant is told so."""
+
+    name: str
+    share: Fraction
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class PersonaSet:
+    """Personas of which everyone is one; their shares add up to 1."""
+
+    name: str
+    personas: tuple[Persona, ...]
+
+
+@dataclass(frozen=True)
+class ModelShare:
+    """What share of the participants ask a model: its name in the models' file, and what its server calls it."""
+
+    name: str
+    share: Fraction
+    model: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One way to tell the participants apart: the names of the parts, and how many are in each."""
+
+    topic: str
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who all participants are.
+
+    Attributes:
+        seed: The game's.
+        total: How many participants there are.
+        persona_sets: Everyone is one persona of each.
+        models: The mixture of models; without one they take turns.
+        turns: What the models are called, by their servers, that participants ask in turn; none without models.
+    """
+
+    seed: int
+    total: int
+    persona_sets: tuple[PersonaSet, ...] = ()
+    models: tuple[ModelShare, ...] = ()
+    turns: tuple[str, ...] = ()
+
+    def personas_of(self, participant: int) -> tuple[Persona, ...]:
+        """One persona of each set, in their order."""
+        return tuple(
+            each.personas[dealt_one(self.seed, each.name, parts.counts, participant)]
+            for each, parts in zip(self.persona_sets, self._persona_parts, strict=True)
+        )
+
+    def model_of(self, participant: int) -> str | None:
+        """The name of the model that it asks; None where they take turns."""
+        if not self.models:
+            return None
+        return self.models[dealt_one(self.seed, MODEL, self._model_counts, participant)].name
+
+    @property
+    def groupings(self) -> tuple[Parts, ...]:
+        """All ways to tell the participants apart: by each set of personas, and by model where there are several."""
+        called = self._called
+        names = tuple(dict.fromkeys(called))
+        counts = (
+            self._model_counts if self.models else quotas(self.total, [Fraction(1, len(called) or 1)] * len(called))
+        )
+        each = tuple(sum(count for name, count in zip(called, counts, strict=True) if name == one) for one in names)
+        return self._persona_parts + ((Parts(MODEL, names, each),) if len(names) > 1 else ())
+
+    def places(self, parts: Parts, first: int, count: int) -> NDArray[np.int64]:
+        """In which of the parts participants first .. first+count-1 are: int64 of shape (count,)."""
+        if parts.topic != MODEL:
+            return dealt(self.seed, parts.topic, parts.counts, first, count)
+        if self.models:
+            place = dealt(self.seed, MODEL, self._model_counts, first, count)
+        else:
+            place = np.arange(first, first + count) % len(self.turns)
+        return np.array([parts.names.index(name) for name in self._called])[place]
+
+    @cached_property
+    def _persona_parts(self) -> tuple[Parts, ...]:
+        return tuple(
+            Parts(
+                each.name,
+                tuple(persona.name for persona in each.personas),
+                quotas(self.total, [persona.share for persona in each.personas]),
+            )
+            for each in self.persona_sets
+        )
+
+    @cached_property
+    def _model_counts(self) -> tuple[int, ...]:
+        return quotas(self.total, [each.share for each in self.models])
+
+    @property
+    def _called(self) -> tuple[str, ...]:
+        """What the models are called by their servers; several may serve the same one."""
+        return tuple(each.model for each in self.models) if self.models else self.turns
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to a run's folder; seed and total are among the run's settings."""
+        return {
+            "personas": {
+                each.name: [{"name": one.name, "share": str(one.share), "text": one.text} for one in each.personas]
+                for each in self.persona_sets
+            },
+            "models": [{"name": one.name, "share": str(one.share), "model": one.model} for one in self.models],
+            "turns": list(self.turns),
+        }
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any], seed: int, total: int) -> Cast:
+        """The cast that was written so. Raises KeyError, TypeError or ValueError if it was not."""
+        sets = (
+            PersonaSet(name, tuple(Persona(one["name"], Fraction(one["share"]), one["text"]) for one in personas))
+            for name, personas in said["personas"].items()
+        )
+        models = (ModelShare(one["name"], Fraction(one["share"]), one["model"]) for one in said["models"])
+        return cls(seed, total, tuple(sets), tuple(models), tuple(said["turns"]))

@@ -1,0 +1,200 @@
+"""Runs that were played, read again from their folders alone: to resume or report them, or to talk to a participant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from simulation.answer_rows import rows_by_round, tally_in
+from simulation.cast import Cast, Parts
+from simulation.config import SimulationConfig, flag_of
+from simulation.errors import ClusterError, SettingsError, one_line
+from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
+from simulation.library import game_of
+from simulation.model import Usage
+from simulation.placement import Endpoint
+from simulation.results import AGENTS, GAME, PARTS, WHOLE
+
+
+@dataclass(frozen=True)
+class Played:
+    """What there is of a run that is to be resumed: its finished rounds, and what they took."""
+
+    run_id: str
+    results: list[RoundResult]
+    usage: Usage
+    cluster: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
+    """The settings that a run is to be resumed with, and its finished rounds.
+
+    Args:
+        path: Its folder.
+        given: Settings that are to be others from now on.
+
+    Raises:
+        SettingsError: The folder holds no run, or a setting cannot change in mid-game.
+    """
+    config, summary = read_summary(path, "--resume")
+    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
+    for name in staying & given.keys():
+        if given[name] != getattr(config, name):
+            raise SettingsError(
+                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
+            )
+    config = replace(config, **given, run_dir=str(path.resolve()))
+    results = read_rounds(path, config, summary)
+    cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
+    results = results[: next(cut, len(results))]
+    if config.rounds < len(results):
+        raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
+    try:
+        if "lost" not in summary["cluster"] or "total" not in summary["seconds"]:
+            raise KeyError
+        told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
+        usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
+        return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
+    except (KeyError, TypeError):
+        raise SettingsError(f"--resume {path}: its summary.json is damaged, or of another version") from None
+
+
+def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
+    """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
+    try:
+        for line in (path / AGENTS).read_text().splitlines():
+            agent = json.loads(line)
+            if agent["first"] <= participant < agent["first"] + agent["count"]:
+                return Endpoint(agent["host"], agent["port"]), f"{agent['oid']}/{participant}"
+    except OSError:
+        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents") from None
+    raise ClusterError(f"participant {participant} of the run in {path} was not kept")
+
+
+def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig, dict[str, Any]]:
+    """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+        config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
+    except OSError as error:
+        raise SettingsError(f"{flag} {path}: cannot read its summary.json: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f"{flag} {path}: its summary.json is damaged, or of another version") from None
+    return config, summary
+
+
+def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
+    """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
+    tallies: dict[int, Tally] = {}
+    for number, rows in _rows_of(path):
+        tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
+    return tallies
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, pa.Table]]:
+    """All answers of a run, in tables of one round's consecutive participants. Raises SettingsError."""
+    whole = path / WHOLE
+    parts = sorted(path.glob(PARTS))  # of a run that was killed
+    try:
+        for file in [whole] if whole.exists() or not parts else parts:
+            yield from rows_by_round(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
+
+
+def read_game(path: Path, config: SimulationConfig) -> Game:
+    """What a run was played with: its wording and its cast as they were then. Raises SettingsError."""
+    try:
+        said = json.loads((path / GAME).read_text())
+        wording = Wording(**said["wording"]) if said["wording"] is not None else None
+        return game_of(config, wording, Cast.from_json(said["cast"], config.seed or 0, config.participant_num))
+    except OSError as error:
+        raise SettingsError(f"--run-dir {path}: cannot read its {GAME}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f"--run-dir {path}: its {GAME} is damaged, or of another version") from None
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run as it can be looked at, from its folder alone.
+
+    Attributes:
+        path: Its folder.
+        config: Its settings.
+        summary: What its summary.json says.
+        game: What it was played with.
+        results: Its rounds.
+        groups: For each topic that tells participants apart (a set of personas, or "model"), the rounds, in the order
+            of `results`, each a tally for each name. Topics and names are in the order of `game.cast.groupings`.
+    """
+
+    path: Path
+    config: SimulationConfig
+    summary: dict[str, Any]
+    game: Game
+    results: list[RoundResult]
+    groups: dict[str, list[dict[str, Tally]]]
+
+    @property
+    def name(self) -> str:
+        """What it is called where there are several."""
+        return str(self.summary["run_id"])
+
+
+def read_run(path: Path) -> PastRun:
+    """Read a run. Raises SettingsError if there is none, or what belongs to it is missing or damaged."""
+    config, summary = read_summary(path)
+    game = read_game(path, config)
+    results = read_rounds(path, config, summary)
+    return PastRun(path, config, summary, game, results, read_groups(path, game, results))
+
+
+def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str, list[dict[str, Tally]]]:
+    """The tallies of a run's rounds for each part of the participants; see PastRun.groups."""
+    groupings = game.cast.groupings if game.cast is not None else ()
+    groups: dict[str, list[dict[str, Tally]]] = {
+        parts.topic: [{name: Tally(0) for name in parts.names} for _ in results] for parts in groupings
+    }
+    round_places = {result.round: place for place, result in enumerate(results)}
+    for number, rows in _rows_of(path) if groupings else ():
+        for parts in groupings if number in round_places else ():
+            assert game.cast is not None
+            tallies = groups[parts.topic][round_places[number]]
+            for part, tally in tallies_of_parts(rows, game, parts):
+                tallies[part] += tally
+    return groups
+
+
+def tallies_of_parts(rows: pa.Table, game: Game, parts: Parts) -> Iterator[tuple[str, Tally]]:
+    """The tallies of these rows, which are of consecutive participants, for each part of them."""
+    assert game.cast is not None
+    places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows)) if len(rows) else ()
+    for place, name in enumerate(parts.names):
+        yield name, tally_in(rows.filter(pa.array(places == place)), game.scale)
+
+
+def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
+    """The rounds of a run as they were played; who won is taken from the summary."""
+    tallies = read_tallies(path, config) if summary["rounds"] else {}
+    rule = game_of(config, None, None)
+    results = []
+    for entry in summary["rounds"]:
+        if entry["round"] not in tallies:
+            raise SettingsError(f"--run-dir {path}: the answers of round {entry['round']} are missing")
+        tally = tallies[entry["round"]]
+        average = tally.average()
+        winning_number = rule.winning_number(average) if average is not None else None
+        closest = tally.closest(winning_number) if winning_number is not None else ()
+        lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
+        winners = Winners(entry["winners"]["count"], lowest)
+        seconds, reassigned = entry["seconds"], entry["reassigned"]
+        results.append(
+            RoundResult(entry["round"], tally, average, winning_number, closest, winners, seconds, reassigned)
+        )
+    return results
