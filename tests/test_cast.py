@@ -1,0 +1,92 @@
+"""Who the participants are: exact shares, dealt out by the seed alone."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
+from simulation.placement import even_split
+from simulation.shares import dealt, dealt_one, quotas
+
+totals = st.integers(1, 3000)
+weights = st.lists(st.integers(1, 20), min_size=1, max_size=7)
+seeds = st.integers(0, 2**64 - 1)
+EDUCATION_OF_SEED_7 = [2, 2, 2, 1, 1, 0, 2, 0, 1, 1, 2, 2, 2, 2, 0, 0, 0, 2, 1, 2]
+
+
+def shares_of(weights):
+    return [Fraction(weight, sum(weights)) for weight in weights]
+
+
+def cast_of(seed, total, *sets, models=(), turns=()):
+    made = tuple(
+        PersonaSet(f"set {place}", tuple(Persona(f"P{number}", share) for number, share in enumerate(shares_of(each))))
+        for place, each in enumerate(sets)
+    )
+    mixture = tuple(ModelShare(f"m{place}", share, f"model {place}") for place, share in enumerate(models))
+    return Cast(seed, total, made, mixture, turns)
+
+
+@given(totals, weights)
+def test_everyone_is_dealt_out_and_no_share_is_off_by_one(total, weights):
+    shares = shares_of(weights)
+    counts = quotas(total, shares)
+    assert sum(counts) == total
+    assert all(abs(count - share * total) < 1 for count, share in zip(counts, shares, strict=True))
+
+
+@given(seeds, totals, weights, st.integers(1, 40), st.integers(1, 5))
+def test_the_same_for_any_placement(seed, total, weights, servers, moderators):
+    counts = quotas(total, shares_of(weights))
+    together = dealt(seed, "education", counts, 0, total)
+    assert np.bincount(together, minlength=len(counts)).tolist() == list(counts)
+    for parts in (even_split(total, servers), even_split(total, servers * moderators)):
+        apart = [dealt(seed, "education", counts, part.start, len(part)) for part in parts]
+        assert np.concatenate(apart).tolist() == together.tolist()
+    one = total // 2
+    assert dealt_one(seed, "education", counts, one) == together[one]
+
+
+@given(seeds, totals, weights, weights)
+def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
+    cast = cast_of(seed, total, first, second, models=shares_of([1, 2]))
+    *sets, models = cast.groupings
+    assert [parts.topic for parts in sets] == ["set 0", "set 1"] and models.topic == MODEL
+    participant = total - 1
+    for place, parts in enumerate(sets):
+        there = cast.places(parts, participant, 1)[0]
+        assert cast.personas_of(participant)[place].name == parts.names[there]
+        assert np.bincount(cast.places(parts, 0, total), minlength=len(parts.names)).tolist() == list(parts.counts)
+    assert f"model {cast.model_of(participant)[1:]}" == models.names[cast.places(models, participant, 1)[0]]
+
+
+def test_what_a_seed_deals_is_fixed():
+    assert dealt(7, "education", quotas(20, shares_of([1, 1, 2])), 0, 20).tolist() == EDUCATION_OF_SEED_7
+    assert dealt(8, "education", quotas(20, shares_of([1, 1, 2])), 0, 20).tolist() != EDUCATION_OF_SEED_7
+
+
+def test_topics_say_nothing_about_each_other():
+    halves = quotas(100_000, shares_of([1, 1]))
+    one, other = (dealt(7, topic, halves, 0, 100_000) for topic in ("education", "occupation"))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
+    assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.02  # neighbours sit on the same server
+
+
+def test_models_that_take_turns_are_told_apart_by_what_they_are():
+    cast = cast_of(7, 11, turns=("llama", "qwen", "llama"))
+    (parts,) = cast.groupings
+    assert parts.names == ("llama", "qwen") and cast.model_of(3) is None
+    assert cast.places(parts, 3, 3).tolist() == [0, 1, 0]
+    assert np.bincount(cast.places(parts, 0, 11)).tolist() == list(parts.counts)
+    assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
+
+
+@given(seeds, totals, weights)
+def test_a_cast_is_written_and_read_again(seed, total, weights):
+    cast = cast_of(seed, total, weights, models=shares_of([1, 1]), turns=("m",))
+    assert Cast.from_json(json.loads(json.dumps(cast.to_json())), seed, total) == cast
