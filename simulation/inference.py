@@ -14,7 +14,7 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import psutil
 from simulation import processes
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import ClusterError, SettingsError
-from simulation.model_configs import read_models
+from simulation.model_configs import ModelConfig, read_models
 
 FOLDER = ROOT / "run" / "vllm"
 VENV = ROOT / ".venv-vllm"
@@ -86,9 +86,15 @@ def plan(config: SimulationConfig) -> list[Plan]:
             f"--vllm-base-port {config.vllm_base_port}: {len(shares)} servers would end beyond port 65535"
         )
     return [
-        Plan(config.vllm_base_port + number, gpus, models[min(number, len(models) - 1)].model)
+        Plan(config.vllm_base_port + number, gpus, _served(models, config.vllm_base_port + number, number))
         for number, gpus in enumerate(shares)
     ]
+
+
+def _served(models: list[ModelConfig], port: int, number: int) -> str:
+    """What the server on a port calls its model: as the entry with this port says, or else the one at its place."""
+    of_port = (each.model for each in models if each.address.endswith(f":{port}"))
+    return next(of_port, models[min(number, len(models) - 1)].model)
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int], None]) -> list[str]:
@@ -108,13 +114,14 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     home = _home()
     with processes.one_at_a_time():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        running = own_servers()
-        if running:
-            ports = ", ".join(map(str, sorted(running)))
+        running = own_servers()  # those of another model, on other ports, may
+        ports = sorted(running.keys() & {each.port for each in plans})
+        if ports:
             raise ClusterError(
-                f"vLLM servers of this checkout run already, on ports {ports}: ./stop_vllm.sh stops them"
+                f"vLLM servers of this checkout run already, on ports {', '.join(map(str, ports))}: ./stop_vllm.sh "
+                "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
-        _end_all()  # what servers that were killed have left
+        _end_all(but=running)  # what servers that were killed have left
         for each in plans:
             processes.check_free("localhost", each.port, "VLLM_BASE_PORT")
         started: dict[int, subprocess.Popen[bytes]] = {}
@@ -209,8 +216,9 @@ def _home() -> Path:
         )
     try:
         LINK.parent.mkdir(parents=True, exist_ok=True)
-        LINK.unlink(missing_ok=True)
-        LINK.symlink_to(VENV)
+        if not (LINK.is_symlink() and LINK.readlink() == VENV):
+            LINK.unlink(missing_ok=True)
+            LINK.symlink_to(VENV)
     except OSError as error:
         raise SettingsError(f"cannot make the link {LINK} to {VENV}: {error.strerror}") from None
     return LINK
@@ -272,10 +280,11 @@ def _pid_file(port: int) -> Path:
     return FOLDER / f"{port}.pid"
 
 
-def _end_all() -> None:
-    """End all servers of our pid files, and what those that died have left."""
-    _end([int(path.read_text()) for path in FOLDER.glob("*.pid") if path.read_text().strip().isdigit()])
-    for path in FOLDER.glob("*.pid"):
+def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:
+    """End all servers of our pid files, and what those that died have left, but for those on some ports."""
+    paths = [path for path in FOLDER.glob("*.pid") if path.stem not in map(str, but or ())]
+    _end([int(path.read_text()) for path in paths if path.read_text().strip().isdigit()])
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
