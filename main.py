@@ -263,11 +263,11 @@ def check_models_file(config: SimulationConfig) -> dict[str, ModelConfig]:
     """The models of an LLM run. A model that may cost money is refused unless allowed, after saying how much."""
     if config.agent_type != "llm":
         return {}
-    from simulation.model_configs import is_within, model_name, read_models, refuse_elsewhere
+    from simulation.model_configs import asked_models, is_within, read_models, refuse_elsewhere
     from simulation.plan import cost_lines
 
     models = read_models(config)
-    asked = [models[name] for name in map(model_name, range(1, config.model_per_host + 1)) if name in models]
+    asked = [models[name] for name in asked_models(config) if name in models]
     if not config.dry_run and not all(is_within(model.base_url, config.hosts) for model in asked):
         print("\n".join(cost_lines(config, models)), file=sys.stderr)
         for model in asked:
@@ -289,21 +289,23 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
 
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
-    from simulation.past_runs import read_agents, read_summary
+    from simulation.game import Question, announcement_of
+    from simulation.past_runs import first_winner, read_agents, read_rounds, read_summary
     from simulation.security import load
 
     path = Path(str(config.run_dir))
-    played, _ = read_summary(path)
-    if config.participant >= played.participant_num:
-        raise SettingsError(
-            f"--participant {config.participant}: the run has participants 0 to {played.participant_num - 1}"
-        )
+    played, summary = read_summary(path)
+    participant = first_winner(path, summary) if config.winner else config.participant
+    if participant >= played.participant_num:
+        raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     from simulation.rounds import ask as ask_participant
 
-    server, oid = read_agents(path, config.participant)
-    said = ask_participant(server, oid, key, str(config.text))
+    told = tuple(announcement_of(each, 10**played.decimals) for each in read_rounds(path, played, summary))
+    question = Question(0, str(config.text), played.max_value, told, played.decimals)
+    server, oid = read_agents(path, participant)
+    said = ask_participant(server, oid, key, question)
     print(said.encode(errors="backslashreplace").decode())  # half a character, which models do say, cannot be printed
     return 0
 
@@ -311,15 +313,16 @@ def ask(config: SimulationConfig) -> int:
 def report(config: SimulationConfig) -> int:
     """Role report: what a run came to, from its folder alone."""
     from simulation.console import say
-    from simulation.past_runs import read_rounds, read_summary
+    from simulation.past_runs import read_game, read_rounds, read_summary
     from simulation.plots import draw_histogram
     from simulation.report import announcement_lines, failure_line, histogram_lines
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)
     results = read_rounds(path, played, summary)
+    game = read_game(path, played)
     for result in results:
-        say("\n".join(announcement_lines(result, played.decimals)))
+        say("\n".join(announcement_lines(result, game)))
         if result.tally.failed:
             say(failure_line(result.tally))
     if results:

@@ -13,6 +13,7 @@ self.think(seconds)`; the second is AgentScope's ordinary method, which may bloc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,11 +23,13 @@ from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
+from simulation.cast import Persona
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Announcement, Game, Question, draw, to_units
 from simulation.model import Chat
 from simulation.model_configs import model_of
-from simulation.prompts import Numbers, Prompt, prompt_for, rules
+from simulation.prompts import Numbers, Prompt, instruction, prompt_for, rules
+from simulation.reading import last_line
 from simulation.scheduler import Pause
 
 
@@ -72,6 +75,17 @@ class Participant(AgentBase):
         if self._home is None:
             raise AttributeError(f"{self.name} is in no group, and has no remote id")
         return f"{self._home.oid}/{self.index}"
+
+    @property
+    def personas(self) -> dict[str, Persona]:
+        """Who it is, by the name of the set: `self.personas["education"].name`; empty in a game without personas."""
+        cast = self.game.cast
+        names = [each.name for each in cast.persona_sets] if cast is not None else []
+        return dict(zip(names, self._played(), strict=True))
+
+    def _played(self) -> tuple[Persona, ...]:
+        """The personas that it plays."""
+        return self.game.cast.personas_of(self.index) if self.game.cast is not None else ()
 
     def think(self, seconds: float) -> Awaitable[None]:
         """Think for so long: `await self.think(1.5)`; asyncio.sleep does the same for 1.3 KB and 25 us more."""
@@ -160,31 +174,51 @@ class LLMParticipant(Participant):
     def __init__(self, index: int, game: Game) -> None:
         super().__init__(index, game)
         self.numbers: Numbers = ()  # in rounds 1, 2, ...; None where it gave none
+        self.thoughts = ""  # what it thought aloud before the last of them, where the prompt has it do so
 
     def recall(self, numbers: Numbers) -> None:
         self.numbers = numbers
 
     def system(self) -> str:
         """The system prompt; override it for a character of your own."""
-        return rules(self.game)
+        return rules(self.game, self._played())
 
     def prompt(self, question: Question) -> Prompt:
-        """What is asked of the model in a round."""
-        return prompt_for(self.system(), question, self.numbers)
+        """What is asked of the model in a round; or, in round 0, when a person asks it about what it did."""
+        if question.round == 0:
+            return prompt_for(self.system(), question, self.numbers, thoughts=self.thoughts)
+        return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played()))
 
     async def answer(self, question: Question) -> float | str:
         """The model's number; to a message that is no question of a round, the model's words."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        model = model_of(self.index, chat.sampling.models)
+        model = self._model(chat)
         if question.round == 0:
-            return await chat.ask(model, self.prompt(question), str, held=False)
+            return (await chat.talk(model, self.prompt(question)))[0]
         before = question.round - 1
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
-        units = await chat.ask(model, self.prompt(question), self._units)
+        prompt = self.prompt(question)
+        if self.game.wording is not None and self.game.wording.reasoning_tokens is not None:
+            units = await self._think_aloud(chat, model, prompt, self.game.wording.reasoning_tokens)
+        else:
+            units = await chat.ask(model, prompt, self._units)
         number = units / self.game.scale
         self.numbers = (*known, number)  # one for each round, also where it is asked twice
         return number
+
+    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> int:
+        """Reason freely, and give the number on the last line; where none can be read there, in a second answer."""
+        self.thoughts, whole = await chat.talk(model, prompt, tokens)
+        if whole:  # else the last line may be half a thought
+            with contextlib.suppress(UnusableAnswer):
+                return self._units(last_line(self.thoughts))
+        return await chat.ask(model, prompt._replace(thoughts=self.thoughts), self._units)
+
+    def _model(self, chat: Chat) -> str:
+        """The name of the model that it asks."""
+        mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
+        return mixed or model_of(self.index, chat.sampling.models)
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)

@@ -50,6 +50,7 @@ from simulation import inference, processes
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.game import Game, question_for
+from simulation.library import game_to_play
 from simulation.model_client import ANSWERS_IN_FLIGHT
 from simulation.model_configs import model_name, read_models
 from simulation.placement import place
@@ -142,7 +143,7 @@ def ours(config: SimulationConfig) -> tuple[Played, list[int]]:
 
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
     """The bodies of the requests that two rounds take: one list for each."""
-    game = Game(0, config.max_value, 0, 0.0)
+    game = game_to_play(config, {})
     groups = place(len(first), config.server_per_host, config.moderator_per_host)
     announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # its length is what matters
     rounds: list[list[bytes]] = [[], []]
@@ -195,7 +196,7 @@ def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Played:
 def one_object(config: SimulationConfig, participants: int) -> Played:
     """One RPC object per participant, each with a client; their second round is like the first."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
-    game = Game(0, config.max_value, 0, 0.0)
+    game = game_to_play(config, {})
     fields = {
         "max_tokens": answer_tokens(config.structured_output, game),
         "extra_body": structured_fields(config.structured_output, game),

@@ -109,6 +109,5 @@ class Ask:
 
     def body(self, count: int) -> bytes:
         """The request for so many samples."""
-        messages = [{"role": "system", "content": self.prompt.system}, {"role": "user", "content": self.prompt.user}]
-        fields = {"model": self.config.model, "messages": messages, **self.fields}
+        fields = {"model": self.config.model, "messages": self.prompt.messages, **self.fields}
         return json.dumps(fields | ({"n": count} if count > 1 else {})).encode()

@@ -6,6 +6,7 @@ The command line is made from these fields (`main.py`), so a setting added here 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from simulation.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
-FRACTION_TEXT = 40  # characters
+FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
 FINEST = 10**9  # the largest denominator
 
 
@@ -158,8 +159,10 @@ class SimulationConfig:
                 f"--hosts {' '.join(self.hosts)}: localhost is another machine on each of them; name all hosts as they "
                 "reach each other"
             )
+        if self.winner and self.participant:
+            raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         if self.role == "ask" and (self.run_dir is None or self.text is None):
-            raise SettingsError("--role ask: give --run-dir, --participant and --text")
+            raise SettingsError("--role ask: give --run-dir, --text, and --participant or --winner")
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
@@ -212,7 +215,9 @@ def real_number(flag: str, text: str) -> float:
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
     """Read an exact number such as 2/3 or 0.51, to 10^-9 at most; raises SettingsError."""
     try:
-        value = Fraction(str(text)) if len(str(text)) <= FRACTION_TEXT else Fraction(-1)
+        if not FRACTION.fullmatch(str(text)):  # an exponent may stand for more digits than there is memory for
+            raise ValueError
+        value = Fraction(str(text))
     except (ValueError, ZeroDivisionError):
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
     if not low <= value <= high or value.denominator > FINEST:

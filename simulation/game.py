@@ -153,12 +153,16 @@ class Announcement:
 
 @dataclass(frozen=True)
 class Question:
-    """What a participant is asked: the round (from 1), the words, the range, and what was announced so far."""
+    """What a participant is asked: the round (from 1), the words, the range, and what was announced so far.
+
+    Round 0 is a question of a person's, beside the game.
+    """
 
     round: int
     text: str
     max_value: int
     announcements: tuple[Announcement, ...] = ()
+    decimals: int = 0
 
 
 def question_for(game: Game, round_number: int, announcements: tuple[Announcement, ...]) -> Question:
@@ -167,7 +171,7 @@ def question_for(game: Game, round_number: int, announcements: tuple[Announcemen
         f"Round {round_number}: give a number from 0 to {game.max_value}. "
         f"The average of all answers is announced, and whoever is closest to {game.target_or_it} wins."
     )
-    return Question(round_number, text, game.max_value, announcements)
+    return Question(round_number, text, game.max_value, announcements, game.decimals)
 
 
 # --- The seeded draw -------------------------------------------------------------------------------------------------
@@ -313,6 +317,23 @@ class Winners:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Where the seconds of a round went; they add up to it.
+
+    Attributes:
+        model_s: Participants waited for their models, or thought; the mean over the groups.
+        client_s: Their servers worked, in seconds of CPU; likewise.
+        slowest_s: The others were done, and the slowest group was not; likewise.
+        rpc_s: Nobody was asked any more, or yet: the question, the tally, the announcement and the record.
+    """
+
+    model_s: float
+    client_s: float
+    slowest_s: float
+    rpc_s: float
+
+
+@dataclass(frozen=True)
 class RoundResult:
     """One round. Values are in units of 10^-decimals; `closest` are those nearest to the winning number."""
 
@@ -324,6 +345,7 @@ class RoundResult:
     winners: Winners
     seconds: float
     reassigned: int = 0  # participants who went to another server, or moderator, meanwhile
+    times: Times | None = None  # None where it is not known, as in a run that is read again
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:

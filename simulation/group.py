@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import cloudpickle
@@ -106,15 +106,15 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def usage(self) -> Usage:
         """What all rounds have cost so far."""
-        return Usage() if self._chat is None else self._chat.usage(self._answering_s, self._client_s)
+        spent = Usage() if self._chat is None else self._chat.usage()
+        return replace(spent, answering_s=self._answering_s, client_s=self._client_s)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far it is, after waiting up to `wait_s` seconds for the end; heartbeats carry this."""
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
         number, done = self._round, self._done()  # in this order: a new round's number never goes with old answers
-        usage = astuple(self.usage()) if self._chat is not None else ()
-        return Progress(done, self.count, number, self._error, usage)
+        return Progress(done, self.count, number, self._error, astuple(self.usage()))
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Tell participants who were made anew what they answered in the rounds so far.

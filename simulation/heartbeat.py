@@ -36,7 +36,7 @@ class Progress:
         total: Of how many.
         round: The round that they answer; 0 while they are built.
         error: Why it cannot go on; empty if it can.
-        usage: What its participants have cost so far (the fields of `Usage`), where they ask models.
+        usage: What its participants have cost so far (the fields of `Usage`); empty for a moderator.
     """
 
     done: int

@@ -22,7 +22,7 @@ from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Game, Sampling
 from simulation.model_client import ModelClient
 from simulation.model_configs import ModelConfig, read_models
-from simulation.prompts import Prompt, answer_tokens, structured_fields
+from simulation.prompts import FREE_TEXT_TOKENS, Prompt, answer_tokens, structured_fields
 from simulation.replies import CUT_OFF, Tokens
 
 V = TypeVar("V")
@@ -78,26 +78,25 @@ class Chat:
         self.sampling: Sampling = game.sampling
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
         self._game = game
-        self._fresh: dict[tuple[str, Prompt, bool, float | None], Waiting] = {}
+        self._fresh: dict[tuple[str, Prompt, int | None, float | None], Waiting] = {}
         self._tokens_left: float | None = None  # None is no limit
         self._set_aside = 0.0
 
-    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], held: bool = True) -> V:
-        """One participant's answer to a prompt, as `read` makes it of the text; UnusableAnswer of `read` asks again.
+    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
+        """One participant's number, as `read` makes it of the text; UnusableAnswer of `read` asks again.
 
         Args:
             model: The model's name, such as `model_1`.
             prompt: What is asked; who asks the same at the same time shares requests, each with a sample of its own.
             read: Called with the text.
-            held: Whether the model is to be held to a number in range.
 
         Raises:
             UnusableAnswer: After `max_attempts`, with the last cause and text; or the model does not answer.
         """
         deadline: float | None = None
         for _ in range(self.sampling.max_attempts):
-            (text, cause), deadline = await self._sample(model, prompt, held, deadline)
-            if cause is None or (not held and cause == CUT_OFF["length"]):
+            (text, cause), deadline = await self._sample(model, prompt, None, deadline)
+            if cause is None:
                 assert text is not None
                 try:
                     return read(text)
@@ -105,14 +104,25 @@ class Chat:
                     cause = str(error)
         raise UnusableAnswer(cause or "", text)
 
+    async def talk(self, model: str, prompt: Prompt, tokens: int = FREE_TEXT_TOKENS) -> tuple[str, bool]:
+        """What one participant says freely in so many tokens, and whether that is all it had to say.
+
+        Raises UnusableAnswer as `ask` does.
+        """
+        deadline: float | None = None
+        for _ in range(self.sampling.max_attempts):
+            (text, cause), deadline = await self._sample(model, prompt, tokens, deadline)
+            if text is not None and cause in (None, CUT_OFF["length"]):
+                return text, cause is None
+        raise UnusableAnswer(cause or "", text)
+
     def allow(self, tokens: float | None) -> None:
         """What may be spent from now on, in tokens; None is no limit."""
         self._tokens_left = tokens
 
-    def usage(self, answering_s: float, client_s: float) -> Usage:
-        """What was spent so far."""
-        counts = (self.requests, self.retries, self.prompt_tokens, self.completion_tokens)
-        return Usage(*counts, answering_s, client_s)
+    def usage(self) -> Usage:
+        """What was spent so far, but for time."""
+        return Usage(self.requests, self.retries, self.prompt_tokens, self.completion_tokens)
 
     def close(self) -> None:
         """Take everything back that was asked: nobody waits for it."""
@@ -156,13 +166,18 @@ class Chat:
         """The most that a request may cost, the prompt's length being an estimate."""
         return ask.prompt.tokens + count * _most_tokens(ask)
 
-    def _sample(self, model: str, prompt: Prompt, held: bool, deadline: float | None) -> asyncio.Future[Sampled]:
-        """What will come of one request's share; no coroutine of its own, as everybody waits for one at a time."""
+    def _sample(
+        self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float | None
+    ) -> asyncio.Future[Sampled]:
+        """What will come of one request's share; no coroutine of its own, as everybody waits for one at a time.
+
+        `free_tokens` is how long a free text may be; None where the model is to be held to a number in range.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sampled] = loop.create_future()
         if not self._fresh:
             loop.call_soon(self._flush, loop)
-        self._fresh.setdefault((model, prompt, held, deadline), []).append(future)
+        self._fresh.setdefault((model, prompt, free_tokens, deadline), []).append(future)
         return future
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -176,14 +191,14 @@ class Chat:
         def fail(waiting: Waiting, cause: str) -> None:
             _in_loop(loop, _set_failures, waiting, cause)
 
-        for (model, prompt, held, deadline), waiting in fresh.items():
+        for (model, prompt, free_tokens, deadline), waiting in fresh.items():
             waiting.reverse()
             try:
                 config = config_of(model)
             except UnusableAnswer as error:
                 _set_failures(waiting, str(error))
                 continue
-            fields = _fields(self._game, config, held)
+            fields = _fields(self._game, config, free_tokens)
             asks.append((config, Ask(self, config, prompt, fields, waiting, deliver, fail, deadline)))
         if asks:
             thread = _model_thread()
@@ -213,13 +228,13 @@ def check_models(names: list[str], timeout_s: float) -> dict[str, str]:
     return {name: trouble for name, trouble in troubles.items() if trouble is not None}
 
 
-def _fields(game: Game, config: ModelConfig, held: bool) -> dict[str, Any]:
+def _fields(game: Game, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
     """What a request says besides model, messages and n."""
     assert game.sampling is not None
-    kind = game.sampling.structured_output if held else "none"
+    kind = game.sampling.structured_output if free_tokens is None else "none"
     fields = config.generate_args
     if not fields.keys() & {"max_tokens", "max_completion_tokens"}:
-        fields["max_tokens"] = answer_tokens(kind, game)
+        fields["max_tokens"] = free_tokens or answer_tokens(kind, game)
     return fields | structured_fields(kind, game)
 
 

@@ -76,6 +76,13 @@ def model_name(number: int) -> str:
     return f"model_{number}"
 
 
+def asked_models(config: SimulationConfig) -> list[str]:
+    """The names of the models that participants ask: those of the mixture, or else those that take turns."""
+    if config.models is None:
+        return [model_name(number) for number in range(1, config.model_per_host + 1)]
+    return [each.partition("=")[0].strip() for each in config.models.split(",")]
+
+
 def model_of(participant: int, models: int) -> str:
     """The model that a participant asks; N models take turns."""
     return model_name(participant % models + 1)

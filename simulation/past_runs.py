@@ -56,7 +56,7 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
     try:
-        if "lost" not in summary["cluster"] or "total" not in summary["seconds"]:
+        if not {"lost", "times"} <= summary["cluster"].keys() or "total" not in summary["seconds"]:
             raise KeyError
         told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
         usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
@@ -75,6 +75,14 @@ def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     except OSError:
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents") from None
     raise ClusterError(f"participant {participant} of the run in {path} was not kept")
+
+
+def first_winner(path: Path, summary: dict[str, Any]) -> int:
+    """The lowest winner of a run's last round. Raises SettingsError if there is none."""
+    winners = summary["rounds"][-1]["winners"]["participants"] if summary["rounds"] else []
+    if not winners:
+        raise SettingsError(f"--winner: nobody has won the last round of the run in {path}")
+    return int(winners[0][1:])
 
 
 def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig, dict[str, Any]]:

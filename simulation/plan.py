@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from simulation.config import SimulationConfig
-from simulation.game import Announcement, Game, question_for
-from simulation.model_configs import ModelConfig, model_name
+from simulation.game import Announcement, question_for
+from simulation.library import game_to_play
+from simulation.model_configs import ModelConfig, asked_models
 from simulation.placement import endpoints, even_split, place
 from simulation.processes import ranges
-from simulation.prompts import answer_tokens, prompt_for, rules
+from simulation.prompts import CHARACTERS_PER_TOKEN, answer_tokens, instruction, prompt_for, rules
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,37 @@ class RoundEstimate:
 def estimate(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> list[RoundEstimate]:
     """The rounds of an LLM run.
 
-    In round r a participant may remember any of (values)^(r-1) games, and those who remember the same share requests.
+    In round r a participant may remember any of (values)^(r-1) games, and be one of so many combinations of personas;
+    those who are and remember the same share requests. Raises SettingsError if a file that it takes is no good.
     """
-    game = Game(config.seed or 0, config.max_value, config.decimals, 0.0)
+    game = game_to_play(config, models)
+    assert game.wording is not None and game.cast is not None
     sharing = _sharing(config)
-    fields = models[model_name(1)].generate_args if model_name(1) in models else {}
+    first = asked_models(config)[0]
+    fields = models[first].generate_args if first in models else {}
     limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
     samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
     each = int(limit or answer_tokens(config.structured_output, game))
+    aloud = game.wording.reasoning_tokens
+    thoughts = None if aloud is None else "x" * (CHARACTERS_PER_TOKEN * int(limit or aloud))
+    personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in game.cast.persona_sets]
+    characters = math.prod(len(one.personas) for one in game.cast.persona_sets)
     rounds = []
     told: tuple[Announcement, ...] = ()
     for number in range(1, config.rounds + 1):
         numbers = tuple(float(config.max_value) for _ in told)
-        prompt = prompt_for(rules(game), question_for(game, number, told), numbers)
-        memories = (config.max_value * game.scale + 1) ** (number - 1)
-        requests = sum(groups * _requests(count, memories, samples) for count, groups in sharing.items())
-        rounds.append(RoundEstimate(number, requests, requests * prompt.tokens, config.participant_num * each))
-        told += (Announcement(number, config.max_value / 2, config.max_value / 2, ()),)
+        prompt = prompt_for(
+            rules(game, personas), question_for(game, number, told), numbers, instruction(game, personas)
+        )
+        different = characters * game.numbers ** (number - 1)
+        requests = sum(groups * _requests(count, different, samples) for count, groups in sharing.items())
+        prompt_tokens, answers = requests * prompt.tokens, config.participant_num * each
+        if thoughts is not None:  # a second request for everyone, as no two thought the same
+            requests += config.participant_num
+            prompt_tokens += config.participant_num * prompt._replace(thoughts=thoughts).tokens
+            answers += config.participant_num * (len(thoughts) // CHARACTERS_PER_TOKEN)
+        rounds.append(RoundEstimate(number, requests, prompt_tokens, answers))
+        told += (Announcement(number, config.max_value / 2, config.max_value / 2, (), config.participant_num),)
     return rounds
 
 
@@ -55,13 +71,13 @@ def _sharing(config: SimulationConfig) -> Counter[int]:
     """How many participants may share requests, as they are of one group and ask one model: how often which count."""
     servers = len(config.hosts) * config.server_per_host
     groups = place(config.participant_num, servers, len(config.hosts) * config.moderator_per_host)
-    counts = (len(part) for group in groups for part in even_split(group.count, config.model_per_host))
+    counts = (len(part) for group in groups for part in even_split(group.count, len(asked_models(config))))
     return Counter(count for count in counts if count)
 
 
-def _requests(count: int, memories: int, samples: int) -> int:
-    """The most requests for `count` participants with so many different memories."""
-    different = min(count, memories)
+def _requests(count: int, prompts: int, samples: int) -> int:
+    """The most requests for `count` participants with so many different prompts."""
+    different = min(count, prompts)
     return different + (count - different) // samples
 
 
@@ -89,7 +105,7 @@ def plan_lines(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> l
 def cost_lines(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> list[str]:
     """What the rounds would cost at most."""
     rounds = estimate(config, models)
-    asked = [models[name] for name in map(model_name, range(1, config.model_per_host + 1)) if name in models]
+    asked = [models[name] for name in asked_models(config) if name in models]
     where = [f"models: {model.name} is {model.model} at {model.base_url}, on each host" for model in asked[:8]]
     where += [f"models: ... {len(asked)} in all"] if len(asked) > 8 else []
     row = "{:>8}  {:>12}  {:>15}  {:>15}".format

@@ -6,10 +6,12 @@ comes first, so that a model server that caches the beginnings of prompts reads 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from simulation.game import Game, Question
+from simulation.cast import Persona
+from simulation.game import Announcement, Game, Question
 
 Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None where it gave none
 
@@ -18,40 +20,82 @@ TEMPLATE_TOKENS = 12  # what a chat template adds, about
 FREE_TEXT_TOKENS = 256  # of an answer that nothing holds to a number
 JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models like
 SPARE_TOKENS = 4
+PLACES = ("number", "max_value", "target", "persona")  # what a prompt of the prompts file may have in braces
+EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The two messages of a request."""
+    """The messages of a request; after thinking aloud it holds the thoughts, and asks for the number alone."""
 
     system: str
     user: str
+    thoughts: str | None = None
 
     @property
     def tokens(self) -> int:
         """An estimate of its length."""
-        return (len(self.system) + len(self.user)) // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+        more = 0 if self.thoughts is None else len(self.thoughts) + len(EXTRACT)
+        return (len(self.system) + len(self.user) + more) // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As the chat completions API takes them."""
+        said = [("system", self.system), ("user", self.user)]
+        if self.thoughts is not None:
+            said += [("assistant", self.thoughts), ("user", EXTRACT)]
+        return [{"role": role, "content": content} for role, content in said]
 
 
-def rules(game: Game) -> str:
-    """The system prompt: the rules."""
-    kind = "a whole number" if game.decimals == 0 else f"a number with up to {game.decimals} digits after the point"
-    return (
-        f"You play a game with many others. In every round each of you gives {kind} from 0 to {game.max_value}. "
-        "The average of all numbers is announced, and whoever is closest to it wins. Answer with your number alone."
-    )
+def rules(game: Game, personas: Sequence[Persona] = ()) -> str:
+    """The system prompt of those who are these personas."""
+    assert game.wording is not None  # as in every game in which participants ask models
+    told = " ".join(persona.text for persona in personas if persona.text)
+    return _filled(game.wording.system, game.decimals, game.max_value, game.target, told, True)
+
+
+def instruction(game: Game, personas: Sequence[Persona] = ()) -> str:
+    """How to answer in a round."""
+    assert game.wording is not None
+    told = " ".join(persona.text for persona in personas if persona.text)
+    return _filled(game.wording.instruction, game.decimals, game.max_value, game.target, told, False)
+
+
+@lru_cache(maxsize=4096)
+def _filled(text: str, decimals: int, max_value: int, target: str, persona: str, somewhere: bool) -> str:
+    """A text of the prompts file with its braces filled; `somewhere`: the persona comes first if it has no place."""
+    number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
+    filled = text.format(number=number, max_value=max_value, target=target, persona=persona).strip()
+    return f"{persona} {filled}" if somewhere and persona and "{persona}" not in text else filled
 
 
 @lru_cache(maxsize=16_384)
-def prompt_for(system: str, question: Question, numbers: Numbers) -> Prompt:
-    """The prompt of a round for those who gave these numbers in the rounds before it."""
-    heard = [
-        f"Round {told.round}: the average was {_shown(told.average)}."
-        if told.average is not None
-        else f"Round {told.round}: nobody answered."
-        for told in question.announcements
-    ]
+def prompt_for(system: str, question: Question, numbers: Numbers, last: str = "", thoughts: str = "") -> Prompt:
+    """The prompt of a round for those who gave these numbers in the rounds before it.
+
+    Args:
+        system: Who they are, and the rules.
+        question: What they are asked, and what was announced before.
+        numbers: Their own.
+        last: What is said after the question: how to answer.
+        thoughts: What they thought aloud last time, if they are to remember it.
+    """
+    heard = [_heard(told, question.decimals) for told in question.announcements]
     own = [f"Your numbers so far: {', '.join(map(_shown, numbers))}."] if numbers else []
-    return Prompt(system, "\n".join([*heard, *own, question.text]))
+    own += [f"What you thought before the last of them: {thoughts}"] if thoughts else []
+    return Prompt(system, "\n".join([*heard, *own, f"{question.text} {last}".rstrip()]))
+
+
+def _heard(told: Announcement, decimals: int) -> str:
+    """What was announced after a round."""
+    if told.average is None or told.winning_number is None:
+        return f"Round {told.round}: nobody answered."
+    said = f"Round {told.round}: the average was {_shown(told.average)}"
+    if told.winning_number != told.average:
+        said += f", so the number to be closest to was {_shown(told.winning_number)}"
+    if told.winners is None:
+        return f"{said}."
+    won = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in told.winning_units)
+    return f"{said}; {told.winners} won with {won}."
 
 
 def _shown(number: float | None) -> str:

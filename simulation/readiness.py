@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from functools import partial
 
 from simulation.config import SimulationConfig
 from simulation.errors import ClusterError, SettingsError, SimulationError
-from simulation.model_configs import model_name, refuse_elsewhere
+from simulation.model_configs import asked_models, refuse_elsewhere
 from simulation.placement import Endpoint, endpoints
 from simulation.processes import address_of
 from simulation.remote import (
@@ -120,16 +121,17 @@ def _trouble_at(
 
 def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:
     """Raise ClusterError if a server does not know a model asked for, SettingsError if one is outside."""
-    names = [model_name(number + 1) for number in range(config.model_per_host)]
+    names = asked_models(config)
     for endpoint, shake in shakes.items():
         missing = [name for name in names if name not in shake.models]
         if missing:
             known = ", ".join(f"{name} at {url}" for name, url in list(shake.models.items())[:3]) or "no model"
             known += ", ..." if len(shake.models) > 3 else ""
+            wanted = f"--model-per-host {config.model_per_host} asks for {names[0]} to {names[-1]}"
+            wanted = wanted if config.models is None else f"--models asks for {', '.join(names)}"
             raise ClusterError(
-                f"{endpoint} knows {known}, and {missing[0]} is not among them; --model-per-host "
-                f"{config.model_per_host} asks for {names[0]} to {names[-1]}: see configs/model_configs.json, and "
-                "start the agent servers again with the same MODEL_PER_HOST"
+                f"{endpoint} knows {known}, and {missing[0]} is not among them; {wanted}: see "
+                "configs/model_configs.json, and start the agent servers again with it and the same MODEL_PER_HOST"
             )
         for name in names:
             refuse_elsewhere(config, name, shake.models[name])
@@ -139,7 +141,7 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     """Let one of these servers on every host ask the host's models whether they answer; raises ClusterError."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
-    told = {CHECK_MODELS: f"{config.model_per_host} {timeout_s / 2}"}
+    told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
     ask = partial(handshake, timeout_s=timeout_s, told=told)
     for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():

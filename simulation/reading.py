@@ -59,6 +59,11 @@ def parse_number(text: str) -> float:
     return _read_short(text) if len(text) <= SHORT else _read(text)
 
 
+def last_line(text: str) -> str:
+    """The last line that says anything."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def _read(text: str) -> float:
     said = _one_blank(text.lower().replace("−", "-"))
     rest = _one_blank(_LEFT_OUT.sub(" ", said))

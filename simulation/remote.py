@@ -141,7 +141,7 @@ def handshake(
         starting: Whether to wait so long even where none listens yet.
         told: NEW_RUN: the run that begins, for which it drops what others kept. KEEP_RUN: the run whose agents stay.
             END_RUN: the run whose agents go. MEMORY: tell how large it is. SERVED: tell what it was called for so far.
-            CHECK_MODELS: "N T": ask the servers of model_1 .. model_N whether they answer, for T seconds.
+            CHECK_MODELS: "[names, T]": ask the servers of these models whether they answer, for T seconds.
 
     Raises:
         ServerUnreachable: None listens, or it does not answer in time.

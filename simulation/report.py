@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from simulation.config import SimulationConfig
-from simulation.game import RoundResult, Tally, Units
+from simulation.game import Game, RoundResult, Tally, Units
 from simulation.model import Usage
 from simulation.results import most_frequent
 
@@ -16,10 +16,10 @@ BARS = 15
 BAR_WIDTH = 50
 
 
-def announcement_lines(result: RoundResult, decimals: int) -> list[str]:
+def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     """What the moderator says after a round."""
-    scale = 10**decimals
-    if result.average is None:
+    scale, decimals = game.scale, game.decimals
+    if result.average is None or result.winning_number is None:
         return [
             f"Moderator: Nobody of {result.tally.asked} answered, so there is no average [takes {result.seconds:.2f} s]"
         ]
@@ -28,10 +28,13 @@ def announcement_lines(result: RoundResult, decimals: int) -> list[str]:
     more = result.winners.count - len(result.winners.lowest)
     names += f" and {more} more" if more else ""
     numbers = " and ".join(f"{unit / scale:.{decimals}f}" for unit in result.closest)
+    target = "it"
+    if game.target_or_it == game.target:
+        target = f"{float(result.winning_number / scale):.{decimals + 3}f}, {game.target}"
     verb = "wins" if result.winners.count == 1 else "win"
     return [
         f"Moderator: The average value is {average} [takes {result.seconds:.2f} s]",
-        f"Moderator: {names} {verb} with {numbers}, the closest to it.",
+        f"Moderator: {names} {verb} with {numbers}, the closest to {target}.",
     ]
 
 

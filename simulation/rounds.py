@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,16 @@ from simulation.game import (
     INTERRUPTED,
     Announcement,
     Game,
+    Question,
     RoundResult,
     Tally,
+    Times,
     Winners,
     announcement_of,
     merge,
     question_for,
 )
-from simulation.library import game_of
+from simulation.library import game_to_play
 from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of, use_key
@@ -59,7 +61,7 @@ class Simulation:
         key: The cluster key.
         watch: Who looks on.
         record: Where answers are kept; without one, participants who are made anew remember nothing.
-        game: What is played; by default what the settings say, with nobody in a role.
+        game: What is played; by default what the settings say.
         played: What was announced in rounds that were played before.
         usage: What those have cost.
     """
@@ -77,7 +79,7 @@ class Simulation:
     ) -> None:
         assert config.seed is not None  # main draws one where none is given
         use_key(key)
-        game = game or game_of(config, None, None)
+        game = game or game_to_play(config, {})
         self.config = config
         self.record = record
         self.game = game
@@ -177,7 +179,21 @@ class Simulation:
         )
         seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
         reassigned = sum(seat.count for seat in self.cluster.seats if seat not in seats_before)
-        return replace(result, winners=winners, seconds=seconds, reassigned=reassigned)
+        return replace(result, winners=winners, seconds=seconds, reassigned=reassigned, times=self._times(seconds))
+
+    def _times(self, seconds: float) -> Times | None:
+        """Where the time of this round went; None where the groups did not answer by themselves."""
+        used = [(self.cluster.used.get(seat.oid), self._used_then.get(seat.oid)) for seat in self.cluster.seated]
+        each = [
+            (now.answering_s - (then or NOTHING_USED).answering_s, now.client_s - (then or NOTHING_USED).client_s)
+            for now, then in used
+            if now is not None
+        ]
+        if not each or self.config.dispatch == "agent":
+            return None
+        answering_s, client_s = (sum(part) / len(each) for part in zip(*each, strict=True))
+        slowest_s = max(answering for answering, _ in each)
+        return Times(answering_s - client_s, client_s, slowest_s - answering_s, max(seconds - slowest_s, 0.0))
 
     def _tokens_each(self, allowed: dict[str, float]) -> float | None:
         """What each participant of the groups that begin now may cost in this round; None is no limit.
@@ -203,22 +219,23 @@ class Simulation:
         return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
 
 
-def ask(server: Endpoint, oid: str, key: ClusterKey, text: str) -> str:
-    """Send one message to one participant of a run that kept its agents, and return its reply.
+def ask(server: Endpoint, oid: str, key: ClusterKey, question: Question) -> str:
+    """Ask one participant of a run that kept its agents something beside the game, and return its reply.
 
     Args:
         server: Where the participant is.
         oid: Its remote id, `<group id>/<index>`.
         key: The cluster key.
-        text: The message.
+        question: The question, of round 0, with what was announced in the game.
 
     Raises:
         ClusterError: The participant's server does not answer, or holds it no longer.
         GameEnded: The participant failed to reply.
     """
     use_key(key)
+    message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
-        reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), Msg("user", text, "user"))
+        reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
         return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
     except AgentGone:
         raise AgentGone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from dataclasses import asdict
 from typing import Any
 
 from loguru import logger
@@ -62,10 +63,12 @@ class Run:
         self.ended_early: str | None = None  # why, other than by a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
+        self.cluster["times"] = []  # by round, where they are known
         self._resumed = played is not None
         if played is not None:
             self.seconds |= played.seconds
             self.cluster = played.cluster | {"hosts": list(config.hosts)}
+            self.cluster["times"] = [each for each in played.cluster["times"] if each["round"] <= len(self.results)]
         self._lost_before: list[str] = self.cluster["lost"]
         self._began = time.monotonic() - self.seconds["total"]
 
@@ -88,8 +91,7 @@ class Run:
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
-        scale = 10**self.config.decimals
-        played = tuple(announcement_of(each, scale) for each in self.results)
+        played = tuple(announcement_of(each, self.game.scale) for each in self.results)
         run = remote_run(self.run_id, secrets.token_hex(2))
         simulation = Simulation(self.config, run, self.key, self.watch, self.directory, self.game, played, self.usage)
         try:
@@ -130,7 +132,7 @@ class Run:
         except GameEnded as error:
             raise GameEnded(f"round {number} cannot be finished: {error}") from None
         before, self.usage = self.usage, simulation.usage
-        for line in announcement_lines(result, self.config.decimals):
+        for line in announcement_lines(result, self.game):
             say(line)
         if result.tally.failed:
             logger.warning(failure_line(result.tally))
@@ -139,6 +141,9 @@ class Run:
         self.results.append(result)
         if self.config.agent_type == "llm":
             logger.info(usage_line(before, self.usage, result.seconds))
+        if result.times is not None:
+            times = {name: round(value, 4) for name, value in asdict(result.times).items()}
+            self.cluster["times"].append({"round": number, **times})
         self._note_losses(simulation)
         self._write("interrupted")
 

@@ -13,6 +13,7 @@ AgentScope's servicer is touched here, each time for a reason:
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -40,7 +41,7 @@ from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
-from simulation.model_configs import ModelConfig, model_name
+from simulation.model_configs import ModelConfig
 from simulation.placement import run_of, same_run
 from simulation.processes import address_of
 from simulation.remote import (
@@ -183,11 +184,10 @@ class SimulationServicer(AgentServerServicer):
                 self._drop(agent_id)
 
     def _model_troubles(self, asked: str) -> dict[str, str]:
-        """What is wrong with the first so many models that we know; asked is how many, and for how many seconds."""
+        """What is wrong with those models that we know; asked are their names, and for how many seconds, as JSON."""
         if not asked:
             return {}
-        number, timeout_s = asked.split()
-        names = [model_name(each + 1) for each in range(int(number))]
+        names, timeout_s = json.loads(asked)
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
     def _beat(self, run: str, number: str, wait_s: str) -> Beat:

@@ -16,6 +16,10 @@ from typing import Any
 
 from aiohttp import web
 
+from simulation.game import Wording
+
+WORDING = Wording("basic", "You give {number} from 0 to {max_value}; whoever is closest to {target} wins.", "Just it.")
+
 HABITS = {
     "429": (429, {}, '{"error": {"message": "too many"}}'),
     "429 for 1 s": (429, {"Retry-After": "1"}, ""),
@@ -46,6 +50,9 @@ class FakeModel:
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.texts: list[str] = []
+        self.thoughts: list[str] = []  # what it says, by chance, where it may say anything
+        self.cut_off: set[str] = set()  # those of them that the limit of tokens ends
+        self.thought: list[str] = []  # what it did say so
         self.now = self.most_at_once = 0
         self._random = random.Random(1)
         self._loop = asyncio.new_event_loop()
@@ -146,10 +153,17 @@ class FakeModel:
             "half an emoji": "\ud83d",
         }
         texts = [said.get(habit, str(self._random.randint(0, 100))) for _ in range(given)]
-        self.texts += [str(text) for text in texts[:asked]]
-        reason = "length" if habit == "cut off" else "stop"
+        if self.thoughts and "structured_outputs" not in body and len(body["messages"]) == 2:
+            texts = [self._random.choice(self.thoughts) for _ in range(given)]
+            self.thought += texts
+        else:
+            self.texts += [str(text) for text in texts[:asked]]
         choices = [
-            {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "length" if habit == "cut off" or text in self.cut_off else "stop",
+            }
             for index, text in enumerate(texts)
         ]
         if habit == "paid, but empty":

@@ -8,6 +8,7 @@ import re
 import time
 
 import pytest
+from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def test_the_pattern_takes_nothing_else(text):
 
 
 def test_who_remembers_the_same_is_asked_the_same():
-    game = Game(1, 100, 0, 0.0)
+    game = Game(1, 100, 0, 0.0, wording=WORDING)
     told = (Announcement(1, 49.561, 49.561, (50,)), Announcement(2, None, None, ()))
     prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
     assert prompt is prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
@@ -261,7 +262,14 @@ def test_what_is_outside_the_cluster_is_refused(url, within):
 
 def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
     config = config_with(
-        tmp_path, [ENTRY], participant_num=1000, server_per_host=2, moderator_per_host=1, rounds=3, model_per_host=2
+        tmp_path,
+        [ENTRY],
+        agent_type="llm",
+        participant_num=1000,
+        server_per_host=2,
+        moderator_per_host=1,
+        rounds=3,
+        model_per_host=2,
     )
     rounds = estimate(config, read_models(config))
     assert [each.requests for each in rounds] == [2 * 2 * 3, 2 * 2 * (101 + (250 - 101) // 100), 1000]
@@ -270,7 +278,9 @@ def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
 
 
 def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
-    config = config_with(tmp_path, [ENTRY | {"generate_args": {"temperature": 0}}], participant_num=1000)
+    config = config_with(
+        tmp_path, [ENTRY | {"generate_args": {"temperature": 0}}], participant_num=1000, agent_type="llm"
+    )
     assert estimate(config, read_models(config))[0].requests == 1000
 
 

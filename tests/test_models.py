@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import free_ports, until
-from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
+from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import simulation.model
 from moderator import whole_tally
@@ -46,7 +46,7 @@ def play(tmp_path):
         entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": temperature}}
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
-        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling))
+        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), wording=WORDING)
         group = ParticipantGroup("run/group-0", 0, count, game, pack_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")
@@ -367,7 +367,7 @@ def test_ask_raises_the_last_cause(play, fake_of):
     with pytest.raises(UnusableAnswer, match="out of range") as caught:
         LLMParticipant(0, group.game)._run(LLMParticipant(0, group.game).answer(question_for(group.game, 1, ())))
     assert caught.value.text == "1000" and len(fake.bodies) == 3
-    assert Chat(group.game).usage(0.0, 0.0).requests == 0
+    assert Chat(group.game).usage().requests == 0
 
 
 def test_different_prompts_keep_a_server_as_busy_as_equal_ones(play, fake_of):

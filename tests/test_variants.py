@@ -1,0 +1,283 @@
+"""The game's variants: ratio and offset, and what participants are told and ask about them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from conftest import free_ports, one_line
+from fake_model import WORDING, FakeModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulation.cast import Persona
+from simulation.config import SimulationConfig
+from simulation.errors import SettingsError
+from simulation.game import (
+    Announcement,
+    Game,
+    RoundResult,
+    Tally,
+    Winners,
+    announcement_of,
+    draw,
+    equilibria,
+    question_for,
+    target_in_words,
+)
+from simulation.prompts import instruction, prompt_for, rules
+from simulation.report import announcement_lines
+
+GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), wording=WORDING)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"), [("2/3", "2/3"), ("0.5", "1/2"), ("51/100", "51/100"), ("0.51", "51/100"), ("1", "1"), ("2", "2")]
+)
+def test_a_ratio_is_a_fraction_or_a_decimal(text, same):
+    assert SimulationConfig(ratio=text).ratio == same
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("ratio", "0"),
+        ("ratio", "-1/2"),
+        ("ratio", "1/0"),
+        ("ratio", "half"),
+        ("ratio", "nan"),
+        ("ratio", "inf"),
+        ("ratio", "11"),
+        ("ratio", "1e-30"),
+        ("ratio", "0." + "3" * 39),
+        ("ratio", "٢/٣"),
+        ("ratio", "1e999999999"),
+        ("offset", "-1"),
+        ("offset", "-0.5"),
+        ("offset", "five"),
+    ],
+)
+def test_a_ratio_or_an_offset_that_makes_no_game_is_refused(setting, value):
+    with pytest.raises(SettingsError, match=f"--{setting} {value[:20]}.*: must be"):
+        SimulationConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "offset", "words"),
+    [
+        ("1", "0", "the average"),
+        ("2/3", "0", "2/3 of the average"),
+        ("51/100", "0", "0.51 of the average"),
+        ("1/2", "5", "5 plus 1/2 of the average"),
+        ("4/3", "0", "4/3 times the average"),
+        ("1", "2.5", "5/2 plus the average"),
+    ],
+)
+def test_the_target_in_words(ratio, offset, words):
+    assert target_in_words(Fraction(ratio), Fraction(offset)) == words
+
+
+@given(
+    st.fractions(Fraction(1, 100), 3, max_denominator=100),
+    st.fractions(0, 200, max_denominator=10),
+    st.integers(1, 1000),
+)
+def test_nobody_moves_away_from_an_equilibrium(ratio, offset, max_value):
+    for number in equilibria(ratio, offset, max_value):
+        best = min(max(offset + ratio * Fraction(number), 0), max_value)
+        assert float(best) == pytest.approx(number, abs=1e-9)
+    assert (equilibria(ratio, offset, max_value) == ()) == (ratio == 1 and offset == 0)
+
+
+def result_of(game, *units):
+    distinct, counts = np.unique(np.array(units, np.int64), return_counts=True)
+    tally = Tally(len(units), distinct, counts)
+    average = tally.average()
+    winning = game.winning_number(average) if average is not None else None
+    closest = tally.closest(winning) if winning is not None else ()
+    winners = [index for index, unit in enumerate(units) if unit in closest]
+    return RoundResult(1, tally, average, winning, closest, Winners(len(winners), tuple(winners[:10])), 0.5)
+
+
+def test_whoever_is_closest_to_offset_and_ratio_wins_not_to_the_average():
+    game = replace(GAME, decimals=1)
+    result = result_of(game, 0, 250, 300, 1000)  # 0, 25, 30 and 100: 38.75 on average
+    assert result.winning_number == Fraction(5 * 10) + Fraction(2, 3) * Fraction(1550, 4)
+    assert float(result.winning_number / 10) == pytest.approx(5 + 38.75 * 2 / 3)
+    assert result.closest == (300,) and result.winners.lowest == (2,)
+    assert announcement_lines(result, game) == [
+        "Moderator: The average value is 38.7500 [takes 0.50 s]",
+        "Moderator: P2 wins with 30.0, the closest to 30.8333, 5 plus 2/3 of the average.",
+    ]
+
+
+def test_a_winning_number_beyond_the_range_has_its_winners_too():
+    result = result_of(replace(GAME, ratio=Fraction(4)), 10, 90, 100)
+    assert result.winning_number > 100 and result.closest == (100,)
+
+
+def test_what_was_announced_is_told_to_whoever_has_a_prompt():
+    announcement = announcement_of(result_of(GAME, 0, 25, 30, 100), 1)
+    question = question_for(GAME, 2, (announcement, Announcement(2, None, None, ())))
+    prompt = prompt_for(rules(GAME), question, (30.0,), instruction(GAME))
+    assert prompt.user.splitlines() == [
+        "Round 1: the average was 38.75, so the number to be closest to was 30.83333333; 1 won with 30.",
+        "Round 2: nobody answered.",
+        "Your numbers so far: 30.",
+        "Round 2: give a number from 0 to 100. The average of all answers is announced, and whoever is closest to "
+        "5 plus 2/3 of the average wins. Just it.",
+    ]
+    assert "whoever is closest to 5 plus 2/3 of the average wins" in prompt.system
+
+
+def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
+    nurse = [
+        Persona("nurse", Fraction(1), "You are a nurse {with braces}."),
+        Persona("old", Fraction(1), "You are old."),
+    ]
+    assert rules(GAME, nurse).startswith("You are a nurse {with braces}. You are old. You give a whole number")
+    placed = replace(GAME, wording=replace(WORDING, system="Rules. {persona} Play on."))
+    assert rules(placed, nurse) == "Rules. You are a nurse {with braces}. You are old. Play on."
+
+
+# --- On real servers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_a_ratio_and_an_offset_are_played(cluster, dispatch):
+    flags = ("--ratio", "1/2", "--offset", "5", "--rounds", "2", "--decimals", "1", "--max-value", "50")
+    done = cluster.run(
+        "run_simulation.sh", "3", "90", "--seed", "7", "--sleep-time", "0", "--dispatch", dispatch, *flags
+    )
+    assert done.returncode == 0, done.stderr
+    summary = cluster.summary()
+    game = Game(7, 50, 1, 0.0)
+    for entry in summary["rounds"]:
+        units = [draw(game, entry["round"], index) for index in range(90)]
+        average = Fraction(sum(units), 900)
+        winning = 5 + average / 2
+        distance = [abs(Fraction(unit, 10) - winning) for unit in units]
+        winners = [index for index in range(90) if distance[index] == min(distance)]
+        assert entry["average"] == float(average) and entry["winning_number"] == float(winning)
+        assert entry["winners"] == {"count": len(winners), "participants": [f"P{each}" for each in winners[:10]]}
+        assert f"the closest to {float(winning):.4f}, 5 plus 1/2 of the average." in done.stdout
+    assert summary["config"]["ratio"] == "1/2" and summary["config"]["offset"] == "5"
+
+
+def test_a_resumed_game_keeps_its_ratio(cluster):
+    flags = ("--seed", "7", "--sleep-time", "0", "--ratio", "2/3")
+    whole = cluster.play("3", "60", *flags, "--rounds", "3")
+    cluster.play("3", "60", *flags, "--rounds", "1")
+    resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3")
+    assert resumed.returncode == 0, resumed.stderr
+    told = [(entry["winning_number"], entry["winners"]) for entry in cluster.summary()["rounds"]]
+    assert told == [(entry["winning_number"], entry["winners"]) for entry in whole["rounds"]]
+    changed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--ratio", "1/2")
+    assert changed.returncode == 2 and "which stays" in one_line(changed.stderr)
+    assert {entry["round"] for entry in cluster.summary()["cluster"]["times"]} == {1, 2, 3}
+
+
+def test_times_of_a_round_add_up_to_it(cluster):
+    summary = cluster.play("3", "90", "--sleep-time", "0.3", "--rounds", "2")
+    for entry, times in zip(summary["rounds"], summary["cluster"]["times"], strict=True):
+        assert times["round"] == entry["round"]
+        parts = [times[name] for name in ("model_s", "client_s", "slowest_s", "rpc_s")]
+        assert all(part >= 0 for part in parts) and sum(parts) == pytest.approx(entry["seconds"], abs=0.002)
+        assert times["model_s"] > 0.2  # thinking
+
+
+@pytest.fixture
+def fake(cluster):
+    """A model server at the address that the cluster's agent servers know."""
+    server = FakeModel(port=cluster.model_port)
+    yield server
+    server.close()
+
+
+def said_to(fake):
+    """The messages of all requests, system and user."""
+    return [tuple(message["content"] for message in body["messages"]) for body in fake.bodies]
+
+
+def test_the_prompt_of_the_settings_is_said_and_kept_in_the_run(cluster, fake):
+    summary = cluster.play("3", "30", "--agent-type", "llm", "--prompt", "rational", "--ratio", "2/3", "--rounds", "2")
+    assert summary["config"]["prompt"] == "rational"
+    assert all("2/3 of the average" in system for system, *_ in said_to(fake))
+    later = [user for _, user, *_ in said_to(fake) if "Round 2: give" in user]
+    winning = summary["rounds"][0]["winning_number"]
+    assert later and all(f"the number to be closest to was {winning:.10g}" in user for user in later)
+    assert all(f"; {summary['rounds'][0]['winners']['count']} won with" in user for user in later)
+    basic = cluster.play("3", "6", "--agent-type", "llm")
+    assert basic["config"]["prompt"] == "basic"
+    systems = {system for system, *_ in said_to(fake)}
+    assert len(systems) == 2
+
+
+def test_step_by_step_reads_the_last_line_or_asks_for_the_number(cluster, fake):
+    fake.thoughts = ["First I think of 50.\nThen of 2/3 of it.\n33\n", "I cannot say 20 or 30", "so it is 4"]
+    fake.cut_off = {"so it is 4"}
+    summary = cluster.play("3", "60", "--agent-type", "llm", "--prompt", "step_by_step", "--keep-agents")
+    values = cluster.values()
+    assert summary["rounds"][0]["answered"] == 60
+    first = [body for body in fake.bodies if len(body["messages"]) == 2]
+    second = [body for body in fake.bodies if len(body["messages"]) == 4]
+    assert all("structured_outputs" not in body and body["max_tokens"] > 100 for body in first)
+    assert all("structured_outputs" in body and body.get("n", 1) >= 1 for body in second)
+    assert {body["messages"][2]["content"] for body in second} == {"I cannot say 20 or 30", "so it is 4"}
+    asked_again = sum(body.get("n", 1) for body in second)
+    assert asked_again == sum(thought != fake.thoughts[0] for thought in fake.thought)
+    assert values.count(33.0) >= fake.thought.count(fake.thoughts[0]) > 0
+    # what it thought is part of what it remembers
+    fake.for_ever("talks")
+    number = str(values.index(33.0)) if 33.0 in values else "0"
+    done = cluster.run(
+        *("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", number, "--text", "Why?")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "What you thought before the last of them: " in fake.bodies[-1]["messages"][1]["content"]
+
+
+def test_a_winner_is_asked_with_what_it_remembers(cluster, fake):
+    summary = cluster.play("3", "60", "--agent-type", "llm", "--rounds", "2", "--keep-agents", "--ratio", "2/3")
+    winner = int(summary["rounds"][-1]["winners"]["participants"][0][1:])
+    fake.for_ever("talks")
+    ask = ("main.py", "--role", "ask", "--run-dir", "runs/latest", "--winner", "--text", "Why that number?")
+    done = cluster.run(*ask)
+    assert (done.returncode, done.stdout.strip()) == (0, "between 0 and 100 I choose 37"), done.stderr
+    system, user = (message["content"] for message in fake.bodies[-1]["messages"])
+    own = [row["value"] for row in cluster.answers() if row["participant"] == winner]
+    assert f"Your numbers so far: {own[0]:g}, {own[1]:g}." in user
+    assert "Round 1: the average was" in user and "Round 2: the average was" in user
+    assert user.endswith("Why that number?") and "2/3 of the average" in system
+    assert "Answer with your number alone" not in system + user
+    both = cluster.run(*ask, "--participant", "3")
+    assert both.returncode == 2 and "--winner" in one_line(both.stderr)
+
+
+def test_models_of_a_mixture_are_asked_by_their_shares(checkout):
+    port = free_ports(3)
+    fakes = [FakeModel(port=port + place) for place in range(2)]
+    entries = [
+        {
+            "config_name": name,
+            "model_type": "openai_chat",
+            "model_name": "participant-model",
+            "client_args": {"base_url": fake.url},
+        }
+        for name, fake in zip(("llama", "qwen"), fakes, strict=True)
+    ]
+    path = checkout.path / "configs/model_configs.json"
+    path.write_text(json.dumps(entries))
+    try:
+        flags = ("--agent-type", "llm", "--models", "llama=1/4,qwen=3/4", "--seed", "7")
+        summary = checkout.play("2", "80", *flags)
+        assert summary["rounds"][0]["answered"] == 80
+        assert [len(fake.texts) for fake in fakes] == [20, 60]
+        said = json.loads((checkout.path / "runs/latest/game.json").read_text())
+        assert [each["share"] for each in said["cast"]["models"]] == ["1/4", "3/4"]
+    finally:
+        for fake in fakes:
+            fake.close()
