@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 import shutil
@@ -25,6 +27,8 @@ from conftest import (
     require_vllm,
     until,
 )
+
+from simulation.past_runs import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +61,10 @@ def vllm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
     clean_up(own)
 
 
-def start_vllm(checkout: Checkout, model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    env = {"MODEL_PATH": str(model), "HF_HUB_OFFLINE": "1"}
+def start_vllm(
+    checkout: Checkout, model: Path, *flags: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = {"MODEL_PATH": str(model), "HF_HUB_OFFLINE": "1"} | (env or {})
     return checkout.run("start_vllm.sh", *FAST_START, *flags, env=env, timeout=START_S)
 
 
@@ -130,6 +136,53 @@ def test_starting_twice_is_refused(vllm, tiny_model):
     assert status.returncode == 0 and "healthy" in status.stdout
 
 
+@pytest.mark.timeout(400)
+def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model):
+    port = vllm.model_port + 1
+    entries = [
+        {
+            "config_name": name,
+            "model_type": "openai_chat",
+            "model_name": model,
+            "client_args": {"base_url": f"http://localhost:{vllm.model_port + place}/v1"},
+        }
+        for place, (name, model) in enumerate((("model_1", "participant-model"), ("model_2", "other-model")))
+    ]
+    (vllm.path / "configs/model_configs.json").write_text(json.dumps(entries))
+    again = start_vllm(vllm, tiny_model, env={"VLLM_BASE_PORT": str(port)})
+    assert again.returncode == 0 and re.search(rf"^ *{port} .*other-model", again.stdout, re.MULTILINE), again.stderr
+    assert pid_of(vllm, port) != pid_of(vllm, vllm.model_port)
+    for command in (("stop_all_server.sh",), ("start_all_server.sh", "2")):  # they read the models when they start
+        assert vllm.run(*command).returncode == 0
+    flags = ("--agent-type", "llm", "--models", "model_1=1/3,model_2=2/3", "--personas", "education", "--seed", "7")
+    summary = vllm.play("2", "300", *flags, "--ratio", "2/3", "--rounds", "2", timeout=300)
+    assert [entry["answered"] for entry in summary["rounds"]] == [300, 300]
+    first = summary["rounds"][0]
+    assert first["winning_number"] == pytest.approx(first["average"] * 2 / 3)
+    run = read_run(vllm.path / "runs/latest")
+    assert {name: tally.asked for name, tally in run.groups["model"][0].items()} == {
+        "participant-model": 100,
+        "other-model": 200,
+    }
+    counts = {parts.topic: parts.counts for parts in run.game.cast.groupings}
+    assert [tally.asked for tally in run.groups["education"][1].values()] == list(counts["education"])
+    page = (vllm.path / "runs/latest/report.html").read_text()
+    for told in ("2/3 of the average", "other-model", "participant-model", *run.groups["education"][0]):
+        assert html.escape(told) in page
+    logged = (vllm.path / f"run/vllm/{port}.log").read_text(errors="replace")
+    assert logged.count("POST /v1/chat/completions") >= 2 * len(counts["education"])
+
+
+@pytest.mark.timeout(300)
+def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("aloud:\n  system: From 0 to {max_value}.\n  instruction: Think.\n  reasoning_tokens: 16\n")
+    flags = ("--agent-type", "llm", "--prompt", "aloud", "--prompts-file", str(prompts))
+    summary = vllm.play("2", "100", *flags, timeout=200)
+    assert summary["rounds"][0]["answered"] == 100
+    assert summary["llm"]["requests"] > 100 and summary["llm"]["completion_tokens"] > 1600  # a second part for each
+
+
 @pytest.mark.timeout(300)
 def test_stopped_for_good_ends_the_game(vllm):
     flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "5", "--rounds", "3")
@@ -137,7 +190,7 @@ def test_stopped_for_good_ends_the_game(vllm):
     run = vllm.start("run_simulation.sh", "2", "20000", *flags)
     until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
     stopped = vllm.run("stop_vllm.sh")
-    assert stopped.returncode == 0 and "stopped 1 vLLM servers" in stopped.stdout
+    assert stopped.returncode == 0 and re.match(r"stopped [12] vLLM servers", stopped.stdout)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 4 and "Traceback" not in err, err
     summary = vllm.summary()

@@ -1,0 +1,89 @@
+"""A known strategy, as a person writes it: the averages of its rounds follow theory to the digit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from simulation.game import Game, draw
+from simulation.past_runs import read_run
+
+COUNT, ROUNDS, DECIMALS = 1000, 5, 6
+LEVEL_K = ("--agent-class", "examples/level_k.py:LevelK", "--sleep-time", "0", "--seed", "7")
+THINKERS = """
+levels:
+  - {name: level 1, share: 1/2, text: ""}
+  - {name: level 2, share: 0.3, text: ""}
+  - {name: level 3, share: 1/5, text: ""}
+"""
+
+
+def played_by_levels(ratio, offset, heard, level):
+    """What level k answers, in units: the rule of the game, applied k times."""
+    number = heard
+    for _ in range(level):
+        number = offset + ratio * number
+    return round(float(number) * 10**DECIMALS)
+
+
+@pytest.mark.parametrize(("ratio", "offset"), [("2/3", "0"), ("1/2", "5"), ("51/100", "0")])
+def test_averages_follow_theory_to_the_digit(cluster, tmp_path, ratio, offset):
+    (tmp_path / "thinkers.yaml").write_text(THINKERS)
+    flags = (*LEVEL_K, "--personas", "levels", "--personas-file", str(tmp_path / "thinkers.yaml"))
+    game = ("--ratio", ratio, "--offset", offset, "--rounds", str(ROUNDS), "--decimals", str(DECIMALS))
+    summary = cluster.play("3", str(COUNT), *flags, *game)
+    rule = Fraction(ratio), Fraction(offset)
+    shares = {1: 500, 2: 300, 3: 200}
+    heard, exact = Fraction(50), Fraction(50)
+    for entry in summary["rounds"]:
+        units = sum(count * played_by_levels(*rule, heard, level) for level, count in shares.items())
+        assert entry["average"] == float(Fraction(units, COUNT * 10**DECIMALS))
+        assert entry["winning_number"] == float(rule[1] + rule[0] * Fraction(units, COUNT * 10**DECIMALS))
+        heard = Fraction(entry["average"])
+        # without the rounding of the answers: the closed form, round after round
+        one, two, three = (rule[0] ** k * exact + rule[1] * sum(rule[0] ** j for j in range(k)) for k in (1, 2, 3))
+        exact = one / 2 + two * Fraction(3, 10) + three / 5
+        assert entry["average"] == pytest.approx(float(exact), abs=ROUNDS / 10**DECIMALS)
+    equilibrium = rule[1] / (1 - rule[0])
+    averages = [entry["average"] for entry in summary["rounds"]]
+    assert abs(averages[-1] - equilibrium) < abs(averages[0] - equilibrium) / 8
+
+
+def test_with_those_who_do_not_think_it_is_the_draw_that_adds(cluster):
+    flags = (*LEVEL_K, "--personas", "levels", "--ratio", "2/3", "--decimals", str(DECIMALS), "--rounds", "2")
+    summary = cluster.play("3", str(COUNT), *flags)
+    run = read_run(cluster.path / "runs/latest")
+    (parts,) = run.game.cast.groupings
+    levels = [int(parts.names[place].removeprefix("level ")) for place in run.game.cast.places(parts, 0, COUNT)]
+    game, heard = Game(7, 100, DECIMALS, 0.0), Fraction(50)
+    for entry in summary["rounds"]:
+        units = [
+            played_by_levels(Fraction(2, 3), Fraction(0), heard, level) if level else draw(game, entry["round"], index)
+            for index, level in enumerate(levels)
+        ]
+        assert entry["average"] == float(Fraction(sum(units), COUNT * 10**DECIMALS))
+        heard = Fraction(entry["average"])
+        tallies = run.groups["levels"][entry["round"] - 1]
+        assert {name: tally.asked for name, tally in tallies.items()} == dict(zip(parts.names, parts.counts, strict=True))
+        assert tallies["level 1"].units.tolist() == [played_by_levels(Fraction(2, 3), 0, heard_before(summary, entry), 1)]
+
+
+def heard_before(summary, entry):
+    """What was announced before a round; 50 before the first."""
+    return Fraction(50) if entry["round"] == 1 else Fraction(summary["rounds"][entry["round"] - 2]["average"])
+
+
+def test_personas_are_the_same_on_any_servers_and_one_by_one(cluster):
+    flags = (*LEVEL_K, "--personas", "levels+education", "--ratio", "2/3", "--decimals", "2", "--rounds", "2")
+    whole = cluster.play("3", "200", *flags)
+    answers = cluster.answers()
+    alone = cluster.play("3", "200", *flags, "--dispatch", "agent")
+    assert cluster.answers() == answers
+    assert [each["average"] for each in alone["rounds"]] == [each["average"] for each in whole["rounds"]]
+
+
+def test_without_its_personas_it_says_what_it_needs(cluster):
+    summary = cluster.play("3", "10", *LEVEL_K, status=4)
+    (cause,) = summary["rounds"][0]["failures"]
+    assert "--personas levels" in cause
