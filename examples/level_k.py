@@ -1,0 +1,41 @@
+"""Participants who think ahead without a model: level 0 draws at random, level k beats a crowd of level k - 1.
+
+    ./run_simulation.sh 2 1000 --agent-class examples/level_k.py:LevelK --personas levels --rounds 5 \
+        --ratio 2/3 --decimals 2 --sleep-time 0
+
+Source: Nagel, "Unraveling in Guessing Games: An Experimental Study", American Economic Review 85, 1995. Copy this file
+to write a participant of your own.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from participant import Participant
+from simulation.game import Question, draw
+
+
+class LevelK(Participant):
+    """Its level is its persona in the set "levels": "level 0", "level 1", ..."""
+
+    @property
+    def level(self) -> int:
+        if "levels" not in self.personas:
+            raise ValueError('LevelK takes its level from the personas "levels": give --personas levels')
+        return int(self.personas["levels"].name.removeprefix("level "))
+
+    async def answer(self, question: Question) -> float:
+        """The rule of the game, offset + ratio * number, applied once for each level to what everyone has heard."""
+        level = self.level
+        if level == 0:
+            return draw(self.game, question.round, self.index) / self.game.scale
+        number = heard(question)
+        for _ in range(level):
+            number = self.game.offset + self.game.ratio * number
+        return float(min(number, question.max_value))
+
+
+def heard(question: Question) -> Fraction:
+    """The last average that was announced; before that, what random answers average to."""
+    averages = [told.average for told in question.announcements if told.average is not None]
+    return Fraction(averages[-1]) if averages else Fraction(question.max_value, 2)
