@@ -48,6 +48,20 @@ class Home:
     chat: Chat | None
 
 
+class _Personas:
+    """Who a participant is, by the name of the set: `self.personas["education"].name`; empty without personas.
+
+    It is worked out whenever it is asked for, and kept nowhere; a class may have something of its own by this name.
+    """
+
+    def __get__(self, participant: Participant | None, _: type) -> Any:
+        if participant is None:
+            return self
+        cast = participant.game.cast
+        names = [each.name for each in cast.persona_sets] if cast is not None else []
+        return dict(zip(names, participant._played(), strict=True))
+
+
 class Participant(AgentBase):
     """One player: an AgentScope agent that knows its index and the game.
 
@@ -76,12 +90,7 @@ class Participant(AgentBase):
             raise AttributeError(f"{self.name} is in no group, and has no remote id")
         return f"{self._home.oid}/{self.index}"
 
-    @property
-    def personas(self) -> dict[str, Persona]:
-        """Who it is, by the name of the set: `self.personas["education"].name`; empty in a game without personas."""
-        cast = self.game.cast
-        names = [each.name for each in cast.persona_sets] if cast is not None else []
-        return dict(zip(names, self._played(), strict=True))
+    personas = _Personas()
 
     def _played(self) -> tuple[Persona, ...]:
         """The personas that it plays."""

@@ -65,8 +65,12 @@ def test_with_those_who_do_not_think_it_is_the_draw_that_adds(cluster):
         assert entry["average"] == float(Fraction(sum(units), COUNT * 10**DECIMALS))
         heard = Fraction(entry["average"])
         tallies = run.groups["levels"][entry["round"] - 1]
-        assert {name: tally.asked for name, tally in tallies.items()} == dict(zip(parts.names, parts.counts, strict=True))
-        assert tallies["level 1"].units.tolist() == [played_by_levels(Fraction(2, 3), 0, heard_before(summary, entry), 1)]
+        assert {name: tally.asked for name, tally in tallies.items()} == dict(
+            zip(parts.names, parts.counts, strict=True)
+        )
+        assert tallies["level 1"].units.tolist() == [
+            played_by_levels(Fraction(2, 3), 0, heard_before(summary, entry), 1)
+        ]
 
 
 def heard_before(summary, entry):
