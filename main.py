@@ -290,7 +290,7 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
     from simulation.game import Question, announcement_of
-    from simulation.past_runs import first_winner, read_agents, read_rounds, read_summary
+    from simulation.past_runs import first_winner, read_agents, read_results, read_summary
     from simulation.security import load
 
     path = Path(str(config.run_dir))
@@ -302,7 +302,7 @@ def ask(config: SimulationConfig) -> int:
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     from simulation.rounds import ask as ask_participant
 
-    told = tuple(announcement_of(each, 10**played.decimals) for each in read_rounds(path, played, summary))
+    told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
     said = ask_participant(server, oid, key, question)

@@ -257,7 +257,10 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
     if isinstance(metadata, dict) and "announcements" in metadata:
-        told = [{**each, "winning_units": tuple(each["winning_units"])} for each in metadata["announcements"]]
+        told = [
+            {**each, "winning_units": tuple(each["winning_units"]), "teams": tuple(map(tuple, each["teams"]))}
+            for each in metadata["announcements"]
+        ]
         return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in told)})
     text = (message.get_text_content() or "") if message is not None else ""
     return Question(0, text, game.max_value)

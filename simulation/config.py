@@ -66,6 +66,9 @@ class SimulationConfig:
     models: str | None = of_game(
         None, "shares of models, as model_1=2/3,model_2=1/3 (default: participants use all of a host in turn)"
     )
+    teams: str | None = of_game(
+        None, "what makes teams, whose averages are announced, too: a name of --personas, or model"
+    )
     prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name")
     personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name")
     dispatch: str = setting(

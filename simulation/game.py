@@ -74,6 +74,7 @@ class Game:
     offset: Fraction = Fraction(0)
     wording: Wording | None = None  # likewise
     cast: Cast | None = None  # who they are, where that matters
+    teams: str | None = None  # the topic of the cast that makes teams, if anything does
 
     @cached_property
     def scale(self) -> int:
@@ -142,6 +143,7 @@ class Announcement:
         winning_number: What to be closest to.
         winning_units: The answers that are closest, all of them.
         winners: How many gave them; None before they are counted.
+        teams: Each team with its average, in a game with teams; None where nobody of it answered.
     """
 
     round: int
@@ -149,6 +151,15 @@ class Announcement:
     winning_number: float | None
     winning_units: tuple[int, ...]
     winners: int | None = None
+    teams: tuple[tuple[str, float | None], ...] = ()
+
+    @property
+    def closest_teams(self) -> tuple[str, ...]:
+        """The teams whose averages are closest to the winning number, all of them."""
+        if self.winning_number is None:
+            return ()
+        off = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
+        return tuple(name for name in off if off[name] == min(off.values()))
 
 
 @dataclass(frozen=True)
@@ -346,10 +357,12 @@ class RoundResult:
     seconds: float
     reassigned: int = 0  # participants who went to another server, or moderator, meanwhile
     times: Times | None = None  # None where it is not known, as in a run that is read again
+    teams: tuple[tuple[str, Fraction | None], ...] = ()  # with their averages, in a game with teams
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
     """What everyone hears of a round that was counted, in units of 1 / scale."""
     average = None if result.average is None else float(result.average / scale)
     winning_number = None if result.winning_number is None else float(result.winning_number / scale)
-    return Announcement(result.round, average, winning_number, result.closest, result.winners.count)
+    teams = tuple((name, None if each is None else float(each / scale)) for name, each in result.teams)
+    return Announcement(result.round, average, winning_number, result.closest, result.winners.count, teams)

@@ -43,6 +43,7 @@ def game_of(config: SimulationConfig, wording: Wording | None, cast: Cast | None
         Fraction(config.offset),
         wording,
         cast,
+        config.teams,
     )
 
 

@@ -50,7 +50,7 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
                 f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
             )
     config = replace(config, **given, run_dir=str(path.resolve()))
-    results = read_rounds(path, config, summary)
+    results = read_results(path, config, summary)
     cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
@@ -160,7 +160,24 @@ def read_run(path: Path) -> PastRun:
     config, summary = read_summary(path)
     game = read_game(path, config)
     results = read_rounds(path, config, summary)
-    return PastRun(path, config, summary, game, results, read_groups(path, game, results))
+    groups = read_groups(path, game, results)
+    return PastRun(path, config, summary, game, _with_teams(results, game, groups), groups)
+
+
+def read_results(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
+    """The rounds of a run as they were played and announced, with the averages of its teams, if it has any."""
+    results = read_rounds(path, config, summary)
+    if config.teams is None:
+        return results
+    game = read_game(path, config)
+    return _with_teams(results, game, read_groups(path, game, results))
+
+
+def _with_teams(results: list[RoundResult], game: Game, groups: dict[str, list[dict[str, Tally]]]) -> list[RoundResult]:
+    if game.teams not in groups:
+        return results
+    averages = (tuple((name, each.average()) for name, each in tallies.items()) for tallies in groups[game.teams])
+    return [replace(result, teams=teams) for result, teams in zip(results, averages, strict=True)]
 
 
 def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str, list[dict[str, Tally]]]:

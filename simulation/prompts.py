@@ -95,7 +95,10 @@ def _heard(told: Announcement, decimals: int) -> str:
     if told.winners is None:
         return f"{said}."
     won = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in told.winning_units)
-    return f"{said}; {told.winners} won with {won}."
+    teams = ", ".join(f"{name} {_shown(average)}" for name, average in told.teams)
+    closest = " and ".join(told.closest_teams)
+    more = f" The averages of the teams were: {teams}. The closest was that of {closest}." if teams else ""
+    return f"{said}; {told.winners} won with {won}.{more}"
 
 
 def _shown(number: float | None) -> str:

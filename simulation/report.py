@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from simulation.config import SimulationConfig
-from simulation.game import Game, RoundResult, Tally, Units
+from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
 from simulation.model import Usage
 from simulation.results import most_frequent
 
@@ -35,6 +35,20 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     return [
         f"Moderator: The average value is {average} [takes {result.seconds:.2f} s]",
         f"Moderator: {names} {verb} with {numbers}, the closest to {target}.",
+        *_team_lines(announcement_of(result, scale), decimals),
+    ]
+
+
+def _team_lines(told: Announcement, decimals: int) -> list[str]:
+    """What the moderator says about teams, where there are some."""
+    if not told.closest_teams:
+        return []
+    averages = (
+        f"{name} {'none' if average is None else f'{average:.{decimals + 3}f}'}" for name, average in told.teams
+    )
+    verb = "is" if len(told.closest_teams) == 1 else "are"
+    return [
+        f"Moderator: The teams' averages are {', '.join(averages)}; {' and '.join(told.closest_teams)} {verb} closest."
     ]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from simulation.placement import Endpoint
 from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of, use_key
 from simulation.seating import Seat
 from simulation.security import ClusterKey
-from simulation.sheet import FAILED, Answers
+from simulation.sheet import FAILED, Answers, counted
 
 FETCHED_AT_ONCE = 250_000  # answers in one message
 FETCHES_AT_ONCE = 4  # messages under way
@@ -134,9 +135,13 @@ class Simulation:
             if self.config.dispatch == "agent" and self.game.sampling is not None:
                 self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
             result = self._result(number, started, seats_before)
+            teams = Teams(self.game) if self.game.teams is not None else None
+            answers = self.answers() if teams is None else teams.watch(self.answers())
             if self.record is not None:
-                self.record.write_answers(number, self.answers(), self.game.scale)
-            return result
+                self.record.write_answers(number, answers, self.game.scale)
+            elif teams is not None:
+                deque(answers, maxlen=0)  # nobody else wants them
+            return result if teams is None else replace(result, teams=teams.averages())
 
         result = self.cluster.despite_losses(play)
         self._announcements += (announcement_of(result, self.game.scale),)
@@ -217,6 +222,30 @@ class Simulation:
     def _used_now(self, oid: str) -> int:
         """What a group has cost in this round."""
         return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
+
+
+class Teams:
+    """What the teams of a game answer on average, counted as their answers pass by."""
+
+    def __init__(self, game: Game) -> None:
+        assert game.cast is not None
+        self._cast = game.cast
+        self._parts = next(parts for parts in game.cast.groupings if parts.topic == game.teams)
+        self._tallies = [Tally(0)] * len(self._parts.names)
+
+    def watch(self, answers: Iterable[Answers]) -> Iterator[Answers]:
+        """The same answers, which are counted on the way."""
+        for part in answers:
+            places = self._cast.places(self._parts, part.first, len(part.units))
+            answered = part.units >= 0
+            for team in range(len(self._tallies)):
+                units = part.units[answered & (places == team)]
+                self._tallies[team] += Tally(len(units), *counted(units))
+            yield part
+
+    def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
+        """Each team with its average in units; None where nobody of it answered."""
+        return tuple((name, tally.average()) for name, tally in zip(self._parts.names, self._tallies, strict=True))
 
 
 def ask(server: Endpoint, oid: str, key: ClusterKey, question: Question) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+from conftest import one_line
 
 from simulation.game import Game, draw
 from simulation.past_runs import read_run
@@ -91,3 +92,20 @@ def test_without_its_personas_it_says_what_it_needs(cluster):
     summary = cluster.play("3", "10", *LEVEL_K, status=4)
     (cause,) = summary["rounds"][0]["failures"]
     assert "--personas levels" in cause
+
+
+def test_teams_hear_their_averages(cluster):
+    flags = (*LEVEL_K, "--personas", "levels", "--teams", "levels", "--ratio", "2/3", "--decimals", "2")
+    done = cluster.run("run_simulation.sh", "3", "300", *flags, "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    run = read_run(cluster.path / "runs/latest")
+    lines = [line for line in done.stdout.splitlines() if "teams' averages" in line]
+    assert len(lines) == 2
+    for result, line, tallies in zip(run.results, lines, run.groups["levels"], strict=True):
+        averages = {name: tally.average() for name, tally in tallies.items()}
+        assert dict(result.teams) == averages
+        assert all(f"{name} {float(average) / 100:.5f}" in line for name, average in averages.items())
+        closest = min(averages, key=lambda name: abs(averages[name] - result.winning_number))
+        assert line.endswith(f"; {closest} is closest.")
+    unknown = cluster.run("run_simulation.sh", "3", "300", *LEVEL_K, "--personas", "levels", "--teams", "model")
+    assert unknown.returncode == 2 and "--teams model" in one_line(unknown.stderr)

@@ -13,6 +13,7 @@ from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from participant import message_of, question_in
 from simulation.cast import Persona
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -131,6 +132,17 @@ def test_what_was_announced_is_told_to_whoever_has_a_prompt():
         "5 plus 2/3 of the average wins. Just it.",
     ]
     assert "whoever is closest to 5 plus 2/3 of the average wins" in prompt.system
+
+
+def test_the_averages_of_teams_are_told_and_whose_is_closest():
+    told = Announcement(1, 30.0, 20.0, (20,), 4, (("red", 18.5), ("blue", 21.5), ("green", None)))
+    assert told.closest_teams == ("red", "blue")
+    heard = prompt_for("", question_for(GAME, 2, (told,)), ()).user.splitlines()[0]
+    assert heard == (
+        "Round 1: the average was 30, so the number to be closest to was 20; 4 won with 20. "
+        "The averages of the teams were: red 18.5, blue 21.5, green none. The closest was that of red and blue."
+    )
+    assert question_in(message_of(question_for(GAME, 2, (told,))), GAME) == question_for(GAME, 2, (told,))
 
 
 def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
