@@ -5,7 +5,6 @@ The command line is made from these fields (`main.py`), so a setting added here 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -165,6 +164,8 @@ class SimulationConfig:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
         if self.resume is not None and self.role != "main":
             raise SettingsError("--resume: goes with --role main")
+        if self.experiment is not None and (self.role != "main" or self.resume is not None):
+            raise SettingsError("--experiment: goes with --role main, and not with --resume")
         if self.role == "report" and self.run_dir is None:
             raise SettingsError("--role report: give --run-dir, the folder of a finished run")
         if self.vllm_base_port + self.model_per_host - 1 > 65_535:
@@ -184,7 +185,7 @@ def check(flag: str, value: Any, allowed: Any) -> None:
         return
     if allowed["choices"] and value not in allowed["choices"]:
         raise SettingsError(f"{flag} {value}: must be one of {', '.join(allowed['choices'])}")
-    if allowed["low"] is not None and not (math.isfinite(value) and allowed["low"] <= value <= allowed["high"]):
+    if allowed["low"] is not None and not allowed["low"] <= value <= allowed["high"]:
         raise SettingsError(f"{flag} {value}: must be from {allowed['low']} to {allowed['high']}")
 
 
@@ -211,8 +212,11 @@ def real_number(flag: str, text: str) -> float:
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
     """Read an exact number such as 2/3 or 0.51, to 10^-9 at most; raises SettingsError."""
+    text = str(text)
     try:
-        value = Fraction(str(text)) if len(str(text)) <= FRACTION_TEXT else Fraction(-1)
+        if "e" in text.lower():  # 1e999999999 would take all memory
+            raise ValueError
+        value = Fraction(text) if len(text) <= FRACTION_TEXT else Fraction(-1)
     except (ValueError, ZeroDivisionError):
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
     if not low <= value <= high or value.denominator > FINEST:
