@@ -14,21 +14,21 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for wha
 
 import argparse
 import contextlib
-import secrets
 import sys
 import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import ROOT, SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import SimulationConfig, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
-    from simulation.model_configs import ModelConfig
+    from simulation.console import ProgressWatch
+    from simulation.local_servers import OwnedServers
     from simulation.security import ClusterKey
 
 ACTIONS = {
@@ -192,87 +192,57 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
     Args:
         config: The settings.
-        given: Those that were given by hand, which is what counts in a run that is resumed.
+        given: Those that were given by hand, which is what counts where others are read from a file.
     """
     from loguru import logger
 
-    from simulation import local_servers
     from simulation.console import ProgressWatch, log_to_stderr
-    from simulation.library import game_to_play
-    from simulation.past_runs import read_game, read_played, read_summary
-    from simulation.plan import plan_lines
-    from simulation.results import RunDirectory, new_run_id
     from simulation.security import load_or_make
+    from simulation.session import session_of
 
     log_to_stderr()
-    played = None
-    if config.resume is not None:
-        if config.run_dir is not None:
-            raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
-        path = Path(config.resume)
-        read_summary(path, "--resume")
-        directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
-        config, played = read_played(path, {name: given[name] for name in given.keys() - {"resume"}})
-    if config.agent_class is not None:
-        from simulation.custom import load_class, pack_class
-
-        # a mistake in a person's file is found before anything is started
-        pack_class(load_class(config.agent_class, config.agent_type))
-    models = check_models_file(config)
+    session = session_of(config, given)
     if config.dry_run:
-        print("\n".join(plan_lines(config, models)))
+        print("\n".join(session.plan()))
         return 0
-    key = load_or_make(Path(config.cluster_key_dir))
-    if config.seed is None:
-        config = replace(config, seed=secrets.randbits(32))
-    game = read_game(path, config) if played is not None else game_to_play(config, models)
-    run_id = new_run_id() if played is None else played.run_id
+    key = load_or_make(Path(session.config.cluster_key_dir))
     watch = ProgressWatch()
     watch.listen()
-    if played is None:
-        directory = RunDirectory(Path(config.run_dir or ROOT / "runs" / run_id))
     servers = None
-    rounds_left = played is None or len(played.results) < config.rounds
+    try:
+        session.open()
+        servers = start_missing(session.config, key, watch) if session.needs_servers else None
+        return session.play(key, watch)
+    finally:
+        watch.close()
+        if servers is not None:
+            servers.stop()
+            logger.info(f"stopped the {len(session.config.ports)} agent servers of this run")
+        session.close()
+
+
+def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatch) -> OwnedServers | None:
+    """Start agent servers here, if this is the only host and none is up; returns them. Raises Interrupted."""
+    from loguru import logger
+
+    from simulation import local_servers
+
+    if config.hosts != ("localhost",) or any_of_ours(config, key):
+        return None
 
     def servers_ready(done: int, total: int) -> None:
         watch.progress("agent servers ready", done, total)
         if watch.stop_signal is not None:
             raise Interrupted(watch.stop_signal)
 
-    try:
-        if rounds_left and config.hosts == ("localhost",) and not any_of_ours(config, key):
-            logger.info(
-                f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
-                f"{config.moderator_per_host} for moderators, for this run"
-            )
-            started = time.monotonic()
-            servers = local_servers.start(config, True, servers_ready)
-            logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
-        from simulation.run import Run
-
-        return Run(config, run_id, key, directory, watch, game, played).play()
-    finally:
-        watch.close()
-        if servers is not None:
-            servers.stop()
-            logger.info(f"stopped the {len(config.ports)} agent servers of this run")
-        directory.discard_if_empty()
-
-
-def check_models_file(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """The models of an LLM run. A model that may cost money is refused unless allowed, after saying how much."""
-    if config.agent_type != "llm":
-        return {}
-    from simulation.model_configs import asked_models, is_within, read_models, refuse_elsewhere
-    from simulation.plan import cost_lines
-
-    models = read_models(config)
-    asked = [models[name] for name in asked_models(config) if name in models]
-    if not config.dry_run and not all(is_within(model.base_url, config.hosts) for model in asked):
-        print("\n".join(cost_lines(config, models)), file=sys.stderr)
-        for model in asked:
-            refuse_elsewhere(config, model.name, model.base_url)
-    return models
+    logger.info(
+        f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
+        f"{config.moderator_per_host} for moderators, for this run"
+    )
+    started = time.monotonic()
+    servers = local_servers.start(config, True, servers_ready)
+    logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
+    return servers
 
 
 def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:

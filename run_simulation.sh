@@ -2,12 +2,14 @@
 # Play the game: ask participants for a number, announce the average, name whoever is closest.
 #
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
-#   ./run_simulation.sh --resume <folder of a run> [flags]
+#   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]
+#   ./run_simulation.sh --experiment <file> [flags]
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
 # ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py, whose --help
 # (./run_simulation.sh 1 1 --help) lists them all. --resume goes on with a run after its last finished round, with its own
-# settings but for those given here, also on other hosts and servers.
+# settings but for those given here, also on other hosts and servers. --experiment plays the settings of the game in a YAML
+# file, and a run for each of their combinations where there are lists; a flag wins over the file.
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT           first port of the agent servers on every host (12330)
@@ -36,6 +38,10 @@ main() {
     [ -n "${2:-}" ] || fail 2 "--resume needs the folder of a run, such as runs/latest"
     FLAGS=(--resume "$2")
     AGENT_TYPE="" MAX_VALUE="" # it is the same game
+  elif [ "${1:-}" = --experiment ]; then
+    [ -n "${2:-}" ] || fail 2 "--experiment needs a YAML file, such as those in configs/experiments"
+    FLAGS=(--experiment "$2")
+    AGENT_TYPE="" MAX_VALUE="" # the file says what the game is
   else
     need_number server_per_host "${1:-}" "$USAGE"
     need_number participant_num "${2:-}" "$USAGE"

@@ -5,7 +5,6 @@ The command line is made from these fields (`main.py`), so a setting added here 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -162,6 +161,13 @@ class SimulationConfig:
                 f"--hosts {' '.join(self.hosts)}: localhost is another machine on each of them; name all hosts as they "
                 "reach each other"
             )
+        if self.vllm_base_port + self.model_per_host - 1 > 65_535:
+            raise SettingsError(
+                f"--vllm-base-port {self.vllm_base_port}: {self.model_per_host} models would end beyond port 65535"
+            )
+        self._refuse_what_does_not_go_together()
+
+    def _refuse_what_does_not_go_together(self) -> None:
         if self.winner and self.participant:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         if self.role == "ask" and (self.run_dir is None or self.text is None):
@@ -171,12 +177,10 @@ class SimulationConfig:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
         if self.resume is not None and self.role != "main":
             raise SettingsError("--resume: goes with --role main")
+        if self.experiment is not None and (self.role != "main" or self.resume is not None):
+            raise SettingsError("--experiment: goes with --role main, and not with --resume")
         if self.role == "report" and self.run_dir is None:
             raise SettingsError("--role report: give --run-dir, the folder of a finished run")
-        if self.vllm_base_port + self.model_per_host - 1 > 65_535:
-            raise SettingsError(
-                f"--vllm-base-port {self.vllm_base_port}: {self.model_per_host} models would end beyond port 65535"
-            )
 
     @property
     def ports(self) -> range:
@@ -190,7 +194,7 @@ def check(flag: str, value: Any, allowed: Any) -> None:
         return
     if allowed["choices"] and value not in allowed["choices"]:
         raise SettingsError(f"{flag} {value}: must be one of {', '.join(allowed['choices'])}")
-    if allowed["low"] is not None and not (math.isfinite(value) and allowed["low"] <= value <= allowed["high"]):
+    if allowed["low"] is not None and not allowed["low"] <= value <= allowed["high"]:
         raise SettingsError(f"{flag} {value}: must be from {allowed['low']} to {allowed['high']}")
 
 
@@ -217,10 +221,11 @@ def real_number(flag: str, text: str) -> float:
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
     """Read an exact number such as 2/3 or 0.51, to 10^-9 at most; raises SettingsError."""
+    text = str(text)
     try:
-        if not FRACTION.fullmatch(str(text)):  # an exponent may stand for more digits than there is memory for
+        if not FRACTION.fullmatch(text):  # an exponent may stand for more digits than there is memory for
             raise ValueError
-        value = Fraction(str(text))
+        value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
     if not low <= value <= high or value.denominator > FINEST:

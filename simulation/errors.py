@@ -99,8 +99,12 @@ def one_line(error: BaseException, limit: int = 200) -> str:
         text = str(error)
     except BaseException:  # noqa: BLE001 - a person's own exception may fail at this, too
         text = "(its text cannot be shown)"
-    text = " ".join(text[: 10 * limit].split())
-    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    text = printable(text[: 10 * limit])
     name = type(error).__name__
     line = text if isinstance(error, UnusableAnswer) else f"{name}: {text}" if text else name
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text in one line, of signs that can be shown."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))

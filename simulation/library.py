@@ -1,19 +1,33 @@
-"""What a game is played with: the prompts and personas that a person keeps in files, by name."""
+"""What a game is played with: the prompts and personas that a person keeps in files, by name, and shares of models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import string
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from functools import lru_cache
+from typing import Annotated
 
-from simulation.cast import Cast
-from simulation.config import SimulationConfig
+from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
+from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, whole_number
+from simulation.errors import SettingsError, printable
 from simulation.game import Game, Sampling, Wording
-from simulation.model_configs import ModelConfig
+from simulation.model_configs import ModelConfig, model_name
+from simulation.yaml_file import Entry, YamlFile, listed, nearest, read_by, read_yaml, shown
+
+PLACEHOLDERS = ("number", "max_value", "target", "persona")
+MOST_REASONING_TOKENS = 100_000
+SMALLEST_SHARE = Fraction(1, FINEST)
 
 
 def read_wording(config: SimulationConfig) -> Wording | None:
     """The prompt that the settings name; None where nobody asks a model. Raises SettingsError, naming the place."""
-    return None
+    if config.agent_type != "llm":
+        _refuse_without_model(config, "prompt")
+        return None
+    prompts = _prompts_in(config.prompts_file)
+    _refuse_unknown("prompt", config.prompt, config.prompt, prompts, shown(config.prompts_file))
+    return prompts[config.prompt]
 
 
 def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Cast:
@@ -23,12 +37,25 @@ def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Ca
         config: The settings; the seed is set.
         models: The models of the models' file, by name.
     """
-    return Cast(config.seed or 0, config.participant_num)
+    sets = _persona_sets(config)
+    if config.agent_type != "llm":
+        _refuse_without_model(config, "models")
+        return Cast(config.seed or 0, config.participant_num, sets)
+    if config.models is not None:
+        return Cast(config.seed or 0, config.participant_num, sets, _mixture(config, models))
+    names = map(model_name, range(1, config.model_per_host + 1))
+    turns = tuple(models[name].model for name in names if name in models)
+    return Cast(config.seed or 0, config.participant_num, sets, turns=turns)
 
 
 def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
     """The game that the settings and the files they name describe. Raises SettingsError."""
-    return game_of(config, read_wording(config), read_cast(config, models))
+    game = game_of(config, read_wording(config), read_cast(config, models))
+    topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
+    if config.teams is not None and config.teams not in topics:
+        known = f"it has {listed(topics)}" if topics else "it has none: give --personas, or several models"
+        raise SettingsError(f"--teams {printable(config.teams)}: nobody in this game is told apart so; {known}")
+    return game
 
 
 def game_of(config: SimulationConfig, wording: Wording | None, cast: Cast | None) -> Game:
@@ -59,3 +86,142 @@ def _sampling(config: SimulationConfig) -> Sampling | None:
         config.attempt_timeout,
         config.reply_timeout,
     )
+
+
+def _refuse_without_model(config: SimulationConfig, name: str) -> None:
+    """Raise SettingsError if a setting was made that only those who ask a model know."""
+    value = getattr(config, name)
+    if value != SimulationConfig.__dataclass_fields__[name].default:
+        raise SettingsError(f"{flag_of(name)} {printable(value)}: does nothing with --agent-type {config.agent_type}")
+
+
+def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], where: str) -> None:
+    """Raise SettingsError if a setting's value names something that its file does not have."""
+    names = list(known)
+    if name not in names:
+        said = printable(value) if name == value else f"{printable(value)}: {printable(name) or 'an empty name'}"
+        what = {"prompt": "prompt", "personas": "set of personas", "models": "model"}[setting]
+        guess = nearest(name, names)
+        guess = f"; {guess} It has {listed(names)}" if guess.endswith("?") else f"; it has {listed(names)}"
+        raise SettingsError(f"{flag_of(setting)} {said}: {where} has no such {what}{guess}")
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise SettingsError("must be a text, and is empty")
+    return text
+
+
+def _with_placeholders(text: str) -> str:
+    """A text whose braces hold what is known there."""
+    try:
+        fields = list(string.Formatter().parse(_text(text)))
+    except ValueError:
+        raise SettingsError("a brace stands alone; write {{ or }} for one that is meant as such") from None
+    for _, name, form, conversion in fields:
+        if name is not None and (name not in PLACEHOLDERS or form or conversion):
+            known = [f"{{{each}}}" for each in PLACEHOLDERS]
+            whole = f"{name}!{conversion}" if conversion else f"{name}:{form}" if form else name
+            raise SettingsError(f"{{{whole}}} is not known here; {nearest(f'{{{name}}}', known)}")
+    return text
+
+
+def _reasoning_tokens(text: str) -> int:
+    tokens = whole_number("reasoning_tokens", text)
+    check("reasoning_tokens", tokens, {"choices": (), "low": 1, "high": MOST_REASONING_TOKENS})
+    return tokens
+
+
+class PromptEntry(Entry):
+    """A prompt of the prompts file; see Wording."""
+
+    system: Annotated[str, read_by(_with_placeholders)]
+    instruction: Annotated[str, read_by(_with_placeholders)]
+    reasoning_tokens: Annotated[int | None, read_by(_reasoning_tokens)] = None
+
+
+@lru_cache(maxsize=8)  # an experiment names the same file in every combination
+def _prompts_in(path: str) -> dict[str, Wording]:
+    """All prompts of a file, by name. Raises SettingsError, naming the place."""
+    prompts = read_yaml(path, "--prompts-file").read_as(dict[str, PromptEntry])
+    return {
+        name: Wording(name, entry.system, entry.instruction, entry.reasoning_tokens) for name, entry in prompts.items()
+    }
+
+
+# --- Personas --------------------------------------------------------------------------------------------------------
+
+
+def _share(text: str) -> Fraction:
+    return fraction("share", text, SMALLEST_SHARE, 1)
+
+
+class PersonaEntry(Entry):
+    """A persona of the personas file; see Persona."""
+
+    name: Annotated[str, read_by(_text)]
+    share: Annotated[Fraction, read_by(_share)]
+    text: Annotated[str, read_by(_text)] = ""
+
+
+def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
+    """The sets of personas that the settings name."""
+    if config.personas is None:
+        return ()
+    sets = _personas_in(config.personas_file)
+    names = config.personas.split("+")
+    for name in names:
+        _refuse_unknown("personas", config.personas, name, sets, shown(config.personas_file))
+    if len(set(names)) < len(names):
+        raise SettingsError(f"--personas {config.personas}: names a set twice")
+    return tuple(sets[name] for name in names)
+
+
+@lru_cache(maxsize=8)  # likewise
+def _personas_in(path: str) -> dict[str, PersonaSet]:
+    """All sets of personas of a file, by name. Raises SettingsError, naming the place."""
+    file = read_yaml(path, "--personas-file")
+    entries = file.read_as(dict[str, list[PersonaEntry]])
+    for name, personas in entries.items():
+        if name == MODEL or "+" in name or not name.strip():
+            raise file.refused((name,), f"a set cannot be called {name!r}: that is how models, or several sets, are")
+        _refuse_twice(file, name, personas)
+        total = sum(each.share for each in personas)
+        if total != 1:
+            raise file.refused((name,), f"the shares of {name} add up to {total}, and must to exactly 1")
+    return {
+        name: PersonaSet(name, tuple(Persona(each.name, each.share, each.text) for each in personas))
+        for name, personas in entries.items()
+    }
+
+
+def _refuse_twice(file: YamlFile, name: str, personas: list[PersonaEntry]) -> None:
+    seen: set[str] = set()
+    for position, persona in enumerate(personas):
+        if persona.name in seen:
+            raise file.refused((name, position, "name"), f"{name} has a persona {persona.name} already")
+        seen.add(persona.name)
+
+
+# --- Shares of models ------------------------------------------------------------------------------------------------
+
+
+def _mixture(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[ModelShare, ...]:
+    """The shares that `model_1=2/3,model_2=1/3` stands for."""
+    said = f"--models {printable(config.models or '')}"
+    shares: dict[str, Fraction] = {}
+    for part in (config.models or "").split(","):
+        name, equals, share = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise SettingsError(f"{said}: must be shares of models, as model_1=2/3,model_2=1/3")
+        _refuse_unknown("models", config.models or "", name, models, shown(config.model_configs))
+        if name in shares:
+            raise SettingsError(f"{said}: names {name} twice")
+        shares[name] = fraction(f"{said}: the share of {name},", share, SMALLEST_SHARE, 1)
+    total = sum(shares.values())
+    if total != 1:
+        raise SettingsError(f"{said}: the shares add up to {total}, and must to exactly 1")
+    return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())

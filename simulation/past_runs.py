@@ -43,13 +43,7 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
         SettingsError: The folder holds no run, or a setting cannot change in mid-game.
     """
     config, summary = read_summary(path, "--resume")
-    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
-    for name in staying & given.keys():
-        if given[name] != getattr(config, name):
-            raise SettingsError(
-                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
-            )
-    config = replace(config, **given, run_dir=str(path.resolve()))
+    config = replace(config_to_resume(path, config, given), run_dir=str(path.resolve()))
     results = read_results(path, config, summary)
     cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
     results = results[: next(cut, len(results))]
@@ -63,6 +57,17 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
         return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
     except (KeyError, TypeError):
         raise SettingsError(f"--resume {path}: its summary.json is damaged, or of another version") from None
+
+
+def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
+    """The settings of a run with others that are given now. Raises SettingsError if one cannot change in mid-game."""
+    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
+    for name in staying & given.keys():
+        if given[name] != getattr(config, name):
+            raise SettingsError(
+                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
+            )
+    return replace(config, **given)
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:

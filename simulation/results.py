@@ -61,6 +61,7 @@ class RunDirectory:
     def __init__(self, path: Path, resumed: bool = False) -> None:
         self.path = path.resolve()  # runs/latest may be pointed elsewhere meanwhile
         self._failed: list[dict[str, Any]] = []
+        self._lock: int | None = None
         try:
             _check_latest()
             self._made = [] if resumed else _make_folder(self.path)
@@ -87,6 +88,12 @@ class RunDirectory:
                 folder.rmdir()
             except OSError:
                 return  # something is in it, so it stays
+
+    def close(self) -> None:
+        """Let others write here."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, and point runs/latest here. Raises ResultsError."""
@@ -182,7 +189,11 @@ class RunDirectory:
         """Write what the game is played with, as the files it was read from may change. Raises ResultsError."""
         cast = game.cast if game.cast is not None else Cast(game.seed, 0)
         said = {"wording": asdict(game.wording) if game.wording is not None else None, "cast": cast.to_json()}
-        with _on_disk(self.path / GAME) as file:
+        self.write_json(GAME, said)
+
+    def write_json(self, name: str, said: dict[str, Any]) -> None:
+        """Write a file of the folder. Raises ResultsError."""
+        with _on_disk(self.path / name) as file:
             file.write((json.dumps(said, indent=2) + "\n").encode())
 
     def write_agents(self, agents: list[dict[str, Any]]) -> None:

@@ -84,9 +84,9 @@ class Run:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.to_play:
             return self._finish()
-        self.directory.write_game(self.game)
         began = time.monotonic()
         servers = check_cluster(self.config, self.key)
+        self.directory.write_game(self.game)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server

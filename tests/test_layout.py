@@ -52,6 +52,10 @@ ROWS = [
     "simulation.console",
     "simulation.run",
     "simulation.plan",
+    "simulation.experiment",
+    "simulation.sweep",
+    "simulation.tasks",
+    "simulation.session",
     "simulation.inference",
     "main",
 ]

@@ -1,0 +1,210 @@
+"""What one command plays: a run alone, new or gone on with, or all runs of an experiment on the same servers."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from simulation.config import SimulationConfig
+from simulation.console import ProgressWatch
+from simulation.errors import GameEnded, SettingsError, SimulationError
+from simulation.experiment import Experiment, in_words, read_experiment
+from simulation.past_runs import config_to_resume, read_summary
+from simulation.plan import plan_lines
+from simulation.results import RunDirectory, new_run_id
+from simulation.security import ClusterKey
+from simulation.sweep import SWEEP, Sweep, read_sweep, sweep_of, tell_comparison
+from simulation.tasks import Task, finished_task, new_task, refuse_above_budget, refuse_costs, resumed_task
+from simulation.yaml_file import shown
+
+PLANS_SHOWN = 10  # of a dry run of several
+
+
+class Session:
+    """Runs that are played one after another.
+
+    Args:
+        tasks: The runs.
+        folder: What is written: the folder of the run, or the one that those of all runs are in.
+        sweep: What the runs are of, if they are several.
+        directory: The folder, if it is there already, and locked.
+    """
+
+    def __init__(
+        self, tasks: list[Task], folder: Path, sweep: Sweep | None = None, directory: RunDirectory | None = None
+    ) -> None:
+        self.tasks = tasks
+        self.folder = folder
+        self.sweep = sweep
+        self._directory = directory
+        self._is_new = directory is None
+
+    @property
+    def config(self) -> SimulationConfig:
+        """The settings of the cluster, which all runs share."""
+        return self.tasks[0].config
+
+    @property
+    def needs_servers(self) -> bool:
+        """Whether a round is left to play."""
+        return any(task.rounds_left for task in self.tasks)
+
+    def plan(self) -> list[str]:
+        """What would be played, for people."""
+        if self.sweep is None:
+            return plan_lines(self.config, self.tasks[0].models)
+        lines = [f"experiment {self.sweep.experiment}" + (f": {self.sweep.about}" if self.sweep.about else "")]
+        for number, task in enumerate(self.tasks, start=1):
+            lines.append(f"run {number} of {len(self.tasks)}: {task.name}")
+            lines += [f"  {line}" for line in plan_lines(task.config, task.models)] if number <= PLANS_SHOWN else []
+        tokens, price = sum(task.tokens for task in self.tasks), self.config.price_per_million_tokens
+        total = f"in all: {len(self.tasks)} runs, {sum(task.config.rounds for task in self.tasks):,} rounds"
+        total += f", at most about {tokens:,} tokens" if tokens else ""
+        total += f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if tokens and price is not None else ""
+        return [*lines, total]
+
+    def open(self) -> None:
+        """Make the folder, unless it is there. Raises SettingsError or ResultsError."""
+        if self._directory is None:
+            self._directory = RunDirectory(self.folder)
+
+    def close(self) -> None:
+        """Let others write, and leave no folder of runs that came to nothing."""
+        if self._directory is None:
+            return
+        if self._is_new and self.sweep is not None and not self._has_begun():
+            (self.folder / SWEEP).unlink(missing_ok=True)
+        self._directory.discard_if_empty()
+        self._directory.close()
+
+    def play(self, key: ClusterKey, watch: ProgressWatch) -> int:
+        """Play what is left; returns the exit status. Raises what ended it early."""
+        assert self._directory is not None
+        if self.sweep is None:
+            return _play(self.tasks[0], self._directory, key, watch)
+        self._directory.write_json(SWEEP, self.sweep.to_json())
+        status = 0
+        for number, task in enumerate(self.tasks, start=1):
+            before = "" if task.status is None else f", which was played before and is {task.status}"
+            logger.info(f"run {number} of {len(self.tasks)}: {task.name}{before}")
+            try:
+                status = max(status, self._play_one(task, key, watch))
+            except SimulationError:
+                self._tell_how_to_go_on(number)
+                raise
+            if watch.stop_signal is not None:
+                self._tell_how_to_go_on(number)
+                return 128 + watch.stop_signal
+        tell_comparison(self.folder, self.sweep)
+        logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
+        return status
+
+    def _play_one(self, task: Task, key: ClusterKey, watch: ProgressWatch) -> int:
+        """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
+        if task.status is not None:
+            return 0 if task.status == "complete" else GameEnded.exit_status
+        directory = RunDirectory(task.folder, resumed=task.folder.exists())
+        try:
+            return _play(task, directory, key, watch)
+        except GameEnded as error:
+            logger.error(str(error))
+            return error.exit_status
+        finally:
+            directory.discard_if_empty()
+            directory.close()
+
+    def _has_begun(self) -> bool:
+        return any((task.folder / "summary.json").exists() for task in self.tasks)
+
+    def _tell_how_to_go_on(self, number: int) -> None:
+        if self._has_begun():
+            logger.warning(
+                f"the experiment ends in run {number} of {len(self.tasks)}; to go on with it: "
+                f"./run_simulation.sh --resume {shlex.quote(shown(self.folder))}"
+            )
+
+
+def _play(task: Task, directory: RunDirectory, key: ClusterKey, watch: ProgressWatch) -> int:
+    from simulation.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
+
+    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played).play()
+
+
+def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
+    """What the settings ask to play. Raises SettingsError if anything about it is wrong.
+
+    Args:
+        config: The settings.
+        given: Those that were given by hand, which is what counts where others are read from a file.
+    """
+    if config.resume is not None:
+        if config.run_dir is not None:
+            raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
+        path = Path(config.resume)
+        anew = {name: given[name] for name in given.keys() - {"resume"}}
+        session = _resumed_sweep(path, anew) if (path / SWEEP).exists() else _resumed_run(path, anew)
+    elif config.experiment is not None:
+        session = _experiment(read_experiment(config.experiment, given))
+    else:
+        task = new_task(_seeded(config, secrets.randbits(32)))
+        session = Session([task], task.folder)
+    if not config.dry_run:
+        refuse_costs(session.tasks, session.plan)
+    return session
+
+
+def _seeded(config: SimulationConfig, drawn: int) -> SimulationConfig:
+    return config if config.seed is not None else replace(config, seed=drawn)
+
+
+def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
+    read_summary(path, "--resume")
+    directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
+    return Session([resumed_task(path, given)], directory.path, directory=directory)
+
+
+def _experiment(experiment: Experiment) -> Session:
+    """All runs of an experiment; of a single combination, a run like any other."""
+    drawn = secrets.randbits(32)  # the same for all, so that they differ in what varies alone
+    tasks = []
+    for combination in experiment.combinations:
+        try:
+            task = new_task(_seeded(combination.config, drawn))
+            refuse_above_budget(task, in_words(combination.varied))
+        except SettingsError as error:
+            raise experiment.placed(error, combination) from None
+        tasks.append(task)
+    folder = tasks[0].folder
+    if len(tasks) == 1:
+        return Session(tasks, folder)
+    sweep = sweep_of(experiment, [task.config for task in tasks], tasks[0].run_id)
+    for number, run in enumerate(sweep.runs):
+        config = replace(run.config, run_dir=str(folder / run.folder))
+        name = in_words(sweep.varied(run))
+        tasks[number] = replace(
+            tasks[number], config=config, folder=folder / run.folder, run_id=new_run_id(), name=name
+        )
+    return Session(tasks, folder, sweep)
+
+
+def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
+    """The runs of a sweep that is gone on with: finished ones are left as they are."""
+    directory = RunDirectory(path, resumed=True)
+    sweep = read_sweep(path)
+    runs = tuple(replace(run, config=config_to_resume(path / run.folder, run.config, given)) for run in sweep.runs)
+    sweep = replace(sweep, runs=runs)
+    tasks = []
+    for run in runs:
+        folder = directory.path / run.folder
+        if (folder / "summary.json").exists():
+            settings = asdict(run.config)  # all of them: runs that were played on another cluster go on on this one
+            task = finished_task(folder, settings) or resumed_task(folder, settings)
+        else:
+            task = new_task(replace(run.config, run_dir=str(folder)))
+        tasks.append(replace(task, name=in_words(sweep.varied(run))))
+    return Session(tasks, directory.path, sweep, directory)

@@ -1,0 +1,138 @@
+"""The runs of an experiment: what their folders are called, what sweep.json says of them, and what they came to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simulation.config import SimulationConfig
+from simulation.console import say
+from simulation.errors import SettingsError
+from simulation.experiment import Experiment, value_in_words
+from simulation.past_runs import PastRun, read_run
+
+SWEEP = "sweep.json"
+LONGEST_NAME = 120  # characters
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: the name of its folder, and its settings."""
+
+    folder: str
+    config: SimulationConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of an experiment.
+
+    Attributes:
+        sweep_id: What they are called together.
+        experiment: The name of the experiment's file.
+        about: What it is for.
+        varies: The settings that tell the runs apart, in the order of the file.
+        runs: In the order they are played.
+    """
+
+    sweep_id: str
+    experiment: str
+    about: str | None
+    varies: tuple[str, ...]
+    runs: tuple[SweepRun, ...]
+
+    def varied(self, run: SweepRun) -> dict[str, Any]:
+        """The settings that tell a run from the others."""
+        return {name: getattr(run.config, name) for name in self.varies}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of sweep.json: the settings that all runs share, and for each run its folder and its others."""
+        shared = {name: value for name, value in asdict(self.runs[0].config).items() if name not in self.varies}
+        return {
+            "sweep_id": self.sweep_id,
+            "experiment": self.experiment,
+            "about": self.about,
+            "varies": list(self.varies),
+            "config": shared,
+            "runs": [{"folder": run.folder, "settings": self.varied(run)} for run in self.runs],
+        }
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Sweep:
+        """The sweep that was written so. Raises KeyError, TypeError, ValueError or SettingsError if it was not."""
+        shared = {**said["config"], "hosts": tuple(said["config"]["hosts"])}
+        runs = tuple(
+            SweepRun(each["folder"], SimulationConfig(**{**shared, **each["settings"]})) for each in said["runs"]
+        )
+        if not runs or any(Path(run.folder).name != run.folder for run in runs):
+            raise ValueError("it names no runs, or folders elsewhere")
+        return cls(said["sweep_id"], said["experiment"], said["about"], tuple(said["varies"]), runs)
+
+
+def sweep_of(experiment: Experiment, configs: Sequence[SimulationConfig], sweep_id: str) -> Sweep:
+    """The sweep that plays an experiment.
+
+    Args:
+        experiment: What is played.
+        configs: The settings of its runs, as they are played: with a seed.
+        sweep_id: What they are called together.
+    """
+    varies = tuple(experiment.combinations[0].varied)
+    digits = max(len(str(len(configs))), 2)
+    runs = tuple(
+        SweepRun(f"{number:0{digits}}-{_folder_name({name: getattr(config, name) for name in varies})}", config)
+        for number, config in enumerate(configs, start=1)
+    )
+    return Sweep(sweep_id, Path(experiment.file.name).name, experiment.about, varies, runs)
+
+
+def _folder_name(varied: dict[str, Any]) -> str:
+    """What varies, in signs that mean nothing to shells and file systems."""
+    name = ",".join(f"{name}={value_in_words(name, value)}" for name, value in varied.items())
+    return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in a folder that --resume names. Raises SettingsError."""
+    try:
+        return Sweep.from_json(json.loads((path / SWEEP).read_text()))
+    except OSError as error:
+        raise SettingsError(f"--resume {path}: cannot read its {SWEEP}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise SettingsError(f"--resume {path}: its {SWEEP} is damaged, or of another version") from None
+
+
+def tell_comparison(folder: Path, sweep: Sweep) -> None:
+    """Say what all runs came to, and draw it in the sweep's folder.
+
+    Raises SettingsError if what belongs to a run is missing.
+    """
+    paths = [folder / run.folder for run in sweep.runs]
+    runs = [read_run(path) for path in paths if (path / "summary.json").exists()]
+    for line in comparison_lines(runs):
+        say(line)
+    write_comparison(folder, runs)
+
+
+# --- STAND-IN, to be replaced by an import of comparison_lines and write_comparison ----------------------------------
+
+
+def comparison_lines(runs: list[PastRun]) -> list[str]:
+    """A row for each run."""
+    rows = []
+    for run in runs:
+        last = run.summary["rounds"][-1] if run.summary["rounds"] else {"average": None}
+        average = "none" if last["average"] is None else f"{last['average']:.3f}"
+        rows.append(f"{run.path.name}  {run.summary['status']}  {len(run.results)} rounds  last average {average}")
+    return rows
+
+
+def write_comparison(folder: Path, runs: list[PastRun]) -> None:
+    """A picture of all runs in the sweep's folder."""
+
+
+# --- end of the stand-in ---------------------------------------------------------------------------------------------

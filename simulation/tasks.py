@@ -1,0 +1,124 @@
+"""One run that is to be played: found to be right before anything is started, whether it is new or gone on with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simulation.config import ROOT, SimulationConfig
+from simulation.errors import SettingsError
+from simulation.game import Game
+from simulation.library import game_to_play
+from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
+from simulation.past_runs import Played, config_to_resume, read_game, read_played, read_summary
+from simulation.plan import cost_lines, estimate
+from simulation.results import new_run_id
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to play, whose settings, files and models were found to be right.
+
+    Attributes:
+        config: Its settings.
+        models: The models there are.
+        game: What is played.
+        folder: Where its results go.
+        run_id: Its name.
+        played: What there is of it, if it is resumed.
+        name: What tells it from the others, in words.
+        status: What it has come to before, if nothing of it is left to play.
+    """
+
+    config: SimulationConfig
+    models: dict[str, ModelConfig]
+    game: Game
+    folder: Path
+    run_id: str = field(default_factory=new_run_id)
+    played: Played | None = None
+    name: str = ""
+    status: str | None = None
+
+    @property
+    def rounds_left(self) -> bool:
+        """Whether servers are needed."""
+        return self.status is None and (self.played is None or len(self.played.results) < self.config.rounds)
+
+    @property
+    def tokens(self) -> int:
+        """What it may cost at most."""
+        if self.config.agent_type != "llm":
+            return 0
+        return sum(each.tokens for each in estimate(self.config, self.models))
+
+    @property
+    def asked_models(self) -> list[ModelConfig]:
+        """Those of its mixture, or those that participants take in turn."""
+        return [self.models[name] for name in asked_models(self.config) if name in self.models]
+
+
+def new_task(config: SimulationConfig) -> Task:
+    """A run of which there is nothing yet; the seed is set. Raises SettingsError."""
+    models = _checked(config)
+    run_id = new_run_id()
+    folder = Path(config.run_dir or ROOT / "runs" / run_id).absolute()
+    return Task(config, models, game_to_play(config, models), folder, run_id)
+
+
+def resumed_task(path: Path, given: dict[str, Any]) -> Task:
+    """The run in a folder, with other settings where they are given. Raises SettingsError."""
+    config, played = read_played(path, given)
+    models = _checked(config)
+    return Task(config, models, read_game(path, config), path.resolve(), played.run_id, played)
+
+
+def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
+    """The same, if no round of it is left: its answers need not be read again."""
+    config, summary = read_summary(path, "--resume")
+    config = config_to_resume(path, config, given)
+    if summary["status"] not in ("complete", "partial") or len(summary["rounds"]) != config.rounds:
+        return None
+    return Task(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
+
+
+def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
+    """The models of a run, if it asks any; raises SettingsError if its participants cannot be made."""
+    if config.agent_class is not None:
+        from simulation.custom import load_class, pack_class  # noqa: PLC0415 - AgentScope, which few refusals need
+
+        # a mistake in a person's file is found before anything is started
+        pack_class(load_class(config.agent_class, config.agent_type))
+    return read_models(config) if config.agent_type == "llm" else {}
+
+
+def refuse_above_budget(task: Task, name: str) -> None:
+    """Raise SettingsError if a run of an experiment, called so, may cost more than it is allowed to."""
+    allowed = task.config.max_tokens
+    if allowed is not None and task.tokens > allowed:
+        name = f" ({name})" if name else ""
+        raise SettingsError(
+            f"--max-tokens {allowed}: a run{name} may cost {task.tokens:,} tokens, more than these {allowed:,}"
+        )
+
+
+def refuse_costs(tasks: list[Task], plan: Callable[[], list[str]]) -> None:
+    """Say what models cost that are outside the cluster, and raise SettingsError unless they are allowed.
+
+    Args:
+        tasks: All runs.
+        plan: What is said where there are several.
+    """
+    elsewhere = [
+        (task.config, model)
+        for task in tasks
+        for model in task.asked_models
+        if not is_within(model.base_url, task.config.hosts)
+    ]
+    if elsewhere:
+        lines = cost_lines(tasks[0].config, tasks[0].models) if len(tasks) == 1 else plan()
+        print("\n".join(lines), file=sys.stderr)
+    for config, model in elsewhere:
+        refuse_elsewhere(config, model.name, model.base_url)
