@@ -14,9 +14,9 @@ COUNT, ROUNDS, DECIMALS = 1000, 5, 6
 LEVEL_K = ("--agent-class", "examples/level_k.py:LevelK", "--sleep-time", "0", "--seed", "7")
 THINKERS = """
 levels:
-  - {name: level 1, share: 1/2, text: ""}
-  - {name: level 2, share: 0.3, text: ""}
-  - {name: level 3, share: 1/5, text: ""}
+  - {name: level 1, share: 1/2}
+  - {name: level 2, share: 0.3}
+  - {name: level 3, share: 1/5}
 """
 
 
