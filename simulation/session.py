@@ -119,7 +119,7 @@ class Session:
             directory.close()
 
     def _has_begun(self) -> bool:
-        return any((task.folder / "summary.json").exists() for task in self.tasks)
+        return any(task.folder.exists() for task in self.tasks)  # those that came to nothing are discarded
 
     def _tell_how_to_go_on(self, number: int) -> None:
         if self._has_begun():

@@ -1,0 +1,375 @@
+"""Experiments: files that people write, what is wrong with them, and the runs of all combinations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+from fractions import Fraction
+
+import psutil
+import pytest
+from conftest import ROOT, one_line, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulation.config import SimulationConfig
+from simulation.errors import SettingsError
+from simulation.experiment import in_words, read_experiment
+from simulation.library import read_cast, read_wording
+from simulation.model_configs import read_models
+
+GREEDY = """
+from participant import Participant
+class Greedy(Participant):
+    async def answer(self, question):
+        if self.index == 3 and question.max_value == 20:
+            raise ValueError("I pass")
+        return question.max_value
+"""
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Call the command line with a file, and return its error: status 2, one line, nothing made and nothing started."""
+    handler = signal.getsignal(signal.SIGINT)
+    from loguru import logger
+
+    import main
+
+    def run(file, text, *arguments):
+        (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+        runs, children = {*(ROOT / "runs").glob("*")}, psutil.Process().children()
+        status = main.main([str(argument) for argument in arguments])
+        assert status == 2 and {*(ROOT / "runs").glob("*")} == runs and psutil.Process().children() == children
+        out, err = capsys.readouterr()
+        assert out == ""
+        return one_line(err).removeprefix("error: ").replace(str(tmp_path / file), file)
+
+    yield run
+    logger.remove()
+    signal.signal(signal.SIGINT, handler)
+
+
+LLM = "agent_type: llm\n"
+BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 20)}]\n" for n in range(9))
+BAD = {
+    "tab": ("rounds: 2\nratio:\n\t- 1\n", "x.yaml, line 3: holds a tab"),
+    "nearest name": ("rounds: 2\n\nratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
+    "no name near": ("zzz: 1\n", "line 1: zzz is not known here; known are about, agent_type, agent_class"),
+    "cluster": ("hosts: [a, b]\n", "hosts is no setting of the game: it belongs on the command line, as --hosts"),
+    "cluster's flag": ("server-per-host: 3\n", "belongs on the command line, as --server-per-host"),
+    "ratio 0": ("rounds: 2\nratio: 0\n", "x.yaml, line 2: ratio 0: must be from 1/1000000 to 10, as a fraction"),
+    "one of a list": ("ratio:\n- 1/2\n- 11\n", "x.yaml, line 3: ratio 11: must be from 1/1000000 to 10"),
+    "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1e+09"),
+    "enormous": ("ratio: 1e999999999\n", "ratio 1e999999999: must be a number such as 2/3 or 0.51"),
+    "enormous seed": (f"seed: {'9' * 300}\n", "line 1: seed 999"),
+    "no digits": ("participant_num: 1e6\n", "participant_num '1e6': must be a whole number, in digits such as 1000"),
+    "choice": ("agent_type: robot\n", "line 1: agent_type robot: must be one of random, llm"),
+    "twice": ("ratio: 1\nrounds: 1\nratio: 1\n", "x.yaml, line 3: ratio is there already, in line 1"),
+    "same value": ("ratio: [1/2, 1,\n 0.5]\n", "x.yaml, line 2: ratio 1/2 is in its list already"),
+    "list in list": ("ratio: [1, [2]]\n", "ratio must be a value, or a list of values, and is a list inside a list"),
+    "mapping": ("ratio: {a: 1}\n", "ratio must be a value, or a list of values, and is a mapping"),
+    "empty list": ("ratio: []\n", "line 1: ratio has an empty list"),
+    "no value": ("rounds: 2\nratio:\n", "x.yaml, line 2: ratio has no value"),
+    "null": ("ratio: null\n", "line 1: ratio must be a value, or a list of values, and is null"),
+    "about": ("about: [1]\n", "line 1: about must be a text"),
+    "no mapping": ("- ratio: 1\n", "x.yaml, line 1: must be a mapping"),
+    "empty": ("# nothing yet\n", "x.yaml: is empty"),
+    "no YAML": ("ratio: 1\nrounds: 2: 3\n", "x.yaml, line 2: is not YAML: mapping values are not allowed here"),
+    "two documents": ("ratio: 1\n---\nratio: 2\n", "line 2: is not YAML: but found another document"),
+    "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is no text in UTF-8"),
+    "half a character": ('about: "\\ud800"\n', "line 1: holds half a character"),
+    "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
+    "tag": ("about: !!python/object/apply:os.system [ls]\n", "line 1: holds the tag"),
+    "alias of itself": ("about: &a [*a]\n", "is nested too deeply"),
+    "aliases of aliases": (BOMB, "more than 50000 values, aliases included"),
+    "nested": ("about: " + "[" * 10_000, "x.yaml: is nested too deeply"),
+    "large": ("#" * 2**21, "is larger than 1024 kB"),
+    "combinations": (f"seed: [{', '.join(map(str, range(40)))}]\nrounds: [{', '.join(map(str, range(1, 41)))}]\n",
+        "x.yaml, line 1: makes 1,600 combinations, and may make 1,000"),
+    "prompt": (LLM + "prompt:\n- basic\n- basix\n", "x.yaml, line 4: prompt basix: configs/prompts.yaml has no such "
+        "prompt; did you mean basic? It has basic"),
+    "prompt of nobody": ("prompt: rational\n", "line 1: prompt rational: does nothing with --agent-type random"),
+    "models of nobody": ("models: {model_1: 1}\n", "models model_1=1: does nothing with --agent-type random"),
+    "personas": ("personas: [null, educatoin]\n", "x.yaml, line 1: personas educatoin: configs/personas.yaml has no "
+        "such set of personas; did you mean education?"),
+    "set twice": ("personas: education+education\n", "personas education+education: names a set twice"),
+    "no set": ("personas: education+\n", "personas education+: an empty name: configs/personas.yaml has no such set"),
+    "model": (LLM + "models: {model_1: 1/2, modle_1: 1/2}\n", "line 2: models model_1=1/2,modle_1=1/2: modle_1: "
+        "configs/model_configs.json has no such model; did you mean model_1?"),
+    "shares of models": (LLM + "models:\n- model_1: 2/3\n", "line 3: models model_1=2/3: the shares add up to 2/3"),
+    "share of a list": (LLM + "models: [{model_1: [1]}]\n", "line 2: models: a model's share must be a number"),
+    "no shares": (LLM + "models: model_1\n", "must be shares of models, as model_1=2/3,model_2=1/3"),
+    "class": ("agent_class: mine.py:Mine\n", "x.yaml, line 1: agent_class "),
+    "budget": (LLM + "participant_num: 10\nrounds: [1, 2]\nmax_tokens: 9\n", "line 4: max_tokens 9: a run "
+        "(rounds 1) may cost "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_experiment_is_told_in_one_line_with_its_place(refused, tmp_path, name):
+    text, message = BAD[name]
+    assert message in refused("x.yaml", text, "--experiment", tmp_path / "x.yaml")
+
+
+BAD_PERSONAS = {
+    "sum": ("education:\n- {name: a, share: 1/2}\n- {name: b, share: 0.49}\n",
+        "p.yaml, line 1: the shares of education add up to 99/100, and must to exactly 1"),
+    "twice": ("a:\n- {name: x, share: 1/2}\n- share: 1/2\n  name: x\n", "p.yaml, line 4: a has a persona x already"),
+    "share 0": ("a:\n- name: x\n  share: 0\n", "p.yaml, line 3: share 0: must be from 1/1000000000 to 1"),
+    "no share": ("a:\n- name: x\n", "p.yaml, line 2: share is missing"),
+    "unknown": ("a:\n- name: x\n  shar: 1\n", "p.yaml, line 3: shar is not known here; did you mean share?"),
+    "no list": ("a: {x: 1}\n", "p.yaml, line 1: a must be a list"),
+    "no mapping": ("a:\n- b\n", "p.yaml, line 2: a must be a mapping"),
+    "no name": ("a:\n- {name: '', share: 1}\n", "p.yaml, line 2: name must be a text, and is empty"),
+    "model": ("model:\n- {name: x, share: 1}\n", "p.yaml, line 1: a set cannot be called 'model'"),
+    "plus": ("b+c:\n- {name: x, share: 1}\n", "p.yaml, line 1: a set cannot be called 'b+c'"),
+    "nobody": ("a: []\n", "p.yaml, line 1: the shares of a add up to 0"),
+}  # fmt: skip
+BAD_PROMPTS = {
+    "placeholder": ("basic:\n  system: from {min} to {max_valu}\n  instruction: x\n",
+        "p.yaml, line 2: {min} is not known here; known are {number}, {max_value}, {target}, {persona}"),
+    "near": ("basic:\n  system: x\n  instruction: to {max_valu}\n",
+        "p.yaml, line 3: {max_valu} is not known here; did you mean {max_value}?"),
+    "form": ("basic: {system: '{number:>9}', instruction: x}\n", "p.yaml, line 1: {number:>9} is not known here"),
+    "brace": ("basic:\n  system: x }\n  instruction: x\n", "p.yaml, line 2: a brace stands alone"),
+    "missing": ("basic:\n  system: x\n", "p.yaml, line 1: instruction is missing"),
+    "empty": ("basic: {system: ' ', instruction: x}\n", "p.yaml, line 1: system must be a text, and is empty"),
+    "tokens": ("basic:\n  system: x\n  instruction: x\n  reasoning_tokens: 0\n",
+        "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100000"),
+    "other": ("other: {system: x, instruction: x}\n", "--prompt basic: p.yaml has no such prompt; it has other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PERSONAS)
+def test_bad_personas_are_told_in_one_line_with_their_place(refused, tmp_path, name):
+    text, message = BAD_PERSONAS[name]
+    said = refused("p.yaml", text, "--personas", "education", "--personas-file", tmp_path / "p.yaml")
+    assert said.startswith(message)
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts_are_told_in_one_line_with_their_place(refused, tmp_path, name):
+    text, message = BAD_PROMPTS[name]
+    assert refused("p.yaml", text, "--agent-type", "llm", "--prompts-file", tmp_path / "p.yaml").startswith(message)
+
+
+def test_flags_are_told_as_flags(refused, tmp_path):
+    file = ("x.yaml", LLM + "prompt: [basic, none]\n", "--experiment", tmp_path / "x.yaml")
+    assert refused(*file, "--prompt", "basci").startswith("--prompt basci: configs/prompts.yaml has no such prompt")
+    assert refused(*file, "--prompt", "basic", "--max-tokens", "9").startswith("--max-tokens 9: a run may cost")
+    assert refused(*file, "--resume", "runs/latest").startswith("--experiment: goes with --role main, and not with")
+    assert refused(*file[:2], "--experiment", tmp_path / "y.yaml").endswith(
+        "y.yaml: cannot be read: No such file or directory"
+    )
+    assert refused(*file[:2], "--personas", "none", "--personas-file", tmp_path).endswith(
+        "cannot be read: Is a directory"
+    )
+
+
+# --- What a good file says -------------------------------------------------------------------------------------------
+
+
+def read(tmp_path, text, **flags):
+    (tmp_path / "x.yaml").write_text(text)
+    return read_experiment(str(tmp_path / "x.yaml"), flags)
+
+
+def test_all_combinations_are_in_the_order_of_the_file(tmp_path):
+    text = "about: It has two.\nratio: [1/2, 0.51]\nrounds: 3\npersonas: [null, education]\n"
+    experiment = read(tmp_path, text, seed=7, server_per_host=2)
+    assert experiment.about == "It has two."
+    assert [in_words(each.varied) for each in experiment.combinations] == [
+        *("ratio 1/2, personas none", "ratio 1/2, personas education"),
+        *("ratio 51/100, personas none", "ratio 51/100, personas education"),
+    ]
+    configs = [each.config for each in experiment.combinations]
+    assert {(each.rounds, each.seed, each.server_per_host) for each in configs} == {(3, 7, 2)}
+
+
+def test_what_is_given_by_hand_wins(tmp_path):
+    experiment = read(tmp_path, "ratio: [1/2, 2/3]\nrounds: [1, 2]\n", ratio="1")
+    assert [each.varied for each in experiment.combinations] == [{"rounds": 1}, {"rounds": 2}]
+    assert {each.config.ratio for each in experiment.combinations} == {"1"}
+
+
+def test_a_mixture_may_be_written_as_a_mapping(tmp_path):
+    text = "models:\n- model_1: 2/3\n  model_2: 1/3\n- model_1=0.5,model_2=0.5\n"
+    models = [each.config.models for each in read(tmp_path, text).combinations]
+    assert models == ["model_1=2/3,model_2=1/3", "model_1=0.5,model_2=0.5"]
+
+
+def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
+    (only,) = read(tmp_path, "agent_class: mine.py:Mine\n").combinations
+    assert only.config.agent_class == f"{tmp_path}/mine.py:Mine" and only.varied == {}
+
+
+@settings(deadline=None)  # other tests run beside it
+@given(
+    st.dictionaries(
+        st.sampled_from(["max_value", "participant_num", "rounds", "seed", "max_attempts"]),
+        st.lists(st.integers(1, 100), min_size=1, max_size=4, unique=True),
+        min_size=1,
+    )
+)
+def test_every_combination_is_there_once(tmp_path_factory, said):
+    text = "".join(f"{name}: {values}\n" for name, values in said.items())
+    combinations = read(tmp_path_factory.getbasetemp(), text).combinations
+    found = [tuple(getattr(each.config, name) for name in said) for each in combinations]
+    assert found == list(itertools.product(*said.values())) and len(found) == math.prod(map(len, said.values()))
+
+
+def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "free: {system: 'From {{0}} to {max_value}.', instruction: Go., reasoning_tokens: 9}"
+    )
+    (tmp_path / "q.yaml").write_text(
+        "a: [{name: x, share: 1/3}, {name: y, share: 2/3, text: 'Why?'}]\nb: [{name: z, share: 1}]"
+    )
+    config = SimulationConfig(
+        agent_type="llm",
+        model_per_host=2,
+        prompt="free",
+        prompts_file=str(tmp_path / "p.yaml"),
+        personas="b+a",
+        personas_file=str(tmp_path / "q.yaml"),
+    )
+    wording = read_wording(config)
+    assert (wording.name, wording.system, wording.reasoning_tokens) == ("free", "From {{0}} to {max_value}.", 9)
+    cast = read_cast(config, read_models(config))
+    assert [each.name for each in cast.persona_sets] == ["b", "a"] and cast.turns == ("participant-model",) * 2
+    assert [(each.share, each.text) for each in cast.persona_sets[1].personas] == [
+        (Fraction(1, 3), ""),
+        (Fraction(2, 3), "Why?"),
+    ]
+    mixed = SimulationConfig(agent_type="llm", model_per_host=2, models="model_2=1/3, model_1=2/3")
+    shares = read_cast(mixed, read_models(mixed)).models
+    assert [(each.name, each.share) for each in shares] == [("model_2", Fraction(1, 3)), ("model_1", Fraction(2, 3))]
+    assert read_wording(SimulationConfig()) is None
+    with pytest.raises(SettingsError, match="--models model_1=1/2,model_1=1/2: names model_1 twice"):
+        read_cast(SimulationConfig(agent_type="llm", models="model_1=1/2,model_1=1/2"), read_models(mixed))
+
+
+# --- Playing ---------------------------------------------------------------------------------------------------------
+
+FOUR = "about: Halves\nratio: [1/2, 2/3]\nmax_value: [50, 100]\nparticipant_num: 90\nsleep_time: 0\nrounds: 2\n"
+FOLDERS = [f"0{n}-ratio={r},max_value={m}" for n, (r, m) in enumerate(itertools.product(("1-2", "2-3"), (50, 100)), 1)]
+
+
+def write(checkout, text):
+    (checkout.path / "x.yaml").write_text(text)
+    return ("run_simulation.sh", "--experiment", "x.yaml", "--server-per-host", "3")
+
+
+def answers_in(checkout, sweep):
+    return {path.name: checkout.answers(path) for path in sorted(sweep.iterdir()) if path.is_dir()}
+
+
+def test_all_combinations_are_played_on_the_same_servers(cluster):
+    play = write(cluster, FOUR)
+    planned = cluster.run(*play, "--dry-run")
+    assert planned.returncode == 0 and cluster.runs() == set()
+    assert planned.stdout.startswith("experiment x.yaml: Halves\nrun 1 of 4: ratio 1/2, max_value 50\n  hosts: 1")
+    assert planned.stdout.endswith("in all: 4 runs, 8 rounds\n")
+    done = cluster.run(*play, env={"MAX_VALUE": "7", "AGENT_TYPE": "llm"})  # the file says what the game is
+    assert done.returncode == 0, done.stderr
+    (name,) = cluster.runs() - {"latest"}
+    sweep = cluster.path / "runs" / name
+    said = json.loads((sweep / "sweep.json").read_text())
+    assert (said["sweep_id"], said["experiment"], said["about"]) == (name, "x.yaml", "Halves")
+    assert said["varies"] == ["ratio", "max_value"]
+    assert (
+        [run["folder"] for run in said["runs"]]
+        == FOLDERS
+        == sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    )
+    assert said["runs"][2]["settings"] == {"ratio": "2/3", "max_value": 50}
+    summaries = [cluster.summary(sweep / folder) for folder in FOLDERS]
+    assert all(each["status"] == "complete" and len(each["rounds"]) == 2 for each in summaries)
+    assert len({each["config"]["seed"] for each in summaries}) == 1 and len({each["run_id"] for each in summaries}) == 4
+    assert [each["config"]["max_value"] for each in summaries] == [50, 100, 50, 100]
+    for each, ratio in zip(summaries, (1 / 2, 1 / 2, 2 / 3, 2 / 3), strict=True):
+        assert each["rounds"][0]["winning_number"] == pytest.approx(ratio * each["rounds"][0]["average"])
+    assert (cluster.path / "runs/latest").resolve() == sweep / FOLDERS[-1]
+    assert "run 3 of 4: ratio 2/3, max_value 50" in done.stderr and "starting" not in done.stderr
+    table = done.stdout.splitlines()[-4:]
+    assert all("complete" in row for row in table)
+    again = cluster.run("run_simulation.sh", "--resume", f"runs/{name}")
+    assert again.returncode == 0 and "asking" not in again.stderr, again.stderr
+    assert again.stdout.splitlines() == table
+
+
+def test_a_single_combination_is_a_run_like_any_other(cluster):
+    before = cluster.runs()
+    done = cluster.run(*write(cluster, FOUR), "--ratio", "1", "--max-value", "9", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    (name,) = cluster.runs() - before - {"latest"}
+    assert cluster.summary()["run_id"] == name and not (cluster.path / "runs" / name / "sweep.json").exists()
+    cluster.play("3", "90", "--rounds", "2", "--sleep-time", "0", "--max-value", "9", "--seed", "7")
+    assert cluster.answers() == cluster.answers(cluster.path / "runs" / name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, number):
+    play = (*write(cluster, FOUR), "--seed", "7")
+    whole, cut = (cluster.path / f"runs/{name} {number}" for name in ("whole", "cut"))
+    assert cluster.run(*play, "--run-dir", str(whole)).returncode == 0
+    log = cluster.path / "stderr"
+    with log.open("w") as stderr:
+        game = cluster.start(*play, "--sleep-time", "2", "--run-dir", str(cut), stderr=stderr)
+    until(lambda: "round 1: asking" in log.read_text(), 60, "it has begun")
+    second = cluster.run("run_simulation.sh", "--resume", str(cut))
+    assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
+    until(lambda: "round 2: asking" in log.read_text().partition("run 2 of 4")[2], 60, "round 2 of run 2")
+    game.send_signal(number)
+    game.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert game.returncode == 130, log.read_text()
+        assert f"to go on with it: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in log.read_text()
+    assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
+    first = (cut / FOLDERS[0] / "summary.json").read_bytes()
+    refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
+    assert refused.returncode == 2 and "begun with 1/2, which stays" in one_line(refused.stderr)
+    resumed = cluster.run("run_simulation.sh", "--resume", str(cut), "--server-per-host", "3", "--sleep-time", "0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "has played 1 of 2 rounds" in resumed.stderr and resumed.stderr.count(": asking") == 5
+    assert (cut / FOLDERS[0] / "summary.json").read_bytes() == first
+    assert answers_in(cluster, cut) == answers_in(cluster, whole)
+    assert len(resumed.stdout.splitlines()[-4:]) == 4 and list(answers_in(cluster, cut)) == FOLDERS
+
+
+def test_a_laptop_starts_servers_once_and_plays_all_although_one_run_is_partial(checkout):
+    (checkout.path / "sub").mkdir()
+    (checkout.path / "sub/mine.py").write_text(GREEDY)
+    (checkout.path / "sub/x.yaml").write_text(
+        "agent_class: mine.py:Greedy\nmax_value: [10, 20, 30]\nparticipant_num: 20\n"
+    )
+    done = checkout.run(
+        "run_simulation.sh", "--experiment", "sub/x.yaml", "--server-per-host", "2", "--run-dir", "runs/s"
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("starting 2 for participants") == done.stderr.count("stopped the 6 agent servers") == 1
+    states = [checkout.summary(path)["status"] for path in sorted((checkout.path / "runs/s").glob("0*"))]
+    assert states == ["complete", "partial", "complete"] and checkout.processes() == []
+    again = checkout.run("run_simulation.sh", "--resume", "runs/s")
+    assert (
+        again.returncode == 4
+        and "starting" not in again.stderr
+        and "which was played before and is partial" in again.stderr
+    )
+    longer = checkout.run("run_simulation.sh", "--resume", "runs/s", "--rounds", "2")
+    assert longer.returncode == 4 and longer.stderr.count("round 2: asking") == 3, longer.stderr
+    assert "starting 2 for participants" in longer.stderr
+
+
+def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
+    play = write(checkout, FOUR)
+    done = checkout.run(*play, "--hosts", "127.0.0.1", "--connect-timeout", "0.5")
+    assert done.returncode == 3, done.stderr
+    assert checkout.runs() == set()
+    (checkout.path / "runs/x").mkdir(parents=True)
+    (checkout.path / "runs/x/sweep.json").write_text("{}")
+    damaged = checkout.run("run_simulation.sh", "--resume", "runs/x")
+    assert damaged.returncode == 2 and "its sweep.json is damaged" in one_line(damaged.stderr)
