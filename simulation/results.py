@@ -253,6 +253,12 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
         draft.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, on the disk, or not at all. Raises ResultsError."""
+    with _on_disk(path) as file:
+        file.write(content)
+
+
 # --- summary.json ----------------------------------------------------------------------------------------------------
 
 
