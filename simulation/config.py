@@ -165,8 +165,6 @@ class SimulationConfig:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
         if self.resume is not None and self.role != "main":
             raise SettingsError("--resume: goes with --role main")
-        if self.role == "report" and self.run_dir is None:
-            raise SettingsError("--role report: give --run-dir, the folder of a finished run")
         if self.vllm_base_port + self.model_per_host - 1 > 65_535:
             raise SettingsError(
                 f"--vllm-base-port {self.vllm_base_port}: {self.model_per_host} models would end beyond port 65535"
