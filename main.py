@@ -72,6 +72,7 @@ def make_parser() -> Parser:
         parser.add_argument(flag, **options)
     for flag, text in ACTIONS.items():
         parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
     return parser
 
 
@@ -79,20 +80,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
-        given = vars(make_parser().parse_args(flags))
+        given = vars(make_parser().parse_intermixed_args(flags))
+        folders = given.pop("runs")
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
         if actions and config.role not in ("participant", "vllm"):
             raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
+        if folders and config.role != "report":
+            raise SettingsError(f"unrecognized arguments: {' '.join(folders)} (folders of runs go with --role report)")
         if for_vllm and config.role != "vllm":
             raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
         roles: dict[str, Callable[[], int]] = {
             "main": lambda: play(config, given),
             "participant": lambda: serve(config, actions),
             "ask": lambda: ask(config),
-            "report": lambda: report(config),
+            "report": lambda: report(config, folders),
             "vllm": lambda: serve_models(config, actions, for_vllm),
         }
         return roles[config.role]()
@@ -280,25 +284,32 @@ def ask(config: SimulationConfig) -> int:
     return 0
 
 
-def report(config: SimulationConfig) -> int:
-    """Role report: what a run came to, from its folder alone."""
+def report(config: SimulationConfig, folders: list[str]) -> int:
+    """Role report: what one run came to, or several runs beside each other, from their folders alone."""
+    from simulation.comparison import common_folder, comparison_lines, run_folders, write_comparison
     from simulation.console import say
-    from simulation.past_runs import read_game, read_rounds, read_summary
-    from simulation.plots import draw_histogram
-    from simulation.report import announcement_lines, failure_line, histogram_lines
+    from simulation.past_runs import read_run
+    from simulation.plots import draw_pictures
+    from simulation.report import run_lines
+    from simulation.report_page import write_report
 
-    path = Path(str(config.run_dir))
-    played, summary = read_summary(path)
-    results = read_rounds(path, played, summary)
-    game = read_game(path, played)
-    for result in results:
-        say("\n".join(announcement_lines(result, game)))
-        if result.tally.failed:
-            say(failure_line(result.tally))
-    if results:
-        say("\n".join(histogram_lines(results[-1].tally, played)))
-        draw_histogram(path / "histogram.png", results[-1], played)
-    say(f"run {summary['run_id']} is {summary['status']}: {len(results)} of {played.rounds} rounds")
+    named = [Path(folder) for folder in folders or filter(None, [config.run_dir])]
+    if not named:
+        raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
+    paths = run_folders(named)
+    if paths == named[:1]:
+        if folders and config.run_dir is not None:
+            raise SettingsError(f"--run-dir {config.run_dir}: where several runs are compared; {paths[0]} is one")
+        run = read_run(paths[0])
+        draw_pictures(run)
+        write_report(run)
+        say("\n".join(run_lines(run)))
+        return 0
+    folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
+    runs = [read_run(path) for path in paths]
+    say("\n".join(comparison_lines(runs)))
+    write_comparison(folder, runs)
+    say(f"compared in {folder / 'comparison.html'}")
     return 0
 
 

@@ -179,8 +179,6 @@ class SimulationConfig:
             raise SettingsError("--resume: goes with --role main")
         if self.experiment is not None and (self.role != "main" or self.resume is not None):
             raise SettingsError("--experiment: goes with --role main, and not with --resume")
-        if self.role == "report" and self.run_dir is None:
-            raise SettingsError("--role report: give --run-dir, the folder of a finished run")
 
     @property
     def ports(self) -> range:

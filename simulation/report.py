@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from simulation.config import SimulationConfig
 from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
 from simulation.model import Usage
+from simulation.past_runs import PastRun
 from simulation.results import most_frequent
 
 BARS = 15
@@ -100,3 +103,53 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     return [
         f"  {label:>{label_width}}  {block * round(count / longest * room)} {count}".rstrip() for label, count in rows
     ]
+
+
+def number_of(units: Fraction, game: Game) -> float:
+    """A number that is counted in units, as people say it."""
+    return float(units / game.scale)
+
+
+def brief(number: float | None) -> str:
+    """A number where there is little room: the digits that tell something."""
+    if number is None:
+        return "–"
+    return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table for a terminal: the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def group_lines(run: PastRun) -> list[str]:
+    """A table for each set of personas, and for the models: who answered what, in the last round."""
+    lines: list[str] = []
+    for topic, rounds in run.groups.items() if run.results else ():
+        rows = []
+        for name, tally in rounds[-1].items():
+            average, std = tally.average(), tally.std()
+            shown = "-" if average is None else f"{number_of(average, run.game):.{run.game.decimals + 3}f}"
+            spread = "-" if std is None else f"{std / run.game.scale:.{run.game.decimals + 3}f}"
+            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", shown, spread])
+        lines += table_lines([topic, "asked", "answered", "average", "spread"], rows)
+    return lines
+
+
+def run_lines(run: PastRun) -> list[str]:
+    """A run as its moderator told it, what its answers look like, and how it ended."""
+    lines: list[str] = []
+    for result in run.results:
+        lines += announcement_lines(result, run.game)
+        lines += [failure_line(result.tally)] if result.tally.failed else []
+    if run.results:
+        lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
+    played = f"{len(run.results)} of {run.config.rounds} rounds"
+    return [*lines, f"run {run.name} is {run.summary['status']}: {played}"]

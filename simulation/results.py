@@ -37,6 +37,7 @@ LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
+SWEEP = "sweep.json"  # in a folder of several runs
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
 
@@ -262,6 +263,12 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, on the disk, or not at all. Raises ResultsError."""
+    with _on_disk(path) as file:
+        file.write(content)
 
 
 # --- summary.json ----------------------------------------------------------------------------------------------------

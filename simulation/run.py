@@ -16,7 +16,7 @@ from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError
 from simulation.game import INTERRUPTED, Game, announcement_of
 from simulation.model import Usage
 from simulation.model_client import OUT_OF_TOKENS
-from simulation.past_runs import Played
+from simulation.past_runs import PastRun, Played, read_groups
 from simulation.placement import remote_run
 from simulation.readiness import check_cluster, check_models
 from simulation.replies import MODEL_SERVER
@@ -168,7 +168,7 @@ class Run:
             logger.warning(f"{self.ended_early}: the game ends after round {len(self.results)} of {self.config.rounds}")
 
     def _finish(self) -> int:
-        """Write the whole run, and a picture of its last round; returns the exit status."""
+        """Write the whole run, its pictures and its report; returns the exit status."""
         last = self.results[-1]
         for line in histogram_lines(last.tally, self.config):
             say(line)
@@ -176,20 +176,29 @@ class Run:
         unanswered = self.ended_early is not None or any(result.tally.failed for result in self.results)
         stopped = self.ended_early is None and len(self.results) < self.config.rounds
         cut_short = stopped or INTERRUPTED in last.tally.failures
-        self._write("interrupted" if cut_short else "partial" if unanswered else "complete")
-        from simulation.plots import draw_histogram  # noqa: PLC0415 - half a second, which nobody waits for earlier
-
-        draw_histogram(self.directory.path / "histogram.png", last, self.config)
+        summary = self._write("interrupted" if cut_short else "partial" if unanswered else "complete")
+        self._report(summary)
         logger.info(f"results in {self.directory.path}")
         if self.watch.stop_signal is not None:
             return 128 + self.watch.stop_signal
         return GameEnded.exit_status if unanswered else 0
 
-    def _write(self, status: str) -> None:
+    def _report(self, summary: dict[str, Any]) -> None:
+        from simulation.plots import draw_pictures  # noqa: PLC0415 - half a second, which nobody waits for earlier
+        from simulation.report_page import write_report  # noqa: PLC0415
+
+        path = self.directory.path
+        groups = read_groups(path, self.game, self.results)
+        run = PastRun(path, self.config, summary, self.game, self.results, groups)
+        draw_pictures(run)
+        write_report(run)
+
+    def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
         summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results, self.usage)
         self.directory.write_summary(summary)
+        return summary
 
 
 def _agents_in(seat: Seat) -> dict[str, Any]:

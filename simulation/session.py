@@ -16,9 +16,9 @@ from simulation.errors import GameEnded, SettingsError, SimulationError
 from simulation.experiment import Experiment, in_words, read_experiment
 from simulation.past_runs import config_to_resume, read_summary
 from simulation.plan import plan_lines
-from simulation.results import RunDirectory, new_run_id
+from simulation.results import SWEEP, RunDirectory, new_run_id
 from simulation.security import ClusterKey
-from simulation.sweep import SWEEP, Sweep, read_sweep, sweep_of, tell_comparison
+from simulation.sweep import Sweep, read_sweep, sweep_of, tell_comparison
 from simulation.tasks import Task, finished_task, new_task, refuse_above_budget, refuse_costs, resumed_task
 from simulation.yaml_file import shown
 

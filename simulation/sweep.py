@@ -13,9 +13,9 @@ from simulation.config import SimulationConfig
 from simulation.console import say
 from simulation.errors import SettingsError
 from simulation.experiment import Experiment, value_in_words
-from simulation.past_runs import PastRun, read_run
+from simulation.past_runs import read_run
+from simulation.results import SWEEP
 
-SWEEP = "sweep.json"
 LONGEST_NAME = 120  # characters
 
 
@@ -111,28 +111,10 @@ def tell_comparison(folder: Path, sweep: Sweep) -> None:
 
     Raises SettingsError if what belongs to a run is missing.
     """
+    # half a second for pictures, which nobody waits for earlier
+    from simulation.comparison import comparison_lines, write_comparison  # noqa: PLC0415
+
     paths = [folder / run.folder for run in sweep.runs]
     runs = [read_run(path) for path in paths if (path / "summary.json").exists()]
-    for line in comparison_lines(runs):
-        say(line)
+    say("\n".join(comparison_lines(runs)))
     write_comparison(folder, runs)
-
-
-# --- STAND-IN, to be replaced by an import of comparison_lines and write_comparison ----------------------------------
-
-
-def comparison_lines(runs: list[PastRun]) -> list[str]:
-    """A row for each run."""
-    rows = []
-    for run in runs:
-        last = run.summary["rounds"][-1] if run.summary["rounds"] else {"average": None}
-        average = "none" if last["average"] is None else f"{last['average']:.3f}"
-        rows.append(f"{run.path.name}  {run.summary['status']}  {len(run.results)} rounds  last average {average}")
-    return rows
-
-
-def write_comparison(folder: Path, runs: list[PastRun]) -> None:
-    """A picture of all runs in the sweep's folder."""
-
-
-# --- end of the stand-in ---------------------------------------------------------------------------------------------

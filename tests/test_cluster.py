@@ -75,7 +75,10 @@ def test_summary_and_console_are_as_promised(cluster):
         assert expected in done.stderr
     run = cluster.path / "runs" / "latest"
     assert run.resolve().name == summary["run_id"]
-    assert {path.name for path in run.iterdir()} == {"summary.json", "answers.parquet", "game.json", "histogram.png"}
+    assert {path.name for path in run.iterdir()} == {
+        *("summary.json", "answers.parquet", "game.json"),
+        *("histogram.png", "rounds.png", "report.html"),
+    }
     assert (run / "histogram.png").read_bytes().startswith(b"\x89PNG")
     rows = cluster.answers()
     assert len(rows) == 2000 and [row["round"] for row in rows] == [1] * 1000 + [2] * 1000

@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindf
     for one, other in zip(summary["rounds"], whole["rounds"], strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert sorted(path.name for path in run.iterdir()) == [
-        *("answers.parquet", "game.json", "histogram.png", "summary.json"),
+        *("answers.parquet", "game.json", "histogram.png", "report.html", "rounds.png", "summary.json"),
     ]
 
 

@@ -1,0 +1,386 @@
+"""The report as a page, and several runs compared: real runs, read in a real browser that is offline."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, one_line
+
+from simulation.cast import Cast, ModelShare, Persona, PersonaSet
+from simulation.past_runs import PastRun, read_run
+from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
+from simulation.plots import selection
+from simulation.report import brief, table_lines
+from simulation.report_page import page_content, ranges, seconds, write_report
+
+SIZES = {"phone": (375, 812), "desk": (1280, 900)}
+HOSTILE = "<script>document.title = 'taken'</script> & \"$x$\" <img src=x onerror=alert(1)>"
+FAILING = f"""
+from participant import Participant
+class Failing(Participant):
+    async def answer(self, question):
+        if self.index % 10 == 3:
+            raise ValueError({HOSTILE!r})
+        return self.index % 101 / question.round
+"""
+SEVEN = ("--sleep-time", "0", "--seed", "7")
+# The luminance of what is behind an element, and of its text, by WCAG 2
+CONTRAST = """element => {
+  const parts = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => parts(color).slice(0, 3).map(part => part / 255)
+    .map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+  let behind = element;
+  while (behind && parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const style = getComputedStyle(element);
+  const own = light(element instanceof SVGElement ? style.fill : style.color);
+  const other = light(getComputedStyle(behind || document.body).backgroundColor);
+  return (Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05);
+}"""
+
+
+@pytest.fixture(scope="module")
+def played(cluster) -> dict[str, Any]:
+    """A game of three rounds, with failures whose cause is hostile."""
+    (cluster.path / "failing.py").write_text(FAILING)
+    arguments = ("--agent-class", "failing.py:Failing", "--rounds", "3", "--ratio", "2/3", "--run-dir", "runs/three")
+    return cluster.play("3", "300", *SEVEN, *arguments, status=4)
+
+
+@pytest.fixture
+def run(cluster, played) -> Path:
+    return cluster.path / "runs/three"
+
+
+@pytest.fixture(scope="module")
+def told_apart(cluster, played, tmp_path_factory) -> PastRun:
+    """The same game, as if it had been played with personas and models."""
+    folder = tmp_path_factory.mktemp("told") / "apart"
+    shutil.copytree(cluster.path / "runs/three", folder)
+    half = Fraction(1, 2)
+    personas = (
+        PersonaSet("education", (Persona("none <b>", half), Persona("$much$ 多", half))),
+        PersonaSet("job", tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30))),
+    )
+    cast = Cast(7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large")))
+    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": cast.to_json()}))
+    times = [{"round": each, "model_s": 0.5, "client_s": 0.2, "rpc_s": 0.1, "slowest_s": 0.05} for each in (1, 2, 3)]
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["cluster"] |= {"times": times, "lost": ["node2:12331"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    made = read_run(folder)
+    write_report(made)
+    return made
+
+
+def show(page, file: Path, size: str = "desk") -> None:
+    """Open a page as a person does who has no network; nothing but the file itself may be asked for."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.context.set_offline(True)
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    page.goto(file.resolve().as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [page.url]
+
+
+def figure(page, number: int, key: str) -> str:
+    return page.locator(f'td[data-round="{number}"][data-key="{key}"]').get_attribute("data-value")
+
+
+def test_all_figures_are_those_of_the_summary(page, run, played):
+    show(page, run / "report.html")
+    for entry in played["rounds"]:
+        number = entry["round"]
+        for key in ("average", "winning_number", "median", "std", "min", "max", "seconds"):
+            assert float(figure(page, number, key)) == entry[key]
+        for key in ("asked", "answered", "failed", "reassigned"):
+            assert int(figure(page, number, key)) == entry[key]
+        assert int(figure(page, number, "winners")) == entry["winners"]["count"]
+        cell = page.locator(f'td[data-round="{number}"][data-key="average"]')
+        assert cell.inner_text() == f"{entry['average']:.3f}"
+    for key, value in played["seconds"].items():
+        assert float(page.locator(f'dd[data-key="{key}"]').get_attribute("data-value")) == value
+    assert int(page.locator('td[data-key="failures"]').get_attribute("data-value")) == 90
+    words = page.locator("body").inner_text()
+    for expected in (
+        *("300 participants of Failing: closest to 2/3 of the average wins", "whole numbers from 0 to 100"),
+        *("3 of 3 rounds played", "partial: some gave no usable answer", "3 for participants, 4 moderators"),
+        *("localhost", played["run_id"], ", ".join(played["rounds"][0]["winners"]["participants"])),
+    ):
+        assert expected in words
+
+
+def test_pictures_say_what_they_show(page, run, played):
+    show(page, run / "report.html")
+    pictures = page.locator("figure svg[role=img]")
+    assert pictures.count() == 3 + 2 == page.locator("svg").count()
+    for place, entry in enumerate(played["rounds"]):
+        label = pictures.nth(place).get_attribute("aria-label")
+        assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
+        assert f"average {entry['average']:.3f}, winning number {entry['winning_number']:.3f}" in label
+    assert "equilibrium 0" in pictures.nth(3).get_attribute("aria-label")
+    assert page.locator("figure").count() == page.locator("figure > figcaption").count()
+    assert page.locator("th").count() == page.locator("th[scope]").count() > 20
+    ids = page.eval_on_selector_all("[id]", "all => all.map(each => each.id)")
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#(\w+)', (run / "report.html").read_text())
+    assert set(used) <= set(ids)
+
+
+def test_what_strangers_wrote_is_text(page, run, played):
+    show(page, run / "report.html")
+    (cause,) = played["rounds"][0]["failures"]
+    assert cause == f"ValueError: {HOSTILE}"
+    assert page.locator("th", has_text="onerror").inner_text() == cause
+    assert page.title() == "300 participants of Failing: closest to 2/3 of the average wins"
+    assert page.locator("script, img, link[rel=stylesheet]").count() == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_wider_than_the_screen(page, told_apart, size):
+    show(page, told_apart.path / "report.html", size)
+    page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
+    width = SIZES[size][0]
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for box in page.locator("figure, .scroll, dl, h1, h2").all():
+        edges = box.bounding_box()
+        assert edges["x"] >= 0 and edges["x"] + edges["width"] <= width
+    tables = page.locator(".scroll")
+    assert tables.count() == page.locator("table").count()
+    if size == "phone":  # a wide table is moved in its own box, not clipped
+        assert tables.first.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX")
+        heights = page.eval_on_selector_all(
+            "svg text",
+            "all => all.filter(one => one.textContent.trim()).map(one => one.getBoundingClientRect().height)",
+        )
+        assert min(heights) >= 9
+
+
+def test_dark_and_light_differ_and_both_can_be_read(page, told_apart):
+    show(page, told_apart.path / "report.html")
+    papers = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for words in (
+            "h1",
+            ".lede",
+            ".tiles dt",
+            ".bad",
+            "figcaption",
+            "td",
+            "thead th",
+            "summary",
+            "footer",
+            "svg text",
+        ):
+            assert page.locator(words).first.evaluate(CONTRAST) >= 4.5, (scheme, words)
+        for name in ("bars", "average", "winning", "equilibrium", *(f"series-{place}" for place in range(1, 9))):
+            sample = f"<figure><svg><text id='sample' style='fill: var(--{name})'>x</text></svg></figure>"
+            page.evaluate("html => document.querySelector('main').insertAdjacentHTML('beforeend', html)", sample)
+            assert page.locator("#sample").evaluate(CONTRAST) >= 3, (scheme, name)
+            page.evaluate("document.querySelector('#sample').closest('figure').remove()")
+    assert len(papers) == 2
+
+
+def test_participants_are_told_apart(page, told_apart):
+    show(page, told_apart.path / "report.html")
+    for topic, rounds in told_apart.groups.items():
+        section = page.locator(f'section[data-topic="{topic}"]')
+        rows = section.locator("tr[data-part]")
+        assert rows.count() == len(rounds[-1])
+        for row, (name, tally) in zip(rows.all(), rounds[-1].items(), strict=True):
+            assert row.locator("th").inner_text() == " ".join(name.split())
+            assert int(row.locator('[data-key="asked"]').inner_text()) == tally.asked
+            assert int(row.locator('[data-key="failed"]').inner_text()) == tally.failed
+            average = tally.average()
+            assert row.locator('[data-key="average"]').inner_text() == f"{float(average):.3f}"
+        assert section.locator("svg[role=img]").count() == 2
+        assert section.locator("details tbody tr").count() == 3 * len(rounds[-1])
+    assert set(told_apart.groups) == {"education", "job", "model"}
+    assert sum(tally.asked for tally in told_apart.groups["job"][0].values()) == 300
+    words = page.locator("body").inner_text()
+    for expected in (
+        "the 24 largest of 30",
+        "the 8 largest of 30",
+        "education (2), job (30)",
+        "small (1/2), large (1/2)",
+    ):
+        assert expected in words
+
+
+def test_time_is_told_apart_and_lost_servers_are_named(page, told_apart):
+    show(page, told_apart.path / "report.html")
+    assert float(figure(page, 2, "slowest_s")) == 0.05 and float(figure(page, 3, "model_s")) == 0.5
+    time = page.locator("section", has=page.locator("#time")).inner_text()
+    assert "thinking" in time and "waiting for the slowest server" in time and "waiting for the model" not in time
+    assert "node2:12331" in page.locator("section", has=page.locator("#lost")).inner_text()
+
+
+def test_a_copied_folder_gives_the_same_report(cluster, run, played, tmp_path):
+    copy = tmp_path / "else where"
+    shutil.copytree(run, copy)
+    made = ("report.html", "histogram.png", "rounds.png")
+    wanted = [(copy / name).read_bytes() for name in made]
+    for name in made:
+        (copy / name).unlink()
+    again = cluster.run("main.py", "--role", "report", str(copy))
+    assert again.returncode == 0, again.stderr
+    assert [(copy / name).read_bytes() for name in made] == wanted
+    assert again.stdout == cluster.run("main.py", "--role", "report", "--run-dir", str(run)).stdout
+    lines = again.stdout.splitlines()
+    assert lines[0].startswith("Moderator: The average value is ")
+    assert lines[-1] == f"run {played['run_id']} is partial: 3 of 3 rounds"
+
+
+def test_the_terminal_shows_the_parts_too(cluster, told_apart):
+    done = cluster.run("main.py", "--role", "report", str(told_apart.path))
+    assert re.search(
+        r"^model +asked +answered +average +spread\nsmall +150 +\d+ +\d+\.\d{3} +\d+\.\d{3}$", done.stdout, re.M
+    )
+    assert done.stdout.splitlines()[-1].endswith("is partial: 3 of 3 rounds")
+
+
+def test_several_runs_are_compared(page, cluster, run, played):
+    sweep = cluster.path / "runs/sweep"
+    for ratio in ("1/2", "3/2"):
+        name = ratio.replace("/", "-")
+        cluster.play("3", "200", *SEVEN, "--ratio", ratio, "--rounds", "2", "--run-dir", f"runs/sweep/{name}")
+    (sweep / "sweep.json").write_text("{}")
+    (sweep / "not-played").mkdir()
+    done = cluster.run("main.py", "--role", "report", "runs/sweep")
+    assert done.returncode == 0, done.stderr
+    head, half, more = done.stdout.splitlines()[:3]
+    assert head.split()[:3] == ["run", "ratio", "rounds"] and "seed" not in head
+    summary = cluster.summary(sweep / "1-2")
+    first, last = summary["rounds"]
+    assert half.split()[:5] == [summary["run_id"], "1/2", "2", "400", "400"]
+    assert half.split()[5:9] == [
+        f"{first['average']:.3f}",
+        f"{last['average']:.3f}",
+        f"{last['winning_number']:.3f}",
+        "0",
+    ]
+    assert " 0 and 100 " in more
+    assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for size in SIZES:
+        show(page, sweep / "comparison.html", size)
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    assert page.locator("figure svg[role=img]").count() == 3
+    row = page.locator(f'tr[data-run="{summary["run_id"]}"]')
+    assert row.locator('[data-key="last average"]').inner_text() == f"{last['average']:.3f}"
+    assert "ratio 1/2" in page.locator("figcaption").first.inner_text()
+
+    three = cluster.run("main.py", "--role", "report", "runs/three", "runs/sweep", "--run-dir", "runs/side by side")
+    assert three.returncode == 0, three.stderr
+    assert len(three.stdout.splitlines()) == 5 and "agent class" in three.stdout
+    assert {path.name for path in (cluster.path / "runs/side by side").iterdir()} == {
+        "comparison.png",
+        "comparison.html",
+    }
+    beside = cluster.run("main.py", "--role", "report", "runs/three", "runs/sweep/1-2", "runs/sweep/../three")
+    assert beside.returncode == 0 and (cluster.path / "runs/comparison.html").exists()
+    assert len(beside.stdout.splitlines()) == 4  # the same run is not compared with itself
+
+
+def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / "game.json").write_text("{")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "sweep.json").write_text("{}")
+    for folders, expected in (
+        (["nowhere"], "summary.json"),
+        ([str(damaged)], "game.json is damaged"),
+        ([str(run), str(damaged)], "game.json is damaged"),
+        ([str(empty)], "no run was played"),
+        ([str(run), "--run-dir", str(tmp_path / "new")], "where several runs are compared"),
+    ):
+        done = cluster.run("main.py", "--role", "report", *folders)
+        assert done.returncode == 2 and done.stdout == ""
+        assert expected in one_line(done.stderr)
+    done = cluster.run("main.py", "--role", "main", "runs/three")
+    assert done.returncode == 2 and "go with --role report" in one_line(done.stderr)
+
+
+def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
+    folder = tmp_path / "begun"
+    shutil.copytree(run, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted", "rounds": []}))
+    write_report(read_run(folder))
+    show(page, folder / "report.html")
+    assert "No round was finished" in page.locator("main").inner_text()
+
+
+def test_nobody_answers(page, cluster):
+    (cluster.path / "mute.py").write_text(FAILING.replace("if self.index % 10 == 3", "if True"))
+    arguments = ("--agent-class", "mute.py:Failing", "--rounds", "2", "--run-dir", "runs/mute")
+    cluster.play("3", "50", *SEVEN, *arguments, status=4)
+    show(page, cluster.path / "runs/mute/report.html")
+    assert figure(page, 1, "average") == "" and int(figure(page, 2, "failed")) == 50
+    both = cluster.run("main.py", "--role", "report", "runs/mute", "runs/mute/../three", "--run-dir", "runs/both")
+    assert both.returncode == 0, both.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--rounds", "2"), ("--rounds", "100", "--decimals", "6", "--max-value", "1000000")])
+def test_a_large_run_has_a_small_report(page, cluster, more):
+    participants = "1000000" if more[1] == "2" else "20000"
+    cluster.play("3", participants, *SEVEN, *more, timeout=170)
+    file = cluster.path / "runs/latest/report.html"
+    assert file.stat().st_size < 2_000_000
+    show(page, file, "phone")
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    assert page.locator("figure svg").count() == int(more[1]) + 2
+    open_ones = page.locator("#answers ~ .grid figure").count()
+    assert open_ones == min(int(more[1]), 12)
+
+
+def test_numbers_in_words():
+    assert [brief(number) for number in (None, 0, 51.7777, 12345.6, 0.00012345)] == [
+        *("–", "0.000", "51.778", "12,345.600", "0.000123"),
+    ]
+    assert [short(number) for number in (0, 950, 1200, 12_000, 1.5e6, 2e9)] == [
+        "0",
+        "950",
+        "1,200",
+        "12k",
+        "1.5M",
+        "2G",
+    ]
+    assert [seconds(number) for number in (0.5, 61, 3700)] == ["0.50 s", "1 min 1 s", "1 h 1 min"]
+    assert ranges([1, 2, 3, 7, 9, 10]) == "1–3, 7, 9–10" and ranges([]) == ""
+    assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
+    assert table_lines(["a", "bb"], [["ccc", "1"]]) == ["a    bb", "ccc   1"]
+
+
+def test_pictures_have_the_colours_of_the_pages():
+    light = (ROOT / "simulation/pages/style.css").read_text().partition("@media")[0]
+    assert len(VARIABLES) == 15
+    for colour, name in VARIABLES.items():
+        assert f"--{name}: {colour};" in light
+
+
+def test_a_picture_is_the_same_every_time():
+    def picture(name):
+        figure, axes = page_axes(2.0)
+        axes.plot([1, 2], [3, 4], marker="o", color=AVERAGE)
+        return svg(figure, name, 'a "label" <b>')
+
+    assert picture("one") == picture("one") != picture("two")
+    assert 'aria-label="a &#34;label&#34; &lt;b&gt;"' in picture("one")
+    assert "#" not in re.sub(r"(url\(|href=\")#\w+|&#34;", "", picture("one"))  # no colour but by its variable
+
+
+def test_what_the_page_says_is_the_same_from_memory(told_apart):
+    once, again = page_content(told_apart), page_content(read_run(told_apart.path))
+    assert once["facts"] == again["facts"] and once["failures"] == again["failures"]
