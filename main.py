@@ -24,7 +24,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import ROOT, SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import DASHBOARD_PORT, ROOT, SimulationConfig, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def make_parser() -> Parser:
             options["metavar"] = "|".join(item.metadata["choices"])
         if item.name == "hosts":
             options |= {"nargs": "+", "metavar": "HOST"}
+        elif item.name == "dashboard":
+            options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
         parser.add_argument(flag, **options)
     for flag, text in ACTIONS.items():
         parser.add_argument(flag, action="store_true", help=text)
@@ -205,6 +207,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     from simulation.security import load_or_make
 
     log_to_stderr()
+    page_port = config.dashboard  # of this command, not of the run that it resumes
     played = None
     if config.resume is not None:
         if config.run_dir is not None:
@@ -229,6 +232,11 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     run_id = new_run_id() if played is None else played.run_id
     watch = ProgressWatch()
     watch.listen()
+    dashboard = None
+    if page_port is not None:
+        from simulation.dashboard import Dashboard  # what is not asked for is not imported
+
+        dashboard = Dashboard(page_port, watch)
     if played is None:
         directory = RunDirectory(Path(config.run_dir or ROOT / "runs" / run_id))
     servers = None
@@ -250,13 +258,15 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
         from simulation.run import Run
 
-        return Run(config, run_id, key, directory, watch, game, played).play()
+        return Run(config, run_id, key, directory, watch, game, played, dashboard).play()
     finally:
         watch.close()
         if servers is not None:
             servers.stop()
             logger.info(f"stopped the {len(config.ports)} agent servers of this run")
         directory.discard_if_empty()
+        if dashboard is not None:
+            dashboard.close()
 
 
 def check_models_file(config: SimulationConfig) -> dict[str, ModelConfig]:
