@@ -171,12 +171,11 @@ class RunView:
     def _servers(self, simulation: Simulation, seats: list[Seat], glances: dict[str, Glance]) -> dict[str, Any]:
         """A row for each server; a grid, and the rows of some in trouble, where there are very many."""
         number = self.number or len(self.run.results)
-        hosted: Counter[Endpoint] = Counter()
-        asked_by: Counter[Endpoint] = Counter()
+        hosted: Counter[Endpoint] = Counter()  # by a server, or asked by a moderator
         for seat in seats:
             assert seat.server is not None
             hosted[seat.server] += seat.count
-            asked_by[seat.chair] += seat.count
+            hosted[seat.chair] += seat.count
         standings = simulation.cluster.standings()
         counting = {
             oid: max(progress.done if progress.round == number else 0, glances[oid].done if oid in glances else 0)
@@ -195,7 +194,7 @@ class RunView:
                 done = None if answers else sum(counting[oid] for oid in standing.beat.objects)
             else:
                 done = answered[endpoint]
-            rows.append(self._row(endpoint, standing, answers, (hosted + asked_by)[endpoint], done))
+            rows.append(self._row(endpoint, standing, answers, hosted[endpoint], done))
         states = Counter(row["state"] for row in rows)
         told: dict[str, Any] = {"number": len(rows), "states": states, "rows": rows, "grid": None}
         if len(rows) > SERVERS_TOLD:

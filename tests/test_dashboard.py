@@ -13,17 +13,26 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import is_free, one_line, until
 
+from simulation.config import SimulationConfig
+from simulation.console import Stage
+from simulation.dashboard import PAGE
 from simulation.game import Game
 from simulation.glance import BINS, bins_of, glance_at
+from simulation.heartbeat import Beat, Progress, Standing
 from simulation.lookout import Load, Lookout
+from simulation.model import Usage
+from simulation.placement import Endpoint
 from simulation.report import histogram
+from simulation.seating import Seat
 from simulation.sheet import CAUSES_TOLD_APART, AnswerSheet
+from simulation.view import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
 
 NASTY = "<img src=x onerror=alert(1)>"
 SLOW = f"""
@@ -182,7 +191,7 @@ def _own_address() -> str:
     return "127.0.0.2"
 
 
-def test_a_report_is_offered_and_the_process_gone_is_said(cluster, page, tmp_path):
+def test_a_report_is_offered(cluster, page, tmp_path):
     folder = tmp_path / "run"
     run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "2", "--run-dir", str(folder))
     page.goto(run.url)
@@ -264,3 +273,57 @@ def test_a_lookout_knows_the_load_of_a_process_and_of_the_one_that_replaces_it()
     assert seen(5.5, 101.0).cpu == 0.5
     assert seen(5.6, 101.1).cpu == 0.5  # another group of the same look
     assert seen(0.1, 102.0).cpu is None  # another process
+
+
+def run_on(servers: int, lost: int) -> Any:
+    """A run in its first round, as the view sees it, on so many servers of which the first ones are lost."""
+    config = SimulationConfig(participant_num=10 * servers)
+    ends = [Endpoint(f"node{number // 1000}", 12330 + number % 1000) for number in range(servers)]
+    seats = [Seat(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1]) for n, each in enumerate(ends)]
+    standings = {
+        each: (
+            Standing(
+                n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost), 0.1, Beat("it", {seats[n].oid: beat})
+            ),
+            True,
+        )
+        for n, each in enumerate(ends)
+        for beat in [Progress(n % 11, 10, 1)]
+    }
+    cluster = SimpleNamespace(seats=seats, standings=lambda: standings)
+    simulation = SimpleNamespace(cluster=cluster, usage=Usage(), reassigned=10 * lost)
+    return SimpleNamespace(
+        config=config,
+        run_id="run",
+        game=Game(7, 100, 0, 1.0),
+        results=[],
+        usage=Usage(),
+        under_way=(1, time.monotonic() - 2),
+        simulation=simulation,
+    )
+
+
+@pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
+def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
+    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())
+    run = RunView(run_on(servers, lost=30)).state(stage)
+    told = run["servers"]
+    assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
+    assert run["round"]["done"] == 5 * servers
+    state = {"over": False, "running": "run", "run": run, "stage": stage._asdict(), "stopping": False, "log": []}
+    text = json.dumps(state | {"ended": [], "troubles": []})
+    assert len(text) < 20_000
+
+    def answer(route):
+        asked = "state?" in route.request.url
+        route.fulfill(
+            body=text if asked else PAGE.read_text(), content_type="application/json" if asked else "text/html"
+        )
+
+    page.route("**/*", answer)
+    page.goto("http://127.0.0.1:9/")
+    page.get_by_text(f"{servers:,} servers: 30 lost, {servers - 30:,} play").wait_for()
+    squares = 0 if servers == SERVERS_TOLD else min(servers, GRID_CELLS)
+    assert page.locator(".grid i").count() == squares
+    assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_TOLD)
+    assert page.locator(".grid i.l").count() == min(squares, 30)
