@@ -23,7 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import DASHBOARD_PORT, SimulationConfig, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def make_parser() -> Parser:
             options["metavar"] = "|".join(item.metadata["choices"])
         if item.name == "hosts":
             options |= {"nargs": "+", "metavar": "HOST"}
+        elif item.name == "dashboard":
+            options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
         parser.add_argument(flag, **options)
     for flag, text in ACTIONS.items():
         parser.add_argument(flag, action="store_true", help=text)
@@ -212,17 +214,24 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     key = load_or_make(Path(session.config.cluster_key_dir))
     watch = ProgressWatch()
     watch.listen()
+    dashboard = None
+    if config.dashboard is not None:  # of this command, not of the run that it resumes
+        from simulation.dashboard import Dashboard  # what is not asked for is not imported
+
+        dashboard = Dashboard(config.dashboard, watch)
     servers = None
     try:
         session.open()
         servers = start_missing(session.config, key, watch) if session.needs_servers else None
-        return session.play(key, watch)
+        return session.play(key, watch, dashboard)
     finally:
         watch.close()
         if servers is not None:
             servers.stop()
             logger.info(f"stopped the {len(session.config.ports)} agent servers of this run")
         session.close()
+        if dashboard is not None:
+            dashboard.close()
 
 
 def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatch) -> OwnedServers | None:

@@ -17,6 +17,7 @@ from agentscope.agents import AgentBase
 from participant import Participant, message_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, Announcement, Question, Tally, Winners, merge
+from simulation.glance import Glance, glance_at
 from simulation.group import TALLY_VALUES, ParticipantGroup
 from simulation.heartbeat import Progress
 from simulation.remote import RemoteObject, all_of, reply_of
@@ -73,6 +74,12 @@ class Moderator(AgentBase):
         done, total = sum(progress.done for progress in each), sum(progress.total for progress in each)
         return Progress(done, total, number, error)
 
+    def glance(self, numbers: int) -> Glance:
+        """The same as a group's, of those whom it asks one by one; see ParticipantGroup."""
+        number = self._round
+        alone = [group for group in list(self._groups.values()) if isinstance(group, OneByOne)]
+        return glance_at(number, [group.sheet for group in alone if group.sheet is not None], numbers)
+
     def halt(self, at_once: bool) -> None:
         """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
         self._all(lambda group: group.halt(at_once))
@@ -119,7 +126,7 @@ class OneByOne:
         self._seat = seat
         self._timeout_s = timeout_s
         self._round = 0
-        self._sheet: AnswerSheet | None = None
+        self.sheet: AnswerSheet | None = None
         self._halted = False
         self._error = ""
         self._changed = threading.Condition()
@@ -129,12 +136,12 @@ class OneByOne:
             return
         self._group.allow(tokens_each)
         self._halted = False
-        self._sheet = AnswerSheet(self._seat.first, self._seat.count)
+        self.sheet = AnswerSheet(self._seat.first, self._seat.count)
         self._round = question.round
-        threading.Thread(target=self._ask_all, args=(question, self._sheet), daemon=True).start()
+        threading.Thread(target=self._ask_all, args=(question, self.sheet), daemon=True).start()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        number, sheet = self._round, self._sheet  # in this order: a new round's number never goes with old answers
+        number, sheet = self._round, self.sheet  # in this order: a new round's number never goes with old answers
         if sheet is None:
             return Progress(0, 0)
         with self._changed:
@@ -143,8 +150,8 @@ class OneByOne:
 
     def halt(self, at_once: bool) -> None:
         self._halted = True
-        if at_once and self._sheet is not None:
-            self._sheet = self._sheet.closed(INTERRUPTED)
+        if at_once and self.sheet is not None:
+            self.sheet = self.sheet.closed(INTERRUPTED)
 
     def collect(self, part: int) -> tuple[Tally, int]:
         parts = self._filled().tally().parts(TALLY_VALUES)
@@ -157,9 +164,9 @@ class OneByOne:
         return self._filled().answers(first, count)
 
     def _filled(self) -> AnswerSheet:
-        if self._sheet is None or self._sheet.done < self._sheet.count:
+        if self.sheet is None or self.sheet.done < self.sheet.count:
             raise RuntimeError(f"group {self._seat.oid} has no finished round")
-        return self._sheet
+        return self.sheet
 
     def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from simulation.config import SimulationConfig
 from simulation.errors import AgentGone, GameEnded, Interrupted, ServerLost, SimulationError
-from simulation.heartbeat import Heartbeats
+from simulation.heartbeat import Heartbeats, Standing
 from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.remote import END_RUN, KEEP_RUN, NEW_RUN, all_of, fan_out, handshake, told_error
@@ -91,6 +91,10 @@ class Attendance:
     def living(self, pool: list[Endpoint]) -> list[Endpoint]:
         """Those of the pool that play."""
         return [each for each in pool if self._heartbeats.alive(each)]
+
+    def standing(self, endpoint: Endpoint) -> Standing:
+        """How a server stands, for those who look on."""
+        return self._heartbeats.standing(endpoint)
 
     def hosted(self) -> dict[str, Endpoint]:
         """The ids of all that those who play say they hold of this run, and where."""

@@ -20,6 +20,7 @@ from simulation.custom import pack_class
 from simulation.errors import GameEnded
 from simulation.game import Game
 from simulation.group import ParticipantGroup
+from simulation.heartbeat import Standing
 from simulation.model import Usage
 from simulation.placement import Endpoint, endpoints
 from simulation.remote import PATIENT_S, RemoteObject, all_of, fan_out, remove
@@ -101,6 +102,11 @@ class Cluster:
     def used(self) -> dict[str, Usage]:
         """What each group has cost, those that are gone included."""
         return self._attendance.used
+
+    def standings(self) -> dict[Endpoint, tuple[Standing, bool]]:
+        """How all servers stand, for those who look on, and which are of participants, not of moderators."""
+        pools = ((self._servers, True), (self._chairs, False))
+        return {each: (self._attendance.standing(each), answers) for pool, answers in pools for each in pool}
 
     def __enter__(self) -> Cluster:
         self._attendance.greet()

@@ -7,7 +7,9 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from types import FrameType
+from typing import NamedTuple
 
 from loguru import logger
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.text import Text
 from simulation.config import ROOT
 
 LINE_EVERY_S = 5.0
+TOLD_KEPT = 100  # lines about servers, the last ones
 SAME_SIGNAL_S = 1.0  # `timeout` and others signal a process and then its whole group
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
@@ -46,11 +49,22 @@ class RateColumn(ProgressColumn):
         return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
+class Stage(NamedTuple):
+    """How far something is, and since when (time.monotonic) it is under way."""
+
+    name: str
+    done: int
+    total: int
+    began: float
+
+
 class ProgressWatch:
     """A bar for each stage on a terminal; elsewhere a line every few seconds of a long one."""
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
+        self.stage: Stage | None = None  # the last one
+        self.told: deque[tuple[float, str]] = deque(maxlen=TOLD_KEPT)  # when (time.time), and what
         self._signalled_at = 0.0
         self._stage = ""
         self._bar: Progress | None = None
@@ -66,6 +80,7 @@ class ProgressWatch:
                 self._bar = _new_bar()
                 self._bar.add_task(stage, total=total, note=note)
                 self._bar.start()
+        self.stage = Stage(stage, done, total, self._began)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif now - self._last_line >= LINE_EVERY_S:
@@ -78,6 +93,7 @@ class ProgressWatch:
 
     def tell(self, line: str) -> None:
         """Say what happened to a server."""
+        self.told.append((time.time(), line))
         logger.warning(line)
 
     def listen(self) -> None:
@@ -92,6 +108,10 @@ class ProgressWatch:
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
             os._exit(128 + number)
+        self.stop(number)
+
+    def stop(self, number: int) -> None:
+        """Ask for an early end, as the first signal of this number does."""
         self._signalled_at = time.monotonic()  # first, as the next signal may come before the next line
         self.stop_signal = number
         # not the log: its lock may be held by the very code that is interrupted here

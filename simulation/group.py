@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from participant import Home, Participant, answer_in, answers_many, message_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
+from simulation.glance import Glance, glance_at
 from simulation.heartbeat import Progress
 from simulation.model import Chat, Usage
 from simulation.placement import run_of
@@ -115,6 +116,11 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
         number, done = self._round, self._done()  # in this order: a new round's number never goes with old answers
         return Progress(done, self.count, number, self._error, astuple(self.usage()))
+
+    def glance(self, numbers: int) -> Glance:
+        """What is in of the round under way, where there are so many different answers, and what this process costs."""
+        number, sheet = self._round, self._sheet  # in this order, as above
+        return glance_at(number, [] if sheet is None else [sheet], numbers)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Tell participants who were made anew what they answered in the rounds so far.

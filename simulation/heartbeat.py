@@ -73,6 +73,27 @@ class Beat:
             return None
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How a server stands with a run.
+
+    Attributes:
+        plays: Whether it has not been lost, or was taken back.
+        answers: Whether it answers, lost or not.
+        losses: How often it was lost so far.
+        why: The last time.
+        silent_s: For how long it was not heard of.
+        beat: What it said last.
+    """
+
+    plays: bool
+    answers: bool
+    losses: int
+    why: str
+    silent_s: float
+    beat: Beat
+
+
 @dataclass
 class _Pulse:
     """What is known of one server."""
@@ -151,6 +172,12 @@ class Heartbeats:
     def last(self, endpoint: Endpoint) -> Beat:
         """What it said last."""
         return self._pulses[endpoint].beat
+
+    def standing(self, endpoint: Endpoint) -> Standing:
+        """All of this at once, for those who only look on: nobody waits for them."""
+        losses, why = self.losses(endpoint)
+        silent_s, beat = self.silent_s(endpoint), self.last(endpoint)
+        return Standing(self.alive(endpoint), self.answers(endpoint), losses, why, silent_s, beat)
 
     def look(self, endpoint: Endpoint) -> tuple[Beat, float]:
         """What it said last, and when that was asked for (time.monotonic). Raises ServerUnreachable if it is lost."""

@@ -87,6 +87,7 @@ class Simulation:
         self.participant_class = load_class(config.agent_class, config.agent_type)
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
+        self._seats_before: set[Seat] = set()  # when the round began
         self._used_before = usage
         self._used_then: dict[str, Usage] = {}  # what each group had cost when the round began
 
@@ -98,9 +99,15 @@ class Simulation:
     @property
     def usage(self) -> Usage:
         """What all rounds so far have cost."""
-        now, before = sum(self.cluster.used.values(), start=NOTHING_USED), self._used_before
+        used = [*self.cluster.used.values()]  # who looks on may come in between
+        now, before = sum(used, start=NOTHING_USED), self._used_before
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
+
+    @property
+    def reassigned(self) -> int:
+        """How many participants have gone to another server, or moderator, in this round so far."""
+        return sum(seat.count for seat in self.cluster.seats if seat not in self._seats_before)
 
     def __enter__(self) -> Simulation:
         self.cluster.__enter__()
@@ -122,7 +129,7 @@ class Simulation:
         """
         started = time.monotonic()
         self.cluster.begin_round(number)
-        seats_before = set(self.cluster.seats)
+        self._seats_before = set(self.cluster.seats)
         allowed: dict[str, float] = {}
         self._used_then = dict(self.cluster.used)
         question = question_for(self.game, number, self._announcements)
@@ -134,7 +141,7 @@ class Simulation:
             self.cluster.wait("answers in", number, self.cluster.seated)
             if self.config.dispatch == "agent" and self.game.sampling is not None:
                 self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
-            result = self._result(number, started, seats_before)
+            result = self._result(number, started)
             teams = Teams(self.game) if self.game.teams is not None else None
             answers = self.answers() if teams is None else teams.watch(self.answers())
             if self.record is not None:
@@ -166,7 +173,7 @@ class Simulation:
         answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
         return answers
 
-    def _result(self, number: int, started: float, seats_before: set[Seat]) -> RoundResult:
+    def _result(self, number: int, started: float) -> RoundResult:
         """Collect what was answered, announce the average and the winning number, and hear who won."""
         missing = self.config.participant_num - sum(seat.count for seat in self.cluster.seated)
         tally = merge(self.cluster.all(whole_tally).values()) + Tally(
@@ -183,8 +190,8 @@ class Simulation:
             self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
         )
         seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
-        reassigned = sum(seat.count for seat in self.cluster.seats if seat not in seats_before)
-        return replace(result, winners=winners, seconds=seconds, reassigned=reassigned, times=self._times(seconds))
+        times = self._times(seconds)
+        return replace(result, winners=winners, seconds=seconds, reassigned=self.reassigned, times=times)
 
     def _times(self, seconds: float) -> Times | None:
         """Where the time of this round went; None where the groups did not answer by themselves."""

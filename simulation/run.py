@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from loguru import logger
 
@@ -29,6 +30,13 @@ from simulation.security import ClusterKey
 LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
 
+class Onlooker(Protocol):
+    """Who follows runs, one after another: it reads what it will from each, and neither holds it up nor fails it."""
+
+    def follow(self, run: Run) -> AbstractContextManager[None]:
+        """Follow a run for as long as the context lasts; what it raises passes through."""
+
+
 class Run:
     """A run, its results so far, and where they are written.
 
@@ -40,6 +48,7 @@ class Run:
         watch: Who looks on.
         game: What is played.
         played: What there is of it, if it is resumed.
+        onlooker: Who follows it beside the watch.
     """
 
     def __init__(
@@ -51,6 +60,7 @@ class Run:
         watch: ProgressWatch,
         game: Game,
         played: Played | None = None,
+        onlooker: Onlooker | None = None,
     ) -> None:
         self.config = config
         self.run_id = run_id
@@ -60,10 +70,14 @@ class Run:
         self.game = game
         self.results = list(played.results) if played is not None else []
         self.usage = played.usage if played is not None else Usage()
+        self.simulation: Simulation | None = None  # once its servers are heard of
+        self.under_way = (0, 0.0)  # the last round that was begun, and when (time.monotonic)
+        self.status: str | None = None  # as it was written last
         self.ended_early: str | None = None  # why, other than by a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self.cluster["times"] = []  # by round, where they are known
+        self._onlooker = onlooker
         self._resumed = played is not None
         if played is not None:
             self.seconds |= played.seconds
@@ -79,6 +93,10 @@ class Run:
 
     def play(self) -> int:
         """Play all rounds and write the results; returns the exit status. Raises what ended the run early, written."""
+        with contextlib.nullcontext() if self._onlooker is None else self._onlooker.follow(self):
+            return self._play()
+
+    def _play(self) -> int:
         if self._resumed:
             self.directory.go_back_to(len(self.results))
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
@@ -96,6 +114,7 @@ class Run:
         simulation = Simulation(self.config, run, self.key, self.watch, self.directory, self.game, played, self.usage)
         try:
             with simulation:
+                self.simulation = simulation
                 self._create(simulation)
                 self._write("interrupted")  # what it is, should this process be killed from now on
                 for number in self.to_play:
@@ -126,6 +145,7 @@ class Run:
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
         """Play one round, have it written, and tell it. Raises GameEnded if too few servers are left."""
+        self.under_way = (number, time.monotonic())
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
             result = simulation.play(number)
@@ -198,6 +218,7 @@ class Run:
         self.seconds["total"] = time.monotonic() - self._began
         summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results, self.usage)
         self.directory.write_summary(summary)
+        self.status = status
         return summary
 
 

@@ -6,7 +6,7 @@ import secrets
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
@@ -21,6 +21,9 @@ from simulation.security import ClusterKey
 from simulation.sweep import Sweep, read_sweep, sweep_of, tell_comparison
 from simulation.tasks import Task, finished_task, new_task, refuse_above_budget, refuse_costs, resumed_task
 from simulation.yaml_file import shown
+
+if TYPE_CHECKING:
+    from simulation.run import Onlooker
 
 PLANS_SHOWN = 10  # of a dry run of several
 
@@ -82,18 +85,18 @@ class Session:
         self._directory.discard_if_empty()
         self._directory.close()
 
-    def play(self, key: ClusterKey, watch: ProgressWatch) -> int:
+    def play(self, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None = None) -> int:
         """Play what is left; returns the exit status. Raises what ended it early."""
         assert self._directory is not None
         if self.sweep is None:
-            return _play(self.tasks[0], self._directory, key, watch)
+            return _play(self.tasks[0], self._directory, key, watch, onlooker)
         self._directory.write_json(SWEEP, self.sweep.to_json())
         status = 0
         for number, task in enumerate(self.tasks, start=1):
             before = "" if task.status is None else f", which was played before and is {task.status}"
             logger.info(f"run {number} of {len(self.tasks)}: {task.name}{before}")
             try:
-                status = max(status, self._play_one(task, key, watch))
+                status = max(status, self._play_one(task, key, watch, onlooker))
             except SimulationError:
                 self._tell_how_to_go_on(number)
                 raise
@@ -104,13 +107,13 @@ class Session:
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
-    def _play_one(self, task: Task, key: ClusterKey, watch: ProgressWatch) -> int:
+    def _play_one(self, task: Task, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None) -> int:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         if task.status is not None:
             return 0 if task.status == "complete" else GameEnded.exit_status
         directory = RunDirectory(task.folder, resumed=task.folder.exists())
         try:
-            return _play(task, directory, key, watch)
+            return _play(task, directory, key, watch, onlooker)
         except GameEnded as error:
             logger.error(str(error))
             return error.exit_status
@@ -129,10 +132,10 @@ class Session:
             )
 
 
-def _play(task: Task, directory: RunDirectory, key: ClusterKey, watch: ProgressWatch) -> int:
+def _play(task: Task, directory: RunDirectory, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None) -> int:
     from simulation.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
 
-    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played).play()
+    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played, onlooker).play()
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from simulation.game import (
 )
 
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
+PIECE = 65_536  # places that are counted at a time, as they and their copies fit a processor's cache
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
 UNDECIDED = -1
 FAILED = -2  # with the first cause on a sheet; FAILED - k with cause k
@@ -123,6 +125,24 @@ class AnswerSheet:
         causes = list(self._causes)
         interrupted = causes.index(INTERRUPTED) if INTERRUPTED in self._causes else None
         return Tally(self.count, distinct, counts, told_apart(failed, causes.__getitem__, interrupted))
+
+    def so_far(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
+        """What is in already, while more may come: answers in bins of `width` units from 0 on, and failures by cause.
+
+        Of the causes it tells apart those that came first, as there may be as many as participants.
+        """
+        answered = np.zeros(bins, np.int64)
+        failed = np.zeros(CAUSES_TOLD_APART + 1, np.int64)
+        units, any_failed = self._units, bool(self._causes)
+        for at in range(0, len(units), PIECE):
+            piece = units[at : at + PIECE]
+            usable = piece[piece >= 0]
+            answered += np.bincount(usable if width == 1 else usable // width, minlength=bins)
+            if any_failed:
+                codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_TOLD_APART)
+                failed += np.bincount(codes, minlength=len(failed))
+        causes = [*islice(self._causes, CAUSES_TOLD_APART), OTHER_CAUSES]  # after the codes, which have their causes
+        return answered, {cause: often for cause, often in zip(causes, failed.tolist(), strict=False) if often}
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Who answered one of the winning numbers."""

@@ -1,0 +1,329 @@
+"""The live page of --dashboard, in a real browser, beside real runs whose servers die or which are stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import is_free, one_line, until
+
+from simulation.config import SimulationConfig
+from simulation.console import Stage
+from simulation.dashboard import PAGE
+from simulation.game import Game
+from simulation.glance import BINS, bins_of, glance_at
+from simulation.heartbeat import Beat, Progress, Standing
+from simulation.lookout import Load, Lookout
+from simulation.model import Usage
+from simulation.placement import Endpoint
+from simulation.report import histogram
+from simulation.seating import Seat
+from simulation.sheet import CAUSES_TOLD_APART, AnswerSheet
+from simulation.view import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
+
+NASTY = "<img src=x onerror=alert(1)>"
+SLOW = f"""
+from participant import Participant
+
+class Slow(Participant):
+    async def answer(self, question):
+        await self.think(self.index % 400 / 100)
+        if self.index % 1000 == 3:
+            raise ValueError("{NASTY}")
+        return self.index % 50
+"""
+PARTICIPANTS = 12_000
+
+
+class Run:
+    """A run with a dashboard, in the background."""
+
+    def __init__(self, checkout, log: Path, *flags: str) -> None:
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = checkout.start("run_simulation.sh", *flags, "--dashboard", "0", stderr=stderr)
+        until(lambda: "dashboard: " in log.read_text() or self.process.poll() is not None, 30, "the page is served")
+        found = re.search(r"dashboard: (http://127\.0\.0\.1:(\d+)/)", log.read_text())
+        assert found is not None, log.read_text()
+        self.url, self.port = found[1], int(found[2])
+
+    def end(self, status: int, timeout_s: float = 60) -> None:
+        out, _ = self.process.communicate(timeout=timeout_s)
+        assert self.process.returncode == status, (out, self.log.read_text())
+        assert "Traceback" not in self.log.read_text()
+
+    def state(self) -> dict[str, Any]:
+        return json.loads(urllib.request.urlopen(self.url + "state", timeout=5).read())
+
+    def ask(self, path: str, method: str = "GET", **headers: str) -> int:
+        """The status of a request with these headers."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, method=method, headers=named)) as reply:
+                return reply.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture
+def slow(tmp_path) -> str:
+    (tmp_path / "slow.py").write_text(SLOW)
+    return f"{tmp_path / 'slow.py'}:Slow"
+
+
+def number_in(page, selector: str) -> int:
+    text = page.locator(selector).first.text_content().replace(",", "")
+    return int(text) if text.isdecimal() else 0
+
+
+def bar_heights(page) -> list[float]:
+    return page.eval_on_selector_all("#histogram rect", "bars => bars.map(bar => +bar.getAttribute('height'))")
+
+
+def test_a_page_shows_a_round_a_lost_server_and_the_end(cluster, page, tmp_path, slow):
+    flags = ("3", str(PARTICIPANTS), "--rounds", "2", "--agent-class", slow, "--seed", "7")
+    run = Run(cluster, tmp_path / "stderr", *flags)
+    page.goto(run.url)
+    page.get_by_role("heading", name="Round 1 of 2", exact=True).wait_for()
+    seen: list[int] = []
+    until(lambda: seen.append(number_in(page, "#done")) or seen[-1] > 2000, 10, "answers come in")
+    os.kill(cluster.pid(1), signal.SIGKILL)
+    lost = f"localhost:{cluster.base_port + 1} is lost"
+    page.locator("#told").get_by_text(lost).wait_for(timeout=15_000)
+    page.locator(".cells li.lost, .cells li.back").wait_for(timeout=15_000)
+    until(lambda: "reassigned4,000" in page.locator("#facts").text_content(), 15, "who was reassigned is shown")
+    until(lambda: seen.append(number_in(page, "#done")) or seen[-1] >= 6000, 15, "answers come in after the loss")
+    assert len(set(seen)) > 3, seen
+    heights = bar_heights(page)
+    assert len(heights) == BINS and sum(height > 0 for height in heights) == 50, heights
+    page.get_by_role("heading", name="Round 2 of 2", exact=True).wait_for(timeout=20_000)
+    assert page.locator("#played tr").count() == 1
+    page.locator(".cells li.plays").nth(6).wait_for(timeout=5_000)  # the lost one is back
+    shown = page.locator(".cells .load").all_text_contents()
+    until(lambda: any("CPU" in text for text in page.locator(".cells .load").all_text_contents()), 5, shown)
+    run.end(4)  # as some do not answer
+    summary = cluster.summary()
+    page.locator("#status.partial").wait_for(timeout=5_000)
+    rows = [
+        row.split("|")
+        for row in page.eval_on_selector_all(
+            "#played tr", "rows => rows.map(row => Array.from(row.children, cell => cell.textContent).join('|'))"
+        )
+    ]
+    assert len(rows) == 2
+    for row, played in zip(reversed(rows), summary["rounds"], strict=True):
+        assert row[:3] == [str(played["round"]), f"{played['average']:.3f}", f"{played['winning_number']:.3f}"]
+        numbers = [int(cell.replace(",", "")) for cell in row[3:6]]
+        assert numbers == [played["winners"]["count"], played["failed"], played["reassigned"]]
+        assert row[6] == f"{played['seconds']:.2f}"
+    assert number_in(page, "#done") == summary["rounds"][-1]["answered"]
+    failed = sum(played["failed"] for played in summary["rounds"])
+    assert page.locator("#causes").text_content() == f"{failed}ValueError: {NASTY}"
+    assert f"is partial · results in {cluster.path}/runs/{summary['run_id']}" in page.locator("#runs").text_content()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.wait_for_timeout(2_000)
+    assert not requests and page.locator("#notice").is_hidden() and not page.locator("#stop").is_visible()
+
+
+def test_the_button_stops_the_run_and_keeps_results(cluster, page, tmp_path):
+    run = Run(cluster, tmp_path / "stderr", "3", "300", "--rounds", "50", "--sleep-time", "1")
+    page.goto(run.url)
+    until(lambda: page.locator("#played tr").count() >= 1, 20, "a round is played")
+    page.get_by_role("button", name="Stop and keep results").click()
+    page.get_by_role("button", name="Go on playing").click()
+    assert run.state()["stopping"] is False
+    page.get_by_role("button", name="Stop and keep results").click()
+    page.get_by_role("button", name="Stop the run").click()
+    run.end(130)
+    assert cluster.summary()["status"] == "interrupted" and len(cluster.summary()["rounds"]) >= 1
+    page.locator("#status.interrupted").wait_for(timeout=5_000)
+    assert "stopping; results so far are kept" in run.log.read_text()
+
+
+def test_strangers_are_turned_away(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "600")
+    text = urllib.request.urlopen(run.url).read().decode()
+    token = re.search(r'name="token" content="([\w-]{20,})"', text)[1]
+    policy = urllib.request.urlopen(run.url).headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    own = run.url.rstrip("/")
+    until(lambda: run.state()["run"] and run.state()["run"]["round"], 20, "the round is under way")
+    for headers in (
+        {},
+        {"Origin": own},
+        {"X_Token": token},  # but no origin
+        {"X_Token": token, "Origin": "http://evil.example"},
+        {"X_Token": token, "Origin": own, "Host": f"evil.example:{run.port}"},
+        {"X_Token": token, "Origin": f"http://evil.example:{run.port}", "Host": f"evil.example:{run.port}"},
+        {"X_Token": token, "Origin": own, "Sec_Fetch_Site": "cross-site"},
+        {"X_Token": "wrong", "Origin": own},
+    ):
+        assert run.ask("stop", "POST", **headers) == 403, headers
+    assert run.ask("stop") == 405 and run.ask("report?run=../x") == 404
+    assert run.ask("", Host=f"evil.example:{run.port}") == 403 and run.ask("state", Host="127.0.0.1") == 403
+    assert run.ask("state", Sec_Fetch_Site="cross-site") == 403
+    with pytest.raises(OSError):
+        socket.create_connection((_own_address(), run.port), 1)
+    assert run.state()["stopping"] is False and run.process.poll() is None
+    assert run.ask("stop", "POST", X_Token=token, Origin=own) == 200
+    began = time.monotonic()
+    run.end(130)
+    assert time.monotonic() - began < 10  # nobody's page was looking, so nobody was waited for
+    assert is_free(run.port)
+
+
+def _own_address() -> str:
+    """An address of this machine that is not 127.0.0.1."""
+    return "127.0.0.2"
+
+
+def test_a_report_is_offered(cluster, page, tmp_path):
+    folder = tmp_path / "run"
+    run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "2", "--run-dir", str(folder))
+    page.goto(run.url)
+    page.get_by_role("heading", name="Round 1 of 1", exact=True).wait_for()
+    (folder / "report.html").write_text("<h1>the report</h1>")
+    run.end(0)
+    link = page.get_by_role("link", name="save its report")
+    link.wait_for(timeout=5_000)
+    with page.expect_download() as download:
+        link.click()
+    assert Path(download.value.path()).read_text() == "<h1>the report</h1>"
+
+
+def test_a_taken_port_is_one_line(checkout):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = checkout.run("run_simulation.sh", "2", "100", "--dashboard", str(port))
+    assert done.returncode == 2
+    assert f"--dashboard {port}: port {port} of 127.0.0.1 cannot be had" in one_line(done.stderr)
+    assert checkout.runs() == set() and checkout.processes() == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_only_a_run_that_is_asked_to_imports_it(cluster, asked):
+    flags = ["--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30"]
+    flags += ["--sleep-time", "0"] + ["--dashboard", "0"] * asked
+    program = "import sys, main; main.main(sys.argv[1:]); print(*sorted(sys.modules))"
+    command = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(command, cwd=cluster.path, capture_output=True, text=True, timeout=60, check=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "simulation.run" in modules, done.stderr
+    assert ({"simulation.dashboard", "simulation.view", "aiohttp.web"} <= set(modules)) == asked
+    assert asked or not {"simulation.dashboard", "simulation.view", "simulation.lookout", "aiohttp.web"} & set(modules)
+
+
+def test_a_participant_asked_alone_is_seen_as_well(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "stderr", "3", "600", "--dispatch", "agent", "--sleep-time", "0.5")
+
+    def some_answers() -> list[int] | None:
+        urllib.request.urlopen(run.url + "state?page=me").read()
+        told = run.state()["run"]
+        counts = told["distribution"]["counts"] if told and told["round"] else []
+        return counts if 0 < sum(counts) < 600 else None
+
+    until(some_answers, 30, "answers of the round under way are shown")
+    urllib.request.urlopen(run.url + "state?page=me&done=1").read()
+    run.end(0)
+
+
+@pytest.mark.parametrize(("max_value", "decimals"), [(1, 0), (10, 0), (100, 0), (101, 0), (1000, 2), (10**9, 6)])
+def test_a_glance_counts_what_the_tally_counts(max_value, decimals):
+    game = Game(7, max_value, decimals, 0.0)
+    draws = np.random.default_rng(7)
+    sheet = AnswerSheet(5, 200_000)
+    for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
+        sheet.put(place, units)
+    early = glance_at(3, [sheet], game.numbers)
+    assert (early.round, early.done, sum(early.counts), early.failures) == (3, 150_000, 150_000, {})
+    for place in range(150_000, 200_000):
+        sheet.fail(place, f"cause {place % (2 * CAUSES_TOLD_APART)}")
+    late, tally = glance_at(3, [sheet, sheet], game.numbers), sheet.tally()
+    _, counts = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
+    assert late.counts == tuple(2 * counts) and len(late.counts) == bins_of(game.numbers)[1] <= BINS
+    assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_TOLD_APART + 1
+    assert glance_at(0, [], game.numbers).counts == ()
+
+
+def test_a_lookout_knows_the_load_of_a_process_and_of_the_one_that_replaces_it():
+    lookout, sheet = Lookout(), AnswerSheet(0, 1)
+
+    def seen(cpu_s: float, clock_s: float) -> Load:
+        glance = glance_at(1, [sheet], 101)
+        object.__setattr__(glance, "cpu_s", cpu_s)
+        object.__setattr__(glance, "clock_s", clock_s)
+        lookout._note_load("here", glance)
+        return lookout.loads["here"]
+
+    assert seen(5.0, 100.0).cpu is None
+    assert seen(5.5, 101.0).cpu == 0.5
+    assert seen(5.6, 101.1).cpu == 0.5  # another group of the same look
+    assert seen(0.1, 102.0).cpu is None  # another process
+
+
+def run_on(servers: int, lost: int) -> Any:
+    """A run in its first round, as the view sees it, on so many servers of which the first ones are lost."""
+    config = SimulationConfig(participant_num=10 * servers)
+    ends = [Endpoint(f"node{number // 1000}", 12330 + number % 1000) for number in range(servers)]
+    seats = [Seat(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1]) for n, each in enumerate(ends)]
+    standings = {
+        each: (
+            Standing(
+                n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost), 0.1, Beat("it", {seats[n].oid: beat})
+            ),
+            True,
+        )
+        for n, each in enumerate(ends)
+        for beat in [Progress(n % 11, 10, 1)]
+    }
+    cluster = SimpleNamespace(seats=seats, standings=lambda: standings)
+    simulation = SimpleNamespace(cluster=cluster, usage=Usage(), reassigned=10 * lost)
+    return SimpleNamespace(
+        config=config,
+        run_id="run",
+        game=Game(7, 100, 0, 1.0),
+        results=[],
+        usage=Usage(),
+        under_way=(1, time.monotonic() - 2),
+        simulation=simulation,
+    )
+
+
+@pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
+def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
+    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())
+    run = RunView(run_on(servers, lost=30)).state(stage)
+    told = run["servers"]
+    assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
+    assert run["round"]["done"] == 5 * servers
+    state = {"over": False, "running": "run", "run": run, "stage": stage._asdict(), "stopping": False, "log": []}
+    text = json.dumps(state | {"ended": [], "troubles": []})
+    assert len(text) < 20_000
+
+    def answer(route):
+        asked = "state?" in route.request.url
+        route.fulfill(
+            body=text if asked else PAGE.read_text(), content_type="application/json" if asked else "text/html"
+        )
+
+    page.route("**/*", answer)
+    page.goto("http://127.0.0.1:9/")
+    page.get_by_text(f"{servers:,} servers: 30 lost, {servers - 30:,} play").wait_for()
+    squares = 0 if servers == SERVERS_TOLD else min(servers, GRID_CELLS)
+    assert page.locator(".grid i").count() == squares
+    assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_TOLD)
+    assert page.locator(".grid i.l").count() == min(squares, 30)
