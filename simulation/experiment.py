@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def read_experiment(path: str, given: dict[str, Any]) -> Experiment:
         raise file.refused((), f"makes {number:,} combinations, and may make {MOST_COMBINATIONS:,}")
     if "agent_class" in settings:  # beside the experiment, wherever that is played from
         folder = Path(path).absolute().parent
-        settings["agent_class"] = [each and str(folder / each) for each in settings["agent_class"]]
+        settings["agent_class"] = [each and os.path.normpath(folder / each) for each in settings["agent_class"]]
     from_file = {name: values for name, values in settings.items() if name not in given}
     several = [name for name, values in from_file.items() if len(values) > 1]
     combinations = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import signal
 from fractions import Fraction
 
@@ -373,3 +374,31 @@ def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
     (checkout.path / "runs/x/sweep.json").write_text("{}")
     damaged = checkout.run("run_simulation.sh", "--resume", "runs/x")
     assert damaged.returncode == 2 and "its sweep.json is damaged" in one_line(damaged.stderr)
+
+
+# --- The files that come with the program ----------------------------------------------------------------------------
+
+PAPER = (ROOT / "docs/paper.md").read_text()
+FILES = sorted(path.name for path in (ROOT / "configs/experiments").glob("*.yaml"))
+
+
+def test_every_experiment_of_the_paper_has_its_file():
+    rows = [line for line in PAPER.partition("## All experiments")[2].splitlines() if line.startswith("| Sec.")]
+    named = [re.findall(r"`(\w+\.yaml)`", row) for row in rows]
+    assert len(rows) > 12 and all(named)
+    assert {name for names in named for name in names} | {"two_thirds.yaml"} == set(FILES)
+    for name in FILES:
+        assert f"--experiment configs/experiments/{name}" in PAPER
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_experiment_of_the_paper_can_be_played(cluster, name):
+    flags = ("--model-configs", "configs/models_temperature.json") if name == "temperature.yaml" else ()
+    done = cluster.run(
+        *("run_simulation.sh", "--experiment", f"configs/experiments/{name}", "--dry-run", *flags),
+        env={"MODEL_PER_HOST": "6"} if not flags else {"MODEL_PER_HOST": "4"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in PAPER.splitlines() if line.startswith("| Sec.") and f"`{name}`" in line]
+    runs = max(done.stdout.count("\nrun "), 1)
+    assert all(f"`{name}` | {runs} |" in row for row in rows), runs
