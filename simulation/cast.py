@@ -122,8 +122,14 @@ class Cast:
 
     @property
     def _called(self) -> tuple[str, ...]:
-        """What the models are called by their servers; several may serve the same one."""
-        return tuple(each.model for each in self.models) if self.models else self.turns
+        """What the models are called by their servers, several of which may serve the same one.
+
+        A mixture of one model alone, as with several temperatures, is told apart by the names in the models' file.
+        """
+        called = tuple(each.model for each in self.models)
+        if len(set(called)) == 1:
+            return tuple(each.name for each in self.models)
+        return called or self.turns
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to a run's folder; seed and total are among the run's settings."""

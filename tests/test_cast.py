@@ -84,6 +84,10 @@ def test_models_that_take_turns_are_told_apart_by_what_they_are():
     assert cast.places(parts, 3, 3).tolist() == [0, 1, 0]
     assert np.bincount(cast.places(parts, 0, 11)).tolist() == list(parts.counts)
     assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
+    alike = Cast(
+        7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
+    )
+    assert alike.groupings[0].names == ("cold", "hot") and alike.places(alike.groupings[0], 0, 10).sum() == 5
 
 
 @given(seeds, totals, weights)
