@@ -310,9 +310,9 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
         if folders and config.run_dir is not None:
             raise SettingsError(f"--run-dir {config.run_dir}: where several runs are compared; {paths[0]} is one")
         run = read_run(paths[0])
+        say("\n".join(run_lines(run)))
         draw_pictures(run)
         write_report(run)
-        say("\n".join(run_lines(run)))
         return 0
     folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulation.config import SimulationConfig
-from simulation.errors import SettingsError
+from simulation.errors import ResultsError, SettingsError
 from simulation.past_runs import PastRun
 from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
@@ -104,7 +104,10 @@ def comparison_lines(runs: list[PastRun]) -> list[str]:
 
 def write_comparison(folder: Path, runs: list[PastRun]) -> None:
     """Draw several runs into comparison.png and comparison.html of a folder. Raises ResultsError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"cannot write to {folder}: {error.strerror}") from None
     write_png(folder / PICTURE, _picture(runs))
     write_whole(folder / PAGE, render(PAGE, page_content(runs)).encode(errors="replace"))
 

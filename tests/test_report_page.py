@@ -307,6 +307,8 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
         done = cluster.run("main.py", "--role", "report", *folders)
         assert done.returncode == 2 and done.stdout == ""
         assert expected in one_line(done.stderr)
+    done = cluster.run("main.py", "--role", "report", str(run), str(run / "../sweep/1-2"), "--run-dir", "main.py/x")
+    assert done.returncode == 5 and "cannot write to main.py/x" in one_line(done.stderr)
     done = cluster.run("main.py", "--role", "main", "runs/three")
     assert done.returncode == 2 and "go with --role report" in one_line(done.stderr)
 
