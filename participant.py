@@ -195,7 +195,9 @@ class LLMParticipant(Participant):
     def prompt(self, question: Question) -> Prompt:
         """What is asked of the model in a round; or, in round 0, when a person asks it about what it did."""
         if question.round == 0:
-            return prompt_for(self.system(), question, self.numbers, thoughts=self.thoughts)
+            missing = len(question.announcements) - len(self.numbers)  # it gave none in the last ones
+            numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
+            return prompt_for(self.system(), question, numbers, thoughts=thoughts)
         return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played()))
 
     async def answer(self, question: Question) -> float | str:
@@ -203,26 +205,27 @@ class LLMParticipant(Participant):
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         model = self._model(chat)
         if question.round == 0:
-            return (await chat.talk(model, self.prompt(question)))[0]
+            return (await chat.talk(model, self.prompt(question), None))[0]
         before = question.round - 1
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
         prompt = self.prompt(question)
         if self.game.wording is not None and self.game.wording.reasoning_tokens is not None:
-            units = await self._think_aloud(chat, model, prompt, self.game.wording.reasoning_tokens)
+            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.wording.reasoning_tokens)
         else:
-            units = await chat.ask(model, prompt, self._units)
+            units, thoughts = await chat.ask(model, prompt, self._units), ""
         number = units / self.game.scale
-        self.numbers = (*known, number)  # one for each round, also where it is asked twice
+        self.numbers, self.thoughts = (*known, number), thoughts  # one for each round, also where it is asked twice
         return number
 
-    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> int:
+    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
         """Reason freely, and give the number on the last line; where none can be read there, in a second answer."""
-        self.thoughts, whole = await chat.talk(model, prompt, tokens)
+        thoughts, whole = await chat.talk(model, prompt, tokens)
         if whole:  # else the last line may be half a thought
             with contextlib.suppress(UnusableAnswer):
-                return self._units(last_line(self.thoughts))
-        return await chat.ask(model, prompt._replace(thoughts=self.thoughts), self._units)
+                return self._units(last_line(thoughts)), thoughts
+        extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
+        return await chat.ask(model, extracting, self._units), thoughts
 
     def _model(self, chat: Chat) -> str:
         """The name of the model that it asks."""
@@ -258,7 +261,12 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
     metadata: Any = message.metadata if message is not None else None
     if isinstance(metadata, dict) and "announcements" in metadata:
         told = [
-            {**each, "winning_units": tuple(each["winning_units"]), "teams": tuple(map(tuple, each["teams"]))}
+            {
+                **each,
+                "winning_units": tuple(each["winning_units"]),
+                "teams": tuple(map(tuple, each["teams"])),
+                "closest_teams": tuple(each["closest_teams"]),
+            }
             for each in metadata["announcements"]
         ]
         return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in told)})

@@ -226,6 +226,8 @@ def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
-    if not low <= value <= high or value.denominator > FINEST:
+    if value.denominator > FINEST:
+        raise SettingsError(f"{flag} {text}: is finer than can be counted with; write a fraction such as 2/3")
+    if not low <= value <= high:
         raise SettingsError(f"{flag} {text}: must be from {low} to {high:g}, as a fraction such as 2/3 or as 0.51")
     return value

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,8 @@ class Dashboard:
         self._over = True
         with self._heard:
             self._heard.wait_for(lambda: not self._looking(), END_S)
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        with suppress(RuntimeError):  # its thread has ended before, which was told
+            self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(END_S)
 
     # --- The thread --------------------------------------------------------------------------------------------------

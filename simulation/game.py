@@ -144,6 +144,7 @@ class Announcement:
         winning_units: The answers that are closest, all of them.
         winners: How many gave them; None before they are counted.
         teams: Each team with its average, in a game with teams; None where nobody of it answered.
+        closest_teams: Those whose averages are closest to the winning number, all of them.
     """
 
     round: int
@@ -152,14 +153,7 @@ class Announcement:
     winning_units: tuple[int, ...]
     winners: int | None = None
     teams: tuple[tuple[str, float | None], ...] = ()
-
-    @property
-    def closest_teams(self) -> tuple[str, ...]:
-        """The teams whose averages are closest to the winning number, all of them."""
-        if self.winning_number is None:
-            return ()
-        off = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
-        return tuple(name for name in off if off[name] == min(off.values()))
+    closest_teams: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -359,10 +353,19 @@ class RoundResult:
     times: Times | None = None  # None where it is not known, as in a run that is read again
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # with their averages, in a game with teams
 
+    @property
+    def closest_teams(self) -> tuple[str, ...]:
+        """The teams whose averages are closest to the winning number, all of them."""
+        if self.winning_number is None:
+            return ()
+        off = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
+        return tuple(name for name in off if off[name] == min(off.values()))
+
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
     """What everyone hears of a round that was counted, in units of 1 / scale."""
     average = None if result.average is None else float(result.average / scale)
     winning_number = None if result.winning_number is None else float(result.winning_number / scale)
     teams = tuple((name, None if each is None else float(each / scale)) for name, each in result.teams)
-    return Announcement(result.round, average, winning_number, result.closest, result.winners.count, teams)
+    winners, closest_teams = result.winners.count, result.closest_teams
+    return Announcement(result.round, average, winning_number, result.closest, winners, teams, closest_teams)

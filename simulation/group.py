@@ -74,7 +74,8 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._scheduler: Scheduler | None = None  # of the round that is under way
         self._halted = self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
-        self._answering_s = self._client_s = 0.0
+        # Seconds, and of these of CPU, of the rounds so far; and where both clocks stood when the one under way began
+        self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
         self._error = ""
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
@@ -108,7 +109,8 @@ class ParticipantGroup(metaclass=RpcMeta):
     def usage(self) -> Usage:
         """What all rounds have cost so far."""
         spent = Usage() if self._chat is None else self._chat.usage()
-        return replace(spent, answering_s=self._answering_s, client_s=self._client_s)
+        answering_s, client_s = self._time_spent()
+        return replace(spent, answering_s=answering_s, client_s=client_s)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far it is, after waiting up to `wait_s` seconds for the end; heartbeats carry this."""
@@ -244,14 +246,20 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
         """Ask everyone, and return when everyone has answered or failed."""
-        began, began_cpu = time.monotonic(), time.process_time()
+        self._spent = (*self._spent[:2], (time.monotonic(), time.process_time()))
         if self._many:
             await self._schedule(question, sheet)
         else:
             await self._ask_in_threads(question, sheet)
-        took_s = time.monotonic() - began
-        self._answering_s += took_s
-        self._client_s += min(time.process_time() - began_cpu, took_s)
+        self._spent = (*self._time_spent(), None)
+
+    def _time_spent(self) -> tuple[float, float]:
+        """The seconds of all rounds, and of these of CPU, up to now: a round counts while it plays."""
+        answering_s, client_s, began = self._spent  # at one stroke, as the loop's thread may end a round meanwhile
+        if began is None:
+            return answering_s, client_s
+        took_s = time.monotonic() - began[0]
+        return answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
 
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
         """Ask all of them together; whatever one does wrong is its own failure, with its cause.

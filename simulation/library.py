@@ -12,7 +12,7 @@ from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
 from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, whole_number
 from simulation.errors import SettingsError, printable
 from simulation.game import Game, Sampling, Wording
-from simulation.model_configs import ModelConfig, model_name
+from simulation.model_configs import ModelConfig, asked_models
 from simulation.yaml_file import Entry, YamlFile, listed, nearest, read_by, read_yaml, shown
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona")
@@ -43,9 +43,14 @@ def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Ca
         return Cast(config.seed or 0, config.participant_num, sets)
     if config.models is not None:
         return Cast(config.seed or 0, config.participant_num, sets, _mixture(config, models))
-    names = map(model_name, range(1, config.model_per_host + 1))
-    turns = tuple(models[name].model for name in names if name in models)
-    return Cast(config.seed or 0, config.participant_num, sets, turns=turns)
+    return Cast(config.seed or 0, config.participant_num, sets, turns=turns_of(config, models))
+
+
+def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[str, ...]:
+    """What the models are called, by their servers, that participants ask in turn; none in a mixture."""
+    if config.agent_type != "llm" or config.models is not None:
+        return ()
+    return tuple(models[name].model for name in asked_models(config) if name in models)
 
 
 def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
@@ -115,6 +120,13 @@ def _text(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    """A name, which terminals and pages show."""
+    if _text(text) != printable(text):
+        raise SettingsError("must be a name in one line, of signs that can be shown")
+    return text
+
+
 def _with_placeholders(text: str) -> str:
     """A text whose braces hold what is known there."""
     try:
@@ -162,7 +174,7 @@ def _share(text: str) -> Fraction:
 class PersonaEntry(Entry):
     """A persona of the personas file; see Persona."""
 
-    name: Annotated[str, read_by(_text)]
+    name: Annotated[str, read_by(_name)]
     share: Annotated[Fraction, read_by(_share)]
     text: Annotated[str, read_by(_text)] = ""
 
@@ -186,7 +198,7 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
     file = read_yaml(path, "--personas-file")
     entries = file.read_as(dict[str, list[PersonaEntry]])
     for name, personas in entries.items():
-        if name == MODEL or "+" in name or not name.strip():
+        if name == MODEL or "+" in name or not name.strip() or name != printable(name):
             raise file.refused((name,), f"a set cannot be called {name!r}: that is how models, or several sets, are")
         _refuse_twice(file, name, personas)
         total = sum(each.share for each in personas)

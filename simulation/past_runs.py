@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
 from simulation.config import SimulationConfig, flag_of
-from simulation.errors import ClusterError, SettingsError, one_line
+from simulation.errors import ClusterError, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
 from simulation.model import Usage
@@ -62,12 +63,13 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """The settings of a run with others that are given now. Raises SettingsError if one cannot change in mid-game."""
     staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
+    anew = replace(config, **given)
     for name in staying & given.keys():
-        if given[name] != getattr(config, name):
+        if getattr(anew, name) != getattr(config, name):  # 0.5 is 1/2
             raise SettingsError(
                 f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
             )
-    return replace(config, **given)
+    return anew
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
@@ -126,7 +128,11 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
     try:
         said = json.loads((path / GAME).read_text())
         wording = Wording(**said["wording"]) if said["wording"] is not None else None
-        return game_of(config, wording, Cast.from_json(said["cast"], config.seed or 0, config.participant_num))
+        game = game_of(config, wording, Cast.from_json(said["cast"], config.seed or 0, config.participant_num))
+        names = [name for parts in game.cast.groupings for name in (parts.topic, *parts.names)] if game.cast else []
+        if any(name != printable(name) for name in names):  # they are printed
+            raise ValueError
+        return game
     except OSError as error:
         raise SettingsError(f"--run-dir {path}: cannot read its {GAME}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -192,7 +198,7 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
         parts.topic: [{name: Tally(0) for name in parts.names} for _ in results] for parts in groupings
     }
     round_places = {result.round: place for place, result in enumerate(results)}
-    for number, rows in _rows_of(path) if groupings else ():
+    for number, rows in _rows_of(path) if groupings and results else ():
         for parts in groupings if number in round_places else ():
             assert game.cast is not None
             tallies = groups[parts.topic][round_places[number]]
@@ -204,9 +210,11 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
 def tallies_of_parts(rows: pa.Table, game: Game, parts: Parts) -> Iterator[tuple[str, Tally]]:
     """The tallies of these rows, which are of consecutive participants, for each part of them."""
     assert game.cast is not None
-    places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows)) if len(rows) else ()
-    for place, name in enumerate(parts.names):
-        yield name, tally_in(rows.filter(pa.array(places == place)), game.scale)
+    places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows))
+    ordered = rows.take(pa.array(np.argsort(places, kind="stable")))  # once, however many parts there are
+    stops = np.cumsum(np.bincount(places, minlength=len(parts.names))).tolist()
+    for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
+        yield name, tally_in(ordered.slice(start, stop - start), game.scale)
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:

@@ -139,13 +139,20 @@ def _inside(text: str) -> str:
     text = re.sub(r'(?<= [dxy]=")[^"]*', _fewer_digits, text)
     text = re.sub(r'(?<= style=")[^"]*', _own_font, text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub(r"<[^>]*", _own_colours, text)
     return re.sub(r">\s+<", "><", text).replace("<g/>", "").strip()
 
 
 def _fewer_digits(numbers: re.Match[str]) -> str:
     return re.sub(r"(\.\d)\d+", r"\1", " ".join(numbers[0].split()))
+
+
+def _own_colours(tag: re.Match[str]) -> str:
+    """Variables for colours, in a tag; a name may look like one."""
+    text = tag[0]
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return text
 
 
 def _own_font(style: re.Match[str]) -> str:

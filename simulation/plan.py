@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from simulation.cast import Cast
 from simulation.config import SimulationConfig
-from simulation.game import Announcement, question_for
+from simulation.game import Announcement, Game, question_for
 from simulation.library import game_to_play
 from simulation.model_configs import ModelConfig, asked_models
 from simulation.placement import endpoints, even_split, place
 from simulation.processes import ranges
-from simulation.prompts import CHARACTERS_PER_TOKEN, answer_tokens, instruction, prompt_for, rules
+from simulation.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
+from simulation.shares import quotas
 
 
 @dataclass(frozen=True)
@@ -38,41 +40,61 @@ def estimate(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> lis
     """
     game = game_to_play(config, models)
     assert game.wording is not None and game.cast is not None
-    sharing = _sharing(config)
-    first = asked_models(config)[0]
-    fields = models[first].generate_args if first in models else {}
-    limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
-    samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
-    each = int(limit or answer_tokens(config.structured_output, game))
+    asked = _sharing(config, game.cast)
     aloud = game.wording.reasoning_tokens
-    thoughts = None if aloud is None else "x" * (CHARACTERS_PER_TOKEN * int(limit or aloud))
-    personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in game.cast.persona_sets]
     characters = math.prod(len(one.personas) for one in game.cast.persona_sets)
     rounds = []
-    told: tuple[Announcement, ...] = ()
     for number in range(1, config.rounds + 1):
-        numbers = tuple(float(config.max_value) for _ in told)
-        prompt = prompt_for(
-            rules(game, personas), question_for(game, number, told), numbers, instruction(game, personas)
-        )
+        prompt = _longest_prompt(game, config.participant_num, number)
         different = characters * game.numbers ** (number - 1)
-        requests = sum(groups * _requests(count, different, samples) for count, groups in sharing.items())
-        prompt_tokens, answers = requests * prompt.tokens, config.participant_num * each
-        if thoughts is not None:  # a second request for everyone, as no two thought the same
-            requests += config.participant_num
-            prompt_tokens += config.participant_num * prompt._replace(thoughts=thoughts).tokens
-            answers += config.participant_num * (len(thoughts) // CHARACTERS_PER_TOKEN)
+        requests = prompt_tokens = answers = 0
+        for name, sharing in asked.items():
+            fields = models[name].generate_args if name in models else {}
+            limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
+            samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
+            everyone = sum(count * groups for count, groups in sharing.items())
+            first = sum(groups * _requests(count, different, samples) for count, groups in sharing.items())
+            requests += first
+            prompt_tokens += first * prompt.tokens
+            answers += everyone * int(limit or answer_tokens(config.structured_output, game))
+            if aloud is not None:  # a second request for each of them, as no two thought the same
+                requests += everyone
+                prompt_tokens += everyone * prompt._replace(thoughts="x" * aloud, thought_tokens=aloud).tokens
+                answers += everyone * aloud
         rounds.append(RoundEstimate(number, requests, prompt_tokens, answers))
-        told += (Announcement(number, config.max_value / 2, config.max_value / 2, (), config.participant_num),)
     return rounds
 
 
-def _sharing(config: SimulationConfig) -> Counter[int]:
-    """How many participants may share requests, as they are of one group and ask one model: how often which count."""
+def _longest_prompt(game: Game, participants: int, number: int) -> Prompt:
+    """About the longest prompt of a round: all that was announced, with all the digits there can be."""
+    assert game.cast is not None
+    personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in game.cast.persona_sets]
+    teams = next((parts.names for parts in game.cast.groupings if parts.topic == game.teams), ())
+    long = game.max_value * 2 / 3
+    units = (game.numbers - 2, game.numbers - 1)
+    winning = long if game.target == "the average" else long / 2
+    told = tuple(
+        Announcement(each, long, winning, units, participants, tuple((name, long) for name in teams), teams)
+        for each in range(1, number)
+    )
+    numbers = tuple(units[0] / game.scale for _ in told)
+    return prompt_for(rules(game, personas), question_for(game, number, told), numbers, instruction(game, personas))
+
+
+def _sharing(config: SimulationConfig, cast: Cast) -> dict[str, Counter[int]]:
+    """How many may share requests, as they are of one group and ask one model: by model, how often which count."""
     servers = len(config.hosts) * config.server_per_host
     groups = place(config.participant_num, servers, len(config.hosts) * config.moderator_per_host)
-    counts = (len(part) for group in groups for part in even_split(group.count, len(asked_models(config))))
-    return Counter(count for count in counts if count)
+    names = asked_models(config)
+    found: dict[str, Counter[int]] = {name: Counter() for name in names}
+    for group in groups:
+        if cast.models:  # about so many; the cast deals them out over all groups
+            counts = quotas(group.count, [each.share for each in cast.models])
+        else:
+            counts = tuple(map(len, even_split(group.count, len(names))))
+        for name, count in zip(names, counts, strict=True):
+            found[name][count] += 1
+    return found
 
 
 def _requests(count: int, prompts: int, samples: int) -> int:

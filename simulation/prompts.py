@@ -25,17 +25,26 @@ EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The messages of a request; after thinking aloud it holds the thoughts, and asks for the number alone."""
+    """The messages of a request; after thinking aloud it holds the thoughts, and asks for the number alone.
+
+    Attributes:
+        system: Who is asked, and the rules.
+        user: The question.
+        thoughts: What was thought aloud.
+        thought_tokens: How long that may be at most.
+    """
 
     system: str
     user: str
     thoughts: str | None = None
+    thought_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """An estimate of its length."""
-        more = 0 if self.thoughts is None else len(self.thoughts) + len(EXTRACT)
-        return (len(self.system) + len(self.user) + more) // CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+        ours = len(self.system) + len(self.user) + (0 if self.thoughts is None else len(EXTRACT))
+        thoughts = 0 if self.thoughts is None else min(len(self.thoughts), self.thought_tokens)  # in any language
+        return ours // CHARACTERS_PER_TOKEN + thoughts + TEMPLATE_TOKENS
 
     @property
     def messages(self) -> list[dict[str, str]]:

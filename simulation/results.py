@@ -37,6 +37,7 @@ LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
+MADE_OF_IT = ("report.html", "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # in a folder of several runs
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
@@ -105,6 +106,11 @@ class RunDirectory:
             for entry in summary["rounds"]:  # causes are what can be long; answers.parquet has them all
                 entry["failures"] = most_frequent(entry["failures"], kept)
             text = json.dumps(summary, indent=2)
+        for kept in (500, 100, 0):
+            if len(text) < SUMMARY_BYTES:
+                break
+            summary["cluster"]["lost"] = summary["cluster"]["lost"][:kept]
+            text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
             file.write((text + "\n").encode())
         draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")
@@ -170,6 +176,8 @@ class RunDirectory:
         for part in self.path.glob(PARTS):
             if part not in [self._part(number + 1) for number in range(rounds)]:
                 part.unlink()
+        for name in MADE_OF_IT:  # of the run as it was
+            (self.path / name).unlink(missing_ok=True)
         if (self.path / FAILED_ANSWERS).exists():
             entries = map(json.loads, (self.path / FAILED_ANSWERS).read_text().splitlines())
             self._failed = [entry for entry in entries if entry["round"] <= rounds]

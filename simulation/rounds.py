@@ -33,6 +33,7 @@ from simulation.game import (
     RoundResult,
     Tally,
     Times,
+    Units,
     Winners,
     announcement_of,
     merge,
@@ -242,13 +243,23 @@ class Teams:
 
     def watch(self, answers: Iterable[Answers]) -> Iterator[Answers]:
         """The same answers, which are counted on the way."""
+        waiting: list[tuple[Units, Units]] = []
         for part in answers:
-            places = self._cast.places(self._parts, part.first, len(part.units))
-            answered = part.units >= 0
-            for team in range(len(self._tallies)):
-                units = part.units[answered & (places == team)]
-                self._tallies[team] += Tally(len(units), *counted(units))
+            waiting.append((self._cast.places(self._parts, part.first, len(part.units)), part.units))
+            if sum(len(units) for _, units in waiting) >= FETCHED_AT_ONCE:
+                self._count(waiting)
             yield part
+        self._count(waiting)
+
+    def _count(self, waiting: list[tuple[Units, Units]]) -> None:
+        """Count what has come in, many small parts at once."""
+        if not waiting:
+            return
+        places, units = (np.concatenate(each) for each in zip(*waiting, strict=True))
+        for team in range(len(self._tallies)):
+            answered = units[(units >= 0) & (places == team)]
+            self._tallies[team] += Tally(len(answered), *counted(answered))
+        waiting.clear()
 
     def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
         """Each team with its average in units; None where nobody of it answered."""

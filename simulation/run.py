@@ -130,7 +130,7 @@ class Run:
                 with contextlib.suppress(ResultsError):  # the first error is the one to tell
                     self._note_losses(simulation)
                     self.directory.join_answers()
-                    self._write("interrupted" if isinstance(error, Interrupted) else "failed")
+                    self._report(self._write("interrupted" if isinstance(error, Interrupted) else "failed"))
             raise
         return self._finish()
 

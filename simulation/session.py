@@ -19,7 +19,15 @@ from simulation.plan import plan_lines
 from simulation.results import SWEEP, RunDirectory, new_run_id
 from simulation.security import ClusterKey
 from simulation.sweep import Sweep, read_sweep, sweep_of, tell_comparison
-from simulation.tasks import Task, finished_task, new_task, refuse_above_budget, refuse_costs, resumed_task
+from simulation.tasks import (
+    Task,
+    finished_task,
+    new_task,
+    refuse_above_budget,
+    refuse_costs,
+    refuse_sum_above_budget,
+    resumed_task,
+)
 from simulation.yaml_file import shown
 
 if TYPE_CHECKING:
@@ -156,6 +164,8 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     else:
         task = new_task(_seeded(config, secrets.randbits(32)))
         session = Session([task], task.folder)
+    if session.sweep is not None:
+        refuse_sum_above_budget(session.tasks, given.get("max_tokens"))
     if not config.dry_run:
         refuse_costs(session.tasks, session.plan)
     return session

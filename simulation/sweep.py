@@ -12,11 +12,12 @@ from typing import Any
 from simulation.config import SimulationConfig
 from simulation.console import say
 from simulation.errors import SettingsError
-from simulation.experiment import Experiment, value_in_words
+from simulation.experiment import OF_GAME, Experiment, value_in_words
 from simulation.past_runs import read_run
 from simulation.results import SWEEP
 
 LONGEST_NAME = 120  # characters
+FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ class Sweep:
         runs = tuple(
             SweepRun(each["folder"], SimulationConfig(**{**shared, **each["settings"]})) for each in said["runs"]
         )
-        if not runs or any(Path(run.folder).name != run.folder for run in runs):
+        folders = [run.folder for run in runs]
+        if not runs or not all(map(FOLDER.fullmatch, folders)) or len(set(folders)) < len(folders):
             raise ValueError("it names no runs, or folders elsewhere")
+        if not set(said["varies"]) <= OF_GAME.keys():
+            raise ValueError("it varies what is no setting of the game")
         return cls(said["sweep_id"], said["experiment"], said["about"], tuple(said["varies"]), runs)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import SettingsError
 from simulation.game import Game
-from simulation.library import game_to_play
+from simulation.library import game_to_play, turns_of
 from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
 from simulation.past_runs import Played, config_to_resume, read_game, read_played, read_summary
 from simulation.plan import cost_lines, estimate
@@ -71,8 +71,14 @@ def new_task(config: SimulationConfig) -> Task:
 def resumed_task(path: Path, given: dict[str, Any]) -> Task:
     """The run in a folder, with other settings where they are given. Raises SettingsError."""
     config, played = read_played(path, given)
-    models = _checked(config)
-    return Task(config, models, read_game(path, config), path.resolve(), played.run_id, played)
+    models, game = _checked(config), read_game(path, config)
+    before, now = game.cast.turns if game.cast is not None else (), turns_of(config, models)
+    if before != now and len({*before, *now}) > 1:  # who asked which model is told from this alone
+        raise SettingsError(
+            f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
+            f"turn, which stays, and would ask {', '.join(now)}"
+        )
+    return Task(config, models, game, path.resolve(), played.run_id, played)
 
 
 def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
@@ -101,6 +107,16 @@ def refuse_above_budget(task: Task, name: str) -> None:
         name = f" ({name})" if name else ""
         raise SettingsError(
             f"--max-tokens {allowed}: a run{name} may cost {task.tokens:,} tokens, more than these {allowed:,}"
+        )
+
+
+def refuse_sum_above_budget(tasks: list[Task], allowed: int | None) -> None:
+    """Raise SettingsError if all runs that are left may together cost more than was allowed by hand."""
+    tokens = sum(task.tokens for task in tasks if task.status is None)
+    if allowed is not None and tokens > allowed:
+        raise SettingsError(
+            f"--max-tokens {allowed}: these {len(tasks)} runs may together cost {tokens:,} tokens, not {allowed:,}; "
+            "max_tokens in the experiment's file would bound each of them"
         )
 
 

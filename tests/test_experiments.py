@@ -7,6 +7,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import asdict
 from fractions import Fraction
 
 import psutil
@@ -20,6 +21,7 @@ from simulation.errors import SettingsError
 from simulation.experiment import in_words, read_experiment
 from simulation.library import read_cast, read_wording
 from simulation.model_configs import read_models
+from simulation.sweep import Sweep
 
 GREEDY = """
 from participant import Participant
@@ -363,6 +365,26 @@ def test_a_laptop_starts_servers_once_and_plays_all_although_one_run_is_partial(
     longer = checkout.run("run_simulation.sh", "--resume", "runs/s", "--rounds", "2")
     assert longer.returncode == 4 and longer.stderr.count("round 2: asking") == 3, longer.stderr
     assert "starting 2 for participants" in longer.stderr
+
+
+@pytest.mark.parametrize("folder", ["..", ".", "", "../x", "01-a/b", "/tmp", "02-b"])
+def test_a_sweep_of_folders_elsewhere_or_named_twice_is_damaged(folder):
+    config = asdict(SimulationConfig(seed=1))
+    said = {"sweep_id": "s", "experiment": "x.yaml", "about": None, "varies": ["ratio"], "config": config}
+    said["runs"] = [{"folder": each, "settings": {"ratio": "1/2"}} for each in ("01-a", "02-b", folder)]
+    with pytest.raises(ValueError, match="folders elsewhere"):
+        Sweep.from_json(said)
+    with pytest.raises(ValueError, match="no setting of the game"):
+        Sweep.from_json({**said, "runs": said["runs"][:2], "varies": ["base_port"]})
+
+
+def test_all_runs_together_stay_within_a_budget_given_by_hand(cluster):
+    play = write(cluster, "agent_type: llm\nrounds: 1\nratio: [1/2, 2/3, 3/4]\n")
+    told = re.findall(r"at most about ([\d,]+) tokens", cluster.run(*play, "--dry-run").stdout)
+    tokens = int(told[-1].replace(",", ""))  # after each run's own
+    refused = cluster.run(*play, "--max-tokens", str(tokens - 1), "--dry-run")
+    assert refused.returncode == 2 and "these 3 runs may together cost" in one_line(refused.stderr)
+    assert cluster.run(*play, "--max-tokens", str(tokens), "--dry-run").returncode == 0
 
 
 def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from conftest import one_line
+from conftest import one_line, until
 
 from simulation.game import Game, draw
 from simulation.past_runs import read_run
@@ -109,3 +109,17 @@ def test_teams_hear_their_averages(cluster):
         assert line.endswith(f"; {closest} is closest.")
     unknown = cluster.run("run_simulation.sh", "3", "300", *LEVEL_K, "--personas", "levels", "--teams", "model")
     assert unknown.returncode == 2 and "--teams model" in one_line(unknown.stderr)
+
+
+def test_a_run_that_was_killed_in_its_first_round_is_reported_and_goes_on(cluster):
+    flags = ("--personas", "levels", "--teams", "levels", "--seed", "7", "--rounds", "2")
+    run = cluster.path / "runs/killed"
+    play = cluster.start("run_simulation.sh", "3", "60", *flags, "--sleep-time", "60", "--run-dir", str(run))
+    until((run / "summary.json").exists, 60, "it has begun")
+    play.kill()
+    play.wait()
+    report = cluster.run("main.py", "--role", "report", str(run))
+    assert report.returncode == 0 and "is interrupted: 0 of 2 rounds" in report.stdout, report.stderr
+    assert "0 of 2 rounds" in (run / "report.html").read_text()
+    resumed = cluster.run("run_simulation.sh", "--resume", str(run), "--sleep-time", "0")
+    assert resumed.returncode == 0 and resumed.stdout.count("teams' averages") == 2, resumed.stderr

@@ -10,9 +10,11 @@ import signal
 import pytest
 from conftest import one_line, until
 
+from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
-from simulation.game import INTERRUPTED
-from simulation.results import RunDirectory
+from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.model import Usage
+from simulation.results import RunDirectory, summarise
 
 ROUNDS = ("--rounds", "4")
 # Every answer follows from the participant's own answers so far: one who has forgotten them gives others.
@@ -186,6 +188,26 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path):
     assert directory.path == (tmp_path / "one").resolve()
     with pytest.raises(SettingsError, match="is being written by another run"):
         RunDirectory(tmp_path / "one", resumed=True)
+
+
+def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    config = SimulationConfig(rounds=100, decimals=6, seed=1)
+    failures = {f"cause {place} in many words": 10**9 for place in range(20)}
+    played = [
+        RoundResult(each, Tally(sum(failures.values()), failures=failures), None, None, (), Winners(0, ()), 1.2345)
+        for each in range(1, 101)
+    ]
+    times = [
+        {"round": each} | dict.fromkeys(("model_s", "client_s", "slowest_s", "rpc_s"), 1.2345) for each in range(100)
+    ]
+    lost = [f"a-rather-long-name-of-a-host-{each}.example:12345" for each in range(1000)]
+    cluster = {"hosts": ["localhost"], "lost": lost, "times": times}
+    seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 1.0)
+    RunDirectory(tmp_path / "run").write_summary(summarise(config, "r", "partial", cluster, seconds, played, Usage()))
+    text = (tmp_path / "run/summary.json").read_text()
+    assert len(text) < 100_000 and len(json.loads(text)["cluster"]["lost"]) >= 100
+    assert json.loads(text)["rounds"][99]["failed"] == 20 * 10**9
 
 
 def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout):

@@ -29,6 +29,9 @@ from simulation.game import (
     question_for,
     target_in_words,
 )
+from simulation.library import game_to_play
+from simulation.model_configs import read_models
+from simulation.plan import estimate
 from simulation.prompts import instruction, prompt_for, rules
 from simulation.report import announcement_lines
 
@@ -135,14 +138,20 @@ def test_what_was_announced_is_told_to_whoever_has_a_prompt():
 
 
 def test_the_averages_of_teams_are_told_and_whose_is_closest():
-    told = Announcement(1, 30.0, 20.0, (20,), 4, (("red", 18.5), ("blue", 21.5), ("green", None)))
-    assert told.closest_teams == ("red", "blue")
+    told = Announcement(1, 30.0, 20.0, (20,), 4, (("red", 18.5), ("blue", 21.5), ("green", None)), ("red", "blue"))
     heard = prompt_for("", question_for(GAME, 2, (told,)), ()).user.splitlines()[0]
     assert heard == (
         "Round 1: the average was 30, so the number to be closest to was 20; 4 won with 20. "
         "The averages of the teams were: red 18.5, blue 21.5, green none. The closest was that of red and blue."
     )
     assert question_in(message_of(question_for(GAME, 2, (told,))), GAME) == question_for(GAME, 2, (told,))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 1000), st.integers(1, 99))
+def test_teams_on_either_side_of_the_winning_number_tie_whatever_floats_say(off, parts, winning):
+    teams = (("low", winning - Fraction(off, parts)), ("high", winning + Fraction(off, parts)), ("none", None))
+    result = RoundResult(1, Tally(0), Fraction(winning), Fraction(winning), (), Winners(0, ()), 0.0, teams=teams)
+    assert announcement_of(result, 7).closest_teams == ("low", "high")
 
 
 def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
@@ -187,6 +196,8 @@ def test_a_resumed_game_keeps_its_ratio(cluster):
     assert resumed.returncode == 0, resumed.stderr
     told = [(entry["winning_number"], entry["winners"]) for entry in cluster.summary()["rounds"]]
     assert told == [(entry["winning_number"], entry["winners"]) for entry in whole["rounds"]]
+    alike = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--ratio", "4/6")
+    assert alike.returncode == 0, alike.stderr
     changed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--ratio", "1/2")
     assert changed.returncode == 2 and "which stays" in one_line(changed.stderr)
     assert {entry["round"] for entry in cluster.summary()["cluster"]["times"]} == {1, 2, 3}
@@ -293,3 +304,70 @@ def test_models_of_a_mixture_are_asked_by_their_shares(checkout):
     finally:
         for fake in fakes:
             fake.close()
+
+
+def test_models_that_take_turns_stay_the_same_in_a_run(checkout):
+    port = free_ports(3)
+    fakes = [FakeModel(port=port + place) for place in range(2)]
+    for fake, model in zip(fakes, ("llama", "qwen"), strict=True):
+        fake.model = model
+    entries = [
+        {
+            "config_name": f"model_{place + 1}",
+            "model_type": "openai_chat",
+            "model_name": fake.model,
+            "client_args": {"base_url": fake.url},
+        }
+        for place, fake in enumerate(fakes)
+    ]
+    (checkout.path / "configs/model_configs.json").write_text(json.dumps(entries))
+    try:
+        checkout.play("2", "40", "--agent-type", "llm", "--model-per-host", "2", "--rounds", "1")
+        assert [len(fake.texts) for fake in fakes] == [20, 20]
+        resume = ("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2", "--model-per-host")
+        other = checkout.run(*resume, "1")
+        assert other.returncode == 2 and "asked llama, qwen in turn, which stays" in one_line(other.stderr)
+        again = checkout.run(*resume, "2")
+        assert again.returncode == 0 and [len(fake.texts) for fake in fakes] == [40, 40], again.stderr
+    finally:
+        for fake in fakes:
+            fake.close()
+
+
+def config_of_a_mixture(tmp_path, models, **more):
+    """The settings of a game among two models of which one may say much."""
+    entries = [
+        {
+            "config_name": name,
+            "model_type": "openai_chat",
+            "model_name": name,
+            "client_args": {"base_url": "http://localhost:1/v1"},
+            "generate_args": {"max_tokens": most},
+        }
+        for name, most in (("short", 8), ("long", 4096))
+    ]
+    (tmp_path / "models.json").write_text(json.dumps(entries))
+    return SimulationConfig(agent_type="llm", models=models, model_configs=str(tmp_path / "models.json"), **more)
+
+
+def test_the_estimate_knows_every_model_of_a_mixture(tmp_path):
+    for models in ("short=3/4,long=1/4", "long=1/4,short=3/4"):
+        config = config_of_a_mixture(tmp_path, models)
+        (entry,) = estimate(config, read_models(config))
+        assert entry.answer_tokens == pytest.approx(750 * 8 + 250 * 4096, rel=0.05)
+
+
+def test_the_estimate_of_a_round_is_no_shorter_than_what_is_said(tmp_path):
+    config = config_of_a_mixture(
+        tmp_path, "short=1/2,long=1/2", teams="model", ratio="2/3", decimals=2, rounds=4, prompt="team"
+    )
+    rounds = estimate(config, read_models(config))
+    game = game_to_play(config, read_models(config))
+    told = ()
+    for entry in rounds:
+        prompt = prompt_for(rules(game), question_for(game, entry.round, told), (12.34,) * len(told), instruction(game))
+        both = prompt.tokens + prompt._replace(thoughts="x" * 9999, thought_tokens=512).tokens
+        assert entry.prompt_tokens >= both * 1000 * (entry.round > 1)
+        average, teams = 33.3333333, (("short", 31.41592654), ("long", 27.18281828))
+        told += (Announcement(entry.round, average, average * 2 / 3, (2221, 2223), 17, teams, ("long",)),)
+    assert rounds[-1].answer_tokens >= 1000 * 512
