@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_in_its_first_round_is_reported_and_goes_on(cluste
     play = cluster.start("run_simulation.sh", "3", "60", *flags, "--sleep-time", "60", "--run-dir", str(run))
     until((run / "summary.json").exists, 60, "it has begun")
     play.kill()
-    play.wait()
+    play.communicate()
     report = cluster.run("main.py", "--role", "report", str(run))
     assert report.returncode == 0 and "is interrupted: 0 of 2 rounds" in report.stdout, report.stderr
     assert "0 of 2 rounds" in (run / "report.html").read_text()
