@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def make_parser() -> Parser:
-    """A flag for every setting."""
+def make_parser(with_runs: bool) -> Parser:
+    """A flag for every setting, and folders of runs where they may be given."""
     parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     types_of = typing.get_type_hints(SimulationConfig)
     for item in fields(SimulationConfig):
@@ -74,7 +74,9 @@ def make_parser() -> Parser:
         parser.add_argument(flag, **options)
     for flag, text in ACTIONS.items():
         parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
+    if with_runs:
+        help_text = "folders of runs, or of a sweep of runs (role report)"
+        parser.add_argument("runs", nargs="*", metavar="RUN", help=help_text)
     return parser
 
 
@@ -82,8 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
-        given = vars(make_parser().parse_intermixed_args(flags))
-        folders = given.pop("runs")
+        # else --colour red would be a flag that is not known, and a folder
+        with_runs = "report" in flags or not {"-h", "--help"}.isdisjoint(flags)
+        given = vars(make_parser(with_runs).parse_intermixed_args(flags))
+        folders = given.pop("runs", [])
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])

@@ -20,7 +20,6 @@ TEMPLATE_TOKENS = 12  # what a chat template adds, about
 FREE_TEXT_TOKENS = 256  # of an answer that nothing holds to a number
 JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models like
 SPARE_TOKENS = 4
-PLACES = ("number", "max_value", "target", "persona")  # what a prompt of the prompts file may have in braces
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
