@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from simulation.errors import ServerUnreachable
 from simulation.game import Game, question_for
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat, Heartbeats, Progress
+from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.remote import RemoteObject, handshake, use_key
 from simulation.security import load
@@ -48,18 +50,29 @@ def group_on(endpoint: Endpoint, oid: str) -> RemoteObject:
     return RemoteObject(ParticipantGroup, oid, endpoint, 30.0, kwargs)
 
 
+def without_cost(progress: Progress) -> Progress:
+    return replace(progress, usage=())
+
+
 def test_a_beat_tells_what_the_objects_of_the_run_are_at(server, beats):
     endpoint, _ = server
     group = group_on(endpoint, "run~1/group-0")
+
+    def heard() -> dict[str, Progress]:
+        return {oid: without_cost(progress) for oid, progress in beats.last(endpoint).objects.items()}
+
     beats.hurry(0)
-    until(lambda: beats.last(endpoint).objects == {"run~1/group-0": Progress(10, 10)}, 5, "the group is heard of")
+    until(lambda: heard() == {"run~1/group-0": Progress(10, 10)}, 5, "the group is heard of")
     group.begin(question_for(GAME, 1, ()))
     beats.hurry(1)
-    until(lambda: beats.last(endpoint).objects == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
+    until(lambda: heard() == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
+    used = Usage(*beats.last(endpoint).objects["run~1/group-0"].usage)
+    assert used.answering_s > 0 and used == Usage(answering_s=used.answering_s, client_s=used.client_s)
     group.begin(question_for(GAME, 2, ()))
-    until(lambda: group.progress(1.0) == Progress(10, 10, 2), 5, "round 2 is over")
+    until(lambda: without_cost(group.progress(1.0)) == Progress(10, 10, 2), 5, "round 2 is over")
+    assert Usage(*group.progress().usage).answering_s > used.answering_s
     group.begin(question_for(GAME, 1, ()))  # as a moderator may that had hung meanwhile
-    assert group.progress(0.0) == Progress(10, 10, 2)
+    assert without_cost(group.progress(0.0)) == Progress(10, 10, 2)
     assert group.client.delete_agent("run~1/group-0")
 
 
@@ -81,7 +94,7 @@ def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, beats):
     until(lambda: beats.is_back(endpoint), 10, "it answers again")
     assert not beats.alive(endpoint)
     beats.take_back(endpoint)
-    assert beats.alive(endpoint) and group.progress(0.0) == Progress(10, 10)
+    assert beats.alive(endpoint) and without_cost(group.progress(0.0)) == Progress(10, 10)
     assert group.client.delete_agent("run~1/group-1")
 
 

@@ -120,12 +120,15 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
 def test_pictures_say_what_they_show(page, run, played):
     show(page, run / "report.html")
     pictures = page.locator("figure svg[role=img]")
-    assert pictures.count() == 3 + 2 == page.locator("svg").count()
+    # each round, the average and the spread by round, the times
+    assert pictures.count() == 3 + 2 + 1 == page.locator("svg").count()
     for place, entry in enumerate(played["rounds"]):
         label = pictures.nth(place).get_attribute("aria-label")
         assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
         assert f"average {entry['average']:.3f}, winning number {entry['winning_number']:.3f}" in label
     assert "equilibrium 0" in pictures.nth(3).get_attribute("aria-label")
+    assert pictures.nth(4).get_attribute("aria-label").startswith("Spread by round: 1: ")
+    assert pictures.nth(5).get_attribute("aria-label").startswith("Seconds by round: thinking ")
     assert page.locator("figure").count() == page.locator("figure > figcaption").count()
     assert page.locator("th").count() == page.locator("th[scope]").count() > 20
     ids = page.eval_on_selector_all("[id]", "all => all.map(each => each.id)")
@@ -307,10 +310,11 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
         done = cluster.run("main.py", "--role", "report", *folders)
         assert done.returncode == 2 and done.stdout == ""
         assert expected in one_line(done.stderr)
-    done = cluster.run("main.py", "--role", "report", str(run), str(run / "../sweep/1-2"), "--run-dir", "main.py/x")
+    other = shutil.copytree(run, tmp_path / "other")
+    done = cluster.run("main.py", "--role", "report", str(run), str(other), "--run-dir", "main.py/x")
     assert done.returncode == 5 and "cannot write to main.py/x" in one_line(done.stderr)
     done = cluster.run("main.py", "--role", "main", "runs/three")
-    assert done.returncode == 2 and "go with --role report" in one_line(done.stderr)
+    assert done.returncode == 2 and "unrecognized arguments: runs/three" in one_line(done.stderr)
 
 
 def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
@@ -342,7 +346,7 @@ def test_a_large_run_has_a_small_report(page, cluster, more):
     assert file.stat().st_size < 2_000_000
     show(page, file, "phone")
     assert page.evaluate("document.documentElement.scrollWidth") == 375
-    assert page.locator("figure svg").count() == int(more[1]) + 2
+    assert page.locator("figure svg").count() == int(more[1]) + 3  # average, spread and times by round
     open_ones = page.locator("#answers ~ .grid figure").count()
     assert open_ones == min(int(more[1]), 12)
 
