@@ -14,6 +14,7 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for wha
 
 import argparse
 import contextlib
+import io
 import sys
 import time
 import types
@@ -47,8 +48,8 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def make_parser(with_runs: bool) -> Parser:
-    """A flag for every setting, and folders of runs where they may be given."""
+def make_parser() -> Parser:
+    """A flag for every setting, and folders of runs."""
     parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     types_of = typing.get_type_hints(SimulationConfig)
     for item in fields(SimulationConfig):
@@ -74,28 +75,34 @@ def make_parser(with_runs: bool) -> Parser:
         parser.add_argument(flag, **options)
     for flag, text in ACTIONS.items():
         parser.add_argument(flag, action="store_true", help=text)
-    if with_runs:
-        help_text = "folders of runs, or of a sweep of runs (role report)"
-        parser.add_argument("runs", nargs="*", metavar="RUN", help=help_text)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
     return parser
+
+
+def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings and actions that are given, and folders of runs. Raises SettingsError."""
+    known, unknown = make_parser().parse_known_intermixed_args(flags)
+    given = vars(known)
+    folders: list[str] = given.pop("runs")
+    hint = "--help lists all flags" if unknown else "folders of runs go with --role report"
+    if given.get("role", SimulationConfig.role) != "report":  # in --colour red the folder is no folder
+        unknown = [flag for flag in flags if flag in {*unknown, *folders}]
+    if unknown:
+        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+    return given, folders
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
-        # else --colour red would be a flag that is not known, and a folder
-        with_runs = "report" in flags or not {"-h", "--help"}.isdisjoint(flags)
-        given = vars(make_parser(with_runs).parse_intermixed_args(flags))
-        folders = given.pop("runs", [])
+        given, folders = _parsed(flags)
         actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
         if actions and config.role not in ("participant", "vllm"):
             raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
-        if folders and config.role != "report":
-            raise SettingsError(f"unrecognized arguments: {' '.join(folders)} (folders of runs go with --role report)")
         if for_vllm and config.role != "vllm":
             raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
         roles: dict[str, Callable[[], int]] = {
@@ -292,8 +299,7 @@ def ask(config: SimulationConfig) -> int:
     told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
-    said = ask_participant(server, oid, key, question)
-    print(said.encode(errors="backslashreplace").decode())  # half a character, which models do say, cannot be printed
+    print(ask_participant(server, oid, key, question))
     return 0
 
 
@@ -327,4 +333,6 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # half a character, which models do say, or one the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -23,6 +23,7 @@ from loguru import logger
 
 from simulation.console import ProgressWatch
 from simulation.errors import Interrupted, SettingsError, one_line
+from simulation.results import REPORT
 
 if TYPE_CHECKING:
     from simulation.run import Run
@@ -38,7 +39,6 @@ SHARE = 0.01  # of the time, at most, goes into states, which take 26 ms for 409
 TICK_S = 0.1
 PAGES_KNOWN = 64
 RUNS_TOLD = 50
-REPORT = "report.html"
 REPORT_BYTES = 64 * 2**20
 HEADERS = {
     "Cache-Control": "no-store",
@@ -76,6 +76,7 @@ class Dashboard:
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
+        self._instance = secrets.token_hex(4)  # a page of an earlier command on this port finds out so
         self._view: RunView | None = None
         self._running: str | None = None  # the run that is followed
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_TOLD)
@@ -214,7 +215,7 @@ class Dashboard:
 
     def _state_now(self) -> dict[str, Any]:
         over, view, stage, running = self._over, self._view, self._watch.stage, self._running
-        state: dict[str, Any] = {"over": over, "running": running, "run": None}
+        state: dict[str, Any] = {"instance": self._instance, "over": over, "running": running, "run": None}
         if view is not None:
             try:
                 state["run"] = view.state(stage)
@@ -224,24 +225,27 @@ class Dashboard:
         state["stage"] = None if stage is None or over else stage._asdict()
         state["stopping"] = self._watch.stop_signal is not None
         state["log"] = list(self._watch.told)
-        state["ended"] = [{**each, "report": _report_of(each) is not None} for each in self._ended]
+        state["ended"] = [{**each, "report": _report_of(each) is not None} for each in list(self._ended)]
         state["troubles"] = [f"{what}: {why}" for what, why in self._troubles.items()]
         return state
 
     async def _report(self, request: web.Request) -> web.Response:
         """The report of a run that has ended; never to be opened as a page of ours, hence its type."""
         wanted = request.query.get("run")
-        path = next((_report_of(each) for each in self._ended if each["run_id"] == wanted), None)
+        path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == wanted), None)
         if path is None:
             raise web.HTTPNotFound
-        body = await asyncio.to_thread(path.read_bytes)
+        try:
+            body = await asyncio.to_thread(path.read_bytes)
+        except OSError:
+            raise web.HTTPNotFound from None
         headers = {"Content-Disposition": "attachment"}
         return web.Response(body=body, content_type="application/octet-stream", headers=headers)
 
     async def _stop(self, request: web.Request) -> web.Response:
         """Do what one Ctrl-C does: end the round under way, keep what there is."""
-        said = request.headers.get("X-Token", "")
-        if "Origin" not in request.headers or not secrets.compare_digest(said.encode(), self._token.encode()):
+        said = request.headers.get("X-Token", "").encode(errors="replace")
+        if "Origin" not in request.headers or not secrets.compare_digest(said, self._token.encode()):
             raise web.HTTPForbidden
         if self._watch.stop_signal is None:
             logger.info("the dashboard's button asks for an early end")

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, Field
 
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
@@ -20,6 +21,70 @@ from simulation.library import game_of
 from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.results import AGENTS, GAME, PARTS, WHOLE
+
+# --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
+
+
+class _Winners(BaseModel):
+    count: int
+    participants: list[Annotated[str, Field(pattern=r"^P[0-9]+$")]]
+
+
+class _Round(BaseModel):
+    round: int
+    asked: int
+    answered: int
+    failed: int
+    failures: dict[str, int]
+    reassigned: int
+    average: float | None
+    median: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    winning_number: float | None
+    winners: _Winners
+    seconds: float
+
+
+class _Times(BaseModel):
+    round: int
+    model_s: float
+    client_s: float
+    rpc_s: float
+    slowest_s: float
+
+
+class _Cluster(BaseModel):
+    hosts: list[str]
+    servers: int
+    moderators: int
+    lost: list[str]
+    times: list[_Times]
+
+
+class _Seconds(BaseModel):
+    connect: float
+    create: float
+    rounds: float
+    total: float
+
+
+class _Llm(BaseModel):
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    retries: int
+
+
+class _Summary(BaseModel):
+    run_id: str
+    status: Literal["complete", "partial", "interrupted", "failed"]
+    config: dict[str, Any]
+    cluster: _Cluster
+    seconds: _Seconds
+    rounds: list[_Round]
+    llm: _Llm | None
 
 
 @dataclass(frozen=True)
@@ -50,14 +115,9 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
-    try:
-        if not {"lost", "times"} <= summary["cluster"].keys() or "total" not in summary["seconds"]:
-            raise KeyError
-        told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
-        usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
-        return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
-    except (KeyError, TypeError):
-        raise SettingsError(f"--resume {path}: its summary.json is damaged, or of another version") from None
+    told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
+    usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
+    return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
@@ -96,6 +156,7 @@ def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig,
     """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
     try:
         summary = json.loads((path / "summary.json").read_text())
+        _Summary.model_validate(summary, strict=True)
         config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
     except OSError as error:
         raise SettingsError(f"{flag} {path}: cannot read its summary.json: {error.strerror}") from None
@@ -119,7 +180,7 @@ def _rows_of(path: Path) -> Iterator[tuple[int, pa.Table]]:
     try:
         for file in [whole] if whole.exists() or not parts else parts:
             yield from rows_by_round(file)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
 
 
@@ -218,7 +279,10 @@ def tallies_of_parts(rows: pa.Table, game: Game, parts: Parts) -> Iterator[tuple
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """The rounds of a run as they were played; who won is taken from the summary."""
+    """The rounds of a run as they were played; who won is taken from the summary.
+
+    Raises SettingsError if the answers are missing, or others than those of the summary.
+    """
     tallies = read_tallies(path, config) if summary["rounds"] else {}
     rule = game_of(config, None, None)
     results = []
@@ -227,6 +291,11 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
             raise SettingsError(f"--run-dir {path}: the answers of round {entry['round']} are missing")
         tally = tallies[entry["round"]]
         average = tally.average()
+        said = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / rule.scale))
+        if said != tuple(entry[key] for key in ("asked", "answered", "failed", "average")):
+            raise SettingsError(
+                f"--run-dir {path}: answers.parquet and summary.json say different things of round {entry['round']}"
+            )
         winning_number = rule.winning_number(average) if average is not None else None
         closest = tally.closest(winning_number) if winning_number is not None else ()
         lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])

@@ -202,7 +202,7 @@ def parts_picture(game: Game, tallies: dict[str, Tally], name: str, label: str) 
     row = 0.42 / figure.get_size_inches()[1]
     left = 0.03 + 0.0172 * letters
     for place, part in enumerate(names):
-        axes = figure.add_axes((left, 1 - row * (place + 0.98), 0.98 - left, row * 0.86))
+        axes = figure.add_axes((left, 1 - row * (place + 0.98), 0.955 - left, row * 0.86))
         _fill(axes, game, tallies[part], PART_BINS, top)
         few_marks(axes)
         axes.grid(visible=False)

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 
 from simulation.config import SimulationConfig
+from simulation.errors import printable
 from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
 from simulation.model import Usage
 from simulation.past_runs import PastRun
@@ -57,7 +58,7 @@ def _team_lines(told: Announcement, decimals: int) -> list[str]:
 
 def failure_line(tally: Tally) -> str:
     """How many did not answer, and why."""
-    causes = "; ".join(f"{cause}: {count}" for cause, count in most_frequent(tally.failures).items())
+    causes = "; ".join(f"{printable(cause)}: {count}" for cause, count in most_frequent(tally.failures).items())
     return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
 
 

@@ -30,10 +30,9 @@ from simulation.plots import (
     times_picture,
 )
 from simulation.report import brief, number_of
-from simulation.results import write_whole
+from simulation.results import REPORT, write_whole
 
 PAGES = Path(__file__).resolve().parent / "pages"
-REPORT = "report.html"
 OPEN_ROUNDS = 12  # histograms that are shown at once; the others are folded up
 PART_ROWS = 1500  # of the tables of all rounds and parts together; beyond it they tell of a selection of rounds
 NAMED = 8  # hosts
@@ -76,11 +75,10 @@ def whole(number: float | None) -> str:
 
 def seconds(number: float) -> str:
     """How long something took."""
-    minutes, rest = divmod(number, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours or minutes:
-        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest:.0f} s"
-    return f"{number:.2f} s"
+    if number < 59.995:
+        return f"{number:.2f} s"
+    minutes, rest = divmod(round(number), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def page_content(run: PastRun) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def page_content(run: PastRun) -> dict[str, Any]:
         "config": run.config,
         "summary": summary,
         "digits": digits,
-        "status": STATUSES.get(summary["status"], summary["status"]),
+        "status": STATUSES[summary["status"]],
         "facts": facts(run),
         "equilibrium": equilibrium_in_words(game),
         "open": [pictures[place] for place in at_once],
@@ -175,7 +173,7 @@ def facts(run: PastRun) -> list[tuple[str, str]]:
         called = [f"{each.model} ({each.share})" for each in cast.models] or dict.fromkeys(cast.turns)
         told.append(("Models", ", ".join(called)))
     if config.agent_class is not None:
-        told.append(("Participants' class", config.agent_class))
+        told.append(("Participants' class", Path(config.agent_class).name))
     hosts = list(cluster["hosts"])
     others = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
     told.append(("Hosts", ", ".join(hosts[:NAMED]) + others))

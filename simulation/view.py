@@ -48,12 +48,6 @@ class RunView:
         """Nothing changes any more."""
         self._over = True
 
-    @property
-    def number(self) -> int | None:
-        """The round under way; None if none is."""
-        number = self.run.under_way[0]
-        return None if self._over or number <= len(self.run.results) else number
-
     def look(self) -> None:
         """Glance at the groups; see Lookout."""
         simulation = self.run.simulation
@@ -64,8 +58,10 @@ class RunView:
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
         """All that the page shows of the run, of bounded size; `stage` is what the watch heard last."""
-        run, number, simulation = self.run, self.number, self.run.simulation
-        self._tell_rounds(list(run.results))
+        run, simulation = self.run, self.run.simulation
+        results, begun = list(run.results), run.under_way[0]  # in this order: one that has ended is not under way
+        number = None if self._over or begun <= len(results) else begun
+        self._tell_rounds(results)
         if number != self._number:
             self._number = number or 0
             self._done.clear()
@@ -80,10 +76,10 @@ class RunView:
             "config": self._settings(),
             "round": self._round(number, stage, in_play, simulation),
             "rounds": self._rounds,
-            "distribution": self._distribution(number, in_play, len(seats)),
-            "failures": self._failures(in_play),
+            "distribution": self._distribution(number, in_play, self._counting(seats)),
+            "failures": _failures(results, in_play),
             "llm": _told_usage(usage) if run.config.agent_type == "llm" else None,
-            "servers": self._servers(simulation, seats, current) if simulation is not None else None,
+            "servers": self._servers(simulation, seats, current, begun) if simulation is not None else None,
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -157,20 +153,16 @@ class RunView:
             "groups": groups,
         }
 
-    def _failures(self, glances: dict[str, Glance]) -> list[tuple[str, int]]:
-        """Failures of all rounds so far, the most frequent causes first."""
-        failures: Counter[str] = Counter()
-        for result in list(self.run.results):
-            failures.update(result.tally.failures)
-        for glance in glances.values():
-            failures.update(glance.failures)
-        return list(most_frequent(dict(failures)).items())
+    def _counting(self, seats: list[Seat]) -> int:
+        """How many objects count answers in a round: groups, or the moderators who ask one by one."""
+        return len({seat.chair for seat in seats}) if self.run.config.dispatch == "agent" else len(seats)
 
     # --- Servers -----------------------------------------------------------------------------------------------------
 
-    def _servers(self, simulation: Simulation, seats: list[Seat], glances: dict[str, Glance]) -> dict[str, Any]:
+    def _servers(
+        self, simulation: Simulation, seats: list[Seat], glances: dict[str, Glance], number: int
+    ) -> dict[str, Any]:
         """A row for each server; a grid, and the rows of some in trouble, where there are very many."""
-        number = self.number or len(self.run.results)
         hosted: Counter[Endpoint] = Counter()  # by a server, or asked by a moderator
         for seat in seats:
             assert seat.server is not None
@@ -199,7 +191,7 @@ class RunView:
         told: dict[str, Any] = {"number": len(rows), "states": states, "rows": rows, "grid": None}
         if len(rows) > SERVERS_TOLD:
             troubled = [row for row in rows if row["state"] != "plays"]
-            told |= {"rows": troubled[:TROUBLED_TOLD], "grid": _grid(rows[:GRID_CELLS])}
+            told |= {"rows": troubled[:TROUBLED_TOLD], "grid": _grid(rows)}
         return told
 
     def _row(
@@ -228,21 +220,33 @@ class RunView:
         }
 
 
+def _failures(results: list[RoundResult], glances: dict[str, Glance]) -> list[tuple[str, int]]:
+    """Failures of all rounds so far, the most frequent causes first."""
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.tally.failures)
+    for glance in glances.values():
+        failures.update(glance.failures)
+    return list(most_frequent(dict(failures)).items())
+
+
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each host and kind of server the states, a letter each, and the tenths of its participants that are done."""
+    """For each host and kind of server what all of them do together, and for each of the first GRID_CELLS servers
+    its state, a letter, and the tenths of its participants that are done.
+    """
     grid: dict[tuple[str, bool], dict[str, Any]] = {}
-    for row in rows:
+    for place, row in enumerate(rows):
         key = (row["host"], row["participants"])
-        first = {
-            "host": row["host"],
-            "participants": row["participants"],
-            "port": row["port"],
-            "states": "",
-            "done": "",
-        }
-        cells = grid.setdefault(key, first)
-        cells["states"] += row["state"][0]
-        cells["done"] += str(min(9 * (row["answered"] or 0) // max(row["hosts"], 1), 9))
+        first = {name: row[name] for name in ("host", "participants", "port")}
+        sums = {"servers": 0, "trouble": 0, "hosts": 0, "cpu": 0.0, "memory_mb": 0.0}
+        told = grid.setdefault(key, {**first, **sums, "states": "", "done": ""})
+        told["servers"] += 1
+        told["trouble"] += row["state"] != "plays"
+        for name in ("hosts", "cpu", "memory_mb"):
+            told[name] += row[name] or 0
+        if place < GRID_CELLS:
+            told["states"] += row["state"][0]
+            told["done"] += str(min(9 * (row["answered"] or 0) // max(row["hosts"], 1), 9))
     return list(grid.values())
 
 

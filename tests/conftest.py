@@ -34,6 +34,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
+# The luminance of what is behind an element, and of its text, by WCAG 2
+CONTRAST = """element => {
+  const parts = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => parts(color).slice(0, 3).map(part => part / 255)
+    .map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+  let behind = element;
+  while (behind && parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const style = getComputedStyle(element);
+  const own = light(element instanceof SVGElement ? style.fill : style.color);
+  const other = light(getComputedStyle(behind || document.body).backgroundColor);
+  return (Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05);
+}"""
 
 
 @dataclass

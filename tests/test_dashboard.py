@@ -12,18 +12,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import is_free, one_line, until
+from conftest import CONTRAST, is_free, one_line, until
 
 from simulation.config import SimulationConfig
 from simulation.console import Stage
 from simulation.dashboard import PAGE
-from simulation.game import Game
+from simulation.game import Game, RoundResult, Tally, Winners
 from simulation.glance import BINS, bins_of, glance_at
 from simulation.heartbeat import Beat, Progress, Standing
 from simulation.lookout import Load, Lookout
@@ -51,10 +53,10 @@ PARTICIPANTS = 12_000
 class Run:
     """A run with a dashboard, in the background."""
 
-    def __init__(self, checkout, log: Path, *flags: str) -> None:
+    def __init__(self, checkout, log: Path, *flags: str, port: int = 0) -> None:
         self.log = log
         with log.open("w") as stderr:
-            self.process = checkout.start("run_simulation.sh", *flags, "--dashboard", "0", stderr=stderr)
+            self.process = checkout.start("run_simulation.sh", *flags, "--dashboard", str(port), stderr=stderr)
         until(lambda: "dashboard: " in log.read_text() or self.process.poll() is not None, 30, "the page is served")
         found = re.search(r"dashboard: (http://127\.0\.0\.1:(\d+)/)", log.read_text())
         assert found is not None, log.read_text()
@@ -303,27 +305,127 @@ def run_on(servers: int, lost: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
-def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
-    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())
-    run = RunView(run_on(servers, lost=30)).state(stage)
-    told = run["servers"]
-    assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
-    assert run["round"]["done"] == 5 * servers
-    state = {"over": False, "running": "run", "run": run, "stage": stage._asdict(), "stopping": False, "log": []}
-    text = json.dumps(state | {"ended": [], "troubles": []})
-    assert len(text) < 20_000
+def state_of(run: dict[str, Any], stage: Stage, **more: Any) -> dict[str, Any]:
+    """What the page asks for, of a run that is under way."""
+    state = {"instance": "it", "over": False, "running": "run", "run": run, "stage": stage._asdict(), "stopping": False}
+    return state | {"log": [], "ended": [], "troubles": []} | more
+
+
+def show(page, state: dict[str, Any]) -> None:
+    """Open the page where this is all that it is ever told."""
 
     def answer(route):
         asked = "state?" in route.request.url
-        route.fulfill(
-            body=text if asked else PAGE.read_text(), content_type="application/json" if asked else "text/html"
-        )
+        text = json.dumps(state) if asked else PAGE.read_text()
+        route.fulfill(body=text, content_type="application/json" if asked else "text/html")
 
     page.route("**/*", answer)
     page.goto("http://127.0.0.1:9/")
+    page.locator("#status").get_by_text("connecting").wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
+def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
+    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())
+    view = RunView(run_on(servers, lost=30))
+    view.lookout.loads = {end: Load(1.0, 1.0, 20.0, 0.5) for end in view.run.simulation.cluster.standings()}
+    run = view.state(stage)
+    told = run["servers"]
+    assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
+    assert run["round"]["done"] == 5 * servers
+    state = state_of(run, stage)
+    assert len(json.dumps(state)) < 20_000
+    show(page, state)
     page.get_by_text(f"{servers:,} servers: 30 lost, {servers - 30:,} play").wait_for()
     squares = 0 if servers == SERVERS_TOLD else min(servers, GRID_CELLS)
     assert page.locator(".grid i").count() == squares
     assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_TOLD)
     assert page.locator(".grid i.l").count() == min(squares, 30)
+    if squares:  # what a host's servers do together is told all the same; the last server asks all groups, too
+        playing = min(servers, 1000) - 30
+        participants = 10 * playing * (2 if servers <= 1000 else 1)
+        line = f"{participants:,} participants, {playing / 2:.2f} cores busy, {20 * playing:,} MB resident"
+        assert page.locator("#hosts h3 small").first.text_content() == line
+    drawn = page.get_by_text(f"; the first {GRID_CELLS:,} are drawn")
+    assert drawn.count() == (servers > GRID_CELLS)
+
+
+def result_of(average: int) -> RoundResult:
+    tally = Tally(640, np.array([average - 1, average + 1]), np.array([319, 319]), {NASTY: 2})
+    return RoundResult(1, tally, Fraction(average), Fraction(3 * average), (average + 1,), Winners(319, (1,)), 1.5)
+
+
+@pytest.mark.parametrize(("width", "height"), [(375, 812), (1280, 900)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_live_page_can_be_read_at_any_size_and_light(page, width, height, scheme):
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=scheme)
+    stage = Stage("answers in", 320, 640, time.monotonic())
+    run = run_on(64, lost=3)
+    run.config = replace(run.config, rounds=2)
+    run.results, run.under_way = [result_of(50)], (2, time.monotonic())
+    show(page, state_of(RunView(run).state(stage), stage, log=[(time.time(), f"localhost:1 {NASTY} " + "x" * 300)]))
+    page.get_by_role("heading", name="Round 2 of 2").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for words in (
+        "h1",
+        "#about",
+        ".pill",
+        "h2",
+        "dt",
+        "dd",
+        "td",
+        "th",
+        ".cells .state",
+        ".cells .why",
+        "#told span",
+        "svg text",
+    ):
+        assert page.locator(words).first.evaluate(CONTRAST) >= 4.5, words
+    assert page.locator("img").count() == 0
+
+
+def test_a_winning_number_beyond_the_range_is_told_and_not_drawn(page):
+    stage = Stage("answers in", 640, 640, time.monotonic())
+    run = run_on(4, lost=0)
+    run.results = [result_of(50)]
+    show(page, state_of(RunView(run).state(stage), stage))
+    page.get_by_text("winning number 150.000").wait_for()
+    assert page.locator("#histogram .mark").count() == 1 and page.locator("#histogram .wins").count() == 0
+
+
+def test_of_several_runs_the_one_that_plays_is_shown(page):
+    ended = {"run_id": "first", "path": "runs/first", "error": "no servers", "status": "failed", "written": True}
+    stage = Stage("participants created", 5, 40, time.monotonic())
+    run = run_on(4, lost=0)
+    run.under_way = (0, 0.0)
+    show(page, state_of(RunView(run).state(stage), stage, ended=[{**ended, "report": False}]))
+    page.get_by_role("heading", name="Participants created", exact=True).wait_for()
+    assert page.locator("#status").text_content() == "running" and page.locator("#notice").is_hidden()
+    assert "first is failed" in page.locator("#runs").text_content()
+
+
+def test_one_by_one_it_is_the_moderators_who_count(page):
+    run = run_on(6, lost=0)
+    run.config = replace(run.config, dispatch="agent")
+    assert RunView(run).state(None)["distribution"]["groups"] == 1  # all six groups have the same moderator
+
+
+def test_a_page_whose_run_was_killed_says_so_and_shows_the_next_one(cluster, browser, tmp_path):
+    page = browser.new_page()
+    run = Run(cluster, tmp_path / "killed", "3", "300", "--sleep-time", "600")
+    page.goto(run.url)
+    page.get_by_role("heading", name="Round 1 of 1", exact=True).wait_for()
+    (main,) = (process for process in cluster.processes() if "--participant-num" in process.info["cmdline"])
+    main.kill()
+    run.process.communicate(timeout=10)
+    page.locator("#status").get_by_text("no answer").wait_for(timeout=30_000)
+    assert page.locator("#notice").is_visible() and page.locator("#stop").is_disabled()
+    assert page.title().startswith("no answer")
+    again = Run(cluster, tmp_path / "again", "3", "300", "--sleep-time", "10", port=run.port)
+    page.get_by_text(f"{300} random participants").wait_for()
+    page.locator("#status").get_by_text("running").wait_for(timeout=30_000)
+    page.get_by_role("button", name="Stop and keep results").click()
+    page.get_by_role("button", name="Stop the run").click()
+    again.end(130)
+    page.close()

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def several(folder: Path, addresses: list[str]) -> Iterator[Hosts]:
         yield Hosts(addresses, folders, checkouts[0], folder / "known hosts")
     finally:
         for session in psutil.Process(sshd.pid).children(recursive=True):
-            session.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                session.kill()
         sshd.terminate()
         sshd.wait()
     for checkout in checkouts:

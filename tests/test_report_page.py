@@ -9,10 +9,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, one_line
+from conftest import CONTRAST, ROOT, one_line
 
 from simulation.cast import Cast, ModelShare, Persona, PersonaSet
+from simulation.errors import SettingsError
 from simulation.past_runs import PastRun, read_run
 from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
 from simulation.plots import selection
@@ -30,19 +33,6 @@ class Failing(Participant):
         return self.index % 101 / question.round
 """
 SEVEN = ("--sleep-time", "0", "--seed", "7")
-# The luminance of what is behind an element, and of its text, by WCAG 2
-CONTRAST = """element => {
-  const parts = color => color.match(/[\\d.]+/g).map(Number);
-  const light = color => parts(color).slice(0, 3).map(part => part / 255)
-    .map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
-  let behind = element;
-  while (behind && parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-  const style = getComputedStyle(element);
-  const own = light(element instanceof SVGElement ? style.fill : style.color);
-  const other = light(getComputedStyle(behind || document.body).backgroundColor);
-  return (Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05);
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +290,14 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "sweep.json").write_text("{}")
+    cut = shutil.copytree(run, tmp_path / "cut")
+    pq.write_table(pq.read_table(cut / "answers.parquet").slice(0, 899), cut / "answers.parquet")
+    other_columns = shutil.copytree(run, tmp_path / "other columns")
+    pq.write_table(pa.table({"x": [1]}), other_columns / "answers.parquet")
     for folders, expected in (
         (["nowhere"], "summary.json"),
+        ([str(cut)], "say different things of round 3"),
+        ([str(other_columns)], "cannot read its answers.parquet"),
         ([str(damaged)], "game.json is damaged"),
         ([str(run), str(damaged)], "game.json is damaged"),
         ([str(empty)], "no run was played"),
@@ -314,7 +310,33 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
     done = cluster.run("main.py", "--role", "report", str(run), str(other), "--run-dir", "main.py/x")
     assert done.returncode == 5 and "cannot write to main.py/x" in one_line(done.stderr)
     done = cluster.run("main.py", "--role", "main", "runs/three")
-    assert done.returncode == 2 and "unrecognized arguments: runs/three" in one_line(done.stderr)
+    assert done.returncode == 2 and "go with --role report" in one_line(done.stderr)
+
+
+def _without(key: str, of: dict) -> dict:
+    return {name: value for name, value in of.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda said: [],
+        lambda said: said | {"status": "well"},
+        lambda said: _without("rounds", said),
+        lambda said: _without("seconds", said),
+        lambda said: said | {"rounds": 5},
+        lambda said: said | {"rounds": [{}]},
+        lambda said: said | {"cluster": _without("times", said["cluster"])},
+        lambda said: said | {"rounds": [said["rounds"][0] | {"average": "50"}]},
+        lambda said: said | {"rounds": [said["rounds"][0] | {"winners": {"count": 1, "participants": ["X1"]}}]},
+    ],
+)
+def test_a_damaged_summary_is_told_as_one(run, tmp_path, spoil):
+    folder = shutil.copytree(run, tmp_path / "spoilt")
+    said = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(spoil(said)))
+    with pytest.raises(SettingsError, match=r"its summary\.json is damaged"):
+        read_run(folder)
 
 
 def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
@@ -363,7 +385,9 @@ def test_numbers_in_words():
         "1.5M",
         "2G",
     ]
-    assert [seconds(number) for number in (0.5, 61, 3700)] == ["0.50 s", "1 min 1 s", "1 h 1 min"]
+    assert [seconds(number) for number in (0.5, 59.999, 61, 119.7, 3599.9, 3700)] == [
+        *("0.50 s", "1 min 0 s", "1 min 1 s", "2 min 0 s", "1 h 0 min", "1 h 1 min"),
+    ]
     assert ranges([1, 2, 3, 7, 9, 10]) == "1–3, 7, 9–10" and ranges([]) == ""
     assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
     assert table_lines(["a", "bb"], [["ccc", "1"]]) == ["a    bb", "ccc   1"]
