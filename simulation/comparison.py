@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -19,11 +20,12 @@ from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figu
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
 from simulation.report import number_of, table_lines
 from simulation.report_page import answers_in_words, render, shown, swatch, whole
-from simulation.results import SWEEP, write_whole
+from simulation.results import REPORT, SWEEP, write_whole
 
 PICTURE, PAGE = "comparison.png", "comparison.html"
 # Beside the settings of the game, those of the cluster that change how fast it is, not where it is or what it writes
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
+LINES = 24  # runs that are drawn, evenly spread over all; more colours and dashes cannot be told apart
 SMALL_MULTIPLES = 6  # last rounds in comparison.png
 OPEN_RUNS = 12  # last rounds that the page shows at once
 NO_VALUE = "-"
@@ -61,23 +63,29 @@ def _setting(run: PastRun, name: str) -> str:
     return NO_VALUE if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
 
 
+def folder_names(runs: Sequence[PastRun]) -> list[str]:
+    """What each run is called in the table: its folder, as seen from where all of them are."""
+    paths = [run.path.resolve() for run in runs]
+    return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
+
+
 def labels(runs: Sequence[PastRun]) -> list[str]:
-    """What each run is called beside a line: the settings it differs in, or its name where that is not enough."""
+    """What each run is called beside a line: the settings it differs in, or its folder where that is not enough."""
     names = differing_settings(runs)
     names = [name for name in names if name != "seed"] or names  # which is drawn, so every run has another one
     words = [", ".join(f"{name.replace('_', ' ')} {_setting(run, name)}" for name in names) for run in runs]
     return [
-        word if word and words.count(word) == 1 else f"{word} ({run.name})".strip()
-        for word, run in zip(words, runs, strict=True)
+        word if word and words.count(word) == 1 else f"{word} ({name})".strip()
+        for word, name in zip(words, folder_names(runs), strict=True)
     ]
 
 
 def comparison_rows(runs: Sequence[PastRun]) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and a row for each run."""
     names = differing_settings(runs)
-    head = ["run", *(name.replace("_", " ") for name in names), "rounds", "answered", "asked"]
+    head = ["run", *(name.replace("_", " ") for name in names), "played", "answered", "asked"]
     head += ["first average", "last average", "winning number", "equilibrium", "status", "seconds"]
-    return head, [_row(run, names) for run in runs]
+    return head, [[name, *_row(run, names)] for run, name in zip(runs, folder_names(runs), strict=True)]
 
 
 def _row(run: PastRun, names: Sequence[str]) -> list[str]:
@@ -85,7 +93,6 @@ def _row(run: PastRun, names: Sequence[str]) -> list[str]:
     first, last = (entries[0], entries[-1]) if entries else ({}, {})
     numbers = (first.get("average"), last.get("average"), last.get("winning_number"))
     return [
-        run.name,
         *(_setting(run, name) for name in names),
         f"{len(entries)}",
         whole(sum(entry["answered"] for entry in entries)),
@@ -109,33 +116,42 @@ def write_comparison(folder: Path, runs: list[PastRun]) -> None:
     except OSError as error:
         raise ResultsError(f"cannot write to {folder}: {error.strerror}") from None
     write_png(folder / PICTURE, _picture(runs))
-    write_whole(folder / PAGE, render(PAGE, page_content(runs)).encode(errors="replace"))
+    write_whole(folder / PAGE, render(PAGE, page_content(folder, runs)).encode(errors="replace"))
 
 
-def page_content(runs: Sequence[PastRun]) -> dict[str, Any]:
-    """All that the page says."""
+def page_content(folder: Path, runs: Sequence[PastRun]) -> dict[str, Any]:
+    """All that the page says, which stands in this folder."""
     head, rows = comparison_rows(runs)
-    called = labels(runs)
-    played = [place for place, run in enumerate(runs) if run.results]
-    pictures = {
-        place: {
-            "label": called[place],
-            "entry": runs[place].summary["rounds"][-1],
-            "svg": _last_answers(runs[place], called[place], place),
-        }
-        for place in played
-    }
-    at_once = [played[place] for place in selection(len(played), OPEN_RUNS)]
+    drawn, called = _drawn(runs)
+    pictures = [
+        {"label": label, "entry": run.summary["rounds"][-1], "svg": _last_answers(run, label, place)}
+        for place, (run, label) in enumerate(zip(drawn, called, strict=True))
+    ]
+    at_once = selection(len(pictures), OPEN_RUNS)
     return {
         "title": f"{len(runs)} runs compared",
         "targets": list(dict.fromkeys(run.game.target for run in runs)),
         "head": head,
-        "rows": list(zip(rows, runs, strict=True)),
+        "rows": [(row, run, _link(folder, run)) for row, run in zip(rows, runs, strict=True)],
         "keys": [(label, *swatch(place)) for place, label in enumerate(called)],
-        "averages": _averages_for_page(runs, called) if played else None,
+        "averages": _averages_for_page(drawn, called) if drawn else None,
         "open": [pictures[place] for place in at_once],
-        "folded": [each for place, each in pictures.items() if place not in at_once],
+        "folded": [each for place, each in enumerate(pictures) if place not in at_once],
     }
+
+
+def _drawn(runs: Sequence[PastRun]) -> tuple[list[PastRun], list[str]]:
+    """The runs that pictures show, and what each is called there."""
+    called = labels(runs)
+    played = [place for place, run in enumerate(runs) if run.results]
+    places = [played[place] for place in selection(len(played), LINES)]
+    return [runs[place] for place in places], [called[place] for place in places]
+
+
+def _link(folder: Path, run: PastRun) -> str | None:
+    """Where a run's own report is, as seen from the folder of the page; None if there is none."""
+    report = run.path.resolve() / REPORT
+    return quote(os.path.relpath(report, folder.resolve())) if report.exists() else None
 
 
 def _last_answers(run: PastRun, label: str, place: int) -> Markup:
@@ -149,7 +165,6 @@ def _averages_for_page(runs: Sequence[PastRun], called: Sequence[str]) -> Markup
     ends = "; ".join(
         f"{label}: {shown(run.summary['rounds'][-1]['average'], run.game.decimals + 3)} in the end"
         for label, run in zip(called, runs, strict=True)
-        if run.results
     )
     return svg(figure, "comparison", f"Average by round of each run. {ends}")
 
@@ -174,23 +189,22 @@ def _draw_averages(axes: Axes, runs: Sequence[PastRun], called: Sequence[str]) -
 
 def _picture(runs: Sequence[PastRun]) -> Figure:
     """The averages by round above the last round of each run."""
-    called = labels(runs)
-    played = [place for place, run in enumerate(runs) if run.results]
-    shown_runs = [played[place] for place in selection(len(played), SMALL_MULTIPLES)]
-    across, down = grid_of(len(shown_runs))
-    legend = 0.3 * -(-len(runs) // 3)
+    drawn, called = _drawn(runs)
+    shown_places = selection(len(drawn), SMALL_MULTIPLES)
+    across, down = grid_of(len(shown_places))
+    legend = 0.3 * -(-len(drawn) // 3)
     figure = tall_figure(3.6 + legend + 2.4 * down)
     above, below = two_parts(figure, 3.6 + legend, 2.4 * down or 0.1)
     axes = above.subplots()
-    _draw_averages(axes, runs, called)
+    _draw_averages(axes, drawn, called)
     axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
     axes.set_xlabel("round")
     above.legend(frameon=False, loc="outside lower center", ncols=3)
     for place, axes in enumerate(below.subplots(down, across, squeeze=False).flat if down else ()):
-        if place >= len(shown_runs):
+        if place >= len(shown_places):
             axes.set_visible(False)
             continue
-        run = runs[shown_runs[place]]
+        run = drawn[shown_places[place]]
         draw_answers(axes, run.game, run.results[-1], lines=1.8)
-        axes.set_title(f"{called[shown_runs[place]]}, round {run.results[-1].round}", loc="left", fontsize=10)
+        axes.set_title(f"{called[shown_places[place]]}, round {run.results[-1].round}", loc="left", fontsize=10)
     return figure

@@ -329,7 +329,8 @@ class Times:
         model_s: Participants waited for their models, or thought; the mean over the groups.
         client_s: Their servers worked, in seconds of CPU; likewise.
         slowest_s: The others were done, and the slowest group was not; likewise.
-        rpc_s: Nobody was asked any more, or yet: the question, the tally, the announcement and the record.
+        rpc_s: Nobody was asked any more, or yet: the question, the tally and the announcement; and what was asked in
+            vain, of servers that were lost.
     """
 
     model_s: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,13 @@ def draw_answers(axes: Axes, game: Game, result: RoundResult, lines: float = 2.0
         return
     average, winning = number_of(result.average, game), number_of(result.winning_number, game)
     axes.axvline(average, color=AVERAGE, linewidth=lines, label=f"average {average:.{game.decimals + 3}f}")
+    dashed: dict[str, Any] = {"color": WINNING, "linestyle": (0, (3, 2)), "linewidth": lines * 0.9}
+    dashed["label"] = f"winning number {winning:.{game.decimals + 3}f}"
     if winning <= BEYOND * game.max_value:
-        label = f"winning number {winning:.{game.decimals + 3}f}"
-        axes.axvline(winning, color=WINNING, linestyle=(0, (3, 2)), linewidth=lines * 0.9, label=label)
+        axes.axvline(winning, **dashed)
         axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
+    else:
+        axes.plot([], [], **dashed)
 
 
 def _fill(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
@@ -84,13 +88,14 @@ def draw_averages(axes: Axes, game: Game, results: Sequence[RoundResult], marker
     rounds = [each.round for each in results if each.average is not None]
     averages = [number_of(each.average, game) for each in results if each.average is not None]
     winning = [number_of(each.winning_number, game) for each in results if each.winning_number is not None]
+    within = [number <= BEYOND * game.max_value for number in winning]
     for place, number in enumerate(game.equilibria):
         label = None if place else f"equilibrium {' and '.join(f'{each:,.6g}' for each in game.equilibria)}"
         axes.axhline(number, color=EQUILIBRIUM, linestyle=(0, (1, 1)), linewidth=3, label=label, clip_on=False)
     dashed: dict[str, Any] = {"color": WINNING, "linestyle": (0, (3, 2)), "marker": "D", "markersize": markers * 0.8}
     axes.plot(rounds, averages, color=AVERAGE, marker="o", markersize=markers, linewidth=2.2, label="average")
-    axes.plot(rounds, winning, linewidth=1.8, label="winning number", clip_on=False, **dashed)
-    highest = max([*averages, *(each for each in winning if each <= BEYOND * game.max_value), *game.equilibria, 0.0])
+    axes.plot(rounds, np.where(within, winning, np.nan), linewidth=1.8, label="winning number", clip_on=False, **dashed)
+    highest = max([*averages, *compress(winning, within), *game.equilibria, 0.0])
     scale_rounds(axes, [each.round for each in results], highest)
 
 

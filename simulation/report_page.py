@@ -16,7 +16,7 @@ from markupsafe import Markup
 from simulation.config import SimulationConfig
 from simulation.game import Game, RoundResult, Tally
 from simulation.past_runs import PastRun
-from simulation.pictures import series_style
+from simulation.pictures import DASHES, SERIES
 from simulation.plots import (
     PART_LINES,
     PARTS_DRAWN,
@@ -34,7 +34,8 @@ from simulation.results import REPORT, write_whole
 
 PAGES = Path(__file__).resolve().parent / "pages"
 OPEN_ROUNDS = 12  # histograms that are shown at once; the others are folded up
-PART_ROWS = 1500  # of the tables of all rounds and parts together; beyond it they tell of a selection of rounds
+# Of the tables of all rounds and parts together; beyond it they tell of a selection of rounds, and of the largest parts
+PART_ROWS = 1500
 NAMED = 8  # hosts
 STATUSES = {
     "complete": "complete: everyone answered",
@@ -220,14 +221,16 @@ def _topic(run: PastRun, topic: str) -> dict[str, Any]:
     """One way to tell participants apart: its pictures and tables."""
     rounds, game = run.groups[topic], run.game
     last = rounds[-1]
-    told = selection(len(rounds), max(PART_ROWS // len(run.groups) // len(last), 1))
+    listed = largest(last, max(PART_ROWS // 3 // len(run.groups), 1))
+    told = selection(len(rounds), max(PART_ROWS // len(run.groups) // len(listed), 1))
     lined = largest(last, PART_LINES)
     digits = game.decimals + 3
     label = "; ".join(f"{name}: {shown(_part('', last[name], game)['average'], digits)}" for name in lined)
     last_label = f"Answers of round {run.results[-1].round} by {topic}, averages: {label}"
     return {
         "name": topic,
-        "last": [_part(name, tally, game) for name, tally in last.items()],
+        "last": [_part(name, last[name], game) for name in listed],
+        "parts_in_all": len(last),
         "last_round": run.results[-1].round,
         "parts": parts_picture(game, last, f"{topic}-parts", last_label),
         "parts_drawn": min(len(last), PARTS_DRAWN),
@@ -236,8 +239,7 @@ def _topic(run: PastRun, topic: str) -> dict[str, Any]:
         else None,
         "lined": [(name, *swatch(place)) for place, name in enumerate(lined)],
         "rounds": [
-            (run.results[place].round, [_part(name, tally, game) for name, tally in rounds[place].items()])
-            for place in told
+            (run.results[place].round, [_part(name, rounds[place][name], game) for name in listed]) for place in told
         ]
         if len(rounds) > 1
         else [],
@@ -247,8 +249,7 @@ def _topic(run: PastRun, topic: str) -> dict[str, Any]:
 
 def swatch(place: int) -> tuple[str, str]:
     """Class and style of the sample of a line that stands beside its name."""
-    _, dashes = series_style(place)
-    return f"series-{place % 8 + 1}", "solid" if isinstance(dashes, str) else "dashed"
+    return f"series-{place % len(SERIES) + 1}", ("solid", "dashed", "dotted")[place // len(SERIES) % len(DASHES)]
 
 
 def _part(name: str, tally: Tally, game: Game) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def _times(summary: dict[str, Any]) -> dict[str, Any] | None:
     words = {
         "model_s": waiting,
         "client_s": "work of the agent servers",
-        "rpc_s": "remote calls",
+        "rpc_s": "remote calls and lost servers",
         "slowest_s": "waiting for the slowest server",
     }
     kinds = [kind for kind in words if any(kind in each for each in times)]

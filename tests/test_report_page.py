@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CONTRAST, ROOT, one_line
 
 from simulation.cast import Cast, ModelShare, Persona, PersonaSet
+from simulation.comparison import page_content as comparison_content
 from simulation.errors import SettingsError
 from simulation.past_runs import PastRun, read_run
 from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
-from simulation.plots import selection
+from simulation.plots import draw_answers, draw_averages, selection
 from simulation.report import brief, table_lines
 from simulation.report_page import page_content, ranges, seconds, write_report
 
@@ -136,9 +139,35 @@ def test_what_strangers_wrote_is_text(page, run, played):
     assert page.locator("script, img, link[rel=stylesheet]").count() == 0
 
 
+@pytest.fixture(scope="module")
+def huge(cluster, tmp_path_factory) -> PastRun:
+    """A game with numbers and names that take much room, whose winning number is far beyond the range."""
+    (cluster.path / "long.py").write_text(FAILING.replace("Failing", "F" * 90))
+    arguments = ("--agent-class", f"long.py:{'F' * 90}", "--max-value", "1000000000", "--ratio", "3", "--rounds", "2")
+    cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
+    folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
+    personas = PersonaSet("S" * 80, tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600)))
+    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": Cast(7, 100, (personas,)).to_json()}))
+    for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
+        assert entry["winning_number"] == 3 * entry["average"]
+    summary["config"]["seed"] = 7
+    (folder / "summary.json").write_text(json.dumps(summary))
+    made = read_run(folder)
+    write_report(made)
+    return made
+
+
+def test_very_many_personas_are_told_of_by_the_largest(page, huge):
+    show(page, huge.path / "report.html")
+    (section,) = page.locator("section[data-topic]").all()
+    assert section.locator("tr[data-part]").count() == 500
+    assert "Listed are the 500 largest of 600." in section.inner_text()
+
+
+@pytest.mark.parametrize("name", ["told_apart", "huge"])
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_wider_than_the_screen(page, told_apart, size):
-    show(page, told_apart.path / "report.html", size)
+def test_nothing_is_wider_than_the_screen(page, request, name, size):
+    show(page, request.getfixturevalue(name).path / "report.html", size)
     page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
     width = SIZES[size][0]
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -251,10 +280,10 @@ def test_several_runs_are_compared(page, cluster, run, played):
     done = cluster.run("main.py", "--role", "report", "runs/sweep")
     assert done.returncode == 0, done.stderr
     head, half, more = done.stdout.splitlines()[:3]
-    assert head.split()[:3] == ["run", "ratio", "rounds"] and "seed" not in head
+    assert head.split()[:3] == ["run", "ratio", "played"] and "seed" not in head
     summary = cluster.summary(sweep / "1-2")
     first, last = summary["rounds"]
-    assert half.split()[:5] == [summary["run_id"], "1/2", "2", "400", "400"]
+    assert half.split()[:5] == ["1-2", "1/2", "2", "400", "400"]
     assert half.split()[5:9] == [
         f"{first['average']:.3f}",
         f"{last['average']:.3f}",
@@ -270,6 +299,8 @@ def test_several_runs_are_compared(page, cluster, run, played):
     row = page.locator(f'tr[data-run="{summary["run_id"]}"]')
     assert row.locator('[data-key="last average"]').inner_text() == f"{last['average']:.3f}"
     assert "ratio 1/2" in page.locator("figcaption").first.inner_text()
+    row.get_by_role("link", name="1-2", exact=True).click()
+    assert page.locator("h1").inner_text() == "200 random participants: closest to 1/2 of the average wins"
 
     three = cluster.run("main.py", "--role", "report", "runs/three", "runs/sweep", "--run-dir", "runs/side by side")
     assert three.returncode == 0, three.stderr
@@ -391,6 +422,30 @@ def test_numbers_in_words():
     assert ranges([1, 2, 3, 7, 9, 10]) == "1–3, 7, 9–10" and ranges([]) == ""
     assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
     assert table_lines(["a", "bb"], [["ccc", "1"]]) == ["a    bb", "ccc   1"]
+
+
+def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):
+    game = replace(told_apart.game, ratio=Fraction(3))
+    far = [replace(each, winning_number=Fraction(150)) for each in told_apart.results]
+    _, axes = page_axes(2.0)
+    draw_answers(axes, game, far[0])
+    assert axes.get_xlim()[1] <= 101
+    assert "winning number 150.000" in [line.get_label() for line in axes.lines]
+    _, axes = page_axes(2.0)
+    draw_averages(axes, game, far)
+    (winning,) = (line for line in axes.lines if line.get_label() == "winning number")
+    assert np.isnan(winning.get_ydata()).all() and axes.get_ylim()[1] < 120
+
+
+def test_of_very_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
+    folders = [tmp_path / f"{number:02}" for number in range(60)]
+    runs = [replace(told_apart, path=folder, groups={}) for folder in folders]
+    content = comparison_content(tmp_path, runs)
+    assert len(content["rows"]) == 60 and len(content["keys"]) == len(content["open"]) + len(content["folded"]) == 24
+    assert [row[0] for row, _, _ in content["rows"]] == [folder.name for folder in folders]
+    assert content["keys"][0][0] == "(00)" and content["keys"][-1][0] == "(59)"
+    looks = [(colour, dashes) for _, colour, dashes in content["keys"]]
+    assert len(set(looks)) == 24
 
 
 def test_pictures_have_the_colours_of_the_pages():
