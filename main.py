@@ -15,6 +15,7 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for wha
 import argparse
 import contextlib
 import io
+import re
 import sys
 import time
 import types
@@ -42,7 +43,11 @@ ACTIONS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser whose errors are one line, like all others, and that takes -1/2 for a number, not a flag."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-[0-9.]")
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (--help lists all flags)")

@@ -32,6 +32,8 @@ from simulation.prompts import Numbers, Prompt, instruction, prompt_for, rules
 from simulation.reading import last_line
 from simulation.scheduler import Pause
 
+TALK_TOKENS = 512  # of what a participant says when a person asks it something
+
 
 @dataclass(frozen=True)
 class Home:
@@ -190,7 +192,7 @@ class LLMParticipant(Participant):
 
     def system(self) -> str:
         """The system prompt; override it for a character of your own."""
-        return rules(self.game, self._played())
+        return rules(self.game, self._played(), self._team())
 
     def prompt(self, question: Question) -> Prompt:
         """What is asked of the model in a round; or, in round 0, when a person asks it about what it did."""
@@ -198,14 +200,15 @@ class LLMParticipant(Participant):
             missing = len(question.announcements) - len(self.numbers)  # it gave none in the last ones
             numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
             return prompt_for(self.system(), question, numbers, thoughts=thoughts)
-        return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played()))
+        return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played(), self._team()))
 
     async def answer(self, question: Question) -> float | str:
         """The model's number; to a message that is no question of a round, the model's words."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         model = self._model(chat)
         if question.round == 0:
-            return (await chat.talk(model, self.prompt(question), None))[0]
+            text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
+            return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
         before = question.round - 1
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
@@ -226,6 +229,11 @@ class LLMParticipant(Participant):
                 return self._units(last_line(thoughts)), thoughts
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
         return await chat.ask(model, extracting, self._units), thoughts
+
+    def _team(self) -> str | None:
+        """The team that it plays in, if any do."""
+        cast, teams = self.game.cast, self.game.teams
+        return None if cast is None or teams is None else cast.part_of(teams, self.index)
 
     def _model(self, chat: Chat) -> str:
         """The name of the model that it asks."""

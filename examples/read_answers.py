@@ -8,9 +8,6 @@ import sys
 
 import duckdb
 
-PER_ROUND = """
-    SELECT round, count(value) AS answers, avg(value) AS average, median(value) AS median, count(failure) AS failures
-    FROM read_parquet(?) GROUP BY round ORDER BY round
-"""
 answers = sys.argv[1] if len(sys.argv) > 1 else "runs/latest/answers.parquet"
-print(duckdb.sql(PER_ROUND, params=[answers]))
+told = "round, count(value) AS answers, avg(value) AS average, median(value) AS median, count(failure) AS failures"
+print(duckdb.sql(f"SELECT {told} FROM read_parquet(?) GROUP BY round ORDER BY round", params=[answers]))

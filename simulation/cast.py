@@ -87,7 +87,7 @@ class Cast:
     @property
     def groupings(self) -> tuple[Parts, ...]:
         """All ways to tell the participants apart: by each set of personas, and by model where there are several."""
-        called = self._called
+        called = self.called
         names = tuple(dict.fromkeys(called))
         counts = (
             self._model_counts if self.models else quotas(self.total, [Fraction(1, len(called) or 1)] * len(called))
@@ -103,7 +103,16 @@ class Cast:
             place = dealt(self.seed, MODEL, self._model_counts, first, count)
         else:
             place = np.arange(first, first + count) % len(self.turns)
-        return np.array([parts.names.index(name) for name in self._called])[place]
+        return np.array([parts.names.index(name) for name in self.called])[place]
+
+    def part_of(self, topic: str, participant: int) -> str:
+        """In which part one participant is; the same as `places` says, without its arrays. `topic` is one there is."""
+        if topic != MODEL:
+            named = zip(self.persona_sets, self.personas_of(participant), strict=True)
+            return next(persona.name for each, persona in named if each.name == topic)
+        if self.models:
+            return self.called[dealt_one(self.seed, MODEL, self._model_counts, participant)]
+        return self.called[participant % len(self.turns)]
 
     @cached_property
     def _persona_parts(self) -> tuple[Parts, ...]:
@@ -120,16 +129,16 @@ class Cast:
     def _model_counts(self) -> tuple[int, ...]:
         return quotas(self.total, [each.share for each in self.models])
 
-    @property
-    def _called(self) -> tuple[str, ...]:
-        """What the models are called by their servers, several of which may serve the same one.
+    @cached_property
+    def called(self) -> tuple[str, ...]:
+        """What the models are called in results: as their servers call them, several of which may serve the same one.
 
-        A mixture of one model alone, as with several temperatures, is told apart by the names in the models' file.
+        Those of a mixture that share such a name, as with several temperatures, are told apart by their names in the
+        models' file.
         """
-        called = tuple(each.model for each in self.models)
-        if len(set(called)) == 1:
-            return tuple(each.name for each in self.models)
-        return called or self.turns
+        called = [each.model for each in self.models]
+        apart = (each.name if called.count(each.model) > 1 else each.model for each in self.models)
+        return tuple(apart) or self.turns
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to a run's folder; seed and total are among the run's settings."""

@@ -20,16 +20,25 @@ FINEST = 10**9  # the largest denominator
 
 
 def setting(
-    default: Any, help_text: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+    default: Any,
+    help_text: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    stays: bool = False,
+    game: bool = False,
 ) -> Any:
-    """A field with what its flag needs: help, and the allowed range or choices."""
-    return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
+    """A field with what its flag needs: help, and the allowed range or choices; one that `stays` cannot be resumed with
+    another value.
+    """
+    allowed = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": help_text, **allowed, "stays": stays, "game": game})
 
 
 def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **choices: Any) -> Any:
-    """A setting of the game, which an experiment file may hold; one that `stays` is the same in a run resumed."""
-    made = setting(default, help_text, *allowed, **choices)
-    return field(default=default, metadata={**made.metadata, "game": True, "stays": stays})
+    """A setting of the game, which an experiment file may hold."""
+    return setting(default, help_text, *allowed, stays=stays, game=True, **choices)
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class SimulationConfig:
     teams: str | None = of_game(
         None, "what makes teams, whose averages are announced, too: a name of --personas, or model"
     )
-    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name")
-    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name")
+    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True)
+    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True)
     dispatch: str = setting(
         "group",
         "group asks the participants of a server together; agent asks each through its own AgentScope proxy",

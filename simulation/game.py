@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,11 @@ def to_units(answer: Any, game: Game) -> int:
     number: Any = answer
     if not 0 <= number <= game.max_value:  # not a number is in no range
         raise UnusableAnswer(OUT_OF_RANGE, text)
-    return int(round(number) if game.decimals == 0 else round(float(number) * game.scale))
+    if isinstance(number, Integral):
+        number = int(number)  # of numpy's there are some that overflow
+    elif not isinstance(number, (Rational, Decimal)):
+        number = float(number)
+    return round(number * game.scale)
 
 
 # --- Counting answers ------------------------------------------------------------------------------------------------

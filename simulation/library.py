@@ -15,7 +15,7 @@ from simulation.game import Game, Sampling, Wording
 from simulation.model_configs import ModelConfig, asked_models
 from simulation.yaml_file import Entry, YamlFile, listed, nearest, read_by, read_yaml, shown
 
-PLACEHOLDERS = ("number", "max_value", "target", "persona")
+PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
 SMALLEST_SHARE = Fraction(1, FINEST)
 
@@ -53,6 +53,17 @@ def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tup
     return tuple(models[name].model for name in asked_models(config) if name in models)
 
 
+def refuse_unknown_models(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> None:
+    """Raise SettingsError unless all models are there that participants take in turn; see _mixture for others."""
+    missing = [name for name in asked_models(config) if name not in models] if config.models is None else []
+    if missing:
+        raise SettingsError(
+            f"--model-per-host {config.model_per_host}: participants would ask {asked_models(config)[0]} to "
+            f"{asked_models(config)[-1]} in turn, and {shown(config.model_configs)} has no {missing[0]}: it has "
+            f"{listed(models)}; name yours with --models"
+        )
+
+
 def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
     """The game that the settings and the files they name describe. Raises SettingsError."""
     game = game_of(config, read_wording(config), read_cast(config, models))
@@ -60,6 +71,13 @@ def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) ->
     if config.teams is not None and config.teams not in topics:
         known = f"it has {listed(topics)}" if topics else "it has none: give --personas, or several models"
         raise SettingsError(f"--teams {printable(config.teams)}: nobody in this game is told apart so; {known}")
+    if game.wording is not None:
+        said = game.wording.system + game.wording.instruction
+        for name, there in (("personas", config.personas), ("teams", config.teams)):
+            if f"{{{name[:-1]}}}" in said and there is None:
+                raise SettingsError(
+                    f"--prompt {game.wording.name}: tells participants of their {name[:-1]}; give --{name}, too"
+                )
     return game
 
 
@@ -108,6 +126,7 @@ def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], w
         what = {"prompt": "prompt", "personas": "set of personas", "models": "model"}[setting]
         guess = nearest(name, names)
         guess = f"; {guess} It has {listed(names)}" if guess.endswith("?") else f"; it has {listed(names)}"
+        guess += "; with more --model-per-host one entry becomes model_1, model_2, ..." if setting == "models" else ""
         raise SettingsError(f"{flag_of(setting)} {said}: {where} has no such {what}{guess}")
 
 

@@ -26,7 +26,6 @@ from simulation.prompts import Prompt, answer_tokens, structured_fields
 from simulation.replies import CUT_OFF, Tokens
 
 V = TypeVar("V")
-AS_SET = 0  # tokens of a free text
 Waiting = list[asyncio.Future[Any]]
 Sampled = tuple[Outcome, float]  # a text or a cause, and the deadline for asking again
 
@@ -105,14 +104,14 @@ class Chat:
                     cause = str(error)
         raise UnusableAnswer(cause or "", text)
 
-    async def talk(self, model: str, prompt: Prompt, tokens: int | None) -> tuple[str, bool]:
-        """What one participant says freely, and whether that is all it had to say.
+    async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
+        """What one participant says freely, in up to so many tokens, and whether that is all it had to say.
 
-        `tokens` is how long it may be; None leaves that to the model's settings. Raises UnusableAnswer as `ask` does.
+        Raises UnusableAnswer as `ask` does.
         """
         deadline: float | None = None
         for _ in range(self.sampling.max_attempts):
-            (text, cause), deadline = await self._sample(model, prompt, tokens or AS_SET, deadline)
+            (text, cause), deadline = await self._sample(model, prompt, tokens, deadline)
             if text is not None and cause in (None, CUT_OFF["length"]):
                 return text, cause is None
         raise UnusableAnswer(cause or "", text)
@@ -172,8 +171,7 @@ class Chat:
     ) -> asyncio.Future[Sampled]:
         """What will come of one request's share; no coroutine of its own, as everybody waits for one at a time.
 
-        `free_tokens` is how long a free text may be, AS_SET if the model's settings say so; None where the model is to
-        be held to a number in range.
+        `free_tokens` is how long a free text may be; None where the model is to be held to a number in range.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sampled] = loop.create_future()
@@ -235,7 +233,7 @@ def _fields(game: Game, config: ModelConfig, free_tokens: int | None) -> dict[st
     assert game.sampling is not None
     kind = game.sampling.structured_output if free_tokens is None else "none"
     fields = config.generate_args
-    if free_tokens:  # a limit in the settings is meant for numbers
+    if free_tokens is not None:  # a limit in the settings is meant for numbers
         fields.pop("max_completion_tokens", None)
         fields["max_tokens"] = free_tokens
     elif not fields.keys() & {"max_tokens", "max_completion_tokens"}:

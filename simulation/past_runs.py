@@ -19,6 +19,7 @@ from simulation.errors import ClusterError, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
 from simulation.model import Usage
+from simulation.model_client import OUT_OF_TOKENS
 from simulation.placement import Endpoint
 from simulation.results import AGENTS, GAME, PARTS, WHOLE
 
@@ -108,7 +109,7 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     Raises:
         SettingsError: The folder holds no run, or a setting cannot change in mid-game.
     """
-    config, summary = read_summary(path, "--resume")
+    config, summary = read_summary(path, "--resume ")
     config = replace(config_to_resume(path, config, given), run_dir=str(path.resolve()))
     results = read_results(path, config, summary)
     cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
@@ -132,6 +133,15 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     return anew
 
 
+def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
+    """Whether a run has no tokens left to go on with."""
+    if budget_now is None or not summary["rounds"]:
+        return False
+    spent = sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
+    ran_out = OUT_OF_TOKENS in summary["rounds"][-1]["failures"] and budget_now == budget_then
+    return ran_out or spent >= budget_now
+
+
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
     try:
@@ -152,16 +162,16 @@ def first_winner(path: Path, summary: dict[str, Any]) -> int:
     return int(winners[0][1:])
 
 
-def read_summary(path: Path, flag: str = "--run-dir") -> tuple[SimulationConfig, dict[str, Any]]:
+def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
     """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
     try:
         summary = json.loads((path / "summary.json").read_text())
         _Summary.model_validate(summary, strict=True)
         config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
     except OSError as error:
-        raise SettingsError(f"{flag} {path}: cannot read its summary.json: {error.strerror}") from None
+        raise SettingsError(f"{flag}{path}: cannot read its summary.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{flag} {path}: its summary.json is damaged, or of another version") from None
+        raise SettingsError(f"{flag}{path}: its summary.json is damaged, or of another version") from None
     return config, summary
 
 
@@ -181,7 +191,7 @@ def _rows_of(path: Path) -> Iterator[tuple[int, pa.Table]]:
         for file in [whole] if whole.exists() or not parts else parts:
             yield from rows_by_round(file)
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its answers.parquet: {one_line(error)}") from None
+        raise SettingsError(f"{path}: cannot read its answers.parquet: {one_line(error)}") from None
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
@@ -195,9 +205,9 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
             raise ValueError
         return game
     except OSError as error:
-        raise SettingsError(f"--run-dir {path}: cannot read its {GAME}: {error.strerror}") from None
+        raise SettingsError(f"{path}: cannot read its {GAME}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"--run-dir {path}: its {GAME} is damaged, or of another version") from None
+        raise SettingsError(f"{path}: its {GAME} is damaged, or of another version") from None
 
 
 @dataclass(frozen=True)
@@ -288,13 +298,13 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
     results = []
     for entry in summary["rounds"]:
         if entry["round"] not in tallies:
-            raise SettingsError(f"--run-dir {path}: the answers of round {entry['round']} are missing")
+            raise SettingsError(f"{path}: the answers of round {entry['round']} are missing")
         tally = tallies[entry["round"]]
         average = tally.average()
         said = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / rule.scale))
         if said != tuple(entry[key] for key in ("asked", "answered", "failed", "average")):
             raise SettingsError(
-                f"--run-dir {path}: answers.parquet and summary.json say different things of round {entry['round']}"
+                f"{path}: answers.parquet and summary.json say different things of round {entry['round']}"
             )
         winning_number = rule.winning_number(average) if average is not None else None
         closest = tally.closest(winning_number) if winning_number is not None else ()

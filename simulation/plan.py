@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from simulation.cast import Cast
 from simulation.config import SimulationConfig
 from simulation.game import Announcement, Game, question_for
-from simulation.library import game_to_play
 from simulation.model_configs import ModelConfig, asked_models
 from simulation.placement import endpoints, even_split, place
 from simulation.processes import ranges
@@ -32,19 +31,20 @@ class RoundEstimate:
         return self.prompt_tokens + self.answer_tokens
 
 
-def estimate(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> list[RoundEstimate]:
-    """The rounds of an LLM run.
+def estimate(
+    config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range
+) -> list[RoundEstimate]:
+    """These rounds of an LLM run.
 
     In round r a participant may remember any of (values)^(r-1) games, and be one of so many combinations of personas;
-    those who are and remember the same share requests. Raises SettingsError if a file that it takes is no good.
+    those who are and remember the same share requests.
     """
-    game = game_to_play(config, models)
     assert game.wording is not None and game.cast is not None
     asked = _sharing(config, game.cast)
     aloud = game.wording.reasoning_tokens
     characters = math.prod(len(one.personas) for one in game.cast.persona_sets)
     rounds = []
-    for number in range(1, config.rounds + 1):
+    for number in numbers:
         prompt = _longest_prompt(game, config.participant_num, number)
         different = characters * game.numbers ** (number - 1)
         requests = prompt_tokens = answers = 0
@@ -78,7 +78,9 @@ def _longest_prompt(game: Game, participants: int, number: int) -> Prompt:
         for each in range(1, number)
     )
     numbers = tuple(units[0] / game.scale for _ in told)
-    return prompt_for(rules(game, personas), question_for(game, number, told), numbers, instruction(game, personas))
+    team = max(teams, key=len, default=None)
+    system, last = rules(game, personas, team), instruction(game, personas, team)
+    return prompt_for(system, question_for(game, number, told), numbers, last)
 
 
 def _sharing(config: SimulationConfig, cast: Cast) -> dict[str, Counter[int]]:
@@ -103,8 +105,8 @@ def _requests(count: int, prompts: int, samples: int) -> int:
     return different + (count - different) // samples
 
 
-def plan_lines(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> list[str]:
-    """The whole plan, for people."""
+def plan_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range) -> list[str]:
+    """The whole plan of the rounds that are left, for people."""
     servers = endpoints(config.hosts, config.base_port, config.server_per_host)
     groups = place(config.participant_num, len(servers), len(config.hosts) * config.moderator_per_host)
     on_server = Counter[int]()
@@ -119,14 +121,23 @@ def plan_lines(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> l
         f"{ranges(ports[: config.server_per_host])}; {config.moderator_per_host} for moderators, ports "
         f"{ranges(ports[config.server_per_host :])}",
         f"participants: {config.participant_num:,} {kind}, {_between(fewest, most)} on each server",
-        f"rounds: {config.rounds}",
+        f"rounds: {config.rounds}" + (f", of which {len(numbers)} are left" if len(numbers) < config.rounds else ""),
+        f"game: {_game_in_words(game)}",
     ]
-    return lines if config.agent_type != "llm" else [*lines, *cost_lines(config, models)]
+    return lines if config.agent_type != "llm" else [*lines, *cost_lines(config, game, models, numbers)]
 
 
-def cost_lines(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> list[str]:
-    """What the rounds would cost at most."""
-    rounds = estimate(config, models)
+def _game_in_words(game: Game) -> str:
+    words = f"numbers from 0 to {game.max_value:,}, closest to {game.target} wins"
+    words += f"; prompt {game.wording.name}" if game.wording is not None else ""
+    sets = game.cast.persona_sets if game.cast is not None else ()
+    words += "".join(f"; personas {each.name} ({len(each.personas)})" for each in sets)
+    return words + (f"; teams by {game.teams}" if game.teams is not None else "")
+
+
+def cost_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range) -> list[str]:
+    """What these rounds would cost at most."""
+    rounds = estimate(config, game, models, numbers)
     asked = [models[name] for name in asked_models(config) if name in models]
     where = [f"models: {model.name} is {model.model} at {model.base_url}, on each host" for model in asked[:8]]
     where += [f"models: ... {len(asked)} in all"] if len(asked) > 8 else []

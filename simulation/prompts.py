@@ -7,6 +7,7 @@ comes first, so that a model server that caches the beginnings of prompts reads 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ TEMPLATE_TOKENS = 12  # what a chat template adds, about
 FREE_TEXT_TOKENS = 256  # of an answer that nothing holds to a number
 JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models like
 SPARE_TOKENS = 4
+AVERAGE_DIGITS = 3  # after the point, more than answers have
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
@@ -54,26 +56,36 @@ class Prompt(NamedTuple):
         return [{"role": role, "content": content} for role, content in said]
 
 
-def rules(game: Game, personas: Sequence[Persona] = ()) -> str:
-    """The system prompt of those who are these personas."""
+def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
+    """The system prompt of those who are these personas, and in this team.
+
+    A persona that has no place in it comes first, a team last.
+    """
     assert game.wording is not None  # as in every game in which participants ask models
-    told = " ".join(persona.text for persona in personas if persona.text)
-    return _filled(game.wording.system, game.decimals, game.max_value, game.target, told, True)
+    text = game.wording.system
+    if "{persona}" not in text and any(persona.text for persona in personas):
+        text = f"{{persona}} {text}"
+    if "{team}" not in text and team is not None:
+        text = f"{text}\nYour team is {{team}}."
+    return _filled(text, game, personas, team)
 
 
-def instruction(game: Game, personas: Sequence[Persona] = ()) -> str:
+def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
     """How to answer in a round."""
     assert game.wording is not None
-    told = " ".join(persona.text for persona in personas if persona.text)
-    return _filled(game.wording.instruction, game.decimals, game.max_value, game.target, told, False)
+    return _filled(game.wording.instruction, game, personas, team)
+
+
+def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None) -> str:
+    persona = " ".join(each.text for each in personas if each.text)
+    return _filled_with(text, game.decimals, game.max_value, game.target, persona, team or "")
 
 
 @lru_cache(maxsize=4096)
-def _filled(text: str, decimals: int, max_value: int, target: str, persona: str, somewhere: bool) -> str:
-    """A text of the prompts file with its braces filled; `somewhere`: the persona comes first if it has no place."""
+def _filled_with(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
+    """A text of the prompts file with its braces filled."""
     number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
-    filled = text.format(number=number, max_value=max_value, target=target, persona=persona).strip()
-    return f"{persona} {filled}" if somewhere and persona and "{persona}" not in text else filled
+    return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
 
 
 @lru_cache(maxsize=16_384)
@@ -88,7 +100,7 @@ def prompt_for(system: str, question: Question, numbers: Numbers, last: str = ""
         thoughts: What they thought aloud last time, if they are to remember it.
     """
     heard = [_heard(told, question.decimals) for told in question.announcements]
-    own = [f"Your numbers so far: {', '.join(map(_shown, numbers))}."] if numbers else []
+    own = [f"Your numbers so far: {', '.join(_shown(each, question.decimals) for each in numbers)}."] if numbers else []
     own += [f"What you thought before the last of them: {thoughts}"] if thoughts else []
     return Prompt(system, "\n".join([*heard, *own, f"{question.text} {last}".rstrip()]))
 
@@ -97,20 +109,25 @@ def _heard(told: Announcement, decimals: int) -> str:
     """What was announced after a round."""
     if told.average is None or told.winning_number is None:
         return f"Round {told.round}: nobody answered."
-    said = f"Round {told.round}: the average was {_shown(told.average)}"
+    digits = decimals + AVERAGE_DIGITS
+    said = f"Round {told.round}: the average was {_shown(told.average, digits)}"
     if told.winning_number != told.average:
-        said += f", so the number to be closest to was {_shown(told.winning_number)}"
+        said += f", so the number to be closest to was {_shown(told.winning_number, digits)}"
     if told.winners is None:
         return f"{said}."
     won = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in told.winning_units)
-    teams = ", ".join(f"{name} {_shown(average)}" for name, average in told.teams)
+    teams = ", ".join(f"{name} {_shown(average, digits)}" for name, average in told.teams)
     closest = " and ".join(told.closest_teams)
     more = f" The averages of the teams were: {teams}. The closest was that of {closest}." if teams else ""
     return f"{said}; {told.winners} won with {won}.{more}"
 
 
-def _shown(number: float | None) -> str:
-    return "none" if number is None else f"{number:.10g}"
+def _shown(number: float | None, digits: int) -> str:
+    """A number with up to so many digits after the point."""
+    if number is None:
+        return "none"
+    text = f"{Decimal(repr(round(number, digits))):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def number_pattern(max_value: int, decimals: int) -> str:

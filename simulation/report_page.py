@@ -171,7 +171,8 @@ def facts(run: PastRun) -> list[tuple[str, str]]:
     if cast is not None and cast.persona_sets:
         told.append(("Personas", ", ".join(f"{each.name} ({len(each.personas)})" for each in cast.persona_sets)))
     if cast is not None and (cast.models or cast.turns):
-        called = [f"{each.model} ({each.share})" for each in cast.models] or dict.fromkeys(cast.turns)
+        mixed = [f"{name} ({each.share})" for name, each in zip(cast.called, cast.models, strict=False)]
+        called = mixed or dict.fromkeys(cast.turns)
         told.append(("Models", ", ".join(called)))
     if config.agent_class is not None:
         told.append(("Participants' class", Path(config.agent_class).name))

@@ -98,12 +98,13 @@ class Run:
 
     def _play(self) -> int:
         if self._resumed:
-            self.directory.go_back_to(len(self.results))
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.to_play:
             return self._finish()
         began = time.monotonic()
         servers = check_cluster(self.config, self.key)
+        if self._resumed:  # not before: what there is stays as it is where nothing can be played
+            self.directory.go_back_to(len(self.results))
         self.directory.write_game(self.game)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host

@@ -12,10 +12,9 @@ from loguru import logger
 
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
-from simulation.errors import GameEnded, SettingsError, SimulationError
+from simulation.errors import GameEnded, SettingsError, SimulationError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
-from simulation.past_runs import config_to_resume, read_summary
-from simulation.plan import plan_lines
+from simulation.past_runs import config_to_resume, is_spent, read_summary
 from simulation.results import SWEEP, RunDirectory, new_run_id
 from simulation.security import ClusterKey
 from simulation.sweep import Sweep, read_sweep, sweep_of, tell_comparison
@@ -68,13 +67,15 @@ class Session:
     def plan(self) -> list[str]:
         """What would be played, for people."""
         if self.sweep is None:
-            return plan_lines(self.config, self.tasks[0].models)
-        lines = [f"experiment {self.sweep.experiment}" + (f": {self.sweep.about}" if self.sweep.about else "")]
+            return self.tasks[0].plan
+        about = printable(self.sweep.about or "")
+        lines = [f"experiment {self.sweep.experiment}" + (f": {about}" if about else "")]
+        left = [task for task in self.tasks if task.rounds_left]
         for number, task in enumerate(self.tasks, start=1):
-            lines.append(f"run {number} of {len(self.tasks)}: {task.name}")
-            lines += [f"  {line}" for line in plan_lines(task.config, task.models)] if number <= PLANS_SHOWN else []
-        tokens, price = sum(task.tokens for task in self.tasks), self.config.price_per_million_tokens
-        total = f"in all: {len(self.tasks)} runs, {sum(task.config.rounds for task in self.tasks):,} rounds"
+            lines.append(f"run {number} of {len(self.tasks)}: {task.name}{_played_before(task)}")
+            lines += [f"  {line}" for line in task.plan] if task in left[:PLANS_SHOWN] else []
+        tokens, price = sum(task.tokens for task in left), self.config.price_per_million_tokens
+        total = f"in all: {len(left)} runs, {sum(len(task.rounds_left) for task in left):,} rounds"
         total += f", at most about {tokens:,} tokens" if tokens else ""
         total += f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if tokens and price is not None else ""
         return [*lines, total]
@@ -101,8 +102,7 @@ class Session:
         self._directory.write_json(SWEEP, self.sweep.to_json())
         status = 0
         for number, task in enumerate(self.tasks, start=1):
-            before = "" if task.status is None else f", which was played before and is {task.status}"
-            logger.info(f"run {number} of {len(self.tasks)}: {task.name}{before}")
+            logger.info(f"run {number} of {len(self.tasks)}: {task.name}{_played_before(task)}")
             try:
                 status = max(status, self._play_one(task, key, watch, onlooker))
             except SimulationError:
@@ -138,6 +138,10 @@ class Session:
                 f"the experiment ends in run {number} of {len(self.tasks)}; to go on with it: "
                 f"./run_simulation.sh --resume {shlex.quote(shown(self.folder))}"
             )
+
+
+def _played_before(task: Task) -> str:
+    return "" if task.status is None else f", which was played before and is {task.status}"
 
 
 def _play(task: Task, directory: RunDirectory, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None) -> int:
@@ -176,7 +180,10 @@ def _seeded(config: SimulationConfig, drawn: int) -> SimulationConfig:
 
 
 def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
-    read_summary(path, "--resume")
+    config, summary = read_summary(path, "--resume ")
+    budget, rounds = (given.get(name, getattr(config, name)) for name in ("max_tokens", "rounds"))
+    if len(summary["rounds"]) < rounds and is_spent(summary, config.max_tokens, budget):
+        raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
     directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
     return Session([resumed_task(path, given)], directory.path, directory=directory)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import SettingsError
 from simulation.game import Game
-from simulation.library import game_to_play, turns_of
+from simulation.library import game_to_play, refuse_unknown_models, turns_of
 from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
-from simulation.past_runs import Played, config_to_resume, read_game, read_played, read_summary
-from simulation.plan import cost_lines, estimate
+from simulation.past_runs import Played, config_to_resume, is_spent, read_game, read_played, read_summary
+from simulation.plan import cost_lines, estimate, plan_lines
 from simulation.results import new_run_id
+from simulation.yaml_file import shown
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,27 @@ class Task:
     status: str | None = None
 
     @property
-    def rounds_left(self) -> bool:
-        """Whether servers are needed."""
-        return self.status is None and (self.played is None or len(self.played.results) < self.config.rounds)
+    def rounds_left(self) -> range:
+        """The rounds that are to be played, for which servers are needed."""
+        played = 0 if self.played is None else len(self.played.results)
+        return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
 
     @property
     def tokens(self) -> int:
-        """What it may cost at most."""
-        if self.config.agent_type != "llm":
+        """What they may cost at most."""
+        if self.config.agent_type != "llm" or not self.rounds_left:
             return 0
-        return sum(each.tokens for each in estimate(self.config, self.models))
+        return sum(each.tokens for each in estimate(self.config, self.game, self.models, self.rounds_left))
+
+    @property
+    def plan(self) -> list[str]:
+        """What would be played, for people."""
+        return plan_lines(self.config, self.game, self.models, self.rounds_left)
+
+    @property
+    def costs(self) -> list[str]:
+        """What it would cost, for people."""
+        return cost_lines(self.config, self.game, self.models, self.rounds_left)
 
     @property
     def asked_models(self) -> list[ModelConfig]:
@@ -72,20 +84,35 @@ def resumed_task(path: Path, given: dict[str, Any]) -> Task:
     """The run in a folder, with other settings where they are given. Raises SettingsError."""
     config, played = read_played(path, given)
     models, game = _checked(config), read_game(path, config)
-    before, now = game.cast.turns if game.cast is not None else (), turns_of(config, models)
-    if before != now and len({*before, *now}) > 1:  # who asked which model is told from this alone
+    _refuse_other_models(path, config, game, models)
+    return Task(config, models, game, path.resolve(), played.run_id, played)
+
+
+def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:
+    """Raise SettingsError if participants would ask others than before: who asked which is told from the cast alone."""
+    assert game.cast is not None
+    before, now = game.cast.turns, turns_of(config, models)
+    if before != now and len({*before, *now}) > 1:
         raise SettingsError(
             f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
             f"turn, which stays, and would ask {', '.join(now)}"
         )
-    return Task(config, models, game, path.resolve(), played.run_id, played)
+    for share in game.cast.models:
+        if models[share.name].model != share.model:
+            raise SettingsError(
+                f"--model-configs {shown(config.model_configs)}: {share.name} was {share.model} when the run in {path} "
+                f"was begun, which stays, and is {models[share.name].model}"
+            )
 
 
 def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
-    """The same, if no round of it is left: its answers need not be read again."""
-    config, summary = read_summary(path, "--resume")
+    """The same, if no round of it is left, or no tokens: its answers need not be read again."""
+    config, summary = read_summary(path, "--resume ")
+    budget = config.max_tokens
     config = config_to_resume(path, config, given)
-    if summary["status"] not in ("complete", "partial") or len(summary["rounds"]) != config.rounds:
+    if summary["status"] not in ("complete", "partial"):
+        return None
+    if len(summary["rounds"]) < config.rounds and not is_spent(summary, budget, config.max_tokens):
         return None
     return Task(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
 
@@ -97,7 +124,11 @@ def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
 
         # a mistake in a person's file is found before anything is started
         pack_class(load_class(config.agent_class, config.agent_type))
-    return read_models(config) if config.agent_type == "llm" else {}
+    if config.agent_type != "llm":
+        return {}
+    models = read_models(config)
+    refuse_unknown_models(config, models)
+    return models
 
 
 def refuse_above_budget(task: Task, name: str) -> None:
@@ -112,8 +143,10 @@ def refuse_above_budget(task: Task, name: str) -> None:
 
 def refuse_sum_above_budget(tasks: list[Task], allowed: int | None) -> None:
     """Raise SettingsError if all runs that are left may together cost more than was allowed by hand."""
-    tokens = sum(task.tokens for task in tasks if task.status is None)
-    if allowed is not None and tokens > allowed:
+    if allowed is None:
+        return
+    tokens = sum(task.tokens for task in tasks)
+    if tokens > allowed:
         raise SettingsError(
             f"--max-tokens {allowed}: these {len(tasks)} runs may together cost {tokens:,} tokens, not {allowed:,}; "
             "max_tokens in the experiment's file would bound each of them"
@@ -130,11 +163,12 @@ def refuse_costs(tasks: list[Task], plan: Callable[[], list[str]]) -> None:
     elsewhere = [
         (task.config, model)
         for task in tasks
+        if task.rounds_left
         for model in task.asked_models
         if not is_within(model.base_url, task.config.hosts)
     ]
     if elsewhere:
-        lines = cost_lines(tasks[0].config, tasks[0].models) if len(tasks) == 1 else plan()
+        lines = tasks[0].costs if len(tasks) == 1 else plan()
         print("\n".join(lines), file=sys.stderr)
     for config, model in elsewhere:
         refuse_elsewhere(config, model.name, model.base_url)

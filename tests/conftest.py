@@ -26,6 +26,11 @@ with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while
     warnings.simplefilter("ignore")
     import simulation.remote  # noqa: F401
 
+from simulation.config import SimulationConfig
+from simulation.library import game_to_play
+from simulation.model_configs import read_models
+from simulation.plan import RoundEstimate, estimate
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,6 +52,12 @@ CONTRAST = """element => {
   const other = light(getComputedStyle(behind || document.body).backgroundColor);
   return (Math.max(own, other) + 0.05) / (Math.min(own, other) + 0.05);
 }"""
+
+
+def estimate_of(config: SimulationConfig) -> list[RoundEstimate]:
+    """What all rounds of a game with language models would cost."""
+    models = read_models(config)
+    return estimate(config, game_to_play(config, models), models, range(1, config.rounds + 1))
 
 
 @dataclass

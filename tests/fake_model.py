@@ -149,6 +149,7 @@ class FakeModel:
             "out of range": "1000",
             "talks": "between 0 and 100 I choose 37",
             "a total": "37 of 100",
+            "five": "5",
             "cut off": "3",
             "half an emoji": "\ud83d",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -60,9 +61,10 @@ def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
     participant = total - 1
     for place, parts in enumerate(sets):
         there = cast.places(parts, participant, 1)[0]
-        assert cast.personas_of(participant)[place].name == parts.names[there]
+        assert cast.personas_of(participant)[place].name == parts.names[there] == cast.part_of(parts.topic, participant)
         assert np.bincount(cast.places(parts, 0, total), minlength=len(parts.names)).tolist() == list(parts.counts)
-    assert f"model {cast.model_of(participant)[1:]}" == models.names[cast.places(models, participant, 1)[0]]
+    called = models.names[cast.places(models, participant, 1)[0]]
+    assert f"model {cast.model_of(participant)[1:]}" == called == cast.part_of(MODEL, participant)
 
 
 def test_what_a_seed_deals_is_fixed():
@@ -82,12 +84,17 @@ def test_models_that_take_turns_are_told_apart_by_what_they_are():
     (parts,) = cast.groupings
     assert parts.names == ("llama", "qwen") and cast.model_of(3) is None
     assert cast.places(parts, 3, 3).tolist() == [0, 1, 0]
+    assert [cast.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
     assert np.bincount(cast.places(parts, 0, 11)).tolist() == list(parts.counts)
     assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
     alike = Cast(
         7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
     )
     assert alike.groupings[0].names == ("cold", "hot") and alike.places(alike.groupings[0], 0, 10).sum() == 5
+    other = ModelShare("other", Fraction(1, 2), "qwen")
+    mixed = Cast(7, 20, models=(*(replace(each, share=Fraction(1, 4)) for each in alike.models), other))
+    (parts,) = mixed.groupings
+    assert (parts.names, parts.counts) == (("cold", "hot", "qwen"), (5, 5, 10))
 
 
 @given(seeds, totals, weights)

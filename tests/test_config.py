@@ -21,6 +21,8 @@ BAD = [
     ("--base-port 70000", "must be from 1 to 65535"),
     ("--base-port 65530", "would end at port 65543"),
     ("--seed -1", "must be from 0"),
+    ("--ratio -1/2", "--ratio -1/2: must be from 1/1000000 to 10"),
+    ("--offset -5", "--offset -5: must be from 0"),
     ("--rounds 0", "must be from 1"),
     ("--decimals 7", "must be from 0 to 6"),
     ("--dispatch both", "must be one of group, agent"),

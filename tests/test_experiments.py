@@ -13,6 +13,7 @@ from fractions import Fraction
 import psutil
 import pytest
 from conftest import ROOT, one_line, until
+from fake_model import FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,7 @@ def refused(tmp_path, capsys):
 
 
 LLM = "agent_type: llm\n"
+ENTRY = {"model_type": "openai_chat", "model_name": "m", "client_args": {"base_url": "http://localhost:8010/v1"}}
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 20)}]\n" for n in range(9))
 BAD = {
     "tab": ("rounds: 2\nratio:\n\t- 1\n", "x.yaml, line 3: holds a tab"),
@@ -104,6 +106,9 @@ BAD = {
         "configs/model_configs.json has no such model; did you mean model_1?"),
     "shares of models": (LLM + "models:\n- model_1: 2/3\n", "line 3: models model_1=2/3: the shares add up to 2/3"),
     "share of a list": (LLM + "models: [{model_1: [1]}]\n", "line 2: models: a model's share must be a number"),
+    "persona of nobody": (LLM + "prompt:\n- basic\n- in_character\n", "line 4: prompt in_character: tells participants "
+        "of their persona; give --personas, too"),
+    "team of nobody": (LLM + "prompt: team\n", "prompt team: tells participants of their team; give --teams, too"),
     "no shares": (LLM + "models: model_1\n", "must be shares of models, as model_1=2/3,model_2=1/3"),
     "class": ("agent_class: mine.py:Mine\n", "x.yaml, line 1: agent_class "),
     "budget": (LLM + "participant_num: 10\nrounds: [1, 2]\nmax_tokens: 9\n", "line 4: max_tokens 9: a run "
@@ -367,6 +372,50 @@ def test_a_laptop_starts_servers_once_and_plays_all_although_one_run_is_partial(
     assert "starting 2 for participants" in longer.stderr
 
 
+@pytest.fixture
+def fake(cluster):
+    """A model server at the address that the cluster's agent servers know."""
+    server = FakeModel(port=cluster.model_port)
+    yield server
+    server.close()
+
+
+ASKING = "agent_type: llm\nmodels: {model_1: 1}\nratio: [1/2, 2/3]\nrounds: 2\nparticipant_num: 60\nprompt: mine\n"
+MINE = "mine:\n  system: About {target}.\n  instruction: Just the number.\n"
+
+
+def test_a_sweep_of_language_models_goes_on_where_it_was_cut_short(cluster, fake):
+    (cluster.path / "p.yaml").write_text(MINE)
+    play = (*write(cluster, ASKING), "--prompts-file", "p.yaml", "--run-dir", "runs/asking")
+    log = cluster.path / "stderr"
+    with log.open("w") as stderr:
+        game = cluster.start(*play, stderr=stderr)
+    until(lambda: "run 2 of 2" in log.read_text(), 60, "run 2")
+    game.kill()
+    game.communicate(timeout=10)
+    (cluster.path / "p.yaml").unlink()  # begun runs know what they are played with
+    first = cluster.path / "runs/asking/01-ratio=1-2"
+    before = (first / "summary.json").read_bytes()
+    resume = ("run_simulation.sh", "--resume", "runs/asking")
+    begun = (first.parent / "02-ratio=2-3/summary.json").exists()
+    if not begun:
+        (cluster.path / "p.yaml").write_text(MINE)
+    planned = cluster.run(*resume, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "run 1 of 2: ratio 1/2, which was played before and is complete\nrun 2 of 2" in planned.stdout
+    assert "prompt mine" in planned.stdout and "in all: 1 runs, " in planned.stdout
+    done = cluster.run(*resume)
+    assert done.returncode == 0, done.stderr
+    assert (first / "summary.json").read_bytes() == before
+    assert [row.split()[0] for row in done.stdout.splitlines()[-2:]] == ["01-ratio=1-2", "02-ratio=2-3"]
+    assert {body["messages"][0]["content"] for body in fake.bodies} == {
+        *("About 1/2 of the average.", "About 2/3 of the average."),
+    }
+    # one that was lengthened alone is finished all the same
+    assert cluster.run("run_simulation.sh", "--resume", str(first), "--rounds", "3").returncode == 0
+    assert cluster.run(*resume).returncode == 0
+
+
 @pytest.mark.parametrize("folder", ["..", ".", "", "../x", "01-a/b", "/tmp", "02-b"])
 def test_a_sweep_of_folders_elsewhere_or_named_twice_is_damaged(folder):
     config = asdict(SimulationConfig(seed=1))
@@ -385,6 +434,25 @@ def test_all_runs_together_stay_within_a_budget_given_by_hand(cluster):
     refused = cluster.run(*play, "--max-tokens", str(tokens - 1), "--dry-run")
     assert refused.returncode == 2 and "these 3 runs may together cost" in one_line(refused.stderr)
     assert cluster.run(*play, "--max-tokens", str(tokens), "--dry-run").returncode == 0
+
+
+def test_a_run_that_cannot_go_on_keeps_what_there_is(checkout):
+    checkout.play("2", "50", "--rounds", "2", "--sleep-time", "0")
+    run = (checkout.path / "runs/latest").resolve()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    done = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3", "--hosts", "127.0.0.9")
+    assert done.returncode == 3, done.stderr
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    done = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3", "--prompts-file", "other.yaml")
+    assert done.returncode == 2 and "which stays" in one_line(done.stderr)
+
+
+def test_models_in_turn_that_are_not_in_the_file_are_refused_before_anything_starts(checkout):
+    (checkout.path / "m.json").write_text(json.dumps([ENTRY | {"config_name": "a"}, ENTRY | {"config_name": "b"}]))
+    play = ("run_simulation.sh", "2", "50", "--agent-type", "llm", "--model-configs", "m.json")
+    done = checkout.run(*play)
+    assert done.returncode == 2 and checkout.processes() == []
+    assert "m.json has no model_1: it has a, b; name yours with --models" in one_line(done.stderr)
 
 
 def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):

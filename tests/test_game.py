@@ -220,6 +220,12 @@ def test_answers_are_counted_in_whole_units(answer, units):
     assert type(to_units(answer, game())) is int
 
 
+@pytest.mark.parametrize("answer", [Decimal("0.575"), Fraction(575, 1000), "0.58", np.int8(1), np.float32(0.5)])
+def test_exact_numbers_are_rounded_as_exactly(answer):
+    units = {np.int8(1): 100, np.float32(0.5): 50}.get(answer, 58)
+    assert to_units(answer, game(decimals=2)) == units
+
+
 @given(units=st.integers(0, 10**15), decimals=st.integers(0, 6))
 def test_a_value_finds_back_to_its_units(units, decimals):
     rules = game(max_value=10**9, decimals=decimals)

@@ -101,6 +101,23 @@ def test_a_budget_ends_the_game(cluster, fake, play):
     assert "out of tokens (--max-tokens)" in summary["rounds"][-1]["failures"]
 
 
+def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake, play):
+    play("60", "--rounds", "6", "--max-tokens", "700", status=4)
+    before = cluster.summary()
+    assert 1 <= len(before["rounds"]) < 6
+    resume = ("run_simulation.sh", "--resume", "runs/latest")
+    done = cluster.run(*resume)
+    assert done.returncode == 2 and "its budget of 700 tokens is spent; give a larger --max-tokens" in one_line(
+        done.stderr
+    )
+    assert cluster.summary() == before and (cluster.path / "runs/latest/answers.parquet").exists()
+    done = cluster.run(*resume, "--max-tokens", "70000")
+    assert done.returncode == 4, done.stderr  # as some have failed before
+    after = cluster.summary()["rounds"]
+    assert len(after) == 6 and after[: len(before["rounds"])] == before["rounds"]
+    assert all(entry["answered"] == 60 for entry in after[len(before["rounds"]) :])
+
+
 def test_a_budget_that_is_spent_with_a_round_ends_the_game_before_the_next(cluster, fake, play):
     fake.for_ever("talks")  # so that round 2 costs what round 1 did
     spent = 2 * 2 * PROMPT_TOKENS + 60 * ANSWER_TOKENS
@@ -192,6 +209,15 @@ def test_a_kept_participant_talks(cluster, fake, play):
     asked = fake.bodies[-1]
     assert asked["messages"][1]["content"].endswith("Why that one?") and "structured_outputs" not in asked
     assert "Your numbers so far" in asked["messages"][1]["content"]
+
+
+def test_what_a_participant_says_is_not_cut_off_in_silence(cluster, fake, play):
+    play("30", "--keep-agents")
+    fake.thoughts, fake.cut_off = ["because it is"], {"because it is"}
+    ask = ("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", "17", "--text", "Why that one?")
+    said = cluster.run(*ask)
+    assert said.returncode == 0 and said.stdout == "because it is [cut off after 512 tokens]\n", said.stderr
+    assert fake.bodies[-1]["max_tokens"] == 512
 
 
 def test_a_character_of_ones_own(cluster, fake, play):

@@ -8,6 +8,7 @@ import re
 import time
 
 import pytest
+from conftest import estimate_of
 from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from simulation.errors import SettingsError
 from simulation.game import Announcement, Game, question_for
 from simulation.in_flight import InFlight
 from simulation.model_configs import is_within, model_of, read_models, refuse_elsewhere
-from simulation.plan import estimate
 from simulation.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
 from simulation.replies import LONGEST_PAUSE_S, Trouble, pause_s, read_reply, retry_after
 
@@ -271,7 +271,7 @@ def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
         rounds=3,
         model_per_host=2,
     )
-    rounds = estimate(config, read_models(config))
+    rounds = estimate_of(config)
     assert [each.requests for each in rounds] == [2 * 2 * 3, 2 * 2 * (101 + (250 - 101) // 100), 1000]
     assert rounds[0].answer_tokens == 1000 * answer_tokens("structured_outputs", Game(0, 100, 0, 0.0))
     assert rounds[2].prompt_tokens > rounds[2].requests * rounds[0].prompt_tokens / rounds[0].requests
@@ -281,7 +281,7 @@ def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
     config = config_with(
         tmp_path, [ENTRY | {"generate_args": {"temperature": 0}}], participant_num=1000, agent_type="llm"
     )
-    assert estimate(config, read_models(config))[0].requests == 1000
+    assert estimate_of(config)[0].requests == 1000
 
 
 # --- The common limit ------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_an_empty_purse_holds_up_nobody_else(play, fake_of):
 
 def test_a_long_talk_is_heard_to_its_end(play, fake_of):
     group = play(fake_of("well", for_ever="cut off"), 1)
-    assert group.participant(0).reply(None).get_text_content() == "3"
+    assert group.participant(0).reply(None).get_text_content() == "3 [cut off after 512 tokens]"
 
 
 def test_tokens_of_a_reply_without_answers_are_counted(play, fake_of):

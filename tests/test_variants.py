@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import free_ports, one_line
+from conftest import estimate_of, free_ports, one_line
 from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,11 +31,11 @@ from simulation.game import (
 )
 from simulation.library import game_to_play
 from simulation.model_configs import read_models
-from simulation.plan import estimate
 from simulation.prompts import instruction, prompt_for, rules
 from simulation.report import announcement_lines
 
 GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), wording=WORDING)
+QUESTION = question_for(GAME, 2, ())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_was_announced_is_told_to_whoever_has_a_prompt():
     question = question_for(GAME, 2, (announcement, Announcement(2, None, None, ())))
     prompt = prompt_for(rules(GAME), question, (30.0,), instruction(GAME))
     assert prompt.user.splitlines() == [
-        "Round 1: the average was 38.75, so the number to be closest to was 30.83333333; 1 won with 30.",
+        "Round 1: the average was 38.75, so the number to be closest to was 30.833; 1 won with 30.",
         "Round 2: nobody answered.",
         "Your numbers so far: 30.",
         "Round 2: give a number from 0 to 100. The average of all answers is announced, and whoever is closest to "
@@ -162,6 +162,19 @@ def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
     assert rules(GAME, nurse).startswith("You are a nurse {with braces}. You are old. You give a whole number")
     placed = replace(GAME, wording=replace(WORDING, system="Rules. {persona} Play on."))
     assert rules(placed, nurse) == "Rules. You are a nurse {with braces}. You are old. Play on."
+
+
+def test_a_team_has_its_place_in_a_prompt_or_comes_last():
+    assert rules(GAME, team="red").endswith("\nYour team is red.") and "team" not in rules(GAME)
+    placed = replace(GAME, wording=replace(WORDING, system="Play for {team}."))
+    assert rules(placed, team="red {1}") == "Play for red {1}."
+
+
+@pytest.mark.parametrize(("number", "decimals", "said"), [(123456789.123456, 6, "123456789.123456"), (700.0, 0, "700")])
+def test_numbers_are_told_to_the_last_digit(number, decimals, said):
+    question = replace(QUESTION, announcements=(Announcement(1, number, number, ()),), decimals=decimals)
+    lines = prompt_for("", question, (number, None)).user.splitlines()
+    assert lines[0] == f"Round 1: the average was {said}." and lines[1] == f"Your numbers so far: {said}, none."
 
 
 # --- On real servers -------------------------------------------------------------------------------------------------
@@ -231,7 +244,7 @@ def test_the_prompt_of_the_settings_is_said_and_kept_in_the_run(cluster, fake):
     assert all("2/3 of the average" in system for system, *_ in said_to(fake))
     later = [user for _, user, *_ in said_to(fake) if "Round 2: give" in user]
     winning = summary["rounds"][0]["winning_number"]
-    assert later and all(f"the number to be closest to was {winning:.10g}" in user for user in later)
+    assert later and all(f"the number to be closest to was {round(winning, 3):g};" in user for user in later)
     assert all(f"; {summary['rounds'][0]['winners']['count']} won with" in user for user in later)
     basic = cluster.play("3", "6", "--agent-type", "llm")
     assert basic["config"]["prompt"] == "basic"
@@ -301,6 +314,19 @@ def test_models_of_a_mixture_are_asked_by_their_shares(checkout):
         assert [len(fake.texts) for fake in fakes] == [20, 60]
         said = json.loads((checkout.path / "runs/latest/game.json").read_text())
         assert [each["share"] for each in said["cast"]["models"]] == ["1/4", "3/4"]
+        # who asks which does not depend on the servers, nor on how they are asked
+        fakes[0].for_ever("talks")
+        fakes[1].for_ever("five")
+        checkout.play("2", "80", *flags)
+        values = checkout.values()
+        assert sorted(values) == [5.0] * 60 + [37.0] * 20
+        for other in (("3", "80"), ("1", "80", "--dispatch", "agent")):
+            checkout.play(*other, *flags)
+            assert checkout.values() == values
+        # what was begun stays what it was
+        path.write_text(json.dumps([entries[0], entries[1] | {"model_name": "another"}]))
+        done = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
+        assert done.returncode == 2 and "qwen was participant-model when the run in" in one_line(done.stderr)
     finally:
         for fake in fakes:
             fake.close()
@@ -353,7 +379,7 @@ def config_of_a_mixture(tmp_path, models, **more):
 def test_the_estimate_knows_every_model_of_a_mixture(tmp_path):
     for models in ("short=3/4,long=1/4", "long=1/4,short=3/4"):
         config = config_of_a_mixture(tmp_path, models)
-        (entry,) = estimate(config, read_models(config))
+        (entry,) = estimate_of(config)
         assert entry.answer_tokens == pytest.approx(750 * 8 + 250 * 4096, rel=0.05)
 
 
@@ -361,11 +387,12 @@ def test_the_estimate_of_a_round_is_no_shorter_than_what_is_said(tmp_path):
     config = config_of_a_mixture(
         tmp_path, "short=1/2,long=1/2", teams="model", ratio="2/3", decimals=2, rounds=4, prompt="team"
     )
-    rounds = estimate(config, read_models(config))
+    rounds = estimate_of(config)
     game = game_to_play(config, read_models(config))
     told = ()
     for entry in rounds:
-        prompt = prompt_for(rules(game), question_for(game, entry.round, told), (12.34,) * len(told), instruction(game))
+        question = question_for(game, entry.round, told)
+        prompt = prompt_for(rules(game, team="short"), question, (12.34,) * len(told), instruction(game))
         both = prompt.tokens + prompt._replace(thoughts="x" * 9999, thought_tokens=512).tokens
         assert entry.prompt_tokens >= both * 1000 * (entry.round > 1)
         average, teams = 33.3333333, (("short", 31.41592654), ("long", 27.18281828))
