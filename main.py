@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.config import DASHBOARD_PORT, SimulationConfig, flag_of, real_number, whole_number
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, printable
 
 if TYPE_CHECKING:
     from simulation.console import ProgressWatch
@@ -304,7 +304,8 @@ def ask(config: SimulationConfig) -> int:
     told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
-    print(ask_participant(server, oid, key, question))
+    said = ask_participant(server, oid, key, question)
+    print("\n".join(map(printable, said.splitlines())))  # a model may say anything
     return 0
 
 

@@ -60,6 +60,8 @@ def differing_settings(runs: Sequence[PastRun]) -> list[str]:
 
 def _setting(run: PastRun, name: str) -> str:
     value = getattr(run.config, name)
+    if name == "agent_class" and value is not None:
+        value = Path(value).name
     return NO_VALUE if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
 
 
