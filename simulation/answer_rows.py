@@ -66,7 +66,11 @@ def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def rows_in(path: Path) -> Iterator[pa.Table]:
     """All rows of a file."""
     with pq.ParquetFile(path) as file:
+        if file.schema_arrow.remove_metadata() != SCHEMA:
+            raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
         for batch in file.iter_batches(ROWS_AT_ONCE):
+            if batch["round"].null_count or batch["participant"].null_count:
+                raise pa.ArrowInvalid(f"{path} has rows without round or participant")
             yield pa.Table.from_batches([batch])
 
 

@@ -179,7 +179,7 @@ class SimulationConfig:
     def _refuse_what_does_not_go_together(self) -> None:
         if self.winner and self.participant:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
-        if self.role == "ask" and (self.run_dir is None or self.text is None):
+        if self.role == "ask" and (self.run_dir is None or not (self.text or "").strip()):
             raise SettingsError("--role ask: give --run-dir, --text, and --participant or --winner")
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:

@@ -7,6 +7,7 @@ early end, as Ctrl-C does. It ends with the process, and lets a page that looks 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import signal
 import socket
@@ -70,8 +71,8 @@ class Dashboard:
             self._socket = socket.create_server((ADDRESS, port))
         except OSError as error:
             raise SettingsError(
-                f"--dashboard {port}: port {port} of {ADDRESS} cannot be had ({error.strerror}); give another one, or "
-                "0 for any that is free"
+                f"--dashboard {port}: port {port} of {ADDRESS} cannot be had ({os.strerror(error.errno or 0)}); give "
+                "another one, or 0 for any that is free"
             ) from None
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
@@ -26,12 +27,19 @@ from simulation.results import AGENTS, GAME, PARTS, WHOLE
 # --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
 
 
-class _Winners(BaseModel):
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Winners(_Part):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]+$")]]
 
 
-class _Round(BaseModel):
+class _Round(_Part):
     round: int
     asked: int
     answered: int
@@ -45,18 +53,18 @@ class _Round(BaseModel):
     max: float | None
     winning_number: float | None
     winners: _Winners
-    seconds: float
+    seconds: Seconds
 
 
-class _Times(BaseModel):
+class _Times(_Part):
     round: int
-    model_s: float
-    client_s: float
-    rpc_s: float
-    slowest_s: float
+    model_s: Seconds
+    client_s: Seconds
+    rpc_s: Seconds
+    slowest_s: Seconds
 
 
-class _Cluster(BaseModel):
+class _Cluster(_Part):
     hosts: list[str]
     servers: int
     moderators: int
@@ -64,21 +72,21 @@ class _Cluster(BaseModel):
     times: list[_Times]
 
 
-class _Seconds(BaseModel):
-    connect: float
-    create: float
-    rounds: float
-    total: float
+class _Seconds(_Part):
+    connect: Seconds
+    create: Seconds
+    rounds: Seconds
+    total: Seconds
 
 
-class _Llm(BaseModel):
+class _Llm(_Part):
     requests: int
     prompt_tokens: int
     completion_tokens: int
     retries: int
 
 
-class _Summary(BaseModel):
+class _Summary(_Part):
     run_id: str
     status: Literal["complete", "partial", "interrupted", "failed"]
     config: dict[str, Any]
@@ -86,6 +94,12 @@ class _Summary(BaseModel):
     seconds: _Seconds
     rounds: list[_Round]
     llm: _Llm | None
+
+    @model_validator(mode="after")
+    def _refuse_gaps(self) -> _Summary:
+        if [each.round for each in self.rounds] != list(range(1, len(self.rounds) + 1)):
+            raise ValueError("its rounds are not 1, 2, ...")
+        return self
 
 
 @dataclass(frozen=True)
@@ -178,20 +192,32 @@ def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str
 def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
     """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
     tallies: dict[int, Tally] = {}
-    for number, rows in _rows_of(path):
+    for number, rows in _rows_of(path, config.participant_num, config.max_value):
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
     return tallies
 
 
-def _rows_of(path: Path) -> Iterator[tuple[int, pa.Table]]:
+def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[int, pa.Table]]:
     """All answers of a run, in tables of one round's consecutive participants. Raises SettingsError."""
     whole = path / WHOLE
     parts = sorted(path.glob(PARTS))  # of a run that was killed
     try:
         for file in [whole] if whole.exists() or not parts else parts:
-            yield from rows_by_round(file)
+            for number, rows in rows_by_round(file):
+                _check_rows(rows, participants, max_value)
+                yield number, rows
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: its answers.parquet is missing") from None
     except (OSError, KeyError, pa.ArrowException) as error:
         raise SettingsError(f"{path}: cannot read its answers.parquet: {one_line(error)}") from None
+
+
+def _check_rows(rows: pa.Table, participants: int, max_value: int) -> None:
+    """Raise ArrowInvalid unless these can be answers of a game of so many participants."""
+    for column, low, high in (("participant", 0, participants - 1), ("value", 0, max_value)):
+        found = pc.min_max(rows[column]).as_py()
+        if found["min"] is not None and not low <= found["min"] <= found["max"] <= high:
+            raise pa.ArrowInvalid(f"a {column} is not from {low} to {high}")
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
@@ -269,9 +295,10 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
         parts.topic: [{name: Tally(0) for name in parts.names} for _ in results] for parts in groupings
     }
     round_places = {result.round: place for place, result in enumerate(results)}
-    for number, rows in _rows_of(path) if groupings and results else ():
+    if game.cast is None or not groupings or not results:
+        return groups
+    for number, rows in _rows_of(path, game.cast.total, game.max_value):
         for parts in groupings if number in round_places else ():
-            assert game.cast is not None
             tallies = groups[parts.topic][round_places[number]]
             for part, tally in tallies_of_parts(rows, game, parts):
                 tallies[part] += tally
@@ -302,7 +329,8 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
         tally = tallies[entry["round"]]
         average = tally.average()
         said = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / rule.scale))
-        if said != tuple(entry[key] for key in ("asked", "answered", "failed", "average")):
+        summed_up = tuple(entry[key] for key in ("asked", "answered", "failed", "average"))
+        if said != summed_up or tally.asked != config.participant_num:
             raise SettingsError(
                 f"{path}: answers.parquet and summary.json say different things of round {entry['round']}"
             )

@@ -80,6 +80,8 @@ def _fill(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
     edges, counts = histogram(tally.units, tally.counts, top, bins)
     borders = (edges - 0.5) / game.scale  # a unit reaches half a unit to either side of its number
     axes.stairs(counts, borders, fill=True, color=BARS, label="answers")
+    if not tally.answered:
+        axes.set_ylim(0, 1)
     axes.set_xlim(float(borders[0]), max(float(borders[-1]), (top + 0.5) / game.scale))
 
 

@@ -6,12 +6,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from simulation.config import SimulationConfig
 from simulation.errors import printable
-from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
+from simulation.game import INTERRUPTED, Announcement, Game, RoundResult, Tally, Units, announcement_of
 from simulation.model import Usage
 from simulation.past_runs import PastRun
 from simulation.results import most_frequent
@@ -144,6 +145,11 @@ def group_lines(run: PastRun) -> list[str]:
     return lines
 
 
+def played_whole(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a summary that were played to their end."""
+    return [entry for entry in summary["rounds"] if INTERRUPTED not in entry["failures"]]
+
+
 def run_lines(run: PastRun) -> list[str]:
     """A run as its moderator told it, what its answers look like, and how it ended."""
     lines: list[str] = []
@@ -152,5 +158,5 @@ def run_lines(run: PastRun) -> list[str]:
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
-    played = f"{len(run.results)} of {run.config.rounds} rounds"
+    played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
     return [*lines, f"run {run.name} is {run.summary['status']}: {played}"]

@@ -29,7 +29,7 @@ from simulation.plots import (
     spread_picture,
     times_picture,
 )
-from simulation.report import brief, number_of
+from simulation.report import brief, number_of, played_whole
 from simulation.results import REPORT, write_whole
 
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -99,7 +99,11 @@ def page_content(run: PastRun) -> dict[str, Any]:
         "config": run.config,
         "summary": summary,
         "digits": digits,
-        "status": STATUSES[summary["status"]],
+        "status": _status(summary),
+        "played": len(played_whole(summary)),
+        "last": next(
+            (each for each in reversed(entries) if each["average"] is not None), entries[-1] if entries else None
+        ),
         "facts": facts(run),
         "equilibrium": equilibrium_in_words(game),
         "open": [pictures[place] for place in at_once],
@@ -110,6 +114,16 @@ def page_content(run: PastRun) -> dict[str, Any]:
         "failures": failures_by_cause(entries),
         "times": _times(summary),
     }
+
+
+def _status(summary: dict[str, Any]) -> str:
+    """How the run ended, in words."""
+    entries, status = summary["rounds"], summary["status"]
+    if status == "partial" and not any(entry["answered"] for entry in entries):
+        return "partial: nobody gave a usable answer"
+    if status == "interrupted" and len(played_whole(summary)) < len(entries):
+        return f"interrupted in round {entries[-1]['round']}"
+    return STATUSES[status]
 
 
 def _by_round(run: PastRun) -> dict[str, Markup] | None:

@@ -49,6 +49,7 @@ class Run:
         game: What is played.
         played: What there is of it, if it is resumed.
         onlooker: Who follows it beside the watch.
+        label: What tells it from others that are played with it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Run:
         game: Game,
         played: Played | None = None,
         onlooker: Onlooker | None = None,
+        label: str = "",
     ) -> None:
         self.config = config
         self.run_id = run_id
@@ -77,6 +79,7 @@ class Run:
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self.cluster["times"] = []  # by round, where they are known
+        self.label = label
         self._onlooker = onlooker
         self._resumed = played is not None
         if played is not None:

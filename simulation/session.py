@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from simulation.config import SimulationConfig
+from simulation.config import SimulationConfig, flag_of
 from simulation.console import ProgressWatch
 from simulation.errors import GameEnded, SettingsError, SimulationError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
@@ -102,9 +102,10 @@ class Session:
         self._directory.write_json(SWEEP, self.sweep.to_json())
         status = 0
         for number, task in enumerate(self.tasks, start=1):
-            logger.info(f"run {number} of {len(self.tasks)}: {task.name}{_played_before(task)}")
+            label = f"run {number} of {len(self.tasks)}: {task.name}"
+            logger.info(f"{label}{_played_before(task)}")
             try:
-                status = max(status, self._play_one(task, key, watch, onlooker))
+                status = max(status, self._play_one(task, key, watch, onlooker, label))
             except SimulationError:
                 self._tell_how_to_go_on(number)
                 raise
@@ -115,13 +116,15 @@ class Session:
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
-    def _play_one(self, task: Task, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None) -> int:
+    def _play_one(
+        self, task: Task, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None, label: str
+    ) -> int:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         if task.status is not None:
             return 0 if task.status == "complete" else GameEnded.exit_status
         directory = RunDirectory(task.folder, resumed=task.folder.exists())
         try:
-            return _play(task, directory, key, watch, onlooker)
+            return _play(task, directory, key, watch, onlooker, label)
         except GameEnded as error:
             logger.error(str(error))
             return error.exit_status
@@ -144,10 +147,17 @@ def _played_before(task: Task) -> str:
     return "" if task.status is None else f", which was played before and is {task.status}"
 
 
-def _play(task: Task, directory: RunDirectory, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None) -> int:
+def _play(
+    task: Task,
+    directory: RunDirectory,
+    key: ClusterKey,
+    watch: ProgressWatch,
+    onlooker: Onlooker | None,
+    label: str = "",
+) -> int:
     from simulation.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
 
-    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played, onlooker).play()
+    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played, onlooker, label).play()
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
@@ -216,6 +226,11 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     """The runs of a sweep that is gone on with: finished ones are left as they are."""
     directory = RunDirectory(path, resumed=True)
     sweep = read_sweep(path)
+    for name in sweep.varies:
+        if name in given:
+            raise SettingsError(
+                f"{flag_of(name)} {given[name]}: the runs of {path} differ in it; --resume one of them by its folder"
+            )
     runs = tuple(replace(run, config=config_to_resume(path / run.folder, run.config, given)) for run in sweep.runs)
     sweep = replace(sweep, runs=runs)
     tasks = []

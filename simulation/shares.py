@@ -50,6 +50,8 @@ def dealt(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int
     What is dealt for one topic says nothing about another one.
     """
     total = sum(counts)
+    if first < 0 or first + count > total:  # of others there is no end to the walk below
+        raise ValueError(f"participants {first} to {first + count - 1} are not among {total}")
     half_bits, keys = _network(seed, topic, total)
     places = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
     beyond = np.flatnonzero(places >= total)

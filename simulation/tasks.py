@@ -15,7 +15,7 @@ from simulation.library import game_to_play, refuse_unknown_models, turns_of
 from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
 from simulation.past_runs import Played, config_to_resume, is_spent, read_game, read_played, read_summary
 from simulation.plan import cost_lines, estimate, plan_lines
-from simulation.results import new_run_id
+from simulation.results import WHOLE, new_run_id
 from simulation.yaml_file import shown
 
 
@@ -114,6 +114,8 @@ def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
         return None
     if len(summary["rounds"]) < config.rounds and not is_spent(summary, budget, config.max_tokens):
         return None
+    if not (path / WHOLE).exists():
+        raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
     return Task(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
 
 

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from typing import Any
 
 from simulation.console import Stage
-from simulation.game import RoundResult
+from simulation.game import INTERRUPTED, RoundResult
 from simulation.glance import BINS, Glance, bins_of
 from simulation.heartbeat import Standing
 from simulation.lookout import Lookout
@@ -73,6 +73,7 @@ class RunView:
         usage = simulation.usage if simulation is not None and not self._over else run.usage
         return {
             "run_id": run.run_id,
+            "label": run.label,
             "config": self._settings(),
             "round": self._round(number, stage, in_play, simulation),
             "rounds": self._rounds,
@@ -105,6 +106,7 @@ class RunView:
                 "round": result.round,
                 "answered": result.tally.answered,
                 "failed": result.tally.failed,
+                "interrupted": INTERRUPTED in result.tally.failures,
                 "reassigned": result.reassigned,
                 "average": None if result.average is None else float(result.average / scale),
                 "winning_number": None if result.winning_number is None else float(result.winning_number / scale),

@@ -38,6 +38,7 @@ BAD = [
     ("--role main -- --max-model-len 5", "only flags for vLLM may follow --"),
     ("--role boss", "must be one of main, participant, ask, report"),
     ("--role ask", "give --run-dir"),
+    ("--role ask --run-dir x --text=", "give --run-dir"),
     ("--role report", "give --run-dir"),
     ("--hosts a a", "none twice"),
     ("--min-servers 11", "there are 10 participant servers"),

@@ -297,6 +297,7 @@ def run_on(servers: int, lost: int) -> Any:
     return SimpleNamespace(
         config=config,
         run_id="run",
+        label="run 2 of 4: ratio 2/3",
         game=Game(7, 100, 0, 1.0),
         results=[],
         usage=Usage(),
@@ -402,6 +403,7 @@ def test_of_several_runs_the_one_that_plays_is_shown(page):
     show(page, state_of(RunView(run).state(stage), stage, ended=[{**ended, "report": False}]))
     page.get_by_role("heading", name="Participants created", exact=True).wait_for()
     assert page.locator("#status").text_content() == "running" and page.locator("#notice").is_hidden()
+    assert page.locator("#about").text_content().startswith("run 2 of 4: ratio 2/3 · 40 random participants")
     assert "first is failed" in page.locator("#runs").text_content()
 
 

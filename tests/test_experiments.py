@@ -14,12 +14,12 @@ import psutil
 import pytest
 from conftest import ROOT, one_line, until
 from fake_model import FakeModel
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
-from simulation.experiment import in_words, read_experiment
+from simulation.experiment import MOST_COMBINATIONS, in_words, read_experiment
 from simulation.library import read_cast, read_wording
 from simulation.model_configs import read_models
 from simulation.sweep import Sweep
@@ -223,6 +223,7 @@ def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
     )
 )
 def test_every_combination_is_there_once(tmp_path_factory, said):
+    assume(math.prod(map(len, said.values())) <= MOST_COMBINATIONS)
     text = "".join(f"{name}: {values}\n" for name, values in said.items())
     combinations = read(tmp_path_factory.getbasetemp(), text).combinations
     found = [tuple(getattr(each.config, name) for name in said) for each in combinations]
@@ -304,6 +305,8 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
     assert "run 3 of 4: ratio 2/3, max_value 50" in done.stderr and "starting" not in done.stderr
     head, *table = done.stdout.splitlines()[-5:]
     assert "winning number" in head and all("complete" in row for row in table)
+    other = cluster.run("run_simulation.sh", "--resume", f"runs/{name}", "--ratio", "1")
+    assert other.returncode == 2 and "--ratio 1: the runs of" in one_line(other.stderr)
     again = cluster.run("run_simulation.sh", "--resume", f"runs/{name}")
     assert again.returncode == 0 and "asking" not in again.stderr, again.stderr
     assert again.stdout.splitlines() == [head, *table]
@@ -339,7 +342,9 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
     first = (cut / FOLDERS[0] / "summary.json").read_bytes()
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
-    assert refused.returncode == 2 and "begun with 1/2, which stays" in one_line(refused.stderr)
+    assert refused.returncode == 2 and f"--ratio 1: the runs of {cut} differ in it" in one_line(refused.stderr)
+    refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--seed", "8")
+    assert refused.returncode == 2 and "begun with 7, which stays" in one_line(refused.stderr)
     resumed = cluster.run("run_simulation.sh", "--resume", str(cut), "--server-per-host", "3", "--sleep-time", "0")
     assert resumed.returncode == 0, resumed.stderr
     assert "has played 1 of 2 rounds" in resumed.stderr and resumed.stderr.count(": asking") == 5

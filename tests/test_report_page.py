@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -16,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import CONTRAST, ROOT, one_line
 
+from simulation.answer_rows import SCHEMA
 from simulation.cast import Cast, ModelShare, Persona, PersonaSet
 from simulation.comparison import page_content as comparison_content
 from simulation.errors import SettingsError
 from simulation.past_runs import PastRun, read_run
 from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
 from simulation.plots import draw_answers, draw_averages, selection
-from simulation.report import brief, table_lines
+from simulation.report import brief, run_lines, table_lines
 from simulation.report_page import page_content, ranges, seconds, write_report
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -325,10 +327,18 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
     pq.write_table(pq.read_table(cut / "answers.parquet").slice(0, 899), cut / "answers.parquet")
     other_columns = shutil.copytree(run, tmp_path / "other columns")
     pq.write_table(pa.table({"x": [1]}), other_columns / "answers.parquet")
+    strangers = shutil.copytree(run, tmp_path / "strangers")  # far away participants once led the dealing to no end
+    answers = pq.read_table(strangers / "answers.parquet")
+    far = pa.array([10**15] * len(answers), pa.int64())
+    pq.write_table(answers.set_column(1, answers.field(1), far), strangers / "answers.parquet")
+    gone = shutil.copytree(run, tmp_path / "gone")
+    (gone / "answers.parquet").unlink()
     for folders, expected in (
         (["nowhere"], "summary.json"),
         ([str(cut)], "say different things of round 3"),
-        ([str(other_columns)], "cannot read its answers.parquet"),
+        ([str(other_columns)], "has other columns than round, participant, value, failure"),
+        ([str(strangers)], "a participant is not from 0 to 299"),
+        ([str(gone)], "its answers.parquet is missing"),
         ([str(damaged)], "game.json is damaged"),
         ([str(run), str(damaged)], "game.json is damaged"),
         ([str(empty)], "no run was played"),
@@ -356,6 +366,9 @@ def _without(key: str, of: dict) -> dict:
         lambda said: _without("rounds", said),
         lambda said: _without("seconds", said),
         lambda said: said | {"rounds": 5},
+        lambda said: said | {"rounds": said["rounds"][:1] * 2},
+        lambda said: said | {"seconds": said["seconds"] | {"total": math.nan}},
+        lambda said: said | {"seconds": said["seconds"] | {"total": -1.0}},
         lambda said: said | {"rounds": [{}]},
         lambda said: said | {"cluster": _without("times", said["cluster"])},
         lambda said: said | {"rounds": [said["rounds"][0] | {"average": "50"}]},
@@ -380,12 +393,38 @@ def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
     assert "No round was finished" in page.locator("main").inner_text()
 
 
+def test_a_round_that_was_interrupted_is_not_one_that_was_played(page, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "cut")
+    answers = pq.read_table(folder / "answers.parquet").to_pylist()
+    cut = [row | {"value": None, "failure": "interrupted"} if row["round"] == 3 else row for row in answers]
+    pq.write_table(pa.Table.from_pylist(cut, SCHEMA), folder / "answers.parquet")
+    summary = json.loads((folder / "summary.json").read_text())
+    nothing = dict.fromkeys(("average", "median", "std", "min", "max", "winning_number"))
+    nobody = {
+        "answered": 0,
+        "failed": 300,
+        "failures": {"interrupted": 300},
+        "winners": {"count": 0, "participants": []},
+    }
+    summary["rounds"][-1] |= nothing | nobody
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    write_report(read_run(folder))
+    show(page, folder / "report.html")
+    assert page.locator(".lede").inner_text().split(";")[1].strip() == "interrupted in round 3."
+    assert page.locator(".lede").inner_text().startswith("2 of 3 rounds played")
+    tiles = page.locator(".tiles").first.inner_text()
+    assert f"{summary['rounds'][1]['average']:.3f}" in tiles and "average of round 2" in tiles
+    assert run_lines(read_run(folder))[-1].endswith("is interrupted: 2 of 3 rounds")
+
+
 def test_nobody_answers(page, cluster):
     (cluster.path / "mute.py").write_text(FAILING.replace("if self.index % 10 == 3", "if True"))
     arguments = ("--agent-class", "mute.py:Failing", "--rounds", "2", "--run-dir", "runs/mute")
     cluster.play("3", "50", *SEVEN, *arguments, status=4)
     show(page, cluster.path / "runs/mute/report.html")
     assert figure(page, 1, "average") == "" and int(figure(page, 2, "failed")) == 50
+    assert "2 of 2 rounds played" in page.locator(".lede").inner_text()
+    assert "partial: nobody gave a usable answer" in page.locator(".lede").inner_text()
     both = cluster.run("main.py", "--role", "report", "runs/mute", "runs/mute/../three", "--run-dir", "runs/both")
     assert both.returncode == 0, both.stderr
 
