@@ -130,11 +130,11 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
 
 
 def test_a_run_under_way_is_not_resumed(checkout):
-    game = play(checkout, "2", "50", "--sleep-time", "5")
+    game = play(checkout, "2", "50", "--sleep-time", "20")
     until((checkout.path / "runs/latest/summary.json").exists, 30, "it has begun")
     second = checkout.run("run_simulation.sh", "--resume", "runs/latest")
     assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
-    game.communicate(timeout=30)
+    game.communicate(timeout=60)
     assert game.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
