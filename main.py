@@ -39,6 +39,7 @@ ACTIONS = {
     "--make-key": "make the cluster key unless there is one, and print its folder (role participant)",
     "--launch": argparse.SUPPRESS,  # what the launcher process is started with
     "--owned": argparse.SUPPRESS,
+    "--draw": argparse.SUPPRESS,  # what the process that draws reports is started with
 }
 
 
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
-        if actions and config.role not in ("participant", "vllm"):
+        if actions and config.role not in ("participant", "vllm") and (config.role, actions) != ("report", {"draw"}):
             raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
         if for_vllm and config.role != "vllm":
             raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
             "main": lambda: play(config, given),
             "participant": lambda: serve(config, actions),
             "ask": lambda: ask(config),
-            "report": lambda: report(config, folders),
+            "report": lambda: draw_reports() if actions else report(config, folders),
             "vllm": lambda: serve_models(config, actions, for_vllm),
         }
         return roles[config.role]()
@@ -219,6 +220,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     from loguru import logger
 
     from simulation.console import ProgressWatch, log_to_stderr
+    from simulation.report_process import ReportProcess
     from simulation.security import load_or_make
     from simulation.session import session_of
 
@@ -235,13 +237,16 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
         from simulation.dashboard import Dashboard  # what is not asked for is not imported
 
         dashboard = Dashboard(config.dashboard, watch)
-    servers = None
+    servers = reports = None
     try:
         session.open()
         servers = start_missing(session.config, key, watch) if session.needs_servers else None
-        return session.play(key, watch, dashboard)
+        reports = ReportProcess()
+        return session.play(key, watch, reports.draw, dashboard)
     finally:
         watch.close()
+        if reports is not None:
+            reports.close()
         if servers is not None:
             servers.stop()
             logger.info(f"stopped the {len(session.config.ports)} agent servers of this run")
@@ -269,9 +274,17 @@ def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatc
         f"{config.moderator_per_host} for moderators, for this run"
     )
     started = time.monotonic()
-    servers = local_servers.start(config, True, servers_ready)
+    servers = local_servers.start(config, True, servers_ready, meanwhile=import_what_plays)
     logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
     return servers
+
+
+def import_what_plays() -> None:
+    """Import AgentScope, and what plays a run with it."""
+    from simulation.lean_import import import_agentscope
+
+    import_agentscope()
+    import simulation.run  # noqa: F401
 
 
 def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
@@ -289,6 +302,7 @@ def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
     from simulation.game import Question, announcement_of
+    from simulation.lean_import import import_agentscope
     from simulation.past_runs import first_winner, read_agents, read_results, read_summary
     from simulation.security import load
 
@@ -299,6 +313,7 @@ def ask(config: SimulationConfig) -> int:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
+    import_agentscope()
     from simulation.rounds import ask as ask_participant
 
     told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
@@ -309,14 +324,21 @@ def ask(config: SimulationConfig) -> int:
     return 0
 
 
+def draw_reports() -> int:
+    """Role report, for a run that plays: draw the reports that main asks for."""
+    from simulation.report_process import serve
+
+    serve()
+    return 0
+
+
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
     from simulation.comparison import common_folder, comparison_lines, run_folders, write_comparison
     from simulation.console import say
     from simulation.past_runs import read_run
-    from simulation.plots import draw_pictures
     from simulation.report import run_lines
-    from simulation.report_page import write_report
+    from simulation.report_page import draw_all
 
     named = [Path(folder) for folder in folders or filter(None, [config.run_dir])]
     if not named:
@@ -327,8 +349,7 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
             raise SettingsError(f"--run-dir {config.run_dir}: where several runs are compared; {paths[0]} is one")
         run = read_run(paths[0])
         say("\n".join(run_lines(run)))
-        draw_pictures(run)
-        write_report(run)
+        draw_all(run)
         return 0
     folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from agentscope.agents import AgentBase
 
 from participant import Participant, message_of
+from simulation.channels import all_of
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, Announcement, Question, Tally, Winners, merge
 from simulation.glance import Glance, glance_at
 from simulation.group import TALLY_VALUES, ParticipantGroup
 from simulation.heartbeat import Progress
-from simulation.remote import RemoteObject, all_of, reply_of
+from simulation.remote import RemoteObject, reply_of
 from simulation.seating import Seat
 from simulation.sheet import Answers, AnswerSheet
 

@@ -44,15 +44,15 @@ from common import Table, agent_servers
 from loguru import logger
 
 from simulation import heartbeat, processes, results
+from simulation.channels import all_of, handshake
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.game import RoundResult
-from simulation.model import Usage
 from simulation.placement import Endpoint
-from simulation.remote import all_of, handshake
 from simulation.results import RunDirectory, new_run_id, summarise
 from simulation.rounds import Simulation
 from simulation.security import ClusterKey, load_or_make
+from simulation.usage import Usage
 
 PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
 FAULT_AT_S = 0.5

@@ -12,7 +12,7 @@ Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but fo
   by it.
 - command: ./run_simulation.sh with the servers up, from its start to its end, results on the disk.
 - wire: what a round takes on the network. Calls, and the bytes of their messages, are counted by the servers that serve
-  them (`served` in simulation/remote.py): of main to moderators, of these to groups, and of main's heartbeats to all.
+  them (`served` in simulation/channels.py): of main to moderators, of these to groups, and of main's heartbeats to all.
   "Crossed" is what the kernel saw on the loopback interface meanwhile, with TLS, HTTP and TCP, so nothing else should
   use it.
 - own: what a participant of one's own costs, by how it is written (own_participants.py); memory is what one adds to the
@@ -64,10 +64,10 @@ from scale_network import SCENES, hosts, wire
 
 from participant import RandomParticipant
 from simulation import processes, results
+from simulation.channels import handshake
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.placement import endpoints
-from simulation.remote import handshake
 from simulation.results import new_run_id
 from simulation.rounds import Simulation
 from simulation.security import ClusterKey, load_or_make

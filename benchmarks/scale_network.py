@@ -23,10 +23,10 @@ import psutil
 from common import Table, agent_servers, memory_mb
 
 from simulation import local_servers, processes
+from simulation.channels import HEARTBEAT, SERVED, all_of, handshake
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch
 from simulation.placement import endpoints
-from simulation.remote import HEARTBEAT, SERVED, all_of, handshake
 from simulation.results import new_run_id
 from simulation.rounds import Simulation
 from simulation.security import ClusterKey, load_or_make

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
+from simulation.channels import END_RUN, KEEP_RUN, NEW_RUN, all_of, fan_out, handshake, told_error
 from simulation.config import SimulationConfig
 from simulation.errors import AgentGone, GameEnded, Interrupted, ServerLost, SimulationError
 from simulation.heartbeat import Heartbeats, Standing
-from simulation.model import Usage
 from simulation.placement import Endpoint
-from simulation.remote import END_RUN, KEEP_RUN, NEW_RUN, all_of, fan_out, handshake, told_error
+from simulation.usage import Usage
 
 V = TypeVar("V")
 Awaited = dict[Endpoint, dict[str, bool]]  # by server, the ids that must be there, and which of them count participants

@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from moderator import Moderator
 from participant import Participant
 from simulation.attendance import Attendance, Awaited, Watch
+from simulation.channels import all_of, fan_out
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
 from simulation.errors import GameEnded
 from simulation.game import Game
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Standing
-from simulation.model import Usage
 from simulation.placement import Endpoint, endpoints
-from simulation.remote import PATIENT_S, RemoteObject, all_of, fan_out, remove
+from simulation.remote import PATIENT_S, RemoteObject, remove
 from simulation.seating import Seat, Seating
 from simulation.sheet import Answers
+from simulation.usage import Usage
 
 V = TypeVar("V")
 

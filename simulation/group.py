@@ -27,10 +27,11 @@ from simulation.errors import UnusableAnswer, one_line
 from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
 from simulation.glance import Glance, glance_at
 from simulation.heartbeat import Progress
-from simulation.model import Chat, Usage
+from simulation.model import Chat
 from simulation.placement import run_of
 from simulation.scheduler import Scheduler, collector_paused, spare_from_collector
 from simulation.sheet import Answers, AnswerSheet
+from simulation.usage import Usage
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
 BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do

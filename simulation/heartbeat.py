@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from simulation.channels import NOBODY_LISTENS, allow_calls, heartbeat, let_go_of_calls
 from simulation.errors import ServerUnreachable, SimulationError
 from simulation.placement import Endpoint
-from simulation.remote import NOBODY_LISTENS, allow_calls, heartbeat, let_go_of_calls
 
 WAIT_S = 1.0  # how long a server that works holds its answer back
 AGAIN_S = 0.1  # between two tries to reach a server

@@ -20,6 +20,7 @@ from loguru import logger
 
 from simulation import processes
 from simulation.config import SimulationConfig
+from simulation.lean_import import import_agentscope
 from simulation.security import ClusterKey, load
 
 DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
@@ -35,7 +36,11 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     """
     processes.write_pid(processes.LAUNCHER, os.getpid())
     key = load(Path(config.cluster_key_dir))
-    import simulation.server  # noqa: F401 - once, for all servers to share
+    import_agentscope()
+    import simulation.server
+
+    if config.agent_type == "llm":
+        import simulation.model_client  # noqa: F401 - likewise; else each server imports it when a model is first asked
 
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers

@@ -1,7 +1,6 @@
 """The agent servers of this host, from outside: start, show and stop them.
 
 They are forked by a process of their own (simulation/launcher.py), which is started here.
-AgentScope is imported inside functions here, so that `stop` is instant.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from simulation import processes
+from simulation.channels import MEMORY, OWN_VERSIONS, all_of, fan_out, handshake, use_key
 from simulation.config import ROOT, SimulationConfig, flag_of
 from simulation.errors import ClusterError, ServerUnreachable
 from simulation.model_configs import read_models
@@ -27,7 +27,7 @@ READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
 HANDED_ON = (  # the settings of the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
-    *("model_per_host", "model_configs", "vllm_base_port"),
+    *("model_per_host", "model_configs", "vllm_base_port", "agent_type"),
 )
 STOP_FIRST = "stop them with ./stop_all_server.sh first"
 
@@ -49,13 +49,19 @@ class OwnedServers:
         self._launcher.wait()
 
 
-def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], None]) -> OwnedServers | None:
+def start(
+    config: SimulationConfig,
+    owned: bool,
+    progress: Callable[[int, int], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> OwnedServers | None:
     """Start this host's agent servers, and return when every one answers.
 
     Args:
         config: Host name, ports and key of the servers.
         owned: Whether they are to end with this process.
         progress: Called with how many servers are ready, of how many.
+        meanwhile: Called while their launcher imports what it needs, which takes about a second.
 
     Returns:
         The servers if they are owned; None if not, or if exactly these run already.
@@ -81,6 +87,7 @@ def start(config: SimulationConfig, owned: bool, progress: Callable[[int, int], 
             processes.note_restarts(port, 0)
         launcher = _spawn_launcher(config, owned)
         try:
+            meanwhile()
             _wait_ready(config, key, launcher, progress)
         except BaseException:
             launcher.terminate()
@@ -97,8 +104,6 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], mod
             f"{len(ports)} agent servers of this host run already, on ports {processes.ranges(ports)}; asked for were "
             f"{len(config.ports)}, on {processes.ranges(list(config.ports))}: {STOP_FIRST}"
         )
-    from simulation.remote import OWN_VERSIONS, all_of, handshake, use_key
-
     use_key(key)
     endpoints = [Endpoint(config.host_name, port) for port in config.ports]
     shakes = all_of({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
@@ -149,8 +154,6 @@ def _wait_ready(
     config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
 ) -> None:
     """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
-    from simulation.remote import handshake, use_key
-
     use_key(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
     for ready, port in enumerate(config.ports):
@@ -184,8 +187,6 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
     ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
     if not ports:
         return [], True
-    from simulation.remote import MEMORY, fan_out, handshake, use_key
-
     use_key(load(Path(config.cluster_key_dir)))
     calls = {
         port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from moderator import Moderator
+from simulation.channels import fan_out
 from simulation.errors import AgentGone, ServerLost, SimulationError
 from simulation.glance import Glance
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Standing
 from simulation.placement import Endpoint
-from simulation.remote import RemoteObject, fan_out
+from simulation.remote import RemoteObject
 
 LOOK_S = 1.0  # between two glances at a group, at least
 GLANCES_AT_ONCE = 8

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 from agentscope.manager import ModelManager
@@ -20,50 +19,17 @@ from simulation.asks import Ask, Outcome
 from simulation.config import SimulationConfig
 from simulation.errors import UnusableAnswer, one_line
 from simulation.game import Game, Sampling
-from simulation.model_client import ModelClient
 from simulation.model_configs import ModelConfig, read_models
 from simulation.prompts import Prompt, answer_tokens, structured_fields
 from simulation.replies import CUT_OFF, Tokens
+from simulation.usage import Usage
+
+if TYPE_CHECKING:
+    from simulation.model_client import ModelClient
 
 V = TypeVar("V")
 Waiting = list[asyncio.Future[Any]]
 Sampled = tuple[Outcome, float]  # a text or a cause, and the deadline for asking again
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the participants of a group, or of many, have cost so far.
-
-    Attributes:
-        requests: Requests sent, the repeated ones included.
-        retries: Those of them that repeat one that failed, fell short, or brought an unusable answer.
-        prompt_tokens: As the model servers count them, once per request.
-        completion_tokens: Likewise.
-        answering_s: Seconds from the questions to the last answers, of the group that took longest.
-        client_s: What its server's own work was of that, in seconds of CPU.
-    """
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    answering_s: float = 0.0
-    client_s: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-    def __add__(self, other: Usage) -> Usage:
-        slower = max(self, other, key=lambda each: each.answering_s)
-        return Usage(
-            self.requests + other.requests,
-            self.retries + other.retries,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            slower.answering_s,
-            slower.client_s,
-        )
 
 
 class Chat:
@@ -296,6 +262,8 @@ class _ModelThread:
     def _client(self, config: ModelConfig) -> ModelClient:
         key = (config.base_url, str([config.entry.get(name) for name in ("client_args", "api_key", "organization")]))
         if key not in self._clients:
+            from simulation.model_client import ModelClient  # noqa: PLC0415 - openai, for those alone that ask a model
+
             self._clients[key] = ModelClient(config)
         return self._clients[key]
 

@@ -18,7 +18,8 @@ from simulation.errors import one_line
 from simulation.in_flight import InFlight
 from simulation.model_configs import ModelConfig
 from simulation.model_http import ModelHttp
-from simulation.replies import MODEL_SERVER, Reply, Trouble, pause_s
+from simulation.replies import Reply, Trouble, pause_s
+from simulation.usage import MODEL_SERVER, OUT_OF_TOKENS
 
 ANSWERS_IN_FLIGHT = 512  # twice the sequences that vLLM runs at a time (max_num_seqs, 256), so that it never waits
 POLL_S, LONGEST_POLL_S = 0.005, 0.05  # between two looks at a limit that other processes use up
@@ -26,7 +27,6 @@ TICK_S = 0.25  # between two looks at who has waited too long
 GARBLED_REPLIES = 8  # in a row, for one request
 TROUBLES_WITH_N = 3  # in a row, before one answer is asked for instead of several
 NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
-OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 
 
 class ModelClient:

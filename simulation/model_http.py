@@ -14,7 +14,8 @@ import httpx2
 import openai
 
 from simulation.model_configs import ModelConfig, is_within
-from simulation.replies import MODEL_SERVER, Reply, Trouble, in_one_line, read_reply
+from simulation.replies import Reply, Trouble, in_one_line, read_reply
+from simulation.usage import MODEL_SERVER
 
 REPLY_BYTES = 256 * 2**20
 LOST = "connection lost"

@@ -19,10 +19,9 @@ from simulation.config import SimulationConfig, flag_of
 from simulation.errors import ClusterError, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
-from simulation.model import Usage
-from simulation.model_client import OUT_OF_TOKENS
 from simulation.placement import Endpoint
 from simulation.results import AGENTS, GAME, PARTS, WHOLE
+from simulation.usage import OUT_OF_TOKENS, Usage
 
 # --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
 

@@ -8,12 +8,7 @@ import time
 from concurrent.futures import Future
 from functools import partial
 
-from simulation.config import SimulationConfig
-from simulation.errors import ClusterError, SettingsError, SimulationError
-from simulation.model_configs import asked_models, refuse_elsewhere
-from simulation.placement import Endpoint, endpoints
-from simulation.processes import address_of
-from simulation.remote import (
+from simulation.channels import (
     CHECK_MODELS,
     NOBODY_LISTENS,
     OWN_VERSIONS,
@@ -24,6 +19,11 @@ from simulation.remote import (
     handshake,
     use_key,
 )
+from simulation.config import SimulationConfig
+from simulation.errors import ClusterError, SettingsError, SimulationError
+from simulation.model_configs import asked_models, refuse_elsewhere
+from simulation.placement import Endpoint, endpoints
+from simulation.processes import address_of
 from simulation.security import ClusterKey
 
 CHECKS_AT_ONCE = 1024  # threads, each for one server that may not answer until the deadline

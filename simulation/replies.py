@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulation.errors import UnusableAnswer, one_line
+from simulation.usage import MODEL_SERVER
 
 BUSY = (429, 503)  # the server asks everyone to wait
 REFUSED_REQUEST = (400, 422)  # something in the request itself
@@ -22,7 +23,6 @@ CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "ans
 NO_TEXT = "no text in the answer"
 WORDS_SHOWN = 120
 MOST_TOKENS = 10**12  # of one request; more is no count
-MODEL_SERVER = "model server"  # how the causes begin that are no participant's doing
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from simulation.config import SimulationConfig
 from simulation.errors import printable
 from simulation.game import INTERRUPTED, Announcement, Game, RoundResult, Tally, Units, announcement_of
-from simulation.model import Usage
 from simulation.past_runs import PastRun
 from simulation.results import most_frequent
+from simulation.usage import Usage
 
 BARS = 15
 BAR_WIDTH = 50

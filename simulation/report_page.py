@@ -22,6 +22,7 @@ from simulation.plots import (
     PARTS_DRAWN,
     answers_picture,
     averages_picture,
+    draw_pictures,
     largest,
     part_lines_picture,
     parts_picture,
@@ -43,6 +44,12 @@ STATUSES = {
     "interrupted": "interrupted",
     "failed": "failed",
 }
+
+
+def draw_all(run: PastRun) -> None:
+    """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
+    draw_pictures(run)
+    write_report(run)
 
 
 def write_report(run: PastRun) -> None:

@@ -30,8 +30,8 @@ from simulation.cast import Cast
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import ResultsError, SettingsError, one_line
 from simulation.game import OTHER_CAUSES, Game, RoundResult
-from simulation.model import Usage
 from simulation.sheet import TEXTS_KEPT, Answers
+from simulation.usage import Usage
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000

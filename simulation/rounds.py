@@ -21,6 +21,7 @@ from agentscope.message import Msg
 from moderator import whole_tally
 from participant import Participant
 from simulation.attendance import Watch
+from simulation.channels import use_key
 from simulation.cluster import Cluster, Record
 from simulation.config import SimulationConfig
 from simulation.custom import load_class
@@ -40,12 +41,12 @@ from simulation.game import (
     question_for,
 )
 from simulation.library import game_to_play
-from simulation.model import Usage
 from simulation.placement import Endpoint
-from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of, use_key
+from simulation.remote import GROUP_DEADLINE_S, RemoteObject, reply_of
 from simulation.seating import Seat
 from simulation.security import ClusterKey
 from simulation.sheet import FAILED, Answers, counted
+from simulation.usage import Usage
 
 FETCHED_AT_ONCE = 250_000  # answers in one message
 FETCHES_AT_ONCE = 4  # messages under way

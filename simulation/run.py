@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -15,17 +16,15 @@ from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
 from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
 from simulation.game import INTERRUPTED, Game, announcement_of
-from simulation.model import Usage
-from simulation.model_client import OUT_OF_TOKENS
-from simulation.past_runs import PastRun, Played, read_groups
+from simulation.past_runs import PastRun, Played
 from simulation.placement import remote_run
 from simulation.readiness import check_cluster, check_models
-from simulation.replies import MODEL_SERVER
 from simulation.report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results import RunDirectory, summarise
 from simulation.rounds import Simulation
 from simulation.seating import Seat
 from simulation.security import ClusterKey
+from simulation.usage import MODEL_SERVER, OUT_OF_TOKENS, Usage
 
 LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
@@ -46,6 +45,7 @@ class Run:
         key: The cluster key.
         directory: Its folder.
         watch: Who looks on.
+        draw: Draws the pictures and the report of the run, whose `groups` it counts.
         game: What is played.
         played: What there is of it, if it is resumed.
         onlooker: Who follows it beside the watch.
@@ -59,6 +59,7 @@ class Run:
         key: ClusterKey,
         directory: RunDirectory,
         watch: ProgressWatch,
+        draw: Callable[[PastRun], None],
         game: Game,
         played: Played | None = None,
         onlooker: Onlooker | None = None,
@@ -80,6 +81,7 @@ class Run:
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self.cluster["times"] = []  # by round, where they are known
         self.label = label
+        self._draw = draw
         self._onlooker = onlooker
         self._resumed = played is not None
         if played is not None:
@@ -208,14 +210,7 @@ class Run:
         return GameEnded.exit_status if unanswered else 0
 
     def _report(self, summary: dict[str, Any]) -> None:
-        from simulation.plots import draw_pictures  # noqa: PLC0415 - half a second, which nobody waits for earlier
-        from simulation.report_page import write_report  # noqa: PLC0415
-
-        path = self.directory.path
-        groups = read_groups(path, self.game, self.results)
-        run = PastRun(path, self.config, summary, self.game, self.results, groups)
-        draw_pictures(run)
-        write_report(run)
+        self._draw(PastRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
 
     def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)

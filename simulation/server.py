@@ -36,6 +36,20 @@ from agentscope.server.servicer import MAGIC_PREFIX, AgentServerServicer
 from loguru import logger
 
 from moderator import Moderator
+from simulation.channels import (
+    CHECK_MODELS,
+    END_RUN,
+    HANDSHAKE,
+    HEARTBEAT,
+    KEEP_RUN,
+    MEMORY,
+    MESSAGE_BYTES,
+    NEW_RUN,
+    SERVED,
+    SERVICE,
+    Handshake,
+    use_key,
+)
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError, UnusableAnswer, one_line
 from simulation.group import ParticipantGroup
@@ -44,18 +58,6 @@ from simulation.model import check_models, load_models
 from simulation.model_configs import ModelConfig
 from simulation.placement import run_of, same_run
 from simulation.processes import address_of
-from simulation.remote import (
-    CHECK_MODELS,
-    END_RUN,
-    HEARTBEAT,
-    KEEP_RUN,
-    MEMORY,
-    MESSAGE_BYTES,
-    NEW_RUN,
-    SERVED,
-    Handshake,
-    use_key,
-)
 from simulation.security import ClusterKey
 
 RPC_THREADS = 1024  # calls served at the same time, each thread made when it is needed; most are short, but those who
@@ -110,12 +112,13 @@ class SimulationServicer(AgentServerServicer):
         self._stop()
         return GeneralResponse(ok=True)
 
-    def get_server_info(self, request: Any, context: Any) -> GeneralResponse:
-        asked = dict(context.invocation_metadata())
-        if HEARTBEAT in asked:
-            beat = self._beat(*asked[HEARTBEAT].split()).to_json()
-            self._note_served(HEARTBEAT, len(asked[HEARTBEAT]), len(beat))
-            return GeneralResponse(ok=True, message=beat)
+    def heartbeat(self, request: bytes, context: Any) -> bytes:
+        beat = self._beat(*json.loads(request)).to_json().encode()
+        self._note_served(HEARTBEAT, len(request), len(beat))
+        return beat
+
+    def handshake(self, request: bytes, context: Any) -> bytes:
+        asked = json.loads(request)
         self._begin_or_end_runs(asked)
         first_moderator = self._config.base_port + self._config.server_per_host
         hosted = self._hosted()
@@ -133,7 +136,7 @@ class SimulationServicer(AgentServerServicer):
             model_troubles=self._model_troubles(asked.get(CHECK_MODELS, "")),
             served=dict(self._served) if SERVED in asked else {},
         )
-        return GeneralResponse(ok=True, message=shake.to_json())
+        return shake.to_json().encode()
 
     def get_agent(self, agent_id: str) -> Any:
         self._hear(agent_id)
@@ -190,17 +193,17 @@ class SimulationServicer(AgentServerServicer):
         names, timeout_s = json.loads(asked)
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
-    def _beat(self, run: str, number: str, wait_s: str) -> Beat:
+    def _beat(self, run: str, number: int, wait_s: float) -> Beat:
         """What the run's objects are at, after waiting for so long for those that are at this round to end it."""
         self._renew_lease(run)
-        until = time.monotonic() + float(wait_s)
+        until = time.monotonic() + wait_s
         playing = {
             oid: agent
             for oid, agent in self._hosted().items()
             if run_of(oid) == run and isinstance(agent, (ParticipantGroup, Moderator))
         }
         for agent in playing.values():
-            if agent.progress().round == int(number):
+            if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
         return Beat(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
 
@@ -302,6 +305,9 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     servicer = SimulationServicer(config, port, models, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
+    calls = {HANDSHAKE: servicer.handshake, HEARTBEAT: servicer.heartbeat}  # from bytes to bytes
+    handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     address = f"{address_of(config.host_name)}:{port}"
     try:
         server.add_secure_port(address, key.server_credentials())

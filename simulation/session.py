@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from simulation.config import SimulationConfig, flag_of
 from simulation.console import ProgressWatch
 from simulation.errors import GameEnded, SettingsError, SimulationError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
+from simulation.lean_import import import_agentscope
 from simulation.past_runs import config_to_resume, is_spent, read_summary
 from simulation.results import SWEEP, RunDirectory, new_run_id
 from simulation.security import ClusterKey
@@ -30,7 +33,10 @@ from simulation.tasks import (
 from simulation.yaml_file import shown
 
 if TYPE_CHECKING:
+    from simulation.past_runs import PastRun
     from simulation.run import Onlooker
+
+    Draw = Callable[[PastRun], None]
 
 PLANS_SHOWN = 10  # of a dry run of several
 
@@ -94,18 +100,19 @@ class Session:
         self._directory.discard_if_empty()
         self._directory.close()
 
-    def play(self, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None = None) -> int:
+    def play(self, key: ClusterKey, watch: ProgressWatch, draw: Draw, onlooker: Onlooker | None = None) -> int:
         """Play what is left; returns the exit status. Raises what ended it early."""
         assert self._directory is not None
+        play = partial(_play, key=key, watch=watch, draw=draw, onlooker=onlooker)
         if self.sweep is None:
-            return _play(self.tasks[0], self._directory, key, watch, onlooker)
+            return play(self.tasks[0], self._directory)
         self._directory.write_json(SWEEP, self.sweep.to_json())
         status = 0
         for number, task in enumerate(self.tasks, start=1):
             label = f"run {number} of {len(self.tasks)}: {task.name}"
             logger.info(f"{label}{_played_before(task)}")
             try:
-                status = max(status, self._play_one(task, key, watch, onlooker, label))
+                status = max(status, self._play_one(task, partial(play, label=label)))
             except SimulationError:
                 self._tell_how_to_go_on(number)
                 raise
@@ -116,15 +123,13 @@ class Session:
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
-    def _play_one(
-        self, task: Task, key: ClusterKey, watch: ProgressWatch, onlooker: Onlooker | None, label: str
-    ) -> int:
+    def _play_one(self, task: Task, play: Callable[[Task, RunDirectory], int]) -> int:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         if task.status is not None:
             return 0 if task.status == "complete" else GameEnded.exit_status
         directory = RunDirectory(task.folder, resumed=task.folder.exists())
         try:
-            return _play(task, directory, key, watch, onlooker, label)
+            return play(task, directory)
         except GameEnded as error:
             logger.error(str(error))
             return error.exit_status
@@ -152,12 +157,14 @@ def _play(
     directory: RunDirectory,
     key: ClusterKey,
     watch: ProgressWatch,
+    draw: Draw,
     onlooker: Onlooker | None,
     label: str = "",
 ) -> int:
+    import_agentscope()
     from simulation.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
 
-    return Run(task.config, task.run_id, key, directory, watch, task.game, task.played, onlooker, label).play()
+    return Run(task.config, task.run_id, key, directory, watch, draw, task.game, task.played, onlooker, label).play()
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:

@@ -11,6 +11,7 @@ from typing import Any
 from simulation.config import ROOT, SimulationConfig
 from simulation.errors import SettingsError
 from simulation.game import Game
+from simulation.lean_import import import_agentscope
 from simulation.library import game_to_play, refuse_unknown_models, turns_of
 from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
 from simulation.past_runs import Played, config_to_resume, is_spent, read_game, read_played, read_summary
@@ -122,6 +123,7 @@ def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
 def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
     """The models of a run, if it asks any; raises SettingsError if its participants cannot be made."""
     if config.agent_class is not None:
+        import_agentscope()
         from simulation.custom import load_class, pack_class  # noqa: PLC0415 - AgentScope, which few refusals need
 
         # a mistake in a person's file is found before anything is started

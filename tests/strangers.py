@@ -15,7 +15,7 @@ from agentscope.rpc.rpc_agent_pb2 import CreateAgentRequest, StringMsg
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 from google.protobuf.empty_pb2 import Empty
 
-from simulation.remote import CHANNEL_OPTIONS
+from simulation.channels import CHANNEL_OPTIONS
 from simulation.security import ClusterKey, load_or_make
 
 

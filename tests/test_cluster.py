@@ -12,8 +12,8 @@ import psutil
 import pytest
 from conftest import until
 
+from simulation.channels import SERVED, handshake, use_key
 from simulation.placement import Endpoint
-from simulation.remote import SERVED, handshake, use_key
 from simulation.security import load
 
 STEPS = ("seat", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers

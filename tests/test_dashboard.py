@@ -29,11 +29,11 @@ from simulation.game import Game, RoundResult, Tally, Winners
 from simulation.glance import BINS, bins_of, glance_at
 from simulation.heartbeat import Beat, Progress, Standing
 from simulation.lookout import Load, Lookout
-from simulation.model import Usage
 from simulation.placement import Endpoint
 from simulation.report import histogram
 from simulation.seating import Seat
 from simulation.sheet import CAUSES_TOLD_APART, AnswerSheet
+from simulation.usage import Usage
 from simulation.view import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
 
 NASTY = "<img src=x onerror=alert(1)>"

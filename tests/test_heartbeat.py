@@ -12,15 +12,16 @@ import pytest
 from conftest import until
 
 from participant import RandomParticipant
+from simulation.channels import handshake, use_key
 from simulation.custom import pack_class
 from simulation.errors import ServerUnreachable
 from simulation.game import Game, question_for
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat, Heartbeats, Progress
-from simulation.model import Usage
 from simulation.placement import Endpoint
-from simulation.remote import RemoteObject, handshake, use_key
+from simulation.remote import RemoteObject
 from simulation.security import load
+from simulation.usage import Usage
 
 GAME = Game(7, 100, 0, 0.0)
 TIMEOUT_S = 1.5

@@ -23,11 +23,12 @@ from simulation.errors import ClusterError, UnusableAnswer
 from simulation.game import Announcement, Game, Sampling, question_for
 from simulation.group import INTERRUPTED, ParticipantGroup
 from simulation.model import Chat, check_models, load_models
-from simulation.model_client import NO_ANSWER, OUT_OF_TOKENS, TROUBLES_WITH_N
+from simulation.model_client import NO_ANSWER, TROUBLES_WITH_N
 from simulation.placement import Endpoint
 from simulation.readiness import _check_models_known
 from simulation.replies import CUT_OFF, NO_TEXT
 from simulation.sheet import FAILED
+from simulation.usage import OUT_OF_TOKENS
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]

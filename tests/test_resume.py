@@ -13,8 +13,8 @@ from conftest import one_line, until
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
 from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
-from simulation.model import Usage
 from simulation.results import RunDirectory, summarise
+from simulation.usage import Usage
 
 ROUNDS = ("--rounds", "4")
 # Every answer follows from the participant's own answers so far: one who has forgotten them gives others.

@@ -10,9 +10,9 @@ import pytest
 from conftest import until
 from strangers import attack
 
+from simulation.channels import handshake, use_key
 from simulation.errors import ClusterError, SettingsError
 from simulation.placement import Endpoint
-from simulation.remote import handshake, use_key
 from simulation.security import load, load_or_make
 
 
