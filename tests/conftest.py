@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -22,9 +23,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from simulation.lean_import import import_agentscope
+
 with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while they are imported
     warnings.simplefilter("ignore")
+    import_agentscope()
     import simulation.remote  # noqa: F401
+
+from warm import WarmPopen, WarmPython
 
 from simulation.config import SimulationConfig
 from simulation.library import game_to_play
@@ -37,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
 # The luminance of what is behind an element, and of its text, by WCAG 2
@@ -67,6 +74,7 @@ class Checkout:
     path: Path
     base_port: int
     in_front: tuple[str, ...] = ()  # a command that runs the rest of its line elsewhere
+    cold: bool = False  # whether each command is a Python of its own, as for people
 
     @property
     def model_port(self) -> int:
@@ -81,13 +89,22 @@ class Checkout:
         """Start one of the scripts, or main.py, in the background, with this checkout's ports."""
         env = {**os.environ, "BASE_PORT": str(self.base_port), **self.model_env, "COLUMNS": "120"}
         env |= options.pop("env", {})
-        program = [str(self.path / command[0])]
+        program = [str(self.path / command[0]), *command[1:]]
         if command[0].endswith(".py"):
             program = [str(self.path / ".venv/bin/python"), *program]
+        elif command[0] in WARM_SCRIPTS and not self.cold and not self.in_front:
+            program = self._program_of(program, env)
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.path, **options}
-        return subprocess.Popen(
-            [*self.in_front, *program, *command[1:]], env=env, text=True, start_new_session=True, **options
-        )
+        popen = subprocess.Popen if self.cold else WarmPopen
+        return popen([*self.in_front, *program], env=env, text=True, start_new_session=True, **options)
+
+    def _program_of(self, script: list[str], env: dict[str, str]) -> list[str]:
+        """What a script ends in, once it has run so far; the script itself if it ends before."""
+        with tempfile.NamedTemporaryFile() as recorded:
+            recording = env | {"BASH_ENV": str(ROOT / "tests/record_exec.sh"), "RECORDED_EXEC": recorded.name}
+            subprocess.run(script, env=recording, cwd=self.path, capture_output=True, check=False, timeout=60)
+            words = recorded.read().decode().split("\0")[:-1]
+        return words or script
 
     def run(self, *command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one of them to its end."""
@@ -198,6 +215,9 @@ def copy_checkout(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
+    for cache in (ROOT / "__pycache__", ROOT / "simulation/__pycache__"):  # modification times are kept, so it is valid
+        if cache.exists():
+            shutil.copytree(cache, target / cache.relative_to(ROOT))
     for name in (".venv", ".venv-vllm"):
         (target / name).symlink_to(ROOT / name)
     return target
@@ -224,6 +244,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.skipped and os.environ.get("CI"):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """What forks the commands of this worker's tests, so that they need not import libraries (tests/warm.py)."""
+    with WarmPython(tmp_path_factory.mktemp("warm")) as made:
+        yield made
 
 
 @pytest.fixture
