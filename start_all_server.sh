@@ -13,6 +13,7 @@
 #   MODERATOR_NUM    moderator servers (4)
 #   MODEL_PER_HOST   model servers on every host (one per GPU of this one, at least 1)
 #   VLLM_BASE_PORT   their first port (8010)
+#   AGENT_TYPE       llm imports the client of language models once for all servers; else each does when it first asks one
 #   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
 #   PYTHON           the Python to install with, 3.11 or 3.12
 set -euo pipefail
@@ -37,6 +38,7 @@ main() {
   default_model_per_host
   flag --model-per-host "${MODEL_PER_HOST:-}"
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+  flag --agent-type "${AGENT_TYPE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"

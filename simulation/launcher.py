@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         config: Host name, ports and key.
         owned: Whether the end of standard input, which our starter holds open, means stop.
     """
+    processes.take_signals()
     processes.write_pid(processes.LAUNCHER, os.getpid())
     key = load(Path(config.cluster_key_dir))
     import_agentscope()
@@ -44,18 +46,11 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
-    servers: dict[int, _Server] = {}
-    try:
-        for port in config.ports:
-            servers[port] = _Server(config, port, key)
-    except OSError:  # no memory, no room: whoever waits for us reads why in our log
-        for server in servers.values():
-            server.process.kill()
-        raise
     wake, woken = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # before there is a server: one that nobody stops would stay
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
+    servers = _start_all(config, key, lambda: bool(multiprocessing.connection.wait(stop_signs, 0)))
     while servers:
         alive = [server.process.sentinel for server in servers.values() if server.restart_at is None]
         due = [server.restart_at for server in servers.values() if server.restart_at is not None]
@@ -75,6 +70,21 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     processes.remove_pid(processes.LAUNCHER, os.getpid())
 
 
+def _start_all(config: SimulationConfig, key: ClusterKey, stopped: Callable[[], bool]) -> dict[int, _Server]:
+    """Start a server per port, and no more once all are to stop."""
+    servers: dict[int, _Server] = {}
+    try:
+        for port in config.ports:
+            if stopped():
+                break
+            servers[port] = _Server(config, port, key)
+    except OSError:  # no memory, no room: whoever waits for us reads why in our log
+        for server in servers.values():
+            server.process.kill()
+        raise
+    return servers
+
+
 class _Server:
     """One agent server as its parent sees it: started, and started again when it dies, unless that is in vain."""
 
@@ -92,7 +102,8 @@ class _Server:
     def start(self) -> None:
         self._ready, told = self._context.Pipe(duplex=False)
         self.process = self._context.Process(target=_child, args=(*self._arguments, told))
-        self.process.start()
+        with processes.signals_held():  # a server that is told to stop before it has its own handlers would take ours
+            self.process.start()
         self._started = time.monotonic()
         self.restart_at = None
         told.close()  # that is the child's
@@ -154,6 +165,7 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     """Be the agent server of one port, with a log of its own, and say so when it is ready."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
+    processes.take_signals()
     log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):

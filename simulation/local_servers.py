@@ -85,14 +85,17 @@ def start(
             processes.pid_file(str(port)).unlink(missing_ok=True)
             (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
             processes.note_restarts(port, 0)
-        launcher = _spawn_launcher(config, owned)
+        launcher = None
         try:
+            with processes.signals_held():
+                launcher = _spawn_launcher(config, owned)
             meanwhile()
             _wait_ready(config, key, launcher, progress)
         except BaseException:
-            launcher.terminate()
-            processes.end_processes()
-            launcher.wait()
+            if launcher is not None:
+                launcher.terminate()
+                processes.end_processes()
+                launcher.wait()
             raise
     return OwnedServers(launcher) if owned else None
 

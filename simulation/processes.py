@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import ipaddress
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,28 @@ from simulation.errors import ClusterError, SettingsError
 
 SERVERS = ROOT / "run" / "servers"
 LAUNCHER = "launcher"
+HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold signals back that would end this process between starting another one and knowing of it.
+
+    The other one is started with these signals held, and has to call `take_signals`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_signals() -> None:
+    """Let through what `signals_held` of the process that started this one holds back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 @contextlib.contextmanager
@@ -110,19 +131,24 @@ def refuse_borrowed() -> None:
 
 def end_processes() -> int:
     """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
-    running = own_processes()
-    for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(running.values(), timeout=TERM_TIMEOUT_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=TERM_TIMEOUT_S)
+    servers: set[str] = set()
+    for _ in range(TRIES_TO_END):  # a launcher that hangs may have started others meanwhile
+        running = own_processes()
+        servers |= running.keys() - {LAUNCHER}
+        for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(running.values(), timeout=TERM_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=TERM_TIMEOUT_S)
+        if not alive:
+            break
     for path in SERVERS.glob("*.pid"):
         if own_process(path.stem) is None:
             path.unlink(missing_ok=True)
-    return len(running.keys() - {LAUNCHER})
+    return len(servers)
 
 
 def end_of_log(name: str) -> str:

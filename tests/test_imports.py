@@ -1,0 +1,76 @@
+"""Each command imports what it uses, and no more: that is most of the time that a short one takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import Checkout
+
+# Run a command in a Python of its own, and print the modules that it has imported at its end
+RUN = """
+import json, sys
+import main
+try:
+    status = main.main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.model_client")
+PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "scipy", "socketio")
+
+
+def modules_after(checkout: Checkout, *arguments: str, status: int = 0) -> set[str]:
+    """What `main.py` with these arguments has imported when it ends with this status."""
+    (checkout.path / "run_and_tell.py").write_text(RUN)
+    done = checkout.run("run_and_tell.py", *arguments)
+    ended, modules = json.loads(done.stdout.splitlines()[-1])
+    assert ended == status, done.stderr
+    return set(modules)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "--dry-run",
+        "--dry-run --experiment configs/experiments/two_thirds.yaml --agent-class examples/no_such_file.py:Nobody",
+        "--role participant --status",
+        "--role participant --stop",
+        "--role vllm --status",
+        "--colour red",
+    ],
+)
+def test_what_needs_no_agents_imports_no_agentscope(checkout, arguments):
+    refused = "no_such_file" in arguments or "--colour" in arguments
+    modules = modules_after(checkout, *arguments.split(), status=2 if refused else 0)
+    needed = AGENTSCOPE if "no_such_file" in arguments else ()  # its class is looked for first, as a game would need it
+    assert not modules & {*AGENTSCOPE, *MODEL_CLIENT, *PICTURES, *NEVER} - {*needed}
+
+
+def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhere(checkout):
+    flags = ("--server-per-host", "1", "--participant-num", "10", "--moderator-per-host", "1", "--sleep-time", "0")
+    base_port = ("--base-port", str(checkout.base_port))
+    modules = modules_after(checkout, *flags, *base_port)
+    assert "agentscope" in modules
+    assert not modules & {*MODEL_CLIENT, *PICTURES, *NEVER}
+    run = ("--run-dir", str(checkout.path / "runs/latest"))
+    modules = modules_after(checkout, "--role", "report", *run)
+    assert "matplotlib" in modules
+    assert not modules & {*AGENTSCOPE, *MODEL_CLIENT, *NEVER}
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("random", False), ("llm", True)])
+def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, kind, needed):
+    """The launcher imports for all its servers, and tells so in its log."""
+    env = {"PYTHONPROFILEIMPORTTIME": "1", "AGENT_TYPE": kind, "MODERATOR_NUM": "1"}
+    checkout.cold = True
+    assert checkout.run("start_all_server.sh", "1", env=env).returncode == 0
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
+    log = (checkout.path / "run/servers/launcher.log").read_text()
+    imported = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
+    assert "simulation.server" in imported
+    assert ({"openai", "simulation.model_client"} <= imported) is needed
+    packages = {name.partition(".")[0] for name in imported if "." in name}  # without it, it was but looked for
+    assert not packages & {*NEVER, *PICTURES}
