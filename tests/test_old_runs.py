@@ -1,0 +1,275 @@
+"""Run folders of earlier versions (tests/data/old_runs) are read, reported and resumed in another checkout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, Checkout, one_line
+from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
+
+from simulation.config import SimulationConfig
+from simulation.game import Game, draw
+from simulation.past_runs import read_run
+
+OLD_RUNS = ROOT / "tests/data/old_runs"
+CLASS_BEFORE = "/srv/simulation/examples/level_k.py:LevelK"  # the absolute path in two_thirds
+LEVEL_K = "examples/level_k.py:LevelK"
+FOLDERS = sorted(path.parent.relative_to(OLD_RUNS).as_posix() for path in OLD_RUNS.glob("**/summary.json"))
+SINGLE_RUNS = [name for name in FOLDERS if "/" not in name]
+ROUNDS_PLAYED = {
+    "interrupted": 2,
+    "killed": 2,
+    "language_model": 2,
+    "level_k": 3,
+    "random": 3,
+    "two_thirds": 3,
+    "sweep/01-ratio=1-2,seed=1": 2,
+    "sweep/02-ratio=1-2,seed=2": 2,
+    "sweep/03-ratio=2-3,seed=1": 1,  # round 2 is in the summary, but was interrupted
+}
+# A fresh game of level_k, and of two_thirds
+FRESH_LEVEL_K = (
+    *("3", "40", "--decimals", "2", "--ratio", "2/3", "--seed", "1", "--sleep-time", "0"),
+    *("--agent-class", LEVEL_K, "--personas", "levels"),
+)
+
+
+def answers_in(folder: Path) -> list[dict[str, Any]]:
+    """The rows of answers.parquet, or of the files per round of a run that was killed."""
+    files = [folder / "answers.parquet"]
+    files = files if files[0].exists() else sorted(folder.glob("answers-*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def copy_of(name: str, target: Path) -> Path:
+    return Path(shutil.copytree(OLD_RUNS / name, target))
+
+
+def test_all_folders_are_complete():
+    assert set(FOLDERS) == set(ROUNDS_PLAYED)
+    for name in FOLDERS:
+        assert {"game.json", "summary.json"} < {path.name for path in (OLD_RUNS / name).iterdir()}
+    assert (OLD_RUNS / "sweep/sweep.json").exists() and (OLD_RUNS / "language_model/failed_answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_old_run_is_read(name: str, tmp_path: Path):
+    run = read_run(copy_of(name, tmp_path / "run"))
+    entries, answers = run.summary["rounds"], answers_in(OLD_RUNS / name)
+    whole = [entry["round"] for entry in entries if "interrupted" not in entry["failures"]]
+    assert whole == list(range(1, ROUNDS_PLAYED[name] + 1))
+    assert [result.round for result in run.results] == [entry["round"] for entry in entries]
+    for result, entry in zip(run.results, entries, strict=True):
+        rows = [row for row in answers if row["round"] == entry["round"]]
+        assert [row["participant"] for row in rows] == list(range(entry["asked"]))
+        values = np.array([row["value"] for row in rows if row["value"] is not None])
+        assert (len(rows), len(values)) == (entry["asked"], entry["answered"])
+        assert (result.tally.asked, result.tally.answered, result.tally.failed) == (
+            *(entry["asked"], entry["answered"], entry["failed"]),
+        )
+        assert result.tally.failures == entry["failures"]
+        assert sum(row["failure"] is not None for row in rows) == entry["failed"] == sum(entry["failures"].values())
+        if not len(values):
+            assert entry["average"] is None and result.average is None
+            continue
+        figures = (values.mean(), np.median(values), values.min(), values.max(), values.std())
+        assert figures == pytest.approx([entry[key] for key in ("average", "median", "min", "max", "std")])
+        winning_number = float(run.game.offset + run.game.ratio * entry["average"])
+        assert entry["winning_number"] == pytest.approx(winning_number)
+        assert float(result.average / run.game.scale) == entry["average"]
+        assert result.winners.count == entry["winners"]["count"]
+        distance = [abs(row["value"] - winning_number) if row["value"] is not None else 1e9 for row in rows]
+        winners = [row["participant"] for row, off in zip(rows, distance, strict=True) if off < min(distance) + 1e-9]
+        assert entry["winners"] == {"count": len(winners), "participants": [f"P{each}" for each in winners[:10]]}
+    for rounds in run.groups.values():
+        assert [sum(tally.asked for tally in tallies.values()) for tallies in rounds] == [
+            entry["asked"] for entry in entries
+        ]
+    assert set(run.groups) == {"level_k": {"levels"}, "two_thirds": {"levels"}, "language_model": {"education"}}.get(
+        name, set()
+    )
+
+
+@pytest.fixture
+def reported(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Call `--role report` in this process, and return what it printed."""
+    handler = signal.getsignal(signal.SIGINT)
+    import main
+
+    def report(folder: Path) -> str:
+        status = main.main(["--role", "report", str(folder)])
+        out, err = capsys.readouterr()
+        assert (status, err) == (0, "")
+        return out
+
+    yield report
+    signal.signal(signal.SIGINT, handler)
+
+
+def averages_printed(folder: Path) -> list[str]:
+    """The averages of a run's rounds as they are printed: with 3 more digits than the answers."""
+    summary = summary_in(folder)
+    digits = summary["config"]["decimals"] + 3
+    return [f"{entry['average']:.{digits}f}" for entry in summary["rounds"] if entry["average"] is not None]
+
+
+@pytest.mark.parametrize("name", SINGLE_RUNS)
+def test_an_old_run_is_reported(name: str, tmp_path: Path, reported: Any):
+    folder = copy_of(name, tmp_path / "run")
+    lines = reported(folder).splitlines()
+    said = [line.removeprefix("Moderator: The average value is ") for line in lines if "The average value is" in line]
+    assert [line.split()[0] for line in said] == averages_printed(OLD_RUNS / name)
+    status, rounds = summary_in(OLD_RUNS / name)["status"], summary_in(OLD_RUNS / name)["config"]["rounds"]
+    assert lines[-1].endswith(f" is {status}: {ROUNDS_PLAYED[name]} of {rounds} rounds")
+    for picture in ("histogram.png", "rounds.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert page.rstrip().endswith("</html>") and summary_in(folder)["run_id"] in page
+    assert all(average.rstrip("0") in page for average in averages_printed(OLD_RUNS / name))
+    for file in (OLD_RUNS / name).iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_old_sweep_is_reported(tmp_path: Path, reported: Any):
+    folder = copy_of("sweep", tmp_path / "sweep")
+    rows = [line for line in reported(folder).splitlines() if line.startswith("0")]
+    runs = [name for name in FOLDERS if name.startswith("sweep/")]
+    assert [f"sweep/{row.split()[0]}" for row in rows] == runs
+    page = (folder / "comparison.html").read_text()
+    for row, name in zip(rows, runs, strict=True):
+        averages = averages_printed(OLD_RUNS / name)
+        assert averages[0] in row and averages[0] in page
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- Resuming, in a checkout at another place and with other ports ---------------------------------------------------
+
+
+def resume(cluster: Checkout, name: str, *flags: str, status: int = 0) -> tuple[Path, str]:
+    """Resume a copy; returns its folder and the log.
+
+    The folders store absolute paths of the checkout that played them. The key and the models of this checkout are given
+    by hand; otherwise a new key would be made at the stored path, and the models would be looked for there.
+    """
+    here = ("--cluster-key-dir", ".cluster", "--model-configs", "configs/model_configs.json")
+    folder = cluster.path / "runs" / name
+    done = cluster.run("run_simulation.sh", "--resume", f"runs/{name}", *here, *flags)
+    assert done.returncode == status, done.stderr
+    return folder, done.stderr
+
+
+def check_resumed(name: str, folder: Path, rounds: int) -> None:
+    """What was there is unchanged, and the rounds after it are numbered on."""
+    before, after = summary_in(OLD_RUNS / name), summary_in(folder)
+    played = ROUNDS_PLAYED[name]
+    assert [entry["round"] for entry in after["rounds"]] == list(range(1, rounds + 1))
+    assert after["rounds"][:played] == before["rounds"][:played]
+    assert after["run_id"] == before["run_id"] and after["config"]["rounds"] == rounds
+    assert after["seconds"]["total"] >= before["seconds"]["total"]
+    old = [row for row in answers_in(OLD_RUNS / name) if row["round"] <= played]
+    new = pq.read_table(folder / "answers.parquet").to_pylist()
+    assert new[: len(old)] == old
+    participants = before["config"]["participant_num"]
+    assert [(row["round"], row["participant"]) for row in new] == [
+        (number + 1, participant) for number in range(rounds) for participant in range(participants)
+    ]
+    assert not list(folder.glob("answers-*"))
+    read_run(folder)
+
+
+def drawn(folder: Path) -> list[dict[str, Any]]:
+    """The answers of a fresh game of random participants with the settings of this run."""
+    config = SimulationConfig(**{**summary_in(folder)["config"], "hosts": ("localhost",)})
+    game = Game(config.seed, config.max_value, config.decimals, 0.0)
+    return [
+        {"round": number, "participant": index, "value": draw(game, number, index) / game.scale, "failure": None}
+        for number in range(1, config.rounds + 1)
+        for index in range(config.participant_num)
+    ]
+
+
+@pytest.mark.parametrize("name", ["interrupted", "killed", "random"])
+def test_an_old_run_of_random_participants_is_resumed(name: str, cluster: Checkout):
+    copy_of(name, cluster.path / "runs" / name)
+    rounds = ROUNDS_PLAYED[name] + 1
+    folder, log = resume(cluster, name, "--rounds", str(rounds), "--sleep-time", "0")
+    assert f"round {rounds}: asking" in log and f"round {rounds - 1}: asking" not in log
+    check_resumed(name, folder, rounds)
+    assert summary_in(folder)["status"] == "complete" and answers_in(folder) == drawn(folder)
+
+
+def test_old_runs_of_a_class_are_resumed(cluster: Checkout):
+    cluster.play(*FRESH_LEVEL_K, "--rounds", "4")
+    fresh = cluster.answers()
+    for name in ("level_k", "two_thirds"):
+        folder = copy_of(name, cluster.path / "runs" / name)
+        if name == "two_thirds":  # its class cannot be given by hand, see test_a_class_that_was_moved_is_named
+            text = (folder / "summary.json").read_text()
+            assert text.count(CLASS_BEFORE) == 1
+            (folder / "summary.json").write_text(text.replace(CLASS_BEFORE, str(cluster.path / LEVEL_K)))
+        _, log = resume(cluster, name, "--rounds", "4", "--sleep-time", "0")
+        assert "round 4: asking" in log and "round 3: asking" not in log
+        check_resumed(name, folder, 4)
+        assert summary_in(folder)["status"] == "complete" and answers_in(folder) == fresh
+
+
+def test_a_class_that_was_moved_is_named(cluster: Checkout):
+    if Path(CLASS_BEFORE.partition(":")[0]).exists():
+        pytest.skip("this machine has a checkout where the old run was played")
+    folder = copy_of("two_thirds", cluster.path / "runs/class_moved")
+    done = cluster.run("run_simulation.sh", "--resume", "runs/class_moved", "--rounds", "4")
+    assert done.returncode == 2 and f"there is no file {CLASS_BEFORE.partition(':')[0]}" in one_line(done.stderr)
+    assert summary_in(folder) == summary_in(OLD_RUNS / "two_thirds")
+
+
+def test_an_old_run_of_language_models_is_resumed(cluster: Checkout):
+    name = "language_model"
+    copy_of(name, cluster.path / "runs" / name)
+    model = FakeModel(port=cluster.model_port)
+    try:
+        folder, log = resume(cluster, name, "--rounds", "3", status=4)  # 4 failures of round 1 stay
+    finally:
+        model.close()
+    assert "round 3: asking" in log and "round 2: asking" not in log
+    check_resumed(name, folder, 3)
+    before, after = summary_in(OLD_RUNS / name), summary_in(folder)
+    assert after["status"] == "partial" and after["rounds"][2]["answered"] == 30
+    assert after["llm"] == {
+        "requests": before["llm"]["requests"] + len(model.bodies),
+        "prompt_tokens": before["llm"]["prompt_tokens"] + PROMPT_TOKENS * len(model.bodies),
+        "completion_tokens": before["llm"]["completion_tokens"] + ANSWER_TOKENS * 30,
+        "retries": before["llm"]["retries"],
+    }
+    failed = "failed_answers.jsonl"
+    assert (folder / failed).read_bytes() == (OLD_RUNS / name / failed).read_bytes()
+    users = [body["messages"][1]["content"] for body in model.bodies]
+    average = f"{before['rounds'][1]['average']:.3f}"
+    assert all(f"Round 2: the average was {average}" in user for user in users)  # it hears of the rounds before
+
+
+def test_an_old_sweep_is_resumed(cluster: Checkout):
+    copy_of("sweep", cluster.path / "runs/sweep")
+    folder, log = resume(cluster, "sweep", "--sleep-time", "0")
+    assert log.count(": asking") == 3  # round 2 of run 3, and run 4
+    runs = [each["folder"] for each in json.loads((folder / "sweep.json").read_text())["runs"]]
+    assert len(runs) == 4 and (folder / "comparison.html").exists()
+    for run in runs:
+        if f"sweep/{run}" in FOLDERS:
+            check_resumed(f"sweep/{run}", folder / run, 2)
+    for run in runs[:2]:
+        for file in (OLD_RUNS / "sweep" / run).iterdir():
+            assert (folder / run / file.name).read_bytes() == file.read_bytes()
+    for run in runs:
+        assert summary_in(folder / run)["status"] == "complete" and answers_in(folder / run) == drawn(folder / run)
