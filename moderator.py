@@ -55,6 +55,7 @@ class Moderator(AgentBase):
         self._groups = {seat: self._groups.get(seat) or self._group(seat, one_by_one) for seat in seats}
 
     def _group(self, seat: Seat, one_by_one: bool) -> Any:
+        assert seat.server is not None  # those whom nobody asks are seated with no moderator
         group = RemoteObject(ParticipantGroup, seat.oid, seat.server, self._timeout_s)
         return OneByOne(group, seat, self._timeout_s) if one_by_one else group
 
@@ -193,6 +194,7 @@ class OneByOne:
         """What one participant says: its answer in `units`, or the `cause` of its failure and its `text`."""
         if self._halted:
             return {"cause": INTERRUPTED, "text": None}
+        assert self._seat.server is not None
         index = self._seat.first + place
         proxy = RemoteObject(Participant, f"{self._seat.oid}/{index}", self._seat.server, self._timeout_s)
         try:

@@ -83,7 +83,7 @@ class Participant(AgentBase):
         self.game = game
 
     @cached_property
-    def name(self) -> str:  # type: ignore[override]  # AgentBase sets it
+    def name(self) -> str:  # AgentBase sets it
         return f"P{self.index}"
 
     @cached_property

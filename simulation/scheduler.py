@@ -33,11 +33,12 @@ class Pause(float):
 
     __slots__ = ()
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, None]:
         if not 0 < self < LONGEST_S:
             return asyncio.sleep(max(0.0, self)).__await__()  # of nothing, a pass of the event loop: others go on
         if _here.stepping:
-            return iter((self,))  # an iterator in C, in place of a generator: it waits for as long as the pause lasts
+            # an iterator in C, in place of a generator: it waits for as long as the pause lasts
+            return iter((self,))  # type: ignore[return-value]
         return asyncio.sleep(self).__await__()
 
 

@@ -38,10 +38,9 @@ print(time.monotonic() - began)
 sys.exit(status)
 """
 OTHER_VERSIONS = """
-import platform, sys, types
+import importlib.metadata, platform
 platform.python_version = lambda: "3.12.99"
-sys.modules["agentscope._version"] = types.ModuleType("agentscope._version")
-sys.modules["agentscope._version"].__version__ = "0.1.5"
+importlib.metadata.version = lambda name: "0.1.5"
 """
 PATIENT = """
 import asyncio, pathlib

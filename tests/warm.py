@@ -46,7 +46,7 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
-        if not self.address or not words[1:] or Path(words[1]).name != "main.py":
+        if not self.address or [Path(word).name for word in words[:2]] != ["python", "main.py"]:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         cwd, env, start_new_session = rest[4], rest[5], rest[20]
