@@ -1,4 +1,8 @@
-"""Real vLLM servers, started by the script, with a tiny model of random numbers; and GPUs, which here are made up."""
+"""A real vLLM server, started by the script, with a tiny model of random numbers; and GPUs, which here are made up.
+
+Two vLLM servers are started in all: one by README's commands, which all tests share, and one by the test that kills it
+and starts it again. Tests that end the server come last. One more start is meant to fail: its model does not load.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import (
     ROOT,
-    VLLM_PYTHON,
     Checkout,
     clean_up,
     copy_checkout,
@@ -27,38 +31,53 @@ from conftest import (
     require_vllm,
     until,
 )
+from fake_model import FakeModel
+from test_readme import blocks, commands_in, run_all
 
+from simulation.inference import TERM_TIMEOUT_S
 from simulation.past_runs import read_run
 
 pytestmark = pytest.mark.slow
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
 START_S = 240  # it takes half a minute to a minute on two cores
+REAL_S = 600  # seconds of a test of the real server, with the start if it is the first one
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkout, dict[str, Any], dict[str, str]]]:
+    """A checkout in which README's commands with a language model were run, their summary, and what each printed.
+
+    The commands make the model and start vLLM. README's last command, which stops vLLM, runs after all tests; its agent
+    servers are stopped, and 2 + 4 started instead.
+    """
     require_vllm()
-    folder = tmp_path_factory.mktemp("models") / "tiny model"
-    command = [VLLM_PYTHON, ROOT / "tests/tiny_model.py", folder]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return folder
+    own = Checkout(copy_checkout(tmp_path_factory.mktemp("vllm") / "a b"), free_ports(24))
+    commands = [command for block in blocks("shell") if "vllm" in block for command in commands_in(block)]
+    assert len(commands) >= 7 and commands[-1] == "./stop_vllm.sh"
+    try:
+        printed = run_all(own, commands[:-1])
+        summary = own.summary()
+        agents = own.run("start_all_server.sh", "2")
+        assert agents.returncode == 0, agents.stderr
+        yield own, summary, printed
+    finally:
+        stopped = own.run("stop_all_server.sh")
+        run_all(own, commands[-1:])
+    assert stopped.returncode == 0, stopped.stderr
+    clean_up(own)
 
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Checkout]:
+def vllm(readme: tuple[Checkout, dict[str, Any], dict[str, str]]) -> Checkout:
     """A checkout with a vLLM server and 2 + 4 agent servers."""
-    own = Checkout(copy_checkout(tmp_path_factory.mktemp("vllm") / "a b"), free_ports(24))
-    started = start_vllm(own, tiny_model)
-    assert started.returncode == 0, started.stderr
-    assert re.search(rf"^ *{own.model_port} +(CPU|GPU \d+) +\d+ +participant-model", started.stdout, re.MULTILINE)
-    agents = own.run("start_all_server.sh", "2")
-    assert agents.returncode == 0, agents.stderr
-    yield own
-    for script in ("stop_all_server.sh", "stop_vllm.sh"):
-        stopped = own.run(script)
-        assert stopped.returncode == 0, stopped.stderr
-    clean_up(own)
+    return readme[0]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(vllm: Checkout) -> Path:
+    """The model that README makes."""
+    return vllm.path / "run/tiny-model"
 
 
 def start_vllm(
@@ -78,7 +97,29 @@ def pid_of(checkout: Checkout, port: int) -> int:
     return int((checkout.path / f"run/vllm/{port}.pid").read_text())
 
 
-@pytest.mark.timeout(400)
+def two_models(checkout: Checkout) -> list[dict[str, Any]]:
+    """Entries of two models, on the model port and the one after it."""
+    return [
+        {
+            "config_name": name,
+            "model_type": "openai_chat",
+            "model_name": model,
+            "client_args": {"base_url": f"http://localhost:{checkout.model_port + place}/v1"},
+        }
+        for place, (name, model) in enumerate((("model_1", "participant-model"), ("model_2", "other-model")))
+    ]
+
+
+@pytest.mark.timeout(REAL_S)
+def test_every_command_of_the_readme_with_a_language_model_runs(readme):
+    checkout, summary, printed = readme
+    assert summary["status"] == "complete" and summary["config"]["agent_type"] == "llm"
+    assert [entry["answered"] for entry in summary["rounds"]] == [1000, 1000]
+    (started,) = (out for command, out in printed.items() if command.endswith(" ./start_vllm.sh"))
+    assert re.search(rf"^ *{checkout.model_port} +(CPU|GPU \d+) +\d+ +participant-model", started, re.MULTILINE)
+
+
+@pytest.mark.timeout(REAL_S)
 def test_two_thousand_participants_play_two_rounds(vllm):
     summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=300)
     assert summary["status"] == "complete"
@@ -89,7 +130,7 @@ def test_two_thousand_participants_play_two_rounds(vllm):
     assert summary["llm"]["requests"] < 1000 and summary["llm"]["completion_tokens"] >= 4000
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(REAL_S)
 def test_the_other_way_of_structured_output(vllm):
     summary = vllm.play(
         *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=150
@@ -97,7 +138,7 @@ def test_the_other_way_of_structured_output(vllm):
     assert summary["rounds"][0]["answered"] == 100
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(REAL_S)
 def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(vllm):
     summary = vllm.play(
         *("2", "50", "--agent-type", "llm", "--structured-output", "none", "--max-attempts", "1"),
@@ -108,27 +149,7 @@ def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(v
     assert (vllm.path / "runs/latest/failed_answers.jsonl").stat().st_size > 0
 
 
-@pytest.mark.timeout(600)
-def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
-    flags = ("--agent-type", "llm", "--samples-per-request", "4")
-    begun = requests_of(vllm)
-    run = vllm.start("run_simulation.sh", "2", "4000", *flags)
-    until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
-    family = psutil.Process(pid_of(vllm, vllm.model_port)).children(recursive=True)
-    os.kill(pid_of(vllm, vllm.model_port), signal.SIGKILL)
-    until(lambda: is_free(vllm.model_port), 30, "killed")
-    assert run.poll() is None
-    again = start_vllm(vllm, tiny_model)
-    assert again.returncode == 0, again.stderr
-    assert not [process for process in family if process.is_running()]  # what the killed one left behind
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err
-    entry = vllm.summary()["rounds"][0]
-    assert entry["answered"] == entry["asked"] == 4000
-    assert vllm.summary()["llm"]["retries"] > 0
-
-
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(REAL_S)
 def test_starting_twice_is_refused(vllm, tiny_model):
     done = start_vllm(vllm, tiny_model)
     assert done.returncode == 3 and "run already" in one_line(done.stderr)
@@ -136,26 +157,20 @@ def test_starting_twice_is_refused(vllm, tiny_model):
     assert status.returncode == 0 and "healthy" in status.stdout
 
 
-@pytest.mark.timeout(400)
-def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model):
+@pytest.mark.timeout(REAL_S)
+def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
+    """The second model is a fake, on the next port: only its answers are made up."""
     port = vllm.model_port + 1
-    entries = [
-        {
-            "config_name": name,
-            "model_type": "openai_chat",
-            "model_name": model,
-            "client_args": {"base_url": f"http://localhost:{vllm.model_port + place}/v1"},
-        }
-        for place, (name, model) in enumerate((("model_1", "participant-model"), ("model_2", "other-model")))
-    ]
-    (vllm.path / "configs/model_configs.json").write_text(json.dumps(entries))
-    again = start_vllm(vllm, tiny_model, env={"VLLM_BASE_PORT": str(port)})
-    assert again.returncode == 0 and re.search(rf"^ *{port} .*other-model", again.stdout, re.MULTILINE), again.stderr
-    assert pid_of(vllm, port) != pid_of(vllm, vllm.model_port)
+    (vllm.path / "configs/model_configs.json").write_text(json.dumps(two_models(vllm)))
     for command in (("stop_all_server.sh",), ("start_all_server.sh", "2")):  # they read the models when they start
         assert vllm.run(*command).returncode == 0
     flags = ("--agent-type", "llm", "--models", "model_1=1/3,model_2=2/3", "--personas", "education", "--seed", "7")
-    summary = vllm.play("2", "300", *flags, "--ratio", "2/3", "--rounds", "2", timeout=300)
+    begun, fake = requests_of(vllm), FakeModel(port=port)
+    fake.model = "other-model"
+    try:
+        summary = vllm.play("2", "300", *flags, "--ratio", "2/3", "--rounds", "2", timeout=300)
+    finally:
+        fake.close()
     assert [entry["answered"] for entry in summary["rounds"]] == [300, 300]
     first = summary["rounds"][0]
     assert first["winning_number"] == pytest.approx(first["average"] * 2 / 3)
@@ -169,11 +184,12 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model)
     page = (vllm.path / "runs/latest/report.html").read_text()
     for told in ("2/3 of the average", "other-model", "participant-model", *run.groups["education"][0]):
         assert html.escape(told) in page
-    logged = (vllm.path / f"run/vllm/{port}.log").read_text(errors="replace")
-    assert logged.count("POST /v1/chat/completions") >= 2 * len(counts["education"])
+    least = 2 * len(counts["education"])
+    assert len(fake.bodies) >= least and {body["model"] for body in fake.bodies} == {"other-model"}
+    assert requests_of(vllm) >= begun + least
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(REAL_S)
 def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("aloud:\n  system: From 0 to {max_value}.\n  instruction: Think.\n  reasoning_tokens: 16\n")
@@ -183,15 +199,37 @@ def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     assert summary["llm"]["requests"] > 100 and summary["llm"]["completion_tokens"] > 1600  # a second part for each
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(REAL_S)
+def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
+    flags = ("--agent-type", "llm", "--samples-per-request", "4")
+    begun = requests_of(vllm)
+    run = vllm.start("run_simulation.sh", "2", "4000", *flags)
+    until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
+    family = psutil.Process(pid_of(vllm, vllm.model_port)).children(recursive=True)
+    os.kill(pid_of(vllm, vllm.model_port), signal.SIGKILL)
+    until(lambda: is_free(vllm.model_port), 30, "killed")
+    assert run.poll() is None
+    again = start_vllm(vllm, tiny_model)
+    assert again.returncode == 0, again.stderr
+    assert re.search(rf"^ *{vllm.model_port} +(CPU|GPU \d+) +\d+ +participant-model", again.stdout, re.MULTILINE)
+    assert not [process for process in family if process.is_running()]  # what the killed one left behind
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    entry = vllm.summary()["rounds"][0]
+    assert entry["answered"] == entry["asked"] == 4000
+    assert vllm.summary()["llm"]["retries"] > 0
+
+
+@pytest.mark.timeout(REAL_S)
 def test_stopped_for_good_ends_the_game(vllm):
-    flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "5", "--rounds", "3")
+    longer = str(TERM_TIMEOUT_S + 5)  # than vLLM may take to stop: meanwhile it still accepts requests
+    flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", longer, "--rounds", "3")
     begun = requests_of(vllm)
     run = vllm.start("run_simulation.sh", "2", "20000", *flags)
     until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
     stopped = vllm.run("stop_vllm.sh")
     assert stopped.returncode == 0 and re.match(r"stopped [12] vLLM servers", stopped.stdout)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=180)
     assert run.returncode == 4 and "Traceback" not in err, err
     summary = vllm.summary()
     entry = summary["rounds"][0]
@@ -203,7 +241,7 @@ def test_stopped_for_good_ends_the_game(vllm):
 # --- What does not start ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(REAL_S)
 def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
@@ -340,6 +378,18 @@ def test_each_server_has_gpus_of_its_own(gpus, env, devices):
     assert len(gpus.run("start_vllm.sh", "--status").stdout.splitlines()) == 1 + len(devices)
     planned = gpus.run("run_simulation.sh", "2", "50", "--agent-type", "llm", "--dry-run", env=env)
     assert f"model_{len(devices)} is" in planned.stdout and f"model_{len(devices) + 1} is" not in planned.stdout
+
+
+def test_another_model_is_served_beside_the_first_on_a_port_of_its_own(gpus):
+    (gpus.path / "configs/model_configs.json").write_text(json.dumps(two_models(gpus)))
+    port = gpus.model_port + 1
+    first = gpus.run("start_vllm.sh", env={"GPU_NUM": "1"})
+    assert first.returncode == 0, first.stderr
+    again = gpus.run("start_vllm.sh", env={"GPU_NUM": "1", "VLLM_BASE_PORT": str(port)})
+    assert again.returncode == 0 and re.search(rf"^ *{port} .*other-model", again.stdout, re.MULTILINE), again.stderr
+    assert pid_of(gpus, port) != pid_of(gpus, gpus.model_port)
+    served = {offset: re.search(r"--served-model-name (\S+)", words)[1] for offset, words in seen(gpus).items()}
+    assert served == {0: "participant-model", 1: "other-model"}
 
 
 def test_one_that_dies_takes_the_others_with_it(gpus):
