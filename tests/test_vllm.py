@@ -37,8 +37,6 @@ from test_readme import blocks, commands_in, run_all
 from simulation.inference import TERM_TIMEOUT_S
 from simulation.past_runs import read_run
 
-pytestmark = pytest.mark.slow
-
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
 START_S = 240  # it takes half a minute to a minute on two cores
 REAL_S = 600  # seconds of a test of the real server, with the start if it is the first one
@@ -110,6 +108,7 @@ def two_models(checkout: Checkout) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_every_command_of_the_readme_with_a_language_model_runs(readme):
     checkout, summary, printed = readme
@@ -119,6 +118,7 @@ def test_every_command_of_the_readme_with_a_language_model_runs(readme):
     assert re.search(rf"^ *{checkout.model_port} +(CPU|GPU \d+) +\d+ +participant-model", started, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_two_thousand_participants_play_two_rounds(vllm):
     summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=300)
@@ -130,6 +130,7 @@ def test_two_thousand_participants_play_two_rounds(vllm):
     assert summary["llm"]["requests"] < 1000 and summary["llm"]["completion_tokens"] >= 4000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_the_other_way_of_structured_output(vllm):
     summary = vllm.play(
@@ -138,6 +139,7 @@ def test_the_other_way_of_structured_output(vllm):
     assert summary["rounds"][0]["answered"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(vllm):
     summary = vllm.play(
@@ -149,6 +151,7 @@ def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(v
     assert (vllm.path / "runs/latest/failed_answers.jsonl").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_starting_twice_is_refused(vllm, tiny_model):
     done = start_vllm(vllm, tiny_model)
@@ -157,6 +160,7 @@ def test_starting_twice_is_refused(vllm, tiny_model):
     assert status.returncode == 0 and "healthy" in status.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
     """The second model is a fake, on the next port: only its answers are made up."""
@@ -189,6 +193,7 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
     assert requests_of(vllm) >= begun + least
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     prompts = tmp_path / "prompts.yaml"
@@ -199,6 +204,7 @@ def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     assert summary["llm"]["requests"] > 100 and summary["llm"]["completion_tokens"] > 1600  # a second part for each
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
     flags = ("--agent-type", "llm", "--samples-per-request", "4")
@@ -220,6 +226,7 @@ def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
     assert vllm.summary()["llm"]["retries"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_stopped_for_good_ends_the_game(vllm):
     longer = str(TERM_TIMEOUT_S + 5)  # than vLLM may take to stop: meanwhile it still accepts requests
@@ -241,6 +248,7 @@ def test_stopped_for_good_ends_the_game(vllm):
 # --- What does not start ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
