@@ -53,6 +53,16 @@ def write_pid(name: str, pid: int) -> None:
         draft.unlink(missing_ok=True)
 
 
+def remove_drafts() -> None:
+    """Remove the drafts of pid files that a killed launcher left; to be called with the lock held.
+
+    Only the launcher writes pid files, and it is started with the lock held: while none lives, nobody writes a draft.
+    """
+    if own_process(LAUNCHER) is None:
+        for draft in SERVERS.glob("*.pid.new"):
+            draft.unlink(missing_ok=True)
+
+
 def note_restarts(port: int, count: int) -> None:
     """Write down how often a server was started again."""
     if count == 0:
@@ -122,6 +132,7 @@ def end_processes() -> int:
     for path in SERVERS.glob("*.pid"):
         if own_process(path.stem) is None:
             path.unlink(missing_ok=True)
+    remove_drafts()
     return len(running.keys() - {LAUNCHER})
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import one_line, until
+from conftest import ROOT, one_line, until
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -219,3 +222,86 @@ def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkou
     game.communicate(timeout=60)
     assert game.returncode == 0, log_of(checkout)
     assert checkout.processes() == []
+
+
+# --- Drafts that a killed process leaves -----------------------------------------------------------------------------
+
+HELD_UP = """
+import sys, time
+from pathlib import Path
+from simulation import results
+results.LATEST = Path({latest!r})
+directory = results.RunDirectory(Path({run!r}), resumed=True)
+def wait(*_):
+    print("held up", flush=True)
+    time.sleep(600)
+{where}
+directory.write_summary({{"rounds": [], "status": "complete"}})
+"""
+BEFORE_THE_FILE = "results.os.fsync = wait"
+BEFORE_THE_LINK = "made = Path.symlink_to; Path.symlink_to = lambda *given: made(*given) or wait()"
+
+
+@contextlib.contextmanager
+def held_up(folder, where):
+    """A process that writes its summary in folder/run, and does not come further than this."""
+    (folder / "run").mkdir(exist_ok=True)
+    code = HELD_UP.format(latest=str(folder / "latest"), run=str(folder / "run"), where=where)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held up\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    with held_up(tmp_path, BEFORE_THE_FILE):
+        assert names_in(tmp_path / "run") == [".summary.json.new"]
+        with pytest.raises(SettingsError, match="is being written by another run"):
+            RunDirectory(tmp_path / "run", resumed=True)
+        assert names_in(tmp_path / "run") == [".summary.json.new"]
+    (tmp_path / "run/answers-00001.parquet").touch()
+    RunDirectory(tmp_path / "run", resumed=True).close()
+    assert names_in(tmp_path / "run") == ["answers-00001.parquet"]
+
+
+def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    with held_up(tmp_path, BEFORE_THE_FILE):
+        pass
+    (tmp_path / "run/.probe.new").touch()
+    directory = RunDirectory(tmp_path / "run")
+    assert names_in(tmp_path / "run") == []
+    directory.close()
+    (tmp_path / "run/.hidden").touch()
+    with pytest.raises(SettingsError, match="holds results already"):
+        RunDirectory(tmp_path / "run")
+
+
+def test_the_link_that_another_run_makes_at_this_moment_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    (tmp_path / "latest.txt").touch()
+    (tmp_path / "latest.00000000").symlink_to("a folder that is gone")
+    with held_up(tmp_path, BEFORE_THE_LINK):
+        RunDirectory(tmp_path / "other").close()
+        (draft,) = (path for path in tmp_path.glob("latest.*") if path.is_symlink())
+        assert draft.resolve() == tmp_path / "run" and draft.name != "latest.00000000"
+    RunDirectory(tmp_path / "run", resumed=True).close()
+    assert names_in(tmp_path) == ["latest.txt", "other", "run"]
+
+
+def test_a_pid_file_that_was_half_written_is_removed_by_start_and_stop(checkout):
+    draft = checkout.path / f"run/servers/{checkout.base_port}.pid.new"
+    draft.parent.mkdir(parents=True)
+    draft.write_text("12")
+    assert checkout.run("stop_all_server.sh").returncode == 0 and not draft.exists()
+    draft.write_text("12")
+    assert checkout.run("start_all_server.sh", "1", env={"MODERATOR_NUM": "1"}).returncode == 0 and not draft.exists()
+    draft.write_text("12")
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n" and not draft.exists()
