@@ -24,6 +24,7 @@ from simulation.security import ClusterKey, load
 
 DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
 RESTART_EVERY_S = 1.0  # one that dies at once is not started more often
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
@@ -40,6 +41,9 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
     servers: dict[int, _Server] = {}
+    wake, woken = os.pipe()
+    for number in ENDING:  # before the first fork: a launcher that dies of a signal leaves its servers behind
+        signal.signal(number, lambda *_: os.write(woken, b"."))
     try:
         for port in config.ports:
             servers[port] = _Server(config, port, key)
@@ -47,9 +51,6 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         for server in servers.values():
             server.process.kill()
         raise
-    wake, woken = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
     while servers:
         alive = [server.process.sentinel for server in servers.values() if server.restart_at is None]
@@ -87,7 +88,11 @@ class _Server:
     def start(self) -> None:
         self._ready, told = self._context.Pipe(duplex=False)
         self.process = self._context.Process(target=_child, args=(*self._arguments, told))
-        self.process.start()
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has handlers of its own
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self._started = time.monotonic()
         self.restart_at = None
         told.close()  # that is the child's
@@ -147,8 +152,9 @@ class _Server:
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
     """Be the agent server of one port, with a log of its own, and say so when it is ready."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
