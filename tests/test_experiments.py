@@ -9,13 +9,15 @@ import re
 import signal
 from dataclasses import asdict
 from fractions import Fraction
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, one_line, until
 from fake_model import FakeModel
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from own_files import own_files
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -214,7 +216,6 @@ def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
     assert only.config.agent_class == f"{tmp_path}/mine.py:Mine" and only.varied == {}
 
 
-@settings(deadline=None)  # other tests run beside it
 @given(
     st.dictionaries(
         st.sampled_from(["max_value", "participant_num", "rounds", "seed", "max_attempts"]),
@@ -474,7 +475,7 @@ def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
 # --- The files that come with the program ----------------------------------------------------------------------------
 
 PAPER = (ROOT / "docs/paper.md").read_text()
-FILES = sorted(path.name for path in (ROOT / "configs/experiments").glob("*.yaml"))
+FILES = sorted(Path(name).name for name in own_files() if re.fullmatch(r"configs/experiments/\w+\.yaml", name))
 
 
 def test_every_experiment_of_the_paper_has_its_file():

@@ -257,7 +257,7 @@ COME_TO = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(WORKS), max_size=60), st.sampled_from([None, 2, 7]))
 def test_everyone_fares_as_a_task_of_its_own(works, at_once_most):
     assert play(works, at_once_most) == [COME_TO.get(work, place) for place, work in enumerate(works)]
