@@ -37,7 +37,8 @@ main() {
   (cd "$folder" && "$VENV/bin/python" -P -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
   # two files at a time: most tests wait for processes to start, or for participants to think; in a folder of their own,
   # as pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted), and breaks off then
-  "$VENV/bin/python" -P -m pytest -n 2 --dist loadfile --basetemp "$folder/tests" \
+  # a test may take many times as long on a busy machine: the limit is for those that hang
+  "$VENV/bin/python" -P -m pytest -n 2 --dist loadfile --timeout 900 --basetemp "$folder/tests" \
     ${selection[@]+"${selection[@]}"} "$@" || { status=$? && say "the tests' files stay in $folder" && exit "$status"; }
   rm -rf "$folder"
 }

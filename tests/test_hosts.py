@@ -121,7 +121,7 @@ def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path
         done = hosts[STRANGER].run(".venv/bin/python", *attack)
     finally:
         over.touch()
-        _, err = game.communicate(timeout=60)
+        _, err = game.communicate(timeout=120)
     for target, became in json.loads(done.stdout).items():
         assert len(became) == 15 and set(became.values()) == {"UNAVAILABLE"}, (target, became)
     assert not written.exists()

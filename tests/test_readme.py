@@ -41,10 +41,11 @@ def run_all(checkout, commands):
                 [checkout.path / ".venv/bin/python", *words], capture_output=True, text=True, check=False
             )
         else:
-            done = checkout.run(*words, env=env, timeout=300)
+            done = checkout.run(*words, env=env, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.timeout(900)
 def test_every_command_runs(checkout):
     (checkout.path / "my_file.py").write_text(blocks("python")[0])
     commands = [command for block in blocks("shell") if "vllm" not in block for command in commands_in(block)]
@@ -53,7 +54,7 @@ def test_every_command_runs(checkout):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_command_with_a_language_model_runs(checkout):
     require_vllm()
     commands = [command for block in blocks("shell") if "vllm" in block for command in commands_in(block)]

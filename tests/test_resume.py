@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, one_line, until
+from conftest import ROOT, drafts_in, one_line, until
+from waiting import Gates
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -36,14 +37,22 @@ class Mindful(Participant):
             self.own.append(None)
             raise ValueError("I pass")
         self.own.append(number)
-        await asyncio.sleep({think_s})
+        while question.round == 3 and not pathlib.Path({gate!r}).exists():
+            await asyncio.sleep(0.1)
         return number
 """
 
 
 @pytest.fixture
-def mindful(checkout):
-    (checkout.path / "mindful.py").write_text(MINDFUL.format(think_s=0.7))
+def gate(checkout):
+    """The file for which mindful participants wait in round 3."""
+    (checkout.path / "gate").touch()
+    return checkout.path / "gate"
+
+
+@pytest.fixture
+def mindful(checkout, gate):
+    (checkout.path / "mindful.py").write_text(MINDFUL.format(gate=str(gate)))
     return ("--agent-class", "mindful.py:Mindful", *ROUNDS)
 
 
@@ -57,15 +66,18 @@ def play(checkout, *arguments):
         return checkout.start("run_simulation.sh", *arguments, stderr=stderr)
 
 
-def test_participants_who_are_made_anew_remember(checkout, mindful):
+def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
     assert checkout.run("start_all_server.sh", "3").returncode == 0
     checkout.play("3", "300", *mindful, status=4)
     undisturbed = checkout.answers()
     assert sum(row["failure"] is not None for row in undisturbed) == 6
+    gate.unlink()
     game = play(checkout, "3", "300", *mindful)
     until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
     os.kill(checkout.pid(1), signal.SIGKILL)
-    game.communicate(timeout=60)
+    until(lambda: f":{checkout.base_port + 1} is lost" in log_of(checkout), 30, "the loss is noted")
+    gate.touch()
+    game.communicate(timeout=120)
     assert game.returncode == 4, log_of(checkout)
     assert checkout.answers() == undisturbed
     assert [played["reassigned"] for played in checkout.summary()["rounds"]] == [0, 0, 100, 0]
@@ -73,19 +85,25 @@ def test_participants_who_are_made_anew_remember(checkout, mindful):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, number):
+def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, gate, number):
     checkout.play("3", "300", *mindful, status=4)
     undisturbed, whole = checkout.answers(), checkout.summary()
+    gate.unlink()
     game = play(checkout, "2", "300", *mindful)
     until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
     game.send_signal(number)
-    game.communicate(timeout=30)
+    game.communicate(timeout=120)
     until(lambda: not checkout.processes(), 10, "its servers have ended")
     run = (checkout.path / "runs/latest").resolve()
     before = checkout.summary()
     assert before["status"] == "interrupted"
+    gate.touch()
+    if number == signal.SIGKILL:  # what it leaves if that comes while it writes
+        (run / ".summary.json.new").write_text("{")
+        (checkout.path / "runs/latest.0123abcd").symlink_to(run)
     resumed = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "5")
     assert resumed.returncode == 4, resumed.stderr
+    assert drafts_in(checkout.path) == []
     assert "has played 2 of 4 rounds" in resumed.stderr and "round 2: asking" not in resumed.stderr
     assert (checkout.path / "runs/latest").resolve() == run
     assert checkout.answers() == undisturbed
@@ -132,12 +150,14 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
 
 
-def test_a_run_under_way_is_not_resumed(checkout):
-    game = play(checkout, "2", "50", "--sleep-time", "20")
+def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
+    gates = Gates(tmp_path)
+    game = play(checkout, "2", "50", *gates.flags)
     until((checkout.path / "runs/latest/summary.json").exists, 30, "it has begun")
     second = checkout.run("run_simulation.sh", "--resume", "runs/latest")
     assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
-    game.communicate(timeout=60)
+    gates.open()
+    game.communicate(timeout=120)
     assert game.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
@@ -213,13 +233,15 @@ def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
     assert json.loads(text)["rounds"][99]["failed"] == 20 * 10**9
 
 
-def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout):
-    game = play(checkout, "2", "50", "--sleep-time", "3")
+def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout, tmp_path):
+    gates = Gates(tmp_path)
+    game = play(checkout, "2", "50", *gates.flags)
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
     os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 0 and "their launcher has died" in status.stdout
-    game.communicate(timeout=60)
+    gates.open()
+    game.communicate(timeout=120)
     assert game.returncode == 0, log_of(checkout)
     assert checkout.processes() == []
 

@@ -33,7 +33,7 @@ from simulation.past_runs import read_run
 pytestmark = pytest.mark.slow
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
-START_S = 240  # it takes half a minute to a minute on two cores
+START_S = 600  # it takes half a minute to a minute on two cores of our own
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def pid_of(checkout: Checkout, port: int) -> int:
     return int((checkout.path / f"run/vllm/{port}.pid").read_text())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_two_thousand_participants_play_two_rounds(vllm):
-    summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=300)
+    summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=600)
     assert summary["status"] == "complete"
     assert [entry["answered"] for entry in summary["rounds"]] == [2000, 2000]
     values = vllm.values()
@@ -89,28 +89,28 @@ def test_two_thousand_participants_play_two_rounds(vllm):
     assert summary["llm"]["requests"] < 1000 and summary["llm"]["completion_tokens"] >= 4000
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1200)
 def test_the_other_way_of_structured_output(vllm):
     summary = vllm.play(
-        *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=150
+        *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=600
     )
     assert summary["rounds"][0]["answered"] == 100
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(vllm):
     summary = vllm.play(
         *("2", "50", "--agent-type", "llm", "--structured-output", "none", "--max-attempts", "1"),
         status=4,
-        timeout=300,
+        timeout=600,
     )
     assert summary["rounds"][0]["failed"] > 0 and summary["rounds"][0]["failures"]
     assert (vllm.path / "runs/latest/failed_answers.jsonl").stat().st_size > 0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
-    flags = ("--agent-type", "llm", "--samples-per-request", "4")
+    flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "900")
     begun = requests_of(vllm)
     run = vllm.start("run_simulation.sh", "2", "4000", *flags)
     until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
@@ -121,14 +121,14 @@ def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
     again = start_vllm(vllm, tiny_model)
     assert again.returncode == 0, again.stderr
     assert not [process for process in family if process.is_running()]  # what the killed one left behind
-    _, err = run.communicate(timeout=300)
+    _, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     entry = vllm.summary()["rounds"][0]
     assert entry["answered"] == entry["asked"] == 4000
     assert vllm.summary()["llm"]["retries"] > 0
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1200)
 def test_starting_twice_is_refused(vllm, tiny_model):
     done = start_vllm(vllm, tiny_model)
     assert done.returncode == 3 and "run already" in one_line(done.stderr)
@@ -136,7 +136,7 @@ def test_starting_twice_is_refused(vllm, tiny_model):
     assert status.returncode == 0 and "healthy" in status.stdout
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model):
     port = vllm.model_port + 1
     entries = [
@@ -155,7 +155,7 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model)
     for command in (("stop_all_server.sh",), ("start_all_server.sh", "2")):  # they read the models when they start
         assert vllm.run(*command).returncode == 0
     flags = ("--agent-type", "llm", "--models", "model_1=1/3,model_2=2/3", "--personas", "education", "--seed", "7")
-    summary = vllm.play("2", "300", *flags, "--ratio", "2/3", "--rounds", "2", timeout=300)
+    summary = vllm.play("2", "300", *flags, "--ratio", "2/3", "--rounds", "2", timeout=600)
     assert [entry["answered"] for entry in summary["rounds"]] == [300, 300]
     first = summary["rounds"][0]
     assert first["winning_number"] == pytest.approx(first["average"] * 2 / 3)
@@ -173,17 +173,17 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm, tiny_model)
     assert logged.count("POST /v1/chat/completions") >= 2 * len(counts["education"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("aloud:\n  system: From 0 to {max_value}.\n  instruction: Think.\n  reasoning_tokens: 16\n")
     flags = ("--agent-type", "llm", "--prompt", "aloud", "--prompts-file", str(prompts))
-    summary = vllm.play("2", "100", *flags, timeout=200)
+    summary = vllm.play("2", "100", *flags, timeout=600)
     assert summary["rounds"][0]["answered"] == 100
     assert summary["llm"]["requests"] > 100 and summary["llm"]["completion_tokens"] > 1600  # a second part for each
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_stopped_for_good_ends_the_game(vllm):
     flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", "5", "--rounds", "3")
     begun = requests_of(vllm)
@@ -191,7 +191,7 @@ def test_stopped_for_good_ends_the_game(vllm):
     until(lambda: requests_of(vllm) > begun + 5, 60, "asked")
     stopped = vllm.run("stop_vllm.sh")
     assert stopped.returncode == 0 and re.match(r"stopped [12] vLLM servers", stopped.stdout)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == 4 and "Traceback" not in err, err
     summary = vllm.summary()
     entry = summary["rounds"][0]
@@ -203,7 +203,7 @@ def test_stopped_for_good_ends_the_game(vllm):
 # --- What does not start ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
