@@ -199,9 +199,7 @@ def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
     monkeypatch.setattr("simulation.model_client.pause_s", counted)
     fake = fake_of(*[trouble] * 50, delay_s=0.2)
     assert tally_of(play(fake, 60, samples_per_request=1)).answered == 60
-    assert (
-        len(in_a_row) == 50 and max(in_a_row) < 5
-    )  # more than 1 where pauses end meanwhile, on a busy machine
+    assert len(in_a_row) == 50 and max(in_a_row) < 5  # more than 1 where pauses end meanwhile, on a busy machine
 
 
 def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
