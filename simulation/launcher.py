@@ -26,6 +26,7 @@ from simulation.security import ClusterKey, load
 
 DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
 RESTART_EVERY_S = 1.0  # one that dies at once is not started more often
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
@@ -35,7 +36,6 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         config: Host name, ports and key.
         owned: Whether the end of standard input, which our starter holds open, means stop.
     """
-    processes.take_signals()
     processes.write_pid(processes.LAUNCHER, os.getpid())
     key = load(Path(config.cluster_key_dir))
     import_agentscope()
@@ -47,7 +47,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers
     wake, woken = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT):  # before there is a server: one that nobody stops would stay
+    for number in ENDING:  # before the first fork: a launcher that dies of a signal leaves its servers behind
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
     servers = _start_all(config, key, lambda: bool(multiprocessing.connection.wait(stop_signs, 0)))
@@ -102,8 +102,11 @@ class _Server:
     def start(self) -> None:
         self._ready, told = self._context.Pipe(duplex=False)
         self.process = self._context.Process(target=_child, args=(*self._arguments, told))
-        with processes.signals_held():  # a server that is told to stop before it has its own handlers would take ours
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has handlers of its own
+        try:
             self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self._started = time.monotonic()
         self.restart_at = None
         told.close()  # that is the child's
@@ -163,9 +166,9 @@ class _Server:
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
     """Be the agent server of one port, with a log of its own, and say so when it is ready."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
-    processes.take_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     log = os.open(processes.SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ HANDED_ON = (  # the settings of the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type"),
 )
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 STOP_FIRST = "stop them with ./stop_all_server.sh first"
 
 
@@ -85,17 +87,16 @@ def start(
             processes.pid_file(str(port)).unlink(missing_ok=True)
             (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
             processes.note_restarts(port, 0)
+        processes.remove_drafts()
         launcher = None
         try:
-            with processes.signals_held():
+            with _signals_later():  # one between the start of the launcher and the assignment would leave it running
                 launcher = _spawn_launcher(config, owned)
             meanwhile()
             _wait_ready(config, key, launcher, progress)
         except BaseException:
             if launcher is not None:
-                launcher.terminate()
-                processes.end_processes()
-                launcher.wait()
+                _end_launcher(launcher)
             raise
     return OwnedServers(launcher) if owned else None
 
@@ -133,6 +134,30 @@ def _listed(models: dict[str, str]) -> str:
         ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
         or "no model"
     )
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Handle the signals that come meanwhile at the end, when the context has done all that it does."""
+    came: list[int] = []
+    numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
+def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its servers, also those whose pid files it has not written yet."""
+    launcher.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
+    processes.end_processes()
+    launcher.wait()
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:

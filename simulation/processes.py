@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import ipaddress
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,28 +21,9 @@ from simulation.errors import ClusterError, SettingsError
 
 SERVERS = ROOT / "run" / "servers"
 LAUNCHER = "launcher"
-HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold signals back that would end this process between starting another one and knowing of it.
-
-    The other one is started with these signals held, and has to call `take_signals`.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def take_signals() -> None:
-    """Let through what `signals_held` of the process that started this one holds back."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 @contextlib.contextmanager
@@ -72,6 +52,16 @@ def write_pid(name: str, pid: int) -> None:
         draft.replace(pid_file(name))
     finally:
         draft.unlink(missing_ok=True)
+
+
+def remove_drafts() -> None:
+    """Remove the drafts of pid files that a killed launcher left; to be called with the lock held.
+
+    Only the launcher writes pid files, and it is started with the lock held: while none lives, nobody writes a draft.
+    """
+    if own_process(LAUNCHER) is None:
+        for draft in SERVERS.glob("*.pid.new"):
+            draft.unlink(missing_ok=True)
 
 
 def note_restarts(port: int, count: int) -> None:
@@ -148,6 +138,7 @@ def end_processes() -> int:
     for path in SERVERS.glob("*.pid"):
         if own_process(path.stem) is None:
             path.unlink(missing_ok=True)
+    remove_drafts()
     return len(servers)
 
 

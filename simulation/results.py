@@ -1,7 +1,8 @@
 """The run directory: summary.json and answers.parquet, written and read again.
 
-Whatever is in it is whole: each file is written beside its place, flushed to the disk and renamed. It knows the
-results, not how they came about.
+Whatever is in it is whole: each file is written beside its place, flushed to the disk and renamed. The draft that a
+killed process leaves is removed by the next process that opens the folder for writing. It knows the results, not how
+they came about.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -40,6 +42,8 @@ FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.jso
 REPORT = "report.html"
 MADE_OF_IT = (REPORT, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # in a folder of several runs
+DRAFTS = ".*.new"  # of files in a run directory
+DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
 
@@ -69,7 +73,7 @@ class RunDirectory:
             _check_latest()
             self._made = [] if resumed else _make_folder(self.path)
             self._lock = _lock(self.path)
-            probe = self.path / "probe"
+            probe = self.path / ".probe.new"  # left by a process that is killed, it is a draft like others
             with _on_disk(probe) as file:
                 file.write(os.urandom(PROBE_BYTES))
             probe.unlink()
@@ -114,7 +118,7 @@ class RunDirectory:
             text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
             file.write((text + "\n").encode())
-        draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")
+        draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # as DRAFT_OF_LATEST
         try:
             draft.symlink_to(os.path.relpath(self.path.resolve(), LATEST.parent.resolve()))
             draft.replace(LATEST)
@@ -218,6 +222,30 @@ def _check_latest() -> None:
     if LATEST.exists() and not LATEST.is_symlink():
         raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
     _check_writable(LATEST.parent)
+    for draft in LATEST.parent.glob("latest.*"):
+        if DRAFT_OF_LATEST.fullmatch(draft.name) and draft.is_symlink() and not _is_locked(draft):
+            draft.unlink(missing_ok=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a living run may be writing in this folder.
+
+    A draft of runs/latest points to the folder of the run that makes it, which that run keeps locked while it lives. So
+    the draft that another run is making at this moment stays, and that of a killed one does not.
+    """
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or its file system locks no folders
+        return True
+    finally:
+        os.close(opened)
+    return False
 
 
 def _check_writable(folder: Path) -> None:
@@ -226,7 +254,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Let no other run write here while this process lives; raises SettingsError if one does."""
+    """Let no other run write here while this process lives; raises SettingsError if one does.
+
+    Where this process is the only writer, the drafts that are there are those of killed ones: they are removed.
+    """
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,13 +265,15 @@ def _lock(path: Path) -> int:
         os.close(folder)
         raise SettingsError(f"{path} is being written by another run: wait for its end") from None
     except OSError:
-        pass  # a network file system that locks no folders
+        return folder  # a network file system that locks no folders: a draft may be another run's
+    for draft in path.glob(DRAFTS):
+        draft.unlink(missing_ok=True)
     return folder
 
 
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and {*path.iterdir()} - {*path.glob(DRAFTS)}:
         raise SettingsError(
             f"--run-dir {path}: holds results already; name a new folder, or go on with that run: --resume {path}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,9 +20,11 @@ from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import hypothesis
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from own_files import own_files
 
 from simulation.lean_import import import_agentscope
 
@@ -40,12 +43,22 @@ from simulation.plan import RoundEstimate, estimate
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Property tests draw the same examples every time, however busy the machine is. To look further:
+# pytest --hypothesis-profile explore
+SLOW = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=SLOW)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=SLOW)
+hypothesis.settings.load_profile("same")
+
 # What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
+PATIENCE_S = 90.0
+PORTS_IN_BLOCK = 32
+_guards: dict[int, socket.socket] = {}  # by the first port of the block that they keep
 # The luminance of what is behind an element, and of its text, by WCAG 2
 CONTRAST = """element => {
   const parts = color => color.match(/[\\d.]+/g).map(Number);
@@ -156,18 +169,30 @@ def require_vllm() -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` consecutive ports that are free now, below the range that the system hands out.
+    """The first of `count` consecutive ports that are free, below the range that the system hands out.
 
-    Tests that run at the same time draw from ranges of their own, as a port is free until its server starts.
+    They are a test's own until `release_ports`, or until this process ends: the port before them is bound meanwhile,
+    so that no other test draws the same ones before its servers start, be it of another run on this machine.
     """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    share = (32_000 - 15_000) // workers
-    first = 15_000 + share * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for _ in range(200):
-        base = random.randrange(first, first + share - count)
-        if all(is_free(port) for port in range(base, base + count)):
-            return base
+    assert count < PORTS_IN_BLOCK
+    for block in random.sample(range(15_000, 32_000, PORTS_IN_BLOCK), 17_000 // PORTS_IN_BLOCK):
+        guard = socket.socket()
+        try:
+            guard.bind(("127.0.0.1", block))
+        except OSError:
+            guard.close()
+            continue
+        if all(is_free(port) for port in range(block + 1, block + 1 + count)):
+            _guards[block + 1] = guard
+            return block + 1
+        guard.close()
     raise RuntimeError("no free ports")
+
+
+def release_ports(first: int) -> None:
+    """Let others draw the ports that `free_ports` returned."""
+    if first in _guards:
+        _guards.pop(first).close()
 
 
 def is_free(port: int) -> bool:
@@ -181,7 +206,12 @@ def is_free(port: int) -> bool:
 
 
 def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Wait until a condition holds, and return what it returned."""
+    """Wait until a condition holds, and return what it returned.
+
+    The limit only ends a wait that is for ever: a busy machine may take many times as long as an idle one, so it is
+    PATIENCE_S at least.
+    """
+    timeout_s = max(timeout_s, PATIENCE_S)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         value = condition()
@@ -200,21 +230,10 @@ def one_line(stderr: str) -> str:
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what git would clone, uncommitted changes included, and lend it this project's environment."""
-    names = (
-        subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        .stdout.decode()
-        .split("\0")
-    )
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+    """Copy the program's own files, uncommitted changes included, and lend it this project's environment."""
+    for name in own_files(uncommitted=True):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
     for cache in (ROOT / "__pycache__", ROOT / "simulation/__pycache__"):  # modification times are kept, so it is valid
         if cache.exists():
             shutil.copytree(cache, target / cache.relative_to(ROOT))
@@ -223,18 +242,34 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
+def drafts_in(folder: Path) -> list[Path]:
+    """The half-written files in a checkout: in folders of runs, of runs/latest, and of pid files."""
+    return [path for path in folder.rglob("*") if path.name.endswith(".new") or path.match("runs/latest.*")]
+
+
+def open_again(checkout: Checkout, run: str = "runs/latest") -> None:
+    """Open the folder of a run, without playing: to be called where a test has killed the process that wrote there."""
+    done = checkout.run("run_simulation.sh", "--resume", run, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert drafts_in(checkout.path) == []
+
+
 def clean_up(checkout: Checkout) -> None:
-    """Fail if the test left a process, a port or a half-written file behind; remove them all the same."""
-    left = checkout.processes()
-    names = [" ".join(process.info["cmdline"])[-150:] for process in left]
+    """Fail if the test left a process, a port or a half-written file behind; remove them all the same.
+
+    A killed process may leave drafts; whoever kills one calls `open_again`, or resumes the run.
+    """
+    _, left = psutil.wait_procs(checkout.processes(), timeout=10)  # some may be about to end
+    names = [" ".join(process.info["cmdline"] or [])[-150:] for process in left]
     for process in left:
-        process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(left, timeout=5)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(left, timeout=PATIENCE_S)
     assert not names, f"left running: {names}"
     taken = [port for port in range(checkout.base_port, checkout.base_port + 24) if not is_free(port)]
     assert not taken, f"ports still taken: {taken}"
-    drafts = [path for path in checkout.path.rglob("*") if path.name.endswith(".new") or path.name == "probe"]
-    assert not drafts, f"half-written files: {drafts}"
+    release_ports(checkout.base_port)
+    assert not drafts_in(checkout.path), f"half-written files: {drafts_in(checkout.path)}"
 
 
 @pytest.hookimpl(wrapper=True)

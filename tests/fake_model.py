@@ -54,12 +54,13 @@ class FakeModel:
         self.cut_off: set[str] = set()  # those of them that the limit of tokens ends
         self.thought: list[str] = []  # what it did say so
         self.now = self.most_at_once = 0
+        self.held: Callable[[str], bool] | None = None  # of which of the last words it was told it says nothing for now
         self._random = random.Random(1)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
 
     @property
     def url(self) -> str:
@@ -113,6 +114,8 @@ class FakeModel:
         self.most_at_once = max(self.most_at_once, self.now)
         try:
             await asyncio.sleep(self.delay_s)
+            while self.held is not None and self.held(body["messages"][1]["content"]):
+                await asyncio.sleep(0.02)
             return await self._answer(request, body, habit)
         finally:
             self.now -= 1

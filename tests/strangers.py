@@ -50,12 +50,12 @@ def attack(target: str, certificate: bytes, other: ClusterKey, written: Path) ->
     for way, channel_of in ways.items():
         with channel_of() as channel:
             stub = RpcAgentStub(channel)
-            calls = {
-                "is_alive": lambda stub=stub: stub.is_alive(Empty(), timeout=3),
-                "create_agent": lambda stub=stub: stub.create_agent(create, timeout=3),
-                "stop": lambda stub=stub: stub.stop(Empty(), timeout=3),
-                "delete_all_agents": lambda stub=stub: stub.delete_all_agents(Empty(), timeout=3),
-                "download_file": lambda stub=stub: list(stub.download_file(StringMsg(value="/etc/passwd"), timeout=3)),
+            calls = {  # what is refused, is refused at once, long before these time-outs
+                "is_alive": lambda stub=stub: stub.is_alive(Empty(), timeout=60),
+                "create_agent": lambda stub=stub: stub.create_agent(create, timeout=60),
+                "stop": lambda stub=stub: stub.stop(Empty(), timeout=60),
+                "delete_all_agents": lambda stub=stub: stub.delete_all_agents(Empty(), timeout=60),
+                "download_file": lambda stub=stub: list(stub.download_file(StringMsg(value="/etc/passwd"), timeout=60)),
             }
             for name, call in calls.items():
                 try:

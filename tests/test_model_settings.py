@@ -8,7 +8,7 @@ import re
 import time
 
 import pytest
-from conftest import estimate_of
+from conftest import estimate_of, until
 from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
@@ -317,29 +317,31 @@ def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
     assert gone.holding == 0 and one.holding == 1
 
 
-def use_places(folder, limit, seconds, results):
-    places, taken, most = InFlight("a", folder), 0, 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def use_places(folder, limit, everyone, enough, taken, number, results):
+    places, most = InFlight("a", folder), 0
+    everyone.wait(60)
+    while not enough.is_set():
         if places.take(limit):
-            taken += 1
+            taken[number] += 1
             most = max(most, int(places._table[1:, in_flight.HOLDING].sum()))
             time.sleep(0.002)
             places.give_back()
         else:
             time.sleep(0.0005)
-    results.put((taken, most))
+    results.put(most)
 
 
 def test_several_processes_keep_the_limit_and_share_it(tmp_path):
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=use_places, args=(tmp_path, 2, 2.0, results)) for _ in range(4)]
+    results, everyone, enough = context.Queue(), context.Barrier(4), context.Event()
+    taken = context.Array("i", 4, lock=False)
+    arguments = (tmp_path, 2, everyone, enough, taken)
+    processes = [context.Process(target=use_places, args=(*arguments, number, results)) for number in range(4)]
     for process in processes:
         process.start()
-    counts = [results.get(timeout=30) for _ in processes]
+    until(lambda: min(taken) > 100, 60, "all have had their turns")
+    enough.set()
+    assert max(results.get(timeout=60) for _ in processes) <= 2
     for process in processes:
         process.join()
-    assert max(most for _, most in counts) <= 2
-    taken = sorted(count for count, _ in counts)
-    assert taken[0] > 50 and taken[-1] < 3 * taken[0]
+    assert max(taken) < 3 * min(taken)

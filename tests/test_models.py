@@ -26,11 +26,11 @@ from simulation.model import Chat, check_models, load_models
 from simulation.model_client import NO_ANSWER, TROUBLES_WITH_N
 from simulation.placement import Endpoint
 from simulation.readiness import _check_models_known
-from simulation.replies import CUT_OFF, NO_TEXT
+from simulation.replies import CUT_OFF, NO_TEXT, pause_s
 from simulation.sheet import FAILED
 from simulation.usage import OUT_OF_TOKENS
 
-SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 5.0, 5.0)
+SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 60.0, 60.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
 TROUBLES += ["an error with 200", "nested", "odd status line", "absurd usage", "reset", "breaks off", "null", "words"]
 TROUBLES += ["out of range", "cut off"]
@@ -132,9 +132,8 @@ def test_every_trouble_passes(play, fake_of, trouble):
 )
 def test_a_trouble_that_stays_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
     fake = fake_of(for_ever=trouble)
-    began = time.monotonic()
-    tally = tally_of(play(fake, 150, reply_timeout_s=1.5, attempt_timeout_s=0.5))
-    assert time.monotonic() - began < 6
+    timeouts = {"reply_timeout_s": 1.5, "attempt_timeout_s": 0.5} if trouble == "never" else {"reply_timeout_s": 3.0}
+    tally = tally_of(play(fake, 150, **timeouts))
     assert tally.answered == 0 and len(tally.failures) == 1
     assert cause in next(iter(tally.failures))
 
@@ -150,12 +149,13 @@ def test_what_waits_in_the_queue_fails_in_time_too(play, fake_of):
     tally = tally_of(
         play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout_s=1.0, attempt_timeout_s=60.0)
     )
-    assert tally.failures == {NO_ANSWER: 500} and time.monotonic() - began < 5
+    assert tally.failures == {NO_ANSWER: 500}
+    assert time.monotonic() - began < 60  # one after the other they would take 250 s
 
 
 def test_a_long_queue_is_no_trouble_while_the_server_answers(play, fake_of):
-    fake = fake_of(delay_s=0.1)
-    tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout_s=1.0))
+    fake = fake_of(delay_s=0.2)
+    tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout_s=4.0))
     assert tally.answered == 60 and fake.most_at_once == 2
 
 
@@ -190,11 +190,17 @@ def test_a_busy_server_is_asked_for_as_many_again(play, fake_of, trouble):
 
 
 @pytest.mark.parametrize("trouble", ["429", "503", "reset"])
-def test_a_burst_of_troubles_is_one(play, fake_of, trouble):
+def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
+    in_a_row = []
+
+    def counted(troubles, *more):
+        in_a_row.append(troubles)
+        return pause_s(troubles, *more)
+
+    monkeypatch.setattr("simulation.model_client.pause_s", counted)
     fake = fake_of(*[trouble] * 50, delay_s=0.2)
-    began = time.monotonic()
     assert tally_of(play(fake, 60, samples_per_request=1)).answered == 60
-    assert time.monotonic() - began < 3
+    assert len(in_a_row) == 50 and max(in_a_row) < 5  # more than 1 where pauses end meanwhile, on a busy machine
 
 
 def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
@@ -372,7 +378,8 @@ def test_ask_raises_the_last_cause(play, fake_of):
 
 
 def test_different_prompts_keep_a_server_as_busy_as_equal_ones(play, fake_of):
-    fake = fake_of(delay_s=0.2)
+    fake = fake_of()
+    fake.held = lambda words: "Round 2:" in words and fake.most_at_once <= 20  # until so many are under way at a time
     group = play(fake, 2000, rounds=2)
     assert tally_of(group).answered == 2000
     assert fake.most_at_once > 20  # in round 2 some 20 remember the same, so that requests are small

@@ -23,7 +23,7 @@ from conftest import ROOT, Checkout, clean_up, copy_checkout, free_ports, one_li
 SSHD = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
 LOOPBACK = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 NO_SSHD_THERE = "127.0.0.9"
-OUTSIDE = ["198.18.77.11", "198.18.77.12"]  # of the range for benchmarks of networks, which nobody routes
+OUTSIDE = "198.18.77."  # of the range for benchmarks of networks, which nobody routes
 GAME = "./run_simulation.sh"
 DOCS = ROOT / "docs/cluster.md"
 
@@ -129,10 +129,14 @@ def outside(tmp_path: Path) -> Iterator[Hosts]:
         pytest.skip("addresses of its own need root and the program ip (Debian: apt install iproute2)")
     added: list[str] = []
     try:
-        for address in OUTSIDE:
-            subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
-            added.append(address)
-        yield from several(tmp_path, OUTSIDE)
+        for number in range(11, 250):  # those that another run of the tests has added are taken
+            address = f"{OUTSIDE}{number}"
+            if subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=False).returncode == 0:
+                added.append(address)
+            if len(added) == 2:
+                break
+        assert len(added) == 2
+        yield from several(tmp_path, added)
     finally:
         for address in added:
             subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
@@ -151,7 +155,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_page_about_clusters(outside):
     """Every command of docs/cluster.md, except those for Slurm, on two hosts."""
     commands = re.findall(r"```shell\n(.*?)```", DOCS.read_text(), re.DOTALL)
@@ -184,7 +188,7 @@ def test_output_comes_at_once_with_the_name_of_its_host(hosts):
     assert early == [f"{address}: one  {address}\n" for address in hosts.addresses]
     for address in hosts.addresses:
         (hosts.checkout(address) / "go").write_text("\n")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert sorted(out.splitlines()) == [f"{address}: three" for address in hosts.addresses]
     for address in hosts.addresses:
         assert lines_of(err, address)[-1] == "two"
@@ -311,7 +315,7 @@ def test_the_key_is_open_to_others_at_no_moment(tmp_path):
     draft = until(lambda: list(tmp_path.glob(".cluster.*/cluster.crt")), 10, "the first file is being written")[0]
     assert mode(draft) == 0o600 and mode(draft.parent) == 0o700 and not (tmp_path / ".cluster").exists()
     process.stdin.write(tar.stdout[100_000:])
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and out == b"has the cluster key now\n"
     assert mode(tmp_path / ".cluster") == 0o700 and not list(tmp_path.glob(".cluster.*"))
 
@@ -327,8 +331,8 @@ def test_an_interrupt_ends_the_sessions(hosts, number):
     below = psutil.Process(process.pid).children(recursive=True)
     assert sum(child.name() == "ssh" for child in below) == 3
     process.send_signal(number)
-    assert process.wait(timeout=20) == 128 + number
-    gone, alive = psutil.wait_procs(below, timeout=5)
+    assert process.wait(timeout=120) == 128 + number
+    gone, alive = psutil.wait_procs(below, timeout=60)
     assert not alive and gone
     for address in hosts.addresses:  # what runs on a host may finish
         (hosts.checkout(address) / "go").write_text("\n")

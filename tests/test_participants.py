@@ -260,7 +260,7 @@ def test_a_reply_that_never_ends_is_left_behind(cluster, tmp_path):
         game = cluster.start("run_simulation.sh", "3", "8", *flags, stderr=log)
         until(lambda: "round 1: asking" in (tmp_path / "stderr").read_text(), 20, "the round has begun")
         game.send_signal(signal.SIGINT)
-        game.communicate(timeout=30)
+        game.communicate(timeout=120)
     assert game.returncode == 130
     assert cluster.summary()["rounds"][0]["failures"]["interrupted"] >= 1
     cluster.play("3", "4", *flags[:1], f"{path}:WildReply", "--reply-threads", "1", status=4)  # with threads of its own

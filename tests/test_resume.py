@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import one_line, until
+from conftest import ROOT, drafts_in, one_line, until
+from waiting import Gates
 
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
@@ -33,14 +37,22 @@ class Mindful(Participant):
             self.own.append(None)
             raise ValueError("I pass")
         self.own.append(number)
-        await asyncio.sleep({think_s})
+        while question.round == 3 and not pathlib.Path({gate!r}).exists():
+            await asyncio.sleep(0.1)
         return number
 """
 
 
 @pytest.fixture
-def mindful(checkout):
-    (checkout.path / "mindful.py").write_text(MINDFUL.format(think_s=0.7))
+def gate(checkout):
+    """The file for which mindful participants wait in round 3."""
+    (checkout.path / "gate").touch()
+    return checkout.path / "gate"
+
+
+@pytest.fixture
+def mindful(checkout, gate):
+    (checkout.path / "mindful.py").write_text(MINDFUL.format(gate=str(gate)))
     return ("--agent-class", "mindful.py:Mindful", *ROUNDS)
 
 
@@ -54,15 +66,18 @@ def play(checkout, *arguments):
         return checkout.start("run_simulation.sh", *arguments, stderr=stderr)
 
 
-def test_participants_who_are_made_anew_remember(checkout, mindful):
+def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
     assert checkout.run("start_all_server.sh", "3").returncode == 0
     checkout.play("3", "300", *mindful, status=4)
     undisturbed = checkout.answers()
     assert sum(row["failure"] is not None for row in undisturbed) == 6
+    gate.unlink()
     game = play(checkout, "3", "300", *mindful)
     until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
     os.kill(checkout.pid(1), signal.SIGKILL)
-    game.communicate(timeout=60)
+    until(lambda: f":{checkout.base_port + 1} is lost" in log_of(checkout), 30, "the loss is noted")
+    gate.touch()
+    game.communicate(timeout=120)
     assert game.returncode == 4, log_of(checkout)
     assert checkout.answers() == undisturbed
     assert [played["reassigned"] for played in checkout.summary()["rounds"]] == [0, 0, 100, 0]
@@ -70,19 +85,25 @@ def test_participants_who_are_made_anew_remember(checkout, mindful):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, number):
+def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, gate, number):
     checkout.play("3", "300", *mindful, status=4)
     undisturbed, whole = checkout.answers(), checkout.summary()
+    gate.unlink()
     game = play(checkout, "2", "300", *mindful)
     until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
     game.send_signal(number)
-    game.communicate(timeout=30)
+    game.communicate(timeout=120)
     until(lambda: not checkout.processes(), 10, "its servers have ended")
     run = (checkout.path / "runs/latest").resolve()
     before = checkout.summary()
     assert before["status"] == "interrupted"
+    gate.touch()
+    if number == signal.SIGKILL:  # what it leaves if that comes while it writes
+        (run / ".summary.json.new").write_text("{")
+        (checkout.path / "runs/latest.0123abcd").symlink_to(run)
     resumed = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "5")
     assert resumed.returncode == 4, resumed.stderr
+    assert drafts_in(checkout.path) == []
     assert "has played 2 of 4 rounds" in resumed.stderr and "round 2: asking" not in resumed.stderr
     assert (checkout.path / "runs/latest").resolve() == run
     assert checkout.answers() == undisturbed
@@ -129,12 +150,14 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
 
 
-def test_a_run_under_way_is_not_resumed(checkout):
-    game = play(checkout, "2", "50", "--sleep-time", "20")
+def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
+    gates = Gates(tmp_path)
+    game = play(checkout, "2", "50", *gates.flags)
     until((checkout.path / "runs/latest/summary.json").exists, 30, "it has begun")
     second = checkout.run("run_simulation.sh", "--resume", "runs/latest")
     assert second.returncode == 2 and "is being written by another run" in one_line(second.stderr)
-    game.communicate(timeout=60)
+    gates.open()
+    game.communicate(timeout=120)
     assert game.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
@@ -210,12 +233,97 @@ def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
     assert json.loads(text)["rounds"][99]["failed"] == 20 * 10**9
 
 
-def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout):
-    game = play(checkout, "2", "50", "--sleep-time", "3")
+def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout, tmp_path):
+    gates = Gates(tmp_path)
+    game = play(checkout, "2", "50", *gates.flags)
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
     os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 0 and "their launcher has died" in status.stdout
-    game.communicate(timeout=60)
+    gates.open()
+    game.communicate(timeout=120)
     assert game.returncode == 0, log_of(checkout)
     assert checkout.processes() == []
+
+
+# --- Drafts that a killed process leaves -----------------------------------------------------------------------------
+
+HELD_UP = """
+import sys, time
+from pathlib import Path
+from simulation import results
+results.LATEST = Path({latest!r})
+directory = results.RunDirectory(Path({run!r}), resumed=True)
+def wait(*_):
+    print("held up", flush=True)
+    time.sleep(600)
+{where}
+directory.write_summary({{"rounds": [], "status": "complete"}})
+"""
+BEFORE_THE_FILE = "results.os.fsync = wait"
+BEFORE_THE_LINK = "made = Path.symlink_to; Path.symlink_to = lambda *given: made(*given) or wait()"
+
+
+@contextlib.contextmanager
+def held_up(folder, where):
+    """A process that writes its summary in folder/run, and does not come further than this."""
+    (folder / "run").mkdir(exist_ok=True)
+    code = HELD_UP.format(latest=str(folder / "latest"), run=str(folder / "run"), where=where)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held up\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    with held_up(tmp_path, BEFORE_THE_FILE):
+        assert names_in(tmp_path / "run") == [".summary.json.new"]
+        with pytest.raises(SettingsError, match="is being written by another run"):
+            RunDirectory(tmp_path / "run", resumed=True)
+        assert names_in(tmp_path / "run") == [".summary.json.new"]
+    (tmp_path / "run/answers-00001.parquet").touch()
+    RunDirectory(tmp_path / "run", resumed=True).close()
+    assert names_in(tmp_path / "run") == ["answers-00001.parquet"]
+
+
+def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    with held_up(tmp_path, BEFORE_THE_FILE):
+        pass
+    (tmp_path / "run/.probe.new").touch()
+    directory = RunDirectory(tmp_path / "run")
+    assert names_in(tmp_path / "run") == []
+    directory.close()
+    (tmp_path / "run/.hidden").touch()
+    with pytest.raises(SettingsError, match="holds results already"):
+        RunDirectory(tmp_path / "run")
+
+
+def test_the_link_that_another_run_makes_at_this_moment_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    (tmp_path / "latest.txt").touch()
+    (tmp_path / "latest.00000000").symlink_to("a folder that is gone")
+    with held_up(tmp_path, BEFORE_THE_LINK):
+        RunDirectory(tmp_path / "other").close()
+        (draft,) = (path for path in tmp_path.glob("latest.*") if path.is_symlink())
+        assert draft.resolve() == tmp_path / "run" and draft.name != "latest.00000000"
+    RunDirectory(tmp_path / "run", resumed=True).close()
+    assert names_in(tmp_path) == ["latest.txt", "other", "run"]
+
+
+def test_a_pid_file_that_was_half_written_is_removed_by_start_and_stop(checkout):
+    draft = checkout.path / f"run/servers/{checkout.base_port}.pid.new"
+    draft.parent.mkdir(parents=True)
+    draft.write_text("12")
+    assert checkout.run("stop_all_server.sh").returncode == 0 and not draft.exists()
+    draft.write_text("12")
+    assert checkout.run("start_all_server.sh", "1", env={"MODERATOR_NUM": "1"}).returncode == 0 and not draft.exists()
+    draft.write_text("12")
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n" and not draft.exists()

@@ -12,7 +12,7 @@ from conftest import Checkout, until
 
 from simulation.game import Game, draw
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PARTICIPANTS = 1_000_000
 PLAY = ("--seed", "7", "--sleep-time", "1", "--max-value", "1000000", "--decimals", "1")
@@ -44,14 +44,14 @@ def check_whole(checkout: Checkout, summary: dict, drawn: np.ndarray) -> None:
 
 
 def test_a_seed_repeats_the_game_on_any_layout(cluster, checkout, drawn):
-    done = cluster.run("run_simulation.sh", "3", str(PARTICIPANTS), *PLAY)
+    done = cluster.run("run_simulation.sh", "3", str(PARTICIPANTS), *PLAY, timeout=400)
     assert done.returncode == 0, done.stderr
     check_whole(cluster, cluster.summary(), drawn[:1])
     assert len((cluster.path / "runs/latest/summary.json").read_bytes()) < 100_000
     lines = (done.stdout + done.stderr).splitlines()
     assert len(lines) < 60 and max(map(len, lines)) < 160
 
-    other = checkout.play("2", str(PARTICIPANTS), *PLAY, env={"MODERATOR_PER_HOST": "1"})
+    other = checkout.play("2", str(PARTICIPANTS), *PLAY, env={"MODERATOR_PER_HOST": "1"}, timeout=400)
     check_whole(checkout, other, drawn[:1])
 
 
@@ -61,7 +61,7 @@ def test_a_server_that_is_killed_in_mid_round_costs_no_answer(cluster, drawn, tm
         game = cluster.start("run_simulation.sh", "3", str(PARTICIPANTS), *PLAY, "--rounds", "2", stderr=stderr)
     until(lambda: "round 1: asking" in log.read_text(), 60, "the first round")
     os.kill(cluster.pid(1), signal.SIGKILL)
-    game.communicate(timeout=120)
+    game.communicate(timeout=400)
     assert game.returncode == 0, log.read_text()
     summary = cluster.summary()
     assert summary["cluster"]["lost"] == [f"localhost:{cluster.base_port + 1}"]

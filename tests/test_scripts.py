@@ -336,6 +336,7 @@ def test_constraints_are_exact_and_name_no_index():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_fresh_clone_installs_itself_and_plays(tmp_path, checkout):
     """What a new user does: clone, one command; a second time nothing is installed; after a change, it is."""
     clone = tmp_path / "fresh clone"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import until
 from strangers import attack
+from waiting import Gates
 
 from simulation.channels import handshake, use_key
 from simulation.errors import ClusterError, SettingsError
@@ -18,14 +19,16 @@ from simulation.security import load, load_or_make
 
 def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
     written = tmp_path / "written by a stranger"
-    process = cluster.start("run_simulation.sh", "3", "100", "--sleep-time", "4", "--seed", "7")
+    gates = Gates(tmp_path)
+    process = cluster.start("run_simulation.sh", "3", "100", "--seed", "7", *gates.flags)
     try:
         log = cluster.path / f"run/servers/{cluster.base_port}.log"
         until(lambda: "group-0" in log.read_text(), 20, "the round has begun")
         certificate = load(cluster.path / ".cluster").certificate
         became = attack(f"127.0.0.1:{cluster.base_port}", certificate, load_or_make(tmp_path / "other"), written)
     finally:
-        _, err = process.communicate(timeout=30)
+        gates.open()
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert len(became) == 15 and set(became.values()) == {"UNAVAILABLE"}, became
     assert not written.exists()
@@ -34,13 +37,13 @@ def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
 
 def test_a_holder_of_the_key_is_let_in(cluster):
     use_key(load(cluster.path / ".cluster"))
-    assert handshake(Endpoint("localhost", cluster.base_port), 5).pid == cluster.pid(0)
+    assert handshake(Endpoint("localhost", cluster.base_port), 60).pid == cluster.pid(0)
 
 
 def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
     use_key(load_or_make(tmp_path / "other"))
     with pytest.raises(ClusterError, match="does not hold this cluster's key"):
-        handshake(Endpoint("localhost", cluster.base_port), 5)
+        handshake(Endpoint("localhost", cluster.base_port), 60)
     done = cluster.run("run_simulation.sh", "3", "10", env={"CLUSTER_KEY_DIR": str(tmp_path / "other")})
     assert done.returncode == 3 and "does not hold this cluster's key" in done.stderr
 
@@ -98,6 +101,6 @@ def test_a_port_that_speaks_something_else_is_a_stranger(checkout):
     with socket.create_server(("127.0.0.1", checkout.base_port)) as server:
         server.settimeout(20)
         process = checkout.start("run_simulation.sh", "2", "10")
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 3 and "Traceback" not in err
     assert f"port {checkout.base_port} of localhost is taken by another program" in err

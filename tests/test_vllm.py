@@ -38,8 +38,8 @@ from simulation.inference import TERM_TIMEOUT_S
 from simulation.past_runs import read_run
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
-START_S = 240  # it takes half a minute to a minute on two cores
-REAL_S = 600  # seconds of a test of the real server, with the start if it is the first one
+START_S = 600  # it takes half a minute to a minute on two cores of our own
+REAL_S = 1200  # seconds of a test of the real server, with the start if it is the first one
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_every_command_of_the_readme_with_a_language_model_runs(readme):
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_two_thousand_participants_play_two_rounds(vllm):
-    summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=300)
+    summary = vllm.play("2", "2000", "--agent-type", "llm", "--rounds", "2", timeout=600)
     assert summary["status"] == "complete"
     assert [entry["answered"] for entry in summary["rounds"]] == [2000, 2000]
     values = vllm.values()
@@ -134,7 +134,7 @@ def test_two_thousand_participants_play_two_rounds(vllm):
 @pytest.mark.timeout(REAL_S)
 def test_the_other_way_of_structured_output(vllm):
     summary = vllm.play(
-        *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=150
+        *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"), timeout=600
     )
     assert summary["rounds"][0]["answered"] == 100
 
@@ -145,7 +145,7 @@ def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(v
     summary = vllm.play(
         *("2", "50", "--agent-type", "llm", "--structured-output", "none", "--max-attempts", "1"),
         status=4,
-        timeout=300,
+        timeout=600,
     )
     assert summary["rounds"][0]["failed"] > 0 and summary["rounds"][0]["failures"]
     assert (vllm.path / "runs/latest/failed_answers.jsonl").stat().st_size > 0
@@ -199,7 +199,7 @@ def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("aloud:\n  system: From 0 to {max_value}.\n  instruction: Think.\n  reasoning_tokens: 16\n")
     flags = ("--agent-type", "llm", "--prompt", "aloud", "--prompts-file", str(prompts))
-    summary = vllm.play("2", "100", *flags, timeout=200)
+    summary = vllm.play("2", "100", *flags, timeout=600)
     assert summary["rounds"][0]["answered"] == 100
     assert summary["llm"]["requests"] > 100 and summary["llm"]["completion_tokens"] > 1600  # a second part for each
 
