@@ -188,11 +188,11 @@ def run(*command: str, log: Path, variables: Mapping[str, str] | None = None) ->
 
 
 def reason(output: str) -> str:
-    """Return the last error of uv or pip with its deepest cause, in one line and without passwords."""
+    """Return the first error of uv or pip with its deepest cause, in one line and without passwords."""
     error = cause = ""
     for line in (line.strip() for line in output.splitlines()):
-        if line.lower().startswith("error"):
-            error, cause = line.partition(":")[2].strip() or line, ""
+        if not error and line.lower().startswith("error"):
+            error = line.partition(":")[2].strip() or line
         elif line.startswith(("cause:", "Caused by:")):
             cause = line.partition(":")[2].strip()
     found = ": ".join(filter(None, (error, cause)))

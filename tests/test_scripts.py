@@ -316,7 +316,7 @@ def test_variables_for_uv_have_precedence():
     ("output", "line"),
     [
         ("all is well\n", ""),
-        ("ERROR: first\nERROR: No matching distribution found for uv==1\n", "No matching distribution found for uv==1"),
+        ("ERROR: Cannot install uv\nERROR: ResolutionImpossible: see https://pip\n", "Cannot install uv"),
         ("error: Failed\n  cause: outer\n  cause: Connection refused\nhint: try\n", "Failed: Connection refused"),
         ("error: Failed to fetch: `https://me:se@cret@host/uv`\n", "Failed to fetch: `https://***@host/uv`"),
     ],
