@@ -77,9 +77,10 @@ def install_with_uv(group: str, log: Path) -> None:
 def write_bytecode(log: Path) -> None:
     """Import the program once, which writes the bytecode of what a run imports. Most installed files never are."""
     modules = ", ".join(f"simulation.{file.stem}" for file in sorted((ROOT / "simulation").glob("*.py")))
+    program = f"import simulation.lean_import; simulation.lean_import.import_agentscope(); import {modules}"
     variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
     with contextlib.suppress(InstallError):  # bytecode only saves time
-        run(sys.executable, "-c", f"import {modules}", log=log, variables=variables)
+        run(sys.executable, "-c", program, log=log, variables=variables)
 
 
 def install_with_pip(group: str, log: Path) -> None:

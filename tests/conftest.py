@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -270,6 +271,13 @@ def clean_up(checkout: Checkout) -> None:
     assert not taken, f"ports still taken: {taken}"
     release_ports(checkout.base_port)
     assert not drafts_in(checkout.path), f"half-written files: {drafts_in(checkout.path)}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the program once, for all copies of the checkout: where Python writes no bytecode, too."""
+    if not hasattr(config, "workerinput"):
+        for path in (ROOT / "simulation", ROOT / "moderator.py", ROOT / "participant.py"):
+            compileall.compile_dir(path, quiet=2) if path.is_dir() else compileall.compile_file(path, quiet=2)
 
 
 @pytest.hookimpl(wrapper=True)

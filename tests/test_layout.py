@@ -143,7 +143,7 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
     (path / "analysis.sh").write_text("cd $1; for f in `ls *`; do echo $f; done\n")
-    command = [path / "run_tests.sh", "--fast", "tests/test_layout.py", "tests/test_readme.py", "-n", "0"]
+    command = [path / "run_tests.sh", "tests/test_layout.py", "tests/test_readme.py", "-n", "0"]
     command += ["-k", "(layout and not researcher) or table"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)

@@ -55,6 +55,7 @@ def run_all(checkout, commands):
 @pytest.mark.timeout(900)
 def test_every_command_runs(checkout):
     (checkout.path / "my_file.py").write_text(blocks("python")[0])
+    checkout.cold = True
     commands = [command for block in blocks("shell") if "vllm" not in block for command in commands_in(block)]
     assert len(commands) >= 8
     run_all(checkout, commands)
