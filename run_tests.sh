@@ -39,8 +39,7 @@ main() {
   # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
   local folder
   folder="$(mktemp -d)"
-  # a test may take many times as long on a busy machine: the limit is for those that hang
-  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist worksteal --timeout 900 --basetemp "$folder/tests" \
+  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist worksteal --basetemp "$folder/tests" \
     -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || { status=$? && say "the tests' files stay in $folder" && exit "$status"; }
   rm -rf "$folder"
   [ -z "$left_out" ] || say "left out: $left_out"
