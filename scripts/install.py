@@ -70,12 +70,16 @@ def install_with_uv(group: str, log: Path) -> None:
     uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments)
     for step in steps(group, [PIP] if is_vllm(group) else [PIP, "uv"]):
         run(*uv, *step, log=log, variables=variables)
-    if group == "run":
+    if group == "run" and os.environ.get("PYTHONDONTWRITEBYTECODE"):
         write_bytecode(log)
 
 
 def write_bytecode(log: Path) -> None:
-    """Import the program once, which writes the bytecode of what a run imports. Most installed files never are."""
+    """Import the program once, which writes the bytecode of what a run imports. Most installed files never are.
+
+    The first run does the same, in several processes at once, unless a setting of the environment forbids it: each run would
+    then compile 2,000 files.
+    """
     modules = ", ".join(f"simulation.{file.stem}" for file in sorted((ROOT / "simulation").glob("*.py")))
     program = f"import simulation.lean_import; simulation.lean_import.import_agentscope(); import {modules}"
     variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}

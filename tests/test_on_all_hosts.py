@@ -157,7 +157,7 @@ def mode(path: Path) -> int:
 
 @pytest.mark.timeout(900)
 def test_the_page_about_clusters(outside):
-    """Every command of docs/cluster.md on two hosts, but for those of Slurm, and what installs vLLM (see run_tests.sh)."""
+    """Every command of docs/cluster.md on two hosts, but for those of Slurm and the one that installs vLLM."""
     commands = re.findall(r"```shell\n(.*?)```", DOCS.read_text(), re.DOTALL)
     commands = [line for block in commands for line in block.splitlines() if line]
     commands = [line for line in commands if "sbatch" not in line and line != "./start_vllm.sh --install"]
