@@ -77,8 +77,8 @@ def install_with_uv(group: str, log: Path) -> None:
 def write_bytecode(log: Path) -> None:
     """Import the program once, which writes the bytecode of what a run imports. Most installed files never are.
 
-    The first run does the same, in several processes at once, unless a setting of the environment forbids it: each run would
-    then compile 2,000 files.
+    The first run does the same, in several processes at once, unless a setting of the environment forbids it: then each
+    run would compile these files again.
     """
     modules = ", ".join(f"simulation.{file.stem}" for file in sorted((ROOT / "simulation").glob("*.py")))
     program = f"import simulation.lean_import; simulation.lean_import.import_agentscope(); import {modules}"
