@@ -39,7 +39,7 @@ main() {
   # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
   local folder
   folder="$(mktemp -d)"
-  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist worksteal --basetemp "$folder/tests" \
+  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist loadgroup --basetemp "$folder/tests" \
     -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || { status=$? && say "the tests' files stay in $folder" && exit "$status"; }
   rm -rf "$folder"
   [ -z "$left_out" ] || say "left out: $left_out"

@@ -16,7 +16,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from simulation.config import ROOT
 from simulation.errors import ResultsError, SimulationError
-from simulation.processes import TERM_TIMEOUT_S
 
 if TYPE_CHECKING:
     from simulation.past_runs import PastRun
@@ -58,15 +57,12 @@ class ReportProcess:
             raise error
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which draws nothing by now, but may still be importing."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(OSError):  # a run was left half-sent
             self._process.stdin.close()
-        try:
-            self._process.wait(TERM_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.terminate()
+        self._process.wait()
         self._process.stdout.close()
 
 

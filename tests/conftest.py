@@ -54,6 +54,7 @@ hypothesis.settings.load_profile("same")
 # What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+DEAR = {"network", "readme", "browser", "played"}  # fixtures: hosts, a real vLLM server, Chromium, runs that are shown
 WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
@@ -116,7 +117,7 @@ class Checkout:
         """What a script ends in, once it has run so far; the script itself if it ends before."""
         with tempfile.NamedTemporaryFile() as recorded:
             recording = env | {"BASH_ENV": str(ROOT / "tests/record_exec.sh"), "RECORDED_EXEC": recorded.name}
-            subprocess.run(script, env=recording, cwd=self.path, capture_output=True, check=False, timeout=60)
+            subprocess.run(script, env=recording, cwd=self.path, capture_output=True, check=False, timeout=600)
             words = recorded.read().decode().split("\0")[:-1]
         return words or script
 
@@ -278,6 +279,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         for path in (ROOT / "simulation", ROOT / "moderator.py", ROOT / "participant.py"):
             compileall.compile_dir(path, quiet=2) if path.is_dir() else compileall.compile_file(path, quiet=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker have all tests of a file that share something dear."""
+    for item in items:
+        if DEAR & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
