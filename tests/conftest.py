@@ -114,12 +114,12 @@ class Checkout:
         return popen([*self.in_front, *program], env=env, text=True, start_new_session=True, **options)
 
     def _program_of(self, script: list[str], env: dict[str, str]) -> list[str]:
-        """What a script ends in, once it has run so far; the script itself if it ends before."""
+        """What a script ends in, once it has run so far; the script itself if it ends before, or says something."""
         with tempfile.NamedTemporaryFile() as recorded:
             recording = env | {"BASH_ENV": str(ROOT / "tests/record_exec.sh"), "RECORDED_EXEC": recorded.name}
-            subprocess.run(script, env=recording, cwd=self.path, capture_output=True, check=False, timeout=600)
+            done = subprocess.run(script, env=recording, cwd=self.path, capture_output=True, check=False, timeout=600)
             words = recorded.read().decode().split("\0")[:-1]
-        return words or script
+        return script if done.stdout or done.stderr else words or script
 
     def run(self, *command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one of them to its end."""

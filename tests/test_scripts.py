@@ -342,7 +342,7 @@ def test_a_fresh_clone_installs_itself_and_plays(tmp_path, checkout):
     clone = tmp_path / "fresh clone"
     copy_checkout(clone)
     (clone / ".venv").unlink()
-    checkout.path = clone
+    checkout.path, checkout.cold = clone, True
     first = checkout.run("run_simulation.sh", "2", "100", "--sleep-time", "0", timeout=400)
     assert first.returncode == 0, first.stderr
     assert "installing group run of pyproject.toml" in first.stderr
