@@ -3,8 +3,8 @@
 #
 #   ./run_tests.sh [--fast | --all] [pytest arguments]
 #
-# Without a flag it checks all that a change needs, in at most ten minutes on two cores. --all adds what takes long: real
-# vLLM, new installations, a million participants. --fast checks in two minutes that the program works on this machine.
+# Without a flag it checks all that a change needs, in at most ten minutes on two cores. --all adds what takes long:
+# real vLLM, new installations, a million participants. --fast checks in two minutes that the program works on this machine.
 # Without --fast, root of a Debian also gets the packages that tests with several hosts and with pages need.
 set -euo pipefail
 
@@ -14,18 +14,21 @@ set -euo pipefail
 # The program's own files: a checkout may also hold files of whoever works in it, which are nobody else's business
 CODE=(main.py moderator.py participant.py scripts simulation tests benchmarks examples)
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh on_all_hosts.sh run_tests.sh
-  scripts/lib.sh scripts/receive_key.sh tests/record_exec.sh examples/slurm/simulation.sbatch examples/slurm/node.sh .ci/run)
+  scripts/lib.sh scripts/receive_key.sh tests/record_exec.sh examples/slurm/simulation.sbatch examples/slurm/node.sh
+  .ci/run)
 # The rules, games on servers that stay up, participants of one's own, language models (a stand-in answers), scripts
 FAST=(tests/test_game.py tests/test_group.py tests/test_cluster.py tests/test_heartbeat.py tests/test_level_k.py
   tests/test_participants.py tests/test_models.py tests/test_security.py)
 WORKERS=3 # tests at a time: most wait for processes to start, or for participants to think
 
 main() {
-  local tests=() selection="not slow" left_out="real vLLM, new installations, a million participants; --all runs them"
+  local tests=() selection="not slow" folder status=0
+  local left_out="real vLLM, new installations, a million participants; ./run_tests.sh --all runs them"
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --fast)
-      tests=("${FAST[@]/#/$ROOT/}") left_out="all that does not show whether the program works on this machine" && shift
+      tests=("${FAST[@]/#/$ROOT/}") && shift
+      left_out="linters, faults, several hosts, pages and more; ./run_tests.sh runs them"
       ;;
     --all) selection="slow or not slow" left_out="" && shift ;;
   esac
@@ -37,12 +40,12 @@ main() {
     lint
   fi
   # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
-  local folder
   folder="$(mktemp -d)"
   "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist loadgroup --basetemp "$folder/tests" \
-    -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || { status=$? && say "the tests' files stay in $folder" && exit "$status"; }
+    -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || status=$?
+  [ "$status" -eq 0 ] || fail "$status" "not all of that works here; the tests' files stay in $folder"
   rm -rf "$folder"
-  [ -z "$left_out" ] || say "left out: $left_out"
+  [ -z "$left_out" ] || say "all of that works here; left out: $left_out"
 }
 
 lint() {

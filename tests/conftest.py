@@ -281,6 +281,11 @@ def pytest_configure(config: pytest.Config) -> None:
             compileall.compile_dir(path, quiet=2) if path.is_dir() else compileall.compile_file(path, quiet=2)
 
 
+def pytest_unconfigure() -> None:
+    for first in list(_guards):
+        release_ports(first)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one worker have all tests of a file that share something dear."""
     for item in items:
