@@ -166,7 +166,8 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
         name, _, value = line.partition("=")
         section, _, option = name.rpartition(".")
         if section in sections and value not in ("", "''"):
-            sections[section][option] = ast.literal_eval(value)
+            with contextlib.suppress(ValueError, SyntaxError):  # no line of pip's, such as a warning with a dot in it
+                sections[section][option] = ast.literal_eval(value)
     return sections["global"] | sections["install"] | sections[":env:"]
 
 

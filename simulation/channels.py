@@ -110,6 +110,7 @@ def use_key(key: ClusterKey) -> None:
     """Make every channel of this process from now on one between holders of the key."""
     _credentials[:] = [key.channel_credentials()]
     _channels.clear()
+    _methods.clear()
 
 
 def channel_to(url: str) -> grpc.Channel:

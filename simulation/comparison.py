@@ -20,9 +20,9 @@ from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figu
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
 from simulation.report import number_of, table_lines
 from simulation.report_page import answers_in_words, render, shown, swatch, whole
-from simulation.results import REPORT, SWEEP, write_whole
+from simulation.results import COMPARISON, REPORT, SWEEP, write_whole
 
-PICTURE, PAGE = "comparison.png", "comparison.html"
+PAGE, PICTURE = COMPARISON
 # Beside the settings of the game, those of the cluster that change how fast it is, not where it is or what it writes
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 LINES = 24  # runs that are drawn, evenly spread over all; more colours and dashes cannot be told apart

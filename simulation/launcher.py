@@ -39,10 +39,12 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     processes.write_pid(processes.LAUNCHER, os.getpid())
     key = load(Path(config.cluster_key_dir))
     import_agentscope()
-    import simulation.server
+    import simulation.server  # noqa: F401 - once, for all servers to share
 
     if config.agent_type == "llm":
-        import simulation.model_client  # noqa: F401 - likewise; else each server imports it when a model is first asked
+        from simulation.model import import_client
+
+        import_client()  # likewise; else each server does, when it first has participants that ask a model
 
     gc.collect()
     gc.freeze()  # what is imported stays in pages shared by all servers

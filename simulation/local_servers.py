@@ -153,11 +153,12 @@ def _signals_later() -> Iterator[None]:
 
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
     """End the launcher and its servers, also those whose pid files it has not written yet."""
-    launcher.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
-    processes.end_processes()
-    launcher.wait()
+    with _signals_later():  # the second Ctrl-C of somebody in a hurry would leave servers running
+        launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
+        processes.end_processes()
+        launcher.wait()
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:

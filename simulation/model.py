@@ -41,6 +41,7 @@ class Chat:
 
     def __init__(self, game: Game) -> None:
         assert game.sampling is not None  # participants that ask no model have no chat
+        import_client()
         self.sampling: Sampling = game.sampling
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
         self._game = game
@@ -186,8 +187,14 @@ def config_of(model: str) -> ModelConfig:
     return ModelConfig(model, entry["model_name"], entry["client_args"]["base_url"].rstrip("/"), entry)
 
 
+def import_client() -> None:
+    """Import what asks models, openai among it, unless that was done: before anything with a deadline waits for it."""
+    import simulation.model_client  # noqa: F401, PLC0415 - for those alone that ask a model
+
+
 def check_models(names: list[str], timeout_s: float) -> dict[str, str]:
     """Ask the servers of these models whether they answer; returns what is wrong, by name, of those that do not."""
+    import_client()
     thread = _model_thread()
     checks = {name: thread.run(thread.check(config_of(name), timeout_s)) for name in names}
     troubles = {name: check.result() for name, check in checks.items()}
@@ -262,7 +269,7 @@ class _ModelThread:
     def _client(self, config: ModelConfig) -> ModelClient:
         key = (config.base_url, str([config.entry.get(name) for name in ("client_args", "api_key", "organization")]))
         if key not in self._clients:
-            from simulation.model_client import ModelClient  # noqa: PLC0415 - openai, for those alone that ask a model
+            from simulation.model_client import ModelClient  # noqa: PLC0415 - see import_client
 
             self._clients[key] = ModelClient(config)
         return self._clients[key]

@@ -42,7 +42,8 @@ FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.jso
 REPORT = "report.html"
 MADE_OF_IT = (REPORT, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # in a folder of several runs
-DRAFTS = ".*.new"  # of files in a run directory
+COMPARISON = ("comparison.html", "comparison.png")
+WRITTEN = ("probe", "summary.json", WHOLE, PARTS, FAILED_ANSWERS, AGENTS, GAME, *MADE_OF_IT, SWEEP, *COMPARISON)
 DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
@@ -266,14 +267,19 @@ def _lock(path: Path) -> int:
         raise SettingsError(f"{path} is being written by another run: wait for its end") from None
     except OSError:
         return folder  # a network file system that locks no folders: a draft may be another run's
-    for draft in path.glob(DRAFTS):
+    for draft in _drafts(path):
         draft.unlink(missing_ok=True)
     return folder
 
 
+def _drafts(path: Path) -> set[Path]:
+    """The half-written files of ours in a run directory."""
+    return {draft for name in WRITTEN for draft in path.glob(f".{name}.new")}
+
+
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
-    if path.is_dir() and {*path.iterdir()} - {*path.glob(DRAFTS)}:
+    if path.is_dir() and {*path.iterdir()} - _drafts(path):
         raise SettingsError(
             f"--run-dir {path}: holds results already; name a new folder, or go on with that run: --resume {path}"
         )

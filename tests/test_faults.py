@@ -307,6 +307,7 @@ def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
 
 
 def test_a_reader_that_goes_away_stops_nothing(checkout):
+    checkout.cold = True
     game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0")
     assert game.stdout is not None and game.stderr is not None
     game.stdout.close()
@@ -317,6 +318,7 @@ def test_a_reader_that_goes_away_stops_nothing(checkout):
 
 
 def test_a_full_disk_behind_standard_output_stops_nothing(checkout):
+    checkout.cold = True
     with Path("/dev/full").open("w") as full:
         game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0", stdout=full)
         _, err = game.communicate(timeout=120)

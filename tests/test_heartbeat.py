@@ -6,14 +6,16 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import until
 from waiting import Gates
 
 from participant import RandomParticipant
-from simulation.channels import handshake, use_key
+from simulation.channels import all_of, handshake, use_key
 from simulation.custom import pack_class
 from simulation.errors import ServerUnreachable
 from simulation.game import Game, question_for
@@ -139,3 +141,19 @@ def test_what_is_no_beat_of_ours_is_told_apart():
     assert Beat.from_json(beat.to_json()) == beat
     for text in ("", "[]", "{}", '{"incarnation": "a", "objects": {"x": {}}}', '{"incarnation": "a", "objects": 5}'):
         assert Beat.from_json(text) is None
+
+
+def test_the_channels_of_earlier_runs_are_closed(cluster):
+    """As in a sweep, whose runs each make their own: a main has but so many files."""
+    servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
+    ports = {server.port for server in servers}
+
+    def connections() -> int:
+        return sum(bool(each.raddr) and each.raddr.port in ports for each in psutil.Process().net_connections("tcp"))
+
+    use_key(load(cluster.path / ".cluster"))
+    before = connections()
+    for _ in range(5):
+        use_key(load(cluster.path / ".cluster"))
+        all_of({server: partial(handshake, server, 60) for server in servers})
+    until(lambda: connections() <= before + len(servers), 60, "only the last channels are open")

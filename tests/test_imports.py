@@ -74,3 +74,20 @@ def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, 
     assert ({"openai", "simulation.model_client"} <= imported) is needed
     packages = {name.partition(".")[0] for name in imported if "." in name}  # without it, it was but looked for
     assert not packages & {*NEVER, *PICTURES}
+
+
+def test_the_client_of_models_is_imported_before_anybody_waits_for_an_answer(checkout):
+    """Not when the first request is made, whose time-out would run meanwhile: importing takes each server a while."""
+    (checkout.path / "make_chat.py").write_text(
+        "import sys\n"
+        "from simulation.config import SimulationConfig\n"
+        "from simulation.library import game_to_play\n"
+        "from simulation.model import Chat\n"
+        "from simulation.model_configs import read_models\n"
+        "config = SimulationConfig(agent_type='llm', participant_num=1, seed=1)\n"
+        "game = game_to_play(config, read_models(config))\n"
+        "print('openai' in sys.modules)\n"
+        "Chat(game)\n"
+        "print('openai' in sys.modules)\n"
+    )
+    assert checkout.run("make_chat.py").stdout.split() == ["False", "True"]

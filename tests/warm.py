@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import io
 import json
 import os
 import select
@@ -49,6 +50,7 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
         if not self.address or [Path(word).name for word in words[:2]] != ["python", "main.py"]:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
+        assert rest[1] is None and not rest[3] and rest[21] == -1, "preexec_fn, pass_fds, process_group: start it cold"
         cwd, env, start_new_session = rest[4], rest[5], rest[20]
         in_read, in_write, out_read, out_write, err_read, err_write = rest[9:15]
         streams = [given if given != -1 else own for given, own in ((in_read, 0), (out_write, 1), (err_write, 2))]
@@ -190,25 +192,33 @@ def _run(command: dict[str, Any], streams: list[int]) -> NoReturn:
         exec(compile(Path(main).read_bytes(), main, "exec"), vars(module))
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001 - as Python itself
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:  # noqa: BLE001 - as Python itself
         traceback.print_exc()
-        status = 1
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        print(f"Exception ignored in: {sys.stdout}\n{type(error).__name__}: {error}", file=sys.stderr)
+        status = 120
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    if status < 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status)
 
 
 def _stream(number: int, mode: str, errors: str) -> Any:
     """A standard stream as Python makes it."""
-    buffered = number != 2 and not os.isatty(number)
-    file = open(number, mode + "b", closefd=False)  # noqa: SIM115
-    import io
-
+    unbuffered = mode == "w" and bool(os.environ.get("PYTHONUNBUFFERED"))
+    file: Any = open(number, mode + "b", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    by_line = number == 2 or os.isatty(number)
     return io.TextIOWrapper(
-        file, encoding="utf-8", errors=errors or "backslashreplace", line_buffering=not buffered, write_through=False
+        file, "utf-8", errors or "backslashreplace", line_buffering=by_line, write_through=unbuffered
     )
 
 
