@@ -100,9 +100,8 @@ def play(config: SimulationConfig, folder: Path) -> Alternating:
     run_id, watch = new_run_id(), ProgressWatch()
     dashboard = Dashboard(0, watch)
     key = load_or_make(Path(config.cluster_key_dir))
-    run = Alternating(
-        config, run_id, key, RunDirectory(folder / run_id), watch, game_of(config, None, None), onlooker=dashboard
-    )
+    directory, game = RunDirectory(folder / run_id), game_of(config, None, None)
+    run = Alternating(config, run_id, key, directory, watch, lambda _: None, game, onlooker=dashboard)
     run.pids = [os.getpid(), *(process.pid for process in processes.own_processes().values())]
     command = [sys.executable, "-c", POLL, str(dashboard.port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run.poller:
