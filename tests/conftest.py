@@ -286,6 +286,7 @@ def pytest_unconfigure() -> None:
         release_ports(first)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads these marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one worker have all tests of a file that share something dear."""
     for item in items:
