@@ -41,7 +41,7 @@ main() {
   fi
   # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
   folder="$(mktemp -d)"
-  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist loadgroup --basetemp "$folder/tests" \
+  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist load --basetemp "$folder/tests" \
     -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || status=$?
   [ "$status" -eq 0 ] || fail "$status" "not all of that works here; the tests' files stay in $folder"
   rm -rf "$folder"

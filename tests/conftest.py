@@ -26,6 +26,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from own_files import own_files
+from xdist.scheduler import LoadScopeScheduling
 
 from simulation.lean_import import import_agentscope
 
@@ -54,7 +55,8 @@ hypothesis.settings.load_profile("same")
 # What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DEAR = {"network", "readme", "browser", "played"}  # fixtures: hosts, a real vLLM server, Chromium, runs that are shown
+# Files whose tests share something dear: hosts, a real vLLM server, Chromium and the runs that it shows
+TOGETHER = ("test_hosts.py", "test_recovery.py", "test_vllm.py", "test_report_page.py", "test_dashboard.py")
 WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
@@ -286,12 +288,17 @@ def pytest_unconfigure() -> None:
         release_ports(first)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads these marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker have all tests of a file that share something dear."""
-    for item in items:
-        if DEAR & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class _ByTest(LoadScopeScheduling):
+    """Gives each worker the next test, and all tests of a file in TOGETHER to one worker, those files first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if Path(file).name in TOGETHER else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByTest:
+    return _ByTest(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
