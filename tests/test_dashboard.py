@@ -333,8 +333,8 @@ def show(page, state: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
 def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
-    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())
     view = RunView(run_on(servers, lost=30))
+    stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
     view.lookout.loads = {end: Load(1.0, 1.0, 20.0, 0.5) for end in view.run.simulation.cluster.standings()}
     run = view.state(stage)
     told = run["servers"]
