@@ -29,7 +29,6 @@ from simulation.game import Announcement, Game, Question, draw, to_units
 from simulation.model import Chat
 from simulation.model_configs import model_of
 from simulation.prompts import Numbers, Prompt, instruction, prompt_for, rules
-from simulation.reading import last_line
 from simulation.scheduler import Pause
 
 TALK_TOKENS = 512  # of what a participant says when a person asks it something
@@ -222,11 +221,11 @@ class LLMParticipant(Participant):
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Reason freely, and give the number on the last line; where none can be read there, in a second answer."""
+        """Reason freely, and give the number at the end; where it is not certain, in a second answer."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
         if whole:  # else the last line may be half a thought
             with contextlib.suppress(UnusableAnswer):
-                return self._units(last_line(thoughts)), thoughts
+                return self._units(thoughts), thoughts
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
         return await chat.ask(model, extracting, self._units), thoughts
 

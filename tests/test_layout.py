@@ -16,6 +16,7 @@ ROWS = [
     "simulation.config",
     "simulation.usage",
     "simulation.lean_import",
+    "simulation.answer_words",
     "simulation.reading",
     "simulation.shares",
     "simulation.cast",
