@@ -1,36 +1,26 @@
 """Reading the number that a text answers with, pure: it knows neither the game nor the range of its numbers.
 
 A text is read only where its writer's own number is certain. Few forms state a number: "33" alone on a line,
-"Answer: 33", "I choose 33", in the languages of answer_words.py. What stands before a statement in its sentence must be
-known to change nothing, all statements must agree, and what follows may explain the number, but not take it back or
-name another. All other texts are refused: it is better to ask again than to count somebody else's number.
+"Answer: 33", "I choose 33", in the languages of answer_words.py. Such a statement has to be all that the text says, or
+end it, or be followed by nothing but an explanation. All other texts are refused: it is better to ask again than to
+count somebody else's number.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from simulation.answer_words import (
-    COPULA,
-    EXPLANATION,
-    FOLLOWING,
-    IFS,
-    LANGUAGES,
-    SUBJECT,
-    SUPPOSING,
-    THE_NUMBER,
-    UNITS,
-    Words,
-)
+from simulation import answer_words as words
 from simulation.errors import UnusableAnswer
 
 TEXT_READ = 20_000  # characters of an answer at most
 SHORT = 64  # characters of an answer that is worth remembering
+SENTENCES_READ, SENTENCE_READ = 400, 2_000  # how many, and characters of one, at most
 NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
 TOO_LONG = f"text of more than {TEXT_READ} characters"
 
@@ -38,139 +28,109 @@ TOO_LONG = f"text of more than {TEXT_READ} characters"
 class _Later:
     """A regular expression that is compiled when it is used: most answers are a number alone, and need none of them."""
 
-    def __init__(self, source: str, flags: int) -> None:
+    def __init__(self, source: str, flags: int = 0) -> None:
         self._source, self._flags = source, flags
 
     def __getattr__(self, name: str) -> Any:
-        pattern = re.compile(self._source, self._flags)
-        self.match, self.search, self.fullmatch = pattern.match, pattern.search, pattern.fullmatch
-        self.finditer, self.findall, self.sub, self.split = (
-            pattern.finditer,
-            pattern.findall,
-            pattern.sub,
-            pattern.split,
-        )
+        vars(self)["_pattern"] = pattern = vars(self).get("_pattern") or re.compile(self._source, self._flags)
         return getattr(pattern, name)
 
 
-def _pattern(source: str, flags: int = 0) -> re.Pattern[str]:
-    return cast(re.Pattern[str], _Later(source, flags))
-
+# --- Numbers ---------------------------------------------------------------------------------------------------------
 
 # Bounded, as is the text, and atomic: a participant that answers a million digits must not hold up its server.
 _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
 )
-_LEFT_OUT = _pattern(  # ranges, totals, and what is said not to be the number
+_BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
+_LEFT_OUT = _Later(  # ranges, totals, and what is said not to be the number
     rf"between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
-    rf"|(?<![\d.-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?!-\d)"
+    rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d)"
     rf"|(?<=\d) ?(?:(?:out of|of) ?{_NUMBER}|/ ?1[,0]*0\b)"  # 2/3 is no total
-    rf"|\bnot {_NUMBER}(?:,? (?:or|nor|and|&) {_NUMBER}|, {_NUMBER})*"
-    rf"|\b(?:nicht|niet|no|non|pas|não|не|nie|inte|ikke) {_NUMBER},? "
-    r"(?:sondern|maar|sino|ma|mais|mas|а|tylko|utan|men)\b"
+    rf"|(?:, ?)?\bnot {_NUMBER}(?:,? (?:or|nor|and|&) {_NUMBER}|, {_NUMBER})*(?:,? but\b)?"
 )
 # A number that may stand for another one, as in "10 million", "P17", "minus 5", "√2" or "33-ish", is not read.
 _SURE = (  # the writing systems without blanks between words, from U+2E80 on, may have a letter before a number
-    r"(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![負负點点])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>] )"
-    rf"(?<!(?<!\w)—)(?<!(?<!\.)\.){_NUMBER}(?![^\W_\u2e80-\ud7ff]|[万萬千百亿億兆点點分半만천백억割第回番号號人名位]|-\w"
-    r"|[.,٫٬]\d| ?[¼-¾⅐-⅞‰²³¹]| ?(?:[+×÷^x/]|\*\*?) ?\d| ?(?:%|percent) of\b"
+    r"(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![负負点點第№])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])"
+    r"(?<![-‐‑‒–﹣－√∛±≤≥~≈<>№] )(?<![<>]=)(?<![<>]= )(?<!(?<!\w)—)(?<!(?<!\.)\.)(?<!\d[:/])"
+    rf"{_NUMBER}(?![^\W_\u2e80-\ud7ff]|[万萬千百亿億兆点點分半만천백억割第回番号號人名位]|-\w|[.,٫٬:]\d| ?[¼-¾⅐-⅞‰²³¹]"
+    r"| ?(?:[-+×÷^x/=→]|->|\*\*?) ?\d| ?(?:%|percent) of\b"
     r"| (?:(?:hundred|thousand|\w{1,5}illion|dozen|lakh|crore)s?|k|m|mil|mn|bn|point|plus|times|squared|cubed"
     r"|and a half)\b)"
 )
-_BARE = re.compile(r"\s*\d{1,15}(?:\.\d{1,15})?\s*", re.ASCII)
-_DIGITS = _pattern(r"[\d²³¹¼-¾⅐-⅞]|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty\b")
+_COMMA_NUMBER = rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}\.\d{{3}}(?!\d)){_SURE}"
+_DIGITS = _Later(r"[\d²³¹¼-¾⅐-⅞]|\b(?:zero|twelve|ten|hundred|(?:twen|thir|for|fif|six|seven|eigh|nine)(?:ty|teen))\b")
 
 # --- What states a number --------------------------------------------------------------------------------------------
 
+_GAP = r"[\s,:;.…—–、，-]"
+_TO_NUMBER = r"[ :=—\"'“„«「(\[$#]{0,4}(?:boxed: )?(?=[-.\d])"
+_ENDS = r"(?!(?<=[a-zа-я])\w)"  # of a word, also where words have no blanks between them
+_AFTER = r"[)\]\"'”’»」}$*]*"
 
-def _any(field: str, languages: Iterable[Words] = LANGUAGES.values()) -> str:
-    """A pattern of what any of the languages has in a field."""
-    return "(?:" + "|".join(getattr(words, field) for words in languages) + ")"
+
+def _unspaced(spaced: str, unspaced: str) -> str:
+    return rf"(?<!\w)(?:{spaced})(?!\w)|n't\b|{unspaced}"
 
 
-_SO, _TURN, _NOW, _BECAUSE, _LABEL = map(_any, ("so", "turn", "now", "because", "labels"))
-_WORD_BEGINS = r"(?:(?<!\w)|(?<=[\u2e80-\ud7ff]))"
-_WORD_ENDS = r"(?!(?<=[a-z])\w)"
-_TO_NUMBER = r"[ :=—\"'“„«(\[$#]{0,4}(?:boxed: )?(?=[-.\d])"
-_SURE_NUMBER = _pattern(_SURE)
-_COMMA_NUMBER = _pattern(
-    rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}\.\d{{3}}(?!\d)){_SURE}"
+def _statement(each: words.Words) -> str:
+    """A pattern of a sentence that states a number in one language, as far as the number."""
+    number = _COMMA_NUMBER if each.comma else _SURE
+    before, after = each.stated
+    form = (
+        rf"(?:(?:(?P<final>{each.final}|boxed)[ :=]*|(?P<weak>{each.perhaps})|(?:{each.labels}) ?[:=—]"
+        rf"|(?:{each.states}))"
+        rf"{words.THE_NUMBER}{_TO_NUMBER}(?P<number>{number}){words.UNITS}{words.COPULA}"
+        rf"|(?P<subject>{before})(?P<before>{number}){after})"
+    )
+    opens = f"(?:{each.now}|{each.so})"
+    opening = rf"(?:{opens}(?!\w){_GAP}*|{opens}(?<=[\u2e80-\ud7ff]))*"
+    opening += rf"(?:(?:{each.labels}): ?)?"
+    concluding = (
+        rf"(?P<other>(?:[^:\"“”«»„「—–-]|\b-){{1,300}}?)(?:[,;，、] ?|(?<=[\u2e80-\ud7ff]))(?:{each.so})[ ,，、]*"
+    )
+    rest = (
+        rf"{_AFTER} ?(?:[.!。！।]*$|(?:{_GAP}+|[ ]\()(?:{words.CLOSING})[.!)]*$"
+        rf"|(?P<because>{_GAP}*(?:{each.because}){_ENDS}.*))"
+    )
+    return rf"(?:{concluding}|\W*{opening}){form}{rest}"
+
+
+_STATEMENTS = tuple(_Later(_statement(each), re.S) for each in words.LANGUAGES.values())
+_LABELS = "|".join(each.labels for each in words.LANGUAGES.values())
+_FINAL = "|".join(each.final for each in words.LANGUAGES.values())
+_BECAUSE = "|".join(each.because for each in words.LANGUAGES.values())
+_OPENINGS = "|".join(each.now for each in words.LANGUAGES.values())
+_ALONE = _Later(
+    rf"[^\w.-]{{0,9}}(?:(?:ok(?:ay)?|well|sure|again|this time)(?!\w)[^\w.-]*\.*)*[^\w.-]{{0,9}}({_SURE})"
+    rf"(?:\W{{1,9}}(?:and |again )+\1)*{words.UNITS}{words.COPULA}{_AFTER}"
+    rf"(?:[^\w+<>~%?-]*$|{_GAP}+(?:{words.CLOSING})[.!)]*$| \((?:{words.CLOSING})\)\W*$"
+    rf"|(?P<because>{_GAP}*(?:{_BECAUSE}){_ENDS}.*))",
+    re.S,
 )
-
-
-def _forms() -> Iterator[tuple[re.Pattern[str], re.Pattern[str], bool]]:
-    """What states a number that follows it, with how the number is written, and whether it is final."""
-    comma = [words for words in LANGUAGES.values() if words.comma]
-    point = [words for words in LANGUAGES.values() if not words.comma]
-    yield _pattern(rf"(?:{_any('final', point)}|boxed){_TO_NUMBER}"), _SURE_NUMBER, True
-    yield _pattern(_any("final", comma) + _TO_NUMBER), _COMMA_NUMBER, True
-    for languages, number in ((comma, _COMMA_NUMBER), (point, _SURE_NUMBER)):
-        labelled = rf"(?:{_any('labels', languages)}(?: ?\([^()]{{0,40}}\))? ?[:=—]+ ?)+"
-        yield _pattern(rf"(?:{_any('states', languages)}{THE_NUMBER}|{labelled}){_TO_NUMBER}"), number, False
-
-
-_FORMS = tuple(_forms())
-_OPENINGS = 8  # words that change nothing before a statement, at most
-_SUBJECT, _STATED = _pattern(SUBJECT), _pattern(_any("stated"))
-_CLOSED = _pattern(  # what a stated number is followed by: the end, a mark, an explanation
-    rf"{UNITS}{COPULA}(?=[)\]\"'”’»」}}$]*"
-    rf"(?:[^\w+<>~%-]*$| *[.,;:!—–…(。，；、！।]| -+ (?!\d)| ?(?:{_BECAUSE}|{FOLLOWING})(?!\w)))"
-)
-_OPENING = _pattern(  # what may stand before a statement at the beginning of a sentence
-    rf"(?:i (?:\w+ not|not|\w+n't)\b[^,;]{{0,80}}(?=[,;])|{_SO}|{_TURN}|{_NOW}|{_LABEL}(?=:))"
-    r"(?:[\s,:;.…—–、，*-]+|(?<=[\u2e80-\ud7ff]))"
-)
-_CONCLUDING = _pattern(rf"(?:[,;:.…—–、，；)] ?|{_WORD_BEGINS})(?:(?P<so>{_SO})|{_TURN})[ ,:、]*")
-_CLAUSE = _pattern(r"[,;—–、，；] ?")
-_ALONE = _pattern(
-    rf"\W{{0,9}}?(?:(?:{_TURN}|{_NOW}|(?:the )?number)\b\W{{0,9}}?)*?({_SURE})(?:\W{{1,9}}(?:and |again )*\1)*"
-)
-_EXPLAINS = _pattern(rf"\W*+(?:(?:{FOLLOWING})\b\W*+)?{_BECAUSE}")
-_TAKES_BACK = _pattern(rf"{_WORD_BEGINS}{_any('back')}{_WORD_ENDS}")
-_HEADING = _pattern(rf"\W*+(?:{EXPLANATION})\W{{0,5}}[:?？]")
-_SUPPOSES = _pattern(SUPPOSING)
-_DEPENDS = _pattern(rf"{_WORD_BEGINS}(?:{IFS}){_WORD_ENDS}|{SUPPOSING}")
-_SAYS_NOTHING = _pattern(rf"\W*+(?:(?:{_NOW}|{_TURN})\b\W*+)*")
-_WORD = _pattern(r"[^\W\d_]")
-_MARKS = " .,;:!)]}\"'”’»」*$"
-
-# --- What a text is without its marks --------------------------------------------------------------------------------
-
-_PLAIN = str.maketrans("−：，．（）％＝！？", "-:,.()%=!?")
-_THOUGHTS = "think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad"
-_TAG = _pattern(rf"<\s*(/?)\s*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁\s*(/?)\s*think\s*▷|\[(/?)think\]")
-_OBJECT = _pattern(r"(?<!\w)\{[^{}]*:[^{}]*\}|\A\{.*\}\Z", re.S)
-_KEY = _pattern(rf"{_LABEL}|value|final answer|(?:chosen|selected) number|nombre|numero")
-_WHO = _pattern(r"\b(?:player|participant|agent|name|who)")
-_UNREAD = " n0 "  # digits that state nothing
-_BOXED = _pattern(r"\\boxed\s*\{(?:\\\w+\s*\{)?([^{}]*)\}+")
-_ELEMENT = _pattern(r"<(?:final[-_ ]?)?(?:answer|number|choice)>([^<>]*)<[^<>]*>")
-_STRUCK = _pattern(r"~~[^~]*~~|```\w*|</?(?:b|i|p|em|strong|br ?/?)>|\\[()\[\]]")
-_EMPHASIS = _pattern(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])_++|_++(?![^\W_])|`|^\s*+[>#]++(?!\d)|\$(?!\d)", re.M)
-_ITEM = _pattern(r"^\W{0,4}\d{1,2}[.)] +(?=\D)", re.M)  # of a list
-_QUOTED = _pattern(r"\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»|「[^」\n]*」|‘[^’\n]*’|(?<!\w)'[^'\n]*'(?!\w)")
-_BLANK = " \t\"'“”„«»()[]{}*_#>|-–—.,;:!…•"  # what may stand before a sentence
-_GOES_ON = _pattern(r"[\W_]*\d")
-_SENTENCE_ENDS = _pattern(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_QUESTION = _pattern(r"[?？][\"')”*]*$")
+_DOUBT = _Later(_unspaced(words.DOUBT, words.DOUBT_UNSPACED))
+_BACK = _Later(_unspaced(words.BACK, words.BACK_UNSPACED))
+_CLOSING = _Later(rf"\W*(?:(?:{words.CLOSING})\W*)*")
+_EXPLAINS = _Later(rf"\W*(?:{_BECAUSE}){_ENDS}.*")
+_SAYS_NOTHING = _Later(rf"[^\w?]*(?:(?:{_OPENINGS})(?!\w)[^\w?]*)*")
 
 
 class _Sentence(NamedTuple):
     text: str
-    alone: bool  # nothing before it on its line
+    begins_line: bool  # nothing that says anything is before it on its line
+    follows: bool  # what is before it ends as a sentence does
 
 
 class _Statement(NamedTuple):
     number: float
-    end: int  # of what states it, in its sentence
-    own: bool  # else it is a number alone, which counts where nothing is stated
-    final: bool
+    kind: str  # "final", "own", "weak" (it counts where nothing else is said), "alone" (a number on its line)
+    explained: str  # what follows, as an explanation
 
 
 def parse_number(text: str) -> float:
     """Read the number that is its writer's own: "others pick 50, so I choose 37", "**37**" and "37 of 100" are 37.
 
-    Thoughts (<think>...</think>), quotations, ranges, totals and what is negated are left out.
+    Thoughts (<think>...</think>), ranges, totals and what is negated are left out.
 
     Raises:
         UnusableAnswer: There is no number, or it is not certain which one is the writer's: somebody else may have given
@@ -180,132 +140,180 @@ def parse_number(text: str) -> float:
     if len(text) > TEXT_READ:
         raise UnusableAnswer(TOO_LONG, text)
     if bare := _BARE.fullmatch(text):
-        return float(bare[0])
+        return float(bare[1])
     return _read_short(text) if len(text) <= SHORT else _read(text)
 
 
 def _read(text: str) -> float:
-    sentences = _sentences(_plain(text))
-    found = [
-        (at, each)
-        for at, sentence in enumerate(sentences)
-        if not (at and _SUPPOSES.match(sentences[at - 1].text))
-        for each in _statements(sentence)
-    ]
-    owns = any(each.own for _, each in found)
-    counted = [(at, each) for at, each in found if each.own or not owns or at == 0]
-    if not counted:
-        raise UnusableAnswer(UNCERTAIN if any(_DIGITS.search(each.text) for each in sentences) else NO_NUMBER, text)
-    at, last = counted[-1]
-    agreed = last.final or len({each.number for _, each in counted}) == 1
-    after = [sentences[at].text[last.end :], *(sentence.text for sentence in sentences[at + 1 :])]
-    explained = next((place for place, each in enumerate(after) if _HEADING.match(each)), len(after))
-    if (
-        not agreed
-        or any(_TAKES_BACK.search(each) for each in after)
-        or not all(_leaves(last, each) for each in after[:explained])
-    ):
+    said = _plain(text)
+    sentences = _core(_sentences(said))
+    if not _DIGITS.search(said):
+        raise UnusableAnswer(NO_NUMBER, text)
+    stated = [_stated(each) for each in sentences[:SENTENCES_READ]]
+    found = None
+    if 0 < len(sentences) <= SENTENCES_READ and not _dubious(said):
+        found = _only(sentences, stated) or _first(sentences, stated) or _last(sentences, stated)
+    if found is None or (found.kind != "final" and any(each and each.number != found.number for each in stated)):
         raise UnusableAnswer(UNCERTAIN, text)
-    return last.number
+    return found.number
 
 
 _read_short = lru_cache(maxsize=4096)(_read)  # models say the same few things again and again
 
 
-def _statements(sentence: _Sentence) -> Iterator[_Statement]:
-    """What a sentence states, in order."""
+def _core(sentences: list[_Sentence]) -> list[_Sentence]:
+    """The sentences without those at the beginning and the end that say nothing: "Sure!", "Good luck!"."""
+    first, end = 0, len(sentences)
+    while first < end and _SAYS_NOTHING.fullmatch(sentences[first].text):
+        first += 1
+    while end > first and _CLOSING.fullmatch(sentences[end - 1].text):
+        end -= 1
+    return sentences[first:end]
+
+
+def _only(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
+    """The statement that is all that the text says, explained at most by itself."""
+    return stated[0] if len(sentences) == 1 else None
+
+
+def _first(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
+    """The statement that the text begins with, if all after it explains it, or closes the text."""
+    said, after = stated[0], [each.text for each in sentences[1:]]
+    if said is None or said.kind == "weak":
+        return None
+    harmless = all(
+        (_EXPLAINS.fullmatch(each) and not _DIGITS.search(each) and not _BACK.search(each))
+        or (other is not None and other.number == said.number)
+        for each, other in zip(after, stated[1:], strict=True)
+    )
+    return said if harmless else None
+
+
+def _last(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
+    """The statement that the text ends with, if nothing before it says that it is another one's, or supposed."""
+    if len(sentences) == 1 or (said := stated[-1]) is None or said.kind == "weak":
+        return None
+    *_, before, last = sentences
+    if _SUPPOSES.match(before.text) or not (last.follows or (said.kind == "final" and len(before.text.split()) > 4)):
+        return None
+    return None if said.kind == "alone" and _ITEM.fullmatch(last.text) and said.number < 10 else said
+
+
+def _stated(sentence: _Sentence) -> _Statement | None:
+    """What a sentence states, if it does and does nothing else, but for an explanation."""
     text = sentence.text
-    if _QUESTION.search(text):
-        return
-    stated = _stated_at(text, len(text) - len(text.lstrip(_BLANK)))
-    if stated is None and sentence.alone and (alone := _ALONE.match(text)) and _CLOSED.match(text, alone.end()):
-        yield _Statement(_to_float(alone[1]), alone.end(), False, False)
-        return
-    while stated := stated or _next_stated(text, 0):
-        yield stated
-        stated = _next_stated(text, stated.end)
-        if stated is None:
-            return
-
-
-def _stated_at(text: str, at: int) -> _Statement | None:
-    """What is stated at a place of a sentence, after words that change nothing."""
-    for _ in range(_OPENINGS):
-        for leads, number, final in _FORMS:
-            lead = leads.match(text, at)
-            found = lead and number.match(text, lead.end())
-            if found and (closed := _CLOSED.match(text, found.end())):
-                return _Statement(_to_float(found[0]), closed.end(), True, final)
-        lead = _SUBJECT.match(text, at)
-        found = lead and _SURE_NUMBER.match(text, lead.end())
-        if found and (closed := _STATED.match(text, found.end())):
-            return _Statement(_to_float(found[0]), closed.end(), True, False)
-        if not (opening := _OPENING.match(text, at)):
-            break
-        at = opening.end()
+    if len(text) > SENTENCE_READ or not _DIGITS.search(text):
+        return None
+    for pattern in _STATEMENTS:
+        if match := pattern.fullmatch(text):
+            kind = "final" if match["final"] else "weak" if match["weak"] else "own"
+            if kind == "weak" and (match["other"] or match["because"]):
+                continue
+            if match["other"] and (_DOUBT.search(match["other"]) or not (match["number"] or match["subject"].strip())):
+                continue
+            return _explained(match["number"] or match["before"], kind, match["because"])
+    if sentence.begins_line and (match := _ALONE.fullmatch(text)):
+        return _explained(match[1], "alone", match["because"])
     return None
 
 
-def _next_stated(text: str, at: int) -> _Statement | None:
-    """What is stated next after something else, and is the writer's own, and of now, whatever that is."""
-    for begins in _CONCLUDING.finditer(text, at):
-        if begins[0].startswith(":") or not (stated := _stated_at(text, begins.end())):
-            continue  # after a colon, who knows whose words these are
-        if not (_SUPPOSES if begins["so"] else _DEPENDS).search(text, 0, begins.start()):
-            return stated
-    if _EXPLAINS.match(text):
-        for begins in _CLAUSE.finditer(text, at):
-            if (stated := _stated_at(text, begins.end())) and not _DEPENDS.search(text, 0, begins.start()):
-                return stated
-    return None
-
-
-def _leaves(said: _Statement, after: str) -> bool:
-    """Whether what follows a statement names no other number but to explain its own."""
-    more = _others(after, said.number) or (not said.own and _WORD.search(after))
-    return not more or not after.strip(_MARKS) or _EXPLAINS.match(after) is not None
-
-
-def _others(text: str, number: float) -> bool:
-    """Whether a text holds any number but this one."""
-    return bool(_DIGITS.search(_SURE_NUMBER.sub(lambda each: "" if _to_float(each[0]) == number else "0", text)))
+def _explained(number: str, kind: str, because: str | None) -> _Statement | None:
+    """A statement, unless what explains it takes it back."""
+    explained = because or ""
+    return None if _BACK.search(explained) else _Statement(_to_float(number), kind, explained)
 
 
 # --- Texts as sentences ----------------------------------------------------------------------------------------------
 
+_PLAIN = str.maketrans("−：，．（）％＝！？", "-:,.()%=!?")
+_THOUGHTS = (
+    "think(?:ing)?|thoughts?|thought_process|reason(?:ing)?|analysis|reflection|scratch_?pad|inner_monologue|cot|plan"
+    "|rationale"
+)
+_TAG = _Later(rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]")
+_TOKEN = _Later(r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>")
+_ELEMENT = _Later(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
+_MARKUP = _Later(r"<[a-z!/|_][^<>]{0,60}>|【|\[/?[a-z]+\]")  # of which nobody knows what it says
+_OWN_KEY = _Later("my (?:number|answer|choice|guess|pick)|final (?:number|answer|choice)|(?:chosen|selected) number")
+_KEY = _Later(rf"{_LABELS}|guess|nombre|numero|bid|response|output|result")
+_BESIDE = _Later(
+    "reason(?:ing|s)?|explanation|rationale|thoughts?|thinking|confidence|round|begründung|raisonnement|explication"
+    "|razonamiento|explicación|ragionamento|spiegazione|raciocínio|理由|推理|思考"
+)
+_BOXED = _Later(r"\\boxed\s{0,3}\{(?:\\\w+\s{0,3}\{)?([^{}]*)\}+")
+_STRUCK = _Later(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
+_EMPHASIS = _Later(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
+_LABEL_LINE = _Later(rf"[#\s]*(?:{_LABELS}|{_FINAL})[.\s]*")
+_ITEM = _Later(r"\W{0,4}\d{1,2}[.)]\W*")  # the number of one, in a list
+_LIST = _Later(r"^\W{0,4}\d{1,2}[.)] .*^\W{0,4}\d{1,2}[.)]\W*\Z", re.M | re.S)  # that ends in such a number
+_SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})")
+_ABBREVIATED = _Later(r"(?:\b[^\W\d]{1,2}|approx|max|min|avg|etc|bzw|напр)\.$")
+_VALUE = _Later(r"^(?!.*(?:player|participant|agent|name|opponent)).*[=:≈→].*\d\W*$")  # "target: 33"
+_SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
+_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
+_FIELDS = _Later(r"\{[^{}:]*:[^{}]*\}")  # an object among other things
+_HEADING = _Later(r"^[ \t]*#+[ \t]*([^\s\d#].*)$", re.M)
+_JSON = _Later(r"((?:[^{}\n]*:)?\s*)(\{.*\})\W*", re.S)
+
 
 def _sentences(text: str) -> list[_Sentence]:
-    """The sentences of a text; what follows a colon or a question, or a line that a number goes on, is no new line."""
+    """The sentences of a text; a line that goes on with a number, or after a colon, is joined to what is before it."""
     lines: list[str] = []
+    breaks: list[bool] = []  # whether the line before ends as a sentence does
     for line in filter(None, map(str.strip, text.splitlines())):
-        if lines and lines[-1].endswith((":", "?")):
-            lines[-1] += f" {line}"
-        elif lines and lines[-1][-1].isalpha() and _GOES_ON.match(line):
-            lines[-1] += f": {line}"
+        before = lines[-1] if lines else ""
+        if before.endswith(":") or (before[-1:].isalpha() and re.match(r"[\W_]*\d", line)):
+            lines[-1] += f"{':' if _LABEL_LINE.fullmatch(before) else ''} {line}"
         else:
             lines.append(line)
-    found = []
-    for line in lines:
-        alone = True
-        for part in _SENTENCE_ENDS.split(_one_blank(_LEFT_OUT.sub(" ", _one_blank(line)))):
-            found.append(_Sentence(part, alone))
-            alone = alone and _SAYS_NOTHING.fullmatch(part) is not None
+            ends = (
+                before.endswith((".", "!", "。", "！", "।")) or _VALUE.search(before) or _LABEL_LINE.fullmatch(before)
+            )
+            breaks.append(bool(ends))
+    found: list[_Sentence] = []
+    for line, follows in zip(lines, breaks, strict=True):
+        begins = True
+        for part in filter(None, _SENTENCE_ENDS.split(_one_blank(_LEFT_OUT.sub(" ", _one_blank(line))))):
+            ends = (not begins or follows) and (not found or _ends(found[-1].text))
+            if not (begins and part != line and _ITEM.fullmatch(part)):
+                found.append(_Sentence(part, begins, ends or (begins and line.startswith("#"))))
+            begins = begins and _SAYS_NOTHING.fullmatch(part) is not None
     return found
 
 
+def _ends(text: str) -> bool:
+    """Whether a sentence is one, so that another one begins after it, and no question, heading or name."""
+    if text.endswith(("?", "?)", "...", "…")) or _ABBREVIATED.search(text):
+        return False
+    said = len(text.split()) > 4 or _VALUE.search(text) or _LABEL_LINE.fullmatch(text) or _SAYS_NOTHING.fullmatch(text)
+    return bool(said) or not text.isascii()
+
+
 def _plain(text: str) -> str:
-    """A text in lower case, with ASCII digits, without thoughts, quotations and marks of Markdown, LaTeX or HTML."""
-    said = _without_thoughts(text.lower().translate(_PLAIN))
+    """A text in lower case, with ASCII digits, without thoughts and marks; empty where nobody knows what it says."""
+    said = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     said = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in said)
-    said = _BOXED.sub(r" boxed: \1", _OBJECT.sub(_stated_in, said.strip()))
-    said = _EMPHASIS.sub("", _STRUCK.sub(" ", _ELEMENT.sub(r"\nanswer: \1\n", said)))
-    if len(_ITEM.findall(said)) > 1:
-        said = _ITEM.sub("", said)
-    return _QUOTED.sub(lambda each: each[0] if each[0] == said or not _WORD.search(each[0]) else " ", said).strip()
+    said = _STRUCK.sub(" ", _TOKEN.sub(" ", said)).strip()
+    said = _BOXED.sub(r" boxed: \1", _object(said))
+    said = _ELEMENT.sub(r"answer: \2\n", said)
+    return _EMPHASIS.sub("", said)
+
+
+def _dubious(text: str) -> bool:
+    """Whether a text may say whose words it holds in ways that are not read: markup, quotations, tables, headings."""
+    if _MARKUP.search(text) or _ASIDE.search(text) or _LIST.search(text) or _FIELDS.search(text):
+        return True
+    *_, last = text.rsplit("\n", 1)
+    before = text[: len(text) - len(last)]
+    marks = [before.count(mark) for mark in "“«「„”»」"]
+    if before.count('"') % 2 or sum(marks[:3]) + marks[3] != sum(marks[4:]):
+        return True
+    headings = _HEADING.findall(text)
+    return bool(headings) and not _LABEL_LINE.fullmatch(headings[-1])
 
 
 def _without_thoughts(text: str) -> str:
-    """What is said outside of <think>...</think> and the like, also where only one of the two is there."""
+    """What is said outside of <think>...</think> and the like, also where it began in the prompt; empty if cut off."""
     said, depth, at = "", 0, 0
     for tag in _TAG.finditer(text):
         if depth == 0:
@@ -318,18 +326,26 @@ def _without_thoughts(text: str) -> str:
     return "" if depth else said + "\n" + text[at:]
 
 
-def _stated_in(found: re.Match[str]) -> str:
-    """A JSON object as the statement that it makes."""
+def _object(text: str) -> str:
+    """A text that ends in a JSON object with the object as the statement that it makes, if it is a simple one."""
+    match = _JSON.fullmatch(text)
+    if match is None:
+        return text
     try:
-        fields = json.loads(found[0] if '"' in found[0] else found[0].replace("'", '"'))
+        fields = json.loads(match[2] if '"' in match[2] else match[2].replace("'", '"'))
     except (ValueError, RecursionError):
-        return _UNREAD
-    if not isinstance(fields, dict):
-        return _UNREAD
-    named: list[Any] = [value for key, value in fields.items() if _KEY.fullmatch(key.replace("_", " "))]
-    if len(named) != 1 or isinstance(named[0], (bool, list, dict)) or named[0] is None or _WHO.search(" ".join(fields)):
-        return _UNREAD
-    return f"\nanswer: {named[0]}\n"
+        return text
+    keys = {key.replace("_", " "): value for key, value in fields.items()}
+    named = [key for key in keys if _OWN_KEY.fullmatch(key) or _KEY.fullmatch(key)]
+    beside = {key: value for key, value in keys.items() if key not in named}
+    if len(named) != 1 or type(number := keys[named[0]]) not in (int, float, str):
+        return text
+    if not _OWN_KEY.fullmatch(named[0]) and not all(map(_BESIDE.fullmatch, beside)):
+        return text
+    said = [_stated(each) for value in beside.values() if isinstance(value, str) for each in _sentences(value)]
+    if any(each and f"{each.number:g}" != f"{number}" for each in said) or isinstance(beside.get("round"), str):
+        return text
+    return f"{match[1]}answer: {number}"
 
 
 def _one_blank(text: str) -> str:

@@ -32,7 +32,7 @@ def test_no_number_is_read_but_the_writers_own():
     found = [(answer["text"], read(answer["text"]), answer["number"]) for answer in answers]
     assert [each for each in found if each[1] not in (None, each[2])] == []
     sure = [number for _, number, right in found if right is not None]
-    assert sure.count(None) / len(sure) < 0.18  # most of them are corrections: "50... no, 33"
+    assert sure.count(None) / len(sure) < 0.36  # "50... no, 33", and long explanations, are asked for again
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,22 @@ def test_no_number_is_read_but_the_writers_own():
         "What will the others choose?\n47",
         "Player 4:\nI choose 47.",
         "Suppose I am naive. I choose 47.",
+        "A naive player thinks: they are random, so I choose 47.",
+        "My guess is 47. Two thirds of that is 31.",
+        "What will the average be? My answer is 47.",
+        "47 if the average is 70, and 31 if it is 47.",
+        "Expected average\n\n47",
+        "### Naive strategy\n\nI choose 47.",
+        "Answer:\n1. Estimate the average.",
+        "I think aloud.\n1. They are random.\n2. They go lower.\n3.",
+        'The moderator said:\n"All is open.\nI choose 47.',
+        "I choose 47, said Player 2.",
+        "I choose 47, next round.",
+        "<scratch>I choose 47.</scratch>",
+        '{"last_round": {"number": 47}}',
+        '{"metric": "average", "value": 47}',
+        'My friend says {"number": 47}',
+        "| Average |\n|---|\n| 47 |",
         "I choose 47. Hmm, that is too high.",
         "My number is 47. No: 31.",
         "Round 1 answer: 47\nRound 2: 31",
@@ -76,10 +92,12 @@ def test_a_number_that_may_be_another_s_is_refused(text):
         "My number is 31",
         "<think>I choose 47. Or lower.</think>\n\n31",
         "The others pick 47, so I pick 31.",
-        "47 is too high for me.\n\nFinal answer: 31",
-        "I chose 47 before. Now I choose 31.",
+        "47 is far too high for me.\n\nFinal answer: 31",
+        "In the last round I chose 47. Now I choose 31.",
         "I choose 31 because the last average was 47.",
-        "31\n\nReasoning:\n- most pick 47\n- two thirds of it is 31.3",
+        "## Reasoning\n\nMost of them will pick 47.\n\n## Answer\n\n31",
+        "Average: 47\nTarget: 31.3\nMy number: 31",
+        "1. They pick 47.\n2. Two thirds of that is about 31.\n\nSo I choose **31**.",
         '{"thoughts": "they pick 47", "number": 31}',
         "Die anderen nehmen 47, also nehme ich 31.",
         "Je choisis 31.",
@@ -118,10 +136,8 @@ def test_one_s_own_number_is_read_among_others(text):
         ("我选择37。", 37),
         ("<answer>37</answer>", 37),
         ("I choose from 0 to 100: 37", 37),
-        ("I would not pick 40 or 41, I pick 37", 37),
         ("not 40 but 37", 37),
         ("In the 2nd round I choose 37", 37),
-        ("10 million reasons, and I choose 37", 37),
     ],
 )
 def test_a_text_holds_one_number(text, number):
@@ -130,6 +146,7 @@ def test_a_text_holds_one_number(text, number):
 
 NO_ONE_NUMBER = ["", "none", "I like 3 and 7", "between 0 and 100", "1" * 19_999, "7" + " " * 20_000]
 NO_ONE_NUMBER += ["I choose 37 or 38", "I pick 37, 38, or 39", "I will not pick 37", "I won't say 37 or 38"]
+NO_ONE_NUMBER += ["I would not pick 40 or 41, I pick 37", "10 million reasons, and I choose 37"]
 NO_ONE_NUMBER += ["I choose 2/3 of the average", "I choose 2/3 of 50", "5 plus 5", "5*5", "5,5", "1,0000", "1.2.3"]
 
 
@@ -234,7 +251,7 @@ def test_a_number_that_may_be_part_of_another_is_not_made_up(number, odd, around
     ],
 )
 def test_no_text_holds_up_a_server(piece):
-    texts = [(begin + piece * TEXT_READ)[: TEXT_READ - 1] + end for begin in ("", "1", "not 1") for end in ("1", "x")]
+    texts = [(begin + piece * TEXT_READ)[: TEXT_READ - 1] + end for begin in ("", "not 1") for end in ("1", "x")]
     for text in texts:
         began = time.process_time()
         with contextlib.suppress(UnusableAnswer):
