@@ -16,14 +16,14 @@ from agentscope.agents import AgentBase
 
 from participant import Participant, message_of
 from simulation.channels import all_of
-from simulation.errors import UnusableAnswer, one_line
-from simulation.game import INTERRUPTED, Announcement, Question, Tally, Winners, merge
+from simulation.errors import UnusableAnswer, failure_of, one_line
+from simulation.game import Announcement, Question, Tally, Winners, merge
 from simulation.glance import Glance, glance_at
 from simulation.group import TALLY_VALUES, ParticipantGroup
 from simulation.heartbeat import Progress
 from simulation.remote import RemoteObject, reply_of
 from simulation.seating import Seat
-from simulation.sheet import Answers, AnswerSheet
+from simulation.sheet import CUT_SHORT, Answers, AnswerSheet
 
 V = TypeVar("V")
 
@@ -153,7 +153,7 @@ class OneByOne:
     def halt(self, at_once: bool) -> None:
         self._halted = True
         if at_once and self.sheet is not None:
-            self.sheet = self.sheet.closed(INTERRUPTED)
+            self.sheet = self.sheet.closed()
 
     def collect(self, part: int) -> tuple[Tally, int]:
         parts = self._filled().tally().parts(TALLY_VALUES)
@@ -185,15 +185,15 @@ class OneByOne:
                 if "units" in outcome:
                     sheet.put(place, outcome["units"])
                 else:
-                    sheet.fail(place, outcome["cause"], outcome["text"])
+                    sheet.fail(place, *outcome["failure"])
         with self._changed:
             if sheet.done == sheet.count or self._error:
                 self._changed.notify_all()
 
     def _ask(self, place: int, question: Question) -> dict[str, Any]:
-        """What one participant says: its answer in `units`, or the `cause` of its failure and its `text`."""
+        """What one participant says: its answer in `units`, or its `failure`."""
         if self._halted:
-            return {"cause": INTERRUPTED, "text": None}
+            return {"failure": CUT_SHORT}
         assert self._seat.server is not None
         index = self._seat.first + place
         proxy = RemoteObject(Participant, f"{self._seat.oid}/{index}", self._seat.server, self._timeout_s)
@@ -201,4 +201,4 @@ class OneByOne:
             said: dict[str, Any] = reply_of(proxy, message_of(question), "play").metadata
             return said
         except UnusableAnswer as error:  # raised by whatever else its code does
-            return {"cause": one_line(error), "text": None}
+            return {"failure": failure_of(error)}

@@ -24,7 +24,7 @@ from agentscope.message import Msg
 from agentscope.rpc import async_func
 
 from simulation.cast import Persona
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import UnusableAnswer, failure_of
 from simulation.game import Announcement, Game, Question, draw, to_units
 from simulation.model import Chat
 from simulation.model_configs import model_of
@@ -120,7 +120,7 @@ class Participant(AgentBase):
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the cause."""
+        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the failure."""
         try:
             if answers_many(type(self)):
                 answer = self._run(self.answer(question_in(x, self.game)))
@@ -128,7 +128,7 @@ class Participant(AgentBase):
                 answer = answer_in(self.reply(x))
             metadata: dict[str, Any] = {"units": to_units(answer, self.game)}
         except UnusableAnswer as error:
-            metadata = {"cause": one_line(error), "text": error.text}
+            metadata = {"failure": failure_of(error)}
         return Msg(self.name, "", "assistant", metadata=metadata)
 
     def _run(self, answering: Awaitable[Any]) -> Any:

@@ -23,14 +23,14 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from participant import Home, Participant, answer_in, answers_many, message_of
-from simulation.errors import UnusableAnswer, one_line
-from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
+from simulation.errors import KnownCause, failure_of, one_line
+from simulation.game import Announcement, Game, Question, Tally, Winners, to_units
 from simulation.glance import Glance, glance_at
 from simulation.heartbeat import Progress
 from simulation.model import Chat
 from simulation.placement import run_of
 from simulation.scheduler import Scheduler, collector_paused, spare_from_collector
-from simulation.sheet import Answers, AnswerSheet
+from simulation.sheet import CUT_SHORT, Answers, AnswerSheet
 from simulation.usage import Usage
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
@@ -151,7 +151,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         if not at_once:
             self._loop.call_soon_threadsafe(self._halt)
         elif self._sheet is not None:
-            self._sheet = self._sheet.closed(INTERRUPTED)
+            self._sheet = self._sheet.closed()
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, and how many parts there are."""
@@ -275,7 +275,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         def answer(place: int) -> Any:
             agent = agents[place]
             if isinstance(agent, str):
-                raise UnusableAnswer(agent)
+                raise KnownCause(agent)
             return agent.answer(question)
 
         def answered(places: list[int], answers: list[Any]) -> None:
@@ -313,20 +313,22 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _reply(self, place: int, question: Question) -> Any:
         agent = self._agents[place]
-        if self._halted or isinstance(agent, str):
-            raise UnusableAnswer(INTERRUPTED if self._halted else str(agent))
+        if self._halted:
+            raise KnownCause(*CUT_SHORT)
+        if isinstance(agent, str):
+            raise KnownCause(agent)
         return answer_in(agent.reply(message_of(question)))
 
     def _fail(self, sheet: AnswerSheet, place: int, error: BaseException) -> None:
-        text = error.text if isinstance(error, UnusableAnswer) else None
-        sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
+        failure = failure_of(error)
+        sheet.fail(place, *(CUT_SHORT._replace(text=failure.text) if self._halted else failure))
 
     def _halt(self) -> None:
         self._halted = True
         if self._scheduler is not None:
             self._scheduler.halt()
         elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
-            self._sheet = self._sheet.closed(INTERRUPTED)
+            self._sheet = self._sheet.closed()
             with self._changed:
                 self._changed.notify_all()
 
@@ -340,7 +342,7 @@ class Unbuilt:
         self.cause = cause
 
     def reply(self, *_: Any) -> None:
-        raise UnusableAnswer(self.cause)
+        raise KnownCause(self.cause)
 
     play = reply
 

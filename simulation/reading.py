@@ -27,7 +27,7 @@ from simulation.answer_words import (
     UNITS,
     Words,
 )
-from simulation.errors import UnusableAnswer
+from simulation.errors import KnownCause
 
 TEXT_READ = 20_000  # characters of an answer at most
 SHORT = 64  # characters of an answer that is worth remembering
@@ -173,12 +173,12 @@ def parse_number(text: str) -> float:
     Thoughts (<think>...</think>), quotations, ranges, totals and what is negated are left out.
 
     Raises:
-        UnusableAnswer: There is no number, or it is not certain which one is the writer's: somebody else may have given
+        KnownCause: There is no number, or it is not certain which one is the writer's: somebody else may have given
             it, or may give it, it may be of an earlier round, be part of another one as in "10 million", or be taken
             back.
     """
     if len(text) > TEXT_READ:
-        raise UnusableAnswer(TOO_LONG, text)
+        raise KnownCause(TOO_LONG, text)
     if bare := _BARE.fullmatch(text):
         return float(bare[0])
     return _read_short(text) if len(text) <= SHORT else _read(text)
@@ -195,7 +195,7 @@ def _read(text: str) -> float:
     owns = any(each.own for _, each in found)
     counted = [(at, each) for at, each in found if each.own or not owns or at == 0]
     if not counted:
-        raise UnusableAnswer(UNCERTAIN if any(_DIGITS.search(each.text) for each in sentences) else NO_NUMBER, text)
+        raise KnownCause(UNCERTAIN if any(_DIGITS.search(each.text) for each in sentences) else NO_NUMBER, text)
     at, last = counted[-1]
     agreed = last.final or len({each.number for _, each in counted}) == 1
     after = [sentences[at].text[last.end :], *(sentence.text for sentence in sentences[at + 1 :])]
@@ -205,7 +205,7 @@ def _read(text: str) -> float:
         or any(_TAKES_BACK.search(each) for each in after)
         or not all(_leaves(last, each) for each in after[:explained])
     ):
-        raise UnusableAnswer(UNCERTAIN, text)
+        raise KnownCause(UNCERTAIN, text)
     return last.number
 
 

@@ -51,7 +51,7 @@ from simulation.channels import (
     use_key,
 )
 from simulation.config import SimulationConfig
-from simulation.errors import SettingsError, UnusableAnswer, one_line
+from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
@@ -253,7 +253,7 @@ class SimulationServicer(AgentServerServicer):
         try:
             agent = self.get_agent(agent_id)
             if agent is None:
-                raise UnusableAnswer("the agent is gone")
+                raise KnownCause("the agent is gone")
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
         except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything; it must come back
             result = MAGIC_PREFIX + one_line(error).encode()

@@ -17,8 +17,8 @@ from conftest import until
 from moderator import whole_tally
 from participant import Participant, RandomParticipant
 from simulation.custom import pack_class
-from simulation.game import Game, draw, question_for
-from simulation.group import INTERRUPTED, ParticipantGroup
+from simulation.game import INTERRUPTED, Game, draw, question_for
+from simulation.group import ParticipantGroup
 
 GAME = Game(7, 100, 0, 0.0)
 
