@@ -7,6 +7,7 @@ group's own. AgentScope's construction is touched here, because it costs more th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import threading
@@ -71,6 +72,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._round = 0
+        self._allowed = 0  # the last round whose costs were told
         self._sheet: AnswerSheet | None = None
         self._scheduler: Scheduler | None = None  # of the round that is under way
         self._halted = self._closing = False
@@ -78,7 +80,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         # Seconds, and of these of CPU, of the rounds so far; and where both clocks stood when the one under way began
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
         self._error = ""
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards what is looked at before it is set: calls come in many threads
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._home = Home(oid, self._loop, self._chat)
@@ -92,20 +94,28 @@ class ParticipantGroup(metaclass=RpcMeta):
 
         Does nothing if this round has begun, or is over: whoever is not sure whether it was heard says it again.
         """
-        if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
-            return
-        if not self.progress().finished:
-            raise RuntimeError(f"group {self.oid} is still busy")
-        self._halted = False
-        self.allow(tokens_each)
-        self._sheet = AnswerSheet(self.first, self.count)
-        self._round = question.round
-        asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
+        with self._changed:
+            if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
+                return
+            if self._closing:
+                raise RuntimeError(f"group {self.oid} is closed")
+            if self._done() < self.count:
+                raise RuntimeError(f"group {self.oid} is still busy")
+            self._halted = False
+            self.allow(question.round, tokens_each)
+            self._sheet = AnswerSheet(self.first, self.count)
+            self._round = question.round
+            asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
 
-    def allow(self, tokens_each: float | None) -> None:
-        """What each participant may cost from now on, on average, in tokens; None is no limit."""
-        if self._chat is not None:
-            self._chat.allow(None if tokens_each is None else tokens_each * self.count)
+    def allow(self, number: int, tokens_each: float | None) -> None:
+        """What each participant may cost in a round, on average, in tokens; None is no limit.
+
+        Does nothing if that was said of this round, or of a later one: what is spent stays spent.
+        """
+        with self._changed:
+            if self._chat is not None and number > self._allowed:
+                self._allowed = number
+                self._chat.allow(None if tokens_each is None else tokens_each * self.count)
 
     def usage(self) -> Usage:
         """What all rounds have cost so far."""
@@ -149,9 +159,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         `at_once` is for participants that cannot be stopped, as they block: what they still answer is not heard.
         """
         if not at_once:
-            self._loop.call_soon_threadsafe(self._halt)
-        elif self._sheet is not None:
-            self._sheet = self._sheet.closed()
+            with contextlib.suppress(RuntimeError):  # the group is closed
+                self._loop.call_soon_threadsafe(self._halt)
+            return
+        with self._changed:
+            if self._sheet is not None:
+                self._sheet = self._sheet.closed()
+            self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, and how many parts there are."""
@@ -175,32 +189,37 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def participant(self, index: int) -> Participant | Unbuilt | None:
         """The agent with this index among all participants; None if it is not here."""
-        place = index - self.first
-        agent = self._agents[place] if 0 <= place < len(self._agents) else None
+        place, agents = index - self.first, self._agents  # once, as `close` may take them away meanwhile
+        agent = agents[place] if 0 <= place < len(agents) else None
         return Unbuilt(agent) if isinstance(agent, str) else agent
 
     def close(self) -> None:
         """Stop whatever runs, and let go of all participants; does nothing the second time."""
-        self._closing = True
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
         if self._chat is not None:
             self._chat.close()
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
-        self._agents = []
-        self._scheduler = None
-        self._sheet = None
+        with self._changed:
+            self._agents = []
+            self._scheduler = None
+            self._sheet = None
         _release_threads(self.oid)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
     def _done(self) -> int:
-        return self._sheet.done if self._sheet is not None else len(self._agents)
+        sheet = self._sheet  # once, as `close` may take it away meanwhile
+        return sheet.done if sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
-        if self._sheet is None or self._sheet.done < self.count:
+        sheet = self._sheet
+        if sheet is None or sheet.done < self.count:
             raise RuntimeError(f"group {self.oid} has no finished round")
-        return self._sheet
+        return sheet
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -300,12 +319,11 @@ class ParticipantGroup(metaclass=RpcMeta):
             for place in places:
                 try:
                     units = to_units(self._reply(place, question), self.game)
+                    with lock:
+                        sheet.put(place, units)
                 except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything, and fails alone
                     with lock:
                         self._fail(sheet, place, error)
-                else:
-                    with lock:
-                        sheet.put(place, units)
 
         pool = _threads(self.oid, self._reply_threads)
         asking = [self._loop.run_in_executor(pool, ask) for _ in range(min(self._reply_threads, self.count))]
@@ -324,12 +342,12 @@ class ParticipantGroup(metaclass=RpcMeta):
         sheet.fail(place, *(CUT_SHORT._replace(text=failure.text) if self._halted else failure))
 
     def _halt(self) -> None:
-        self._halted = True
-        if self._scheduler is not None:
-            self._scheduler.halt()
-        elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
-            self._sheet = self._sheet.closed()
-            with self._changed:
+        with self._changed:
+            self._halted = True
+            if self._scheduler is not None:
+                self._scheduler.halt()
+            elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
+                self._sheet = self._sheet.closed()
                 self._changed.notify_all()
 
 

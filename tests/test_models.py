@@ -16,7 +16,7 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import simulation.model
 from moderator import whole_tally
-from participant import LLMParticipant
+from participant import LLMParticipant, message_of
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
 from simulation.errors import ClusterError, Ended, UnusableAnswer
@@ -303,6 +303,15 @@ def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
     fake = fake_of(for_ever="keeps mum")
     group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
     assert 0 < len(fake.bodies) < 20 and group.usage().tokens == 0
+
+
+def test_what_is_spent_in_a_round_stays_spent(play, fake_of):
+    """Whoever takes over from a moderator that was lost says again what a round may cost."""
+    group = play(fake_of(), 40, tokens_each=0.0)
+    for number, tokens_each, ended in ((1, 1e9, Ended.OUT_OF_TOKENS), (2, 1e9, None), (2, 0.0, None)):
+        group.allow(number, tokens_each)
+        said = group.participant(number).play(message_of(question_for(group.game, number, ()))).metadata
+        assert said["failure"].ended is ended if ended else said["units"] >= 0
 
 
 def test_halting_waits_for_no_model(play, fake_of):
