@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cloudpickle
@@ -19,9 +20,10 @@ from agentscope.rpc import RpcMeta
 from conftest import until
 
 from moderator import OneByOne, whole_tally
-from participant import Participant, RandomParticipant
+from participant import Participant, RandomParticipant, message_of
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
+from simulation.errors import Ended
 from simulation.game import INTERRUPTED, Game, draw, question_for
 from simulation.group import ParticipantGroup
 from simulation.placement import Endpoint
@@ -256,6 +258,41 @@ def test_a_round_of_those_who_are_asked_alone_is_begun_once(monkeypatch):
     until(lambda: alone.progress(1.0).finished, 10, "answered")
     alone.begin(question_for(GAME, 1, ()))
     assert asked == Counter(range(SEAT.count)) and whole_tally(alone).total == sum(range(SEAT.count))
+
+
+class Asked(Participant):
+    """Counts how often it is asked, and calls itself what others do, too."""
+
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.place, self.index, self.asked = index, 0, 0
+
+    async def answer(self, question):
+        self.asked += 1
+        while question.round == 1 and not sys.modules["test_group"].OPEN.is_set():
+            await self.think(0.01)
+        if self.place == 3:
+            raise OverflowError(f"at {self.asked}")
+        return self.place + self.asked
+
+
+OPEN = threading.Event()
+
+
+def test_whoever_is_asked_again_in_a_round_says_what_it_said(group_of):
+    group = group_of(Asked, 4)
+    first, second = (message_of(question_for(GAME, number, ())) for number in (1, 2))
+    with ThreadPoolExecutor(8) as pool:
+        said = [pool.submit(group.participant(index).play, first) for index in (0, 1, 2, 3) * 2]
+        until(lambda: all(group.participant(index).asked for index in range(4)), 10, "asked")
+        OPEN.set()
+    answers = [each.result().metadata for each in said]
+    assert answers[:4] == answers[4:] == [*({"units": 1 + index} for index in range(3)), answers[3]]
+    assert answers[3]["failure"] == ("OverflowError: at 1", None, Ended.COMPLETE)
+    assert group.participant(2).play(first).metadata == answers[2]  # when it is over, too
+    assert [group.participant(index).play(second).metadata.get("units") for index in range(4)] == [2, 3, 4, None]
+    assert group.participant(0).play(first).metadata["failure"].cause == "round 1 is over"
+    assert [group.participant(index).asked for index in range(4)] == [2] * 4
 
 
 def test_a_failure_that_cannot_be_recorded_holds_up_nobody(monkeypatch):
