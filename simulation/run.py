@@ -178,10 +178,12 @@ class Run:
         self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
 
     def _look_after_models(self, simulation: Simulation) -> None:
-        """Find out whether another round makes sense: there are tokens left, and models that answer."""
+        """Find out whether the next round, if there is one, makes sense: there are tokens, and models that answer."""
+        if not self.to_play:
+            return
         ended = self.results[-1].tally.ended
         spent = self.config.max_tokens is not None and self.usage.tokens >= self.config.max_tokens
-        if ended is Ended.OUT_OF_TOKENS or (spent and len(self.results) < self.config.rounds):
+        if ended is Ended.OUT_OF_TOKENS or spent:
             self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
         elif self.watch.stop_signal is None and ended is Ended.MODEL_FAILED:
             try:
