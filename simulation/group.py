@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import uvloop
 from agentscope.rpc import RpcMeta
@@ -24,6 +23,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from participant import Home, Participant, answer_in, answers_many, message_of
+from simulation.custom import unpack_class
 from simulation.errors import KnownCause, failure_of, one_line
 from simulation.game import Announcement, Game, Question, Tally, Winners, to_units
 from simulation.glance import Glance, glance_at
@@ -67,7 +67,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.count = count
         self.game = game
         self.lease_s = lease_s
-        self._class: type[Participant] = cloudpickle.loads(participant_class)
+        self._class = unpack_class(participant_class, run_of(oid))
         self._many = answers_many(self._class)
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built

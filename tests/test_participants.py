@@ -166,6 +166,43 @@ def test_words_of_a_cause_decide_nothing(cluster, mine, dispatch):
     assert cluster.summary()["rounds"][:2] == summary["rounds"] and len(cluster.summary()["rounds"]) == 3
 
 
+SHARING = """
+import pathlib
+from participant import Participant
+class Mine(Participant):
+    places = []
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.places.append(index)
+    async def answer(self, question):
+        while not pathlib.Path({gate!r}).exists():
+            await self.think(0.05)
+        return {base} + len(self.places)
+"""
+
+
+def test_a_class_is_one_for_a_run_and_another_for_the_next(cluster, tmp_path):
+    """Two runs at once, whose classes have the same name, in files of the same name; each has 6 groups on 3 servers."""
+    classes = []
+    for base in (10, 50):
+        path = tmp_path / str(base) / "mine.py"
+        path.parent.mkdir()
+        path.write_text(SHARING.format(gate=str(tmp_path / f"gate-{base}"), base=base))
+        classes.append(("3", "12", "--agent-class", f"{path}:Mine", "--run-dir", str(tmp_path / f"run-{base}")))
+    first = cluster.start("run_simulation.sh", *classes[0])
+    until((tmp_path / "run-10/summary.json").exists, 30, "its groups are made")
+    (tmp_path / "gate-50").touch()
+    done = cluster.run("run_simulation.sh", *classes[1])
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "gate-10").touch()
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+    for base in (10, 50):
+        assert {row["value"] for row in cluster.answers(tmp_path / f"run-{base}")} == {base + 4}
+    logs = [path.read_text() for path in (cluster.path / "run/servers").glob("*.log")]
+    assert len(logs) >= 7 and not any("already exists" in log for log in logs)
+
+
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
 def test_any_kind_of_number_counts_alike(cluster, mine, dispatch):
     cluster.play("3", "7", "--agent-class", f"{mine}:Kinds", "--dispatch", dispatch, status=4)
