@@ -130,29 +130,7 @@ class Participant(AgentBase):
 
         Whoever asks again, as a moderator does that takes over from a lost one, hears what was said the first time.
         """
-        return Msg("participant", "", "assistant", metadata=self._said_once(question_in(x, self.game), x))
-
-    def _said_once(self, question: Question, x: Msg) -> dict[str, Any]:
-        if self._home is None:
-            return self._say(question, x)
-        said: Future[dict[str, Any]] = Future()
-        with self._home.lock:
-            number, before = self._home.alone.get(id(self), (0, said))  # its index may be anything by now
-            if question.round > number:
-                self._home.alone[id(self)] = (question.round, said)
-        if question.round < number:
-            return {"failure": Failure(f"round {question.round} is over")}
-        if question.round == number:
-            return before.result()
-        said.set_result(self._say(question, x))
-        return said.result()
-
-    def _say(self, question: Question, x: Msg) -> dict[str, Any]:
-        try:
-            answer = self._run(self.answer(question)) if answers_many(type(self)) else answer_in(self.reply(x))
-            return {"units": to_units(answer, self.game)}
-        except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
-            return {"failure": failure_of(error)}
+        return Msg("participant", "", "assistant", metadata=_said_once(self, question_in(x, self.game), x))
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Wait for an answer in a thread: on the event loop of the group, where there is one."""
@@ -264,6 +242,35 @@ class LLMParticipant(Participant):
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)
+
+
+def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    """What the participant says in a round, or has said in it; see `play`."""
+    home = participant._home
+    if home is None:
+        return _said(participant, question, x)
+    said: Future[dict[str, Any]] = Future()
+    with home.lock:
+        number, before = home.alone.get(id(participant), (0, said))  # its index may be anything by now
+        if question.round > number:
+            home.alone[id(participant)] = (question.round, said)
+    if question.round < number:
+        return {"failure": Failure(f"round {question.round} is over")}
+    if question.round == number:
+        return before.result()
+    said.set_result(_said(participant, question, x))
+    return said.result()
+
+
+def _said(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    try:
+        if answers_many(type(participant)):
+            answer = participant._run(participant.answer(question))
+        else:
+            answer = answer_in(participant.reply(x))
+        return {"units": to_units(answer, participant.game)}
+    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+        return {"failure": failure_of(error)}
 
 
 async def _outcome(answering: Awaitable[Any]) -> Any:

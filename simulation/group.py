@@ -142,16 +142,17 @@ class ParticipantGroup(metaclass=RpcMeta):
             first: The first of them.
             values: Their answers, of shape (rounds, participants); not a number where there is none.
         """
-        if self._done() < self.count:
+        agents = self._agents  # once, as `close` may take them away meanwhile
+        if self._done() < self.count or len(agents) < self.count:
             raise RuntimeError(f"group {self.oid} is still being built")
         for offset, numbers in enumerate(values.T.tolist()):
             place = first - self.first + offset
-            agent = self._agents[place]
+            agent = agents[place]
             if not isinstance(agent, str):
                 try:
                     agent.recall(tuple(None if math.isnan(number) else number for number in numbers))
                 except BaseException as error:  # noqa: BLE001 - a person's own recall may raise anything
-                    self._agents[place] = one_line(error)
+                    agents[place] = one_line(error)
 
     def halt(self, at_once: bool) -> None:
         """Stop asking: whoever has not answered counts as failed, interrupted.
