@@ -196,7 +196,7 @@ class SimulationServicer(AgentServerServicer):
         for agent_id, agent in hosted.items():
             lease_s = getattr(agent, "lease_s", None)
             if self._drop(agent_id, unless=partial(self._is_leased, run_of(agent_id))):
-                logger.warning(f"dropped {agent_id}: its run was not heard of for {lease_s:g} s")
+                logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
 
     def _is_leased(self, run: str, agent: Any) -> bool:
         """Whether an object of a run is to stay, as the run was heard of, or the object is kept."""
