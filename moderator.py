@@ -92,9 +92,9 @@ class Moderator(AgentBase):
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, merged over the groups, and how many parts there are."""
-        tally = self._tally if part > 0 else merge(self._all(whole_tally).values())
-        self._tally = tally
-        parts = tally.parts(TALLY_VALUES)
+        if part == 0:
+            self._tally = merge(self._all(whole_tally).values())
+        parts = self._tally.parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:

@@ -247,7 +247,7 @@ class LLMParticipant(Participant):
 def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
     """What the participant says in a round, or has said in it; see `play`."""
     home = participant._home
-    if home is None:
+    if home is None or question.round == 0:  # beside the game
         return _said(participant, question, x)
     said: Future[dict[str, Any]] = Future()
     with home.lock:

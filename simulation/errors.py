@@ -12,7 +12,8 @@
     └── Interrupted    130/143   Ctrl-C, or a TERM signal
 
 `UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing. A participant
-may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone.
+may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone. What the program itself
+raises of that kind is a `KnownCause`.
 """
 
 from __future__ import annotations
@@ -130,10 +131,9 @@ class Failure(NamedTuple):
 
 def failure_of(error: BaseException) -> Failure:
     """What is kept of whatever a participant raised; never raises."""
-    if isinstance(error, KnownCause):
-        return Failure(one_line(error), error.text, error.ended)
     text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a class of theirs may have none
-    return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None)
+    ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
+    return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -150,7 +150,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     name = type(error).__name__
     if not name.isidentifier():  # so can a class be named that is made by a call
         name = "Exception"
-    if isinstance(error, KnownCause):
+    if type(error) is KnownCause:  # a class derived from it is theirs
         return shortened(text, limit)
     return shortened(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", limit)
 

@@ -202,7 +202,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._closing = True
         if self._chat is not None:
             self._chat.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # its thread has not begun to run it, and closed it already
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
         with self._changed:
             self._agents = []

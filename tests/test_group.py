@@ -293,6 +293,8 @@ def test_whoever_is_asked_again_in_a_round_says_what_it_said(group_of):
     assert [group.participant(index).play(second).metadata.get("units") for index in range(4)] == [2, 3, 4, None]
     assert group.participant(0).play(first).metadata["failure"].cause == "round 1 is over"
     assert [group.participant(index).asked for index in range(4)] == [2] * 4
+    beside = Msg("user", "And now?", "user")
+    assert [group.participant(0).play(beside).metadata["units"] for _ in range(2)] == [3, 4]
 
 
 def test_a_failure_that_cannot_be_recorded_holds_up_nobody(monkeypatch):

@@ -126,11 +126,12 @@ class Rude(UnusableAnswer):
         (type("model server", (Exception,), {})("HTTP 500"), "Exception: HTTP 500", None),
         (type("a\nb", (ValueError,), {})(), "Exception", None),
         (ValueError(), "ValueError", None),
-        (KnownCause("interrupted", ended=Ended.INTERRUPTED), "interrupted", None),
+        (type("Derived", (KnownCause,), {})("interrupted"), "Derived: interrupted", None),
+        (KnownCause("interrupted", 5, ended=Ended.INTERRUPTED), "interrupted", None),  # type: ignore[arg-type]
     ],
 )
 def test_nobody_takes_words_of_a_participant_for_those_of_the_program(error, cause, text):
-    known = isinstance(error, KnownCause)
+    known = type(error) is KnownCause
     assert failure_of(error) == (cause, text, Ended.INTERRUPTED if known else Ended.COMPLETE)
     assert type(failure_of(error).text) in (str, type(None))
 
