@@ -118,7 +118,7 @@ class Blocking(Participant):
         sys.modules["test_group"].TOGETHER.wait(60)  # by name, as the class travels with all that it names itself
         if self.index == 3:
             raise SystemExit(3)
-        return Msg(self.name, f"{x.metadata['round']} it is not, I say {self.index}", "assistant")
+        return Msg(self.name, f"Not {x.metadata['round']}: my number is {self.index}", "assistant")
 
 
 def test_what_agents_have_is_there_when_it_is_asked_for(group_of):
