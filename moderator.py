@@ -16,14 +16,14 @@ from agentscope.agents import AgentBase
 
 from participant import Participant, message_of
 from simulation.channels import all_of
-from simulation.errors import UnusableAnswer, one_line
-from simulation.game import INTERRUPTED, Announcement, Question, Tally, Winners, merge
+from simulation.errors import UnusableAnswer, failure_of, one_line
+from simulation.game import Announcement, Question, Tally, Winners, merge
 from simulation.glance import Glance, glance_at
 from simulation.group import TALLY_VALUES, ParticipantGroup
 from simulation.heartbeat import Progress
 from simulation.remote import RemoteObject, reply_of
 from simulation.seating import Seat
-from simulation.sheet import Answers, AnswerSheet
+from simulation.sheet import CUT_SHORT, Answers, AnswerSheet
 
 V = TypeVar("V")
 
@@ -46,13 +46,16 @@ class Moderator(AgentBase):
         self._groups: dict[Seat, Any] = {}
         self._tally = Tally(0)
         self._round = 0
+        self._lock = threading.Lock()  # guards what is looked at before it is set: calls come in many threads
 
     def seat(self, seats: list[Seat], one_by_one: bool) -> None:
         """Ask these groups from now on, which are there already, and no others."""
-        for seat in self._groups.keys() - set(seats):
-            if isinstance(self._groups[seat], OneByOne):
-                self._groups[seat].halt(at_once=True)
-        self._groups = {seat: self._groups.get(seat) or self._group(seat, one_by_one) for seat in seats}
+        with self._lock:
+            before = self._groups
+            self._groups = {seat: before.get(seat) or self._group(seat, one_by_one) for seat in seats}
+        for seat in before.keys() - set(seats):
+            if isinstance(before[seat], OneByOne):
+                before[seat].halt(at_once=True)
 
     def _group(self, seat: Seat, one_by_one: bool) -> Any:
         assert seat.server is not None  # those whom nobody asks are seated with no moderator
@@ -62,7 +65,8 @@ class Moderator(AgentBase):
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
         """Start the round on all groups; returns at once. `tokens_each` is what each participant may cost."""
         self._all(lambda group: group.begin(question, tokens_each))
-        self._round = question.round
+        with self._lock:
+            self._round = max(self._round, question.round)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         """How far those are whom it asks one by one; groups that ask together are heard of from their own servers."""
@@ -131,16 +135,17 @@ class OneByOne:
         self.sheet: AnswerSheet | None = None
         self._halted = False
         self._error = ""
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards all of this
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        if question.round <= self._round:
-            return
-        self._group.allow(tokens_each)
-        self._halted = False
-        self.sheet = AnswerSheet(self._seat.first, self._seat.count)
-        self._round = question.round
-        threading.Thread(target=self._ask_all, args=(question, self.sheet), daemon=True).start()
+        self._group.allow(question.round, tokens_each)  # may be said twice, and takes as long as its server does
+        with self._changed:
+            if question.round <= self._round:
+                return
+            self._halted = False
+            self.sheet = AnswerSheet(self._seat.first, self._seat.count)
+            self._round = question.round
+            threading.Thread(target=self._ask_all, args=(question, self.sheet), daemon=True).start()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
         number, sheet = self._round, self.sheet  # in this order: a new round's number never goes with old answers
@@ -151,9 +156,11 @@ class OneByOne:
         return Progress(sheet.done, sheet.count, number, self._error)
 
     def halt(self, at_once: bool) -> None:
-        self._halted = True
-        if at_once and self.sheet is not None:
-            self.sheet = self.sheet.closed(INTERRUPTED)
+        with self._changed:
+            self._halted = True
+            if at_once and self.sheet is not None:
+                self.sheet = self.sheet.closed()
+            self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
         parts = self._filled().tally().parts(TALLY_VALUES)
@@ -166,9 +173,10 @@ class OneByOne:
         return self._filled().answers(first, count)
 
     def _filled(self) -> AnswerSheet:
-        if self.sheet is None or self.sheet.done < self.sheet.count:
+        sheet = self.sheet
+        if sheet is None or sheet.done < sheet.count:
             raise RuntimeError(f"group {self._seat.oid} has no finished round")
-        return self.sheet
+        return sheet
 
     def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
@@ -178,22 +186,22 @@ class OneByOne:
     def _ask_into(self, sheet: AnswerSheet, place: int, question: Question) -> None:
         try:
             outcome = self._ask(place, question)
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: told to whoever asks next
-            self._error = one_line(error)
-        else:
             with self._changed:
                 if "units" in outcome:
                     sheet.put(place, outcome["units"])
                 else:
-                    sheet.fail(place, outcome["cause"], outcome["text"])
-        with self._changed:
-            if sheet.done == sheet.count or self._error:
+                    sheet.fail(place, *outcome["failure"])
+                if sheet.done == sheet.count:
+                    self._changed.notify_all()
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: told to whoever asks next
+            with self._changed:
+                self._error = one_line(error)
                 self._changed.notify_all()
 
     def _ask(self, place: int, question: Question) -> dict[str, Any]:
-        """What one participant says: its answer in `units`, or the `cause` of its failure and its `text`."""
+        """What one participant says: its answer in `units`, or its `failure`."""
         if self._halted:
-            return {"cause": INTERRUPTED, "text": None}
+            return {"failure": CUT_SHORT}
         assert self._seat.server is not None
         index = self._seat.first + place
         proxy = RemoteObject(Participant, f"{self._seat.oid}/{index}", self._seat.server, self._timeout_s)
@@ -201,4 +209,4 @@ class OneByOne:
             said: dict[str, Any] = reply_of(proxy, message_of(question), "play").metadata
             return said
         except UnusableAnswer as error:  # raised by whatever else its code does
-            return {"cause": one_line(error), "text": None}
+            return {"failure": failure_of(error)}

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +26,7 @@ from agentscope.message import Msg
 from agentscope.rpc import async_func
 
 from simulation.cast import Persona
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import Failure, UnusableAnswer, failure_of
 from simulation.game import Announcement, Game, Question, draw, to_units
 from simulation.model import Chat
 from simulation.model_configs import model_of
@@ -42,11 +44,15 @@ class Home:
         oid: The group's remote id.
         loop: Its event loop.
         chat: How it asks models, if it does.
+        alone: The round that each participant was last asked alone in, by its `id`, and what it said or will say.
+        lock: Guards `alone`.
     """
 
     oid: str
     loop: asyncio.AbstractEventLoop
     chat: Chat | None
+    alone: dict[int, tuple[int, Future[dict[str, Any]]]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class _Personas:
@@ -120,16 +126,11 @@ class Participant(AgentBase):
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the cause."""
-        try:
-            if answers_many(type(self)):
-                answer = self._run(self.answer(question_in(x, self.game)))
-            else:
-                answer = answer_in(self.reply(x))
-            metadata: dict[str, Any] = {"units": to_units(answer, self.game)}
-        except UnusableAnswer as error:
-            metadata = {"cause": one_line(error), "text": error.text}
-        return Msg(self.name, "", "assistant", metadata=metadata)
+        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the failure.
+
+        Whoever asks again, as a moderator does that takes over from a lost one, hears what was said the first time.
+        """
+        return Msg("participant", "", "assistant", metadata=_said_once(self, question_in(x, self.game), x))
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Wait for an answer in a thread: on the event loop of the group, where there is one."""
@@ -241,6 +242,35 @@ class LLMParticipant(Participant):
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)
+
+
+def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    """What the participant says in a round, or has said in it; see `play`."""
+    home = participant._home
+    if home is None or question.round == 0:  # beside the game
+        return _said(participant, question, x)
+    said: Future[dict[str, Any]] = Future()
+    with home.lock:
+        number, before = home.alone.get(id(participant), (0, said))  # its index may be anything by now
+        if question.round > number:
+            home.alone[id(participant)] = (question.round, said)
+    if question.round < number:
+        return {"failure": Failure(f"round {question.round} is over")}
+    if question.round == number:
+        return before.result()
+    said.set_result(_said(participant, question, x))
+    return said.result()
+
+
+def _said(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    try:
+        if answers_many(type(participant)):
+            answer = participant._run(participant.answer(question))
+        else:
+            answer = answer_in(participant.reply(x))
+        return {"units": to_units(answer, participant.game)}
+    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+        return {"failure": failure_of(error)}
 
 
 async def _outcome(answering: Awaitable[Any]) -> Any:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simulation.game import INTERRUPTED, Tally
+from simulation.game import Tally
 from simulation.sheet import FAILED, Answers, counted, told_apart
 
 SCHEMA = pa.schema(
@@ -94,14 +94,9 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
-    """What was answered in these rows."""
+    """What was answered in these rows; how their round ended, they do not say."""
     values = table["value"].drop_null().to_numpy()
     units, counts = counted(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()
-    interrupted = pc.index(causes.field("values"), INTERRUPTED).as_py()
-    failures = told_apart(
-        causes.field("counts").to_numpy(),
-        lambda place: causes[place]["values"].as_py(),
-        None if interrupted < 0 else interrupted,
-    )
+    failures = told_apart(causes.field("counts").to_numpy(), lambda place: causes[place]["values"].as_py())
     return Tally(len(table), units, counts, failures)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from simulation.errors import Ended
 from simulation.game import Sampling
 from simulation.model_configs import ModelConfig
 from simulation.prompts import Prompt
@@ -45,7 +46,7 @@ class Ask:
         fields: What else the request says, n excepted.
         waiting: A future for each, the first one last.
         deliver: Takes futures and their outcomes, in the thread that waits for them.
-        fail: Takes futures and the cause why they get nothing.
+        fail: Takes futures, the cause why they get nothing, and how the round ended by that.
         deadline: When they are given up, as time.monotonic() tells it; None before the first request.
     """
 
@@ -57,7 +58,7 @@ class Ask:
         fields: dict[str, Any],
         waiting: list[asyncio.Future[Any]],
         deliver: Callable[[list[asyncio.Future[Any]], list[Outcome], float], None],
-        fail: Callable[[list[asyncio.Future[Any]], str], None],
+        fail: Callable[[list[asyncio.Future[Any]], str, Ended], None],
         deadline: float | None,
     ) -> None:
         self.purse = purse
@@ -102,9 +103,9 @@ class Ask:
         part.got_one = self.got_one
         return part
 
-    def give_up(self, cause: str) -> None:
-        """Let all of them know that they get nothing, and why."""
-        self.fail(self.waiting, cause)
+    def give_up(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
+        """Let all of them know that they get nothing, why, and how the round ended by that."""
+        self.fail(self.waiting, cause, ended)
         self.waiting = []
 
     def body(self, count: int) -> bytes:

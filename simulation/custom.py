@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import cloudpickle
+from agentscope.rpc import RpcMeta
 
 from participant import LLMParticipant, Participant, RandomParticipant, answers_many
 from simulation.errors import SettingsError, one_line
@@ -37,7 +43,8 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:
-        module_spec.loader.exec_module(module)
+        with _unregistered():
+            module_spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
         raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
     found = getattr(module, class_name, None)
@@ -68,3 +75,40 @@ def pack_class(cls: type[Participant]) -> bytes:
             f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
         )
     return packed
+
+
+_loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
+_loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  # a lock for each
+_lock = threading.Lock()
+
+
+def unpack_class(packed: bytes, run: str) -> type[Participant]:
+    """The class that `pack_class` packed, loaded once for all groups of a run in this process.
+
+    To load it for each group would set what the class itself keeps back to what it was in main; to keep it for the next
+    run would not.
+    """
+    key = (run, hashlib.sha256(packed).digest())
+    with _lock:
+        own_lock = _loading.setdefault(key, threading.Lock())
+    with own_lock:  # of this class alone: what another one imports may take long
+        cls = _loaded.get(key)
+        if cls is None:
+            with _unregistered():
+                cls = _loaded[key] = cloudpickle.loads(packed)
+        return cls
+
+
+@contextlib.contextmanager
+def _unregistered() -> Iterator[None]:
+    """Have AgentScope forget the names of classes that are made meanwhile.
+
+    It keeps all classes by their names alone, for ever, and warns of a second one of a name: participants are made by
+    their group, which has their class, and two files may each have a class of the same name.
+    """
+    before = set(RpcMeta._REGISTRY)
+    try:
+        yield
+    finally:
+        for name in set(RpcMeta._REGISTRY) - before:
+            RpcMeta._REGISTRY.pop(name, None)

@@ -11,10 +11,15 @@
     ├── ResultsError         5   results could not be written
     └── Interrupted    130/143   Ctrl-C, or a TERM signal
 
-`UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing.
+`UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing. A participant
+may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone. What the program itself
+raises of that kind is a `KnownCause`.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
 
 
 class SimulationError(Exception):
@@ -81,7 +86,7 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """An answer that is no number in range; the message is the cause that is counted.
+    """An answer that is no number in range; participants of one's own may raise it, too.
 
     Args:
         cause: Why.
@@ -93,15 +98,65 @@ class UnusableAnswer(Exception):
         self.text = text
 
 
+class Ended(IntEnum):
+    """How a round ended for some of its participants; for all of them together, as the last of these."""
+
+    COMPLETE = 0  # everyone was asked to the end, whatever they answered
+    MODEL_FAILED = 1  # a model server gave no answer
+    OUT_OF_TOKENS = 2  # the budget did not suffice
+    INTERRUPTED = 3  # a person ended it
+
+
+class KnownCause(UnusableAnswer):
+    """An unusable answer for a reason that the program itself gives: its words are counted as they are.
+
+    Args:
+        cause: Why.
+        text: What was answered, where there was a text.
+        ended: How the round ended by that.
+    """
+
+    def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
+        super().__init__(cause, text)
+        self.ended = ended
+
+
+class Failure(NamedTuple):
+    """What is kept of a participant's failure: the words it is counted by, what it said, and how its round ended."""
+
+    cause: str
+    text: str | None = None
+    ended: Ended = Ended.COMPLETE
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What is kept of whatever a participant raised; never raises."""
+    text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a class of theirs may have none
+    ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
+    return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The cause of a failure in one line of at most `limit` characters, `ValueError: what it said`; never raises."""
+    """The cause of a failure in one line of at most `limit` characters, `ValueError: what it said`; never raises.
+
+    The program's own words stand alone; those of others come after the name of what was raised, so that nobody takes
+    the one for the other.
+    """
     try:
         text = str(error)
     except BaseException:  # noqa: BLE001 - a person's own exception may fail at this, too
         text = "(its text cannot be shown)"
     text = printable(text[: 10 * limit])
     name = type(error).__name__
-    line = text if isinstance(error, UnusableAnswer) else f"{name}: {text}" if text else name
+    if not name.isidentifier():  # so can a class be named that is made by a call
+        name = "Exception"
+    if type(error) is KnownCause:  # a class derived from it is theirs
+        return shortened(text, limit)
+    return shortened(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", limit)
+
+
+def shortened(line: str, limit: int) -> str:
+    """The line in at most `limit` characters."""
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulation.cast import Cast
-from simulation.errors import UnusableAnswer
+from simulation.errors import Ended, KnownCause
 from simulation.reading import NO_NUMBER, parse_number
 from simulation.shares import GAMMA, MASK, mix
 
@@ -207,10 +207,10 @@ def to_units(answer: Any, game: Game) -> int:
     if text is not None:
         answer = parse_number(text)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
-        raise UnusableAnswer(NO_NUMBER)
+        raise KnownCause(NO_NUMBER)
     number: Any = answer
     if not 0 <= number <= game.max_value:  # not a number is in no range
-        raise UnusableAnswer(OUT_OF_RANGE, text)
+        raise KnownCause(OUT_OF_RANGE, text)
     if isinstance(number, Integral):
         number = int(number)  # of numpy's there are some that overflow
     elif not isinstance(number, (Rational, Decimal)):
@@ -230,12 +230,14 @@ class Tally:
         units: The distinct answers, ascending, int64 of shape (distinct,).
         counts: How often each of them was given, int64 of shape (distinct,).
         failures: Participants without a usable answer, by cause.
+        ended: How the round ended for them; words of causes say nothing about that.
     """
 
     asked: int
     units: Units = field(default_factory=lambda: np.empty(0, np.int64))
     counts: Units = field(default_factory=lambda: np.empty(0, np.int64))
     failures: dict[str, int] = field(default_factory=dict)
+    ended: Ended = Ended.COMPLETE
 
     def __post_init__(self) -> None:
         if self.asked != self.answered + self.failed:
@@ -264,7 +266,8 @@ class Tally:
         if not isinstance(other, Tally):
             return NotImplemented
         same_answers = np.array_equal(self.units, other.units) and np.array_equal(self.counts, other.counts)
-        return self.asked == other.asked and same_answers and self.failures == other.failures
+        same_failures = self.failures == other.failures and self.ended == other.ended
+        return self.asked == other.asked and same_answers and same_failures
 
     def average(self) -> Fraction | None:
         """The exact mean in units; None when nobody answered."""
@@ -296,7 +299,9 @@ class Tally:
         """The same tally as several of at most `distinct` values each, for messages of bounded size."""
         pieces = [slice(at, at + distinct) for at in range(0, len(self.units), distinct)]
         parts = [Tally(int(self.counts[piece].sum()), self.units[piece], self.counts[piece]) for piece in pieces]
-        return parts + [Tally(self.failed, failures=self.failures)] if self.failures or not parts else parts
+        if self.failures or not parts:
+            parts.append(Tally(self.failed, failures=self.failures, ended=self.ended))
+        return parts
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
@@ -311,7 +316,8 @@ def merge(tallies: Iterable[Tally]) -> Tally:
     failures: Counter[str] = Counter()
     for tally in every:
         failures.update(tally.failures)
-    return Tally(sum(tally.asked for tally in every), units, counts, dict(failures))
+    ended = max(tally.ended for tally in every)
+    return Tally(sum(tally.asked for tally in every), units, counts, dict(failures), ended)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ group's own. AgentScope's construction is touched here, because it costs more th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import threading
@@ -15,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import uvloop
 from agentscope.rpc import RpcMeta
@@ -23,14 +23,15 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from participant import Home, Participant, answer_in, answers_many, message_of
-from simulation.errors import UnusableAnswer, one_line
-from simulation.game import INTERRUPTED, Announcement, Game, Question, Tally, Winners, to_units
+from simulation.custom import unpack_class
+from simulation.errors import KnownCause, failure_of, one_line
+from simulation.game import Announcement, Game, Question, Tally, Winners, to_units
 from simulation.glance import Glance, glance_at
 from simulation.heartbeat import Progress
 from simulation.model import Chat
 from simulation.placement import run_of
 from simulation.scheduler import Scheduler, collector_paused, spare_from_collector
-from simulation.sheet import Answers, AnswerSheet
+from simulation.sheet import CUT_SHORT, Answers, AnswerSheet
 from simulation.usage import Usage
 
 TURN = 32_768  # participants of a group that wait for a model at the same time
@@ -66,11 +67,12 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.count = count
         self.game = game
         self.lease_s = lease_s
-        self._class: type[Participant] = cloudpickle.loads(participant_class)
+        self._class = unpack_class(participant_class, run_of(oid))
         self._many = answers_many(self._class)
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
         self._round = 0
+        self._allowed = 0  # the last round whose costs were told
         self._sheet: AnswerSheet | None = None
         self._scheduler: Scheduler | None = None  # of the round that is under way
         self._halted = self._closing = False
@@ -78,7 +80,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         # Seconds, and of these of CPU, of the rounds so far; and where both clocks stood when the one under way began
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
         self._error = ""
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards what is looked at before it is set: calls come in many threads
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._home = Home(oid, self._loop, self._chat)
@@ -92,20 +94,28 @@ class ParticipantGroup(metaclass=RpcMeta):
 
         Does nothing if this round has begun, or is over: whoever is not sure whether it was heard says it again.
         """
-        if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
-            return
-        if not self.progress().finished:
-            raise RuntimeError(f"group {self.oid} is still busy")
-        self._halted = False
-        self.allow(tokens_each)
-        self._sheet = AnswerSheet(self.first, self.count)
-        self._round = question.round
-        asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
+        with self._changed:
+            if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
+                return
+            if self._closing:
+                raise RuntimeError(f"group {self.oid} is closed")
+            if self._done() < self.count:
+                raise RuntimeError(f"group {self.oid} is still busy")
+            self._halted = False
+            self.allow(question.round, tokens_each)
+            self._sheet = AnswerSheet(self.first, self.count)
+            self._round = question.round
+            asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
 
-    def allow(self, tokens_each: float | None) -> None:
-        """What each participant may cost from now on, on average, in tokens; None is no limit."""
-        if self._chat is not None:
-            self._chat.allow(None if tokens_each is None else tokens_each * self.count)
+    def allow(self, number: int, tokens_each: float | None) -> None:
+        """What each participant may cost in a round, on average, in tokens; None is no limit.
+
+        Does nothing if that was said of this round, or of a later one: what is spent stays spent.
+        """
+        with self._changed:
+            if self._chat is not None and number > self._allowed:
+                self._allowed = number
+                self._chat.allow(None if tokens_each is None else tokens_each * self.count)
 
     def usage(self) -> Usage:
         """What all rounds have cost so far."""
@@ -132,16 +142,17 @@ class ParticipantGroup(metaclass=RpcMeta):
             first: The first of them.
             values: Their answers, of shape (rounds, participants); not a number where there is none.
         """
-        if self._done() < self.count:
+        agents = self._agents  # once, as `close` may take them away meanwhile
+        if self._done() < self.count or len(agents) < self.count:
             raise RuntimeError(f"group {self.oid} is still being built")
         for offset, numbers in enumerate(values.T.tolist()):
             place = first - self.first + offset
-            agent = self._agents[place]
+            agent = agents[place]
             if not isinstance(agent, str):
                 try:
                     agent.recall(tuple(None if math.isnan(number) else number for number in numbers))
                 except BaseException as error:  # noqa: BLE001 - a person's own recall may raise anything
-                    self._agents[place] = one_line(error)
+                    agents[place] = one_line(error)
 
     def halt(self, at_once: bool) -> None:
         """Stop asking: whoever has not answered counts as failed, interrupted.
@@ -149,9 +160,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         `at_once` is for participants that cannot be stopped, as they block: what they still answer is not heard.
         """
         if not at_once:
-            self._loop.call_soon_threadsafe(self._halt)
-        elif self._sheet is not None:
-            self._sheet = self._sheet.closed(INTERRUPTED)
+            with contextlib.suppress(RuntimeError):  # the group is closed
+                self._loop.call_soon_threadsafe(self._halt)
+            return
+        with self._changed:
+            if self._sheet is not None:
+                self._sheet = self._sheet.closed()
+            self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """One part of the round's tally, and how many parts there are."""
@@ -175,32 +190,38 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def participant(self, index: int) -> Participant | Unbuilt | None:
         """The agent with this index among all participants; None if it is not here."""
-        place = index - self.first
-        agent = self._agents[place] if 0 <= place < len(self._agents) else None
+        place, agents = index - self.first, self._agents  # once, as `close` may take them away meanwhile
+        agent = agents[place] if 0 <= place < len(agents) else None
         return Unbuilt(agent) if isinstance(agent, str) else agent
 
     def close(self) -> None:
         """Stop whatever runs, and let go of all participants; does nothing the second time."""
-        self._closing = True
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
         if self._chat is not None:
             self._chat.close()
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # its thread has not begun to run it, and closed it already
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
-        self._agents = []
-        self._scheduler = None
-        self._sheet = None
+        with self._changed:
+            self._agents = []
+            self._scheduler = None
+            self._sheet = None
         _release_threads(self.oid)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
     def _done(self) -> int:
-        return self._sheet.done if self._sheet is not None else len(self._agents)
+        sheet = self._sheet  # once, as `close` may take it away meanwhile
+        return sheet.done if sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
-        if self._sheet is None or self._sheet.done < self.count:
+        sheet = self._sheet
+        if sheet is None or sheet.done < self.count:
             raise RuntimeError(f"group {self.oid} has no finished round")
-        return self._sheet
+        return sheet
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -275,7 +296,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         def answer(place: int) -> Any:
             agent = agents[place]
             if isinstance(agent, str):
-                raise UnusableAnswer(agent)
+                raise KnownCause(agent)
             return agent.answer(question)
 
         def answered(places: list[int], answers: list[Any]) -> None:
@@ -300,12 +321,11 @@ class ParticipantGroup(metaclass=RpcMeta):
             for place in places:
                 try:
                     units = to_units(self._reply(place, question), self.game)
+                    with lock:
+                        sheet.put(place, units)
                 except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything, and fails alone
                     with lock:
                         self._fail(sheet, place, error)
-                else:
-                    with lock:
-                        sheet.put(place, units)
 
         pool = _threads(self.oid, self._reply_threads)
         asking = [self._loop.run_in_executor(pool, ask) for _ in range(min(self._reply_threads, self.count))]
@@ -313,21 +333,23 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _reply(self, place: int, question: Question) -> Any:
         agent = self._agents[place]
-        if self._halted or isinstance(agent, str):
-            raise UnusableAnswer(INTERRUPTED if self._halted else str(agent))
+        if self._halted:
+            raise KnownCause(*CUT_SHORT)
+        if isinstance(agent, str):
+            raise KnownCause(agent)
         return answer_in(agent.reply(message_of(question)))
 
     def _fail(self, sheet: AnswerSheet, place: int, error: BaseException) -> None:
-        text = error.text if isinstance(error, UnusableAnswer) else None
-        sheet.fail(place, INTERRUPTED if self._halted else one_line(error), text)
+        failure = failure_of(error)
+        sheet.fail(place, *(CUT_SHORT._replace(text=failure.text) if self._halted else failure))
 
     def _halt(self) -> None:
-        self._halted = True
-        if self._scheduler is not None:
-            self._scheduler.halt()
-        elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
-            self._sheet = self._sheet.closed(INTERRUPTED)
-            with self._changed:
+        with self._changed:
+            self._halted = True
+            if self._scheduler is not None:
+                self._scheduler.halt()
+            elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
+                self._sheet = self._sheet.closed()
                 self._changed.notify_all()
 
 
@@ -340,7 +362,7 @@ class Unbuilt:
         self.cause = cause
 
     def reply(self, *_: Any) -> None:
-        raise UnusableAnswer(self.cause)
+        raise KnownCause(self.cause)
 
     play = reply
 

@@ -17,7 +17,7 @@ from agentscope.manager import ModelManager
 
 from simulation.asks import Ask, Outcome
 from simulation.config import SimulationConfig
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import Ended, KnownCause, UnusableAnswer, one_line
 from simulation.game import Game, Sampling
 from simulation.model_configs import ModelConfig, read_models
 from simulation.prompts import Prompt, answer_tokens, structured_fields
@@ -63,13 +63,16 @@ class Chat:
         deadline: float | None = None
         for _ in range(self.sampling.max_attempts):
             (text, cause), deadline = await self._sample(model, prompt, None, deadline)
-            if cause is None:
-                assert text is not None
-                try:
-                    return read(text)
-                except UnusableAnswer as error:
-                    cause = str(error)
-        raise UnusableAnswer(cause or "", text)
+            if cause is not None:
+                unusable: UnusableAnswer = KnownCause(cause, text)
+                continue
+            assert text is not None
+            try:
+                return read(text)
+            except UnusableAnswer as error:  # of whatever class: whose words it has stays known
+                unusable = error
+                unusable.text = text
+        raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
         """What one participant says freely, in up to so many tokens, and whether that is all it had to say.
@@ -81,7 +84,7 @@ class Chat:
             (text, cause), deadline = await self._sample(model, prompt, tokens, deadline)
             if text is not None and cause in (None, CUT_OFF["length"]):
                 return text, cause is None
-        raise UnusableAnswer(cause or "", text)
+        raise KnownCause(cause or "", text)
 
     def allow(self, tokens: float | None) -> None:
         """What may be spent from now on, in tokens; None is no limit."""
@@ -155,14 +158,14 @@ class Chat:
         def deliver(waiting: Waiting, outcomes: list[Outcome], deadline: float) -> None:
             _in_loop(loop, _set_results, waiting, outcomes, deadline)
 
-        def fail(waiting: Waiting, cause: str) -> None:
-            _in_loop(loop, _set_failures, waiting, cause)
+        def fail(waiting: Waiting, cause: str, ended: Ended) -> None:
+            _in_loop(loop, _set_failures, waiting, cause, ended)
 
         for (model, prompt, free_tokens, deadline), waiting in fresh.items():
             waiting.reverse()
             try:
                 config = config_of(model)
-            except UnusableAnswer as error:
+            except KnownCause as error:
                 _set_failures(waiting, str(error))
                 continue
             fields = _fields(self._game, config, free_tokens)
@@ -180,10 +183,10 @@ def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
 
 
 def config_of(model: str) -> ModelConfig:
-    """What AgentScope in this process knows of a model; raises UnusableAnswer if it knows none of this name."""
+    """What AgentScope in this process knows of a model; raises KnownCause if it knows none of this name."""
     entry = ModelManager.get_instance().get_config_by_name(model)
     if entry is None:
-        raise UnusableAnswer(f"this agent server knows no model {model}")
+        raise KnownCause(f"this agent server knows no model {model}")
     return ModelConfig(model, entry["model_name"], entry["client_args"]["base_url"].rstrip("/"), entry)
 
 
@@ -230,10 +233,10 @@ def _set_results(waiting: Waiting, outcomes: list[Outcome], deadline: float) -> 
             future.set_result((outcome, deadline))
 
 
-def _set_failures(waiting: Waiting, cause: str) -> None:
+def _set_failures(waiting: Waiting, cause: str, ended: Ended = Ended.COMPLETE) -> None:
     for future in waiting:
         if not future.done():
-            future.set_exception(UnusableAnswer(cause))
+            future.set_exception(KnownCause(cause, ended=ended))
 
 
 class _ModelThread:

@@ -14,7 +14,7 @@ from collections import deque
 from loguru import logger
 
 from simulation.asks import Ask, Purse
-from simulation.errors import one_line
+from simulation.errors import Ended, one_line
 from simulation.in_flight import InFlight
 from simulation.model_configs import ModelConfig
 from simulation.model_http import ModelHttp
@@ -102,7 +102,7 @@ class ModelClient:
             if ask.purse.owes:  # the end of one of its requests may bring some tokens back
                 broke += 1
             else:
-                ask.give_up(OUT_OF_TOKENS)
+                ask.give_up(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
 
     def _measure(self, batch: Ask) -> tuple[int, int]:
         """The limit, and how much of it a request takes up: counted in requests if it was set, else in answers."""
@@ -129,7 +129,7 @@ class ModelClient:
         while self._queue:
             ask = self._queue[0]
             if ask.waiting and time.monotonic() >= self._end_of(ask):
-                ask.give_up(ask.cause or self._last_cause)
+                ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
             if ask.waiting:
                 return ask
             self._queue.popleft()
@@ -161,7 +161,7 @@ class ModelClient:
                 now = time.monotonic()
                 for ask in self._queue:
                     if now >= self._end_of(ask):
-                        ask.give_up(ask.cause or self._last_cause)
+                        ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
                 self._places.beat(waiting=bool(self._queue) and now >= self._resting_until)
                 self._pump()
             self._places.beat(waiting=False)
@@ -237,7 +237,7 @@ class ModelClient:
         if not trouble.again or (trouble.garbled and batch.troubles >= GARBLED_REPLIES):
             same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
             for ask in [batch, *(same if trouble.refused else [])]:  # none of them would fare better
-                ask.give_up(cause)
+                ask.give_up(cause, Ended.MODEL_FAILED)
         elif trouble.endpoint:
             if time.monotonic() >= self._resting_until:  # else it is of the same burst as the one before
                 self._troubles += 1

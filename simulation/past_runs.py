@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
 from simulation.config import SimulationConfig, flag_of
-from simulation.errors import ClusterError, SettingsError, one_line, printable
+from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
 from simulation.placement import Endpoint
@@ -44,6 +44,7 @@ class _Round(_Part):
     answered: int
     failed: int
     failures: dict[str, int]
+    ended: Literal["complete", "model_failed", "out_of_tokens", "interrupted"] | None = None  # older runs have none
     reassigned: int
     average: float | None
     median: float | None
@@ -125,7 +126,7 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     config, summary = read_summary(path, "--resume ")
     config = replace(config_to_resume(path, config, given), run_dir=str(path.resolve()))
     results = read_results(path, config, summary)
-    cut = (number for number, result in enumerate(results) if INTERRUPTED in result.tally.failures)
+    cut = (number for number, result in enumerate(results) if result.tally.ended is Ended.INTERRUPTED)
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
@@ -151,8 +152,18 @@ def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int |
     if budget_now is None or not summary["rounds"]:
         return False
     spent = sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
-    ran_out = OUT_OF_TOKENS in summary["rounds"][-1]["failures"] and budget_now == budget_then
+    last = summary["rounds"][-1]
+    ran_out = _ended(last, last["failures"]) is Ended.OUT_OF_TOKENS and budget_now == budget_then
     return ran_out or spent >= budget_now
+
+
+def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
+    """How a round ended; in a run of an earlier version, which does not say so, as the causes of failures tell it."""
+    if entry.get("ended") is not None:
+        return Ended[entry["ended"].upper()]
+    if INTERRUPTED in causes:
+        return Ended.INTERRUPTED
+    return Ended.OUT_OF_TOKENS if OUT_OF_TOKENS in causes else Ended.COMPLETE
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
@@ -326,6 +337,7 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -
         if entry["round"] not in tallies:
             raise SettingsError(f"{path}: the answers of round {entry['round']} are missing")
         tally = tallies[entry["round"]]
+        tally = replace(tally, ended=_ended(entry, tally.failures))
         average = tally.average()
         said = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / rule.scale))
         summed_up = tuple(entry[key] for key in ("asked", "answered", "failed", "average"))

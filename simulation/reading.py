@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from simulation import answer_words as words
-from simulation.errors import UnusableAnswer
+from simulation.errors import KnownCause
 
 TEXT_READ = 20_000  # characters of an answer at most
 SHORT = 64  # characters of an answer that is worth remembering
@@ -133,12 +133,12 @@ def parse_number(text: str) -> float:
     Thoughts (<think>...</think>), ranges, totals and what is negated are left out.
 
     Raises:
-        UnusableAnswer: There is no number, or it is not certain which one is the writer's: somebody else may have given
+        KnownCause: There is no number, or it is not certain which one is the writer's: somebody else may have given
             it, or may give it, it may be of an earlier round, be part of another one as in "10 million", or be taken
             back.
     """
     if len(text) > TEXT_READ:
-        raise UnusableAnswer(TOO_LONG, text)
+        raise KnownCause(TOO_LONG, text)
     if bare := _BARE.fullmatch(text):
         return float(bare[1])
     return _read_short(text) if len(text) <= SHORT else _read(text)
@@ -148,13 +148,13 @@ def _read(text: str) -> float:
     said = _plain(text)
     sentences = _core(_sentences(said))
     if not _DIGITS.search(said):
-        raise UnusableAnswer(NO_NUMBER, text)
+        raise KnownCause(NO_NUMBER, text)
     stated = [_stated(each) for each in sentences[:SENTENCES_READ]]
     found = None
     if 0 < len(sentences) <= SENTENCES_READ and not _dubious(said):
         found = _only(sentences, stated) or _first(sentences, stated) or _last(sentences, stated)
     if found is None or (found.kind != "final" and any(each and each.number != found.number for each in stated)):
-        raise UnusableAnswer(UNCERTAIN, text)
+        raise KnownCause(UNCERTAIN, text)
     return found.number
 
 

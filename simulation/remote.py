@@ -23,7 +23,7 @@ from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, St
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 
 from simulation.channels import await_call, channel_to, translated_error
-from simulation.errors import ClusterError, UnusableAnswer
+from simulation.errors import ClusterError, KnownCause
 from simulation.placement import Endpoint
 
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
@@ -61,7 +61,7 @@ def remove(proxy: RemoteObject) -> None:
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
     """Ask one agent through AgentScope's own asynchronous call, and wait for as long as it takes.
 
-    Raises UnusableAnswer with the agent's own words if its `reply` raises, ClusterError if the server does not answer.
+    Raises KnownCause with what its server says of it if its `reply` raises, ClusterError if the server does not answer.
     """
     try:
         return getattr(proxy, method)(message).result()
@@ -69,7 +69,7 @@ def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
         cause = error.__cause__
         if isinstance(cause, grpc.RpcError):
             raise translated_error(cause, proxy.client.endpoint) from None
-        raise UnusableAnswer(str(error.message).removeprefix("Failed to update placeholder: ")) from None
+        raise KnownCause(str(error.message).removeprefix("Failed to update placeholder: ")) from None
 
 
 class _Client(RpcClient):

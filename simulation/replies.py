@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import printable, shortened
 from simulation.usage import MODEL_SERVER
 
 BUSY = (429, 503)  # the server asks everyone to wait
@@ -134,7 +134,7 @@ def _words_of(body: bytes) -> str:
 
 def in_one_line(words: Any, limit: int) -> str:
     """What a stranger says, fit to be printed: one line of at most `limit` characters that steers no terminal."""
-    return one_line(UnusableAnswer(str(words)), limit)
+    return shortened(printable(str(words)[: 10 * limit]), limit)
 
 
 def retry_after(value: str | None, now: float) -> float:

@@ -6,13 +6,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
 from simulation.config import SimulationConfig
-from simulation.errors import printable
-from simulation.game import INTERRUPTED, Announcement, Game, RoundResult, Tally, Units, announcement_of
+from simulation.errors import Ended, printable
+from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
 from simulation.past_runs import PastRun
 from simulation.results import most_frequent
 from simulation.usage import Usage
@@ -145,9 +144,9 @@ def group_lines(run: PastRun) -> list[str]:
     return lines
 
 
-def played_whole(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rounds of a summary that were played to their end."""
-    return [entry for entry in summary["rounds"] if INTERRUPTED not in entry["failures"]]
+def played_whole(run: PastRun) -> list[RoundResult]:
+    """The rounds of a run that were played to their end."""
+    return [result for result in run.results if result.tally.ended is not Ended.INTERRUPTED]
 
 
 def run_lines(run: PastRun) -> list[str]:
@@ -158,5 +157,5 @@ def run_lines(run: PastRun) -> list[str]:
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
-    played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
+    played = f"{len(played_whole(run))} of {run.config.rounds} rounds"
     return [*lines, f"run {run.name} is {run.summary['status']}: {played}"]

@@ -106,8 +106,8 @@ def page_content(run: PastRun) -> dict[str, Any]:
         "config": run.config,
         "summary": summary,
         "digits": digits,
-        "status": _status(summary),
-        "played": len(played_whole(summary)),
+        "status": _status(run),
+        "played": len(played_whole(run)),
         "last": next(
             (each for each in reversed(entries) if each["average"] is not None), entries[-1] if entries else None
         ),
@@ -123,12 +123,12 @@ def page_content(run: PastRun) -> dict[str, Any]:
     }
 
 
-def _status(summary: dict[str, Any]) -> str:
+def _status(run: PastRun) -> str:
     """How the run ended, in words."""
-    entries, status = summary["rounds"], summary["status"]
+    entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
         return "partial: nobody gave a usable answer"
-    if status == "interrupted" and len(played_whole(summary)) < len(entries):
+    if status == "interrupted" and len(played_whole(run)) < len(entries):
         return f"interrupted in round {entries[-1]['round']}"
     return STATUSES[status]
 

@@ -363,6 +363,7 @@ def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:
         "answered": tally.answered,
         "failed": tally.failed,
         "failures": most_frequent(tally.failures),
+        "ended": tally.ended.name.lower(),
         "reassigned": result.reassigned,
         "average": _value(result.average, scale),
         "median": _value(tally.median(), scale),

@@ -25,7 +25,7 @@ from simulation.channels import use_key
 from simulation.cluster import Cluster, Record
 from simulation.config import SimulationConfig
 from simulation.custom import load_class
-from simulation.errors import AgentGone, GameEnded, SimulationError, UnusableAnswer
+from simulation.errors import AgentGone, Ended, GameEnded, SimulationError, UnusableAnswer
 from simulation.game import (
     INTERRUPTED,
     Announcement,
@@ -178,9 +178,9 @@ class Simulation:
     def _result(self, number: int, started: float) -> RoundResult:
         """Collect what was answered, announce the average and the winning number, and hear who won."""
         missing = self.config.participant_num - sum(seat.count for seat in self.cluster.seated)
-        tally = merge(self.cluster.all(whole_tally).values()) + Tally(
-            missing, failures={INTERRUPTED: missing} if missing else {}
-        )
+        tally = merge(self.cluster.all(whole_tally).values())
+        if missing:
+            tally += Tally(missing, failures={INTERRUPTED: missing}, ended=Ended.INTERRUPTED)
         if tally.asked != self.config.participant_num:
             raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
         average = tally.average()

@@ -14,8 +14,8 @@ from loguru import logger
 
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
-from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
-from simulation.game import INTERRUPTED, Game, announcement_of
+from simulation.errors import ClusterError, Ended, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
+from simulation.game import Game, announcement_of
 from simulation.past_runs import PastRun, Played
 from simulation.placement import remote_run
 from simulation.readiness import check_cluster, check_models
@@ -24,7 +24,7 @@ from simulation.results import RunDirectory, summarise
 from simulation.rounds import Simulation
 from simulation.seating import Seat
 from simulation.security import ClusterKey
-from simulation.usage import MODEL_SERVER, OUT_OF_TOKENS, Usage
+from simulation.usage import Usage
 
 LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
@@ -178,12 +178,14 @@ class Run:
         self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
 
     def _look_after_models(self, simulation: Simulation) -> None:
-        """Find out whether another round makes sense: there are tokens left, and models that answer."""
-        failures = self.results[-1].tally.failures
+        """Find out whether the next round, if there is one, makes sense: there are tokens, and models that answer."""
+        if not self.to_play:
+            return
+        ended = self.results[-1].tally.ended
         spent = self.config.max_tokens is not None and self.usage.tokens >= self.config.max_tokens
-        if OUT_OF_TOKENS in failures or (spent and len(self.results) < self.config.rounds):
+        if ended is Ended.OUT_OF_TOKENS or spent:
             self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
-        elif self.watch.stop_signal is None and any(cause.startswith(MODEL_SERVER) for cause in failures):
+        elif self.watch.stop_signal is None and ended is Ended.MODEL_FAILED:
             try:
                 check_models(self.config, simulation.cluster.living)
             except ServerLost:
@@ -201,7 +203,7 @@ class Run:
         self.directory.join_answers()
         unanswered = self.ended_early is not None or any(result.tally.failed for result in self.results)
         stopped = self.ended_early is None and len(self.results) < self.config.rounds
-        cut_short = stopped or INTERRUPTED in last.tally.failures
+        cut_short = stopped or last.tally.ended is Ended.INTERRUPTED
         summary = self._write("interrupted" if cut_short else "partial" if unanswered else "complete")
         self._report(summary)
         logger.info(f"results in {self.directory.path}")

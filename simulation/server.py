@@ -2,6 +2,7 @@
 
 AgentScope's servicer is touched here, each time for a reason:
 - participants are found in their group by arithmetic, as a million entries in its pool are not needed;
+- an object that is created twice, as the first answer was lost, is one object;
 - deleting an object closes it first, so that its event loop and its participants are let go of;
 - its pool forgets replies after two hours, or when 8192 others have come, while some may still think: ours does not;
 - what an agent raises comes back as one line, not as a traceback, and always comes back;
@@ -23,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ from simulation.channels import (
     use_key,
 )
 from simulation.config import SimulationConfig
-from simulation.errors import SettingsError, UnusableAnswer, one_line
+from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
@@ -105,6 +107,8 @@ class SimulationServicer(AgentServerServicer):
         self._started = time.time()
         self._heard: dict[str, float] = {}  # run id -> time.monotonic() of the last call
         self._heard_lock = threading.Lock()
+        self._being_created: set[str] = set()
+        self._creating = threading.Condition()
         self._served: dict[str, tuple[int, int, int]] = {}  # see Handshake
         self._served_lock = threading.Lock()
 
@@ -151,7 +155,17 @@ class SimulationServicer(AgentServerServicer):
     def create_agent(self, request: Any, context: Any) -> GeneralResponse:
         self._hear(request.agent_id)
         self._note_served("create", len(request.agent_init_args), 0)
-        return super().create_agent(request, context)
+        with self._creating:
+            self._creating.wait_for(lambda: request.agent_id not in self._being_created)
+            if super().get_agent(request.agent_id) is not None:
+                return GeneralResponse(ok=True)  # AgentScope would make another one first, and leave it behind
+            self._being_created.add(request.agent_id)
+        try:
+            return super().create_agent(request, context)
+        finally:
+            with self._creating:
+                self._being_created.remove(request.agent_id)
+                self._creating.notify_all()
 
     def call_agent_func(self, request: Any, context: Any) -> CallFuncResponse:
         reply = super().call_agent_func(request, context)
@@ -179,12 +193,15 @@ class SimulationServicer(AgentServerServicer):
         runs = {run_of(agent_id) for agent_id in hosted}
         with self._heard_lock:
             self._heard = {run: heard for run, heard in self._heard.items() if run in runs or now - heard < FORGET_S}
-            silent_s = {run: now - heard for run, heard in self._heard.items()}
         for agent_id, agent in hosted.items():
             lease_s = getattr(agent, "lease_s", None)
-            if lease_s is not None and silent_s.get(run_of(agent_id), 0.0) > lease_s:
+            if self._drop(agent_id, unless=partial(self._is_leased, run_of(agent_id))):
                 logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
-                self._drop(agent_id)
+
+    def _is_leased(self, run: str, agent: Any) -> bool:
+        """Whether an object of a run is to stay, as the run was heard of, or the object is kept."""
+        lease_s, heard = getattr(agent, "lease_s", None), self._heard.get(run)
+        return lease_s is None or heard is None or time.monotonic() - heard <= lease_s
 
     def _model_troubles(self, asked: str) -> dict[str, str]:
         """What is wrong with those models that we know; asked are their names, and for how many seconds, as JSON."""
@@ -212,7 +229,8 @@ class SimulationServicer(AgentServerServicer):
         for oid, agent in self._hosted().items():
             run, kept = run_of(oid), getattr(agent, "lease_s", 0) is None
             if run == asked.get(KEEP_RUN):
-                agent.lease_s = None
+                with self.agent_id_lock:  # as it may be about to be dropped
+                    agent.lease_s = None
             elif run == asked.get(END_RUN):
                 self._drop(oid)
             elif NEW_RUN in asked and run != asked[NEW_RUN] and (kept or same_run(run, asked[NEW_RUN])):
@@ -238,11 +256,13 @@ class SimulationServicer(AgentServerServicer):
         with self.agent_id_lock:
             return dict(self.agent_pool)
 
-    def _drop(self, agent_id: str) -> bool:
+    def _drop(self, agent_id: str, unless: Callable[[Any], bool] | None = None) -> bool:
+        """Close an object, if it is there and there is nothing against it; returns whether it was dropped."""
         with self.agent_id_lock:
-            agent = self.agent_pool.pop(agent_id, None)
-        if agent is None:
-            return False
+            agent = self.agent_pool.get(agent_id)
+            if agent is None or (unless is not None and unless(agent)):
+                return False
+            del self.agent_pool[agent_id]
         if hasattr(agent, "close"):
             agent.close()
         # AgentScope hung a method of its own on the instance: a cycle that would wait for the collector
@@ -253,7 +273,7 @@ class SimulationServicer(AgentServerServicer):
         try:
             agent = self.get_agent(agent_id)
             if agent is None:
-                raise UnusableAnswer("the agent is gone")
+                raise KnownCause("the agent is gone")
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
         except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything; it must come back
             result = MAGIC_PREFIX + one_line(error).encode()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import Ended, Failure, failure_of
 from simulation.game import (
     INTERRUPTED,
     OTHER_CAUSES,
@@ -30,6 +30,7 @@ from simulation.game import (
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 PIECE = 65_536  # places that are counted at a time, as they and their copies fit a processor's cache
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
+CUT_SHORT = Failure(INTERRUPTED, ended=Ended.INTERRUPTED)
 UNDECIDED = -1
 FAILED = -2  # with the first cause on a sheet; FAILED - k with cause k
 
@@ -60,6 +61,7 @@ class AnswerSheet:
         self.count = count
         self.done = 0
         self.texts: dict[int, str] = {}
+        self.ended = Ended.COMPLETE
         self._causes: dict[str, int] = {}  # and the code of each
         self._fill(array("q", [UNDECIDED]) * count)
 
@@ -97,24 +99,27 @@ class AnswerSheet:
         try:
             self.put(place, to_units(answer, game))
         except BaseException as error:  # noqa: BLE001 - a person's own kind of number may raise anything
-            self.fail(place, one_line(error), error.text if isinstance(error, UnusableAnswer) else None)
+            self.fail(place, *failure_of(error))
 
-    def fail(self, place: int, cause: str, text: str | None = None) -> None:
+    def fail(self, place: int, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
         """Record that participant first + place gave no usable answer, and what it said, of the first who failed."""
         if text is not None and len(self.texts) < TEXTS_KEPT:
             self.texts[place] = text[:TEXT_KEPT]
         self._places[place] = self._code(cause)
+        self.ended = max(self.ended, ended)
         self.done += 1
 
     def _code(self, cause: str) -> int:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
-    def closed(self, cause: str) -> AnswerSheet:
-        """A copy on which everyone who is undecided has failed with this cause; the original may go on filling."""
+    def closed(self) -> AnswerSheet:
+        """A copy on which everyone who is undecided was interrupted; the original may go on filling."""
         copy = AnswerSheet(self.first, 0)
         copy._fill(self._places[:])  # before the causes, which are there first
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
-        copy._units[copy._units == UNDECIDED] = copy._code(cause)
+        undecided = copy._units == UNDECIDED
+        copy._units[undecided] = copy._code(CUT_SHORT.cause)
+        copy.ended = CUT_SHORT.ended if undecided.any() else self.ended
         copy.count = copy.done = self.count
         return copy
 
@@ -122,9 +127,7 @@ class AnswerSheet:
         """Count what was answered; raises ValueError while a participant is still undecided."""
         distinct, counts = counted(self._units[self._units >= 0])
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
-        causes = list(self._causes)
-        interrupted = causes.index(INTERRUPTED) if INTERRUPTED in self._causes else None
-        return Tally(self.count, distinct, counts, told_apart(failed, causes.__getitem__, interrupted))
+        return Tally(self.count, distinct, counts, told_apart(failed, list(self._causes).__getitem__), self.ended)
 
     def so_far(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
         """What is in already, while more may come: answers in bins of `width` units from 0 on, and failures by cause.
@@ -172,14 +175,9 @@ def _plain_numbers(answers: Sequence[Any]) -> NDArray[np.float64] | None:
         return None
 
 
-def told_apart(often: Units, cause: Callable[[int], str], interrupted: int | None) -> dict[str, int]:
-    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together.
-
-    Cause `interrupted` is always told apart: by it a round is known that was not played to its end.
-    """
+def told_apart(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
+    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together."""
     most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
-    if interrupted is not None and interrupted < len(often) and interrupted not in most:
-        most[-1] = interrupted
     failures = {cause(place): int(often[place]) for place in most if often[place]}
     others = int(often.sum()) - sum(failures.values())
     if others:

@@ -10,7 +10,8 @@ from collections import Counter, deque
 from typing import Any
 
 from simulation.console import Stage
-from simulation.game import INTERRUPTED, RoundResult
+from simulation.errors import Ended
+from simulation.game import RoundResult
 from simulation.glance import BINS, Glance, bins_of
 from simulation.heartbeat import Standing
 from simulation.lookout import Lookout
@@ -106,7 +107,7 @@ class RunView:
                 "round": result.round,
                 "answered": result.tally.answered,
                 "failed": result.tally.failed,
-                "interrupted": INTERRUPTED in result.tally.failures,
+                "interrupted": result.tally.ended is Ended.INTERRUPTED,
                 "reassigned": result.reassigned,
                 "average": None if result.average is None else float(result.average / scale),
                 "winning_number": None if result.winning_number is None else float(result.winning_number / scale),

@@ -57,7 +57,7 @@ def test_summary_and_console_are_as_promised(cluster):
     assert summary["cluster"]["lost"] == []
     assert [entry["round"] for entry in summary["rounds"]] == [1, 2]
     assert set(summary["rounds"][0]) == {
-        *("round", "asked", "answered", "failed", "failures", "reassigned", "average", "median", "std"),
+        *("round", "asked", "answered", "failed", "failures", "ended", "reassigned", "average", "median", "std"),
         *("min", "max", "winning_number", "winners", "seconds"),
     }
     assert summary["config"]["seed"] == 7

@@ -8,19 +8,31 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
+from agentscope.rpc import RpcMeta
 from conftest import until
 
-from moderator import whole_tally
-from participant import Participant, RandomParticipant
+from moderator import OneByOne, whole_tally
+from participant import Participant, RandomParticipant, message_of
+from simulation.config import SimulationConfig
 from simulation.custom import pack_class
-from simulation.game import Game, draw, question_for
-from simulation.group import INTERRUPTED, ParticipantGroup
+from simulation.errors import Ended
+from simulation.game import INTERRUPTED, Game, draw, question_for
+from simulation.group import ParticipantGroup
+from simulation.placement import Endpoint
+from simulation.seating import Seat
+from simulation.server import SimulationServicer
+from simulation.sheet import AnswerSheet
 
 GAME = Game(7, 100, 0, 0.0)
+SEAT = Seat("run/group-0", 0, 40, Endpoint("localhost", 1), Endpoint("localhost", 2))
 
 
 class Sleeper(Participant):
@@ -106,7 +118,7 @@ class Blocking(Participant):
         sys.modules["test_group"].TOGETHER.wait(60)  # by name, as the class travels with all that it names itself
         if self.index == 3:
             raise SystemExit(3)
-        return Msg(self.name, f"{x.metadata['round']} it is not, I say {self.index}", "assistant")
+        return Msg(self.name, f"Not {x.metadata['round']}: my number is {self.index}", "assistant")
 
 
 def test_what_agents_have_is_there_when_it_is_asked_for(group_of):
@@ -199,6 +211,128 @@ def test_a_task_that_exits_ends_nothing(group_of):
     group.begin(question_for(GAME, 1, ()))
     until(lambda: group.progress(1.0).finished, 10, "answered")
     assert group.collect(0)[0].answered == 20
+
+
+class Meanwhile:
+    """Makes something; while it makes the first one, the same call is made in another thread.
+
+    That thread has to wait, which no test can wait for: where nothing holds it up, it ends within a moment.
+    """
+
+    def __init__(self, make, call):
+        self.made = 0
+        self._make = make
+        self._thread = threading.Thread(target=call)
+
+    def __call__(self, *arguments):
+        self.made += 1
+        if self.made == 1:
+            self._thread.start()
+            self._thread.join(0.3)
+        return self._make(*arguments)
+
+    def end(self):
+        self._thread.join()
+        return self.made
+
+
+def test_a_round_that_is_begun_twice_at_once_is_asked_once(group_of, monkeypatch):
+    group = group_of(RandomParticipant, 1000)
+    meanwhile = Meanwhile(AnswerSheet, lambda: group.begin(question_for(GAME, 1, ())))
+    monkeypatch.setattr("simulation.group.AnswerSheet", meanwhile)
+    group.begin(question_for(GAME, 1, ()))
+    assert meanwhile.end() == 1
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    group.begin(question_for(GAME, 1, ()))  # once more, when it is over
+    assert group.progress().finished and whole_tally(group).answered == 1000 and meanwhile.made == 1
+
+
+def test_a_round_of_those_who_are_asked_alone_is_begun_once(monkeypatch):
+    asked = Counter()
+    alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
+    monkeypatch.setattr(alone, "_ask", lambda place, question: asked.update([place]) or {"units": place})
+    meanwhile = Meanwhile(AnswerSheet, lambda: alone.begin(question_for(GAME, 1, ())))
+    monkeypatch.setattr("moderator.AnswerSheet", meanwhile)
+    alone.begin(question_for(GAME, 1, ()))
+    assert meanwhile.end() == 1
+    until(lambda: alone.progress(1.0).finished, 10, "answered")
+    alone.begin(question_for(GAME, 1, ()))
+    assert asked == Counter(range(SEAT.count)) and whole_tally(alone).total == sum(range(SEAT.count))
+
+
+class Asked(Participant):
+    """Counts how often it is asked, and calls itself what others do, too."""
+
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.place, self.index, self.asked = index, 0, 0
+
+    async def answer(self, question):
+        self.asked += 1
+        while question.round == 1 and not sys.modules["test_group"].OPEN.is_set():
+            await self.think(0.01)
+        if self.place == 3:
+            raise OverflowError(f"at {self.asked}")
+        return self.place + self.asked
+
+
+OPEN = threading.Event()
+
+
+def test_whoever_is_asked_again_in_a_round_says_what_it_said(group_of):
+    group = group_of(Asked, 4)
+    first, second = (message_of(question_for(GAME, number, ())) for number in (1, 2))
+    with ThreadPoolExecutor(8) as pool:
+        said = [pool.submit(group.participant(index).play, first) for index in (0, 1, 2, 3) * 2]
+        until(lambda: all(group.participant(index).asked for index in range(4)), 10, "asked")
+        OPEN.set()
+    answers = [each.result().metadata for each in said]
+    assert answers[:4] == answers[4:] == [*({"units": 1 + index} for index in range(3)), answers[3]]
+    assert answers[3]["failure"] == ("OverflowError: at 1", None, Ended.COMPLETE)
+    assert group.participant(2).play(first).metadata == answers[2]  # when it is over, too
+    assert [group.participant(index).play(second).metadata.get("units") for index in range(4)] == [2, 3, 4, None]
+    assert group.participant(0).play(first).metadata["failure"].cause == "round 1 is over"
+    assert [group.participant(index).asked for index in range(4)] == [2] * 4
+    beside = Msg("user", "And now?", "user")
+    assert [group.participant(0).play(beside).metadata["units"] for _ in range(2)] == [3, 4]
+
+
+def test_a_failure_that_cannot_be_recorded_holds_up_nobody(monkeypatch):
+    alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
+    monkeypatch.setattr(alone, "_ask", lambda place, question: {"units": -5})
+    alone.begin(question_for(GAME, 1, ()))
+    assert until(lambda: alone.progress(1.0).error, 10, "told") == "ValueError: an answer of -5 units"
+
+
+def test_a_group_that_is_closed_begins_nothing(group_of):
+    group = group_of(RandomParticipant, 10)
+    group.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        group.begin(question_for(GAME, 1, ()))
+    group.halt(False)
+    group.halt(True)
+    assert group.progress().done == 0 and group.participant(3) is None
+
+
+def test_an_object_that_is_created_twice_at_once_is_one():
+    servicer = SimulationServicer(SimulationConfig(), 1, {}, lambda: None)
+    request = SimpleNamespace(agent_id="run/twice", agent_init_args=b"")
+    request.agent_init_args = cloudpickle.dumps({"class_name": "Hosted", "args": (), "kwargs": {}})
+    said = []
+
+    def create():
+        said.append(servicer.create_agent(request, None).ok)
+
+    class Hosted(metaclass=RpcMeta):
+        made = Meanwhile(object, create)
+
+        def __init__(self):
+            Hosted.made()
+
+    create()
+    assert Hosted.made.end() == 1
+    create()  # as when the answer was lost
+    assert Hosted.made.made == 1 and said == [True] * 3 and servicer.get_agent("run/twice") is not None
 
 
 def test_a_busy_group_refuses_a_second_question(group_of):

@@ -130,6 +130,20 @@ def test_a_budget_that_is_spent_with_a_round_ends_the_game_before_the_next(clust
     assert all(entry["asked"] == entry["answered"] + entry["failed"] for entry in cluster.summary()["rounds"])
 
 
+def test_after_the_last_round_nobody_asks_what_the_next_one_would_need(cluster, fake, play):
+    listed: list[str] = []
+    fake.listed = lambda said: listed.append(json.dumps(said)) or listed[-1]
+    fake.habits = itertools.cycle(["404", "well"])
+    command = ("run_simulation.sh", "3", "40", "--agent-type", "llm", "--samples-per-request", "1")
+    done = cluster.run(*command, "--rounds", "2")
+    assert done.returncode == 4 and "the game ends" not in done.stderr
+    assert [entry["ended"] for entry in cluster.summary()["rounds"]] == ["model_failed"] * 2
+    assert len(listed) == 2  # before the first round, and before the second one
+    done = cluster.run(*command, "--max-tokens", "300")
+    assert done.returncode == 4 and "the game ends" not in done.stderr
+    assert cluster.summary()["rounds"][0]["ended"] == "out_of_tokens"
+
+
 def test_models_that_stop_for_good_end_the_game(cluster, fake, play):
     fake.habits = itertools.chain(["well"] * 20, itertools.repeat("never"))
     done = cluster.start(

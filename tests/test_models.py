@@ -16,12 +16,12 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import simulation.model
 from moderator import whole_tally
-from participant import LLMParticipant
+from participant import LLMParticipant, message_of
 from simulation.config import SimulationConfig
 from simulation.custom import pack_class
-from simulation.errors import ClusterError, UnusableAnswer
-from simulation.game import Announcement, Game, Sampling, question_for
-from simulation.group import INTERRUPTED, ParticipantGroup
+from simulation.errors import ClusterError, Ended, UnusableAnswer
+from simulation.game import INTERRUPTED, Announcement, Game, Sampling, question_for
+from simulation.group import ParticipantGroup
 from simulation.model import Chat, check_models, load_models
 from simulation.model_client import NO_ANSWER, TROUBLES_WITH_N
 from simulation.placement import Endpoint
@@ -223,7 +223,8 @@ def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
 
 def test_a_refusal_of_something_else_is_no_storm_of_requests(play, fake_of):
     fake = fake_of(for_ever="404")
-    assert tally_of(play(fake, 1000)).failed == 1000
+    tally = tally_of(play(fake, 1000))
+    assert tally.failed == 1000 and tally.ended is Ended.MODEL_FAILED
     assert len(fake.bodies) <= 2 * 10  # each with n, and each with one, to see whether n is what it refuses
 
 
@@ -279,7 +280,7 @@ def test_a_budget_of_tokens_is_never_overspent(play, fake_of):
     fake = fake_of()
     group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
     tally = tally_of(group)
-    assert set(tally.failures) == {OUT_OF_TOKENS} and tally.answered > 0
+    assert set(tally.failures) == {OUT_OF_TOKENS} and tally.answered > 0 and tally.ended is Ended.OUT_OF_TOKENS
     assert group.usage().tokens == len(fake.bodies) * PROMPT_TOKENS + tally.answered * ANSWER_TOKENS
     assert group.usage().tokens <= 1200 + PROMPT_TOKENS
 
@@ -304,6 +305,15 @@ def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
     assert 0 < len(fake.bodies) < 20 and group.usage().tokens == 0
 
 
+def test_what_is_spent_in_a_round_stays_spent(play, fake_of):
+    """Whoever takes over from a moderator that was lost says again what a round may cost."""
+    group = play(fake_of(), 40, tokens_each=0.0)
+    for number, tokens_each, ended in ((1, 1e9, Ended.OUT_OF_TOKENS), (2, 1e9, None), (2, 0.0, None)):
+        group.allow(number, tokens_each)
+        said = group.participant(number).play(message_of(question_for(group.game, number, ()))).metadata
+        assert said["failure"].ended is ended if ended else said["units"] >= 0
+
+
 def test_halting_waits_for_no_model(play, fake_of):
     fake = fake_of(for_ever="never")
     group = play("http://127.0.0.1:9/v1", 50, reply_timeout_s=0.2)
@@ -312,7 +322,7 @@ def test_halting_waits_for_no_model(play, fake_of):
     until(lambda: fake.bodies, 5, "asked")
     group.halt(False)
     until(lambda: group.progress(0.1).finished, 5, "halted")
-    assert tally_of(group).failures == {INTERRUPTED: 200}
+    assert tally_of(group).failures == {INTERRUPTED: 200} and tally_of(group).ended is Ended.INTERRUPTED
     group.close()
     until(lambda: fake.now == 0, 5, "the requests are given up")
 

@@ -16,6 +16,7 @@ from conftest import ROOT, Checkout, one_line
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
 
 from simulation.config import SimulationConfig
+from simulation.errors import Ended, SettingsError
 from simulation.game import Game, draw
 from simulation.past_runs import read_run
 
@@ -102,6 +103,21 @@ def test_an_old_run_is_read(name: str, tmp_path: Path):
     )
 
 
+def test_causes_tell_how_a_round_ended_in_old_runs_alone(tmp_path: Path):
+    folder = copy_of("sweep/03-ratio=2-3,seed=1", tmp_path / "run")
+    ended = [result.tally.ended for result in read_run(folder).results]
+    assert ended == [Ended.COMPLETE, Ended.INTERRUPTED]
+    summary = summary_in(folder)
+    summary["rounds"][0]["ended"], summary["rounds"][1]["ended"] = "out_of_tokens", "complete"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    ended = [result.tally.ended for result in read_run(folder).results]
+    assert ended == [Ended.OUT_OF_TOKENS, Ended.COMPLETE]
+    summary["rounds"][0]["ended"] = "some day"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(SettingsError, match="damaged, or of another version"):
+        read_run(folder)
+
+
 @pytest.fixture
 def reported(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     """Call `--role report` in this process, and return what it printed."""
@@ -175,7 +191,10 @@ def check_resumed(name: str, folder: Path, rounds: int) -> None:
     before, after = summary_in(OLD_RUNS / name), summary_in(folder)
     played = ROUNDS_PLAYED[name]
     assert [entry["round"] for entry in after["rounds"]] == list(range(1, rounds + 1))
-    assert after["rounds"][:played] == before["rounds"][:played]
+    assert [each | {"ended": "complete"} for each in after["rounds"][:played]] == [
+        each | {"ended": "complete"} for each in before["rounds"][:played]
+    ]
+    assert [each["ended"] for each in after["rounds"][played:]] == ["complete"] * (rounds - played)
     assert after["run_id"] == before["run_id"] and after["config"]["rounds"] == rounds
     assert after["seconds"]["total"] >= before["seconds"]["total"]
     old = [row for row in answers_in(OLD_RUNS / name) if row["round"] <= played]

@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 from participant import Participant
 from agentscope.message import Msg
+from simulation.errors import UnusableAnswer
 
 BONUS = 1
 
@@ -78,6 +79,14 @@ class FailingReply(Participant):
         return Msg(self.name, "50", "assistant")
 
 
+class Quoting(Participant):
+    async def answer(self, question):
+        words = ["interrupted", "out of tokens (--max-tokens)", "model server: HTTP 500", "other causes"]
+        if self.index < 40:
+            raise UnusableAnswer((words + [f"cause {self.index}"] * 40)[self.index])
+        return 50
+
+
 class Neither(Participant):
     pass
 
@@ -139,6 +148,59 @@ def test_a_failure_is_the_participants_own_with_its_cause(cluster, mine, dispatc
     assert [row["value"] for row in rows] == [None if index in FAILURES else 50.0 for index in range(20)]
     cluster.play("3", "20", "--agent-class", f"{mine}:FailingReply", "--dispatch", dispatch, status=4)
     assert cluster.summary()["rounds"][0]["failures"] == {"KeyError: 'lost'": 1}
+
+
+@pytest.mark.parametrize("dispatch", ["group", "agent"])
+def test_words_of_a_cause_decide_nothing(cluster, mine, dispatch):
+    kind = ("--agent-class", f"{mine}:Quoting", "--dispatch", dispatch)
+    summary = cluster.play("3", "60", "--rounds", "2", *kind, status=4)
+    assert summary["status"] == "partial"
+    assert [(each["answered"], each["failed"], each["ended"]) for each in summary["rounds"]] == [
+        (20, 40, "complete")
+    ] * 2
+    words = {"interrupted", "out of tokens (--max-tokens)", "model server: HTTP 500", "other causes"}
+    causes = {row["failure"] for row in cluster.answers()}
+    assert not words & causes and {f"UnusableAnswer: {each}" for each in words} < causes
+    done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3")
+    assert done.returncode == 4 and "has played 2 of 3 rounds" in done.stderr, done.stderr
+    assert cluster.summary()["rounds"][:2] == summary["rounds"] and len(cluster.summary()["rounds"]) == 3
+
+
+SHARING = """
+import pathlib
+from participant import Participant
+class Mine(Participant):
+    places = []
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.places.append(index)
+    async def answer(self, question):
+        while not pathlib.Path({gate!r}).exists():
+            await self.think(0.05)
+        return {base} + len(self.places)
+"""
+
+
+def test_a_class_is_one_for_a_run_and_another_for_the_next(cluster, tmp_path):
+    """Two runs at once, whose classes have the same name, in files of the same name; each has 6 groups on 3 servers."""
+    classes = []
+    for base in (10, 50):
+        path = tmp_path / str(base) / "mine.py"
+        path.parent.mkdir()
+        path.write_text(SHARING.format(gate=str(tmp_path / f"gate-{base}"), base=base))
+        classes.append(("3", "12", "--agent-class", f"{path}:Mine", "--run-dir", str(tmp_path / f"run-{base}")))
+    first = cluster.start("run_simulation.sh", *classes[0])
+    until((tmp_path / "run-10/summary.json").exists, 30, "its groups are made")
+    (tmp_path / "gate-50").touch()
+    done = cluster.run("run_simulation.sh", *classes[1])
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "gate-10").touch()
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+    for base in (10, 50):
+        assert {row["value"] for row in cluster.answers(tmp_path / f"run-{base}")} == {base + 4}
+    logs = [path.read_text() for path in (cluster.path / "run/servers").glob("*.log")]
+    assert len(logs) >= 7 and not any("already exists" in log for log in logs)
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])

@@ -93,9 +93,11 @@ def stopped(pid: int) -> Iterator[None]:
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
 def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
     flags = ("--participant-num", "400") if dispatch == "agent" else ()
-    gates = Gates(tmp_path, "question.round == 1")
+    gates = Gates(tmp_path, "question.round == 1 and self.index % 2", note=dispatch == "agent")
     game = play("--rounds", "2", "--dispatch", dispatch, *flags, *gates.flags)
     game.logged("round 1: asking")
+    if dispatch == "agent":
+        until(lambda: (tmp_path / "asked").exists() and len(gates.asked()) > 100, 30, "many are asked, some say it")
     os.kill(hosts["node2"].pid_at(port), signal.SIGKILL)
     game.logged(f"node2:{port} is lost")
     gates.open()
@@ -109,6 +111,8 @@ def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
         assert hosts["node1"].values() == drawn(1)[:400] + [
             draw(Game(7, 100, 0, 0.0), 2, index) for index in range(400)
         ]
+    if dispatch == "agent" and port == CHAIR:
+        assert gates.asked() == [(number, index) for number in (1, 2) for index in range(400)]
 
 
 @pytest.mark.parametrize("port", [BASE_PORT, CHAIR], ids=["participant server", "moderator server"])

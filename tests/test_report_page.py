@@ -404,6 +404,7 @@ def test_a_round_that_was_interrupted_is_not_one_that_was_played(page, run, tmp_
         "answered": 0,
         "failed": 300,
         "failures": {"interrupted": 300},
+        "ended": "interrupted",
         "winners": {"count": 0, "participants": []},
     }
     summary["rounds"][-1] |= nothing | nobody

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from simulation.answer_rows import rows_of, tally_in
-from simulation.errors import UnusableAnswer, one_line
+from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
 from simulation.game import INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Game, Tally, Winners, merge, to_units
 from simulation.sheet import CAUSES_TOLD_APART, TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
 
@@ -85,14 +85,55 @@ def test_causes_are_bounded_and_nobody_is_lost():
     assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
 
 
-def test_an_interruption_is_told_apart_from_any_number_of_causes():
+@pytest.mark.parametrize("ended", Ended)
+def test_how_a_round_ended_goes_with_any_number_of_causes(ended):
     often = [f"cause {place}" for place in range(CAUSES_TOLD_APART + 50)] * 2
-    sheet = sheet_of([*often, INTERRUPTED])
-    assert sheet.tally().failures[INTERRUPTED] == 1
-    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
-    answers = sheet.answers(0, len(often) + 1)
-    read = tally_in(rows_of(1, answers, 1), 1)
-    assert read.failures[INTERRUPTED] == 1 and read.failed == len(often) + 1
+    sheet = AnswerSheet(0, len(often) + 1)
+    for place, cause in enumerate(often):
+        sheet.fail(place, cause)
+    sheet.fail(len(often), "once", None, ended)
+    assert sheet.tally().ended is ended and "once" not in sheet.tally().failures
+    assert merge([Tally(0), *sheet_of([3, INTERRUPTED]).tally().parts(1), *sheet.tally().parts(1)]).ended is ended
+    read = tally_in(rows_of(1, sheet.answers(0, len(often) + 1), 1), 1)
+    assert read.failed == len(often) + 1 and read.ended is Ended.COMPLETE
+
+
+def test_a_round_that_everyone_has_finished_cannot_be_interrupted():
+    assert sheet_of([3, "interrupted"]).closed().tally().ended is Ended.COMPLETE
+    assert AnswerSheet(0, 1).closed().tally().ended is Ended.INTERRUPTED
+
+
+class Rude(UnusableAnswer):
+    """As a person may write it: without what its base keeps."""
+
+    def __init__(self, text: Any) -> None:
+        if text is not None:
+            self.text = text
+
+    def __str__(self) -> str:
+        return "model server: down"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "text"),
+    [
+        (UnusableAnswer("interrupted"), "UnusableAnswer: interrupted", None),
+        (UnusableAnswer("other causes", "hm"), "UnusableAnswer: other causes", "hm"),
+        (UnusableAnswer("no", 5), "UnusableAnswer: no", None),  # type: ignore[arg-type]
+        (Rude(None), "Rude: model server: down", None),
+        (Rude(np.str_("hm")), "Rude: model server: down", "hm"),
+        (type("interrupted", (Exception,), {})(), "interrupted: no words", None),
+        (type("model server", (Exception,), {})("HTTP 500"), "Exception: HTTP 500", None),
+        (type("a\nb", (ValueError,), {})(), "Exception", None),
+        (ValueError(), "ValueError", None),
+        (type("Derived", (KnownCause,), {})("interrupted"), "Derived: interrupted", None),
+        (KnownCause("interrupted", 5, ended=Ended.INTERRUPTED), "interrupted", None),  # type: ignore[arg-type]
+    ],
+)
+def test_nobody_takes_words_of_a_participant_for_those_of_the_program(error, cause, text):
+    known = type(error) is KnownCause
+    assert failure_of(error) == (cause, text, Ended.INTERRUPTED if known else Ended.COMPLETE)
+    assert type(failure_of(error).text) in (str, type(None))
 
 
 @given(answers, st.integers(0, 80), st.integers(0, 80))
@@ -111,7 +152,7 @@ def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
             sheet.fail(place, entry)
         elif entry is not None:
             sheet.put(place, entry)
-    closed = sheet.closed(INTERRUPTED)
+    closed = sheet.closed()
     assert list(said_in(closed.answers(0, len(entries))).values()) == [
         INTERRUPTED if entry is None else entry for entry in entries
     ]
@@ -158,11 +199,11 @@ def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbour
         try:
             one.put(place, to_units(answer, game))
         except (UnusableAnswer, KeyError) as error:
-            one.fail(place, one_line(error), getattr(error, "text", None))
+            one.fail(place, *failure_of(error))
     together.put_all(places, said, game)
     assert together.done == one.done == len(said)
     assert together.texts == one.texts
-    everyone = [sheet.closed(INTERRUPTED).answers(0, 1000) for sheet in (one, together)]
+    everyone = [sheet.closed().answers(0, 1000) for sheet in (one, together)]
     assert said_in(everyone[0]) == said_in(everyone[1])
 
 
