@@ -6,7 +6,6 @@ Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -14,7 +13,7 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "larg
 LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # see _home
 HOST = "127.0.0.1"
 LOOK_S = 0.5
+STOP = "./stop_vllm.sh"
 TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
 KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's own default is nine tenths of the memory, and often fails
 
@@ -114,11 +114,12 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     home = _home()
     with processes.one_at_a_time():
         FOLDER.mkdir(parents=True, exist_ok=True)
+        processes.refuse_elsewhere(FOLDER, STOP)
         running = own_servers()  # those of another model, on other ports, may
         ports = sorted(running.keys() & {each.port for each in plans})
         if ports:
             raise ClusterError(
-                f"vLLM servers of this checkout run already, on ports {', '.join(map(str, ports))}: ./stop_vllm.sh "
+                f"vLLM servers of this checkout run already, on ports {', '.join(map(str, ports))}: {STOP} "
                 "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
         _end_all(but=running)  # what servers that were killed have left
@@ -135,7 +136,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                 _wait_healthy(each.port, started, lambda number=number: progress(number, len(plans)))  # type: ignore[misc]
                 took[each.port] = time.monotonic() - began
         except BaseException:
-            _end([process.pid for process in started.values()])
+            _end({process.pid for process in started.values()})
             for process in started.values():
                 process.wait()
             for port in started:
@@ -149,10 +150,14 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
 
 
 def stop() -> int:
-    """Stop all vLLM servers of this checkout, firmly after TERM_TIMEOUT_S; returns how many ran."""
+    """Stop all vLLM servers of this checkout, firmly after TERM_TIMEOUT_S; returns how many ran.
+
+    Raises ClusterError if there may be others, which this host cannot see.
+    """
     with processes.one_at_a_time():
         running = own_servers()
         _end_all()
+        processes.refuse_elsewhere(FOLDER, STOP)
         LINK.unlink(missing_ok=True)
     return len(running)
 
@@ -169,23 +174,8 @@ def status() -> tuple[list[str], bool]:
 
 def own_servers() -> dict[int, psutil.Process]:
     """The live processes of our pid files, by port."""
-    found = {}
-    for path in FOLDER.glob("*.pid"):
-        process = _own_process(path)
-        if process is not None and path.stem.isdigit():
-            found[int(path.stem)] = process
-    return found
-
-
-def _own_process(path: Path) -> psutil.Process | None:
-    """The live process that a pid file names; None if it has ended, even if its pid is another program's now."""
-    try:
-        written = path.stat().st_mtime
-        process = psutil.Process(int(path.read_text()))
-        ours = _session_of(process) == process.pid
-        return process if ours and process.create_time() <= written + 1 else None
-    except (FileNotFoundError, ValueError, psutil.Error):
-        return None
+    found = {path: processes.live_process(path, _is_server) for path in FOLDER.glob("*.pid") if path.stem.isdigit()}
+    return {int(path.stem): process for path, process in found.items() if process is not None}
 
 
 def _checked_path(model_path: str | None) -> str:
@@ -241,7 +231,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
         )
-    _pid_file(each.port).write_text(f"{process.pid}\n")
+    processes.ProcessId.of(process.pid).write(_pid_file(each.port))
     return process
 
 
@@ -272,7 +262,10 @@ def _is_healthy(port: int) -> bool:
         return False
 
 
-def _ailing(port: int, running: dict[int, psutil.Process]) -> str:
+def _ailing(port: int, running: Mapping[int, psutil.Process]) -> str:
+    noted = processes.ProcessId.read(_pid_file(port))
+    if noted and noted.elsewhere:
+        return f"is of {noted.elsewhere}"
     return "runs, but is not healthy" if port in running else f"has ended; its log is {FOLDER / f'{port}.log'}"
 
 
@@ -283,34 +276,60 @@ def _pid_file(port: int) -> Path:
 def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:
     """End all servers of our pid files, and what those that died have left, but for those on some ports."""
     paths = [path for path in FOLDER.glob("*.pid") if path.stem not in map(str, but or ())]
-    _end([int(path.read_text()) for path in paths if path.read_text().strip().isdigit()])
-    for path in paths:
-        path.unlink(missing_ok=True)
+    _end({pid for path in paths if (pid := _session_named_by(path)) is not None})
+    processes.remove_ended(FOLDER, _is_server)
+    for draft in FOLDER.glob("*.pid.new"):  # whoever writes pid files here holds the lock, as we do
+        draft.unlink(missing_ok=True)
 
 
-def _end(leaders: list[int]) -> None:
+def _session_named_by(path: Path) -> int | None:
+    """The session of a pid file's server, alive or dead; None if the pid is another program's."""
+    noted = processes.ProcessId.read(path)
+    if noted is None or noted.elsewhere:
+        return None
+    process = noted.process()
+    if process is None:
+        return None if psutil.pid_exists(noted.pid) else noted.pid
+    zombie = _session_of(process) is None
+    return noted.pid if zombie or processes.live_process(path, _is_server) is not None else None
+
+
+def _end(leaders: Collection[int]) -> None:
     """TERM to each server, which ends its workers; KILL to what is left of its session, at once where it is dead."""
-    everyone = [process for process in psutil.process_iter() if _session_of(process) in leaders]
-    living = {_session_of(process) for process in everyone if process.pid in leaders}
+    sessions = {process: _session_of(process) for process in psutil.process_iter()}
+    living = {process.pid for process, session in sessions.items() if session is not None} & set(leaders)
+    everyone = [
+        process
+        for process, session in sessions.items()
+        if session in leaders and (session in living or _is_vllm(process))  # a dead one's session may be a stranger's
+    ]
     for process in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.pid in leaders:
-                process.terminate()
-            elif _session_of(process) not in living:
-                process.kill()
+        if process.pid in leaders:
+            processes.end(process)
+        elif sessions[process] not in living:
+            processes.end(process, firmly=True)
     _, alive = psutil.wait_procs(everyone, timeout=TERM_TIMEOUT_S)
     for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+        processes.end(process, firmly=True)
     psutil.wait_procs(alive, timeout=5)
 
 
 def _session_of(process: psutil.Process) -> int | None:
-    """The server that a process of vLLM belongs to: each is the leader of a session; None for any other process."""
+    """The session of a process, of which each server is the leader; None if the process has ended."""
     try:
-        vllm = process.name().startswith("VLLM") or any(
-            part.startswith((str(VENV), str(LINK))) for part in process.cmdline()
-        )
-        return os.getsid(process.pid) if vllm and process.status() != psutil.STATUS_ZOMBIE else None
+        return os.getsid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError):
         return None
+
+
+def _is_vllm(process: psutil.Process) -> bool:
+    """Whether a process is one of vLLM's."""
+    try:
+        here = (str(VENV), str(LINK))
+        return process.name().startswith("VLLM") or any(part.startswith(here) for part in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _is_server(process: psutil.Process) -> bool:
+    return _is_vllm(process) and _session_of(process) == process.pid

@@ -237,7 +237,7 @@ def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkou
     gates = Gates(tmp_path)
     game = play(checkout, "2", "50", *gates.flags)
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
-    os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
+    os.kill(checkout.pid_in("servers/launcher"), signal.SIGKILL)
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 0 and "their launcher has died" in status.stdout
     gates.open()

@@ -92,7 +92,7 @@ def requests_of(checkout: Checkout) -> int:
 
 
 def pid_of(checkout: Checkout, port: int) -> int:
-    return int((checkout.path / f"run/vllm/{port}.pid").read_text())
+    return checkout.pid_in(f"vllm/{port}")
 
 
 def two_models(checkout: Checkout) -> list[dict[str, Any]]:
@@ -400,6 +400,11 @@ def test_another_model_is_served_beside_the_first_on_a_port_of_its_own(gpus):
     assert pid_of(gpus, port) != pid_of(gpus, gpus.model_port)
     served = {offset: re.search(r"--served-model-name (\S+)", words)[1] for offset, words in seen(gpus).items()}
     assert served == {0: "participant-model", 1: "other-model"}
+    gpus.age_pid_files()
+    (gpus.path / f"run/vllm/{port}.pid").write_text(f"{pid_of(gpus, port)}\n")  # as the previous version wrote it
+    status = gpus.run("start_vllm.sh", "--status")
+    assert status.returncode == 0 and status.stdout.count(" healthy") == 2
+    assert gpus.run("stop_vllm.sh").stdout == "stopped 2 vLLM servers\n"
 
 
 def test_one_that_dies_takes_the_others_with_it(gpus):
