@@ -21,11 +21,11 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import DASHBOARD_PORT, SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import DASHBOARD_PORT, SimulationConfig, check, flag_of, real_number, whole_number
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, printable
 
 if TYPE_CHECKING:
@@ -33,13 +33,35 @@ if TYPE_CHECKING:
     from simulation.local_servers import OwnedServers
     from simulation.security import ClusterKey
 
+
+@dataclass(frozen=True)
+class Action:
+    """What a role does in place of what it is for.
+
+    Attributes:
+        help: What it does.
+        roles: The roles that can.
+        settings: Those of the role's settings that it uses; None is all of them.
+    """
+
+    help: str
+    roles: tuple[str, ...]
+    settings: tuple[str, ...] | None = ()
+
+
 ACTIONS = {
-    "--status": "show a row per server of this host (roles participant and vllm)",
-    "--stop": "stop the servers of this host (roles participant and vllm)",
-    "--make-key": "make the cluster key unless there is one, and print its folder (role participant)",
-    "--launch": argparse.SUPPRESS,  # what the launcher process is started with
-    "--owned": argparse.SUPPRESS,
-    "--draw": argparse.SUPPRESS,  # what the process that draws reports is started with
+    "status": Action(
+        "show a row per server of this host",
+        ("participant", "vllm"),
+        ("host_name", "cluster_key_dir", "connect_timeout"),
+    ),
+    "stop": Action("stop the servers of this host", ("participant", "vllm")),
+    "make_key": Action(
+        "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
+    ),
+    # what the launcher process is started with, and the process that draws reports
+    "launch": Action(argparse.SUPPRESS, ("participant",), None),
+    "draw": Action(argparse.SUPPRESS, ("report",)),
 }
 
 
@@ -79,14 +101,18 @@ def make_parser() -> Parser:
         elif item.name == "dashboard":
             options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
         parser.add_argument(flag, **options)
-    for flag, text in ACTIONS.items():
-        parser.add_argument(flag, action="store_true", help=text)
+    for name, action in ACTIONS.items():
+        parser.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=action.help)
+    parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
     return parser
 
 
 def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings and actions that are given, and folders of runs. Raises SettingsError."""
+    """The settings and actions that are given, and folders of runs. Raises SettingsError.
+
+    A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
+    """
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     folders: list[str] = given.pop("runs")
@@ -98,25 +124,53 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     return given, folders
 
 
+def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None:
+    """Raise SettingsError if a flag is given that the role, or its action, does not use.
+
+    Args:
+        role: The role, which may be none that there is.
+        actions: The actions that are given.
+        given: The settings that are given.
+    """
+    settings = {item.name: item.metadata for item in fields(SimulationConfig)}
+    check("--role", role, settings["role"])
+    roles_of = {name: ACTIONS[name].roles for name in actions}
+    roles_of |= {name: settings[name]["roles"] for name in settings if name in given}
+    for name, roles in roles_of.items():
+        if role not in roles:
+            raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
+    if len(actions) > 1:
+        raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
+    used = ACTIONS[actions[0]].settings if actions else None
+    for name in given:
+        if used is not None and name not in ("role", *used):
+            raise SettingsError(f"{flag_of(name)}: does not go with {flag_of(actions[0])}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
         given, folders = _parsed(flags)
-        actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
+        actions = [name for name in ACTIONS if given.pop(name, False)]
+        owned = given.pop("owned", False)
+        _refuse_unused(given.get("role", SimulationConfig.role), actions, given)
+        action = actions[0] if actions else None
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
-        if actions and config.role not in ("participant", "vllm") and (config.role, actions) != ("report", {"draw"}):
-            raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
-        if for_vllm and config.role != "vllm":
-            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
+        if for_vllm and (config.role != "vllm" or actions):
+            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
+        if folders and actions:
+            raise SettingsError(f"{folders[0]}: does not go with {flag_of(actions[0])}")
+        if owned and action != "launch":
+            raise SettingsError("--owned: goes with --launch")
         roles: dict[str, Callable[[], int]] = {
             "main": lambda: play(config, given),
-            "participant": lambda: serve(config, actions),
+            "participant": lambda: serve(config, action, owned),
             "ask": lambda: ask(config),
-            "report": lambda: draw_reports() if actions else report(config, folders),
-            "vllm": lambda: serve_models(config, actions, for_vllm),
+            "report": lambda: draw_reports() if action else report(config, folders),
+            "vllm": lambda: serve_models(config, action, for_vllm),
         }
         return roles[config.role]()
     except SimulationError as error:
@@ -150,22 +204,22 @@ def _interruptible() -> None:
         signal.signal(number, _give_up)
 
 
-def serve(config: SimulationConfig, actions: set[str]) -> int:
+def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
     """Role participant: the agent servers of this host."""
     from simulation import local_servers
     from simulation.security import load_or_make
 
-    if "launch" in actions:
+    if action == "launch":
         from simulation import launcher
 
-        launcher.launch(config, "owned" in actions)
-    elif "make-key" in actions:
+        launcher.launch(config, owned)
+    elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
         print(config.cluster_key_dir)
-    elif "stop" in actions:
+    elif action == "stop":
         stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
-    elif "status" in actions:
+    elif action == "status":
         rows, all_answer = local_servers.status(config)
         print("\n".join(rows) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
@@ -185,14 +239,14 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
     return 0
 
 
-def serve_models(config: SimulationConfig, actions: set[str], for_vllm: list[str]) -> int:
+def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[str]) -> int:
     """Role vllm: the vLLM servers of this host."""
     from simulation import inference
 
-    if "stop" in actions:
+    if action == "stop":
         stopped = inference.stop()
         print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
-    elif "status" in actions:
+    elif action == "status":
         rows, all_healthy = inference.status()
         print("\n".join(rows) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
@@ -308,7 +362,7 @@ def ask(config: SimulationConfig) -> int:
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)
-    participant = first_winner(path, summary) if config.winner else config.participant
+    participant = first_winner(path, summary) if config.winner else config.participant or 0
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir

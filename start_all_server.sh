@@ -24,22 +24,25 @@ set -euo pipefail
 main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status) FLAGS=(--status) ;;
-    *)
-      need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help"
-      FLAGS=(--server-per-host "$1")
-      ;;
+    --status) ;;
+    *) need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help" ;;
   esac
-  shift
   load_settings
-  flag --base-port "${BASE_PORT:-}"
-  flag --host-name "${HOST_NAME:-}"
-  flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
-  default_model_per_host
-  flag --model-per-host "${MODEL_PER_HOST:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-  flag --agent-type "${AGENT_TYPE:-}"
+  if [ "$1" = --status ]; then
+    FLAGS=(--status)
+    flag --host-name "${HOST_NAME:-}"
+  else
+    FLAGS=(--server-per-host "$1")
+    flag --base-port "${BASE_PORT:-}"
+    flag --host-name "${HOST_NAME:-}"
+    flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
+    default_model_per_host
+    flag --model-per-host "${MODEL_PER_HOST:-}"
+    flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+    flag --agent-type "${AGENT_TYPE:-}"
+  fi
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  shift
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"
 }

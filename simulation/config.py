@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
 FINEST = 10**9  # the largest denominator
+ROLES = ("main", "participant", "ask", "report", "vllm")
+SERVERS = ("main", "participant")  # the roles that know which agent servers there are
+MODELS = ("main", "participant", "vllm")  # and those that know which models
 
 
 def setting(
@@ -26,13 +29,14 @@ def setting(
     high: float | None = None,
     *,
     choices: tuple[str, ...] = (),
+    roles: tuple[str, ...] = ("main",),
     stays: bool = False,
     game: bool = False,
 ) -> Any:
-    """A field with what its flag needs: help, and the allowed range or choices; one that `stays` cannot be resumed with
-    another value.
+    """A field with what its flag needs: help, the allowed range or choices, and the roles that use it; one that `stays`
+    cannot be resumed with another value.
     """
-    allowed = {"low": low, "high": high, "choices": choices}
+    allowed = {"low": low, "high": high, "choices": choices, "roles": roles}
     return field(default=default, metadata={"help": help_text, **allowed, "stays": stays, "game": game})
 
 
@@ -50,15 +54,18 @@ class SimulationConfig:
         "main plays the game; participant starts, stops or shows the agent servers of this host; "
         "ask talks to one participant of a run that kept its agents; report shows a finished run again; "
         "vllm starts, stops or shows the vLLM servers of this host",
-        choices=("main", "participant", "ask", "report", "vllm"),
+        choices=ROLES,
+        roles=ROLES,
     )
     # The game
     experiment: str | None = setting(
         None, "a YAML file with settings of the game; a list of values for one of them plays a run with each"
     )
-    agent_type: str = of_game("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
+    agent_type: str = of_game(
+        "random", "what answers: a random source, or an LLM", choices=("random", "llm"), roles=SERVERS
+    )
     agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant")
-    dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
+    dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
     max_value: int = of_game(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
     decimals: int = of_game(0, "digits after the point that answers are counted in", 0, 6)
@@ -86,12 +93,16 @@ class SimulationConfig:
     )
     # The cluster
     hosts: tuple[str, ...] = setting(("localhost",), "the hosts whose agent servers play")
-    host_name: str = setting("localhost", "the name of this host, as the others reach it (role participant)")
-    base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535)
-    server_per_host: int = setting(10, "participant servers on every host", 1, 4096)
-    moderator_per_host: int = setting(4, "moderator servers on every host, on the ports after those", 1, 4096)
-    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key")
-    connect_timeout: float = setting(5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600)
+    host_name: str = setting("localhost", "the name of this host, as the others reach it", roles=("participant",))
+    base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535, roles=SERVERS)
+    server_per_host: int = setting(10, "participant servers on every host", 1, 4096, roles=SERVERS)
+    moderator_per_host: int = setting(
+        4, "moderator servers on every host, on the ports after those", 1, 4096, roles=SERVERS
+    )
+    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key", roles=(*SERVERS, "ask"))
+    connect_timeout: float = setting(
+        5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600, roles=SERVERS
+    )
     heartbeat_timeout: float = setting(
         10.0,
         "seconds without a heartbeat after which a server is given up on, and its participants go to others",
@@ -104,8 +115,12 @@ class SimulationConfig:
     lease: float = setting(60.0, "seconds after which a server drops the agents of a silent run", 2, 86_400)
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
     # LLM participants
-    model_per_host: int = setting(1, "model servers on every host; participants use them in turn", 1, 1024)
-    model_configs: str = setting(str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format")
+    model_per_host: int = setting(
+        1, "model servers on every host; participants use them in turn", 1, 1024, roles=SERVERS
+    )
+    model_configs: str = setting(
+        str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS
+    )
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
     structured_output: str = of_game(
         "structured_outputs",
@@ -131,23 +146,27 @@ class SimulationConfig:
         None, "tokens, of prompts and answers, that the game may cost", 1, 10**15, stays=False
     )
     price_per_million_tokens: float | None = setting(None, "price of 10^6 tokens, for the estimate", 0, 1e9)
-    # vLLM servers (role vllm)
-    vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535)
+    # vLLM servers
+    vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535, roles=MODELS)
     gpu_num: int | None = setting(
-        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024
+        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024, roles=("vllm",)
     )
-    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024)
-    model_path: str | None = setting(None, "the model's folder, or its name on a hub")
+    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024, roles=("vllm",))
+    model_path: str | None = setting(None, "the model's folder, or its name on a hub", roles=("vllm",))
     # The results
     resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
-    run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
+    run_dir: str | None = setting(
+        None, "folder of the results (default runs/<run id>)", roles=("main", "ask", "report")
+    )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
         None, "serve a page on this host that shows what the run is at; the port is 8050 unless given", 0, 65_535
     )
-    participant: int = setting(0, "which participant to talk to (role ask)", 0, 10**9)
-    winner: bool = setting(False, "talk to the first winner of the last round (role ask)")
-    text: str | None = setting(None, "what to say to it (role ask)")
+    participant: int | None = setting(
+        None, "which participant to talk to (default: the first, 0)", 0, 10**9, roles=("ask",)
+    )
+    winner: bool = setting(False, "talk to the first winner of the last round", roles=("ask",))
+    text: str | None = setting(None, "what to say to it", roles=("ask",))
 
     def __post_init__(self) -> None:
         # read by servers whose working directory is another
@@ -177,17 +196,15 @@ class SimulationConfig:
         self._refuse_what_does_not_go_together()
 
     def _refuse_what_does_not_go_together(self) -> None:
-        if self.winner and self.participant:
+        if self.winner and self.participant is not None:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         if self.role == "ask" and (self.run_dir is None or not (self.text or "").strip()):
             raise SettingsError("--role ask: give --run-dir, --text, and --participant or --winner")
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
-        if self.resume is not None and self.role != "main":
-            raise SettingsError("--resume: goes with --role main")
-        if self.experiment is not None and (self.role != "main" or self.resume is not None):
-            raise SettingsError("--experiment: goes with --role main, and not with --resume")
+        if self.experiment is not None and self.resume is not None:
+            raise SettingsError("--experiment: does not go with --resume")
 
     @property
     def ports(self) -> range:

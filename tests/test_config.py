@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, one_line
+
+import main
+from simulation.config import flag_of
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1000000000"),
@@ -68,6 +72,42 @@ def test_bad_settings_are_one_line_and_status_2(arguments, expected):
     message = one_line(done.stderr)
     assert done.returncode == 2 and done.stdout == ""
     assert expected in message
+
+
+UNUSED = [
+    ("--role participant --dry-run", "--dry-run: goes with --role main or vllm, not with --role participant"),
+    ("--role participant --status --participant-num 3", "--participant-num: goes with --role main, not with"),
+    ("--role report --rounds 3 --run-dir x", "--rounds: goes with --role main, not with --role report"),
+    ("--role ask --seed 1 --run-dir x --text Why", "--seed: goes with --role main, not with --role ask"),
+    ("--role vllm --hosts a b", "--hosts: goes with --role main, not with --role vllm"),
+    ("--text Why", "--text: goes with --role ask, not with --role main"),
+    ("--model-path x", "--model-path: goes with --role vllm, not with --role main"),
+    ("--role vllm --make-key", "--make-key: goes with --role participant, not with --role vllm"),
+    ("--role report --status", "--status: goes with --role participant or vllm, not with --role report"),
+    ("--stop", "--stop: goes with --role participant or vllm, not with --role main"),
+    ("--role participant --stop --base-port 1234", "--base-port: does not go with --stop"),
+    ("--role participant --make-key --host-name a", "--host-name: does not go with --make-key"),
+    ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
+    ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
+    ("--role participant --owned", "--owned: goes with --launch"),
+    ("--role report --draw x", "x: does not go with --draw"),
+    ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
+    ("--experiment x --resume y", "--experiment: does not go with --resume"),
+    ("--role boss --status", "must be one of main, participant"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), UNUSED)
+def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
+    assert main.main(arguments.split()) == 2
+    assert expected in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("role", ["participant", "vllm", "report", "main"])
+@pytest.mark.parametrize("pair", list(itertools.combinations(main.ACTIONS, 2)))
+def test_each_pair_of_actions_is_refused(role, pair, capsys):
+    assert main.main(["--role", role, *map(flag_of, pair)]) == 2
+    assert one_line(capsys.readouterr().err)
 
 
 def test_help_lists_every_flag_and_its_default():

@@ -71,6 +71,8 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "stop_all_server.sh now",
         "start_vllm.sh now",
         "start_vllm.sh --gpu-num",
+        "start_vllm.sh --status --stop",
+        "start_vllm.sh --install -- --max-model-len",
         "stop_vllm.sh now",
     ],
 )
@@ -103,6 +105,9 @@ def test_settings_become_flags(shell):
         in shell("start_all_server.sh", "10", GPU_NUM="4", TENSOR_PARALLEL="2", VLLM_BASE_PORT="9").stdout
     )
     assert shell("run_simulation.sh", "1", "2").stdout == "[--server-per-host][1][--participant-num][2]"
+    env = {"HOST_NAME": "a", "BASE_PORT": "15000", "GPU_NUM": "4", "MODEL_PATH": "model", "VLLM_BASE_PORT": "9"}
+    assert shell("start_all_server.sh", "--status", **env).stdout == "[--role][participant][--status][--host-name][a]"
+    assert shell("start_vllm.sh", "--status", **env).stdout == "[--role][vllm][--status]"
 
 
 def test_precedence_is_file_environment_flag(shell):
