@@ -293,8 +293,13 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
         dashboard = Dashboard(config.dashboard, watch)
     servers = reports = None
     try:
+        starts_servers = session.needs_servers and none_here(session.config, key)
+        if starts_servers:
+            if "keep_agents" in given:
+                raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
+            session.check_models()
         session.open()
-        servers = start_missing(session.config, key, watch) if session.needs_servers else None
+        servers = start_servers(session.config, watch) if starts_servers else None
         reports = ReportProcess()
         return session.play(key, watch, reports.draw, dashboard)
     finally:
@@ -309,14 +314,11 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             dashboard.close()
 
 
-def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatch) -> OwnedServers | None:
-    """Start agent servers here, if this is the only host and none is up; returns them. Raises Interrupted."""
+def start_servers(config: SimulationConfig, watch: ProgressWatch) -> OwnedServers | None:
+    """Start agent servers here, for this run; returns them. Raises Interrupted."""
     from loguru import logger
 
     from simulation import local_servers
-
-    if config.hosts != ("localhost",) or any_of_ours(config, key):
-        return None
 
     def servers_ready(done: int, total: int) -> None:
         watch.progress("agent servers ready", done, total)
@@ -341,16 +343,18 @@ def import_what_plays() -> None:
     import simulation.run  # noqa: F401
 
 
-def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
-    """Whether an agent server that this run could use is up on this host."""
+def none_here(config: SimulationConfig, key: ClusterKey) -> bool:
+    """Whether this is the only host, and no agent server that this run could use is up."""
     from simulation.processes import anything_listens, refuse_borrowed
 
+    if config.hosts != ("localhost",):
+        return False
     refuse_borrowed()
     if not anything_listens(config.ports):
-        return False  # the usual case on a laptop, told without waiting for AgentScope
+        return True  # the usual case on a laptop, told without waiting for AgentScope
     from simulation.readiness import shake_hands
 
-    return bool(shake_hands(config, key)[0])
+    return not shake_hands(config, key)[0]
 
 
 def ask(config: SimulationConfig) -> int:

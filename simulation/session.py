@@ -106,6 +106,7 @@ class Session:
         play = partial(_play, key=key, watch=watch, draw=draw, onlooker=onlooker)
         if self.sweep is None:
             return play(self.tasks[0], self._directory)
+        self._check_later_models(key)
         self._directory.write_json(SWEEP, self.sweep.to_json())
         status = 0
         for number, task in enumerate(self.tasks, start=1):
@@ -136,6 +137,26 @@ class Session:
         finally:
             directory.discard_if_empty()
             directory.close()
+
+    def check_models(self) -> None:
+        """Ask from here, before agent servers are started here, all models of all runs; raises ClusterError."""
+        models = [model for task in self.tasks if task.rounds_left for model in task.asked_models]
+        if models:
+            from simulation.readiness import check_models_here  # noqa: PLC0415 - see _play
+
+            check_models_here(models, self.config.connect_timeout)
+
+    def _check_later_models(self, key: ClusterKey) -> None:
+        """Raise ClusterError if the cluster cannot ask a model of a later run: the first run checks its own."""
+        left = [task for task in self.tasks if task.rounds_left]
+        others = {tuple(task.asked_models): task.config for task in left if task.asked_models}
+        if left:
+            others.pop(tuple(left[0].asked_models), None)
+        if others:
+            from simulation.readiness import check_cluster  # noqa: PLC0415 - see _play
+
+            for config in others.values():
+                check_cluster(config, key)
 
     def _has_begun(self) -> bool:
         return any(task.folder.exists() for task in self.tasks)  # those that came to nothing are discarded

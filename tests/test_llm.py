@@ -254,6 +254,32 @@ def test_a_model_that_does_not_answer_stops_the_run(cluster):
     assert f"localhost: model_1 at http://localhost:{cluster.model_port}/v1 does not answer" in error
 
 
+def test_a_model_of_a_later_run_that_does_not_answer_stops_the_experiment(cluster):
+    (cluster.path / "later.yaml").write_text("agent_type: [random, llm]\nparticipant_num: 10\nsleep_time: 0\n")
+    before = cluster.runs()
+    done = cluster.run("run_simulation.sh", "--experiment", "later.yaml", "--server-per-host", "3")
+    assert done.returncode == 3 and "does not answer: connection refused; start it" in one_line(done.stderr)
+    assert cluster.runs() == before
+
+
+def test_what_would_be_in_vain_starts_no_servers(checkout):
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "m"}
+    entry["client_args"] = {"base_url": f"http://127.0.0.1:{checkout.model_port + 1}/v1"}
+    (checkout.path / "own.json").write_text(json.dumps([entry]))
+    (checkout.path / "game.yaml").write_text("agent_type: [random, llm]\nparticipant_num: 10\n")
+    plain = ("1", "10", "--agent-type", "llm")
+    asked = {
+        plain: (3, f"model_1 at http://localhost:{checkout.model_port}/v1 does not answer: connection refused"),
+        (*plain, "--model-configs", "own.json"): (3, f"model_1 at http://127.0.0.1:{checkout.model_port + 1}/v1 does"),
+        ("--experiment", "game.yaml"): (3, "model_1 at"),
+        ("1", "10", "--keep-agents"): (2, "run ./start_all_server.sh first"),
+    }
+    for arguments, (status, words) in asked.items():
+        done = checkout.run("run_simulation.sh", *arguments)
+        assert done.returncode == status and words in one_line(done.stderr)
+    assert checkout.runs() == set() and not list((checkout.path / "run").rglob("*.log"))
+
+
 def test_a_model_that_no_server_knows_stops_the_run(cluster, fake):
     error, _ = refused(cluster, "--model-per-host", "3", status=3)
     assert "model_2 is not among them" in error and f"localhost:{cluster.base_port}" in error
