@@ -56,6 +56,7 @@ ACTIONS = {
         ("host_name", "cluster_key_dir", "connect_timeout"),
     ),
     "stop": Action("stop the servers of this host", ("participant", "vllm")),
+    "gpus": Action(argparse.SUPPRESS, ("vllm",)),  # print how many there are: what is installed depends on it
     "make_key": Action(
         "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
     ),
@@ -159,6 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
+        if action is None and "model_per_host" not in given and _needs_model_count(config):
+            from simulation.inference import servers_per_host
+
+            given["model_per_host"] = servers_per_host(config)
+            config = SimulationConfig(**given)
         if for_vllm and (config.role != "vllm" or actions):
             raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
         if folders and actions:
@@ -184,6 +190,12 @@ def main(arguments: list[str] | None = None) -> int:
         where = keep_traceback()
         print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
         return 1
+
+
+def _needs_model_count(config: SimulationConfig) -> bool:
+    """Whether it matters how many models there are, which takes a look for GPUs; a run that is resumed knows."""
+    may_ask = config.agent_type == "llm" or config.experiment is not None
+    return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -246,6 +258,8 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     if action == "stop":
         stopped = inference.stop()
         print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
+    elif action == "gpus":
+        print(len(inference.gpus_here()))
     elif action == "status":
         rows, all_healthy = inference.status()
         print("\n".join(rows) if rows else "no vLLM servers are running")

@@ -65,9 +65,7 @@ main() {
   [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}")
   flag --base-port "${BASE_PORT:-}"
   flag --moderator-per-host "${MODERATOR_PER_HOST:-${MODERATOR_NUM:-}}"
-  default_model_per_host
-  flag --model-per-host "${MODEL_PER_HOST:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+  model_flags
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"

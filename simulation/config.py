@@ -116,7 +116,11 @@ class SimulationConfig:
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
     # LLM participants
     model_per_host: int = setting(
-        1, "model servers on every host; participants use them in turn", 1, 1024, roles=SERVERS
+        None,
+        "model servers on every host, which participants use in turn (default: as many as ./start_vllm.sh starts here)",
+        1,
+        1024,
+        roles=SERVERS,
     )
     model_configs: str = setting(
         str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS
@@ -149,9 +153,9 @@ class SimulationConfig:
     # vLLM servers
     vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535, roles=MODELS)
     gpu_num: int | None = setting(
-        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024, roles=("vllm",)
+        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024, roles=MODELS
     )
-    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024, roles=("vllm",))
+    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024, roles=MODELS)
     model_path: str | None = setting(None, "the model's folder, or its name on a hub", roles=("vllm",))
     # The results
     resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
@@ -172,6 +176,8 @@ class SimulationConfig:
         # read by servers whose working directory is another
         for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
             object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        if self.model_per_host is None:
+            object.__setattr__(self, "model_per_host", 1)
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):

@@ -7,7 +7,6 @@ Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import subprocess
@@ -54,12 +53,43 @@ def gpus_here() -> tuple[str, ...]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    found = [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible_gpus(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
+    """Names of the GPUs that CUDA shows to a program.
+
+    CUDA takes numbers, or the unique beginnings of ids, and no mixture of both. The first name that is no GPU, such as
+    -1 or Slurm's NoDevFiles, hides the rest; with one GPU named twice there is none.
+
+    Args:
+        listed: What `nvidia-smi -L` prints: GPUs, and parts of them (MIG) in lines of their own.
+        visible: CUDA_VISIBLE_DEVICES, if it is set.
+    """
+    count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
     if visible is None:
-        return tuple(found)
-    names = [name.strip() for name in visible.split(",")] if found else []
-    return tuple(itertools.takewhile(lambda name: name and not name.startswith("-"), names))  # -1 hides the rest
+        return tuple(map(str, range(count)))
+    names = [name.strip() for name in visible.split(",")]
+    known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", listed)
+    kind = names[0][:4]  # of all ids: GPU- or MIG-
+    found: dict[str, str] = {}  # names by what they stand for
+    for name in names:
+        if kind in ("GPU-", "MIG-"):
+            matches = [each for each in known if name.startswith(kind) and each.startswith(name)]
+        else:
+            matches = [str(int(name))] if re.fullmatch("[0-9]{1,6}", name) and int(name) < count else []
+        if len(matches) != 1:
+            break
+        if matches[0] in found:
+            return ()
+        found[matches[0]] = name
+    return tuple(found.values())
+
+
+def servers_per_host(config: SimulationConfig) -> int:
+    """How many servers a host gets: one per GPU, or per --tensor-parallel GPUs; one on the CPU where there is none."""
+    gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
+    return max(gpus // config.tensor_parallel, 1)
 
 
 def plan(config: SimulationConfig) -> list[Plan]:

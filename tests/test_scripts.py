@@ -101,13 +101,15 @@ def test_settings_become_flags(shell):
         "[--role][participant][--server-per-host][10][--base-port][15000][--host-name][a][--moderator-per-host][2]"
     )
     assert (
-        "[--model-per-host][2][--vllm-base-port][9]"
+        "[--gpu-num][4][--tensor-parallel][2][--vllm-base-port][9]"
         in shell("start_all_server.sh", "10", GPU_NUM="4", TENSOR_PARALLEL="2", VLLM_BASE_PORT="9").stdout
     )
     assert shell("run_simulation.sh", "1", "2").stdout == "[--server-per-host][1][--participant-num][2]"
     env = {"HOST_NAME": "a", "BASE_PORT": "15000", "GPU_NUM": "4", "MODEL_PATH": "model", "VLLM_BASE_PORT": "9"}
     assert shell("start_all_server.sh", "--status", **env).stdout == "[--role][participant][--status][--host-name][a]"
     assert shell("start_vllm.sh", "--status", **env).stdout == "[--role][vllm][--status]"
+    refused = shell("start_vllm.sh", "--install", GPU_NUM="many")
+    assert refused.returncode == 2 and "GPU_NUM 'many': must be a whole number" in one_line(refused.stderr)
 
 
 def test_precedence_is_file_environment_flag(shell):

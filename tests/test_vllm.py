@@ -34,7 +34,7 @@ from conftest import (
 from fake_model import FakeModel
 from test_readme import blocks, commands_in, run_all
 
-from simulation.inference import TERM_TIMEOUT_S
+from simulation.inference import TERM_TIMEOUT_S, visible_gpus
 from simulation.past_runs import read_run
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
@@ -358,6 +358,46 @@ def gpus(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checko
     assert checkout.run("stop_vllm.sh").returncode == 0
 
 
+LISTED = """GPU 0: One (UUID: GPU-1ab0-77)
+GPU 1: Another, in parts (UUID: GPU-1cd0-77)
+  MIG 1g.5gb     Device  0: (UUID: MIG-aaaa)
+  MIG 1g.5gb     Device  1: (UUID: MIG-abbb)
+GPU 2: A third (UUID: GPU-2ef0-77)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, "0 1 2"),
+        ("", ""),
+        ("-1", ""),
+        ("NoDevFiles", ""),
+        ("none", ""),
+        ("void", ""),
+        ("all", ""),
+        ("2,0", "2 0"),
+        (" 1 , 2 ", "1 2"),
+        ("0,-1,1", "0"),
+        ("1,,2", "1"),
+        ("0,3,1", "0"),
+        ("0,NoDevFiles", "0"),
+        ("0,00", ""),
+        ("GPU-2ef0-77,GPU-1a", "GPU-2ef0-77 GPU-1a"),
+        ("GPU-1,GPU-2", ""),
+        ("GPU-1a,GPU-9,GPU-2", "GPU-1a"),
+        ("GPU-1a,GPU-1ab", ""),
+        ("GPU-1a,1", "GPU-1a"),
+        ("1,GPU-1a", "1"),
+        ("MIG-aa,MIG-ab", "MIG-aa MIG-ab"),
+        ("MIG-aa,GPU-1a", "MIG-aa"),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(visible, names):
+    assert visible_gpus(LISTED, visible) == tuple(names.split())
+    assert visible_gpus("No devices were found\n", visible) == ()
+
+
 def seen(checkout: Checkout) -> dict[int, str]:
     found = checkout.path.glob("*.seen")
     return {int(path.stem) - checkout.model_port: path.read_text() for path in found}
@@ -416,7 +456,12 @@ def test_one_that_dies_takes_the_others_with_it(gpus):
 
 
 @pytest.mark.parametrize(
-    ("env", "words"), [({"GPU_NUM": "5"}, "has 4 GPUs"), ({"TENSOR_PARALLEL": "3"}, "cannot be split")]
+    ("env", "words"),
+    [
+        ({"GPU_NUM": "5"}, "has 4 GPUs"),
+        ({"TENSOR_PARALLEL": "3"}, "cannot be split"),
+        ({"GPU_NUM": "1", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "has 0 GPUs"),
+    ],
 )
 def test_too_few_gpus_is_one_line(gpus, env, words):
     done = gpus.run("start_vllm.sh", env=env)
