@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -265,15 +266,13 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
         print("\n".join(rows) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
-        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config)))
+        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
         from simulation.console import ProgressWatch
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
-            rows = inference.start(
-                config, for_vllm, lambda done, total: watch.progress("vLLM servers ready", done, total)
-            )
+            rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
         print("\n".join(rows))
     return 0
 

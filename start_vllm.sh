@@ -7,8 +7,9 @@
 #
 # Server i listens on port VLLM_BASE_PORT + i of the loopback address and has GPU i; a machine without GPUs gets one
 # server on its CPUs. They serve under the model_name of configs/model_configs.json, and stay until ./stop_vllm.sh.
-# A row per server is printed; pids and logs are in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm,
-# apart from the agents' .venv, because vLLM and AgentScope need versions of protobuf that exclude each other.
+# Flags of vLLM that the script sets itself, such as --port, are refused. A row per server is printed; pids and logs are
+# in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm, apart from the agents' .venv, because vLLM and
+# AgentScope need versions of protobuf that exclude each other.
 #
 # Settings, from the environment or configs/cluster.env:
 #   MODEL_PATH       the model: a folder, or its name on a hub (required)

@@ -12,7 +12,7 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,16 @@ LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # 
 HOST = "127.0.0.1"
 LOOK_S = 0.5
 STOP = "./stop_vllm.sh"
+BY_HTTP = "agent servers reach vLLM by HTTP, at its port"
+NOT_BY_HAND = {  # flags of vLLM, and why they are not given by hand
+    "--model": "MODEL_PATH sets it",
+    "--port": "VLLM_BASE_PORT sets it",
+    "--host": "servers listen on the loopback address",
+    "--served-model-name": "model_name in configs/model_configs.json sets it",
+    "--tensor-parallel-size": "TENSOR_PARALLEL sets it",
+    "-tp": "TENSOR_PARALLEL sets it",
+    **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
+}
 TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
 KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's own default is nine tenths of the memory, and often fails
 
@@ -92,11 +102,24 @@ def servers_per_host(config: SimulationConfig) -> int:
     return max(gpus // config.tensor_parallel, 1)
 
 
-def plan(config: SimulationConfig) -> list[Plan]:
+def refuse_by_hand(flags: Iterable[str]) -> None:
+    """Raise SettingsError if flags for vLLM hold one that start sets itself, however vLLM lets it be written."""
+    for each in flags:
+        said = each.partition("=")[0]
+        if said.startswith("--"):
+            said = said.partition(".")[0].replace("_", "-")
+        for flag, why in NOT_BY_HAND.items():
+            if len(said) > said.count("-") and flag.startswith(said):  # vLLM takes abbreviations, too
+                raise SettingsError(f"-- {each}: {flag} cannot be given to vLLM here: {why}")
+
+
+def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
     """The servers to start, one per GPU or per --tensor-parallel GPUs.
 
-    Raises SettingsError if there are too few GPUs, or there is no such model.
+    Raises SettingsError if there are too few GPUs, or there is no such model, or `more`, which are further flags for
+    vLLM, are not to be given by hand.
     """
+    refuse_by_hand(more)
     _checked_path(config.model_path)
     here = gpus_here()
     wanted = len(here) if config.gpu_num is None else config.gpu_num
@@ -127,19 +150,19 @@ def _served(models: list[ModelConfig], port: int, number: int) -> str:
     return next(of_port, models[min(number, len(models) - 1)].model)
 
 
-def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int], None]) -> list[str]:
+def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[str]:
     """Start the servers and return when every one is healthy: a row for each.
 
     Args:
         config: The settings; `model_path` is what they serve.
         more: Further flags for vLLM.
-        progress: Called with how many are ready, of how many.
+        progress: Called with how many are ready, of how many, and what is waited for.
 
     Raises:
-        SettingsError: There is no such model, or too few GPUs.
+        SettingsError: There is no such model, or too few GPUs, or a flag is set here.
         ClusterError: A port is taken, servers run already, or one did not start; nothing is left running.
     """
-    plans = plan(config)
+    plans = plan(config, more)
     model_path = _checked_path(config.model_path)
     home = _home()
     with processes.one_at_a_time():
@@ -162,8 +185,11 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                 started[each.port] = _spawn(home, each, model_path, more)
             took = {}
             for number, each in enumerate(plans):
-                progress(number, len(plans))
-                _wait_healthy(each.port, started, lambda number=number: progress(number, len(plans)))  # type: ignore[misc]
+                while not _is_healthy(each.port):
+                    _refuse_dead(started)
+                    waited = f"port {each.port} for {time.monotonic() - began:.0f} s, its log is {_log(each.port)}"
+                    progress(number, len(plans), waited)
+                    time.sleep(LOOK_S)
                 took[each.port] = time.monotonic() - began
         except BaseException:
             _end({process.pid for process in started.values()})
@@ -172,7 +198,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
             for port in started:
                 _pid_file(port).unlink(missing_ok=True)
             raise
-    progress(len(plans), len(plans))
+    progress(len(plans), len(plans), "")
     row = "{:>6}  {:<10}  {:>8}  {:<30}  {}".format
     return [row("port", "on", "pid", "model", "ready after")] + [
         row(each.port, each.place, started[each.port].pid, each.model, f"{took[each.port]:.0f} s") for each in plans
@@ -257,7 +283,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
         env["CUDA_VISIBLE_DEVICES"] = ",".join(each.gpus)
     else:
         env.setdefault(*KV_CACHE_GB)
-    with (FOLDER / f"{each.port}.log").open("wb") as log:
+    with _log(each.port).open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
         )
@@ -265,15 +291,12 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
     return process
 
 
-def _wait_healthy(port: int, started: dict[int, subprocess.Popen[bytes]], waiting: Callable[[], None]) -> None:
-    """Return when the server is healthy; raise ClusterError when one of them has died."""
-    while not _is_healthy(port):
-        for other, process in started.items():
-            if process.poll() is not None:
-                log = FOLDER / f"{other}.log"
-                raise ClusterError(f"the vLLM server on port {other} did not start{_cause(log)}{processes.end_of(log)}")
-        waiting()
-        time.sleep(LOOK_S)
+def _refuse_dead(started: dict[int, subprocess.Popen[bytes]]) -> None:
+    """Raise ClusterError when one of them has died."""
+    for port, process in started.items():
+        if process.poll() is not None:
+            log = _log(port)
+            raise ClusterError(f"the vLLM server on port {port} did not start{_cause(log)}{processes.end_of(log)}")
 
 
 def _cause(log: Path) -> str:
@@ -296,11 +319,15 @@ def _ailing(port: int, running: Mapping[int, psutil.Process]) -> str:
     noted = processes.ProcessId.read(_pid_file(port))
     if noted and noted.elsewhere:
         return f"is of {noted.elsewhere}"
-    return "runs, but is not healthy" if port in running else f"has ended; its log is {FOLDER / f'{port}.log'}"
+    return "runs, but is not healthy" if port in running else f"has ended; its log is {_log(port)}"
 
 
 def _pid_file(port: int) -> Path:
     return FOLDER / f"{port}.pid"
+
+
+def _log(port: int) -> Path:
+    return FOLDER / f"{port}.log"
 
 
 def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,11 @@ def one_at_a_time() -> Iterator[None]:
     except OSError as error:
         raise SettingsError(f"cannot write in {SERVERS}: {error.strerror}") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another command that starts or stops servers of this checkout", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -7,6 +7,7 @@ import pty
 import signal
 import socket
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,23 @@ def test_pid_files_of_another_host_are_left_alone(checkout):
         done = checkout.run(*command)
         assert done.returncode == 3 and "launcher.pid is of host node2" in last_line(done.stderr)
         assert (servers / "launcher.pid").exists()
+
+
+def test_a_command_that_waits_for_another_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    said: list[str] = []
+
+    def begin() -> None:
+        with processes.one_at_a_time():
+            said.append("began")
+
+    with processes.one_at_a_time():
+        second = threading.Thread(target=begin)
+        second.start()
+        until(lambda: said.append(capfd.readouterr().err) or "waiting for another command" in "".join(said), 20, "told")
+        assert "began" not in said
+    second.join()
+    assert said[-1] == "began"
 
 
 def test_term_ends_servers_in_the_middle_of_a_round(checkout, tmp_path):

@@ -34,6 +34,9 @@ from conftest import (
 from fake_model import FakeModel
 from test_readme import blocks, commands_in, run_all
 
+import main
+from simulation import inference, processes
+from simulation.config import SimulationConfig
 from simulation.inference import TERM_TIMEOUT_S, visible_gpus
 from simulation.past_runs import read_run
 
@@ -288,6 +291,52 @@ def test_what_cannot_start_is_one_line(checkout, env, status, words):
         else:
             done = checkout.run("start_vllm.sh", env=env)
     assert done.returncode == status and words in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--port", "VLLM_BASE_PORT sets it"),
+        ("--port=23890", "VLLM_BASE_PORT sets it"),
+        ("--por", "VLLM_BASE_PORT sets it"),
+        ("--ho=0.0.0.0", "loopback"),
+        ("--model", "MODEL_PATH"),
+        ("--served_model_name=mine", "model_configs.json"),
+        ("--tensor_parallel-size", "TENSOR_PARALLEL"),
+        ("-tp=2", "TENSOR_PARALLEL"),
+        ("-t", "TENSOR_PARALLEL"),
+        ("--uds", "by HTTP"),
+        ("--headless", "by HTTP"),
+        ("--ssl-cert=x", "by HTTP"),
+    ],
+)
+def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys):
+    assert main.main(["--role", "vllm", "--dry-run", "--", "--max-model-len", "4096", flag, "2"]) == 2
+    error = one_line(capsys.readouterr().err)
+    assert error.startswith(f"error: -- {flag}: ") and why.lower() in error.lower()
+
+
+def test_other_flags_of_vllm_pass():
+    inference.refuse_by_hand(["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"])
+
+
+def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
+    port, told = free_ports(1), []
+    healthy = iter([False, False, True])
+    monkeypatch.setattr(inference, "FOLDER", tmp_path)
+    monkeypatch.setattr(inference, "LOOK_S", 0)
+    monkeypatch.setattr(inference, "gpus_here", lambda: ())
+    monkeypatch.setattr(inference, "_is_healthy", lambda _: next(healthy))
+    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    (tmp_path / "config.json").touch()
+    with subprocess.Popen(["sleep", "60"]) as stand_in:
+        monkeypatch.setattr(inference, "_spawn", lambda *_: stand_in)
+        config = SimulationConfig(role="vllm", model_path=str(tmp_path), vllm_base_port=port)
+        inference.start(config, [], lambda *progress: told.append(progress))
+        stand_in.kill()
+    assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (1, 1)]
+    log = re.escape(str(tmp_path / f"{port}.log"))
+    assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", told[0][2]) and told[-1][2] == ""
 
 
 # --- GPUs, which this machine need not have: a stand-in for nvidia-smi, and one for vLLM's command -------------------
