@@ -60,10 +60,10 @@ class Plan:
 def gpus_here() -> tuple[str, ...]:
     """The GPUs of this machine that we may use, as CUDA_VISIBLE_DEVICES names them."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return visible_gpus(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible_gpus(listed.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:

@@ -207,9 +207,10 @@ def own_process(name: str) -> psutil.Process | None:
 
 def _is_ours(process: psutil.Process) -> bool:
     """Whether a process is a launcher of this checkout, or one of its servers."""
-    command = process.cmdline()
+    seen = process.as_dict(["cmdline", "cwd"])
+    command = seen["cmdline"] or []
     launched = "--launch" in command and str(ROOT / "main.py") in command
-    spawned = "--multiprocessing-fork" in command and process.cwd() == str(ROOT)  # where forking is unsafe
+    spawned = "--multiprocessing-fork" in command and seen["cwd"] == str(ROOT)  # where forking is unsafe
     return launched or spawned
 
 
