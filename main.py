@@ -405,7 +405,7 @@ def draw_reports() -> int:
 
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
-    from simulation.comparison import common_folder, comparison_lines, run_folders, write_comparison
+    from simulation.comparison import common_folder, comparison_lines, run_folders, unfinished_lines, write_comparison
     from simulation.console import say
     from simulation.past_runs import read_run
     from simulation.report import run_lines
@@ -424,7 +424,7 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
         return 0
     folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]
-    say("\n".join(comparison_lines(runs)))
+    say("\n".join([*comparison_lines(runs), *unfinished_lines(named, runs)]))
     write_comparison(folder, runs)
     say(f"compared in {folder / 'comparison.html'}")
     return 0

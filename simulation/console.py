@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class ProgressWatch:
         self.stop_signal: int | None = None
         self.stage: Stage | None = None  # the last one
         self.told: deque[tuple[float, str]] = deque(maxlen=TOLD_KEPT)  # when (time.time), and what
+        self.how_to_resume: Callable[[], str | None] = lambda: None  # what the second signal prints
         self._signalled_at = 0.0
         self._stage = ""
         self._bar: Progress | None = None
@@ -107,7 +109,10 @@ class ProgressWatch:
                 return
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
-            os._exit(128 + number)
+            try:
+                os.write(2, f"{self.how_to_resume() or 'ended at once'}\n".encode(errors="replace"))
+            finally:
+                os._exit(128 + number)
         self.stop(number)
 
     def stop(self, number: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from simulation.config import SimulationConfig
 from simulation.errors import printable
 from simulation.game import INTERRUPTED, Announcement, Game, RoundResult, Tally, Units, announcement_of
-from simulation.past_runs import PastRun
+from simulation.past_runs import PastRun, part_in
 from simulation.results import most_frequent
 from simulation.usage import Usage
 
@@ -159,4 +159,6 @@ def run_lines(run: PastRun) -> list[str]:
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
     played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
-    return [*lines, f"run {run.name} is {run.summary['status']}: {played}"]
+    part = part_in(run.path, run.summary)
+    whole = f"; it is run {part.run} of {part.runs} of {printable(part.experiment)}" if part is not None else ""
+    return [*lines, f"run {run.name} is {run.summary['status']}: {played}{whole}"]

@@ -288,6 +288,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
             launcher.resume()
     assert game.returncode == 130
     assert "Traceback" not in log.read_text() and "stopped the 6 agent servers" not in log.read_text()
+    assert "the run ends with 0 of 1 rounds played; to go on with it: ./run_simulation.sh --resume" in log.read_text()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
     open_again(checkout)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import threading
 from collections import Counter
@@ -103,18 +105,21 @@ def test_a_budget_ends_the_game(cluster, fake, play):
     assert "out of tokens (--max-tokens)" in summary["rounds"][-1]["failures"]
 
 
-def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake, play):
-    play("60", "--rounds", "6", "--max-tokens", "700", status=4)
+def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake):
+    flags = ("--agent-type", "llm", "--seed", "7", "--rounds", "6", "--max-tokens", "700")
+    done = cluster.run("run_simulation.sh", "3", "60", *flags)
     before = cluster.summary()
-    assert 1 <= len(before["rounds"]) < 6
+    before_it = done.stderr
+    assert done.returncode == 4 and 1 <= len(before["rounds"]) < 6
     resume = ("run_simulation.sh", "--resume", "runs/latest")
     done = cluster.run(*resume)
     assert done.returncode == 2 and "its budget of 700 tokens is spent; give a larger --max-tokens" in one_line(
         done.stderr
     )
     assert cluster.summary() == before and (cluster.path / "runs/latest/answers.parquet").exists()
-    done = cluster.run(*resume, "--max-tokens", "70000")
-    assert done.returncode == 4, done.stderr  # as some have failed before
+    (hint,) = re.findall(r" of 6 rounds played; to go on with it: \./(.*)\n", before_it)
+    done = cluster.run(*shlex.split(hint))
+    assert "--max-tokens" in hint and done.returncode == 4, done.stderr  # as some have failed before
     after = cluster.summary()["rounds"]
     assert len(after) == 6 and after[: len(before["rounds"])] == before["rounds"]
     assert all(entry["answered"] == 60 for entry in after[len(before["rounds"]) :])
