@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from simulation.config import SimulationConfig
 from simulation.game import Game, RoundResult, Tally
-from simulation.past_runs import PastRun
+from simulation.past_runs import PastRun, part_in
 from simulation.pictures import DASHES, SERIES
 from simulation.plots import (
     PART_LINES,
@@ -202,6 +202,9 @@ def facts(run: PastRun) -> list[tuple[str, str]]:
     told.append(("Hosts", ", ".join(hosts[:NAMED]) + others))
     told.append(("Agent servers", f"{cluster['servers']:,} for participants, {cluster['moderators']:,} moderators"))
     told.append(("Run", run.name))
+    part = part_in(run.path, run.summary)
+    if part is not None:
+        told.append(("Experiment", f"run {part.run} of {part.runs} of {part.experiment}"))
     return told
 
 
