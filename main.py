@@ -233,8 +233,12 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif action == "status":
+        from simulation.console import table_lines
+
         rows, all_answer = local_servers.status(config)
-        print("\n".join(rows) if rows else "no agent servers are running")
+        dropped = ("up since", "restarts", "pid", "memory", "agents")
+        table = table_lines(local_servers.STATUS, rows, dropped, left=("role", "up since"))
+        print("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
         from simulation.console import ProgressWatch
@@ -262,18 +266,21 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     elif action == "gpus":
         print(len(inference.gpus_here()))
     elif action == "status":
+        from simulation.console import table_lines
+
         rows, all_healthy = inference.status()
-        print("\n".join(rows) if rows else "no vLLM servers are running")
+        table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
+        print("\n".join(table) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
         print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
-        from simulation.console import ProgressWatch
+        from simulation.console import ProgressWatch, table_lines
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
             rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
-        print("\n".join(rows))
+        print("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 

@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulation.config import SimulationConfig
+from simulation.console import table_lines
 from simulation.errors import ResultsError, SettingsError, printable
 from simulation.past_runs import PastRun
 from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
-from simulation.report import number_of, played_whole, table_lines
+from simulation.report import number_of, played_whole
 from simulation.report_page import answers_in_words, render, shown, swatch, whole
 from simulation.results import COMPARISON, REPORT, SWEEP, part_of, resume_command, write_whole
 
@@ -121,7 +122,10 @@ def _row(run: PastRun, names: Sequence[str]) -> list[str]:
 
 def comparison_lines(runs: list[PastRun]) -> list[str]:
     """Several runs as a table for a terminal."""
-    return table_lines(*comparison_rows(runs))
+    head, rows = comparison_rows(runs)
+    settings = [name.replace("_", " ") for name in differing_settings(runs)]  # which the folders' names tell, too
+    dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
+    return table_lines(head, rows, [*dropped, "status", "last average"])
 
 
 def write_comparison(folder: Path, runs: list[PastRun]) -> None:

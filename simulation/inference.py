@@ -28,6 +28,7 @@ VENV = ROOT / ".venv-vllm"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "large-scale-simulation"
 LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # see _home
 HOST = "127.0.0.1"
+STARTED, STATUS = ("port", "on", "pid", "model", "ready after"), ("port", "pid", "state")
 LOOK_S = 0.5
 STOP = "./stop_vllm.sh"
 BY_HTTP = "agent servers reach vLLM by HTTP, at its port"
@@ -150,8 +151,8 @@ def _served(models: list[ModelConfig], port: int, number: int) -> str:
     return next(of_port, models[min(number, len(models) - 1)].model)
 
 
-def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[str]:
-    """Start the servers and return when every one is healthy: a row for each.
+def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
+    """Start the servers and return when every one is healthy: the cells of STARTED for each.
 
     Args:
         config: The settings; `model_path` is what they serve.
@@ -199,9 +200,9 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                 _pid_file(port).unlink(missing_ok=True)
             raise
     progress(len(plans), len(plans), "")
-    row = "{:>6}  {:<10}  {:>8}  {:<30}  {}".format
-    return [row("port", "on", "pid", "model", "ready after")] + [
-        row(each.port, each.place, started[each.port].pid, each.model, f"{took[each.port]:.0f} s") for each in plans
+    return [
+        [str(each.port), each.place, str(started[each.port].pid), each.model, f"{took[each.port]:.0f} s"]
+        for each in plans
     ]
 
 
@@ -218,14 +219,13 @@ def stop() -> int:
     return len(running)
 
 
-def status() -> tuple[list[str], bool]:
-    """A row per vLLM server of this host, and whether all are healthy."""
-    row = "{:>6}  {:>8}  {}".format
+def status() -> tuple[list[list[str]], bool]:
+    """The cells of STATUS for each vLLM server of this host, and whether all are healthy."""
     running = own_servers()
     ports = sorted(int(path.stem) for path in FOLDER.glob("*.pid") if path.stem.isdigit())
     states = {port: "healthy" if port in running and _is_healthy(port) else _ailing(port, running) for port in ports}
-    rows = [row(port, running[port].pid if port in running else "-", state) for port, state in states.items()]
-    return ([row("port", "pid", "state"), *rows] if rows else []), all(state == "healthy" for state in states.values())
+    rows = [[str(port), str(running[port].pid) if port in running else "-", state] for port, state in states.items()]
+    return rows, all(state == "healthy" for state in states.values())
 
 
 def own_servers() -> dict[int, psutil.Process]:
