@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import DASHBOARD_PORT, SimulationConfig, check, flag_of, real_number, whole_number
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, printable
+from simulation.config import DASHBOARD_PORT, ROLES, SimulationConfig, check, flag_of, real_number, whole_number
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
 
 if TYPE_CHECKING:
     from simulation.console import ProgressWatch
@@ -65,6 +65,8 @@ ACTIONS = {
     "launch": Action(argparse.SUPPRESS, ("participant",), None),
     "draw": Action(argparse.SUPPRESS, ("report",)),
 }
+VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
+SINGLE_DASH = re.compile(r"-[A-Za-z](?!$)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,15 +117,37 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
     """
+    single_dash = [flag for flag in flags if SINGLE_DASH.match(flag)]
+    if single_dash:  # argparse takes -hosts for -h
+        _refuse_flags(single_dash, SimulationConfig.role)
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     folders: list[str] = given.pop("runs")
-    hint = "--help lists all flags" if unknown else "folders of runs go with --role report"
-    if given.get("role", SimulationConfig.role) != "report":  # in --colour red the folder is no folder
+    flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
+    if role != "report":  # in --colour red the folder is no folder
         unknown = [flag for flag in flags if flag in {*unknown, *folders}]
+    if flags_unknown:
+        _refuse_flags(unknown, role)
     if unknown:
-        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} (folders of runs go with --role report)")
     return given, folders
+
+
+def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
+    """Raise SettingsError with what may have been meant by the first flag: one of the role's, or else of another's."""
+    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
+        flag, [each for other in ROLES for each in flags_of(other)]
+    )
+    hint = f"{guess} " * bool(guess) + "--help lists all flags"
+    raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+
+
+def flags_of(role: str) -> list[str]:
+    """Return the flags of a role."""
+    settings = [item.name for item in fields(SimulationConfig) if role in item.metadata["roles"]]
+    actions = [name for name, each in ACTIONS.items() if role in each.roles and each.help != argparse.SUPPRESS]
+    return [*map(flag_of, settings + actions), "--help"]
 
 
 def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ main() {
       say "$VENV is up to date"
       return
       ;;
+    --resume | --experiment) ;;
+    -[!0-9]*) refuse_unknown "$1" "$USAGE" --resume --experiment --install-only --help ;;
   esac
   load_settings
   if [ "${1:-}" = --resume ]; then

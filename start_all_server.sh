@@ -21,11 +21,14 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
+USAGE="./start_all_server.sh <server_per_host>, or --status, or --help"
+
 main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --status) ;;
-    *) need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help" ;;
+    -[!0-9]*) refuse_unknown "$1" "$USAGE" --status --help ;;
+    *) need_number server_per_host "${1:-}" "$USAGE" ;;
   esac
   load_settings
   if [ "$1" = --status ]; then

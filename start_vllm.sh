@@ -32,7 +32,7 @@ main() {
       [ "$#" -eq 1 ] || fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1"
       ;;
     -- | '') ;;
-    *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set, or --help" ;;
+    *) refuse_unknown "$1" "./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set" --status --install -- --help ;;
   esac
   load_settings
   ensure_venv run

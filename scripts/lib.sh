@@ -15,6 +15,37 @@ fail() { # fail <exit status> <message>
   exit "$1"
 }
 
+# nearest <name> <known name>...: print which of these may have been meant, or all of them where none is like it.
+nearest() {
+  # letters to change, add, leave out or swap with the next one; capitals, dashes and underscores make no difference
+  awk 'function least(a, b) { return a < b ? a : b }
+    function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
+    function changes(a, b,   i, j, d) {
+      for (i = 0; i <= length(a); i++) d[i, 0] = i
+      for (j = 0; j <= length(b); j++) d[0, j] = j
+      for (i = 1; i <= length(a); i++) for (j = 1; j <= length(b); j++) {
+        d[i, j] = least(least(d[i-1, j], d[i, j-1]) + 1, d[i-1, j-1] + (substr(a, i, 1) != substr(b, j, 1)))
+        if (i > 1 && j > 1 && substr(a, i, 1) == substr(b, j-1, 1) && substr(a, i-1, 1) == substr(b, j, 1))
+          d[i, j] = least(d[i, j], d[i-2, j-2] + 1)
+      }
+      return d[length(a), length(b)]
+    }
+    BEGIN {
+      name = plain(ARGV[1]); fewest = length(name) / 3
+      for (place = 2; place < ARGC; place++) {
+        all = all (place > 2 ? ", " : "") ARGV[place]
+        known = plain(ARGV[place]); number = changes(name, known)
+        if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # its beginning
+        if (number <= fewest) { fewest = number; meant = ARGV[place] }
+      }
+      print meant == "" ? "known are " all : "did you mean " meant "?"
+    }' "$@"
+}
+
+refuse_unknown() { # refuse_unknown <first argument> <usage> <known first argument>...
+  fail 2 "'$1' is not known here; $(nearest "$1" "${@:3}"); usage: $2"
+}
+
 # The help of a script is the comment at its top.
 show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -28,8 +59,9 @@ load_settings() {
     number=$((number + 1))
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
+    # shellcheck disable=SC2086
     is_setting "$key" ||
-      fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value"
+      fail 2 "configs/cluster.env, line $number: '$line' is no KEY=value of a setting; $(nearest "$key" $SETTINGS)"
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, meant_by
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
@@ -223,7 +223,10 @@ def check(flag: str, value: Any, allowed: Any) -> None:
     if value is None:
         return
     if allowed["choices"] and value not in allowed["choices"]:
-        raise SettingsError(f"{flag} {value}: must be one of {', '.join(allowed['choices'])}")
+        guess = meant_by(str(value), allowed["choices"])
+        raise SettingsError(
+            f"{flag} {value}: must be one of {', '.join(allowed['choices'])}" + f"; {guess}" * bool(guess)
+        )
     if allowed["low"] is not None and not allowed["low"] <= value <= allowed["high"]:
         raise SettingsError(f"{flag} {value}: must be from {allowed['low']} to {allowed['high']}")
 

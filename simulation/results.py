@@ -400,7 +400,7 @@ def summarise(
     llm = config.agent_type == "llm"
     return {
         "run_id": run_id,
-        "part_of": part_of._asdict() if part_of is not None else None,
+        **({"part_of": part_of._asdict()} if part_of is not None else {}),
         "status": status,
         "config": asdict(config),
         "cluster": cluster | ({"llm_seconds": _time_told_apart(usage, seconds["rounds"])} if llm else {}),

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, one_line
 
 import main
-from simulation.config import flag_of
+from simulation.config import ROLES, flag_of
+from simulation.errors import meant_by, nearest
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1000000000"),
@@ -49,7 +50,21 @@ BAD = [
     ("--heartbeat-timeout 0", "must be from 0.5"),
     ("--role report --resume runs/latest", "goes with --role main"),
     ("--hosts node1 localhost", "localhost is another machine on each of them"),
-    ("--max-valu 5", "unrecognized"),
+    ("--max-valu 5", "unrecognized arguments: --max-valu 5 (did you mean --max-value? --help lists all flags)"),
+    ("--participant_num=5", "unrecognized arguments: --participant_num=5 (did you mean --participant-num?"),
+    ("-hosts a b", "did you mean --hosts?"),
+    ("--SEED 7", "did you mean --seed?"),
+    ("--keep", "did you mean --keep-agents?"),
+    ("--role ask --participants 3", "did you mean --participant?"),
+    ("--role participant --statu", "did you mean --status?"),
+    ("--model-pth x", "did you mean --model-path?"),
+    ("--dispatch agnet", "must be one of group, agent; did you mean agent?"),
+    ("--structured-output response", "none; did you mean response_format?"),
+    ("--personas educaton", "did you mean education?"),
+    ("--personas education --teams educaton", "it has education; did you mean education?"),
+    ("--experiment configs/experiments/ratio.yaml", "No such file or directory; did you mean ratios.yaml?"),
+    ("--prompts-file configs/prompt.yaml --agent-type llm", "did you mean prompts.yaml?"),
+    ("--model-configs configs/models.json --agent-type llm", "cannot be read: No such file or directory; did you mean"),
     ("--seed", "expected one argument"),
     ("stray", "unrecognized arguments: stray (folders of runs go with --role report)"),
     ("--run-dir report stray", "unrecognized arguments: stray"),
@@ -72,6 +87,22 @@ def test_bad_settings_are_one_line_and_status_2(arguments, expected):
     message = one_line(done.stderr)
     assert done.returncode == 2 and done.stdout == ""
     assert expected in message
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_mistyped_flag_of_any_role_is_recognised(role):
+    flags = main.flags_of(role)
+    for flag in set(flags) - {"--help"}:
+        middle = len(flag) // 2
+        for mistyped in (
+            flag.replace("-", "_"),
+            flag[1:],
+            flag.upper(),
+            flag[:middle] + flag[middle + 1 :],
+            flag + "x",
+        ):
+            assert meant_by(mistyped, flags) == f"did you mean {flag}?", mistyped
+    assert meant_by("--zzz", flags) == "" and nearest("zzz", ["a", "b"]) == "known are a, b"
 
 
 UNUSED = [

@@ -82,6 +82,29 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
     assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("run_tests.sh --fats", "did you mean --fast?"),
+        ("run_tests.sh -k x --al_l", "did you mean --all?"),
+        ("run_tests.sh --lf --fast", "--fast comes first"),
+        ("start_vllm.sh --instal", "did you mean --install?"),
+        ("start_all_server.sh --satus", "did you mean --status?"),
+        ("stop_all_server.sh --hlep", "did you mean --help?"),
+        ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
+        ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
+        ("run_simulation.sh --seed 7", "known are --resume, --experiment, --install-only, --help;"),
+        ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
+        ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
+        ("on_all_hosts.sh dance", "known are push-key, --help, run_simulation.sh, start_all_server.sh, "),
+    ],
+)
+def test_what_may_have_been_meant_is_told_before_anything_is_installed(shell, arguments, meant):
+    done = shell(*arguments.split(), echo=False)
+    assert done.returncode == 2 and meant in one_line(done.stderr)
+    assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
+
+
 def test_zero_is_refused_by_name(checkout):
     for command in (("run_simulation.sh", "0", "10"), ("run_simulation.sh", "10", "0"), ("start_all_server.sh", "0")):
         done = checkout.run(*command)
@@ -121,11 +144,22 @@ def test_precedence_is_file_environment_flag(shell):
     assert "[--base-port][14000]" in shell("start_all_server.sh", "1").stdout
 
 
-@pytest.mark.parametrize("line", ["BASEPORT=1", "rm -rf /", "BASE_PORT 14000", "export BASE_PORT=1"])
-def test_a_mistake_in_the_file_is_named_and_not_run(shell, line):
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        *(
+            ("BASEPORT=1", "did you mean BASE_PORT?"),
+            ("host=a", "did you mean HOSTS?"),
+            ("rm -rf /", "known are BASE_"),
+        ),
+        *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
     (shell.path / "configs/cluster.env").write_text(f"# ours\n{line}\n")
     done = shell("run_simulation.sh", "1", "2")
     assert done.returncode == 2 and "configs/cluster.env, line 2" in one_line(done.stderr)
+    assert meant in done.stderr
 
 
 def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
