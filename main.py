@@ -15,18 +15,31 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for wha
 import argparse
 import contextlib
 import io
+import itertools
 import re
+import shutil
 import sys
 import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import DASHBOARD_PORT, ROLES, SimulationConfig, check, flag_of, real_number, whole_number
+from simulation.config import (
+    DASHBOARD_PORT,
+    GROUPS,
+    ROLES,
+    ROOT,
+    SimulationConfig,
+    as_written,
+    check,
+    flag_of,
+    real_number,
+    whole_number,
+)
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
 
 if TYPE_CHECKING:
@@ -65,6 +78,23 @@ ACTIONS = {
     "launch": Action(argparse.SUPPRESS, ("participant",), None),
     "draw": Action(argparse.SUPPRESS, ("report",)),
 }
+HELP_WIDTH = 100  # columns, where the terminal has them
+ROLE_HELP = {
+    "main": "Play the game",
+    "participant": "Start, stop or show the agent servers of this host",
+    "ask": "Ask one participant of a run that kept its agents",
+    "report": "Show a finished run again, or compare several",
+    "vllm": "Start, stop or show the vLLM servers of this host",
+}
+USAGES = {
+    "main": "main.py [flags]",
+    "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
+    "ask": "main.py --role ask --run-dir RUN (--participant N | --winner) --text TEXT",
+    "report": "main.py --role report [RUN ...] [--run-dir DIR]",
+    "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
+}
+EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
+HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
 VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
 SINGLE_DASH = re.compile(r"-[A-Za-z](?!$)")
 
@@ -80,36 +110,69 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def make_parser() -> Parser:
-    """A flag for every setting, and folders of runs."""
-    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    types_of = typing.get_type_hints(SimulationConfig)
+def make_parser(role: str | None = None) -> Parser:
+    """Return a parser with the flags of a role, in groups, with a help for people; or of all roles, to parse with."""
+    about = {"description": f"{ROLE_HELP[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role is not None else {}
+    parser = Parser(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=_formatter, **about)
+    group = parser.add_argument_group("what to do")
     for item in fields(SimulationConfig):
-        flag = flag_of(item.name)
-        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        text = item.metadata["help"] + ("" if default in (None, False) else f" (default: {default})")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = types_of[item.name]
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
-        if kind is bool:
-            options["action"] = "store_true"
-        elif kind in (int, float):
-            read = whole_number if kind is int else real_number
-            options["type"] = lambda text, read=read, flag=flag: read(flag, text)
-            options["metavar"] = "N" if kind is int else "X"
-        elif item.metadata["choices"]:
-            options["metavar"] = "|".join(item.metadata["choices"])
-        if item.name == "hosts":
-            options |= {"nargs": "+", "metavar": "HOST"}
-        elif item.name == "dashboard":
-            options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
-        parser.add_argument(flag, **options)
-    for name, action in ACTIONS.items():
-        parser.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=action.help)
+        group = parser.add_argument_group(GROUPS[item.name]) if item.name in GROUPS else group
+        if role is None or role in item.metadata["roles"]:
+            group.add_argument(flag_of(item.name), **_options_of(item))
+        if item.name == "role":
+            for name, action in ACTIONS.items():
+                if role is None or role in action.roles:
+                    hidden = action.help == argparse.SUPPRESS
+                    text = action.help if hidden else f"{action.help} (default: off)"
+                    group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
+            group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
     parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
+    runs = "folders of runs, or of experiments (default: that of --run-dir)"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs if role == "report" else argparse.SUPPRESS)
     return parser
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
+    return argparse.HelpFormatter(prog, max_help_position=min(30, width // 2), width=width)
+
+
+def _options_of(item: Field[Any]) -> dict[str, Any]:
+    """Return what argparse is to know of a setting."""
+    flag, kind = flag_of(item.name), typing.get_type_hints(SimulationConfig)[item.name]
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(item).replace("%", "%%")}
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if kind is bool:
+        options["action"] = "store_true"
+    elif kind in (int, float):
+        read = whole_number if kind is int else real_number
+        options["type"] = lambda text: read(flag, text)
+        options["metavar"] = "N" if kind is int else "X"
+    else:
+        options["metavar"] = "|".join(item.metadata["choices"]) or item.name.rpartition("_")[2].upper()
+    if item.name == "hosts":
+        options |= {"nargs": "+", "metavar": "HOST"}
+    elif item.name == "dashboard":
+        options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
+    return options
+
+
+def help_of(item: Field[Any]) -> str:
+    """Return what a setting is, which values it may have, and which it has without its flag."""
+    default, low = item.default, item.metadata["low"]
+    if item.metadata["without"]:
+        default = item.metadata["without"]
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, tuple):
+        default = " ".join(default)
+    elif isinstance(default, int | float):
+        default = as_written(default)
+    elif str(default).startswith(f"{ROOT}/"):
+        default = str(default).removeprefix(f"{ROOT}/")
+    bounds = f"; from {as_written(low)} to {as_written(item.metadata['high'])}" if low is not None else ""
+    return f"{item.metadata['help']}{bounds} (default: {default})"
 
 
 def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -177,6 +240,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
+        if {"-h", "--help"} & {*flags}:
+            role = _role_in(flags)
+            check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
+            print(make_parser(role).format_help(), end="")
+            return 0
         given, folders = _parsed(flags)
         actions = [name for name in ACTIONS if given.pop(name, False)]
         owned = given.pop("owned", False)
@@ -221,6 +289,14 @@ def _needs_model_count(config: SimulationConfig) -> bool:
     """Whether it matters how many models there are, which takes a look for GPUs; a run that is resumed knows."""
     may_ask = config.agent_type == "llm" or config.experiment is not None
     return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
+
+
+def _role_in(flags: list[str]) -> str:
+    """Return the role that is given last, whatever is wrong with the other flags."""
+    role = SimulationConfig.role
+    for word, after in itertools.pairwise([*flags, ""]):
+        role = after if word == "--role" else word.removeprefix("--role=") if word.startswith("--role=") else role
+    return role
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -410,7 +486,7 @@ def ask(config: SimulationConfig) -> int:
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)
-    participant = first_winner(path, summary) if config.winner else config.participant or 0
+    participant = config.participant if config.participant is not None else first_winner(path, summary)
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT, one_line
 
 import main
-from simulation.config import ROLES, flag_of
+from simulation.config import ROLES, SimulationConfig, flag_of
 from simulation.errors import meant_by, nearest
 
 BAD = [
-    ("--max-value -1", "must be from 1 to 1000000000"),
+    ("--max-value -1", "must be from 1 to 1,000,000,000"),
     ("--max-value 0", "must be from 1"),
     ("--max-value ten", "whole number"),
     ("--participant-num 0", "must be from 1"),
@@ -35,7 +37,10 @@ BAD = [
     ("--agent-type llm --model-configs nowhere.json", "nowhere.json"),
     ("--structured-output json", "must be one of structured_outputs, response_format, none"),
     ("--samples-per-request 0", "must be from 1"),
-    ("--max-in-flight 0", "must be from 1"),
+    ("--max-in-flight 0", "must be from 1 to 1,000,000"),
+    ("--price-per-million-tokens -1", "must be from 0 to 1,000,000,000"),
+    ("--lease 1", "must be from 2 to 86400"),
+    ("--offset -0.5", "--offset -0.5: must be from 0 to 1,000,000,000,"),
     ("--max-tokens 0", "must be from 1"),
     ("--reply-timeout 0", "must be from 0.1"),
     ("--vllm-base-port 65535 --model-per-host 2", "would end beyond port 65535"),
@@ -44,6 +49,7 @@ BAD = [
     ("--role boss", "must be one of main, participant, ask, report"),
     ("--role ask", "give --run-dir"),
     ("--role ask --run-dir x --text=", "give --run-dir"),
+    ("--role ask --run-dir x --text Why", "give --run-dir, --text, and --participant or --winner"),
     ("--role report", "give --run-dir"),
     ("--hosts a a", "none twice"),
     ("--min-servers 11", "there are 10 participant servers"),
@@ -141,9 +147,40 @@ def test_each_pair_of_actions_is_refused(role, pair, capsys):
     assert one_line(capsys.readouterr().err)
 
 
-def test_help_lists_every_flag_and_its_default():
+@pytest.mark.parametrize("role", ROLES)
+def test_help_lists_every_flag_of_a_role_with_what_holds_without_it(role, capsys, monkeypatch):
+    for columns in (70, 100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main.main(["--role", role, "--no-such-flag", "--help"]) == 0
+        told = capsys.readouterr().out
+        assert max(map(len, told.splitlines()[1:])) <= min(columns, 100)
+    blocks = re.split(r"\n(?=  -|\n)", told)
+    texts = {re.search(r"--[a-z-]+", each)[0]: " ".join(each.split()) for each in blocks if each.startswith("  -")}
+    assert sorted(texts) == sorted(main.flags_of(role))
+    settings = {flag_of(item.name): item for item in fields(SimulationConfig)}
+    for flag, text in texts.items():
+        assert text.count("(default: ") == 1 and text.endswith(")"), text
+        assert "None" not in text and not re.search(r"\.0\b|e\+|[0-9]{6}", text.partition(" ")[2]), text
+        if flag in settings and settings[flag].default is not None and not settings[flag].metadata["without"]:
+            assert "(default: )" not in text
+    for title in ("what to do:", *(["the game:", "the cluster:", "the results:"] if role == "main" else [])):
+        assert title in told.splitlines()
+
+
+def test_help_shows_defaults_and_bounds_as_people_write_them():
+    settings = {item.name: item for item in fields(SimulationConfig)}
+    for name, end in {
+        "decimals": "; from 0 to 6 (default: 0)",
+        "offset": " (default: 0)",
+        "max_value": "; from 1 to 1,000,000,000 (default: 100)",
+        "lease": "; from 2 to 86400 (default: 60)",
+        "connect_timeout": "; from 0.1 to 3600 (default: 5)",
+        "max_in_flight": "; from 1 to 1,000,000 (default: enough for 512 answers)",
+        "winner": " (default: off)",
+        "model_configs": " (default: configs/model_configs.json)",
+        "hosts": " (default: localhost)",
+    }.items():
+        assert main.help_of(settings[name]).endswith(end), name
     done = main_py("--help")
-    assert done.returncode == 0
-    for flag in ("--seed", "--keep-agents", "--agent-class", "--dispatch", "--moderator-per-host", "--run-dir"):
-        assert flag in done.stdout
-    assert "(default: 12330)" in done.stdout.replace("\n", " ").replace("  ", "")
+    assert done.returncode == 0 and done.stderr == "" and "--seed N " in done.stdout
+    assert "--role --help: must be one of main" in one_line(main_py("--role", "--help").stderr)

@@ -71,7 +71,7 @@ BAD = {
     "cluster's flag": ("server-per-host: 3\n", "belongs on the command line, as --server-per-host"),
     "ratio 0": ("rounds: 2\nratio: 0\n", "x.yaml, line 2: ratio 0: must be from 1/1000000 to 10, as a fraction"),
     "one of a list": ("ratio:\n- 1/2\n- 11\n", "x.yaml, line 3: ratio 11: must be from 1/1000000 to 10"),
-    "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1e+09"),
+    "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1,000,000,000"),
     "enormous": ("ratio: 1e999999999\n", "ratio 1e999999999: must be a number such as 2/3 or 0.51"),
     "enormous seed": (f"seed: {'9' * 300}\n", "line 1: seed 999"),
     "no digits": ("participant_num: 1e6\n", "participant_num '1e6': must be a whole number, in digits such as 1000"),
@@ -150,7 +150,7 @@ BAD_PROMPTS = {
     "missing": ("basic:\n  system: x\n", "p.yaml, line 1: instruction is missing"),
     "empty": ("basic: {system: ' ', instruction: x}\n", "p.yaml, line 1: system must be a text, and is empty"),
     "tokens": ("basic:\n  system: x\n  instruction: x\n  reasoning_tokens: 0\n",
-        "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100000"),
+        "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100,000"),
     "other": ("other: {system: x, instruction: x}\n", "--prompt basic: p.yaml has no such prompt; it has other"),
 }  # fmt: skip
 
@@ -352,7 +352,7 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
         assert f"to go on with it: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in log.read_text()
     assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
     assert (cluster.path / "runs/latest").resolve() == cut
-    asked = cluster.run("main.py", "--role", "ask", "--run-dir", "runs/latest", "--text", "Why?")
+    asked = cluster.run("main.py", "--role", "ask", "--winner", "--run-dir", "runs/latest", "--text", "Why?")
     assert asked.returncode == 2 and "name one of them, such as runs/latest/02-" in one_line(asked.stderr)
     reported = cluster.run("main.py", "--role", "report", "runs/latest")
     assert reported.returncode == 0, reported.stderr

@@ -51,6 +51,12 @@ def test_help_is_the_comment_at_the_top(shell, script):
     assert not (shell.path / ".venv").exists()
 
 
+def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
+    for script, role in (("run_simulation.sh", ""), ("start_all_server.sh", "[--role][participant]")):
+        assert f"./{script} --help-all" in shell(script, "--help").stdout
+        assert shell(script, "--help-all").stdout == f"{role}[--help]"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -63,6 +69,8 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "run_simulation.sh --seed 7",
         "run_simulation.sh 10 -5",
         "run_simulation.sh --install-only 10",
+        "run_simulation.sh --help-all 10",
+        "start_all_server.sh --help-all --stop",
         "run_simulation.sh --install-only --seed 7",
         "start_all_server.sh",
         "start_all_server.sh abc",
@@ -93,7 +101,7 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
         ("stop_all_server.sh --hlep", "did you mean --help?"),
         ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
         ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
-        ("run_simulation.sh --seed 7", "known are --resume, --experiment, --install-only, --help;"),
+        ("run_simulation.sh --seed 7", "known are --resume, --experiment, --install-only, --help, --help-all;"),
         ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
         ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
         ("on_all_hosts.sh dance", "known are push-key, --help, run_simulation.sh, start_all_server.sh, "),
