@@ -108,6 +108,7 @@ class RunDirectory:
         self.part_of = part_of(self.path)
         self._failed: list[dict[str, Any]] = []
         self._locks: list[int] = []
+        self._is_latest = within is not None  # the experiment's folder is
         self._latest_before: str | None = None
         try:
             _check_latest()
@@ -156,11 +157,12 @@ class RunDirectory:
             if LATEST.is_symlink() and LATEST.resolve() != target:
                 self._latest_before = str(LATEST.readlink())
             _point_latest(os.path.relpath(target, LATEST.parent.resolve()))
+            self._is_latest = True
         except OSError as error:
             raise ResultsError(f"cannot point {LATEST} to {target}: {error.strerror}") from None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, and point runs/latest to the run (see point_latest). Raises ResultsError."""
+        """Write summary.json, and point runs/latest to the run at first. Raises ResultsError."""
         text = json.dumps(summary, indent=2)
         for kept in (5, 1, 0):
             if len(text) < SUMMARY_BYTES:
@@ -175,7 +177,8 @@ class RunDirectory:
             text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
             file.write((text + "\n").encode())
-        self.point_latest()
+        if not self._is_latest:  # once: a run that was begun later stays the last one
+            self.point_latest()
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""

@@ -77,6 +77,8 @@ BAD = [
     ("--role=report --run-dir x --colour red", "unrecognized arguments: --colour (--help"),
     ("--agent-class mine.py", "my_file.py:MyParticipant"),
     ("--agent-class nowhere.py:Mine", "there is no file"),
+    ("--agent-class examples/level_l.py:LevelK", "there is no file examples/level_l.py; did you mean level_k.py?"),
+    ("--agent-class examples/level_k.py:levelk", "derived from Participant; did you mean LevelK?"),
     ("--role report --run-dir nowhere", "summary.json"),
 ]
 

@@ -235,14 +235,16 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
     alone.write_summary(nothing)
     assert str((tmp_path / "latest").readlink()) == "alone"
     whole = RunDirectory(sweep_in(tmp_path / "a b", "01-x", "02-y"), resumed=True)
+    whole.point_latest()
     first = RunDirectory(tmp_path / "a b/01-x", within=whole)
-    first.write_summary(nothing)
+    for directory in (first, alone):  # the latter was begun before
+        directory.write_summary(nothing)
     assert str((tmp_path / "latest").readlink()) == "a b" and first.part_of == ("a b", "x.yaml", 1, 2)
     with pytest.raises(SettingsError, match="a b is being written by another run"):
         RunDirectory(tmp_path / "a b/02-y")
-    for directory in (first, whole):
+    for directory in (first, whole, alone):
         directory.close()
-    alone.write_summary(nothing)
+    RunDirectory(tmp_path / "alone", resumed=True).write_summary(nothing)
     runs = [RunDirectory(tmp_path / "a b" / name, resumed=name == "01-x") for name in ("01-x", "02-y")]
     with pytest.raises(SettingsError, match="a b is being written by another run"):
         RunDirectory(tmp_path / "a b", resumed=True)
