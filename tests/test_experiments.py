@@ -172,7 +172,7 @@ def test_flags_are_told_as_flags(refused, tmp_path):
     file = ("x.yaml", LLM + "prompt: [basic, none]\n", "--experiment", tmp_path / "x.yaml")
     assert refused(*file, "--prompt", "basci").startswith("--prompt basci: configs/prompts.yaml has no such prompt")
     assert refused(*file, "--prompt", "basic", "--max-tokens", "9").startswith("--max-tokens 9: a run may cost")
-    assert refused(*file, "--resume", "runs/latest").startswith("--experiment: goes with --role main, and not with")
+    assert refused(*file, "--resume", "runs/latest").startswith("--experiment: does not go with --resume")
     assert refused(*file[:2], "--experiment", tmp_path / "y.yaml").endswith(
         "y.yaml: cannot be read: No such file or directory; did you mean x.yaml?"
     )
