@@ -15,32 +15,88 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for wha
 import argparse
 import contextlib
 import io
+import itertools
 import re
+import shutil
 import sys
 import time
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import DASHBOARD_PORT, SimulationConfig, flag_of, real_number, whole_number
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, printable
+from simulation.config import (
+    DASHBOARD_PORT,
+    GROUPS,
+    ROLES,
+    ROOT,
+    SimulationConfig,
+    as_written,
+    check,
+    flag_of,
+    real_number,
+    whole_number,
+)
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
 
 if TYPE_CHECKING:
     from simulation.console import ProgressWatch
     from simulation.local_servers import OwnedServers
     from simulation.security import ClusterKey
 
+
+@dataclass(frozen=True)
+class Action:
+    """What a role does in place of what it is for.
+
+    Attributes:
+        help: What it does.
+        roles: The roles that can.
+        settings: Those of the role's settings that it uses; None is all of them.
+    """
+
+    help: str
+    roles: tuple[str, ...]
+    settings: tuple[str, ...] | None = ()
+
+
 ACTIONS = {
-    "--status": "show a row per server of this host (roles participant and vllm)",
-    "--stop": "stop the servers of this host (roles participant and vllm)",
-    "--make-key": "make the cluster key unless there is one, and print its folder (role participant)",
-    "--launch": argparse.SUPPRESS,  # what the launcher process is started with
-    "--owned": argparse.SUPPRESS,
-    "--draw": argparse.SUPPRESS,  # what the process that draws reports is started with
+    "status": Action(
+        "show a row per server of this host",
+        ("participant", "vllm"),
+        ("host_name", "cluster_key_dir", "connect_timeout"),
+    ),
+    "stop": Action("stop the servers of this host", ("participant", "vllm")),
+    "gpus": Action(argparse.SUPPRESS, ("vllm",)),  # print how many there are: what is installed depends on it
+    "make_key": Action(
+        "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
+    ),
+    # what the launcher process is started with, and the process that draws reports
+    "launch": Action(argparse.SUPPRESS, ("participant",), None),
+    "draw": Action(argparse.SUPPRESS, ("report",)),
 }
+HELP_WIDTH = 100  # columns, where the terminal has them
+ROLE_HELP = {
+    "main": "Play the game",
+    "participant": "Start, stop or show the agent servers of this host",
+    "ask": "Ask one participant of a run that kept its agents",
+    "report": "Show a finished run again, or compare several",
+    "vllm": "Start, stop or show the vLLM servers of this host",
+}
+USAGES = {
+    "main": "main.py [flags]",
+    "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
+    "ask": "main.py --role ask --run-dir RUN (--participant N | --winner) --text TEXT",
+    "report": "main.py --role report [RUN ...] [--run-dir DIR]",
+    "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
+}
+EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
+HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
+VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
+SINGLE_DASH = re.compile(r"-[A-Za-z](?!$)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,69 +110,166 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def make_parser() -> Parser:
-    """A flag for every setting, and folders of runs."""
-    parser = Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    types_of = typing.get_type_hints(SimulationConfig)
+def make_parser(role: str | None = None) -> Parser:
+    """Return a parser with the flags of a role, in groups, with a help for people; or of all roles, to parse with."""
+    about = {"description": f"{ROLE_HELP[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role is not None else {}
+    parser = Parser(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=_formatter, **about)
+    group = parser.add_argument_group("what to do")
     for item in fields(SimulationConfig):
-        flag = flag_of(item.name)
-        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        text = item.metadata["help"] + ("" if default in (None, False) else f" (default: {default})")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        kind = types_of[item.name]
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
-        if kind is bool:
-            options["action"] = "store_true"
-        elif kind in (int, float):
-            read = whole_number if kind is int else real_number
-            options["type"] = lambda text, read=read, flag=flag: read(flag, text)
-            options["metavar"] = "N" if kind is int else "X"
-        elif item.metadata["choices"]:
-            options["metavar"] = "|".join(item.metadata["choices"])
-        if item.name == "hosts":
-            options |= {"nargs": "+", "metavar": "HOST"}
-        elif item.name == "dashboard":
-            options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
-        parser.add_argument(flag, **options)
-    for flag, text in ACTIONS.items():
-        parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs, or of a sweep of runs (role report)")
+        group = parser.add_argument_group(GROUPS[item.name]) if item.name in GROUPS else group
+        if role is None or role in item.metadata["roles"]:
+            group.add_argument(flag_of(item.name), **_options_of(item))
+        if item.name == "role":
+            for name, action in ACTIONS.items():
+                if role is None or role in action.roles:
+                    hidden = action.help == argparse.SUPPRESS
+                    text = action.help if hidden else f"{action.help} (default: off)"
+                    group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
+            group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
+    parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    runs = "folders of runs, or of experiments (default: that of --run-dir)"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs if role == "report" else argparse.SUPPRESS)
     return parser
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
+    return argparse.HelpFormatter(prog, max_help_position=min(30, width // 2), width=width)
+
+
+def _options_of(item: Field[Any]) -> dict[str, Any]:
+    """Return what argparse is to know of a setting."""
+    flag, kind = flag_of(item.name), typing.get_type_hints(SimulationConfig)[item.name]
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(item).replace("%", "%%")}
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if kind is bool:
+        options["action"] = "store_true"
+    elif kind in (int, float):
+        read = whole_number if kind is int else real_number
+        options["type"] = lambda text: read(flag, text)
+        options["metavar"] = "N" if kind is int else "X"
+    else:
+        options["metavar"] = "|".join(item.metadata["choices"]) or item.name.rpartition("_")[2].upper()
+    if item.name == "hosts":
+        options |= {"nargs": "+", "metavar": "HOST"}
+    elif item.name == "dashboard":
+        options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
+    return options
+
+
+def help_of(item: Field[Any]) -> str:
+    """Return what a setting is, which values it may have, and which it has without its flag."""
+    default, low = item.default, item.metadata["low"]
+    if item.metadata["without"]:
+        default = item.metadata["without"]
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, tuple):
+        default = " ".join(default)
+    elif isinstance(default, int | float):
+        default = as_written(default)
+    elif str(default).startswith(f"{ROOT}/"):
+        default = str(default).removeprefix(f"{ROOT}/")
+    bounds = f"; from {as_written(low)} to {as_written(item.metadata['high'])}" if low is not None else ""
+    return f"{item.metadata['help']}{bounds} (default: {default})"
+
+
 def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings and actions that are given, and folders of runs. Raises SettingsError."""
+    """The settings and actions that are given, and folders of runs. Raises SettingsError.
+
+    A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
+    """
+    single_dash = [flag for flag in flags if SINGLE_DASH.match(flag)]
+    if single_dash:  # argparse takes -hosts for -h
+        _refuse_flags(single_dash, SimulationConfig.role)
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     folders: list[str] = given.pop("runs")
-    hint = "--help lists all flags" if unknown else "folders of runs go with --role report"
-    if given.get("role", SimulationConfig.role) != "report":  # in --colour red the folder is no folder
+    flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
+    if role != "report":  # in --colour red the folder is no folder
         unknown = [flag for flag in flags if flag in {*unknown, *folders}]
+    if flags_unknown:
+        _refuse_flags(unknown, role)
     if unknown:
-        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} (folders of runs go with --role report)")
     return given, folders
+
+
+def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
+    """Raise SettingsError with what may have been meant by the first flag: one of the role's, or else of another's."""
+    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
+        flag, [each for other in ROLES for each in flags_of(other)]
+    )
+    hint = f"{guess} " * bool(guess) + "--help lists all flags"
+    raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
+
+
+def flags_of(role: str) -> list[str]:
+    """Return the flags of a role."""
+    settings = [item.name for item in fields(SimulationConfig) if role in item.metadata["roles"]]
+    actions = [name for name, each in ACTIONS.items() if role in each.roles and each.help != argparse.SUPPRESS]
+    return [*map(flag_of, settings + actions), "--help"]
+
+
+def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None:
+    """Raise SettingsError if a flag is given that the role, or its action, does not use.
+
+    Args:
+        role: The role, which may be none that there is.
+        actions: The actions that are given.
+        given: The settings that are given.
+    """
+    settings = {item.name: item.metadata for item in fields(SimulationConfig)}
+    check("--role", role, settings["role"])
+    roles_of = {name: ACTIONS[name].roles for name in actions}
+    roles_of |= {name: settings[name]["roles"] for name in settings if name in given}
+    for name, roles in roles_of.items():
+        if role not in roles:
+            raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
+    if len(actions) > 1:
+        raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
+    used = ACTIONS[actions[0]].settings if actions else None
+    for name in given:
+        if used is not None and name not in ("role", *used):
+            raise SettingsError(f"{flag_of(name)}: does not go with {flag_of(actions[0])}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one role; returns the exit status. Every error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
+        if {"-h", "--help"} & {*flags}:
+            role = _role_in(flags)
+            check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
+            print(make_parser(role).format_help(), end="")
+            return 0
         given, folders = _parsed(flags)
-        actions = {flag[2:] for flag in ACTIONS if given.pop(flag[2:].replace("-", "_"))}
+        actions = [name for name in ACTIONS if given.pop(name, False)]
+        owned = given.pop("owned", False)
+        _refuse_unused(given.get("role", SimulationConfig.role), actions, given)
+        action = actions[0] if actions else None
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
-        if actions and config.role not in ("participant", "vllm") and (config.role, actions) != ("report", {"draw"}):
-            raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
-        if for_vllm and config.role != "vllm":
-            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, with --role vllm")
+        if action is None and "model_per_host" not in given and _needs_model_count(config):
+            from simulation.inference import servers_per_host
+
+            given["model_per_host"] = servers_per_host(config)
+            config = SimulationConfig(**given)
+        if for_vllm and (config.role != "vllm" or actions):
+            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
+        if folders and actions:
+            raise SettingsError(f"{folders[0]}: does not go with {flag_of(actions[0])}")
+        if owned and action != "launch":
+            raise SettingsError("--owned: goes with --launch")
         roles: dict[str, Callable[[], int]] = {
             "main": lambda: play(config, given),
-            "participant": lambda: serve(config, actions),
+            "participant": lambda: serve(config, action, owned),
             "ask": lambda: ask(config),
-            "report": lambda: draw_reports() if actions else report(config, folders),
-            "vllm": lambda: serve_models(config, actions, for_vllm),
+            "report": lambda: draw_reports() if action else report(config, folders),
+            "vllm": lambda: serve_models(config, action, for_vllm),
         }
         return roles[config.role]()
     except SimulationError as error:
@@ -130,6 +283,20 @@ def main(arguments: list[str] | None = None) -> int:
         where = keep_traceback()
         print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
         return 1
+
+
+def _needs_model_count(config: SimulationConfig) -> bool:
+    """Whether it matters how many models there are, which takes a look for GPUs; a run that is resumed knows."""
+    may_ask = config.agent_type == "llm" or config.experiment is not None
+    return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
+
+
+def _role_in(flags: list[str]) -> str:
+    """Return the role that is given last, whatever is wrong with the other flags."""
+    role = SimulationConfig.role
+    for word, after in itertools.pairwise([*flags, ""]):
+        role = after if word == "--role" else word.removeprefix("--role=") if word.startswith("--role=") else role
+    return role
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -150,24 +317,28 @@ def _interruptible() -> None:
         signal.signal(number, _give_up)
 
 
-def serve(config: SimulationConfig, actions: set[str]) -> int:
+def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
     """Role participant: the agent servers of this host."""
     from simulation import local_servers
     from simulation.security import load_or_make
 
-    if "launch" in actions:
+    if action == "launch":
         from simulation import launcher
 
-        launcher.launch(config, "owned" in actions)
-    elif "make-key" in actions:
+        launcher.launch(config, owned)
+    elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
         print(config.cluster_key_dir)
-    elif "stop" in actions:
+    elif action == "stop":
         stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
-    elif "status" in actions:
+    elif action == "status":
+        from simulation.console import table_lines
+
         rows, all_answer = local_servers.status(config)
-        print("\n".join(rows) if rows else "no agent servers are running")
+        dropped = ("up since", "restarts", "pid", "memory", "agents")
+        table = table_lines(local_servers.STATUS, rows, dropped, left=("role", "up since"))
+        print("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
         from simulation.console import ProgressWatch
@@ -185,28 +356,31 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
     return 0
 
 
-def serve_models(config: SimulationConfig, actions: set[str], for_vllm: list[str]) -> int:
+def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[str]) -> int:
     """Role vllm: the vLLM servers of this host."""
     from simulation import inference
 
-    if "stop" in actions:
+    if action == "stop":
         stopped = inference.stop()
         print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
-    elif "status" in actions:
+    elif action == "gpus":
+        print(len(inference.gpus_here()))
+    elif action == "status":
+        from simulation.console import table_lines
+
         rows, all_healthy = inference.status()
-        print("\n".join(rows) if rows else "no vLLM servers are running")
+        table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
+        print("\n".join(table) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
-        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config)))
+        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
-        from simulation.console import ProgressWatch
+        from simulation.console import ProgressWatch, table_lines
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
-            rows = inference.start(
-                config, for_vllm, lambda done, total: watch.progress("vLLM servers ready", done, total)
-            )
-        print("\n".join(rows))
+            rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
+        print("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 
@@ -239,8 +413,13 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
         dashboard = Dashboard(config.dashboard, watch)
     servers = reports = None
     try:
+        starts_servers = session.needs_servers and none_here(session.config, key)
+        if starts_servers:
+            if "keep_agents" in given:
+                raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
+            session.check_models()
         session.open()
-        servers = start_missing(session.config, key, watch) if session.needs_servers else None
+        servers = start_servers(session.config, watch) if starts_servers else None
         reports = ReportProcess()
         return session.play(key, watch, reports.draw, dashboard)
     finally:
@@ -255,14 +434,11 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             dashboard.close()
 
 
-def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatch) -> OwnedServers | None:
-    """Start agent servers here, if this is the only host and none is up; returns them. Raises Interrupted."""
+def start_servers(config: SimulationConfig, watch: ProgressWatch) -> OwnedServers | None:
+    """Start agent servers here, for this run; returns them. Raises Interrupted."""
     from loguru import logger
 
     from simulation import local_servers
-
-    if config.hosts != ("localhost",) or any_of_ours(config, key):
-        return None
 
     def servers_ready(done: int, total: int) -> None:
         watch.progress("agent servers ready", done, total)
@@ -287,16 +463,18 @@ def import_what_plays() -> None:
     import simulation.run  # noqa: F401
 
 
-def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
-    """Whether an agent server that this run could use is up on this host."""
+def none_here(config: SimulationConfig, key: ClusterKey) -> bool:
+    """Whether this is the only host, and no agent server that this run could use is up."""
     from simulation.processes import anything_listens, refuse_borrowed
 
+    if config.hosts != ("localhost",):
+        return False
     refuse_borrowed()
     if not anything_listens(config.ports):
-        return False  # the usual case on a laptop, told without waiting for AgentScope
+        return True  # the usual case on a laptop, told without waiting for AgentScope
     from simulation.readiness import shake_hands
 
-    return bool(shake_hands(config, key)[0])
+    return not shake_hands(config, key)[0]
 
 
 def ask(config: SimulationConfig) -> int:
@@ -308,7 +486,7 @@ def ask(config: SimulationConfig) -> int:
 
     path = Path(str(config.run_dir))
     played, summary = read_summary(path)
-    participant = first_winner(path, summary) if config.winner else config.participant
+    participant = config.participant if config.participant is not None else first_winner(path, summary)
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
@@ -334,7 +512,7 @@ def draw_reports() -> int:
 
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
-    from simulation.comparison import common_folder, comparison_lines, run_folders, write_comparison
+    from simulation.comparison import common_folder, comparison_lines, run_folders, unfinished_lines, write_comparison
     from simulation.console import say
     from simulation.past_runs import read_run
     from simulation.report import run_lines
@@ -353,7 +531,7 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
         return 0
     folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]
-    say("\n".join(comparison_lines(runs)))
+    say("\n".join([*comparison_lines(runs), *unfinished_lines(named, runs)]))
     write_comparison(folder, runs)
     say(f"compared in {folder / 'comparison.html'}")
     return 0

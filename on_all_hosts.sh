@@ -26,6 +26,7 @@ set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 USAGE="./on_all_hosts.sh <script> [arguments], or push-key [--force], or --help"
+SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh run_tests.sh)
 SSH=(ssh -T -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=10)
 INPUT=(true) # prints what every host reads
 HOST_LIST=()
@@ -43,7 +44,7 @@ main() {
         */* | on_all_hosts.sh) false ;;
         *.sh) [ -x "$ROOT/$what" ] ;;
         *) false ;;
-      esac || fail 2 "'$1' is not one of the scripts that hosts can run; usage: $USAGE"
+      esac || refuse_unknown "$1" "$USAGE" push-key --help "${SCRIPTS[@]}"
       ;;
   esac
   for word in $SETTINGS; do # before configs/cluster.env is read, as each host has its own

@@ -5,12 +5,13 @@
 #   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]
 #   ./run_simulation.sh --experiment <file> [flags]
 #   ./run_simulation.sh --install-only
+#   ./run_simulation.sh --help-all
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
-# ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py, whose --help
-# (./run_simulation.sh 1 1 --help) lists them all. --resume goes on with a run after its last finished round, with its own
-# settings but for those given here, also on other hosts and servers. --experiment plays the settings of the game in a YAML
-# file, and a run for each of their combinations where there are lists; a flag wins over the file.
+# ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py; --help-all lists them.
+# --resume goes on with a run after its last finished round, with its own settings but for those given here, also on other
+# hosts and servers. --experiment plays the settings of the game in a YAML file, and a run for each of their combinations
+# where there are lists; a flag wins over the file.
 #
 # The first run installs into .venv. --install-only does that and no more, on a machine that reaches a package index for
 # those that share the checkout and reach none.
@@ -33,17 +34,24 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help"
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help, or --help-all"
 
 main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
+    --help-all)
+      [ "$#" -eq 1 ] || fail 2 "--help-all takes no other arguments; usage: ./run_simulation.sh --help-all"
+      ensure_venv run
+      exec "$VENV/bin/python" "$ROOT/main.py" --help
+      ;;
     --install-only)
       [ "$#" -eq 1 ] || fail 2 "--install-only takes no other arguments; usage: ./run_simulation.sh --install-only"
       ensure_venv run
       say "$VENV is up to date"
       return
       ;;
+    --resume | --experiment) ;;
+    -[!0-9]*) refuse_unknown "$1" "$USAGE" --resume --experiment --install-only --help --help-all ;;
   esac
   load_settings
   if [ "${1:-}" = --resume ]; then
@@ -65,9 +73,7 @@ main() {
   [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}")
   flag --base-port "${BASE_PORT:-}"
   flag --moderator-per-host "${MODERATOR_PER_HOST:-${MODERATOR_NUM:-}}"
-  default_model_per_host
-  flag --model-per-host "${MODEL_PER_HOST:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+  model_flags
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"

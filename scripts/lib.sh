@@ -15,6 +15,37 @@ fail() { # fail <exit status> <message>
   exit "$1"
 }
 
+# nearest <name> <known name>...: print which of these may have been meant, or all of them where none is like it.
+nearest() {
+  # letters to change, add, leave out or swap with the next one; capitals, dashes and underscores make no difference
+  awk 'function least(a, b) { return a < b ? a : b }
+    function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
+    function changes(a, b,   i, j, d) {
+      for (i = 0; i <= length(a); i++) d[i, 0] = i
+      for (j = 0; j <= length(b); j++) d[0, j] = j
+      for (i = 1; i <= length(a); i++) for (j = 1; j <= length(b); j++) {
+        d[i, j] = least(least(d[i-1, j], d[i, j-1]) + 1, d[i-1, j-1] + (substr(a, i, 1) != substr(b, j, 1)))
+        if (i > 1 && j > 1 && substr(a, i, 1) == substr(b, j-1, 1) && substr(a, i-1, 1) == substr(b, j, 1))
+          d[i, j] = least(d[i, j], d[i-2, j-2] + 1)
+      }
+      return d[length(a), length(b)]
+    }
+    BEGIN {
+      name = plain(ARGV[1]); fewest = length(name) / 3
+      for (place = 2; place < ARGC; place++) {
+        all = all (place > 2 ? ", " : "") ARGV[place]
+        known = plain(ARGV[place]); number = changes(name, known)
+        if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # its beginning
+        if (number <= fewest) { fewest = number; meant = ARGV[place] }
+      }
+      print meant == "" ? "known are " all : "did you mean " meant "?"
+    }' "$@"
+}
+
+refuse_unknown() { # refuse_unknown <first argument> <usage> <known first argument>...
+  fail 2 "'$1' is not known here; $(nearest "$1" "${@:3}"); usage: $2"
+}
+
 # The help of a script is the comment at its top.
 show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -28,8 +59,9 @@ load_settings() {
     number=$((number + 1))
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
+    # shellcheck disable=SC2086
     is_setting "$key" ||
-      fail 2 "configs/cluster.env, line $number: '$line' is not one of the settings it may hold, as KEY=value"
+      fail 2 "configs/cluster.env, line $number: '$line' is no KEY=value of a setting; $(nearest "$key" $SETTINGS)"
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
@@ -82,23 +114,12 @@ find_python() {
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
 
-# How many GPUs this machine has, or CUDA_VISIBLE_DEVICES leaves of them.
-gpus_found() {
-  local found
-  found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || found=0
-  if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    found="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]')" || found=0
-  fi
-  printf '%s\n' "$found"
-}
-
-# Where it is not set, as many models as ./start_vllm.sh starts servers here: one per GPU, or per TENSOR_PARALLEL GPUs.
-default_model_per_host() {
-  local gpus="${GPU_NUM:-}" each="${TENSOR_PARALLEL:-1}"
-  [ -z "${MODEL_PER_HOST:-}" ] || return 0
-  [ -n "$gpus" ] || gpus="$(gpus_found)"
-  case "$gpus$each" in *[!0-9]*) return 0 ;; esac # Python says what is wrong with them
-  [ "$each" -eq 0 ] || [ "$gpus" -lt $((2 * each)) ] || MODEL_PER_HOST=$((gpus / each)) # one is the default anyway
+# How many models a host has, for Python to find out where it is not said.
+model_flags() {
+  flag --model-per-host "${MODEL_PER_HOST:-}"
+  flag --gpu-num "${GPU_NUM:-}"
+  flag --tensor-parallel "${TENSOR_PARALLEL:-}"
+  flag --vllm-base-port "${VLLM_BASE_PORT:-}"
 }
 
 # What some tests need and Debian has, where it can be installed; none of its services is started, now or later.

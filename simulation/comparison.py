@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulation.config import SimulationConfig
-from simulation.errors import ResultsError, SettingsError
-from simulation.past_runs import PastRun
+from simulation.console import table_lines
+from simulation.errors import ResultsError, SettingsError, printable
+from simulation.past_runs import PastRun, played_whole
 from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
-from simulation.report import number_of, table_lines
+from simulation.report import number_of
 from simulation.report_page import answers_in_words, render, shown, swatch, whole
-from simulation.results import COMPARISON, REPORT, SWEEP, write_whole
+from simulation.results import COMPARISON, REPORT, SWEEP, part_of, resume_command, write_whole
 
 PAGE, PICTURE = COMPARISON
 # Beside the settings of the game, those of the cluster that change how fast it is, not where it is or what it writes
@@ -42,6 +43,19 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
                 raise SettingsError(f"{path}: a sweep of which no run was played")
         found += [run for run in runs if run.resolve() not in [each.resolve() for each in found]]
     return found
+
+
+def unfinished_lines(named: Sequence[Path], runs: Sequence[PastRun]) -> list[str]:
+    """Return a line for each experiment of which runs are missing, or were not played to their end."""
+    lines = []
+    for path in [path.resolve() for path in named if (path / SWEEP).exists()]:
+        of_it = [run for run in runs if run.path.resolve().parent == path]
+        part = part_of(of_it[0].path)
+        finished = sum(len(played_whole(run.summary)) >= run.config.rounds for run in of_it)
+        if part is not None and finished < part.runs:
+            left = f"{part.runs - finished} of {part.runs} runs of {printable(part.experiment)} have rounds left"
+            lines.append(f"{left}; to go on with them: {resume_command(path)}")
+    return lines
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
@@ -108,7 +122,10 @@ def _row(run: PastRun, names: Sequence[str]) -> list[str]:
 
 def comparison_lines(runs: list[PastRun]) -> list[str]:
     """Several runs as a table for a terminal."""
-    return table_lines(*comparison_rows(runs))
+    head, rows = comparison_rows(runs)
+    settings = [name.replace("_", " ") for name in differing_settings(runs)]  # which the folders' names tell, too
+    dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
+    return table_lines(head, rows, [*dropped, "status", "last average"])
 
 
 def write_comparison(folder: Path, runs: list[PastRun]) -> None:

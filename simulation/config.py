@@ -11,12 +11,24 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, meant_by
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
 FINEST = 10**9  # the largest denominator
+ROLES = ("main", "participant", "ask", "report", "vllm")
+SERVERS = ("main", "participant")  # the roles that know which agent servers there are
+MODELS = ("main", "participant", "vllm")  # and those that know which models
+COMMAS_FROM = 100_000  # ports have none
+GROUPS = {  # of settings, by the first of each
+    "experiment": "the game",
+    "hosts": "the cluster",
+    "model_per_host": "participants that ask a language model",
+    "vllm_base_port": "the vLLM servers",
+    "resume": "the results",
+    "participant": "a question",
+}
 
 
 def setting(
@@ -26,14 +38,17 @@ def setting(
     high: float | None = None,
     *,
     choices: tuple[str, ...] = (),
+    without: str = "",
+    roles: tuple[str, ...] = ("main",),
     stays: bool = False,
     game: bool = False,
 ) -> Any:
-    """A field with what its flag needs: help, and the allowed range or choices; one that `stays` cannot be resumed with
-    another value.
+    """A field with what its flag needs: help, the allowed range or choices, and the roles that use it; one that `stays`
+    cannot be resumed with another value. `without` says what happens without the flag, where the default does not.
     """
-    allowed = {"low": low, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": help_text, **allowed, "stays": stays, "game": game})
+    allowed = {"low": low, "high": high, "choices": choices, "roles": roles}
+    told = {"help": help_text, "without": without}
+    return field(default=default, metadata={**told, **allowed, "stays": stays, "game": game})
 
 
 def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **choices: Any) -> Any:
@@ -50,32 +65,45 @@ class SimulationConfig:
         "main plays the game; participant starts, stops or shows the agent servers of this host; "
         "ask talks to one participant of a run that kept its agents; report shows a finished run again; "
         "vllm starts, stops or shows the vLLM servers of this host",
-        choices=("main", "participant", "ask", "report", "vllm"),
+        choices=ROLES,
+        roles=ROLES,
     )
     # The game
     experiment: str | None = setting(
-        None, "a YAML file with settings of the game; a list of values for one of them plays a run with each"
+        None,
+        "a YAML file with settings of the game; a list of values for one of them plays a run with each",
+        without="one game, with the settings given here",
     )
-    agent_type: str = of_game("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
-    agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant")
-    dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
+    agent_type: str = of_game(
+        "random", "what answers: a random source, or an LLM", choices=("random", "llm"), roles=SERVERS
+    )
+    agent_class: str | None = of_game(
+        None, "your own participant, as my_file.py:MyParticipant", without="the participants of --agent-type"
+    )
+    dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
-    max_value: int = of_game(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
+    max_value: int = of_game(100, "the upper bound of the numbers, which begin at 0", 1, 10**9)
     decimals: int = of_game(0, "digits after the point that answers are counted in", 0, 6)
     rounds: int = of_game(1, "rounds to play", 1, 100, stays=False)
     ratio: str = of_game("1", "whoever is closest to so much of the average wins: a fraction such as 2/3, or 0.51")
     offset: str = of_game("0", "what is added to that: 5 and a ratio of 1/2 is 5 plus half the average")
     sleep_time: float = of_game(1.0, "think time of a random participant, in seconds", 0, 86_400, stays=False)
-    seed: int | None = of_game(None, "repeats a game exactly; drawn and printed when not given", 0, 2**64 - 1)
+    seed: int | None = of_game(None, "repeats a game exactly", 0, 2**64 - 1, without="one that is drawn, and printed")
     prompt: str = of_game("basic", "what LLM participants are told: a name in the prompts file")
     personas: str | None = of_game(
-        None, "who the participants are: a name in the personas file, or several, as education+occupation"
+        None,
+        "who the participants are: a name in the personas file, or several, as education+occupation",
+        without="nobody in particular",
     )
     models: str | None = of_game(
-        None, "shares of models, as model_1=2/3,model_2=1/3 (default: participants use all of a host in turn)"
+        None,
+        "shares of models, as model_1=2/3,model_2=1/3",
+        without="participants use all models of a host in turn",
     )
     teams: str | None = of_game(
-        None, "what makes teams, whose averages are announced, too: a name of --personas, or model"
+        None,
+        "what makes teams, whose averages are announced, too: a name of --personas, or model",
+        without="no teams",
     )
     prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True)
     personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True)
@@ -86,12 +114,16 @@ class SimulationConfig:
     )
     # The cluster
     hosts: tuple[str, ...] = setting(("localhost",), "the hosts whose agent servers play")
-    host_name: str = setting("localhost", "the name of this host, as the others reach it (role participant)")
-    base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535)
-    server_per_host: int = setting(10, "participant servers on every host", 1, 4096)
-    moderator_per_host: int = setting(4, "moderator servers on every host, on the ports after those", 1, 4096)
-    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key")
-    connect_timeout: float = setting(5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600)
+    host_name: str = setting("localhost", "the name of this host, as the others reach it", roles=("participant",))
+    base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535, roles=SERVERS)
+    server_per_host: int = setting(10, "participant servers on every host", 1, 4096, roles=SERVERS)
+    moderator_per_host: int = setting(
+        4, "moderator servers on every host, on the ports after those", 1, 4096, roles=SERVERS
+    )
+    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key", roles=(*SERVERS, "ask"))
+    connect_timeout: float = setting(
+        5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600, roles=SERVERS
+    )
     heartbeat_timeout: float = setting(
         10.0,
         "seconds without a heartbeat after which a server is given up on, and its participants go to others",
@@ -99,13 +131,26 @@ class SimulationConfig:
         3600,
     )
     min_servers: int | None = setting(
-        None, "end the game when fewer participant servers are left in a round (default: when none is)", 1, 10**6
+        None,
+        "end the game when fewer participant servers are left in a round",
+        1,
+        10**6,
+        without="it ends when none is left",
     )
     lease: float = setting(60.0, "seconds after which a server drops the agents of a silent run", 2, 86_400)
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
     # LLM participants
-    model_per_host: int = setting(1, "model servers on every host; participants use them in turn", 1, 1024)
-    model_configs: str = setting(str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format")
+    model_per_host: int = setting(
+        None,
+        "model servers on every host, which participants use in turn",
+        1,
+        1024,
+        without="as many as ./start_vllm.sh starts here",
+        roles=SERVERS,
+    )
+    model_configs: str = setting(
+        str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS
+    )
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
     structured_output: str = of_game(
         "structured_outputs",
@@ -119,40 +164,60 @@ class SimulationConfig:
     max_attempts: int = of_game(3, "answers of one participant until one is a number in range", 1, 100, stays=False)
     max_in_flight: int | None = setting(
         None,
-        "requests in flight per model and host, of all its agent servers (default: enough for 512 answers)",
+        "requests in flight per model and host, of all its agent servers",
         1,
-        1e6,
+        10**6,
+        without="enough for 512 answers",
     )
     attempt_timeout: float = setting(300.0, "seconds that one request may take", 0.1, 86_400)
     reply_timeout: float = setting(
         600.0, "seconds that a participant is asked again for while its model does not answer", 0.1, 864_000
     )
     max_tokens: int | None = of_game(
-        None, "tokens, of prompts and answers, that the game may cost", 1, 10**15, stays=False
+        None, "tokens, of prompts and answers, that the game may cost", 1, 10**15, stays=False, without="no limit"
     )
-    price_per_million_tokens: float | None = setting(None, "price of 10^6 tokens, for the estimate", 0, 1e9)
-    # vLLM servers (role vllm)
-    vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535)
+    price_per_million_tokens: float | None = setting(
+        None, "price of 1,000,000 tokens, for the estimate", 0, 10**9, without="the estimate is of tokens alone"
+    )
+    # vLLM servers
+    vllm_base_port: int = setting(8010, "first port of the vLLM servers on every host", 1, 65_535, roles=MODELS)
     gpu_num: int | None = setting(
-        None, "GPUs of this host (default: all there are); 0 is one server on the CPU", 0, 1024
+        None, "GPUs of this host; 0 is one server on the CPU", 0, 1024, roles=MODELS, without="all there are"
     )
-    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024)
-    model_path: str | None = setting(None, "the model's folder, or its name on a hub")
+    tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024, roles=MODELS)
+    model_path: str | None = setting(
+        None, "the model's folder, or its name on a hub", roles=("vllm",), without="no server can be started"
+    )
     # The results
-    resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
-    run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
+    resume: str | None = setting(
+        None, "folder of a run, or of an experiment, to go on with after its last finished round", without="a new run"
+    )
+    run_dir: str | None = setting(
+        None,
+        "folder of the results of a run; with several runs to report, where their comparison is written",
+        roles=("main", "ask", "report"),
+        without="runs/<run id> for a new run, the folder around several runs",
+    )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
-        None, "serve a page on this host that shows what the run is at; the port is 8050 unless given", 0, 65_535
+        None,
+        f"serve a page on this host that shows what the run is at; without a port it is {DASHBOARD_PORT}",
+        0,
+        65_535,
+        without="no page",
     )
-    participant: int = setting(0, "which participant to talk to (role ask)", 0, 10**9)
-    winner: bool = setting(False, "talk to the first winner of the last round (role ask)")
-    text: str | None = setting(None, "what to say to it (role ask)")
+    participant: int | None = setting(
+        None, "which participant to talk to", 0, 10**9, roles=("ask",), without="none; give it, or --winner"
+    )
+    winner: bool = setting(False, "talk to the first winner of the last round", roles=("ask",))
+    text: str | None = setting(None, "what to say to it", roles=("ask",), without="none; it must be given")
 
     def __post_init__(self) -> None:
         # read by servers whose working directory is another
         for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
             object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        if self.model_per_host is None:
+            object.__setattr__(self, "model_per_host", 1)
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):
@@ -177,17 +242,16 @@ class SimulationConfig:
         self._refuse_what_does_not_go_together()
 
     def _refuse_what_does_not_go_together(self) -> None:
-        if self.winner and self.participant:
+        if self.winner and self.participant is not None:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
-        if self.role == "ask" and (self.run_dir is None or not (self.text or "").strip()):
+        nobody = self.participant is None and not self.winner
+        if self.role == "ask" and (self.run_dir is None or nobody or not (self.text or "").strip()):
             raise SettingsError("--role ask: give --run-dir, --text, and --participant or --winner")
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
-        if self.resume is not None and self.role != "main":
-            raise SettingsError("--resume: goes with --role main")
-        if self.experiment is not None and (self.role != "main" or self.resume is not None):
-            raise SettingsError("--experiment: goes with --role main, and not with --resume")
+        if self.experiment is not None and self.resume is not None:
+            raise SettingsError("--experiment: does not go with --resume")
 
     @property
     def ports(self) -> range:
@@ -200,9 +264,19 @@ def check(flag: str, value: Any, allowed: Any) -> None:
     if value is None:
         return
     if allowed["choices"] and value not in allowed["choices"]:
-        raise SettingsError(f"{flag} {value}: must be one of {', '.join(allowed['choices'])}")
+        guess = meant_by(str(value), allowed["choices"])
+        raise SettingsError(
+            f"{flag} {value}: must be one of {', '.join(allowed['choices'])}" + f"; {guess}" * bool(guess)
+        )
     if allowed["low"] is not None and not allowed["low"] <= value <= allowed["high"]:
-        raise SettingsError(f"{flag} {value}: must be from {allowed['low']} to {allowed['high']}")
+        low, high = as_written(allowed["low"]), as_written(allowed["high"])
+        raise SettingsError(f"{flag} {value}: must be from {low} to {high}")
+
+
+def as_written(number: float) -> str:
+    """A bound or a default as people write it: 1000, 0.1, 1,000,000."""
+    number = int(number) if number == int(number) else number
+    return f"{number:,}" if abs(number) >= COMMAS_FROM else str(number)
 
 
 def flag_of(name: str) -> str:
@@ -238,5 +312,7 @@ def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
     if value.denominator > FINEST:
         raise SettingsError(f"{flag} {text}: is finer than can be counted with; write a fraction such as 2/3")
     if not low <= value <= high:
-        raise SettingsError(f"{flag} {text}: must be from {low} to {high:g}, as a fraction such as 2/3 or as 0.51")
+        raise SettingsError(
+            f"{flag} {text}: must be from {low} to {as_written(high)}, as a fraction such as 2/3 or as 0.51"
+        )
     return value

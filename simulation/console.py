@@ -1,26 +1,31 @@
-"""What a person sees while it runs: log lines and progress, both on standard error."""
+"""What a person sees on a terminal: log lines and progress, both on standard error, and tables that fit its width."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loguru import logger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from simulation.config import ROOT
+
+if TYPE_CHECKING:  # rich is imported where there is a terminal
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.progress import Progress
 
 LINE_EVERY_S = 5.0
 TOLD_KEPT = 100  # lines about servers, the last ones
 SAME_SIGNAL_S = 1.0  # `timeout` and others signal a process and then its whole group
+INDENT = 2  # some tables are printed with it
+SHORTEST_BAR, LONGEST_BAR = 8, 40  # columns of a terminal
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
 
@@ -42,13 +47,6 @@ def keep_traceback() -> str:
     return str(DEFECT_LOG)
 
 
-class RateColumn(ProgressColumn):
-    """How many a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
-
-
 class Stage(NamedTuple):
     """How far something is, and since when (time.monotonic) it is under way."""
 
@@ -65,6 +63,7 @@ class ProgressWatch:
         self.stop_signal: int | None = None
         self.stage: Stage | None = None  # the last one
         self.told: deque[tuple[float, str]] = deque(maxlen=TOLD_KEPT)  # when (time.time), and what
+        self.how_to_resume: Callable[[], str | None] = lambda: None  # what the second signal prints
         self._signalled_at = 0.0
         self._stage = ""
         self._bar: Progress | None = None
@@ -107,7 +106,10 @@ class ProgressWatch:
                 return
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
-            os._exit(128 + number)
+            try:
+                os.write(2, f"{self.how_to_resume() or 'ended at once'}\n".encode(errors="replace"))
+            finally:
+                os._exit(128 + number)
         self.stop(number)
 
     def stop(self, number: int) -> None:
@@ -126,18 +128,97 @@ class ProgressWatch:
 
 
 def _new_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
-        RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress, RenderableColumn  # noqa: PLC0415
+
+    line = _ProgressLine()
+    line.progress = Progress(
+        RenderableColumn(line),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # what the moderator says belongs on standard output
         redirect_stderr=False,
     )
+    return line.progress
+
+
+class _ProgressLine:
+    """How far the stage is, in the columns that fit the terminal as it is now."""
+
+    progress: Progress
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.progress import TimeRemainingColumn  # noqa: PLC0415
+        from rich.progress_bar import ProgressBar  # noqa: PLC0415
+        from rich.table import Column, Table  # noqa: PLC0415
+
+        for task in self.progress.tasks:
+            total = task.total or 0
+            count = f"{task.completed:,.0f} of {total:,.0f}"
+            rate = f"{task.speed:,.0f}/s" if task.speed else ""
+            left = TimeRemainingColumn().render(task)
+            cells: list[Any] = [task.description, "", count, rate, left, task.fields["note"]]
+            widths = [len(cell) for cell in cells]
+            widths[1] = SHORTEST_BAR
+            name, bar, number, speed, time_left, note = range(len(cells))
+            places = fitting(widths, (note, bar, speed, time_left, name), options.max_width, gap=1)
+            spare = options.max_width - sum(widths[place] + 1 for place in places) + 1
+            if spare < 0:  # not even the count fits
+                cells[number] = f"{task.percentage:.0f}%"
+            width = min(SHORTEST_BAR + spare, LONGEST_BAR)
+            cells[bar] = ProgressBar(total=total, completed=task.completed, width=width, animation_time=task.get_time())
+            table = Table.grid(*[Column(no_wrap=True) for _ in places], padding=(0, 1))
+            table.add_row(*[cells[place] for place in places])
+            yield table
+
+
+def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
+    """Return the places of the columns that fit beside each other.
+
+    Args:
+        widths: The width of each column.
+        dropped: The places of those that may be left out, the least important first.
+        room: The width of the terminal.
+        gap: The blanks between two columns.
+    """
+    places = [place for place, width in enumerate(widths) if width]
+    for place in dropped:
+        if sum(widths[each] + gap for each in places) - gap <= room:
+            break
+        places = [each for each in places if each != place]
+    return places
+
+
+def table_lines(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    dropped: Iterable[str] = (),
+    left: Iterable[str] | None = None,
+) -> list[str]:
+    """Return a table for standard output: whole, or in the columns that fit where that is a terminal.
+
+    Args:
+        head: The heads of the columns.
+        rows: A cell for each column, or fewer: then the last one may be as long as it is.
+        dropped: The heads of columns that may be left out, the least important first.
+        left: Those of columns that begin at the left; otherwise it is the first.
+    """
+    heads, lefts = list(head), head[:1] if left is None else [*left]
+    whole = [row for row in rows if len(row) == len(heads)]
+    widths = [max(map(len, column)) for column in zip(heads, *whole, strict=True)]
+    places = list(range(len(heads)))
+    if sys.stdout.isatty():
+        order = [heads.index(name) for name in dropped if name in heads]
+        places = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
+    lines = []
+    for row in (heads, *rows):
+        cells = [
+            row[place].ljust(widths[place]) if heads[place] in lefts else row[place].rjust(widths[place])
+            for place in places
+            if place < len(row) - (len(row) < len(heads))
+        ]
+        lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
+    return lines
 
 
 def say(line: str) -> None:

@@ -18,7 +18,7 @@ import cloudpickle
 from agentscope.rpc import RpcMeta
 
 from participant import LLMParticipant, Participant, RandomParticipant, answers_many
-from simulation.errors import SettingsError, one_line
+from simulation.errors import SettingsError, meant_by, near_file, one_line
 
 PACKED_BYTES = 64 * 2**20
 
@@ -36,7 +36,7 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
     if not colon or path.suffix != ".py":
         raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
     if not path.is_file():
-        raise SettingsError(f"--agent-class {spec}: there is no file {path}")
+        raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
     name = f"own_{path.stem}"  # a name of its own: a file random.py must not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # as for every .py file
@@ -49,7 +49,9 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Participant)):
-        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant")
+        own = [name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
+        guess = f"; {meant}" if (meant := meant_by(class_name, own)) else ""
+        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant{guess}")
     cls: Any = found
     if issubclass(cls, LLMParticipant) and agent_type != "llm":
         raise SettingsError(f"--agent-class {spec}: {class_name} asks a model: give --agent-type llm, too")

@@ -18,8 +18,14 @@ raises of that kind is a `KnownCause`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
+
+LIKENESS = 0.65  # of a name that may have been meant, by difflib
+SHORTEST_BEGINNING = 3  # of a name that is unlike in length only
+NAMES_SHOWN = 12
 
 
 class SimulationError(Exception):
@@ -163,3 +169,46 @@ def shortened(line: str, limit: int) -> str:
 def printable(text: str) -> str:
     """The text in one line, of signs that can be shown."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what may have been meant by a name that is not known; otherwise what is known."""
+    names = list(known)
+    return meant_by(name, names) or f"known are {listed(names)}"
+
+
+def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
+    """Return "did you mean ...?" with the known name that is most like this one; nothing where none is.
+
+    Names are compared without the dashes of flags, and neither capitals nor _ in place of - make a difference.
+    """
+    import difflib  # noqa: PLC0415 - only mistakes need it
+
+    plain, wanted = {_plain(each): each for each in known}, _plain(name)
+    begin = [each for each in plain if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
+    meant = [*sorted(begin, key=len), *difflib.get_close_matches(wanted, plain, 1, likeness)]
+    return f"did you mean {plain[meant[0]]}?" if meant else ""
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").casefold().replace("_", "-")
+
+
+def near_file(path: str | Path) -> str:
+    """Return "; did you mean ...?" with a file of a similar name beside a path that is missing; nothing else."""
+    wanted = Path(path)
+    try:
+        if wanted.exists():
+            return ""
+        names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]
+    except (OSError, ValueError):
+        return ""
+    meant = meant_by(wanted.name, names)
+    return f"; {printable(meant)}" if meant else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names one after another, never too many."""
+    all_names = list(names)
+    more = len(all_names) - NAMES_SHOWN
+    return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")

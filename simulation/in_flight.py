@@ -2,7 +2,8 @@
 
 A file that all of them map into memory has a row per process; a lock on the file guards it, and the system lets go of
 that lock when its holder dies. Whoever has least in flight goes first, and among equals whoever has waited longest.
-A process that was not heard of for a while counts for nothing, so a dead one holds up nobody.
+A process that was not heard of for a while counts for nothing, so a dead one holds up nobody. The file grows when more
+processes come than it has rows for.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from simulation.processes import SERVERS
 Row = NDArray[np.int64]
 
 FOLDER = SERVERS / "in-flight"
-ROWS = 4096
+ROWS = 4096  # to begin with
 OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, places, and two times in ns
+ROW_BYTES = 4 * 8
 BEAT_S = 1.0  # a process that holds or waits is heard of so often
 WAITING_LOST_NS = 2 * 10**9  # after so long without a word a process does not wait any more,
 HOLDING_LOST_NS = 20 * 10**9  # and after so long it holds nothing any more
@@ -45,9 +47,9 @@ class InFlight:
         self._file = os.open(
             folder / hashlib.sha256(address.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
-        os.ftruncate(self._file, ROWS * 4 * 8)
-        self._map = mmap.mmap(self._file, ROWS * 4 * 8)
-        self._table = np.frombuffer(self._map, np.int64).reshape(ROWS, 4)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._table = self._mapped(ROWS)
+        fcntl.flock(self._file, fcntl.LOCK_UN)
         self._owner = secrets.randbits(62) + 1
         self._row = -1
         self.holding = 0
@@ -90,6 +92,12 @@ class InFlight:
         self._row = -1
         os.close(self._file)
 
+    def _mapped(self, rows: int) -> NDArray[np.int64]:
+        """The table, which has so many rows at least from now on; nobody else may look meanwhile."""
+        size = max(os.fstat(self._file).st_size, rows * ROW_BYTES)  # others have mapped what there is
+        os.ftruncate(self._file, size)
+        return np.frombuffer(mmap.mmap(self._file, size), np.int64).reshape(-1, 4)
+
     def _used(self) -> int:
         """How many rows have been used; row 0 holds nothing but that."""
         return int(self._table[0, 0])
@@ -100,10 +108,14 @@ class InFlight:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             now = time.monotonic_ns()
+            if self._used() >= len(self._table):  # another process has made it larger
+                self._table = self._mapped(self._used() + 1)
             if self._row < 0 or self._table[self._row, OWNER] != self._owner:  # new, or given up as lost
                 used = self._table[1 : self._used() + 1]
                 lost = (used[:, OWNER] == 0) | (now - used[:, HEARD] > HOLDING_LOST_NS) | (used[:, HEARD] > now)
                 self._row = int(lost.argmax()) + 1 if lost.any() else len(used) + 1
+                if self._row == len(self._table):
+                    self._table = self._mapped(2 * len(self._table))
                 self._table[0, 0] = max(len(used), self._row)
                 self._table[self._row] = (self._owner, self.holding, 0, now)
             own = self._table[self._row]

@@ -36,7 +36,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         config: Host name, ports and key.
         owned: Whether the end of standard input, which our starter holds open, means stop.
     """
-    processes.write_pid(processes.LAUNCHER, os.getpid())
+    processes.ProcessId.of(os.getpid()).write(processes.pid_file(processes.LAUNCHER))
     key = load(Path(config.cluster_key_dir))
     import_agentscope()
     import simulation.server  # noqa: F401 - once, for all servers to share
@@ -113,7 +113,7 @@ class _Server:
         self.restart_at = None
         told.close()  # that is the child's
         try:
-            processes.write_pid(str(self._port), self.process.pid)
+            processes.ProcessId.of(self.process.pid).write(processes.pid_file(str(self._port)))
             processes.note_restarts(self._port, self._restarts)
         except OSError:  # nobody would find it
             self.process.kill()

@@ -10,10 +10,10 @@ from typing import Annotated
 
 from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
 from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, whole_number
-from simulation.errors import SettingsError, printable
+from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.game import Game, Sampling, Wording
 from simulation.model_configs import ModelConfig, asked_models
-from simulation.yaml_file import Entry, YamlFile, listed, nearest, read_by, read_yaml, shown
+from simulation.yaml_file import Entry, YamlFile, read_by, read_yaml, shown
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
@@ -70,7 +70,9 @@ def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) ->
     topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
     if config.teams is not None and config.teams not in topics:
         known = f"it has {listed(topics)}" if topics else "it has none: give --personas, or several models"
-        raise SettingsError(f"--teams {printable(config.teams)}: nobody in this game is told apart so; {known}")
+        guess = meant_by(config.teams, topics)
+        said = f"--teams {printable(config.teams)}: nobody in this game is told apart so; {known}"
+        raise SettingsError(f"{said}; {guess}" if guess else said)
     if game.wording is not None:
         said = game.wording.system + game.wording.instruction
         for name, there in (("personas", config.personas), ("teams", config.teams)):
@@ -124,8 +126,8 @@ def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], w
     if name not in names:
         said = printable(value) if name == value else f"{printable(value)}: {printable(name) or 'an empty name'}"
         what = {"prompt": "prompt", "personas": "set of personas", "models": "model"}[setting]
-        guess = nearest(name, names)
-        guess = f"; {guess} It has {listed(names)}" if guess.endswith("?") else f"; it has {listed(names)}"
+        guess = meant_by(name, names)
+        guess = f"; {guess} It has {listed(names)}" if guess else f"; it has {listed(names)}"
         guess += "; with more --model-per-host one entry becomes model_1, model_2, ..." if setting == "models" else ""
         raise SettingsError(f"{flag_of(setting)} {said}: {where} has no such {what}{guess}")
 

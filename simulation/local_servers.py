@@ -31,7 +31,9 @@ HANDED_ON = (  # the settings of the servers
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type"),
 )
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-STOP_FIRST = "stop them with ./stop_all_server.sh first"
+STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
+STOP = "./stop_all_server.sh"
+STOP_FIRST = f"stop them with {STOP} first"
 
 
 class OwnedServers:
@@ -47,7 +49,8 @@ class OwnedServers:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._launcher.wait(processes.TERM_TIMEOUT_S)
         if processes.own_processes():  # it hangs, or was killed and has left them behind
-            stop()
+            with processes.one_at_a_time():
+                processes.end_processes()
         self._launcher.wait()
 
 
@@ -76,6 +79,7 @@ def start(
     models = read_models(config) if Path(config.model_configs).exists() else {}
     with processes.one_at_a_time():
         processes.refuse_borrowed()
+        processes.refuse_elsewhere(processes.SERVERS, STOP)
         running = processes.own_processes()
         if running:
             urls = {name: model.base_url for name, model in models.items()}
@@ -206,13 +210,18 @@ def _wait_ready(
 
 
 def stop() -> int:
-    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran."""
+    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran.
+
+    Raises ClusterError if there may be others, which this host cannot see.
+    """
     with processes.one_at_a_time():
-        return processes.end_processes()
+        stopped = processes.end_processes()
+        processes.refuse_elsewhere(processes.SERVERS, STOP)
+    return stopped
 
 
-def status(config: SimulationConfig) -> tuple[list[str], bool]:
-    """A headline and a row per agent server of this host, and whether all of them answer."""
+def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
+    """The cells of STATUS for each agent server of this host, or its port and what is wrong; whether all answer."""
     ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
     if not ports:
         return [], True
@@ -222,18 +231,18 @@ def status(config: SimulationConfig) -> tuple[list[str], bool]:
         for port in sorted(ports)
     }
     shakes, errors = fan_out(calls)
-    row = "{:>6}  {:<11}  {:>8}  {:<19}  {:>10}  {:>9}  {:>8}".format
-    rows = [row("port", "role", "pid", "up since", "agents", "memory", "restarts")]
+    rows = []
     for port in sorted(ports):
         if port in shakes:
             shake = shakes[port]
             since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
             size, restarts = f"{shake.memory_mb:.1f} MB", processes.restarts(port)
-            rows.append(row(port, shake.role, shake.pid, since, shake.agents, size, restarts))
+            rows.append([str(port), shake.role, str(shake.pid), since, str(shake.agents), size, str(restarts)])
         else:
-            rows.append(f"{port:>6}  does not answer after {processes.restarts(port)} restarts: {errors[port]}")
-    if processes.own_process(processes.LAUNCHER) is None:
+            rows.append([str(port), f"does not answer after {processes.restarts(port)} restarts: {errors[port]}"])
+    launcher = processes.ProcessId.read(processes.pid_file(processes.LAUNCHER))
+    if processes.own_process(processes.LAUNCHER) is None and not (launcher and launcher.elsewhere):
         rows.append(
-            "their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"
+            ["their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"]
         )
     return rows, not errors

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from simulation.config import SimulationConfig
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, near_file, nearest
 
 MODEL_TYPE = "openai_chat"
 OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
@@ -94,7 +94,7 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     try:
         entries = json.loads(Path(path).read_text())
     except OSError as error:
-        raise SettingsError(f"--model-configs {path}: cannot be read: {error.strerror}") from None
+        raise SettingsError(f"--model-configs {path}: cannot be read: {error.strerror}{near_file(path)}") from None
     except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise SettingsError(f"--model-configs {path}: is not JSON: {error}") from None
     entries = [entries] if isinstance(entries, dict) else entries
@@ -119,7 +119,7 @@ def _trouble_with(entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return "must be an object with config_name, model_type, model_name and client_args"
     generate_args = entry.get("generate_args", {})
-    troubles = {f"{name} is not known here; known are {', '.join(sorted(KNOWN))}": name not in KNOWN for name in entry}
+    troubles = {f"{name} is not known here; {nearest(name, sorted(KNOWN))}": name not in KNOWN for name in entry}
     for name in ("config_name", "model_name"):
         troubles[f"{name} is missing, or no text"] = not (isinstance(entry.get(name), str) and entry[name])
     for name in ("client_args", "generate_args"):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import aiohttp
 import httpx2
 import openai
 
+from simulation.errors import one_line
 from simulation.model_configs import ModelConfig, is_within
 from simulation.replies import Reply, Trouble, in_one_line, read_reply
 from simulation.usage import MODEL_SERVER
@@ -83,6 +85,10 @@ class ModelHttp:
             return f"serves {shown}, not {model}"
         return None
 
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
     async def post(self, body: bytes, timeout_s: float) -> Reply:
         """Send one request for completions. Raises Trouble, and TimeoutError after `timeout_s` in all."""
         request = httpx2.Request("POST", self._completions, headers=self._headers, content=body)
@@ -98,6 +104,22 @@ class ModelHttp:
         except ValueError:  # of a library that met what no HTTP server sends
             raise Trouble(f"{MODEL_SERVER}: the reply is not HTTP", garbled=True) from None
         return read_reply(response.status_code, response.headers, received, time.time())
+
+
+async def check_all(models: Sequence[ModelConfig], timeout_s: float) -> list[str | None]:
+    """Ask servers from here, all at once, whether they answer for a model; what keeps each from it, None if nothing."""
+
+    async def check(config: ModelConfig) -> str | None:
+        try:
+            client = ModelHttp(config)
+        except Exception as error:  # noqa: BLE001 - whatever a setting of the client brings
+            return f"cannot be asked with these settings: {one_line(error)}"
+        try:
+            return await client.check(config.model, timeout_s)
+        finally:
+            await client.close()
+
+    return await asyncio.gather(*map(check, models))
 
 
 async def _body_of(response: httpx2.Response) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from simulation.errors import ClusterError, Ended, SettingsError, one_line, prin
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
 from simulation.placement import Endpoint
-from simulation.results import AGENTS, GAME, PARTS, WHOLE
+from simulation.results import AGENTS, GAME, PARTS, SWEEP, WHOLE, PartOf, part_of
 from simulation.usage import OUT_OF_TOKENS, Usage
 
 # --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
@@ -86,8 +87,16 @@ class _Llm(_Part):
     retries: int
 
 
+class _PartOf(_Part):
+    sweep_id: str
+    experiment: str
+    run: int
+    runs: int
+
+
 class _Summary(_Part):
     run_id: str
+    part_of: _PartOf | None = None
     status: Literal["complete", "partial", "interrupted", "failed"]
     config: dict[str, Any]
     cluster: _Cluster
@@ -111,6 +120,7 @@ class Played:
     usage: Usage
     cluster: dict[str, Any]
     seconds: dict[str, float]
+    part_of: PartOf | None = None
 
 
 def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
@@ -132,7 +142,8 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
     told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
     usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
-    return config, Played(summary["run_id"], results, usage, summary["cluster"], summary["seconds"])
+    cluster, seconds = summary["cluster"], summary["seconds"]
+    return config, Played(summary["run_id"], results, usage, cluster, seconds, part_in(path, summary))
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
@@ -151,10 +162,19 @@ def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int |
     """Whether a run has no tokens left to go on with."""
     if budget_now is None or not summary["rounds"]:
         return False
-    spent = sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
     last = summary["rounds"][-1]
     ran_out = _ended(last, last["failures"]) is Ended.OUT_OF_TOKENS and budget_now == budget_then
-    return ran_out or spent >= budget_now
+    return ran_out or tokens_spent(summary) >= budget_now
+
+
+def played_whole(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a summary that were played to their end."""
+    return [entry for entry in summary["rounds"] if _ended(entry, entry["failures"]) is not Ended.INTERRUPTED]
+
+
+def tokens_spent(summary: dict[str, Any]) -> int:
+    """How many tokens a run has cost, of prompts and answers."""
+    return sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
 
 
 def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
@@ -193,10 +213,27 @@ def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str
         _Summary.model_validate(summary, strict=True)
         config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
     except OSError as error:
+        _refuse_experiment(path, flag)
         raise SettingsError(f"{flag}{path}: cannot read its summary.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise SettingsError(f"{flag}{path}: its summary.json is damaged, or of another version") from None
     return config, summary
+
+
+def _refuse_experiment(path: Path, flag: str) -> None:
+    """Raise SettingsError if this is the folder of an experiment where that of one run is needed."""
+    if not (path / SWEEP).exists():
+        return
+    runs = sorted(summary.parent for summary in path.glob("*/summary.json"))
+    keeping = [run for run in runs if (run / AGENTS).exists()]  # what is asked for, if any is
+    name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
+    raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
+
+
+def part_in(path: Path, summary: dict[str, Any]) -> PartOf | None:
+    """Return which run of which experiment a run is, also where its folder was taken out of the experiment's."""
+    found = part_of(path)
+    return PartOf(**summary["part_of"]) if found is None and summary.get("part_of") else found
 
 
 def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from simulation.cast import Cast
 from simulation.config import SimulationConfig
+from simulation.console import table_lines
 from simulation.game import Announcement, Game, question_for
 from simulation.model_configs import ModelConfig, asked_models
 from simulation.placement import endpoints, even_split, place
@@ -141,11 +142,11 @@ def cost_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelC
     asked = [models[name] for name in asked_models(config) if name in models]
     where = [f"models: {model.name} is {model.model} at {model.base_url}, on each host" for model in asked[:8]]
     where += [f"models: ... {len(asked)} in all"] if len(asked) > 8 else []
-    row = "{:>8}  {:>12}  {:>15}  {:>15}".format
-    table = [row("round", "requests", "prompt tokens", "answer tokens")]
     shown = rounds if len(rounds) <= 12 else [*rounds[:10], rounds[-1]]
-    table += [_row(row, str(each.round), [each]) for each in shown]
-    table.append(_row(row, "in all", rounds))
+    rows = [*(_row(str(each.round), [each]) for each in shown), _row("in all", rounds)]
+    table = table_lines(
+        ["round", "requests", "prompt tokens", "answer tokens"], rows, ["requests", "prompt tokens"], ()
+    )
     tokens = sum(each.tokens for each in rounds)
     price = config.price_per_million_tokens
     total = f"at most about {tokens:,} tokens, if every answer is usable"
@@ -153,9 +154,9 @@ def cost_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelC
     return [*where, *table, total]
 
 
-def _row(row: object, name: str, rounds: list[RoundEstimate]) -> str:
+def _row(name: str, rounds: list[RoundEstimate]) -> list[str]:
     sums = [sum(getattr(each, part) for each in rounds) for part in ("requests", "prompt_tokens", "answer_tokens")]
-    return row(name, *(f"{value:,}" for value in sums))  # type: ignore[operator]
+    return [name, *(f"{value:,}" for value in sums)]
 
 
 def _between(fewest: int, most: int) -> str:

@@ -1,7 +1,7 @@
 """Processes and ports of this host: pid files, logs, what is ours, what is taken. It knows nothing of agents.
 
 Files in run/servers/: `<port>.pid`, `<port>.log` and, if it was started again, `<port>.restarts` per agent server;
-`launcher.pid` and `launcher.log`; `lock`.
+`launcher.pid` and `launcher.log`; `lock`. The first line of a pid file is the pid.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import contextlib
 import errno
 import fcntl
 import ipaddress
+import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -35,23 +38,133 @@ def one_at_a_time() -> Iterator[None]:
     except OSError as error:
         raise SettingsError(f"cannot write in {SERVERS}: {error.strerror}") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another command that starts or stops servers of this checkout", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A pid, and what distinguishes its process from all others that have or had the same pid.
+
+    No clock is part of it: clocks are set while processes run, and those of two machines differ. Where there is no
+    /proc, and in pid files of earlier versions, the pid is all there is.
+
+    Attributes:
+        pid: The pid.
+        host: Name of the host.
+        boot: Id of the host's boot, in which `namespace` and `start` count; empty if the pid is all there is.
+        namespace: The pid namespace in which the process has this pid.
+        start: Ticks from the boot to the start of the process.
+    """
+
+    pid: int
+    host: str = ""
+    boot: str = ""
+    namespace: str = ""
+    start: str = ""
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """Identify a process of this host, dead ones included as far as they can be seen."""
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+            start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()[19].decode()
+        except (OSError, IndexError):
+            return cls(pid)
+        return cls(pid, socket.gethostname(), boot, namespace, start)
+
+    @classmethod
+    def read(cls, path: Path) -> ProcessId | None:
+        """Read a pid file; None if there is none, or it holds no pid."""
+        try:
+            pid, *rest = path.read_text(encoding="utf-8").split()
+            parts = rest[0].rsplit(":", 3) if rest else []
+            return cls(int(pid), *parts) if len(parts) == 4 else cls(int(pid))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write a pid file; readers see all of it, or what was there before."""
+        draft = path.with_name(f"{path.name}.new")
+        # one word, and no number: a script that passes the whole file to kill signals no other process
+        lines = [str(self.pid), ":".join((self.host, self.boot, self.namespace, self.start))]
+        try:
+            draft.write_text("".join(f"{line}\n" for line in (lines if self.boot else lines[:1])), encoding="utf-8")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @property
+    def elsewhere(self) -> str:
+        """Where the process is, if this host and pid namespace cannot see it; else empty."""
+        here = ProcessId.of(os.getpid())
+        if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
+            return ""
+        if self.boot == here.boot:
+            return "a container or other pid namespace of this host"
+        return "" if self.host == socket.gethostname() else f"host {self.host}"  # this host was booted again
+
+    def process(self) -> psutil.Process | None:
+        """Return the process, which may be a zombie; None if it has ended, or cannot be seen from here."""
+        try:
+            process = psutil.Process(self.pid)
+        except (psutil.NoSuchProcess, ValueError):
+            return None
+        now = ProcessId.of(self.pid)
+        same = (self.boot, self.namespace, self.start) == (now.boot, now.namespace, now.start)
+        return process if same or not self.boot else None
+
+
+def live_process(path: Path, is_ours: Callable[[psutil.Process], bool]) -> psutil.Process | None:
+    """Return the process of a pid file; None if it has ended, even if another program has its pid now.
+
+    Args:
+        path: The pid file.
+        is_ours: Whether a process is one that this checkout starts, judged by what it runs; asked where the pid is all
+            there is.
+    """
+    noted = ProcessId.read(path)
+    process = noted.process() if noted is not None else None
+    try:
+        if noted is None or process is None or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process if noted.boot or is_ours(process) else None
+    except psutil.Error:
+        return None
+
+
+def remove_ended(folder: Path, is_ours: Callable[[psutil.Process], bool]) -> None:
+    """Remove the pid files of processes that have ended, and no others."""
+    for path in folder.glob("*.pid"):
+        noted = ProcessId.read(path)
+        if live_process(path, is_ours) is None and not (noted and noted.elsewhere):
+            path.unlink(missing_ok=True)
+
+
+def refuse_elsewhere(folder: Path, stop: str) -> None:
+    """Raise ClusterError if a pid file names a process that this host cannot see.
+
+    Args:
+        folder: Of the pid files.
+        stop: The command that stops these processes.
+    """
+    for path in sorted(folder.glob("*.pid")):
+        noted = ProcessId.read(path)
+        if noted and noted.elsewhere:
+            raise ClusterError(
+                f"{path} is of {noted.elsewhere}, whose processes cannot be stopped from here: run {stop} there, or if "
+                f"that is gone remove the pid files in {folder}; each host needs a checkout to itself"
+            )
 
 
 def pid_file(name: str) -> Path:
     """The pid file of a server, by its port, or of the launcher."""
     return SERVERS / f"{name}.pid"
-
-
-def write_pid(name: str, pid: int) -> None:
-    """Write a pid file at one stroke."""
-    draft = SERVERS / f"{name}.pid.new"
-    try:
-        draft.write_text(f"{pid}\n")
-        draft.replace(pid_file(name))
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def remove_drafts() -> None:
@@ -82,23 +195,23 @@ def restarts(port: int) -> int:
 
 def remove_pid(name: str, pid: int) -> None:
     """Remove a pid file, unless it names another process by now."""
-    with contextlib.suppress(FileNotFoundError):
-        if pid_file(name).read_text().strip() == str(pid):
-            pid_file(name).unlink()
+    noted = ProcessId.read(pid_file(name))
+    if noted is not None and noted.pid == pid:
+        pid_file(name).unlink(missing_ok=True)
 
 
 def own_process(name: str) -> psutil.Process | None:
     """The live process of a pid file; None if it has ended, even if its pid is another program's now."""
-    try:
-        written = pid_file(name).stat().st_mtime
-        process = psutil.Process(int(pid_file(name).read_text()))
-        command = process.cmdline()
-        launched = "--launch" in command and str(ROOT / "main.py") in command
-        ours = launched or "--multiprocessing-fork" in command  # the latter where servers are spawned
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return process if ours and alive and process.create_time() <= written + 1 else None
-    except (FileNotFoundError, ValueError, psutil.Error):
-        return None
+    return live_process(pid_file(name), _is_ours)
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """Whether a process is a launcher of this checkout, or one of its servers."""
+    seen = process.as_dict(["cmdline", "cwd"])
+    command = seen["cmdline"] or []
+    launched = "--launch" in command and str(ROOT / "main.py") in command
+    spawned = "--multiprocessing-fork" in command and seen["cwd"] == str(ROOT)  # where forking is unsafe
+    return launched or spawned
 
 
 def own_processes() -> dict[str, psutil.Process]:
@@ -119,6 +232,16 @@ def refuse_borrowed() -> None:
         )
 
 
+def end(process: psutil.Process, firmly: bool = False) -> None:
+    """Send TERM to a process, or KILL if `firmly`; raises ClusterError if it is another user's."""
+    try:
+        process.kill() if firmly else process.terminate()
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.AccessDenied:
+        raise ClusterError(f"process {process.pid} runs as {process.username()}: stop it as that user") from None
+
+
 def end_processes() -> int:
     """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
     servers: set[str] = set()
@@ -126,18 +249,14 @@ def end_processes() -> int:
         running = own_processes()
         servers |= running.keys() - {LAUNCHER}
         for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
+            end(process)
         _, alive = psutil.wait_procs(running.values(), timeout=TERM_TIMEOUT_S)
         for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+            end(process, firmly=True)
         psutil.wait_procs(alive, timeout=TERM_TIMEOUT_S)
         if not alive:
             break
-    for path in SERVERS.glob("*.pid"):
-        if own_process(path.stem) is None:
-            path.unlink(missing_ok=True)
+    remove_ended(SERVERS, _is_ours)
     remove_drafts()
     return len(servers)
 

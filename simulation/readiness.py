@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from functools import partial
 
@@ -21,7 +23,7 @@ from simulation.channels import (
 )
 from simulation.config import SimulationConfig
 from simulation.errors import ClusterError, SettingsError, SimulationError
-from simulation.model_configs import asked_models, refuse_elsewhere
+from simulation.model_configs import ModelConfig, asked_models, refuse_elsewhere
 from simulation.placement import Endpoint, endpoints
 from simulation.processes import address_of
 from simulation.security import ClusterKey
@@ -145,7 +147,20 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     ask = partial(handshake, timeout_s=timeout_s, told=told)
     for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():
-            raise ClusterError(
-                f"{endpoint.host}: {name} at {shake.models[name]} {trouble}; start it there with ./start_vllm.sh, or "
-                "correct configs/model_configs.json"
-            )
+            raise _no_answer(endpoint.host, name, shake.models[name], trouble)
+
+
+def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
+    """Ask model servers from this process, where there are no agent servers yet; raises ClusterError."""
+    from simulation.model_http import check_all  # noqa: PLC0415 - openai, for those alone that ask a model
+
+    each = list({(model.base_url, model.model): model for model in models}.values())
+    for model, trouble in zip(each, asyncio.run(check_all(each, timeout_s)), strict=True):
+        if trouble is not None:
+            raise _no_answer("localhost", model.name, model.base_url, trouble)
+
+
+def _no_answer(host: str, name: str, url: str, trouble: str) -> ClusterError:
+    return ClusterError(
+        f"{host}: {name} at {url} {trouble}; start it there with ./start_vllm.sh, or correct configs/model_configs.json"
+    )

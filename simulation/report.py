@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from simulation.config import SimulationConfig
-from simulation.errors import Ended, printable
+from simulation.console import table_lines
+from simulation.errors import printable
 from simulation.game import Announcement, Game, RoundResult, Tally, Units, announcement_of
-from simulation.past_runs import PastRun
+from simulation.past_runs import PastRun, part_in, played_whole
 from simulation.results import most_frequent
 from simulation.usage import Usage
 
@@ -97,8 +97,9 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     if edges[1] > 1:
         labels = [f"{label}-{high / scale:.{config.decimals}f}" for label, high in zip(labels, last, strict=True)]
     label_width = max(len(label) for label in labels)
-    room = min(BAR_WIDTH, max(shutil.get_terminal_size().columns - label_width - 12, 10))
     longest = max(int(counts.max()), 1)
+    beside = label_width + len(str(longest)) + 5  # with the blanks
+    room = min(BAR_WIDTH, max(shutil.get_terminal_size().columns - beside, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     rows = zip(labels, counts, strict=True)
     return [
@@ -118,18 +119,6 @@ def brief(number: float | None) -> str:
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table for a terminal: the first column to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
-
-
 def group_lines(run: PastRun) -> list[str]:
     """A table for each set of personas, and for the models: who answered what, in the last round."""
     lines: list[str] = []
@@ -140,13 +129,9 @@ def group_lines(run: PastRun) -> list[str]:
             shown = "-" if average is None else f"{number_of(average, run.game):.{run.game.decimals + 3}f}"
             spread = "-" if std is None else f"{std / run.game.scale:.{run.game.decimals + 3}f}"
             rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", shown, spread])
-        lines += table_lines([topic, "asked", "answered", "average", "spread"], rows)
+        dropped = ("spread", "asked", "answered", "average")
+        lines += table_lines([topic, "asked", "answered", "average", "spread"], rows, dropped)
     return lines
-
-
-def played_whole(run: PastRun) -> list[RoundResult]:
-    """The rounds of a run that were played to their end."""
-    return [result for result in run.results if result.tally.ended is not Ended.INTERRUPTED]
 
 
 def run_lines(run: PastRun) -> list[str]:
@@ -157,5 +142,7 @@ def run_lines(run: PastRun) -> list[str]:
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
-    played = f"{len(played_whole(run))} of {run.config.rounds} rounds"
-    return [*lines, f"run {run.name} is {run.summary['status']}: {played}"]
+    played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
+    part = part_in(run.path, run.summary)
+    whole = f"; it is run {part.run} of {part.runs} of {printable(part.experiment)}" if part is not None else ""
+    return [*lines, f"run {run.name} is {run.summary['status']}: {played}{whole}"]

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from simulation.config import SimulationConfig
 from simulation.game import Game, RoundResult, Tally
-from simulation.past_runs import PastRun
+from simulation.past_runs import PastRun, part_in, played_whole
 from simulation.pictures import DASHES, SERIES
 from simulation.plots import (
     PART_LINES,
@@ -30,7 +30,7 @@ from simulation.plots import (
     spread_picture,
     times_picture,
 )
-from simulation.report import brief, number_of, played_whole
+from simulation.report import brief, number_of
 from simulation.results import REPORT, write_whole
 
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -107,7 +107,7 @@ def page_content(run: PastRun) -> dict[str, Any]:
         "summary": summary,
         "digits": digits,
         "status": _status(run),
-        "played": len(played_whole(run)),
+        "played": len(played_whole(run.summary)),
         "last": next(
             (each for each in reversed(entries) if each["average"] is not None), entries[-1] if entries else None
         ),
@@ -128,7 +128,7 @@ def _status(run: PastRun) -> str:
     entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
         return "partial: nobody gave a usable answer"
-    if status == "interrupted" and len(played_whole(run)) < len(entries):
+    if status == "interrupted" and len(played_whole(run.summary)) < len(entries):
         return f"interrupted in round {entries[-1]['round']}"
     return STATUSES[status]
 
@@ -202,6 +202,9 @@ def facts(run: PastRun) -> list[tuple[str, str]]:
     told.append(("Hosts", ", ".join(hosts[:NAMED]) + others))
     told.append(("Agent servers", f"{cluster['servers']:,} for participants, {cluster['moderators']:,} moderators"))
     told.append(("Run", run.name))
+    part = part_in(run.path, run.summary)
+    if part is not None:
+        told.append(("Experiment", f"run {part.run} of {part.runs} of {part.experiment}"))
     return told
 
 

@@ -13,15 +13,16 @@ import json
 import os
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from simulation.errors import ResultsError, SettingsError, one_line
 from simulation.game import OTHER_CAUSES, Game, RoundResult
 from simulation.sheet import TEXTS_KEPT, Answers
 from simulation.usage import Usage
+from simulation.yaml_file import shown
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
@@ -54,26 +56,66 @@ def new_run_id() -> str:
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
+class PartOf(NamedTuple):
+    """Which run of an experiment a run is.
+
+    Attributes:
+        sweep_id: The name of the experiment's folder when it was played.
+        experiment: The name of the experiment's file.
+        run: The number of the run, from 1.
+        runs: How many runs the experiment has.
+    """
+
+    sweep_id: str
+    experiment: str
+    run: int
+    runs: int
+
+
+def part_of(path: Path) -> PartOf | None:
+    """Return which run of the experiment in the folder around it the run in a folder is; None if there is none."""
+    path = path.resolve()
+    try:
+        said = json.loads((path.parent / SWEEP).read_text())
+        folders = [run["folder"] for run in said["runs"]]
+        return PartOf(said["sweep_id"], said["experiment"], folders.index(path.name) + 1, len(folders))
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged file is refused where the experiment is resumed
+        return None
+
+
+def resume_command(path: Path, *flags: str) -> str:
+    """Return the command that resumes the run, or the experiment, in a folder with these flags, quoted for a shell."""
+    script = "./run_simulation.sh" if Path.cwd() == ROOT else str(ROOT / "run_simulation.sh")
+    folder = shown(path)
+    return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
+
+
 class RunDirectory:
-    """The folder of one run; made, tried for writing, and locked, at once.
+    """The folder of one run, or of an experiment's runs; made, tried for writing, and locked, at once.
 
     Args:
         path: Where it is.
         resumed: Whether it holds the beginning of this run; otherwise it must hold nothing.
+        within: The folder of the experiment that plays this run, if one does.
 
     Raises:
         SettingsError: It holds something already, is being written by another run, or cannot be written.
         ResultsError: The disk is full.
     """
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
         self.path = path.resolve()  # runs/latest may be pointed elsewhere meanwhile
+        self.part_of = part_of(self.path)
         self._failed: list[dict[str, Any]] = []
-        self._lock: int | None = None
+        self._locks: list[int] = []
+        self._is_latest = within is not None  # the experiment's folder is
+        self._latest_before: str | None = None
         try:
             _check_latest()
             self._made = [] if resumed else _make_folder(self.path)
-            self._lock = _lock(self.path)
+            if self.part_of is not None and within is None:
+                self._locks.append(_lock(self.path.parent, shared=True))  # runs/latest is pointed there
+            self._locks.append(_lock(self.path))
             probe = self.path / ".probe.new"  # left by a process that is killed, it is a draft like others
             with _on_disk(probe) as file:
                 file.write(os.urandom(PROBE_BYTES))
@@ -88,6 +130,9 @@ class RunDirectory:
         except ResultsError:
             self.discard_if_empty()
             raise
+        except SettingsError:
+            self.close()
+            raise
 
     def discard_if_empty(self) -> None:
         """Remove what was made for a run that came to nothing."""
@@ -95,16 +140,29 @@ class RunDirectory:
             try:
                 folder.rmdir()
             except OSError:
-                return  # something is in it, so it stays
+                break  # something is in it, so it stays
+        if not self.path.exists() and LATEST.is_symlink() and LATEST.resolve() == self.path:
+            with suppress(OSError):  # a link to nothing is no worse than what failed before it
+                LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
 
     def close(self) -> None:
         """Let others write here."""
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = None
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def point_latest(self) -> None:
+        """Point runs/latest here; of a run of an experiment, to the experiment's folder. Raises ResultsError."""
+        target = self.path if self.part_of is None else self.path.parent
+        try:
+            if LATEST.is_symlink() and LATEST.resolve() != target:
+                self._latest_before = str(LATEST.readlink())
+            _point_latest(os.path.relpath(target, LATEST.parent.resolve()))
+            self._is_latest = True
+        except OSError as error:
+            raise ResultsError(f"cannot point {LATEST} to {target}: {error.strerror}") from None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, and point runs/latest here. Raises ResultsError."""
+        """Write summary.json, and point runs/latest to the run at first. Raises ResultsError."""
         text = json.dumps(summary, indent=2)
         for kept in (5, 1, 0):
             if len(text) < SUMMARY_BYTES:
@@ -119,13 +177,8 @@ class RunDirectory:
             text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
             file.write((text + "\n").encode())
-        draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # as DRAFT_OF_LATEST
-        try:
-            draft.symlink_to(os.path.relpath(self.path.resolve(), LATEST.parent.resolve()))
-            draft.replace(LATEST)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise ResultsError(f"cannot point {LATEST} to {self.path}: {error.strerror}") from None
+        if not self._is_latest:  # once: a run that was begun later stays the last one
+            self.point_latest()
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
@@ -217,6 +270,17 @@ class RunDirectory:
             file.writelines((json.dumps(agent) + "\n").encode() for agent in agents)
 
 
+def _point_latest(target: str) -> None:
+    """Have runs/latest be a link to this, in one step. Raises OSError."""
+    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # as DRAFT_OF_LATEST
+    try:
+        draft.symlink_to(target)
+        draft.replace(LATEST)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def _check_latest() -> None:
     """Raise SettingsError or OSError unless runs/latest can be pointed to a run."""
     LATEST.parent.mkdir(exist_ok=True)
@@ -231,8 +295,9 @@ def _check_latest() -> None:
 def _is_locked(folder: Path) -> bool:
     """Whether a living run may be writing in this folder.
 
-    A draft of runs/latest points to the folder of the run that makes it, which that run keeps locked while it lives. So
-    the draft that another run is making at this moment stays, and that of a killed one does not.
+    A draft of runs/latest points to the folder of the run that makes it, or of its experiment, which that run keeps
+    locked while it lives. So the draft that another run is making at this moment stays, and that of a killed one does
+    not.
     """
     try:
         opened = os.open(folder, os.O_RDONLY)
@@ -254,20 +319,21 @@ def _check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, f"{folder} is read-only")
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, shared: bool = False) -> int:
     """Let no other run write here while this process lives; raises SettingsError if one does.
 
-    Where this process is the only writer, the drafts that are there are those of killed ones: they are removed.
+    Where this process is the only writer, the drafts that are there are those of killed ones: they are removed. A
+    `shared` lock of the folder of an experiment keeps out those who play all of it, not those who play one of its runs.
     """
     folder = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
         raise SettingsError(f"{path} is being written by another run: wait for its end") from None
     except OSError:
         return folder  # a network file system that locks no folders: a draft may be another run's
-    for draft in _drafts(path):
+    for draft in () if shared else _drafts(path):
         draft.unlink(missing_ok=True)
     return folder
 
@@ -281,7 +347,8 @@ def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
     if path.is_dir() and {*path.iterdir()} - _drafts(path):
         raise SettingsError(
-            f"--run-dir {path}: holds results already; name a new folder, or go on with that run: --resume {path}"
+            f"--run-dir {path}: holds results already; name a new folder, or go on with that run: "
+            f"--resume {shlex.quote(str(path))}"
         )
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in (path, *path.parents):
@@ -330,11 +397,13 @@ def summarise(
     seconds: dict[str, float],
     rounds: list[RoundResult],
     usage: Usage,
+    part_of: PartOf | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json; `status` is complete, partial, interrupted or failed."""
     llm = config.agent_type == "llm"
     return {
         "run_id": run_id,
+        **({"part_of": part_of._asdict()} if part_of is not None else {}),
         "status": status,
         "config": asdict(config),
         "cluster": cluster | ({"llm_seconds": _time_told_apart(usage, seconds["rounds"])} if llm else {}),

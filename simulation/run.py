@@ -81,6 +81,7 @@ class Run:
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self.cluster["times"] = []  # by round, where they are known
         self.label = label
+        self._part_of = directory.part_of or (played.part_of if played is not None else None)
         self._draw = draw
         self._onlooker = onlooker
         self._resumed = played is not None
@@ -217,7 +218,8 @@ class Run:
     def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
-        summary = summarise(self.config, self.run_id, status, self.cluster, self.seconds, self.results, self.usage)
+        parts = (self.cluster, self.seconds, self.results, self.usage, self._part_of)
+        summary = summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)
         self.status = status
         return summary

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import secrets
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loguru import logger
 
 from simulation.config import SimulationConfig, flag_of
 from simulation.console import ProgressWatch
-from simulation.errors import GameEnded, SettingsError, SimulationError, printable
+from simulation.errors import GameEnded, SettingsError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
 from simulation.lean_import import import_agentscope
-from simulation.past_runs import config_to_resume, is_spent, read_summary
-from simulation.results import SWEEP, RunDirectory, new_run_id
+from simulation.past_runs import config_to_resume, is_spent, played_whole, read_summary, tokens_spent
+from simulation.plan import estimate
+from simulation.results import SWEEP, RunDirectory, new_run_id, resume_command
 from simulation.security import ClusterKey
 from simulation.sweep import Sweep, read_sweep, sweep_of, tell_comparison
 from simulation.tasks import (
@@ -30,7 +30,6 @@ from simulation.tasks import (
     refuse_sum_above_budget,
     resumed_task,
 )
-from simulation.yaml_file import shown
 
 if TYPE_CHECKING:
     from simulation.past_runs import PastRun
@@ -58,6 +57,7 @@ class Session:
         self.folder = folder
         self.sweep = sweep
         self._directory = directory
+        self._number: int | None = None  # of the run that is played, where there are several
         self._is_new = directory is None
 
     @property
@@ -101,25 +101,35 @@ class Session:
         self._directory.close()
 
     def play(self, key: ClusterKey, watch: ProgressWatch, draw: Draw, onlooker: Onlooker | None = None) -> int:
-        """Play what is left; returns the exit status. Raises what ended it early."""
+        """Play what is left, and say how to resume what is left then; returns the exit status. Raises what ended it."""
         assert self._directory is not None
         play = partial(_play, key=key, watch=watch, draw=draw, onlooker=onlooker)
-        if self.sweep is None:
-            return play(self.tasks[0], self._directory)
-        self._directory.write_json(SWEEP, self.sweep.to_json())
+        watch.how_to_resume = self.how_to_resume
+        try:
+            if self.sweep is None:
+                return play(self.tasks[0], self._directory)
+            self._check_later_models(key)
+            return self._play_all(self.sweep, play, watch)
+        finally:
+            hint = self.how_to_resume()
+            if hint is not None:
+                logger.warning(hint)
+
+    def _play_all(self, sweep: Sweep, play: Callable[..., int], watch: ProgressWatch) -> int:
+        """Play the runs of an experiment one after another."""
+        assert self._directory is not None
+        self._directory.write_json(SWEEP, sweep.to_json())
+        self._directory.point_latest()
         status = 0
         for number, task in enumerate(self.tasks, start=1):
+            self._number = number
             label = f"run {number} of {len(self.tasks)}: {task.name}"
             logger.info(f"{label}{_played_before(task)}")
-            try:
-                status = max(status, self._play_one(task, partial(play, label=label)))
-            except SimulationError:
-                self._tell_how_to_go_on(number)
-                raise
+            status = max(status, self._play_one(task, partial(play, label=label)))
             if watch.stop_signal is not None:
-                self._tell_how_to_go_on(number)
                 return 128 + watch.stop_signal
-        tell_comparison(self.folder, self.sweep)
+        self._number = None
+        tell_comparison(self.folder, sweep)
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
@@ -127,7 +137,7 @@ class Session:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         if task.status is not None:
             return 0 if task.status == "complete" else GameEnded.exit_status
-        directory = RunDirectory(task.folder, resumed=task.folder.exists())
+        directory = RunDirectory(task.folder, resumed=task.folder.exists(), within=self._directory)
         try:
             return play(task, directory)
         except GameEnded as error:
@@ -137,15 +147,67 @@ class Session:
             directory.discard_if_empty()
             directory.close()
 
+    def check_models(self) -> None:
+        """Ask from here, before agent servers are started here, all models of all runs; raises ClusterError."""
+        models = [model for task in self.tasks if task.rounds_left for model in task.asked_models]
+        if models:
+            from simulation.readiness import check_models_here  # noqa: PLC0415 - see _play
+
+            check_models_here(models, self.config.connect_timeout)
+
+    def _check_later_models(self, key: ClusterKey) -> None:
+        """Raise ClusterError if the cluster cannot ask a model of a later run: the first run checks its own."""
+        left = [task for task in self.tasks if task.rounds_left]
+        others = {tuple(task.asked_models): task.config for task in left if task.asked_models}
+        if left:
+            others.pop(tuple(left[0].asked_models), None)
+        if others:
+            from simulation.readiness import check_cluster  # noqa: PLC0415 - see _play
+
+            for config in others.values():
+                check_cluster(config, key)
+
     def _has_begun(self) -> bool:
         return any(task.folder.exists() for task in self.tasks)  # those that came to nothing are discarded
 
-    def _tell_how_to_go_on(self, number: int) -> None:
-        if self._has_begun():
-            logger.warning(
-                f"the experiment ends in run {number} of {len(self.tasks)}; to go on with it: "
-                f"./run_simulation.sh --resume {shlex.quote(shown(self.folder))}"
-            )
+    def how_to_resume(self) -> str | None:
+        """Return the line that says how to resume what was written and has rounds left; None if nothing has."""
+        if self._number is not None:
+            ends = f"the experiment ends in run {self._number} of {len(self.tasks)}"
+            return f"{ends}; to go on with it: {resume_command(self.folder)}" if self._has_begun() else None
+        left = {number: rest for number, task in enumerate(self.tasks, start=1) if (rest := _rest_of(task)) is not None}
+        if self.sweep is not None and any(not rest.flags for rest in left.values()):
+            number = sum(not rest.flags for rest in left.values())
+            return f"{number} of {len(self.tasks)} runs have rounds left; to go on: {resume_command(self.folder)}"
+        for number, (progress, flags) in left.items():  # of several that need more tokens, the first
+            name = "the run" if self.sweep is None else f"run {number} of {len(self.tasks)}"
+            command = resume_command(self.tasks[number - 1].folder, *flags)
+            return f"{name} ends with {progress}; to go on with it: {command}"
+        return None
+
+
+class _Rest(NamedTuple):
+    """How far a run was played whose rounds are not all played, and the flags that playing the rest needs."""
+
+    progress: str
+    flags: tuple[str, ...]
+
+
+def _rest_of(task: Task) -> _Rest | None:
+    """Return what is left of a run as its folder has it; None if nothing is left, or nothing was written."""
+    try:
+        config, summary = read_summary(task.folder)
+    except SettingsError:
+        return None
+    played = len(played_whole(summary))
+    if played >= config.rounds:
+        return None
+    flags: tuple[str, ...] = ()
+    if is_spent(summary, config.max_tokens, config.max_tokens):
+        rest = estimate(config, task.game, task.models, range(played + 1, config.rounds + 1))
+        needed = tokens_spent(summary) + sum(each.tokens for each in rest)
+        flags = ("--max-tokens", str(max(needed, (config.max_tokens or 0) + 1)))
+    return _Rest(f"{played} of {config.rounds} rounds played", flags)
 
 
 def _played_before(task: Task) -> str:
@@ -202,6 +264,12 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     if len(summary["rounds"]) < rounds and is_spent(summary, config.max_tokens, budget):
         raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
     directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
+    if directory.part_of is not None:
+        _, experiment, run, runs = directory.part_of
+        logger.warning(
+            f"this run is one of an experiment's, run {run} of {runs} of {printable(experiment)}; to go on with all of "
+            f"them: {resume_command(directory.path.parent)}"
+        )
     return Session([resumed_task(path, given)], directory.path, directory=directory)
 
 

@@ -5,8 +5,7 @@ Every scalar stays the text that was written, so that 2/3 and 0.51 are exact; wh
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from simulation.errors import SettingsError, printable
+from simulation.errors import SettingsError, near_file, nearest, printable
 
 Place = tuple[str | int, ...]  # the keys, and positions in lists, that lead to a value
 T = TypeVar("T")
@@ -23,7 +22,6 @@ T = TypeVar("T")
 LARGEST_BYTES = 2**20
 MOST_VALUES = 50_000  # a few aliases of aliases would stand for more than any memory holds
 DEEPEST = 20
-NAMES_SHOWN = 12
 TROUBLE_SHOWN = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
@@ -83,20 +81,6 @@ class Entry(BaseModel):
         return f"{name} is not known here; {nearest(name, cls.model_fields)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by a name that is not known; otherwise what is."""
-    names = list(known)
-    meant = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {meant[0]}?" if meant else f"known are {listed(names)}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names one after another, never too many."""
-    all_names = list(names)
-    more = len(all_names) - NAMES_SHOWN
-    return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
-
-
 def read_by(read: Callable[[str], Any]) -> BeforeValidator:
     """How pydantic reads a field by a function of its text, which raises SettingsError."""
 
@@ -126,7 +110,8 @@ def read_yaml(path: str | Path, flag: str) -> YamlFile:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # the latter: a path that can be none
-        raise SettingsError(f"{flag} {name}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        trouble = getattr(error, "strerror", error)
+        raise SettingsError(f"{flag} {name}: cannot be read: {trouble}{near_file(path)}") from None
     if len(content) > LARGEST_BYTES:
         raise SettingsError(f"{flag} {name}: is larger than {LARGEST_BYTES >> 10} kB, too large for settings")
     try:

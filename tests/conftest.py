@@ -161,7 +161,17 @@ class Checkout:
         return found
 
     def pid(self, port_offset: int) -> int:
-        return int((self.path / f"run/servers/{self.base_port + port_offset}.pid").read_text())
+        """The process of an agent server."""
+        return self.pid_in(f"servers/{self.base_port + port_offset}")
+
+    def pid_in(self, name: str) -> int:
+        """The process of a pid file, such as servers/launcher, as scripts read it: its first line."""
+        return int((self.path / f"run/{name}.pid").read_text().splitlines()[0])
+
+    def age_pid_files(self) -> None:
+        """Have the pid files look older than their processes, as after a step of the clock."""
+        for path in self.path.glob("run/*/*.pid"):
+            os.utime(path, (0, 0))
 
 
 def require_vllm() -> None:

@@ -71,7 +71,7 @@ BAD = {
     "cluster's flag": ("server-per-host: 3\n", "belongs on the command line, as --server-per-host"),
     "ratio 0": ("rounds: 2\nratio: 0\n", "x.yaml, line 2: ratio 0: must be from 1/1000000 to 10, as a fraction"),
     "one of a list": ("ratio:\n- 1/2\n- 11\n", "x.yaml, line 3: ratio 11: must be from 1/1000000 to 10"),
-    "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1e+09"),
+    "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1,000,000,000"),
     "enormous": ("ratio: 1e999999999\n", "ratio 1e999999999: must be a number such as 2/3 or 0.51"),
     "enormous seed": (f"seed: {'9' * 300}\n", "line 1: seed 999"),
     "no digits": ("participant_num: 1e6\n", "participant_num '1e6': must be a whole number, in digits such as 1000"),
@@ -150,7 +150,7 @@ BAD_PROMPTS = {
     "missing": ("basic:\n  system: x\n", "p.yaml, line 1: instruction is missing"),
     "empty": ("basic: {system: ' ', instruction: x}\n", "p.yaml, line 1: system must be a text, and is empty"),
     "tokens": ("basic:\n  system: x\n  instruction: x\n  reasoning_tokens: 0\n",
-        "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100000"),
+        "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100,000"),
     "other": ("other: {system: x, instruction: x}\n", "--prompt basic: p.yaml has no such prompt; it has other"),
 }  # fmt: skip
 
@@ -172,9 +172,9 @@ def test_flags_are_told_as_flags(refused, tmp_path):
     file = ("x.yaml", LLM + "prompt: [basic, none]\n", "--experiment", tmp_path / "x.yaml")
     assert refused(*file, "--prompt", "basci").startswith("--prompt basci: configs/prompts.yaml has no such prompt")
     assert refused(*file, "--prompt", "basic", "--max-tokens", "9").startswith("--max-tokens 9: a run may cost")
-    assert refused(*file, "--resume", "runs/latest").startswith("--experiment: goes with --role main, and not with")
+    assert refused(*file, "--resume", "runs/latest").startswith("--experiment: does not go with --resume")
     assert refused(*file[:2], "--experiment", tmp_path / "y.yaml").endswith(
-        "y.yaml: cannot be read: No such file or directory"
+        "y.yaml: cannot be read: No such file or directory; did you mean x.yaml?"
     )
     assert refused(*file[:2], "--personas", "none", "--personas-file", tmp_path).endswith(
         "cannot be read: Is a directory"
@@ -304,7 +304,9 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
     assert [each["config"]["max_value"] for each in summaries] == [50, 100, 50, 100]
     for each, ratio in zip(summaries, (1 / 2, 1 / 2, 2 / 3, 2 / 3), strict=True):
         assert each["rounds"][0]["winning_number"] == pytest.approx(ratio * each["rounds"][0]["average"])
-    assert (cluster.path / "runs/latest").resolve() == sweep / FOLDERS[-1]
+    assert (cluster.path / "runs/latest").resolve() == sweep
+    for number, each in enumerate(summaries, start=1):
+        assert each["part_of"] == {"sweep_id": name, "experiment": "x.yaml", "run": number, "runs": 4}
     assert "run 3 of 4: ratio 2/3, max_value 50" in done.stderr and "starting" not in done.stderr
     head, *table = done.stdout.splitlines()[-5:]
     assert "winning number" in head and all("complete" in row for row in table)
@@ -321,6 +323,7 @@ def test_a_single_combination_is_a_run_like_any_other(cluster):
     assert done.returncode == 0, done.stderr
     (name,) = cluster.runs() - before - {"latest"}
     assert cluster.summary()["run_id"] == name and not (cluster.path / "runs" / name / "sweep.json").exists()
+    assert "part_of" not in cluster.summary()
     cluster.play("3", "90", "--rounds", "2", "--sleep-time", "0", "--max-value", "9", "--seed", "7")
     assert cluster.answers() == cluster.answers(cluster.path / "runs" / name)
 
@@ -348,12 +351,22 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
         assert game.returncode == 130, log.read_text()
         assert f"to go on with it: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in log.read_text()
     assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
+    assert (cluster.path / "runs/latest").resolve() == cut
+    asked = cluster.run("main.py", "--role", "ask", "--winner", "--run-dir", "runs/latest", "--text", "Why?")
+    assert asked.returncode == 2 and "name one of them, such as runs/latest/02-" in one_line(asked.stderr)
+    reported = cluster.run("main.py", "--role", "report", "runs/latest")
+    assert reported.returncode == 0, reported.stderr
+    told = f"3 of 4 runs of x.yaml have rounds left; to go on with them: ./run_simulation.sh --resume 'runs/{cut.name}'"
+    assert told in reported.stdout.splitlines()
+    alone = cluster.run("run_simulation.sh", "--resume", str(cut / FOLDERS[1]), "--dry-run")
+    assert alone.returncode == 0 and "run 2 of 4 of x.yaml" in alone.stderr
+    assert f"to go on with all of them: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in alone.stderr
     first = (cut / FOLDERS[0] / "summary.json").read_bytes()
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
     assert refused.returncode == 2 and f"--ratio 1: the runs of {cut} differ in it" in one_line(refused.stderr)
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--seed", "8")
     assert refused.returncode == 2 and "begun with 7, which stays" in one_line(refused.stderr)
-    resumed = cluster.run("run_simulation.sh", "--resume", str(cut), "--server-per-host", "3", "--sleep-time", "0")
+    resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "3", "--sleep-time", "0")
     assert resumed.returncode == 0, resumed.stderr
     assert "has played 1 of 2 rounds" in resumed.stderr and resumed.stderr.count(": asking") == 5
     assert (cut / FOLDERS[0] / "summary.json").read_bytes() == first
@@ -424,8 +437,9 @@ def test_a_sweep_of_language_models_goes_on_where_it_was_cut_short(cluster, fake
     assert {body["messages"][0]["content"] for body in fake.bodies} == {
         *("About 1/2 of the average.", "About 2/3 of the average."),
     }
-    # one that was lengthened alone is finished all the same
+    # one that was lengthened alone is finished all the same, and takes runs/latest not away from the experiment
     assert cluster.run("run_simulation.sh", "--resume", str(first), "--rounds", "3").returncode == 0
+    assert cluster.summary(first)["part_of"]["run"] == 1 and (cluster.path / "runs/latest").resolve() == first.parent
     assert cluster.run(*resume).returncode == 0
 
 

@@ -7,6 +7,8 @@ import pty
 import signal
 import socket
 import subprocess
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,8 @@ import pytest
 from conftest import is_free, open_again, until
 from waiting import Gates
 
-from simulation import console
+from simulation import console, processes
+from simulation.errors import ClusterError
 
 BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
 
@@ -43,6 +46,11 @@ def test_three_steps(checkout):
             "run_simulation.sh", "2", participants, "--sleep-time", "0", env={"MODERATOR_PER_HOST": "1"}
         )
         assert done.returncode == 0 and "stopped" not in done.stderr
+    checkout.age_pid_files()
+    pid_file = checkout.path / f"run/servers/{checkout.base_port}.pid"
+    pid_file.write_text(f"{checkout.pid(0)}\n")  # as the previous version wrote it
+    status = checkout.run("start_all_server.sh", "--status")
+    assert status.returncode == 0 and "launcher" not in status.stdout
     stopped = checkout.run("stop_all_server.sh")
     assert (stopped.returncode, stopped.stdout) == (0, "stopped 3 agent servers\n")
     again = checkout.run("stop_all_server.sh")
@@ -63,7 +71,7 @@ def test_a_port_taken_by_another_program_is_named_and_left_alone(checkout):
 
 def kill_launcher(checkout) -> None:
     """Let nobody start servers again that die."""
-    os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
+    os.kill(checkout.pid_in("servers/launcher"), signal.SIGKILL)
 
 
 def test_a_dead_server_is_named_before_the_run(checkout):
@@ -114,6 +122,69 @@ def test_a_stale_pid_file_is_no_reason_to_signal_a_stranger(checkout):
         assert checkout.run("stop_all_server.sh").stdout == "stopped 5 agent servers\n"
         assert stranger.poll() is None
         stranger.kill()
+
+
+HERE = processes.ProcessId.of(os.getpid())
+ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "state"),
+    [
+        ({}, "lives"),
+        ({"host": "renamed"}, "lives"),
+        ({"start": "12"}, "ended"),  # another process has the pid now
+        (ANOTHER_BOOT, "ended"),
+        ({"boot": "", "namespace": "", "start": ""}, "ended"),  # the pid alone, and the process is no server
+        ({"namespace": "12"}, "a container or other pid namespace of this host"),
+        (ANOTHER_BOOT | {"host": "node2"}, "host node2"),
+    ],
+)
+def test_a_process_is_recognised_without_a_clock(tmp_path, changed, state):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        path = tmp_path / "1234.pid"
+        replace(processes.ProcessId.of(process.pid), **changed).write(path)
+        os.utime(path, (0, 0))
+        assert path.read_text().splitlines()[0] == str(process.pid)
+        found = processes.live_process(path, lambda _: False)
+        assert (found is not None) == (state == "lives") and (found is None or found.pid == process.pid)
+        processes.remove_ended(tmp_path, lambda _: False)
+        assert path.exists() == (state != "ended")
+        if state in ("lives", "ended"):
+            processes.refuse_elsewhere(tmp_path, "./stop.sh")
+        else:
+            with pytest.raises(ClusterError, match=f"{path} is of {state}, .* run ./stop.sh there"):
+                processes.refuse_elsewhere(tmp_path, "./stop.sh")
+        process.kill()
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 20, "it has ended")
+        assert processes.live_process(path, lambda _: True) is None
+
+
+def test_pid_files_of_another_host_are_left_alone(checkout):
+    servers = checkout.path / "run/servers"
+    servers.mkdir(parents=True)
+    (servers / "launcher.pid").write_text(f"{os.getpid()}\nnode2:{ANOTHER_BOOT['boot']}:1:1\n")
+    for command in (("stop_all_server.sh",), ("start_all_server.sh", "1"), ("run_simulation.sh", "1", "10")):
+        done = checkout.run(*command)
+        assert done.returncode == 3 and "launcher.pid is of host node2" in last_line(done.stderr)
+        assert (servers / "launcher.pid").exists()
+
+
+def test_a_command_that_waits_for_another_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    said: list[str] = []
+
+    def begin() -> None:
+        with processes.one_at_a_time():
+            said.append("began")
+
+    with processes.one_at_a_time():
+        second = threading.Thread(target=begin)
+        second.start()
+        until(lambda: said.append(capfd.readouterr().err) or "waiting for another command" in "".join(said), 20, "told")
+        assert "began" not in said
+    second.join()
+    assert said[-1] == "began"
 
 
 def test_term_ends_servers_in_the_middle_of_a_round(checkout, tmp_path):
@@ -206,7 +277,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
         flags = ("--agent-class", f"{mine}:Mine", "--dispatch", "agent")
         game = checkout.start("run_simulation.sh", "2", "100", *flags, stderr=stderr)
         until(lambda: "round 1: asking" in log.read_text(), 20, "the round has begun")
-        launcher = psutil.Process(int((checkout.path / "run/servers/launcher.pid").read_text()))
+        launcher = psutil.Process(checkout.pid_in("servers/launcher"))
         launcher.suspend()  # so that an end that is not at once takes longer
         try:
             game.send_signal(signal.SIGINT)
@@ -217,6 +288,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
             launcher.resume()
     assert game.returncode == 130
     assert "Traceback" not in log.read_text() and "stopped the 6 agent servers" not in log.read_text()
+    assert "the run ends with 0 of 1 rounds played; to go on with it: ./run_simulation.sh --resume" in log.read_text()
     until(lambda: not checkout.processes(), 10, "the servers end with their main")
     open_again(checkout)
 
@@ -410,7 +482,7 @@ def test_a_terminal_gets_a_bar(checkout):
 def test_nothing_else_is_started(checkout):
     """The launcher forks one process per port, and imports AgentScope once."""
     assert checkout.run("start_all_server.sh", "2").returncode == 0
-    launcher = psutil.Process(int((checkout.path / "run/servers/launcher.pid").read_text()))
+    launcher = psutil.Process(checkout.pid_in("servers/launcher"))
     assert {child.pid for child in launcher.children()} == {checkout.pid(offset) for offset in range(6)}
     assert len(checkout.processes()) == 7
     assert checkout.run("stop_all_server.sh").returncode == 0

@@ -14,6 +14,7 @@ from own_files import FOLDERS, OTHERS, ROOT, checked, own_files
 ROWS = [
     "simulation.errors",
     "simulation.config",
+    "simulation.console",
     "simulation.usage",
     "simulation.lean_import",
     "simulation.answer_words",
@@ -61,7 +62,6 @@ ROWS = [
     "simulation.report_page",
     "simulation.report_process",
     "simulation.comparison",
-    "simulation.console",
     "simulation.run",
     "simulation.lookout",
     "simulation.view",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import threading
 from collections import Counter
@@ -103,18 +105,21 @@ def test_a_budget_ends_the_game(cluster, fake, play):
     assert "out of tokens (--max-tokens)" in summary["rounds"][-1]["failures"]
 
 
-def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake, play):
-    play("60", "--rounds", "6", "--max-tokens", "700", status=4)
+def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake):
+    flags = ("--agent-type", "llm", "--seed", "7", "--rounds", "6", "--max-tokens", "700")
+    done = cluster.run("run_simulation.sh", "3", "60", *flags)
     before = cluster.summary()
-    assert 1 <= len(before["rounds"]) < 6
+    before_it = done.stderr
+    assert done.returncode == 4 and 1 <= len(before["rounds"]) < 6
     resume = ("run_simulation.sh", "--resume", "runs/latest")
     done = cluster.run(*resume)
     assert done.returncode == 2 and "its budget of 700 tokens is spent; give a larger --max-tokens" in one_line(
         done.stderr
     )
     assert cluster.summary() == before and (cluster.path / "runs/latest/answers.parquet").exists()
-    done = cluster.run(*resume, "--max-tokens", "70000")
-    assert done.returncode == 4, done.stderr  # as some have failed before
+    (hint,) = re.findall(r" of 6 rounds played; to go on with it: \./(.*)\n", before_it)
+    done = cluster.run(*shlex.split(hint))
+    assert "--max-tokens" in hint and done.returncode == 4, done.stderr  # as some have failed before
     after = cluster.summary()["rounds"]
     assert len(after) == 6 and after[: len(before["rounds"])] == before["rounds"]
     assert all(entry["answered"] == 60 for entry in after[len(before["rounds"]) :])
@@ -266,6 +271,32 @@ def refused(cluster, *flags, status, **env):
 def test_a_model_that_does_not_answer_stops_the_run(cluster):
     error, _ = refused(cluster, status=3)
     assert f"localhost: model_1 at http://localhost:{cluster.model_port}/v1 does not answer" in error
+
+
+def test_a_model_of_a_later_run_that_does_not_answer_stops_the_experiment(cluster):
+    (cluster.path / "later.yaml").write_text("agent_type: [random, llm]\nparticipant_num: 10\nsleep_time: 0\n")
+    before = cluster.runs()
+    done = cluster.run("run_simulation.sh", "--experiment", "later.yaml", "--server-per-host", "3")
+    assert done.returncode == 3 and "does not answer: connection refused; start it" in one_line(done.stderr)
+    assert cluster.runs() == before
+
+
+def test_what_would_be_in_vain_starts_no_servers(checkout):
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "m"}
+    entry["client_args"] = {"base_url": f"http://127.0.0.1:{checkout.model_port + 1}/v1"}
+    (checkout.path / "own.json").write_text(json.dumps([entry]))
+    (checkout.path / "game.yaml").write_text("agent_type: [random, llm]\nparticipant_num: 10\n")
+    plain = ("1", "10", "--agent-type", "llm")
+    asked = {
+        plain: (3, f"model_1 at http://localhost:{checkout.model_port}/v1 does not answer: connection refused"),
+        (*plain, "--model-configs", "own.json"): (3, f"model_1 at http://127.0.0.1:{checkout.model_port + 1}/v1 does"),
+        ("--experiment", "game.yaml"): (3, "model_1 at"),
+        ("1", "10", "--keep-agents"): (2, "run ./start_all_server.sh first"),
+    }
+    for arguments, (status, words) in asked.items():
+        done = checkout.run("run_simulation.sh", *arguments)
+        assert done.returncode == status and words in one_line(done.stderr)
+    assert checkout.runs() == set() and not list((checkout.path / "run").rglob("*.log"))
 
 
 def test_a_model_that_no_server_knows_stops_the_run(cluster, fake):

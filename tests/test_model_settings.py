@@ -306,6 +306,18 @@ def test_who_has_waited_longest_is_first_among_equals(tmp_path):
     assert not one.take(1) and not three.take(1) and two.take(1)
 
 
+def test_more_processes_than_the_table_had_room_for_keep_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(in_flight, "ROWS", 3)
+    everyone = [InFlight("a", tmp_path) for _ in range(8)]
+    assert [each.take(7) for each in everyone] == [True] * 7 + [False]
+    monkeypatch.setattr(in_flight, "ROWS", 2)
+    late = InFlight("a", tmp_path)  # its file stays as large as it is
+    assert not late.take(7)
+    everyone[0].give_back()
+    assert not everyone[1].take(7) and everyone[7].take(7)  # also the first ones know of the last ones
+    assert [each.holding for each in everyone] == [0, *[1] * 7]
+
+
 def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
     gone, one = InFlight("a", tmp_path), InFlight("a", tmp_path)
     assert gone.take(1) and not one.take(1)

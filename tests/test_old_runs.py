@@ -22,6 +22,7 @@ from simulation.past_runs import read_run
 
 OLD_RUNS = ROOT / "tests/data/old_runs"
 CLASS_BEFORE = "/srv/simulation/examples/level_k.py:LevelK"  # the absolute path in two_thirds
+EXPERIMENT = json.loads((OLD_RUNS / "sweep/sweep.json").read_text())["experiment"]
 LEVEL_K = "examples/level_k.py:LevelK"
 FOLDERS = sorted(path.parent.relative_to(OLD_RUNS).as_posix() for path in OLD_RUNS.glob("**/summary.json"))
 SINGLE_RUNS = [name for name in FOLDERS if "/" not in name]
@@ -168,6 +169,9 @@ def test_an_old_sweep_is_reported(tmp_path: Path, reported: Any):
         averages = averages_printed(OLD_RUNS / name)
         assert averages[0] in row and averages[0] in page
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    alone = reported(folder / "02-ratio=1-2,seed=2")
+    assert alone.endswith(f"; it is run 2 of 4 of {EXPERIMENT}\n")
+    assert f"run 2 of 4 of {EXPERIMENT}" in (folder / "02-ratio=1-2,seed=2/report.html").read_text()
 
 
 # --- Resuming, in a checkout at another place and with other ports ---------------------------------------------------

@@ -24,7 +24,7 @@ from simulation.errors import SettingsError
 from simulation.past_runs import PastRun, read_run
 from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
 from simulation.plots import draw_answers, draw_averages, selection
-from simulation.report import brief, run_lines, table_lines
+from simulation.report import brief, run_lines
 from simulation.report_page import page_content, ranges, seconds, write_report
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -461,7 +461,6 @@ def test_numbers_in_words():
     ]
     assert ranges([1, 2, 3, 7, 9, 10]) == "1–3, 7, 9–10" and ranges([]) == ""
     assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
-    assert table_lines(["a", "bb"], [["ccc", "1"]]) == ["a    bb", "ccc   1"]
 
 
 def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, drafts_in, one_line, until
@@ -17,7 +19,10 @@ from waiting import Gates
 from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
 from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.library import game_of
 from simulation.results import RunDirectory, summarise
+from simulation.session import Session
+from simulation.tasks import Task
 from simulation.usage import Usage
 
 ROUNDS = ("--rounds", "4")
@@ -97,6 +102,8 @@ def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindf
     run = (checkout.path / "runs/latest").resolve()
     before = checkout.summary()
     assert before["status"] == "interrupted"
+    hint = f"the run ends with 2 of 4 rounds played; to go on with it: ./run_simulation.sh --resume runs/{run.name}\n"
+    assert (hint in log_of(checkout)) is (number != signal.SIGKILL)
     gate.touch()
     if number == signal.SIGKILL:  # what it leaves if that comes while it writes
         (run / ".summary.json.new").write_text("{")
@@ -213,6 +220,80 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path):
         RunDirectory(tmp_path / "one", resumed=True)
 
 
+def sweep_in(folder, *names):
+    """An experiment's folder, of which these are to be the runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [{"folder": name} for name in names]
+    (folder / "sweep.json").write_text(json.dumps({"sweep_id": folder.name, "experiment": "x.yaml", "runs": runs}))
+    return folder
+
+
+def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    nothing = {"rounds": [], "status": "interrupted"}
+    alone = RunDirectory(tmp_path / "alone")
+    alone.write_summary(nothing)
+    assert str((tmp_path / "latest").readlink()) == "alone"
+    whole = RunDirectory(sweep_in(tmp_path / "a b", "01-x", "02-y"), resumed=True)
+    whole.point_latest()
+    first = RunDirectory(tmp_path / "a b/01-x", within=whole)
+    for directory in (first, alone):  # the latter was begun before
+        directory.write_summary(nothing)
+    assert str((tmp_path / "latest").readlink()) == "a b" and first.part_of == ("a b", "x.yaml", 1, 2)
+    with pytest.raises(SettingsError, match="a b is being written by another run"):
+        RunDirectory(tmp_path / "a b/02-y")
+    for directory in (first, whole, alone):
+        directory.close()
+    RunDirectory(tmp_path / "alone", resumed=True).write_summary(nothing)
+    runs = [RunDirectory(tmp_path / "a b" / name, resumed=name == "01-x") for name in ("01-x", "02-y")]
+    with pytest.raises(SettingsError, match="a b is being written by another run"):
+        RunDirectory(tmp_path / "a b", resumed=True)
+    runs[1].write_summary(nothing)
+    assert str((tmp_path / "latest").readlink()) == "a b"
+    for directory in runs:
+        directory.close()
+    (tmp_path / "a b/03-z").mkdir()
+    other = RunDirectory(tmp_path / "a b/03-z")  # of which the experiment does not know
+    other.write_summary(nothing)
+    assert other.part_of is None and str((tmp_path / "latest").readlink()) == "a b/03-z"
+
+
+@pytest.mark.parametrize("before", [None, "the one before"])
+def test_latest_is_what_it_was_where_nothing_of_an_experiment_was_played(tmp_path, monkeypatch, before):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+    if before is not None:
+        RunDirectory(tmp_path / "runs" / before).write_summary({"rounds": [], "status": "complete"})
+    directory = RunDirectory(tmp_path / "elsewhere/s")
+    directory.write_json("sweep.json", {})
+    for _ in range(2):
+        directory.point_latest()
+    assert (tmp_path / "runs/latest").resolve() == tmp_path / "elsewhere/s"
+    (tmp_path / "elsewhere/s/sweep.json").unlink()
+    directory.discard_if_empty()
+    assert not (tmp_path / "elsewhere").exists()
+    assert names_in(tmp_path / "runs") == ([] if before is None else ["latest", before])
+    assert before is None or str((tmp_path / "runs/latest").readlink()) == before
+
+
+OLD_RUNS = ROOT / "tests/data/old_runs"
+TO_RESUME = {
+    "interrupted": "the run ends with 2 of 3 rounds played; to go on with it: {} --resume {}",
+    "sweep/03-ratio=2-3,seed=1": "the run ends with 1 of 2 rounds played; to go on with it: {} --resume {}",
+    "random": None,
+    "no such run": None,
+}
+
+
+@pytest.mark.parametrize("name", TO_RESUME)
+def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
+    if (OLD_RUNS / name).exists():
+        shutil.copytree(OLD_RUNS / name, tmp_path / "it's a run")
+    config = SimulationConfig(seed=1)
+    session = Session([Task(config, {}, game_of(config, None, None), tmp_path / "it's a run")], tmp_path)
+    command = (f"{'.' if Path.cwd() == ROOT else ROOT}/run_simulation.sh", shlex.quote(f"{tmp_path}/it's a run"))
+    assert session.how_to_resume() == (TO_RESUME[name] and TO_RESUME[name].format(*command))
+
+
 def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
     config = SimulationConfig(rounds=100, decimals=6, seed=1)
@@ -237,7 +318,7 @@ def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkou
     gates = Gates(tmp_path)
     game = play(checkout, "2", "50", *gates.flags)
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
-    os.kill(int((checkout.path / "run/servers/launcher.pid").read_text()), signal.SIGKILL)
+    os.kill(checkout.pid_in("servers/launcher"), signal.SIGKILL)
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 0 and "their launcher has died" in status.stdout
     gates.open()

@@ -51,6 +51,12 @@ def test_help_is_the_comment_at_the_top(shell, script):
     assert not (shell.path / ".venv").exists()
 
 
+def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
+    for script, role in (("run_simulation.sh", ""), ("start_all_server.sh", "[--role][participant]")):
+        assert f"./{script} --help-all" in shell(script, "--help").stdout
+        assert shell(script, "--help-all").stdout == f"{role}[--help]"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -63,6 +69,8 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "run_simulation.sh --seed 7",
         "run_simulation.sh 10 -5",
         "run_simulation.sh --install-only 10",
+        "run_simulation.sh --help-all 10",
+        "start_all_server.sh --help-all --stop",
         "run_simulation.sh --install-only --seed 7",
         "start_all_server.sh",
         "start_all_server.sh abc",
@@ -71,12 +79,37 @@ def test_help_is_the_comment_at_the_top(shell, script):
         "stop_all_server.sh now",
         "start_vllm.sh now",
         "start_vllm.sh --gpu-num",
+        "start_vllm.sh --status --stop",
+        "start_vllm.sh --install -- --max-model-len",
         "stop_vllm.sh now",
     ],
 )
 def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
     done = shell(*arguments.split(), echo=False)
     assert done.returncode == 2 and "usage: ./" in one_line(done.stderr)
+    assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("run_tests.sh --fats", "did you mean --fast?"),
+        ("run_tests.sh -k x --al_l", "did you mean --all?"),
+        ("run_tests.sh --lf --fast", "--fast comes first"),
+        ("start_vllm.sh --instal", "did you mean --install?"),
+        ("start_all_server.sh --satus", "did you mean --status?"),
+        ("stop_all_server.sh --hlep", "did you mean --help?"),
+        ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
+        ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
+        ("run_simulation.sh --seed 7", "known are --resume, --experiment, --install-only, --help, --help-all;"),
+        ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
+        ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
+        ("on_all_hosts.sh dance", "known are push-key, --help, run_simulation.sh, start_all_server.sh, "),
+    ],
+)
+def test_what_may_have_been_meant_is_told_before_anything_is_installed(shell, arguments, meant):
+    done = shell(*arguments.split(), echo=False)
+    assert done.returncode == 2 and meant in one_line(done.stderr)
     assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
 
 
@@ -99,10 +132,15 @@ def test_settings_become_flags(shell):
         "[--role][participant][--server-per-host][10][--base-port][15000][--host-name][a][--moderator-per-host][2]"
     )
     assert (
-        "[--model-per-host][2][--vllm-base-port][9]"
+        "[--gpu-num][4][--tensor-parallel][2][--vllm-base-port][9]"
         in shell("start_all_server.sh", "10", GPU_NUM="4", TENSOR_PARALLEL="2", VLLM_BASE_PORT="9").stdout
     )
     assert shell("run_simulation.sh", "1", "2").stdout == "[--server-per-host][1][--participant-num][2]"
+    env = {"HOST_NAME": "a", "BASE_PORT": "15000", "GPU_NUM": "4", "MODEL_PATH": "model", "VLLM_BASE_PORT": "9"}
+    assert shell("start_all_server.sh", "--status", **env).stdout == "[--role][participant][--status][--host-name][a]"
+    assert shell("start_vllm.sh", "--status", **env).stdout == "[--role][vllm][--status]"
+    refused = shell("start_vllm.sh", "--install", GPU_NUM="many")
+    assert refused.returncode == 2 and "GPU_NUM 'many': must be a whole number" in one_line(refused.stderr)
 
 
 def test_precedence_is_file_environment_flag(shell):
@@ -114,11 +152,22 @@ def test_precedence_is_file_environment_flag(shell):
     assert "[--base-port][14000]" in shell("start_all_server.sh", "1").stdout
 
 
-@pytest.mark.parametrize("line", ["BASEPORT=1", "rm -rf /", "BASE_PORT 14000", "export BASE_PORT=1"])
-def test_a_mistake_in_the_file_is_named_and_not_run(shell, line):
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        *(
+            ("BASEPORT=1", "did you mean BASE_PORT?"),
+            ("host=a", "did you mean HOSTS?"),
+            ("rm -rf /", "known are BASE_"),
+        ),
+        *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
     (shell.path / "configs/cluster.env").write_text(f"# ours\n{line}\n")
     done = shell("run_simulation.sh", "1", "2")
     assert done.returncode == 2 and "configs/cluster.env, line 2" in one_line(done.stderr)
+    assert meant in done.stderr
 
 
 def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:

@@ -34,7 +34,10 @@ from conftest import (
 from fake_model import FakeModel
 from test_readme import blocks, commands_in, run_all
 
-from simulation.inference import TERM_TIMEOUT_S
+import main
+from simulation import inference, processes
+from simulation.config import SimulationConfig
+from simulation.inference import TERM_TIMEOUT_S, visible_gpus
 from simulation.past_runs import read_run
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
@@ -92,7 +95,7 @@ def requests_of(checkout: Checkout) -> int:
 
 
 def pid_of(checkout: Checkout, port: int) -> int:
-    return int((checkout.path / f"run/vllm/{port}.pid").read_text())
+    return checkout.pid_in(f"vllm/{port}")
 
 
 def two_models(checkout: Checkout) -> list[dict[str, Any]]:
@@ -290,6 +293,52 @@ def test_what_cannot_start_is_one_line(checkout, env, status, words):
     assert done.returncode == status and words in one_line(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--port", "VLLM_BASE_PORT sets it"),
+        ("--port=23890", "VLLM_BASE_PORT sets it"),
+        ("--por", "VLLM_BASE_PORT sets it"),
+        ("--ho=0.0.0.0", "loopback"),
+        ("--model", "MODEL_PATH"),
+        ("--served_model_name=mine", "model_configs.json"),
+        ("--tensor_parallel-size", "TENSOR_PARALLEL"),
+        ("-tp=2", "TENSOR_PARALLEL"),
+        ("-t", "TENSOR_PARALLEL"),
+        ("--uds", "by HTTP"),
+        ("--headless", "by HTTP"),
+        ("--ssl-cert=x", "by HTTP"),
+    ],
+)
+def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys):
+    assert main.main(["--role", "vllm", "--dry-run", "--", "--max-model-len", "4096", flag, "2"]) == 2
+    error = one_line(capsys.readouterr().err)
+    assert error.startswith(f"error: -- {flag}: ") and why.lower() in error.lower()
+
+
+def test_other_flags_of_vllm_pass():
+    inference.refuse_by_hand(["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"])
+
+
+def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
+    port, told = free_ports(1), []
+    healthy = iter([False, False, True])
+    monkeypatch.setattr(inference, "FOLDER", tmp_path)
+    monkeypatch.setattr(inference, "LOOK_S", 0)
+    monkeypatch.setattr(inference, "gpus_here", lambda: ())
+    monkeypatch.setattr(inference, "_is_healthy", lambda _: next(healthy))
+    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    (tmp_path / "config.json").touch()
+    with subprocess.Popen(["sleep", "60"]) as stand_in:
+        monkeypatch.setattr(inference, "_spawn", lambda *_: stand_in)
+        config = SimulationConfig(role="vllm", model_path=str(tmp_path), vllm_base_port=port)
+        inference.start(config, [], lambda *progress: told.append(progress))
+        stand_in.kill()
+    assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (1, 1)]
+    log = re.escape(str(tmp_path / f"{port}.log"))
+    assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", told[0][2]) and told[-1][2] == ""
+
+
 # --- GPUs, which this machine need not have: a stand-in for nvidia-smi, and one for vLLM's command -------------------
 
 FAKE_VLLM = """#!{python}
@@ -358,6 +407,46 @@ def gpus(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checko
     assert checkout.run("stop_vllm.sh").returncode == 0
 
 
+LISTED = """GPU 0: One (UUID: GPU-1ab0-77)
+GPU 1: Another, in parts (UUID: GPU-1cd0-77)
+  MIG 1g.5gb     Device  0: (UUID: MIG-aaaa)
+  MIG 1g.5gb     Device  1: (UUID: MIG-abbb)
+GPU 2: A third (UUID: GPU-2ef0-77)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, "0 1 2"),
+        ("", ""),
+        ("-1", ""),
+        ("NoDevFiles", ""),
+        ("none", ""),
+        ("void", ""),
+        ("all", ""),
+        ("2,0", "2 0"),
+        (" 1 , 2 ", "1 2"),
+        ("0,-1,1", "0"),
+        ("1,,2", "1"),
+        ("0,3,1", "0"),
+        ("0,NoDevFiles", "0"),
+        ("0,00", ""),
+        ("GPU-2ef0-77,GPU-1a", "GPU-2ef0-77 GPU-1a"),
+        ("GPU-1,GPU-2", ""),
+        ("GPU-1a,GPU-9,GPU-2", "GPU-1a"),
+        ("GPU-1a,GPU-1ab", ""),
+        ("GPU-1a,1", "GPU-1a"),
+        ("1,GPU-1a", "1"),
+        ("MIG-aa,MIG-ab", "MIG-aa MIG-ab"),
+        ("MIG-aa,GPU-1a", "MIG-aa"),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(visible, names):
+    assert visible_gpus(LISTED, visible) == tuple(names.split())
+    assert visible_gpus("No devices were found\n", visible) == ()
+
+
 def seen(checkout: Checkout) -> dict[int, str]:
     found = checkout.path.glob("*.seen")
     return {int(path.stem) - checkout.model_port: path.read_text() for path in found}
@@ -400,6 +489,11 @@ def test_another_model_is_served_beside_the_first_on_a_port_of_its_own(gpus):
     assert pid_of(gpus, port) != pid_of(gpus, gpus.model_port)
     served = {offset: re.search(r"--served-model-name (\S+)", words)[1] for offset, words in seen(gpus).items()}
     assert served == {0: "participant-model", 1: "other-model"}
+    gpus.age_pid_files()
+    (gpus.path / f"run/vllm/{port}.pid").write_text(f"{pid_of(gpus, port)}\n")  # as the previous version wrote it
+    status = gpus.run("start_vllm.sh", "--status")
+    assert status.returncode == 0 and status.stdout.count(" healthy") == 2
+    assert gpus.run("stop_vllm.sh").stdout == "stopped 2 vLLM servers\n"
 
 
 def test_one_that_dies_takes_the_others_with_it(gpus):
@@ -411,7 +505,12 @@ def test_one_that_dies_takes_the_others_with_it(gpus):
 
 
 @pytest.mark.parametrize(
-    ("env", "words"), [({"GPU_NUM": "5"}, "has 4 GPUs"), ({"TENSOR_PARALLEL": "3"}, "cannot be split")]
+    ("env", "words"),
+    [
+        ({"GPU_NUM": "5"}, "has 4 GPUs"),
+        ({"TENSOR_PARALLEL": "3"}, "cannot be split"),
+        ({"GPU_NUM": "1", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "has 0 GPUs"),
+    ],
 )
 def test_too_few_gpus_is_one_line(gpus, env, words):
     done = gpus.run("start_vllm.sh", env=env)

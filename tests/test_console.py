@@ -1,0 +1,106 @@
+"""What a terminal shows, whatever its width: columns are left out, and never cut."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from simulation import console
+from simulation.config import SimulationConfig
+from simulation.console import fitting, table_lines
+from simulation.game import Tally
+from simulation.report import histogram_lines
+
+WIDTHS = (20, 24, 31, 40, 53, 60, 72, 80, 100, 600)
+HOSTS = "silent: " + ", ".join(f"a-rather-long-name-of-a-host-{number}.example:12345" for number in range(9))
+
+
+def test_the_least_important_columns_go_first_and_no_more_than_must():
+    assert fitting([5, 5, 5], [2, 0], 17, gap=1) == [0, 1, 2]
+    assert fitting([5, 5, 5], [2, 0], 16, gap=1) == [0, 1]
+    assert fitting([5, 5, 5], [2, 0], 10, gap=1) == [1]
+    assert fitting([5, 5, 5], [2, 0], 3, gap=1) == [1]
+    assert fitting([5, 0, 5], [2], 11, gap=1) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "total", "note"),
+    [
+        ("answers in", 12_345, 64_000, "14 of 14 servers answer"),
+        ("answers in", 9_999_999, 10_000_000, "5 of 14 servers answer"),
+        ("agent servers ready", 3, 14, ""),
+        ("answers in", 7, 100, HOSTS),
+    ],
+)
+def test_progress_is_a_line_in_which_nothing_is_cut(stage, done, total, note):
+    bar, clock = console._new_bar(), [0.0]
+    bar.get_time = lambda: clock[0]
+    task = bar.add_task(stage, total=total, note=note)
+    for clock[0], completed in ((0.5, 1), (10.5, done)):
+        bar.update(task, completed=completed)
+    count, percent = f"{done:,} of {total:,}", f"{100 * done / total:.0f}%"
+    rate = (done - 1) / 10
+    time_left = math.ceil((total - done) / rate)
+    wholes = {stage, count, percent, note, f"{rate:,.0f}/s", f"0:{time_left // 60:02}:{time_left % 60:02}"} - {""}
+    seen = set()
+    for width in WIDTHS:
+        out = io.StringIO()
+        Console(file=out, width=width, force_terminal=True, color_system=None).print(bar.get_renderable())
+        line = out.getvalue().rstrip("\n")
+        assert "\n" not in line and len(line) <= width, width
+        shown = {text for text in wholes if text in line}
+        for text in sorted(shown, key=len, reverse=True):
+            line = line.replace(text, "", 1)
+        assert set(line) <= {*" ━╸╺"}, line
+        assert (count in shown) is (len(count) <= width)
+        assert seen - {percent} <= shown, f"{seen - shown} are shown where there is less room"
+        seen = shown
+    assert seen == wholes - {percent}
+
+
+HEAD = ["run", "ratio", "asked", "average"]
+ROWS = [["01-ratio=1-2", "1/2", "1,000", "24.825"], ["02-ratio=2-3", "2/3", "64,000", "33.1"]]
+
+
+def test_a_table_has_all_columns_unless_a_terminal_is_too_narrow(monkeypatch):
+    whole = ["run           ratio   asked  average", *("01-ratio=1-2    1/2   1,000   24.825",)]
+    monkeypatch.setenv("COLUMNS", "20")
+    assert table_lines(HEAD, ROWS, ["asked", "ratio"])[:2] == whole
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert table_lines(HEAD, ROWS, ["asked", "ratio"]) == [
+        "run           average",
+        "01-ratio=1-2   24.825",
+        "02-ratio=2-3     33.1",
+    ]
+    for width in range(20, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = table_lines(HEAD, ROWS, ["asked", "ratio", "average"])
+        assert max(map(len, lines)) <= width
+        words = {word for line in lines[1:] for word in line.split()}
+        assert words <= {cell for row in ROWS for cell in row}
+        assert ("asked" in lines[0]) is (width >= 38) and ("ratio" in lines[0]) is (width >= 30)
+
+
+def test_what_has_no_columns_stays_whole_at_the_end_of_a_row(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "24")
+    rows = [["12330", "participant", "17"], ["9", "does not answer, however long the reason is"], ["all is lost"]]
+    assert table_lines(["port", "role", "pid"], rows, ["pid"], left=["role"]) == [
+        *(" port  role", "12330  participant", "    9  does not answer, however long the reason is", "all is lost"),
+    ]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("top", "decimals", "most"), [(100, 0, 3), (10**9, 0, 7), (100, 2, 10**7), (9, 0, 10**9)])
+def test_a_histogram_has_shorter_bars_or_none(monkeypatch, width, top, decimals, most):
+    monkeypatch.setenv("COLUMNS", str(width))
+    config = SimulationConfig(max_value=top, decimals=decimals)
+    tally = Tally(most + 1, np.array([0, top * 10**decimals]), np.array([most, 1]))
+    lines = histogram_lines(tally, config)
+    narrowest = max(len(line.replace("█", "")) for line in lines)
+    assert max(map(len, lines)) <= max(width, narrowest)
+    assert width < 80 or "█" * 30 in lines[0]
