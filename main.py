@@ -25,7 +25,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import DASHBOARD_PORT, SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import (
+    DASHBOARD_PORT,
+    PATHS,
+    SimulationConfig,
+    flag_of,
+    full_path,
+    real_number,
+    shown,
+    whole_number,
+)
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, printable
 
 if TYPE_CHECKING:
@@ -89,6 +98,9 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The settings and actions that are given, and folders of runs. Raises SettingsError."""
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
+    for name, value in given.items():
+        if name not in PATHS and isinstance(value, str | list):
+            given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
     hint = "--help lists all flags" if unknown else "folders of runs go with --role report"
     if given.get("role", SimulationConfig.role) != "report":  # in --colour red the folder is no folder
@@ -96,6 +108,14 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     if unknown:
         raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
     return given, folders
+
+
+def _in_utf8(text: str) -> str:
+    """A word of the command line in UTF-8, in which it was written, whatever the locale had it read as."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,7 +241,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.report_process import ReportProcess
-    from simulation.security import load_or_make
+    from simulation.security import load, load_or_make
     from simulation.session import session_of
 
     log_to_stderr()
@@ -229,7 +249,10 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     if config.dry_run:
         print("\n".join(session.plan()))
         return 0
-    key = load_or_make(Path(session.config.cluster_key_dir))
+    folder = session.config.cluster_key_dir
+    named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
+    # where a folder is gone that only a resumed run names, a new key would not be the one of its servers
+    key = load_or_make(Path(folder)) if named else load(Path(folder))
     watch = ProgressWatch()
     watch.listen()
     dashboard = None
@@ -306,7 +329,7 @@ def ask(config: SimulationConfig) -> int:
     from simulation.past_runs import first_winner, read_agents, read_results, read_summary
     from simulation.security import load
 
-    path = Path(str(config.run_dir))
+    path = Path(shown(str(config.run_dir)))
     played, summary = read_summary(path)
     participant = first_winner(path, summary) if config.winner else config.participant
     if participant >= played.participant_num:
@@ -340,13 +363,16 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
     from simulation.report import run_lines
     from simulation.report_page import draw_all
 
-    named = [Path(folder) for folder in folders or filter(None, [config.run_dir])]
+    given = [full_path("RUN", folder) for folder in folders] or list(filter(None, [config.run_dir]))
+    named = [Path(shown(folder)) for folder in given]
     if not named:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
     paths = run_folders(named)
     if paths == named[:1]:
         if folders and config.run_dir is not None:
-            raise SettingsError(f"--run-dir {config.run_dir}: where several runs are compared; {paths[0]} is one")
+            raise SettingsError(
+                f"--run-dir {shown(config.run_dir)}: where several runs are compared; {paths[0]} is one"
+            )
         run = read_run(paths[0])
         say("\n".join(run_lines(run)))
         draw_all(run)

@@ -5,13 +5,18 @@ The command line is made from these fields (`main.py`), so a setting added here 
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field, fields
+import typing
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, printable, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
@@ -28,17 +33,18 @@ def setting(
     choices: tuple[str, ...] = (),
     stays: bool = False,
     game: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field with what its flag needs: help, and the allowed range or choices; one that `stays` cannot be resumed with
-    another value.
+    another value, and one that is a `path` is made absolute (see full_path).
     """
     allowed = {"low": low, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": help_text, **allowed, "stays": stays, "game": game})
+    return field(default=default, metadata={"help": help_text, **allowed, "stays": stays, "game": game, "path": path})
 
 
-def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **choices: Any) -> Any:
+def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **options: Any) -> Any:
     """A setting of the game, which an experiment file may hold."""
-    return setting(default, help_text, *allowed, stays=stays, game=True, **choices)
+    return setting(default, help_text, *allowed, stays=stays, game=True, **options)
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,10 @@ class SimulationConfig:
     )
     # The game
     experiment: str | None = setting(
-        None, "a YAML file with settings of the game; a list of values for one of them plays a run with each"
+        None, "a YAML file with settings of the game; a list of values for one of them plays a run with each", path=True
     )
     agent_type: str = of_game("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
-    agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant")
+    agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant", path=True)
     dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
     max_value: int = of_game(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
@@ -77,8 +83,8 @@ class SimulationConfig:
     teams: str | None = of_game(
         None, "what makes teams, whose averages are announced, too: a name of --personas, or model"
     )
-    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True)
-    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True)
+    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True, path=True)
+    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True, path=True)
     dispatch: str = setting(
         "group",
         "group asks the participants of a server together; agent asks each through its own AgentScope proxy",
@@ -90,7 +96,7 @@ class SimulationConfig:
     base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535)
     server_per_host: int = setting(10, "participant servers on every host", 1, 4096)
     moderator_per_host: int = setting(4, "moderator servers on every host, on the ports after those", 1, 4096)
-    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key")
+    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key", path=True)
     connect_timeout: float = setting(5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600)
     heartbeat_timeout: float = setting(
         10.0,
@@ -105,7 +111,9 @@ class SimulationConfig:
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
     # LLM participants
     model_per_host: int = setting(1, "model servers on every host; participants use them in turn", 1, 1024)
-    model_configs: str = setting(str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format")
+    model_configs: str = setting(
+        str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", path=True
+    )
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
     structured_output: str = of_game(
         "structured_outputs",
@@ -139,8 +147,8 @@ class SimulationConfig:
     tensor_parallel: int = setting(1, "GPUs of each vLLM server", 1, 1024)
     model_path: str | None = setting(None, "the model's folder, or its name on a hub")
     # The results
-    resume: str | None = setting(None, "folder of a run to go on with, after its last finished round")
-    run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)")
+    resume: str | None = setting(None, "folder of a run to go on with, after its last finished round", path=True)
+    run_dir: str | None = setting(None, "folder of the results (default runs/<run id>)", path=True)
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
         None, "serve a page on this host that shows what the run is at; the port is 8050 unless given", 0, 65_535
@@ -150,9 +158,9 @@ class SimulationConfig:
     text: str | None = setting(None, "what to say to it (role ask)")
 
     def __post_init__(self) -> None:
-        # read by servers whose working directory is another
-        for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
-            object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        for name in PATHS:  # also read by servers, whose working directory is another
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, full_path(flag_of(name), getattr(self, name)))
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):
@@ -189,10 +197,134 @@ class SimulationConfig:
         if self.experiment is not None and (self.role != "main" or self.resume is not None):
             raise SettingsError("--experiment: goes with --role main, and not with --resume")
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a run folder holds them: paths inside the checkout are relative to it, as it may be moved."""
+        said = asdict(self)
+        return said | {name: _from_root(said[name]) for name in PATHS if said[name] is not None}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> SimulationConfig:
+        """The settings that were written so. Raises KeyError, TypeError or SettingsError if they were not."""
+        for name, kind in KINDS.items():
+            kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            value = said[name] if name != "hosts" else "".join(said[name])
+            if type(value) not in (*kinds, *([int] if float in kinds else []), *([str] if name == "hosts" else [])):
+                raise TypeError(f"{name} is no {kind}")
+        moved_from = _root_of(said)
+        paths = {name: _from_here(said[name], moved_from) for name in PATHS if said.get(name) is not None}
+        return cls(**{**said, **paths, "hosts": tuple(said["hosts"])})
+
     @property
     def ports(self) -> range:
         """The ports of one host: participant servers first, then moderator servers."""
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
+
+
+KINDS = typing.get_type_hints(SimulationConfig)
+PATHS = tuple(item.name for item in fields(SimulationConfig) if item.metadata["path"])
+DEFAULT_PATHS = {  # relative to the checkout
+    item.name: Path(item.default).relative_to(ROOT)
+    for item in fields(SimulationConfig)
+    if item.metadata["path"] and isinstance(item.default, str)
+}
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def full_path(flag: str, text: str, folder: Path | None = None) -> str:
+    """The absolute path that a person means by a text; `~` and `~user` at its start are home folders.
+
+    Args:
+        flag: The flag that it was given by.
+        text: What was given.
+        folder: What a relative path starts from (default: the working directory).
+
+    Raises:
+        SettingsError: It can be no path.
+    """
+    if not text or "\0" in text:
+        raise SettingsError(f"{flag} {printable(text)!r}: must be a path, and is {'none' if text else 'empty'}")
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
+    if text.startswith("~") and str(path).startswith("~"):
+        name = Path(text).parts[0]
+        raise SettingsError(f"{flag} {text}: no home folder is known for {name}; ./{name} is a file called so")
+    try:
+        os.fsencode(path)
+        return str(path if path.is_absolute() else Path(folder or Path.cwd(), path))
+    except OSError as error:
+        raise SettingsError(f"{flag} {text}: the working directory cannot be found: {reason(error)}") from None
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"{flag} {printable(text)}: {reason(error)}") from None
+
+
+def shown(path: str | Path) -> str:
+    """A path as people know it: from where they are, if it is below."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return str(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises SettingsError where that cannot be found out.
+
+    Path.exists() and its like raise what the system says instead, such as PermissionError.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise SettingsError(f"cannot look at {printable(shown(path))}: {reason(error)}") from None
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, whatever the locale says, with or without a byte order mark, its lines ended by LF.
+
+    Raises OSError, or UnicodeDecodeError.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
+def real(path: str | Path) -> Path:
+    """The path with all links followed; unlike Path.resolve() it does not raise where they lead in circles."""
+    return Path(os.path.realpath(path))
+
+
+def _from_root(path: str) -> str:
+    """A path as it is written down: relative if it is inside the checkout, by its name or once links are followed."""
+    for form in (Path(path), Path(os.path.realpath(path))):
+        if form.is_relative_to(ROOT) and ".." not in form.parts:
+            return str(form.relative_to(ROOT))
+    return path
+
+
+def _from_here(path: str, moved_from: Path | None) -> str:
+    """The absolute path that was written down, in this checkout if it was in the one that wrote it."""
+    if moved_from is not None and Path(path).is_relative_to(moved_from):
+        path = str(Path(path).relative_to(moved_from))
+    return str(ROOT / path)
+
+
+def _root_of(said: Mapping[str, Any]) -> Path | None:
+    """The checkout of earlier versions that wrote these settings with absolute paths; None if they are of this one.
+
+    It is what most of the paths start with that end as their defaults do.
+    """
+    paths = {name: Path(said[name]) for name in DEFAULT_PATHS if name in said}
+    if not all(path.is_absolute() for path in paths.values()):
+        return None
+    roots = Counter[Path]()
+    for name, path in paths.items():
+        end = DEFAULT_PATHS[name].parts
+        if path.parts[-len(end) :] == end:
+            roots[Path(*path.parts[: -len(end)])] += 1
+    return max(roots, key=lambda root: roots[root], default=None)
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
 
 
 def check(flag: str, value: Any, allowed: Any) -> None:

@@ -16,6 +16,11 @@
 
 from __future__ import annotations
 
+import errno
+
+# What a file system says of what it cannot do: locks, links, flushing a folder
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
+
 
 class SimulationError(Exception):
     """The root: its message is one line that says what, where and what to do."""
@@ -103,6 +108,15 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     name = type(error).__name__
     line = text if isinstance(error, UnusableAnswer) else f"{name}: {text}" if text else name
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is no text in UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return "the locale has no such letters in names of files; set LC_ALL=C.UTF-8"
+    return getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
 
 
 def printable(text: str) -> str:

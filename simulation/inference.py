@@ -21,14 +21,14 @@ from pathlib import Path
 import psutil
 
 from simulation import processes
-from simulation.config import ROOT, SimulationConfig
+from simulation.config import ROOT, SimulationConfig, full_path, is_there, read_text, shown
 from simulation.errors import ClusterError, SettingsError
 from simulation.model_configs import ModelConfig, read_models
 
 FOLDER = ROOT / "run" / "vllm"
 VENV = ROOT / ".venv-vllm"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "large-scale-simulation"
-LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # see _home
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "large-scale-simulation")  # noqa: PTH111
+LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # see _home
 HOST = "127.0.0.1"
 LOOK_S = 0.5
 TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
@@ -51,10 +51,10 @@ class Plan:
 def gpus_here() -> tuple[str, ...]:
     """The GPUs of this machine that we may use, as CUDA_VISIBLE_DEVICES names them."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    found = [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    found = [str(number) for number, _ in enumerate(line for line in listed.splitlines() if line.startswith(b"GPU "))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(found)
@@ -181,7 +181,7 @@ def _own_process(path: Path) -> psutil.Process | None:
     """The live process that a pid file names; None if it has ended, even if its pid is another program's now."""
     try:
         written = path.stat().st_mtime
-        process = psutil.Process(int(path.read_text()))
+        process = psutil.Process(int(read_text(path)))
         ours = _session_of(process) == process.pid
         return process if ours and process.create_time() <= written + 1 else None
     except (FileNotFoundError, ValueError, psutil.Error):
@@ -192,14 +192,14 @@ def _checked_path(model_path: str | None) -> str:
     """The model as vLLM takes it. Raises SettingsError if it is a path to nothing."""
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
-    path = Path(model_path).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
+    path = Path(full_path("--model-path", model_path))
+    if is_there(path):
+        if not is_there(path / "config.json"):
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
-        return str(path.absolute())
+        return str(path)
     parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):  # else it may be the name of one on a hub
-        raise SettingsError(f"--model-path {model_path}: there is no such folder")
+    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):  # else it may be the name of one on a hub
+        raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 
 
@@ -210,7 +210,7 @@ def _home() -> Path:
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
-    if re.search(r"\s", str(LINK)):
+    if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
         raise SettingsError(
             f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
         )
@@ -241,7 +241,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
         )
-    _pid_file(each.port).write_text(f"{process.pid}\n")
+    _pid_file(each.port).write_text(f"{process.pid}\n", encoding="utf-8")
     return process
 
 
@@ -258,7 +258,11 @@ def _wait_healthy(port: int, started: dict[int, subprocess.Popen[bytes]], waitin
 
 def _cause(log: Path) -> str:
     """The first error that vLLM wrote about, which the later ones come of; in one line."""
-    lines = (line for line in log.read_text(errors="replace").splitlines() if not re.search(" WARNING | INFO ", line))
+    lines = (
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not re.search(" WARNING | INFO ", line)
+    )
     found = (re.search(r"\b[\w.]*Error: .{1,300}", line) for line in lines)
     return next((f": {error.group()}" for error in found if error), "")
 
@@ -283,7 +287,8 @@ def _pid_file(port: int) -> Path:
 def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:
     """End all servers of our pid files, and what those that died have left, but for those on some ports."""
     paths = [path for path in FOLDER.glob("*.pid") if path.stem not in map(str, but or ())]
-    _end([int(path.read_text()) for path in paths if path.read_text().strip().isdigit()])
+    pids = [path.read_text(encoding="utf-8", errors="replace").strip() for path in paths]
+    _end([int(pid) for pid in pids if pid.isdigit()])
     for path in paths:
         path.unlink(missing_ok=True)
 

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from simulation.errors import SettingsError, printable
+from simulation.config import shown
+from simulation.errors import SettingsError, printable, reason
 
 Place = tuple[str | int, ...]  # the keys, and positions in lists, that lead to a value
 T = TypeVar("T")
@@ -111,14 +112,6 @@ def read_by(read: Callable[[str], Any]) -> BeforeValidator:
     return BeforeValidator(value)
 
 
-def shown(path: str | Path) -> str:
-    """A path as people know it: from where they are, if it is below."""
-    try:
-        return str(Path(path).absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def read_yaml(path: str | Path, flag: str) -> YamlFile:
     """Read the file that a flag names. Raises SettingsError, with the line where there is one."""
     name = printable(shown(path))
@@ -126,7 +119,7 @@ def read_yaml(path: str | Path, flag: str) -> YamlFile:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # the latter: a path that can be none
-        raise SettingsError(f"{flag} {name}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise SettingsError(f"{flag} {name}: cannot be read: {reason(error)}") from None
     if len(content) > LARGEST_BYTES:
         raise SettingsError(f"{flag} {name}: is larger than {LARGEST_BYTES >> 10} kB, too large for settings")
     try:

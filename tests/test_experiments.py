@@ -350,7 +350,7 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
     first = (cut / FOLDERS[0] / "summary.json").read_bytes()
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
-    assert refused.returncode == 2 and f"--ratio 1: the runs of {cut} differ in it" in one_line(refused.stderr)
+    assert refused.returncode == 2 and f"--ratio 1: the runs of runs/{cut.name} differ in it" in one_line(refused.stderr)
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--seed", "8")
     assert refused.returncode == 2 and "begun with 7, which stays" in one_line(refused.stderr)
     resumed = cluster.run("run_simulation.sh", "--resume", str(cut), "--server-per-host", "3", "--sleep-time", "0")
