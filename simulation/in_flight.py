@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulation.processes import SERVERS
+from simulation.errors import reason
+from simulation.processes import SERVERS, lock, tell_once
 
 Row = NDArray[np.int64]
 
@@ -41,12 +42,18 @@ class InFlight:
     """
 
     def __init__(self, address: str, folder: Path = FOLDER) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(
-            folder / hashlib.sha256(address.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        os.ftruncate(self._file, ROWS * 4 * 8)
-        self._map = mmap.mmap(self._file, ROWS * 4 * 8)
+        self._folder = folder
+        self._file: int | None = None
+        path = folder / hashlib.sha256(address.encode()).hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.ftruncate(self._file, ROWS * 4 * 8)
+            self._map = mmap.mmap(self._file, ROWS * 4 * 8)
+        except OSError as error:
+            tell_once(f"agent servers cannot share a limit through {path}: {reason(error)}; each keeps to its own")
+            self._map = mmap.mmap(-1, ROWS * 4 * 8)
+            self._forget_file()
         self._table = np.frombuffer(self._map, np.int64).reshape(ROWS, 4)
         self._owner = secrets.randbits(62) + 1
         self._row = -1
@@ -88,7 +95,12 @@ class InFlight:
         with self._locked() as (own, _):
             own[:] = 0
         self._row = -1
-        os.close(self._file)
+        self._forget_file()
+
+    def _forget_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
 
     def _used(self) -> int:
         """How many rows have been used; row 0 holds nothing but that."""
@@ -97,7 +109,9 @@ class InFlight:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[Row, int]]:
         """Our row and the time, while nobody else may look."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        locked = self._file is not None and lock(
+            self._file, self._folder, "--max-in-flight may be exceeded for moments"
+        )
         try:
             now = time.monotonic_ns()
             if self._row < 0 or self._table[self._row, OWNER] != self._owner:  # new, or given up as lost
@@ -110,4 +124,5 @@ class InFlight:
             own[HEARD] = now
             yield own, now
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            if locked and self._file is not None:
+                fcntl.flock(self._file, fcntl.LOCK_UN)

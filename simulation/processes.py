@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from simulation.config import ROOT
-from simulation.errors import ClusterError, SettingsError
+from simulation.config import ROOT, read_text
+from simulation.errors import UNSUPPORTED, ClusterError, SettingsError, reason
 
 SERVERS = ROOT / "run" / "servers"
 LAUNCHER = "launcher"
@@ -29,14 +30,48 @@ LOG_LINES_SHOWN = 12
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Hold the lock of this checkout: servers are started or stopped by one process at a time."""
-    try:
-        SERVERS.mkdir(parents=True, exist_ok=True)
-        lock = (SERVERS / "lock").open("w")
-    except OSError as error:
-        raise SettingsError(f"cannot write in {SERVERS}: {error.strerror}") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            SERVERS.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((SERVERS / "lock").open("wb"))
+            lock(file.fileno(), SERVERS, "start and stop servers with one command at a time")
+        except OSError as error:
+            raise SettingsError(f"cannot write in {SERVERS}: {reason(error)}") from None
         yield
+
+
+def lock(descriptor: int, folder: Path, advice: str, wait: bool = True) -> bool:
+    """Lock an open file, or folder, for this process alone, until it is closed.
+
+    Args:
+        descriptor: Of the file.
+        folder: Where it is.
+        advice: What people have to see to where nothing can be locked.
+        wait: Whether to wait for a process that has it locked.
+
+    Returns:
+        Whether it is locked; if not, its file system has no locks, which is told once.
+
+    Raises:
+        BlockingIOError: Another process has it locked, and is not waited for.
+        OSError: It cannot be locked for another reason.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        tell_once(f"the file system of {folder} has no locks ({reason(error)}): {advice}")
+        return False
+    return True
+
+
+@functools.cache
+def tell_once(warning: str) -> None:
+    """Log a warning the first time."""
+    from loguru import logger  # noqa: PLC0415 - what stops servers has nothing else to log
+
+    logger.warning(warning)
 
 
 def pid_file(name: str) -> Path:
@@ -48,7 +83,7 @@ def write_pid(name: str, pid: int) -> None:
     """Write a pid file at one stroke."""
     draft = SERVERS / f"{name}.pid.new"
     try:
-        draft.write_text(f"{pid}\n")
+        draft.write_text(f"{pid}\n", encoding="utf-8")
         draft.replace(pid_file(name))
     finally:
         draft.unlink(missing_ok=True)
@@ -69,21 +104,21 @@ def note_restarts(port: int, count: int) -> None:
     if count == 0:
         (SERVERS / f"{port}.restarts").unlink(missing_ok=True)
     else:
-        (SERVERS / f"{port}.restarts").write_text(f"{count}\n")
+        (SERVERS / f"{port}.restarts").write_text(f"{count}\n", encoding="utf-8")
 
 
 def restarts(port: int) -> int:
     """How often a server was started again."""
     try:
-        return int((SERVERS / f"{port}.restarts").read_text())
-    except (FileNotFoundError, ValueError):  # never, or this moment
+        return int(read_text(SERVERS / f"{port}.restarts"))
+    except (OSError, ValueError):  # never, or this moment
         return 0
 
 
 def remove_pid(name: str, pid: int) -> None:
     """Remove a pid file, unless it names another process by now."""
     with contextlib.suppress(FileNotFoundError):
-        if pid_file(name).read_text().strip() == str(pid):
+        if read_text(pid_file(name)).strip() == str(pid):
             pid_file(name).unlink()
 
 
@@ -91,7 +126,7 @@ def own_process(name: str) -> psutil.Process | None:
     """The live process of a pid file; None if it has ended, even if its pid is another program's now."""
     try:
         written = pid_file(name).stat().st_mtime
-        process = psutil.Process(int(pid_file(name).read_text()))
+        process = psutil.Process(int(read_text(pid_file(name))))
         command = process.cmdline()
         launched = "--launch" in command and str(ROOT / "main.py") in command
         ours = launched or "--multiprocessing-fork" in command  # the latter where servers are spawned
@@ -149,7 +184,10 @@ def end_of_log(name: str) -> str:
 
 def end_of(log: Path) -> str:
     """Likewise, of any log."""
-    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:] if log.exists() else []
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    except OSError:
+        return ""
     return "".join([f"; the end of its log {log}:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 
