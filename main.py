@@ -181,7 +181,7 @@ def serve(config: SimulationConfig, actions: set[str]) -> int:
         launcher.launch(config, "owned" in actions)
     elif "make-key" in actions:
         load_or_make(Path(config.cluster_key_dir))
-        print(config.cluster_key_dir)
+        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for programs, whatever is in it
     elif "stop" in actions:
         stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")

@@ -205,11 +205,12 @@ class SimulationConfig:
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> SimulationConfig:
         """The settings that were written so. Raises KeyError, TypeError or SettingsError if they were not."""
-        for name, kind in KINDS.items():
-            kinds = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
-            value = said[name] if name != "hosts" else "".join(said[name])
-            if type(value) not in (*kinds, *([int] if float in kinds else []), *([str] if name == "hosts" else [])):
-                raise TypeError(f"{name} is no {kind}")
+        for name in said.keys() & KINDS.keys() - {"hosts"}:
+            kinds = typing.get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
+            if type(said[name]) not in (*kinds, *([int] if float in kinds else [])):
+                raise TypeError(f"{name} is no {KINDS[name]}")
+        if not all(isinstance(host, str) for host in said["hosts"]):
+            raise TypeError("hosts are no texts")
         moved_from = _root_of(said)
         paths = {name: _from_here(said[name], moved_from) for name in PATHS if said.get(name) is not None}
         return cls(**{**said, **paths, "hosts": tuple(said["hosts"])})

@@ -25,11 +25,15 @@ LAUNCHER = "launcher"
 TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock of this checkout: servers are started or stopped by one process at a time."""
+    """Hold the lock of this checkout: servers are started or stopped by one process at a time.
+
+    Raises SettingsError if the files of servers cannot be written meanwhile, either.
+    """
     with contextlib.ExitStack() as held:
         try:
             SERVERS.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,13 @@ def one_at_a_time() -> Iterator[None]:
             lock(file.fileno(), SERVERS, "start and stop servers with one command at a time")
         except OSError as error:
             raise SettingsError(f"cannot write in {SERVERS}: {reason(error)}") from None
-        yield
+        try:
+            yield
+        except OSError as error:
+            inside = error.filename is not None and Path(str(error.filename)).is_relative_to(SERVERS.parent)
+            if not inside and error.errno not in DISK_FAILS:
+                raise
+            raise SettingsError(f"cannot write in {SERVERS.parent}: {reason(error)}") from None
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True) -> bool:
@@ -117,7 +127,7 @@ def restarts(port: int) -> int:
 
 def remove_pid(name: str, pid: int) -> None:
     """Remove a pid file, unless it names another process by now."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError, ValueError):  # one that stays names no live process
         if read_text(pid_file(name)).strip() == str(pid):
             pid_file(name).unlink()
 

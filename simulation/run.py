@@ -154,7 +154,8 @@ class Run:
         except ResultsError as error:
             if isinstance(cause, (GameEnded, Interrupted)):
                 raise ResultsError(f"{error}; the game had ended: {cause}") from None
-            logger.warning(str(error))  # the first error is the one to end with
+            if not isinstance(cause, ResultsError):  # then it is the same disk
+                logger.warning(str(error))
 
     def _create(self, simulation: Simulation) -> None:
         config = self.config

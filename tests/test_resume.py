@@ -374,7 +374,8 @@ def failing(monkeypatch, module, name, number, only=lambda *_: True):
 
     def called(*given, **options):
         if only(*given):
-            raise OSError(number, os.strerror(number))
+            names = [str(each) for each in given[:1] if isinstance(each, str | Path)]
+            raise OSError(number, os.strerror(number), *names)
         return function(*given, **options)
 
     monkeypatch.setattr(module, name, called)
@@ -422,6 +423,16 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
     ):
         pass
     assert not (tmp_path / "run").exists() and told == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch, told, number):
+    with pytest.raises(SettingsError, match=f"cannot write in .*: {os.strerror(number)}"), processes.one_at_a_time():
+        failing(monkeypatch, os, "replace", number)
+        failing(monkeypatch, os, "unlink", number)
+        processes.write_pid("12330", 1)
+    with pytest.raises(ConnectionResetError), processes.one_at_a_time():
+        raise ConnectionResetError(errno.ECONNRESET, "of a server")
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EROFS])
