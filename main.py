@@ -99,7 +99,7 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     for name, value in given.items():
-        if name not in PATHS and isinstance(value, str | list):
+        if name not in (*PATHS, "model_path") and isinstance(value, str | list):
             given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
     hint = "--help lists all flags" if unknown else "folders of runs go with --role report"
