@@ -377,7 +377,7 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
         say("\n".join(run_lines(run)))
         draw_all(run)
         return 0
-    folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
+    folder = Path(shown(config.run_dir)) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]
     say("\n".join(comparison_lines(runs)))
     write_comparison(folder, runs)
