@@ -31,13 +31,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from simulation.config import (
     DASHBOARD_PORT,
     GROUPS,
+    PATHS,
     ROLES,
     ROOT,
     SimulationConfig,
     as_written,
     check,
     flag_of,
+    full_path,
     real_number,
+    shown,
     whole_number,
 )
 from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
@@ -185,6 +188,9 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
         _refuse_flags(single_dash, SimulationConfig.role)
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
+    for name, value in given.items():
+        if name not in (*PATHS, "model_path") and isinstance(value, str | list):
+            given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
     flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
     if role != "report":  # in --colour red the folder is no folder
@@ -234,6 +240,14 @@ def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None
     for name in given:
         if used is not None and name not in ("role", *used):
             raise SettingsError(f"{flag_of(name)}: does not go with {flag_of(actions[0])}")
+
+
+def _in_utf8(text: str) -> str:
+    """A word of the command line in UTF-8, in which it was written, whatever the locale had it read as."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -328,7 +342,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         launcher.launch(config, owned)
     elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
-        print(config.cluster_key_dir)
+        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for programs, whatever is in it
     elif action == "stop":
         stopped = local_servers.stop()
         print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
@@ -395,7 +409,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
     from simulation.console import ProgressWatch, log_to_stderr
     from simulation.report_process import ReportProcess
-    from simulation.security import load_or_make
+    from simulation.security import load, load_or_make
     from simulation.session import session_of
 
     log_to_stderr()
@@ -403,7 +417,10 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     if config.dry_run:
         print("\n".join(session.plan()))
         return 0
-    key = load_or_make(Path(session.config.cluster_key_dir))
+    folder = session.config.cluster_key_dir
+    named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
+    # where a folder is gone that only a resumed run names, a new key would not be the one of its servers
+    key = load_or_make(Path(folder)) if named else load(Path(folder))
     watch = ProgressWatch()
     watch.listen()
     dashboard = None
@@ -484,7 +501,7 @@ def ask(config: SimulationConfig) -> int:
     from simulation.past_runs import first_winner, read_agents, read_results, read_summary
     from simulation.security import load
 
-    path = Path(str(config.run_dir))
+    path = Path(shown(str(config.run_dir)))
     played, summary = read_summary(path)
     participant = config.participant if config.participant is not None else first_winner(path, summary)
     if participant >= played.participant_num:
@@ -518,18 +535,21 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
     from simulation.report import run_lines
     from simulation.report_page import draw_all
 
-    named = [Path(folder) for folder in folders or filter(None, [config.run_dir])]
+    given = [full_path("RUN", folder) for folder in folders] or list(filter(None, [config.run_dir]))
+    named = [Path(shown(folder)) for folder in given]
     if not named:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
     paths = run_folders(named)
     if paths == named[:1]:
         if folders and config.run_dir is not None:
-            raise SettingsError(f"--run-dir {config.run_dir}: where several runs are compared; {paths[0]} is one")
+            raise SettingsError(
+                f"--run-dir {shown(config.run_dir)}: where several runs are compared; {paths[0]} is one"
+            )
         run = read_run(paths[0])
         say("\n".join(run_lines(run)))
         draw_all(run)
         return 0
-    folder = Path(config.run_dir) if folders and config.run_dir is not None else common_folder(paths)
+    folder = Path(shown(config.run_dir)) if folders and config.run_dir is not None else common_folder(paths)
     runs = [read_run(path) for path in paths]
     say("\n".join([*comparison_lines(runs), *unfinished_lines(named, runs)]))
     write_comparison(folder, runs)

@@ -56,7 +56,7 @@ main() {
   check_hosts
   if [ "$what" = push-key ]; then
     prepare_key
-    on_all "set -- $(quoted "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}; $(cat "$ROOT/scripts/receive_key.sh")"
+    on_all "set -- $(quoted_path "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}; $(cat "$ROOT/scripts/receive_key.sh")"
   else
     SSH+=(-n)
     on_all "[ -x $what ] || { echo 'error: there is no $what in' \"\$PWD\" >&2; exit 2; }; exec env$words"
@@ -65,6 +65,15 @@ main() {
 
 # A word as every shell understands it.
 quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
+
+# A path on a host, as every shell understands it; ~ or ~user at its start is a home folder there.
+quoted_path() {
+  local start="${1%%/*}"
+  case "${start#\~}" in
+    "$start" | *[!A-Za-z0-9._-]*) quoted "$1" ;;
+    *) printf '%s' "$start" && { [ "$start" = "$1" ] || printf '/%s' "$(quoted "${1#*/}")"; } ;;
+  esac
+}
 
 check_hosts() {
   local host
@@ -75,6 +84,7 @@ check_hosts() {
     [ "$(printf '%s\n' "${HOST_LIST[@]}" | grep -cxF -e "$host")" -eq 1 ] || fail 2 "HOSTS names $host twice"
   done
   command -v ssh >/dev/null || fail 2 "ssh is missing: install it (Debian: apt install openssh-client)"
+  expand_home SSH_CONFIG
   [ -z "${SSH_CONFIG:-}" ] || [ -r "$SSH_CONFIG" ] || fail 2 "SSH_CONFIG=$SSH_CONFIG cannot be read"
   [ -z "${SSH_CONFIG:-}" ] || SSH+=(-F "$SSH_CONFIG")
 }
@@ -91,7 +101,7 @@ prepare_key() {
 on_all() { # on_all <what sh runs in the folder of the checkout>
   local folder="${REMOTE_DIR:-$ROOT}" enter host command index status highest=0 failures=0 failed=""
   enter="$(quoted "error: there is no folder $folder: clone the checkout there, or set REMOTE_DIR")"
-  enter="cd $(quoted "$folder") 2>/dev/null || { echo $enter >&2; exit 2; }"
+  enter="cd $(quoted_path "$folder") 2>/dev/null || { echo $enter >&2; exit 2; }"
   WORK="$(mktemp -d)"
   trap 'rm -rf "$WORK"' EXIT
   trap 'interrupted 130' INT

@@ -295,7 +295,7 @@ def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path
     """Check that it has ended well, with a row on the disk for each answer; returns what it says of its time."""
     assert game.returncode == 0, f"run_simulation.sh ended with exit status {game.returncode}"
     assert pq.read_metadata(folder / "answers.parquet").num_rows == participants
-    seconds: dict[str, float] = json.loads((folder / "summary.json").read_text())["seconds"]
+    seconds: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seconds"]
     return seconds
 
 

@@ -133,7 +133,7 @@ def pip_config(pip: list[str]) -> str | None:
         [*pip, "config", "list"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         check=False,
     )
@@ -181,13 +181,13 @@ def run(*command: str, log: Path, variables: Mapping[str, str] | None = None) ->
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             check=False,
         )
     except OSError as error:
         raise InstallError(f"{command[0]}: {error.strerror}") from None
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(done.stdout)
     if done.returncode != 0:
         raise InstallError(reason(done.stdout) or f"{command[0]} ended with exit status {done.returncode}")

@@ -7,6 +7,7 @@ VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScop
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
 FLAGS=()
+export PYTHONUTF8=1 # file names, arguments and output are in UTF-8, whatever the locale says
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -54,9 +55,12 @@ is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *"
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
   local file="$ROOT/configs/cluster.env" line key number=0
-  [ -r "$file" ] || return 0
+  [ -e "$file" ] || return 0
+  { [ ! -d "$file" ] && [ -r "$file" ]; } || fail 2 "configs/cluster.env cannot be read: make it a file that you may read"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
+    line="${line%$'\r'}"
+    [ "$number" -gt 1 ] || line="${line#$'\xef\xbb\xbf'}" # the byte order mark of some editors
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
     # shellcheck disable=SC2086
@@ -69,6 +73,17 @@ load_settings() {
     case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
+}
+
+# expand_home <variable>: put the home folder in place of ~ or ~user at its start, which no shell has expanded in a file.
+expand_home() {
+  local value="${!1:-}" name rest
+  name="${value%%/*}"
+  rest="${value#"$name"}"
+  case "$name" in '~'*) ;; *) return 0 ;; esac
+  case "$name" in *[!A-Za-z0-9._~-]*) return 0 ;; esac
+  eval "name=$name"
+  printf -v "$1" '%s' "$name$rest"
 }
 
 # flag <--name> <value>: pass a setting on, unless it is empty.
@@ -101,6 +116,7 @@ installed_version() {
 find_python() {
   local candidate version
   if [ -n "${PYTHON:-}" ]; then
+    expand_home PYTHON
     version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"
     case "$version" in
       3.11 | 3.12) printf '%s\n' "$version $PYTHON" && return ;;

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simulation.config import SimulationConfig
+from simulation.config import SimulationConfig, is_there, real
 from simulation.console import table_lines
 from simulation.errors import ResultsError, SettingsError, printable
 from simulation.past_runs import PastRun, played_whole
@@ -37,19 +37,19 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in named:
         runs = [path]
-        if (path / SWEEP).exists():
+        if is_there(path / SWEEP):
             runs = sorted(summary.parent for summary in path.glob("*/summary.json"))
             if not runs:
                 raise SettingsError(f"{path}: a sweep of which no run was played")
-        found += [run for run in runs if run.resolve() not in [each.resolve() for each in found]]
+        found += [run for run in runs if real(run) not in map(real, found)]
     return found
 
 
 def unfinished_lines(named: Sequence[Path], runs: Sequence[PastRun]) -> list[str]:
     """Return a line for each experiment of which runs are missing, or were not played to their end."""
     lines = []
-    for path in [path.resolve() for path in named if (path / SWEEP).exists()]:
-        of_it = [run for run in runs if run.path.resolve().parent == path]
+    for path in [real(path) for path in named if is_there(path / SWEEP)]:
+        of_it = [run for run in runs if real(run.path).parent == path]
         part = part_of(of_it[0].path)
         finished = sum(len(played_whole(run.summary)) >= run.config.rounds for run in of_it)
         if part is not None and finished < part.runs:
@@ -60,7 +60,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[PastRun]) -> list[str
 
 def common_folder(paths: Sequence[Path]) -> Path:
     """The innermost folder in which all runs are. Raises SettingsError if that is the root of all folders."""
-    folder = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    folder = Path(os.path.commonpath([real(path).parent for path in paths]))
     if folder == folder.parent:
         raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
     return folder
@@ -81,7 +81,7 @@ def _setting(run: PastRun, name: str) -> str:
 
 def folder_names(runs: Sequence[PastRun]) -> list[str]:
     """What each run is called in the table: its folder, as seen from where all of them are."""
-    paths = [run.path.resolve() for run in runs]
+    paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
@@ -169,8 +169,8 @@ def _drawn(runs: Sequence[PastRun]) -> tuple[list[PastRun], list[str]]:
 
 def _link(folder: Path, run: PastRun) -> str | None:
     """Where a run's own report is, as seen from the folder of the page; None if there is none."""
-    report = run.path.resolve() / REPORT
-    return quote(os.path.relpath(report, folder.resolve())) if report.exists() else None
+    report = real(run.path) / REPORT
+    return quote(os.path.relpath(report, real(folder))) if is_there(report) else None
 
 
 def _last_answers(run: PastRun, label: str, place: int) -> Markup:

@@ -5,13 +5,18 @@ The command line is made from these fields (`main.py`), so a setting added here 
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field, fields
+import typing
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-from simulation.errors import SettingsError, meant_by
+from simulation.errors import SettingsError, meant_by, printable, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD_PORT = 8050
@@ -42,18 +47,20 @@ def setting(
     roles: tuple[str, ...] = ("main",),
     stays: bool = False,
     game: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field with what its flag needs: help, the allowed range or choices, and the roles that use it; one that `stays`
-    cannot be resumed with another value. `without` says what happens without the flag, where the default does not.
+    cannot be resumed with another value, and one that is a `path` is made absolute (see full_path). `without` says what
+    happens without the flag, where the default does not.
     """
     allowed = {"low": low, "high": high, "choices": choices, "roles": roles}
     told = {"help": help_text, "without": without}
-    return field(default=default, metadata={**told, **allowed, "stays": stays, "game": game})
+    return field(default=default, metadata={**told, **allowed, "stays": stays, "game": game, "path": path})
 
 
-def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **choices: Any) -> Any:
+def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **options: Any) -> Any:
     """A setting of the game, which an experiment file may hold."""
-    return setting(default, help_text, *allowed, stays=stays, game=True, **choices)
+    return setting(default, help_text, *allowed, stays=stays, game=True, **options)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,16 @@ class SimulationConfig:
         None,
         "a YAML file with settings of the game; a list of values for one of them plays a run with each",
         without="one game, with the settings given here",
+        path=True,
     )
     agent_type: str = of_game(
         "random", "what answers: a random source, or an LLM", choices=("random", "llm"), roles=SERVERS
     )
     agent_class: str | None = of_game(
-        None, "your own participant, as my_file.py:MyParticipant", without="the participants of --agent-type"
+        None,
+        "your own participant, as my_file.py:MyParticipant",
+        without="the participants of --agent-type",
+        path=True,
     )
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
@@ -105,8 +116,8 @@ class SimulationConfig:
         "what makes teams, whose averages are announced, too: a name of --personas, or model",
         without="no teams",
     )
-    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True)
-    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True)
+    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True, path=True)
+    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True, path=True)
     dispatch: str = setting(
         "group",
         "group asks the participants of a server together; agent asks each through its own AgentScope proxy",
@@ -120,7 +131,9 @@ class SimulationConfig:
     moderator_per_host: int = setting(
         4, "moderator servers on every host, on the ports after those", 1, 4096, roles=SERVERS
     )
-    cluster_key_dir: str = setting(str(ROOT / ".cluster"), "folder of the cluster key", roles=(*SERVERS, "ask"))
+    cluster_key_dir: str = setting(
+        str(ROOT / ".cluster"), "folder of the cluster key", roles=(*SERVERS, "ask"), path=True
+    )
     connect_timeout: float = setting(
         5.0, "how long all agent servers have to answer, in seconds", 0.1, 3600, roles=SERVERS
     )
@@ -149,7 +162,7 @@ class SimulationConfig:
         roles=SERVERS,
     )
     model_configs: str = setting(
-        str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS
+        str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS, path=True
     )
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
     structured_output: str = of_game(
@@ -190,13 +203,17 @@ class SimulationConfig:
     )
     # The results
     resume: str | None = setting(
-        None, "folder of a run, or of an experiment, to go on with after its last finished round", without="a new run"
+        None,
+        "folder of a run, or of an experiment, to go on with after its last finished round",
+        without="a new run",
+        path=True,
     )
     run_dir: str | None = setting(
         None,
         "folder of the results of a run; with several runs to report, where their comparison is written",
         roles=("main", "ask", "report"),
         without="runs/<run id> for a new run, the folder around several runs",
+        path=True,
     )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
@@ -213,9 +230,9 @@ class SimulationConfig:
     text: str | None = setting(None, "what to say to it", roles=("ask",), without="none; it must be given")
 
     def __post_init__(self) -> None:
-        # read by servers whose working directory is another
-        for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
-            object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        for name in PATHS:  # also read by servers, whose working directory is another
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, full_path(flag_of(name), getattr(self, name)))
         if self.model_per_host is None:
             object.__setattr__(self, "model_per_host", 1)
         for item in fields(self):
@@ -253,10 +270,135 @@ class SimulationConfig:
         if self.experiment is not None and self.resume is not None:
             raise SettingsError("--experiment: does not go with --resume")
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a run folder holds them: paths inside the checkout are relative to it, as it may be moved."""
+        said = asdict(self)
+        return said | {name: _from_root(said[name]) for name in PATHS if said[name] is not None}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> SimulationConfig:
+        """The settings that were written so. Raises KeyError, TypeError or SettingsError if they were not."""
+        for name in said.keys() & KINDS.keys() - {"hosts"}:
+            kinds = typing.get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
+            if type(said[name]) not in (*kinds, *([int] if float in kinds else [])):
+                raise TypeError(f"{name} is no {KINDS[name]}")
+        if not all(isinstance(host, str) for host in said["hosts"]):
+            raise TypeError("hosts are no texts")
+        moved_from = _root_of(said)
+        paths = {name: _from_here(said[name], moved_from) for name in PATHS if said.get(name) is not None}
+        return cls(**{**said, **paths, "hosts": tuple(said["hosts"])})
+
     @property
     def ports(self) -> range:
         """The ports of one host: participant servers first, then moderator servers."""
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
+
+
+KINDS = typing.get_type_hints(SimulationConfig)
+PATHS = tuple(item.name for item in fields(SimulationConfig) if item.metadata["path"])
+DEFAULT_PATHS = {  # relative to the checkout
+    item.name: Path(item.default).relative_to(ROOT)
+    for item in fields(SimulationConfig)
+    if item.metadata["path"] and isinstance(item.default, str)
+}
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def full_path(flag: str, text: str, folder: Path | None = None) -> str:
+    """The absolute path that a person means by a text; `~` and `~user` at its start are home folders.
+
+    Args:
+        flag: The flag that it was given by.
+        text: What was given.
+        folder: What a relative path starts from (default: the working directory).
+
+    Raises:
+        SettingsError: It can be no path.
+    """
+    if not text or "\0" in text:
+        raise SettingsError(f"{flag} {printable(text)!r}: must be a path, and is {'none' if text else 'empty'}")
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
+    if text.startswith("~") and str(path).startswith("~"):
+        name = Path(text).parts[0]
+        raise SettingsError(f"{flag} {text}: no home folder is known for {name}; ./{name} is a file called so")
+    try:
+        os.fsencode(path)
+        return str(path if path.is_absolute() else Path(folder or Path.cwd(), path))
+    except OSError as error:
+        raise SettingsError(f"{flag} {text}: the working directory cannot be found: {reason(error)}") from None
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"{flag} {printable(text)}: {reason(error)}") from None
+
+
+def shown(path: str | Path) -> str:
+    """A path as people know it: from where they are, if it is below."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return str(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises SettingsError where that cannot be found out.
+
+    Path.exists() and its like raise what the system says instead, such as PermissionError.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise SettingsError(f"cannot look at {printable(shown(path))}: {reason(error)}") from None
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, whatever the locale says, with or without a byte order mark, its lines ended by LF.
+
+    Raises OSError, or UnicodeDecodeError.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
+def real(path: str | Path) -> Path:
+    """The path with all links followed; unlike Path.resolve() it does not raise where they lead in circles."""
+    return Path(os.path.realpath(path))
+
+
+def _from_root(path: str) -> str:
+    """A path as it is written down: relative if it is inside the checkout, by its name or once links are followed."""
+    for form in (Path(path), Path(os.path.realpath(path))):
+        if form.is_relative_to(ROOT) and ".." not in form.parts:
+            return str(form.relative_to(ROOT))
+    return path
+
+
+def _from_here(path: str, moved_from: Path | None) -> str:
+    """The absolute path that was written down, in this checkout if it was in the one that wrote it."""
+    if moved_from is not None and Path(path).is_relative_to(moved_from):
+        path = str(Path(path).relative_to(moved_from))
+    return str(ROOT / path)
+
+
+def _root_of(said: Mapping[str, Any]) -> Path | None:
+    """The checkout of earlier versions that wrote these settings with absolute paths; None if they are of this one.
+
+    It is what most of the paths start with that end as their defaults do.
+    """
+    paths = {name: Path(said[name]) for name in DEFAULT_PATHS if name in said}
+    if not all(path.is_absolute() for path in paths.values()):
+        return None
+    roots = Counter[Path]()
+    for name, path in paths.items():
+        end = DEFAULT_PATHS[name].parts
+        if path.parts[-len(end) :] == end:
+            roots[Path(*path.parts[: -len(end)])] += 1
+    return max(roots, key=lambda root: roots[root], default=None)
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
 
 
 def check(flag: str, value: Any, allowed: Any) -> None:

@@ -40,7 +40,7 @@ def keep_traceback() -> str:
     text = traceback.format_exc()
     try:
         DEFECT_LOG.parent.mkdir(exist_ok=True)
-        with DEFECT_LOG.open("a") as log:
+        with DEFECT_LOG.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(time.strftime("%Y-%m-%d %H:%M:%S\n") + text + "\n")
     except OSError:
         return f"this traceback (which could not be kept in {DEFECT_LOG}): {text}"

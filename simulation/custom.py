@@ -18,6 +18,7 @@ import cloudpickle
 from agentscope.rpc import RpcMeta
 
 from participant import LLMParticipant, Participant, RandomParticipant, answers_many
+from simulation.config import is_there, shown
 from simulation.errors import SettingsError, meant_by, near_file, one_line
 
 PACKED_BYTES = 64 * 2**20
@@ -31,11 +32,12 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
     """
     if spec is None:
         return LLMParticipant if agent_type == "llm" else RandomParticipant
+    spec = shown(spec)
     file_name, colon, class_name = spec.rpartition(":")
     path = Path(file_name)
     if not colon or path.suffix != ".py":
         raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
-    if not path.is_file():
+    if not is_there(path):
         raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
     name = f"own_{path.stem}"  # a name of its own: a file random.py must not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)

@@ -189,7 +189,7 @@ class Dashboard:
 
     async def _page(self, _request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)
-        text = PAGE.read_text().replace("{{nonce}}", nonce).replace("{{token}}", self._token)
+        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce).replace("{{token}}", self._token)
         policy = {"Content-Security-Policy": POLICY.format(nonce)}
         return web.Response(text=text, content_type="text/html", headers=policy)
 

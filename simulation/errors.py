@@ -18,6 +18,8 @@ raises of that kind is a `KnownCause`.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
@@ -26,6 +28,9 @@ from typing import NamedTuple
 LIKENESS = 0.65  # of a name that may have been meant, by difflib
 SHORTEST_BEGINNING = 3  # of a name that is unlike in length only
 NAMES_SHOWN = 12
+
+# What a file system says of what it cannot do: locks, links, flushing a folder
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 class SimulationError(Exception):
@@ -166,6 +171,15 @@ def shortened(line: str, limit: int) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is no text in UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return "the locale has no such letters in names of files; set LC_ALL=C.UTF-8"
+    return getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """The text in one line, of signs that can be shown."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))
@@ -198,7 +212,7 @@ def near_file(path: str | Path) -> str:
     """Return "; did you mean ...?" with a file of a similar name beside a path that is missing; nothing else."""
     wanted = Path(path)
     try:
-        if wanted.exists():
+        if os.path.exists(wanted):  # noqa: PTH110 - it raises less
             return ""
         names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]
     except (OSError, ValueError):

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, create_model
 
-from simulation.config import SimulationConfig, flag_of, real_number, whole_number
+from simulation.config import SimulationConfig, flag_of, full_path, real_number, whole_number
 from simulation.errors import SettingsError, printable
 from simulation.yaml_file import Entry, Place, YamlFile, read_yaml
 
@@ -84,8 +84,10 @@ def read_experiment(path: str, given: dict[str, Any]) -> Experiment:
     if number > MOST_COMBINATIONS:
         raise file.refused((), f"makes {number:,} combinations, and may make {MOST_COMBINATIONS:,}")
     if "agent_class" in settings:  # beside the experiment, wherever that is played from
-        folder = Path(path).absolute().parent
-        settings["agent_class"] = [each and os.path.normpath(folder / each) for each in settings["agent_class"]]
+        folder = Path(full_path("--experiment", path)).parent
+        settings["agent_class"] = [
+            each and os.path.normpath(full_path("agent_class", each, folder)) for each in settings["agent_class"]
+        ]
     from_file = {name: values for name, values in settings.items() if name not in given}
     several = [name for name, values in from_file.items() if len(values) > 1]
     combinations = []
@@ -146,7 +148,8 @@ def _read_value(name: str, said: Any) -> Any:
     kinds = typing.get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
     try:
         value: Any = whole_number(name, said) if int in kinds else real_number(name, said) if float in kinds else said
-        return getattr(SimulationConfig(**{name: value}), name)
+        made = getattr(SimulationConfig(**{name: value}), name)
+        return value if OF_GAME[name].metadata["path"] else made  # a path starts from the file, see read_experiment
     except SettingsError as error:
         raise ValueError(_without_flag(error, name)) from None
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import psutil
 
 from simulation import processes
-from simulation.config import ROOT, SimulationConfig
+from simulation.config import ROOT, SimulationConfig, full_path, is_there, shown
 from simulation.errors import ClusterError, SettingsError
 from simulation.model_configs import ModelConfig, read_models
 
 FOLDER = ROOT / "run" / "vllm"
 VENV = ROOT / ".venv-vllm"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "large-scale-simulation"
-LINK = CACHE / f"vllm-{hashlib.sha256(str(VENV).encode()).hexdigest()[:16]}"  # see _home
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "large-scale-simulation")  # noqa: PTH111
+LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # see _home
 HOST = "127.0.0.1"
 STARTED, STATUS = ("port", "on", "pid", "model", "ready after"), ("port", "pid", "state")
 LOOK_S = 0.5
@@ -238,14 +238,14 @@ def _checked_path(model_path: str | None) -> str:
     """The model as vLLM takes it. Raises SettingsError if it is a path to nothing."""
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
-    path = Path(model_path).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
+    path = Path(full_path("--model-path", model_path))
+    if is_there(path):
+        if not is_there(path / "config.json"):
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
-        return str(path.absolute())
+        return str(path)
     parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):  # else it may be the name of one on a hub
-        raise SettingsError(f"--model-path {model_path}: there is no such folder")
+    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):  # else it may be the name of one on a hub
+        raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 
 
@@ -256,7 +256,7 @@ def _home() -> Path:
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
-    if re.search(r"\s", str(LINK)):
+    if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
         raise SettingsError(
             f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
         )
@@ -301,7 +301,11 @@ def _refuse_dead(started: dict[int, subprocess.Popen[bytes]]) -> None:
 
 def _cause(log: Path) -> str:
     """The first error that vLLM wrote about, which the later ones come of; in one line."""
-    lines = (line for line in log.read_text(errors="replace").splitlines() if not re.search(" WARNING | INFO ", line))
+    lines = (
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not re.search(" WARNING | INFO ", line)
+    )
     found = (re.search(r"\b[\w.]*Error: .{1,300}", line) for line in lines)
     return next((f": {error.group()}" for error in found if error), "")
 

@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Annotated
 
 from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
-from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, whole_number
+from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, shown, whole_number
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.game import Game, Sampling, Wording
 from simulation.model_configs import ModelConfig, asked_models
-from simulation.yaml_file import Entry, YamlFile, read_by, read_yaml, shown
+from simulation.yaml_file import Entry, YamlFile, read_by, read_yaml
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000

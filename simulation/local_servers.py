@@ -18,9 +18,9 @@ from pathlib import Path
 
 from simulation import processes
 from simulation.channels import MEMORY, OWN_VERSIONS, all_of, fan_out, handshake, use_key
-from simulation.config import ROOT, SimulationConfig, flag_of
+from simulation.config import ROOT, SimulationConfig, flag_of, is_there
 from simulation.errors import ClusterError, ServerUnreachable
-from simulation.model_configs import read_models
+from simulation.model_configs import has_models, read_models
 from simulation.placement import Endpoint
 from simulation.security import ClusterKey, load, load_or_make
 
@@ -76,7 +76,7 @@ def start(
         SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
     """
     key = load_or_make(Path(config.cluster_key_dir))
-    models = read_models(config) if Path(config.model_configs).exists() else {}
+    models = read_models(config) if has_models(config) else {}
     with processes.one_at_a_time():
         processes.refuse_borrowed()
         processes.refuse_elsewhere(processes.SERVERS, STOP)
@@ -197,7 +197,7 @@ def _wait_ready(
                 break
             except ServerUnreachable:
                 pass  # not yet: does it still live?
-            if processes.pid_file(str(port)).exists() and processes.own_process(str(port)) is None:
+            if is_there(processes.pid_file(str(port))) and processes.own_process(str(port)) is None:
                 raise ClusterError(f"the agent server on port {port} did not start{processes.end_of_log(str(port))}")
             if launcher.poll() is not None:
                 raise ClusterError(f"the agent servers did not start{processes.end_of_log(processes.LAUNCHER)}")

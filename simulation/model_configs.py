@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from simulation.config import SimulationConfig
-from simulation.errors import SettingsError, near_file, nearest
+from simulation.config import SimulationConfig, is_there, read_text
+from simulation.errors import SettingsError, near_file, nearest, reason
 
 MODEL_TYPE = "openai_chat"
 OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
@@ -88,13 +88,18 @@ def model_of(participant: int, models: int) -> str:
     return model_name(participant % models + 1)
 
 
+def has_models(config: SimulationConfig) -> bool:
+    """Whether there is a file of models to read: only the one that nobody named may be missing."""
+    return config.model_configs != SimulationConfig.model_configs or is_there(Path(config.model_configs))
+
+
 def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     """The models by name. Raises SettingsError that names the file, the entry and what is wrong with it."""
     path = config.model_configs
     try:
-        entries = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise SettingsError(f"--model-configs {path}: cannot be read: {error.strerror}{near_file(path)}") from None
+        entries = json.loads(read_text(Path(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--model-configs {path}: cannot be read: {reason(error)}{near_file(path)}") from None
     except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise SettingsError(f"--model-configs {path}: is not JSON: {error}") from None
     entries = [entries] if isinstance(entries, dict) else entries

@@ -16,18 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
-from simulation.config import SimulationConfig, flag_of
+from simulation.config import SimulationConfig, flag_of, is_there, real
 from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
 from simulation.placement import Endpoint
-from simulation.results import AGENTS, GAME, PARTS, SWEEP, WHOLE, PartOf, part_of
+from simulation.results import AGENTS, GAME, PARTS, SWEEP, WHOLE, PartOf, part_of, read_failed_answers, read_written
 from simulation.usage import OUT_OF_TOKENS, Usage
 
 # --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
 
 
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class _Part(BaseModel):
@@ -36,7 +36,7 @@ class _Part(BaseModel):
 
 class _Winners(_Part):
     count: int
-    participants: list[Annotated[str, Field(pattern=r"^P[0-9]+$")]]
+    participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
 
 
 class _Round(_Part):
@@ -65,12 +65,19 @@ class _Times(_Part):
     slowest_s: Seconds
 
 
+class _LlmSeconds(_Part):
+    model: Seconds
+    client: Seconds
+    rpc: Seconds
+
+
 class _Cluster(_Part):
     hosts: list[str]
     servers: int
     moderators: int
     lost: list[str]
     times: list[_Times]
+    llm_seconds: _LlmSeconds | None = None
 
 
 class _Seconds(_Part):
@@ -111,6 +118,47 @@ class _Summary(_Part):
         return self
 
 
+# --- game.json and agents.jsonl --------------------------------------------------------------------------------------
+
+
+class _Persona(_Part):
+    name: str
+    share: str
+    text: str
+
+
+class _ModelShare(_Part):
+    name: str
+    share: str
+    model: str
+
+
+class _Cast(_Part):
+    personas: dict[str, list[_Persona]]
+    models: list[_ModelShare]
+    turns: list[str]
+
+
+class _Wording(_Part):
+    name: str
+    system: str
+    instruction: str
+    reasoning_tokens: int | None
+
+
+class _Game(_Part):
+    wording: _Wording | None
+    cast: _Cast
+
+
+class _Agents(_Part):
+    oid: str
+    host: str
+    port: int
+    first: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Played:
     """What there is of a run that is to be resumed: its finished rounds, and what they took."""
@@ -134,8 +182,9 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
         SettingsError: The folder holds no run, or a setting cannot change in mid-game.
     """
     config, summary = read_summary(path, "--resume ")
-    config = replace(config_to_resume(path, config, given), run_dir=str(path.resolve()))
+    config = replace(config_to_resume(path, config, given), run_dir=str(real(path)))
     results = read_results(path, config, summary)
+    read_failed_answers(path)  # is found to be damaged before anything is started
     cut = (number for number, result in enumerate(results) if result.tally.ended is Ended.INTERRUPTED)
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
@@ -188,13 +237,14 @@ def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
-    try:
-        for line in (path / AGENTS).read_text().splitlines():
-            agent = json.loads(line)
-            if agent["first"] <= participant < agent["first"] + agent["count"]:
-                return Endpoint(agent["host"], agent["port"]), f"{agent['oid']}/{participant}"
-    except OSError:
-        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents") from None
+    if not is_there(path / AGENTS):
+        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
+    lines = read_written(
+        path, AGENTS, lambda text: [_Agents.model_validate_json(line) for line in text.split("\n") if line.strip()]
+    )
+    for agents in lines:
+        if agents.first <= participant < agents.first + agents.count:
+            return Endpoint(agents.host, agents.port), f"{agents.oid}/{participant}"
     raise ClusterError(f"participant {participant} of the run in {path} was not kept")
 
 
@@ -208,24 +258,21 @@ def first_winner(path: Path, summary: dict[str, Any]) -> int:
 
 def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
     """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
+
+    def made(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
+        summary = json.loads(text)
         _Summary.model_validate(summary, strict=True)
-        config = SimulationConfig(**{**summary["config"], "hosts": tuple(summary["config"]["hosts"])})
-    except OSError as error:
-        _refuse_experiment(path, flag)
-        raise SettingsError(f"{flag}{path}: cannot read its summary.json: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{flag}{path}: its summary.json is damaged, or of another version") from None
-    return config, summary
+        return SimulationConfig.from_json(summary["config"]), summary
+
+    return read_written(path, "summary.json", made, flag)
 
 
 def _refuse_experiment(path: Path, flag: str) -> None:
     """Raise SettingsError if this is the folder of an experiment where that of one run is needed."""
-    if not (path / SWEEP).exists():
+    if not is_there(path / SWEEP):
         return
     runs = sorted(summary.parent for summary in path.glob("*/summary.json"))
-    keeping = [run for run in runs if (run / AGENTS).exists()]  # what is asked for, if any is
+    keeping = [run for run in runs if is_there(run / AGENTS)]  # what is asked for, if any is
     name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
     raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
 
@@ -249,13 +296,13 @@ def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[in
     whole = path / WHOLE
     parts = sorted(path.glob(PARTS))  # of a run that was killed
     try:
-        for file in [whole] if whole.exists() or not parts else parts:
+        for file in [whole] if is_there(whole) or not parts else parts:
             for number, rows in rows_by_round(file):
                 _check_rows(rows, participants, max_value)
                 yield number, rows
     except FileNotFoundError:
         raise SettingsError(f"{path}: its answers.parquet is missing") from None
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise SettingsError(f"{path}: cannot read its answers.parquet: {one_line(error)}") from None
 
 
@@ -269,18 +316,21 @@ def _check_rows(rows: pa.Table, participants: int, max_value: int) -> None:
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
     """What a run was played with: its wording and its cast as they were then. Raises SettingsError."""
-    try:
-        said = json.loads((path / GAME).read_text())
+
+    def made(text: str) -> Game:
+        said = json.loads(text)
+        _Game.model_validate(said, strict=True)
         wording = Wording(**said["wording"]) if said["wording"] is not None else None
-        game = game_of(config, wording, Cast.from_json(said["cast"], config.seed or 0, config.participant_num))
+        cast = Cast.from_json(said["cast"], config.seed or 0, config.participant_num)
+        game = game_of(config, wording, cast)
+        shares = [[one.share for one in each.personas] for each in cast.persona_sets]
+        shares += [[each.share for each in cast.models]] if cast.models else []
         names = [name for parts in game.cast.groupings for name in (parts.topic, *parts.names)] if game.cast else []
-        if any(name != printable(name) for name in names):  # they are printed
+        if any(name != printable(name) for name in names) or any(sum(each) != 1 for each in shares):  # they are printed
             raise ValueError
         return game
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot read its {GAME}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{path}: its {GAME} is damaged, or of another version") from None
+
+    return read_written(path, GAME, made)
 
 
 @dataclass(frozen=True)

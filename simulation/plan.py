@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from simulation.cast import Cast
-from simulation.config import SimulationConfig
+from simulation.config import SimulationConfig, shown
 from simulation.console import table_lines
 from simulation.game import Announcement, Game, question_for
 from simulation.model_configs import ModelConfig, asked_models
@@ -115,7 +115,7 @@ def plan_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelC
         on_server[group.server] += group.count
     fewest, most = (extreme(on_server[server] for server in range(len(servers))) for extreme in (min, max))
     ports = list(config.ports)
-    kind = config.agent_class or config.agent_type
+    kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
     lines = [
         f"hosts: {len(config.hosts)} ({' '.join(config.hosts)})",
         f"servers on each host: {config.server_per_host} for participants, ports "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import ipaddress
 import os
 import socket
@@ -19,31 +20,77 @@ from pathlib import Path
 
 import psutil
 
-from simulation.config import ROOT
-from simulation.errors import ClusterError, SettingsError
+from simulation.config import ROOT, read_text
+from simulation.errors import UNSUPPORTED, ClusterError, SettingsError, reason
 
 SERVERS = ROOT / "run" / "servers"
 LAUNCHER = "launcher"
 TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock of this checkout: servers are started or stopped by one process at a time."""
-    try:
-        SERVERS.mkdir(parents=True, exist_ok=True)
-        lock = (SERVERS / "lock").open("w")
-    except OSError as error:
-        raise SettingsError(f"cannot write in {SERVERS}: {error.strerror}") from None
-    with lock:
+    """Hold the lock of this checkout: servers are started or stopped by one process at a time.
+
+    Raises SettingsError if the files of servers cannot be written meanwhile, either.
+    """
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another command that starts or stops servers of this checkout", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            SERVERS.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((SERVERS / "lock").open("wb"))
+            advice = "start and stop servers with one command at a time"
+            try:
+                lock(file.fileno(), SERVERS, advice, wait=False)
+            except BlockingIOError:
+                print("waiting for another command that starts or stops servers of this checkout", file=sys.stderr)
+                lock(file.fileno(), SERVERS, advice)
+        except OSError as error:
+            raise SettingsError(f"cannot write in {SERVERS}: {reason(error)}") from None
+        try:
+            yield
+        except OSError as error:
+            inside = error.filename is not None and Path(str(error.filename)).is_relative_to(SERVERS.parent)
+            if not inside and error.errno not in DISK_FAILS:
+                raise
+            raise SettingsError(f"cannot write in {SERVERS.parent}: {reason(error)}") from None
+
+
+def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
+    """Lock an open file, or folder, for this process alone, until it is closed.
+
+    Args:
+        descriptor: Of the file.
+        folder: Where it is.
+        advice: What people have to see to where nothing can be locked.
+        wait: Whether to wait for a process that has it locked.
+        shared: Whether other processes may lock it so, too.
+
+    Returns:
+        Whether it is locked; if not, its file system has no locks, which is told once.
+
+    Raises:
+        BlockingIOError: Another process has it locked, and is not waited for.
+        OSError: It cannot be locked for another reason.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        tell_once(f"the file system of {folder} has no locks ({reason(error)}): {advice}")
+        return False
+    return True
+
+
+@functools.cache
+def tell_once(warning: str) -> None:
+    """Log a warning the first time."""
+    from loguru import logger  # noqa: PLC0415 - what stops servers has nothing else to log
+
+    logger.warning(warning)
 
 
 @dataclass(frozen=True)
@@ -182,14 +229,14 @@ def note_restarts(port: int, count: int) -> None:
     if count == 0:
         (SERVERS / f"{port}.restarts").unlink(missing_ok=True)
     else:
-        (SERVERS / f"{port}.restarts").write_text(f"{count}\n")
+        (SERVERS / f"{port}.restarts").write_text(f"{count}\n", encoding="utf-8")
 
 
 def restarts(port: int) -> int:
     """How often a server was started again."""
     try:
-        return int((SERVERS / f"{port}.restarts").read_text())
-    except (FileNotFoundError, ValueError):  # never, or this moment
+        return int(read_text(SERVERS / f"{port}.restarts"))
+    except (OSError, ValueError):  # never, or this moment
         return 0
 
 
@@ -268,7 +315,10 @@ def end_of_log(name: str) -> str:
 
 def end_of(log: Path) -> str:
     """Likewise, of any log."""
-    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:] if log.exists() else []
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    except OSError:
+        return ""
     return "".join([f"; the end of its log {log}:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 

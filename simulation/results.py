@@ -8,21 +8,20 @@ they came about.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +29,14 @@ from numpy.typing import NDArray
 
 from simulation.answer_rows import rows_by_round, rows_in, rows_of, values_in, write_rows
 from simulation.cast import Cast
-from simulation.config import ROOT, SimulationConfig
-from simulation.errors import ResultsError, SettingsError, one_line
+from simulation.config import ROOT, SimulationConfig, is_there, read_text, real, shown
+from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, one_line, reason
 from simulation.game import OTHER_CAUSES, Game, RoundResult
+from simulation.processes import lock, tell_once
 from simulation.sheet import TEXTS_KEPT, Answers
 from simulation.usage import Usage
-from simulation.yaml_file import shown
 
+NO_OTHER = "see to it that no other run writes there"
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
@@ -49,6 +49,9 @@ WRITTEN = ("probe", "summary.json", WHOLE, PARTS, FAILED_ANSWERS, AGENTS, GAME, 
 DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
+# What reading a damaged file may raise, be it no text, no JSON or nested too deep, or of other types, keys or numbers
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+T = TypeVar("T")
 
 
 def new_run_id() -> str:
@@ -74,9 +77,9 @@ class PartOf(NamedTuple):
 
 def part_of(path: Path) -> PartOf | None:
     """Return which run of the experiment in the folder around it the run in a folder is; None if there is none."""
-    path = path.resolve()
+    path = real(path)
     try:
-        said = json.loads((path.parent / SWEEP).read_text())
+        said = json.loads(read_text(path.parent / SWEEP))
         folders = [run["folder"] for run in said["runs"]]
         return PartOf(said["sweep_id"], said["experiment"], folders.index(path.name) + 1, len(folders))
     except (OSError, ValueError, KeyError, TypeError):  # a damaged file is refused where the experiment is resumed
@@ -85,7 +88,7 @@ def part_of(path: Path) -> PartOf | None:
 
 def resume_command(path: Path, *flags: str) -> str:
     """Return the command that resumes the run, or the experiment, in a folder with these flags, quoted for a shell."""
-    script = "./run_simulation.sh" if Path.cwd() == ROOT else str(ROOT / "run_simulation.sh")
+    script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
 
@@ -104,7 +107,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
-        self.path = path.resolve()  # runs/latest may be pointed elsewhere meanwhile
+        self.path = real(path)  # runs/latest may be pointed elsewhere meanwhile
         self.part_of = part_of(self.path)
         self._failed: list[dict[str, Any]] = []
         self._locks: list[int] = []
@@ -123,11 +126,11 @@ class RunDirectory:
         except OSError as error:
             self.discard_if_empty()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResultsError(f"results cannot be written to {self.path}: {error.strerror}") from None
+                raise ResultsError(f"results cannot be written to {self.path}: {reason(error)}") from None
             raise SettingsError(
-                f"cannot write results to {self.path}: {error.strerror}; give another --run-dir"
+                f"cannot write results to {self.path}: {reason(error)}; give another --run-dir"
             ) from None
-        except ResultsError:
+        except SimulationError:
             self.discard_if_empty()
             raise
         except SettingsError:
@@ -141,7 +144,7 @@ class RunDirectory:
                 folder.rmdir()
             except OSError:
                 break  # something is in it, so it stays
-        if not self.path.exists() and LATEST.is_symlink() and LATEST.resolve() == self.path:
+        if not is_there(self.path) and LATEST.is_symlink() and real(LATEST) == self.path:
             with suppress(OSError):  # a link to nothing is no worse than what failed before it
                 LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
 
@@ -154,12 +157,17 @@ class RunDirectory:
         """Point runs/latest here; of a run of an experiment, to the experiment's folder. Raises ResultsError."""
         target = self.path if self.part_of is None else self.path.parent
         try:
-            if LATEST.is_symlink() and LATEST.resolve() != target:
+            if LATEST.is_symlink() and real(LATEST) != target:
                 self._latest_before = str(LATEST.readlink())
-            _point_latest(os.path.relpath(target, LATEST.parent.resolve()))
-            self._is_latest = True
+            root = real(LATEST.parent.parent)  # which may be moved, with what is in it
+            inside = target.is_relative_to(root)
+            _point_latest(os.path.relpath(target, real(LATEST.parent)) if inside else str(target))
         except OSError as error:
-            raise ResultsError(f"cannot point {LATEST} to {target}: {error.strerror}") from None
+            trouble = f"cannot point {LATEST} to {target}: {reason(error)}"
+            if error.errno not in (*UNSUPPORTED, errno.EPERM):
+                raise ResultsError(trouble) from None
+            tell_once(f"{trouble}; that file system has no links: name the run by its folder")
+        self._is_latest = True
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, and point runs/latest to the run at first. Raises ResultsError."""
@@ -199,7 +207,8 @@ class RunDirectory:
             with _on_disk(self.path / FAILED_ANSWERS) as file:
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in self._failed)
         else:
-            (self.path / FAILED_ANSWERS).unlink(missing_ok=True)
+            with _written(self.path / FAILED_ANSWERS):
+                (self.path / FAILED_ANSWERS).unlink(missing_ok=True)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
         """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""
@@ -217,7 +226,7 @@ class RunDirectory:
     def _values(self, part: Path, first: int, count: int) -> NDArray[np.float64]:
         try:
             return values_in(part, first, count)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise ResultsError(f"cannot read {part}: {one_line(error)}") from None
 
     def _part(self, round_number: int) -> Path:
@@ -226,32 +235,32 @@ class RunDirectory:
     def go_back_to(self, rounds: int) -> None:
         """Have the answers of rounds 1 .. rounds in files of their own again, and no others. Raises ResultsError."""
         whole = self.path / WHOLE
-        if whole.exists():
-            for number, tables in groupby(rows_by_round(whole), key=itemgetter(0)):
-                if number <= rounds:
-                    with _on_disk(self._part(number)) as file:
-                        write_rows(file, map(itemgetter(1), tables))
-            whole.unlink()
-        for part in self.path.glob(PARTS):
-            if part not in [self._part(number + 1) for number in range(rounds)]:
-                part.unlink()
-        for name in MADE_OF_IT:  # of the run as it was
-            (self.path / name).unlink(missing_ok=True)
-        if (self.path / FAILED_ANSWERS).exists():
-            entries = map(json.loads, (self.path / FAILED_ANSWERS).read_text().splitlines())
-            self._failed = [entry for entry in entries if entry["round"] <= rounds]
-            self._write_failed()
+        with _written(self.path):
+            if is_there(whole):
+                for number, tables in groupby(rows_by_round(whole), key=itemgetter(0)):
+                    if number <= rounds:
+                        with _on_disk(self._part(number)) as file:
+                            write_rows(file, map(itemgetter(1), tables))
+                whole.unlink()
+            for part in self.path.glob(PARTS):
+                if part not in [self._part(number + 1) for number in range(rounds)]:
+                    part.unlink()
+            for name in MADE_OF_IT:  # of the run as it was
+                (self.path / name).unlink(missing_ok=True)
+        self._failed = [entry for entry in read_failed_answers(self.path) if entry["round"] <= rounds]
+        self._write_failed()
 
     def join_answers(self) -> None:
         """Make answers.parquet of the rounds' files. Raises ResultsError."""
-        parts = sorted(self.path.glob(PARTS))
-        if len(parts) == 1:
-            parts[0].replace(self.path / WHOLE)
-        elif parts:
-            with _on_disk(self.path / WHOLE) as file:
-                write_rows(file, chain.from_iterable(map(rows_in, parts)))
-            for part in parts:
-                part.unlink()
+        with _written(self.path / WHOLE):
+            parts = sorted(self.path.glob(PARTS))
+            if len(parts) == 1:
+                parts[0].replace(self.path / WHOLE)
+            elif parts:
+                with _on_disk(self.path / WHOLE) as file:
+                    write_rows(file, chain.from_iterable(map(rows_in, parts)))
+                for part in parts:
+                    part.unlink()
 
     def write_game(self, game: Game) -> None:
         """Write what the game is played with, as the files it was read from may change. Raises ResultsError."""
@@ -277,14 +286,15 @@ def _point_latest(target: str) -> None:
         draft.symlink_to(target)
         draft.replace(LATEST)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise
 
 
 def _check_latest() -> None:
     """Raise SettingsError or OSError unless runs/latest can be pointed to a run."""
     LATEST.parent.mkdir(exist_ok=True)
-    if LATEST.exists() and not LATEST.is_symlink():
+    if not LATEST.is_symlink() and is_there(LATEST):
         raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
     _check_writable(LATEST.parent)
     for draft in LATEST.parent.glob("latest.*"):
@@ -306,12 +316,11 @@ def _is_locked(folder: Path) -> bool:
     except OSError:
         return True
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is locked, or its file system locks no folders
+        return not lock(opened, folder, NO_OTHER, wait=False)
+    except OSError:
         return True
     finally:
         os.close(opened)
-    return False
 
 
 def _check_writable(folder: Path) -> None:
@@ -327,13 +336,14 @@ def _lock(path: Path, shared: bool = False) -> int:
     """
     folder = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        alone = lock(folder, path, NO_OTHER, wait=False, shared=shared)
     except BlockingIOError:
         os.close(folder)
         raise SettingsError(f"{path} is being written by another run: wait for its end") from None
     except OSError:
-        return folder  # a network file system that locks no folders: a draft may be another run's
-    for draft in () if shared else _drafts(path):
+        os.close(folder)
+        raise
+    for draft in _drafts(path) if alone and not shared else ():  # else they may be another run's
         draft.unlink(missing_ok=True)
     return folder
 
@@ -345,14 +355,14 @@ def _drafts(path: Path) -> set[Path]:
 
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
-    if path.is_dir() and {*path.iterdir()} - _drafts(path):
+    if is_there(path) and {*path.iterdir()} - _drafts(path):
         raise SettingsError(
             f"--run-dir {path}: holds results already; name a new folder, or go on with that run: "
             f"--resume {shlex.quote(str(path))}"
         )
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new = [folder for folder in (path, *path.parents) if not is_there(folder)]
     for folder in (path, *path.parents):
-        if folder.exists():
+        if is_there(folder):
             _check_writable(folder)
             break
     path.mkdir(parents=True, exist_ok=True)
@@ -364,26 +374,85 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears whole, on the disk, or not at all. Raises ResultsError."""
     draft = path.with_name(f".{path.name}.new")
     try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is in the folder
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+        with _written(path):
+            with draft.open("wb") as file:
+                yield file
+                file.flush()
+                _flush(file.fileno())
+            draft.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                _flush(folder)  # the new name is in the folder
+            finally:
+                os.close(folder)
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that takes nothing any more keeps it, until the folder is opened again
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raise ResultsError, which names the path, in place of whatever keeps it from being written."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:  # the latter: what it is made from cannot be read
+        raise ResultsError(f"cannot write {path}: {reason(error)}") from None
+
+
+def _flush(descriptor: int) -> None:
+    """Flush a file, or a folder, to the disk, as far as its file system does that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole, on the disk, or not at all. Raises ResultsError."""
     with _on_disk(path) as file:
         file.write(content)
+
+
+# --- Read again -------------------------------------------------------------------------------------------------------
+
+
+def read_written(path: Path, name: str, made: Callable[[str], T], flag: str = "") -> T:
+    """What a file of a run's folder stands for.
+
+    Args:
+        path: The folder.
+        name: The file.
+        made: Makes it from the text; it may raise what DAMAGED lists.
+        flag: What the folder was named by.
+
+    Raises:
+        SettingsError: The file cannot be read, or is damaged.
+    """
+    try:
+        return made(read_text(path / name))
+    except OSError as error:
+        raise SettingsError(f"{flag}{path}: cannot read its {name}: {reason(error)}") from None
+    except SettingsError as error:
+        raise SettingsError(f"{flag}{path}: its {name} is damaged, or of another version: {error}") from None
+    except DAMAGED:
+        raise SettingsError(f"{flag}{path}: its {name} is damaged, or of another version") from None
+
+
+def read_failed_answers(path: Path) -> list[dict[str, Any]]:
+    """What is kept of a run's failed answers, in its folder. Raises SettingsError."""
+
+    def entry_of(line: str) -> dict[str, Any]:
+        entry: dict[str, Any] = json.loads(line)
+        if type(entry["round"]) is not int:
+            raise TypeError
+        return entry
+
+    if not is_there(path / FAILED_ANSWERS):
+        return []
+    return read_written(
+        path, FAILED_ANSWERS, lambda text: [entry_of(line) for line in text.split("\n") if line.strip()]
+    )
 
 
 # --- summary.json ----------------------------------------------------------------------------------------------------
@@ -405,7 +474,7 @@ def summarise(
         "run_id": run_id,
         **({"part_of": part_of._asdict()} if part_of is not None else {}),
         "status": status,
-        "config": asdict(config),
+        "config": config.to_json(),
         "cluster": cluster | ({"llm_seconds": _time_told_apart(usage, seconds["rounds"])} if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [_round_summary(result, 10**config.decimals) for result in rounds],

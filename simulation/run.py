@@ -14,7 +14,16 @@ from loguru import logger
 
 from simulation.config import SimulationConfig
 from simulation.console import ProgressWatch, say
-from simulation.errors import ClusterError, Ended, GameEnded, Interrupted, ResultsError, ServerLost, SimulationError
+from simulation.errors import (
+    ClusterError,
+    Ended,
+    GameEnded,
+    Interrupted,
+    ResultsError,
+    ServerLost,
+    SettingsError,
+    SimulationError,
+)
 from simulation.game import Game, announcement_of
 from simulation.past_runs import PastRun, Played
 from simulation.placement import remote_run
@@ -134,12 +143,21 @@ class Run:
         except SimulationError as error:
             self.usage = simulation.usage
             if self.results or isinstance(error, (GameEnded, Interrupted)):
-                with contextlib.suppress(ResultsError):  # the first error is the one to tell
-                    self._note_losses(simulation)
-                    self.directory.join_answers()
-                    self._report(self._write("interrupted" if isinstance(error, Interrupted) else "failed"))
+                self._write_what_there_is(simulation, error)
             raise
         return self._finish()
+
+    def _write_what_there_is(self, simulation: Simulation, cause: SimulationError) -> None:
+        """Write what there is of a game that ended early. Raises ResultsError if its cause promises that."""
+        try:
+            self._note_losses(simulation)
+            self.directory.join_answers()
+            self._report(self._write("interrupted" if isinstance(cause, Interrupted) else "failed"))
+        except ResultsError as error:
+            if isinstance(cause, (GameEnded, Interrupted)):
+                raise ResultsError(f"{error}; the game had ended: {cause}") from None
+            if not isinstance(cause, ResultsError):  # then it is the same disk
+                logger.warning(str(error))
 
     def _create(self, simulation: Simulation) -> None:
         config = self.config
@@ -213,7 +231,10 @@ class Run:
         return GameEnded.exit_status if unanswered else 0
 
     def _report(self, summary: dict[str, Any]) -> None:
-        self._draw(PastRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
+        try:
+            self._draw(PastRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
+        except SettingsError as error:  # what was just written cannot be read
+            raise ResultsError(str(error)) from None
 
     def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)

@@ -7,6 +7,7 @@ holders of this one key. There is no switch that turns it off.
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import shutil
 import stat
@@ -20,7 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from simulation.errors import SettingsError
+from simulation.config import is_there
+from simulation.errors import SettingsError, reason
 
 CLUSTER_NAME = "simulation-cluster"
 CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
@@ -51,11 +53,11 @@ def load_or_make(folder: Path) -> ClusterKey:
 
     Raises SettingsError if others can read it, if it is no working pair, or if the folder cannot be written.
     """
-    if not (folder / CERTIFICATE).exists() and not (folder / PRIVATE_KEY).exists():
+    if not is_there(folder / CERTIFICATE) and not is_there(folder / PRIVATE_KEY):
         try:
             _make(folder)
         except OSError as error:
-            raise SettingsError(f"cannot make the cluster key in {folder}: {error.strerror or error}") from None
+            raise SettingsError(f"cannot make the cluster key in {folder}: {reason(error)}") from None
     return load(folder)
 
 
@@ -66,7 +68,7 @@ def load(folder: Path) -> ClusterKey:
     try:
         key = ClusterKey((folder / CERTIFICATE).read_bytes(), (folder / PRIVATE_KEY).read_bytes())
     except OSError as error:
-        raise SettingsError(f"cannot read the cluster key in {folder}: {error.strerror}") from None
+        raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
     try:
         certificate = x509.load_pem_x509_certificate(key.certificate)
         private = serialization.load_pem_private_key(key.private_key, password=None)
@@ -87,12 +89,13 @@ def load(folder: Path) -> ClusterKey:
 def _check_private(path: Path, kind: str) -> None:
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(
-            f"the cluster key is incomplete, {path} is missing: copy the folder from another host"
+            f"the cluster key is incomplete, {path} is missing: copy the folder from another host, or give another "
+            "--cluster-key-dir"
         ) from None
     except OSError as error:
-        raise SettingsError(f"cannot read the cluster key {path}: {error.strerror}") from None
+        raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
     if status.st_uid not in (os.geteuid(), 0):
         raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
     if stat.S_IMODE(status.st_mode) & 0o077:
@@ -123,11 +126,13 @@ def _make(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))  # mode 0700
     try:
+        if stat.S_IMODE(draft.stat().st_mode) & 0o077:
+            raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
         _write_private(draft / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
         _write_private(draft / PRIVATE_KEY, private_pem)
         draft.rename(folder)  # fails if another process was first: then its pair is the cluster's
     except OSError:
-        if not (folder / CERTIFICATE).exists():
+        if not is_there(folder / CERTIFICATE):
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -25,7 +25,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -57,7 +56,7 @@ from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat
 from simulation.model import check_models, load_models
-from simulation.model_configs import ModelConfig
+from simulation.model_configs import ModelConfig, has_models
 from simulation.placement import run_of, same_run
 from simulation.processes import address_of
 from simulation.security import ClusterKey
@@ -321,7 +320,7 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     def stop() -> None:
         loop.call_soon_threadsafe(stopping.set)
 
-    models = load_models(config) if Path(config.model_configs).exists() else {}
+    models = load_models(config) if has_models(config) else {}
     servicer = SimulationServicer(config, port, models, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loguru import logger
 
-from simulation.config import SimulationConfig, flag_of
+from simulation.config import SimulationConfig, flag_of, is_there, shown
 from simulation.console import ProgressWatch
-from simulation.errors import GameEnded, SettingsError, printable
+from simulation.errors import GameEnded, ResultsError, SettingsError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
 from simulation.lean_import import import_agentscope
 from simulation.past_runs import config_to_resume, is_spent, played_whole, read_summary, tokens_spent
@@ -96,7 +97,8 @@ class Session:
         if self._directory is None:
             return
         if self._is_new and self.sweep is not None and not self._has_begun():
-            (self.folder / SWEEP).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # then it stays, and so does the folder
+                (self.folder / SWEEP).unlink(missing_ok=True)
         self._directory.discard_if_empty()
         self._directory.close()
 
@@ -129,7 +131,10 @@ class Session:
             if watch.stop_signal is not None:
                 return 128 + watch.stop_signal
         self._number = None
-        tell_comparison(self.folder, sweep)
+        try:
+            tell_comparison(self.folder, sweep)
+        except SettingsError as error:  # a run that was played cannot be read
+            raise ResultsError(f"cannot compare the runs in {self.folder}: {error}") from None
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
@@ -137,7 +142,7 @@ class Session:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         if task.status is not None:
             return 0 if task.status == "complete" else GameEnded.exit_status
-        directory = RunDirectory(task.folder, resumed=task.folder.exists(), within=self._directory)
+        directory = RunDirectory(task.folder, resumed=is_there(task.folder), within=self._directory)
         try:
             return play(task, directory)
         except GameEnded as error:
@@ -168,7 +173,7 @@ class Session:
                 check_cluster(config, key)
 
     def _has_begun(self) -> bool:
-        return any(task.folder.exists() for task in self.tasks)  # those that came to nothing are discarded
+        return any(is_there(task.folder) for task in self.tasks)  # those that came to nothing are discarded
 
     def how_to_resume(self) -> str | None:
         """Return the line that says how to resume what was written and has rounds left; None if nothing has."""
@@ -239,9 +244,9 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     if config.resume is not None:
         if config.run_dir is not None:
             raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
-        path = Path(config.resume)
+        path = Path(shown(config.resume))
         anew = {name: given[name] for name in given.keys() - {"resume"}}
-        session = _resumed_sweep(path, anew) if (path / SWEEP).exists() else _resumed_run(path, anew)
+        session = _resumed_sweep(path, anew) if is_there(path / SWEEP) else _resumed_run(path, anew)
     elif config.experiment is not None:
         session = _experiment(read_experiment(config.experiment, given))
     else:
@@ -311,7 +316,7 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     tasks = []
     for run in runs:
         folder = directory.path / run.folder
-        if (folder / "summary.json").exists():
+        if is_there(folder / "summary.json"):
             settings = asdict(run.config)  # all of them: runs that were played on another cluster go on on this one
             task = finished_task(folder, settings) or resumed_task(folder, settings)
         else:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulation.config import SimulationConfig
+from simulation.config import SimulationConfig, is_there
 from simulation.console import say
-from simulation.errors import SettingsError
 from simulation.experiment import OF_GAME, Experiment, value_in_words
 from simulation.past_runs import read_run
-from simulation.results import SWEEP
+from simulation.results import SWEEP, read_written
 
 LONGEST_NAME = 120  # characters
 FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
@@ -52,23 +51,29 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """The content of sweep.json: the settings that all runs share, and for each run its folder and its others."""
-        shared = {name: value for name, value in asdict(self.runs[0].config).items() if name not in self.varies}
+        shared = {name: value for name, value in self.runs[0].config.to_json().items() if name not in self.varies}
         return {
             "sweep_id": self.sweep_id,
             "experiment": self.experiment,
             "about": self.about,
             "varies": list(self.varies),
             "config": shared,
-            "runs": [{"folder": run.folder, "settings": self.varied(run)} for run in self.runs],
+            "runs": [{"folder": run.folder, "settings": self._written(run)} for run in self.runs],
         }
+
+    def _written(self, run: SweepRun) -> dict[str, Any]:
+        said = run.config.to_json()
+        return {name: said[name] for name in self.varies}
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> Sweep:
         """The sweep that was written so. Raises KeyError, TypeError, ValueError or SettingsError if it was not."""
-        shared = {**said["config"], "hosts": tuple(said["config"]["hosts"])}
         runs = tuple(
-            SweepRun(each["folder"], SimulationConfig(**{**shared, **each["settings"]})) for each in said["runs"]
+            SweepRun(each["folder"], SimulationConfig.from_json({**said["config"], **each["settings"]}))
+            for each in said["runs"]
         )
+        if not all(isinstance(said[name] or "", str) for name in ("sweep_id", "experiment", "about")):
+            raise TypeError("it has other names than texts")
         folders = [run.folder for run in runs]
         if not runs or not all(map(FOLDER.fullmatch, folders)) or len(set(folders)) < len(folders):
             raise ValueError("it names no runs, or folders elsewhere")
@@ -102,12 +107,7 @@ def _folder_name(varied: dict[str, Any]) -> str:
 
 def read_sweep(path: Path) -> Sweep:
     """The sweep in a folder that --resume names. Raises SettingsError."""
-    try:
-        return Sweep.from_json(json.loads((path / SWEEP).read_text()))
-    except OSError as error:
-        raise SettingsError(f"--resume {path}: cannot read its {SWEEP}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise SettingsError(f"--resume {path}: its {SWEEP} is damaged, or of another version") from None
+    return read_written(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
 
 
 def tell_comparison(folder: Path, sweep: Sweep) -> None:
@@ -119,6 +119,6 @@ def tell_comparison(folder: Path, sweep: Sweep) -> None:
     from simulation.comparison import comparison_lines, write_comparison  # noqa: PLC0415
 
     paths = [folder / run.folder for run in sweep.runs]
-    runs = [read_run(path) for path in paths if (path / "summary.json").exists()]
+    runs = [read_run(path) for path in paths if is_there(path / "summary.json")]
     say("\n".join(comparison_lines(runs)))
     write_comparison(folder, runs)

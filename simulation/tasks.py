@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simulation.config import ROOT, SimulationConfig
+from simulation.config import ROOT, SimulationConfig, is_there, real, shown
 from simulation.errors import SettingsError
 from simulation.game import Game
 from simulation.lean_import import import_agentscope
@@ -17,7 +17,6 @@ from simulation.model_configs import ModelConfig, asked_models, is_within, read_
 from simulation.past_runs import Played, config_to_resume, is_spent, read_game, read_played, read_summary
 from simulation.plan import cost_lines, estimate, plan_lines
 from simulation.results import WHOLE, new_run_id
-from simulation.yaml_file import shown
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def new_task(config: SimulationConfig) -> Task:
     """A run of which there is nothing yet; the seed is set. Raises SettingsError."""
     models = _checked(config)
     run_id = new_run_id()
-    folder = Path(config.run_dir or ROOT / "runs" / run_id).absolute()
+    folder = Path(config.run_dir or ROOT / "runs" / run_id)
     return Task(config, models, game_to_play(config, models), folder, run_id)
 
 
@@ -86,7 +85,7 @@ def resumed_task(path: Path, given: dict[str, Any]) -> Task:
     config, played = read_played(path, given)
     models, game = _checked(config), read_game(path, config)
     _refuse_other_models(path, config, game, models)
-    return Task(config, models, game, path.resolve(), played.run_id, played)
+    return Task(config, models, game, real(path), played.run_id, played)
 
 
 def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:
@@ -115,7 +114,7 @@ def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
         return None
     if len(summary["rounds"]) < config.rounds and not is_spent(summary, budget, config.max_tokens):
         return None
-    if not (path / WHOLE).exists():
+    if not is_there(path / WHOLE):
         raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
     return Task(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
 

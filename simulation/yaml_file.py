@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from simulation.errors import SettingsError, near_file, nearest, printable
+from simulation.config import shown
+from simulation.errors import SettingsError, near_file, nearest, printable, reason
 
 Place = tuple[str | int, ...]  # the keys, and positions in lists, that lead to a value
 T = TypeVar("T")
@@ -24,7 +25,13 @@ MOST_VALUES = 50_000  # a few aliases of aliases would stand for more than any m
 DEEPEST = 20
 TROUBLE_SHOWN = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
-TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+MERGE = "<<"  # the key whose value is a mapping, or a list of some, with what is not said beside it
+NULL = "tag:yaml.org,2002:null"
+TAGS: dict[type[yaml.Node], list[str]] = {
+    yaml.ScalarNode: [f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")],
+    yaml.SequenceNode: ["tag:yaml.org,2002:seq"],
+    yaml.MappingNode: ["tag:yaml.org,2002:map"],
+}
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,6 @@ def read_by(read: Callable[[str], Any]) -> BeforeValidator:
     return BeforeValidator(value)
 
 
-def shown(path: str | Path) -> str:
-    """A path as people know it: from where they are, if it is below."""
-    try:
-        return str(Path(path).absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def read_yaml(path: str | Path, flag: str) -> YamlFile:
     """Read the file that a flag names. Raises SettingsError, with the line where there is one."""
     name = printable(shown(path))
@@ -110,8 +109,7 @@ def read_yaml(path: str | Path, flag: str) -> YamlFile:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # the latter: a path that can be none
-        trouble = getattr(error, "strerror", error)
-        raise SettingsError(f"{flag} {name}: cannot be read: {trouble}{near_file(path)}") from None
+        raise SettingsError(f"{flag} {name}: cannot be read: {reason(error)}{near_file(path)}") from None
     if len(content) > LARGEST_BYTES:
         raise SettingsError(f"{flag} {name}: is larger than {LARGEST_BYTES >> 10} kB, too large for settings")
     try:
@@ -119,9 +117,6 @@ def read_yaml(path: str | Path, flag: str) -> YamlFile:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise SettingsError(f"{name}, line {line}: is no text in UTF-8") from None
-    if "\t" in text:
-        line = text[: text.index("\t")].count("\n") + 1
-        raise SettingsError(f"{name}, line {line}: holds a tab, which YAML does not indent with: use blanks")
     return _Reading(name).read(text)
 
 
@@ -138,6 +133,8 @@ class _Reading:
             node = yaml.compose(text, yaml.BaseLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            if "character '\\t'" in str(error.problem):
+                raise self._refused(mark, "holds a tab where YAML takes blanks alone: outside quotes") from None
             raise self._refused(mark, f"is not YAML: {error.problem or error.context}") from None
         except yaml.reader.ReaderError as error:
             line = text[: error.position].count("\n") + 1
@@ -159,13 +156,15 @@ class _Reading:
         if self.left < 0 or len(place) > DEEPEST:
             too = "nested too deeply" if self.left >= 0 else f"too much: more than {MOST_VALUES} values"
             raise self._refused(node.start_mark, f"is {too}, aliases included")
-        if node.tag not in (TEXT, LIST, MAPPING):
-            raise self._refused(node.start_mark, f"holds the tag {node.tag}, which nobody here knows")
+        if node.tag not in TAGS[type(node)]:
+            raise self._refused(node.start_mark, f"holds the tag {node.tag}, which is not known here")
         if isinstance(node, yaml.SequenceNode):
             return [self._value(each, (*place, position)) for position, each in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
         assert isinstance(node, yaml.ScalarNode)  # there is no fourth kind
+        if node.tag == NULL:
+            return None
         if not node.value and not node.style:
             raise self._refused(node.start_mark, f"{place[-1] if place else 'it'} has no value")
         if node.style is None and node.value in NULLS:
@@ -174,7 +173,14 @@ class _Reading:
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == MERGE and key.style is None:
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(each, yaml.MappingNode):
+                        raise self._refused(each.start_mark, f"{MERGE} must be a mapping, or a list of some")
+                    merged = {**self._value(each, (*place, MERGE)), **merged}  # the first one wins
+                continue
             if not isinstance(key, yaml.ScalarNode) or not key.value:
                 raise self._refused(key.start_mark, "a name must be a text")
             name = self._text(key)
@@ -183,7 +189,9 @@ class _Reading:
                 raise self._refused(key.start_mark, f"{name} is there already, in line {first}")
             self.lines[(*place, name)] = key.start_mark.line + 1
             found[name] = self._value(value, (*place, name))
-        return found
+        for name in merged.keys() - found.keys():
+            self.lines[(*place, name)] = self.lines[(*place, MERGE, name)]
+        return {**merged, **found}
 
     def _text(self, node: yaml.ScalarNode) -> str:
         try:

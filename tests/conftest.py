@@ -57,6 +57,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests share something dear: hosts, a real vLLM server, Chromium and the runs that it shows
 TOGETHER = ("test_hosts.py", "test_recovery.py", "test_vllm.py", "test_report_page.py", "test_dashboard.py")
+NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale in which Python knows ASCII alone
 WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 VLLM_MEMORY_GB = 5
@@ -345,6 +346,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     stopped = own.run("stop_all_server.sh")
     assert stopped.returncode == 0, stopped.stderr
     clean_up(own)
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Call the command line in this process, with a key of its own; returns the status and what it wrote on stderr."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    from loguru import logger
+
+    import main
+
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+
+    def call(*arguments: object) -> tuple[int, str]:
+        key = [] if {"report", "vllm"} & set(arguments) else ["--cluster-key-dir", str(tmp_path / "key")]
+        status = main.main([*key, *map(str, arguments)])
+        return status, capsys.readouterr().err
+
+    yield call
+    logger.remove()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
+import json
+import os
+import pwd
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, one_line
+from conftest import NO_UTF8, ROOT, one_line
 
 import main
-from simulation.config import ROLES, SimulationConfig, flag_of
-from simulation.errors import meant_by, nearest
+from simulation import config
+from simulation.config import PATHS, ROLES, SimulationConfig, flag_of, shown
+from simulation.errors import SettingsError, meant_by, nearest
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1,000,000,000"),
@@ -186,3 +195,166 @@ def test_help_shows_defaults_and_bounds_as_people_write_them():
     done = main_py("--help")
     assert done.returncode == 0 and done.stderr == "" and "--seed N " in done.stdout
     assert "--role --help: must be one of main" in one_line(main_py("--role", "--help").stderr)
+
+
+# --- Paths that people give -------------------------------------------------------------------------------------------
+
+
+OUT_OF_REACH = {
+    "closed to us": errno.EACCES,
+    "leads in circles": errno.ELOOP,
+    "too long": errno.ENAMETOOLONG,
+    "stale handle": errno.ESTALE,
+}
+GIVEN_AS = [
+    "--cluster-key-dir {}",
+    "--role participant --cluster-key-dir {}",
+    "--role participant --make-key --cluster-key-dir {}",
+    "--role participant --model-configs {}",
+    "--agent-type llm --model-configs {}",
+    "--agent-type llm --prompts-file {}",
+    "--personas education --personas-file {}",
+    "--experiment {}",
+    "--agent-class {}:Mine",
+    "--resume {}",
+    "--run-dir {}",
+    "--role report {}",
+    "--role report {} {}/other",
+    "--role ask --participant 0 --text x --run-dir {}",
+    "--role vllm --model-path {}",
+]
+
+
+@pytest.fixture(params=OUT_OF_REACH)
+def out_of_reach(request, tmp_path, monkeypatch):
+    """A path below a folder that the system does not let us see into."""
+    path, number = tmp_path / "above/mine.py", OUT_OF_REACH[request.param]
+    if number == errno.ELOOP:
+        path.parent.symlink_to("above")
+    elif number == errno.ENAMETOOLONG:
+        path = tmp_path / ("a" * 300) / "mine.py"
+    else:  # as root and on this disk, everything is in reach
+
+        def closed(function):
+            def called(name, *rest, **options):
+                if isinstance(name, str | os.PathLike) and Path(name).is_relative_to(path.parent):
+                    raise OSError(number, os.strerror(number), str(name))
+                return function(name, *rest, **options)
+
+            return called
+
+        for name in ("stat", "lstat", "open", "mkdir", "listdir", "scandir", "readlink"):
+            monkeypatch.setattr(os, name, closed(getattr(os, name)))
+        monkeypatch.setattr(io, "open", closed(io.open))
+    return path, os.strerror(number)
+
+
+@pytest.mark.parametrize("flags", GIVEN_AS)
+def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, flags):
+    path, trouble = out_of_reach
+    status, err = command(*flags.format(path, path).split())
+    assert status == 2 and trouble in one_line(err), err
+
+
+@pytest.mark.parametrize("flags", GIVEN_AS)
+@pytest.mark.parametrize("start", ["~", "~{user}"])
+def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monkeypatch, flags, start):
+    user = pwd.getpwuid(os.getuid())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda _: SimpleNamespace(pw_dir=str(tmp_path / "home")))
+    (tmp_path / "home").write_text("a file, in which nothing can be")
+    status, err = command(*flags.format(*[f"{start.format(user=user.pw_name)}/mine.py"] * 2).split())
+    assert status in (2, 3) and "home/mine.py" in one_line(err), err  # 3: the run has kept no agents
+    assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "trouble"),
+    [("", "is empty"), ("~no-such-user/x", "no home folder is known for ~no-such-user"), ("a\0b", "must be a path")],
+)
+def test_what_can_be_no_path_is_refused(text, trouble):
+    for name in PATHS:
+        with pytest.raises(SettingsError, match=trouble):
+            SimulationConfig(**{name: text})
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert SimulationConfig(run_dir="/somewhere").run_dir == "/somewhere"
+    assert shown("/somewhere") == "/somewhere"
+    with pytest.raises(SettingsError, match="--run-dir x: the working directory cannot be found"):
+        SimulationConfig(run_dir="x")
+
+
+@pytest.mark.parametrize(
+    ("given", "written", "read"),
+    [
+        ("{root}/my/x", "my/x", "{other}/my/x"),
+        ("{link}/my/x", "my/x", "{other}/my/x"),  # by another name of the checkout
+        ("{root}/../x", "{root}/../x", "{root}/../x"),
+        ("/elsewhere/x", "/elsewhere/x", "/elsewhere/x"),
+        ("{root}-2/x", "{root}-2/x", "{root}-2/x"),
+    ],
+)
+def test_paths_inside_the_checkout_move_with_it(tmp_path, monkeypatch, given, written, read):
+    places = {"root": tmp_path / "root", "link": tmp_path / "link", "other": tmp_path / "other"}
+    places["root"].mkdir()
+    places["link"].symlink_to("root")
+    monkeypatch.setattr(config, "ROOT", places["root"])
+    names = [name for name in PATHS if name != "experiment"]  # which excludes --resume
+    said = SimulationConfig(**dict.fromkeys(names, given.format(**places))).to_json()
+    assert {said[name] for name in names} == {written.format(**places)}
+    monkeypatch.setattr(config, "ROOT", places["other"])
+    again = SimulationConfig.from_json(json.loads(json.dumps(said)))
+    assert {getattr(again, name) for name in names} == {read.format(**places)}
+
+
+def test_defaults_of_an_earlier_version_are_those_of_this_checkout():
+    """It wrote all paths as absolute ones, of which some may have been given by hand."""
+    said = SimulationConfig(agent_class="/old/a b/my/x.py:X", cluster_key_dir="/shared/.cluster").to_json()
+    said |= {name: f"/old/a b/{said[name]}" for name in ("prompts_file", "personas_file", "model_configs")}
+    again = SimulationConfig.from_json(said)
+    assert again == SimulationConfig(agent_class=f"{ROOT}/my/x.py:X", cluster_key_dir="/shared/.cluster")
+
+
+def test_the_key_of_a_run_that_is_resumed_is_not_made_again(command, tmp_path):
+    run = shutil.copytree(ROOT / "tests/data/old_runs/random", tmp_path / "run")
+    text = (run / "summary.json").read_text().replace("/srv/simulation/.cluster", str(tmp_path / "gone/keys"))
+    (run / "summary.json").write_text(text)
+    from main import main
+
+    assert main(["--resume", str(run), "--rounds", "4"]) == 2
+    assert not (tmp_path / "gone").exists()
+
+
+# --- Texts in UTF-8 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "end"), [("", "\n"), ("\ufeff", "\r\n")], ids=["LF", "byte order mark and CRLF"])
+def test_files_and_arguments_are_in_utf8_whatever_the_locale(tmp_path, start, end):
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "模型", "client_args": {}}
+    entry["client_args"] = {"base_url": "http://localhost:8010/v1"}
+    files = {
+        "模.json": json.dumps([entry], ensure_ascii=False, indent=1),
+        "prompts.yaml": "提示:\n  system: 你\n  instruction: 数字\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_bytes((start + text.replace("\n", end)).encode())
+    flags = ["--model-configs", tmp_path / "模.json", "--prompts-file", tmp_path / "prompts.yaml", "--prompt", "提示"]
+    command = [sys.executable, ROOT / "main.py", "--dry-run", "--agent-type", "llm", *flags]
+    done = subprocess.run(
+        command, env={**os.environ, **NO_UTF8}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "; prompt \\u63d0\\u793a" in done.stdout and "model_1 is \\u6a21\\u578b at" in done.stdout
+
+
+def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monkeypatch):
+    import main
+
+    monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))
+    for garbled, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
+        given, _ = main._parsed(["--prompt", garbled, "--hosts", "a", garbled])
+        assert (given["prompt"], given["hosts"]) == (meant, ["a", meant])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CONTRAST, is_free, one_line, open_again, until
+from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
 from simulation.config import SimulationConfig
@@ -57,10 +57,11 @@ PARTICIPANTS = 12_000
 class Run:
     """A run with a dashboard, in the background."""
 
-    def __init__(self, checkout, log: Path, *flags: str, port: int = 0) -> None:
+    def __init__(self, checkout, log: Path, *command: str, port: int = 0, **env: str) -> None:
         self.log = log
+        command = command if command[0] == "main.py" else ("run_simulation.sh", *command)
         with log.open("w") as stderr:
-            self.process = checkout.start("run_simulation.sh", *flags, "--dashboard", str(port), stderr=stderr)
+            self.process = checkout.start(*command, "--dashboard", str(port), stderr=stderr, env=env)
         until(lambda: "dashboard: " in log.read_text() or self.process.poll() is not None, 30, "the page is served")
         found = re.search(r"dashboard: (http://127\.0\.0\.1:(\d+)/)", log.read_text())
         assert found is not None, log.read_text()
@@ -194,6 +195,18 @@ def test_strangers_are_turned_away(cluster, tmp_path):
 def _own_address() -> str:
     """An address of this machine that is not 127.0.0.1."""
     return "127.0.0.2"
+
+
+def test_no_locale_keeps_the_page_from_being_read(cluster, tmp_path):
+    gates, folder = Gates(tmp_path), tmp_path / "läuft"
+    flags = ("--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30", *gates.flags)
+    command = ("main.py", *flags, "--run-dir", str(folder))
+    run = Run(replace(cluster, cold=True), tmp_path / "stderr", *command, **NO_UTF8)
+    text = urllib.request.urlopen(run.url).read().decode()
+    assert not text.isascii() and text.rstrip().endswith("</html>")
+    gates.open()
+    run.end(0)
+    assert {"summary.json", "report.html"} < {path.name for path in folder.iterdir()}
 
 
 def test_a_report_is_offered(cluster, page, tmp_path):

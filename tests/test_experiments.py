@@ -88,6 +88,12 @@ BAD = {
     "empty": ("# nothing yet\n", "x.yaml: is empty"),
     "no YAML": ("ratio: 1\nrounds: 2: 3\n", "x.yaml, line 2: is not YAML: mapping values are not allowed here"),
     "two documents": ("ratio: 1\n---\nratio: 2\n", "line 2: is not YAML: but found another document"),
+    "tab before a value": ("rounds: 2\nratio:\t1\n", "x.yaml, line 2: holds a tab where YAML takes blanks alone"),
+    "tab after a value": ("ratio: 1\t# half\n", "x.yaml, line 1: holds a tab where YAML takes blanks alone"),
+    "merged text": ("<<: x\nratio: 1\n", "x.yaml, line 1: << must be a mapping, or a list of some"),
+    "merged key": ("about: x\n<<:\n  ratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
+    "merged with itself": ("<<: &a\n  <<: *a\n", "is nested too deeply"),
+    "tag of a list": ("ratio: !!seq 1\n", "line 1: holds the tag tag:yaml.org,2002:seq, which is not known"),
     "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is no text in UTF-8"),
     "half a character": ('about: "\\ud800"\n', "line 1: holds half a character"),
     "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
@@ -199,6 +205,27 @@ def test_all_combinations_are_in_the_order_of_the_file(tmp_path):
     ]
     configs = [each.config for each in experiment.combinations]
     assert {(each.rounds, each.seed, each.server_per_host) for each in configs} == {(3, 7, 2)}
+
+
+READ = """%YAML 1.1
+---
+# a tab\tin a comment: and a colon
+about: "a\ttab in quotes"  #\tand after them
+ratio: [!!float 1/2, '2/3']
+<<: [&fast {rounds: 1, seed: 7}, {rounds: 2, max_value: 10}]
+...
+"""
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_all_that_yaml_allows_is_read(tmp_path, start, end):
+    (tmp_path / "x.yaml").write_bytes((start + READ.replace("\n", end)).encode())
+    experiment = read_experiment(str(tmp_path / "x.yaml"), {})
+    assert experiment.about == "a\ttab in quotes"
+    configs = [each.config for each in experiment.combinations]
+    assert [each.ratio for each in configs] == ["1/2", "2/3"]
+    assert {(each.rounds, each.seed, each.max_value) for each in configs} == {(1, 7, 10)}
 
 
 def test_what_is_given_by_hand_wins(tmp_path):
@@ -363,7 +390,9 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     assert f"to go on with all of them: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in alone.stderr
     first = (cut / FOLDERS[0] / "summary.json").read_bytes()
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
-    assert refused.returncode == 2 and f"--ratio 1: the runs of {cut} differ in it" in one_line(refused.stderr)
+    assert refused.returncode == 2 and f"--ratio 1: the runs of runs/{cut.name} differ in it" in one_line(
+        refused.stderr
+    )
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--seed", "8")
     assert refused.returncode == 2 and "begun with 7, which stays" in one_line(refused.stderr)
     resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "3", "--sleep-time", "0")

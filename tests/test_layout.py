@@ -124,6 +124,33 @@ def test_the_pure_rules_know_no_agents():
         )
 
 
+def calls_in(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("name", [*ROWS, "scripts.install"])
+def test_every_text_names_its_encoding(name):
+    """Otherwise the locale does."""
+    for call in calls_in(ROOT / f"{name.replace('.', '/')}.py"):
+        function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        texts = [each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        is_text = {"read_text", "write_text"} if isinstance(call.func, ast.Attribute) else {"open"}
+        is_open = function == "open" and any(set(mode) <= set("rwxa+t") for mode in texts)
+        is_process = any(ast.unparse(named[each]) == "True" for each in ("text", "universal_newlines") if each in named)
+        if function in is_text or is_open or is_process:
+            assert "encoding" in named, f"{name}, line {call.lineno}"
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "simulation.config"])
+def test_paths_are_looked_at_in_one_place(name):
+    """These functions of pathlib raise PermissionError, RuntimeError and more: see is_there, real and full_path."""
+    raising = {"exists", "is_file", "is_dir", "resolve", "expanduser", "absolute", "home", "cwd"}
+    for call in calls_in(files()[name]):
+        if isinstance(call.func, ast.Attribute) and call.func.attr in raising:
+            assert ast.unparse(call.func.value) in ("Path(__file__)", "os.path"), f"{name}, line {call.lineno}"
+
+
 def test_linters_see_every_file_of_the_program():
     def inside(name: str, places: list[str]) -> bool:
         return any(name == place or name.startswith(f"{place}/") for place in places)

@@ -19,6 +19,7 @@ from simulation.config import SimulationConfig
 from simulation.errors import Ended, SettingsError
 from simulation.game import Game, draw
 from simulation.past_runs import read_run
+from simulation.security import load_or_make
 
 OLD_RUNS = ROOT / "tests/data/old_runs"
 CLASS_BEFORE = "/srv/simulation/examples/level_k.py:LevelK"  # the absolute path in two_thirds
@@ -159,6 +160,58 @@ def test_an_old_run_is_reported(name: str, tmp_path: Path, reported: Any):
         assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
+NO_JSON = [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b"null", b"[]", b"7", b'{"rounds": 1}']
+DAMAGES = [
+    *(("language_model", "summary.json", content) for content in NO_JSON),
+    *(("language_model", "game.json", content) for content in NO_JSON),
+    *(("language_model", "failed_answers.jsonl", content) for content in NO_JSON[1:]),
+    *(("language_model", "agents.jsonl", content) for content in NO_JSON[1:]),
+    *(("sweep", "sweep.json", content) for content in NO_JSON),
+    *(("language_model", "answers.parquet", content) for content in (b"", b"PAR1", b"PAR1" * 100)),
+    ("killed", "answers-00002.parquet", b"PAR1"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content"), DAMAGES, ids=lambda each: repr(each)[:20])
+def test_a_damaged_file_of_a_run_is_one_line(name: str, file: str, content: bytes, tmp_path: Path, command: Any):
+    folder = copy_of(name, tmp_path / "run")
+    if file == "agents.jsonl":
+        load_or_make(tmp_path / "key")
+        (folder / file).write_bytes(content + b"\n")
+        uses = [("--role", "ask", "--participant", "0", "--run-dir", folder, "--text", "x")]
+    else:
+        (folder / file).write_bytes(content)
+        uses = [("--resume", folder, "--rounds", "5", "--dry-run")]
+    if file not in ("agents.jsonl", "failed_answers.jsonl", "sweep.json"):
+        uses.append(("--role", "report", folder))
+    for use in uses:
+        status, err = command(*use)
+        assert status == 2 and str(folder) in one_line(err) and file.partition("-")[0].partition(".")[0] in err, err
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("config", "rounds"), 2.5),
+        (("config", "seed"), True),
+        (("config", "prompt"), None),
+        (("config", "hosts"), [1]),
+        (("config", "max_value"), 0),
+        (("cluster", "times", 0, "rpc_s"), 10**30),
+        (("rounds", 0, "winners", "participants", 0), "P" + "9" * 5000),
+    ],
+)
+def test_a_summary_with_a_value_of_another_kind_is_damaged(place: Any, value: Any, tmp_path: Path, command: Any):
+    folder = copy_of("random", tmp_path / "run")
+    summary = inner = summary_in(folder)
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+    status, err = command("--role", "report", folder)
+    assert status == 2 and "its summary.json is damaged" in one_line(err)
+
+
 def test_an_old_sweep_is_reported(tmp_path: Path, reported: Any):
     folder = copy_of("sweep", tmp_path / "sweep")
     rows = [line for line in reported(folder).splitlines() if line.startswith("0")]
@@ -180,12 +233,10 @@ def test_an_old_sweep_is_reported(tmp_path: Path, reported: Any):
 def resume(cluster: Checkout, name: str, *flags: str, status: int = 0) -> tuple[Path, str]:
     """Resume a copy; returns its folder and the log.
 
-    The folders store absolute paths of the checkout that played them. The key and the models of this checkout are given
-    by hand; otherwise a new key would be made at the stored path, and the models would be looked for there.
+    The folders store absolute paths of the checkout that played them, which stand for the same files of this one.
     """
-    here = ("--cluster-key-dir", ".cluster", "--model-configs", "configs/model_configs.json")
     folder = cluster.path / "runs" / name
-    done = cluster.run("run_simulation.sh", "--resume", f"runs/{name}", *here, *flags)
+    done = cluster.run("run_simulation.sh", "--resume", f"runs/{name}", *flags)
     assert done.returncode == status, done.stderr
     return folder, done.stderr
 
@@ -238,23 +289,21 @@ def test_old_runs_of_a_class_are_resumed(cluster: Checkout):
     fresh = cluster.answers()
     for name in ("level_k", "two_thirds"):
         folder = copy_of(name, cluster.path / "runs" / name)
-        if name == "two_thirds":  # its class cannot be given by hand, see test_a_class_that_was_moved_is_named
-            text = (folder / "summary.json").read_text()
-            assert text.count(CLASS_BEFORE) == 1
-            (folder / "summary.json").write_text(text.replace(CLASS_BEFORE, str(cluster.path / LEVEL_K)))
         _, log = resume(cluster, name, "--rounds", "4", "--sleep-time", "0")
         assert "round 4: asking" in log and "round 3: asking" not in log
         check_resumed(name, folder, 4)
         assert summary_in(folder)["status"] == "complete" and answers_in(folder) == fresh
 
 
-def test_a_class_that_was_moved_is_named(cluster: Checkout):
-    if Path(CLASS_BEFORE.partition(":")[0]).exists():
-        pytest.skip("this machine has a checkout where the old run was played")
-    folder = copy_of("two_thirds", cluster.path / "runs/class_moved")
-    done = cluster.run("run_simulation.sh", "--resume", "runs/class_moved", "--rounds", "4")
-    assert done.returncode == 2 and f"there is no file {CLASS_BEFORE.partition(':')[0]}" in one_line(done.stderr)
-    assert summary_in(folder) == summary_in(OLD_RUNS / "two_thirds")
+def test_a_class_outside_the_checkout_that_is_gone_is_named(cluster: Checkout, tmp_path: Path):
+    folder = copy_of("two_thirds", cluster.path / "runs/class_gone")
+    text = (folder / "summary.json").read_text()
+    assert text.count(CLASS_BEFORE) == 1
+    text = text.replace(CLASS_BEFORE, f"{tmp_path}/mine.py:Mine")
+    (folder / "summary.json").write_text(text)
+    done = cluster.run("run_simulation.sh", "--resume", "runs/class_gone", "--rounds", "4")
+    assert done.returncode == 2 and f"there is no file {tmp_path}/mine.py" in one_line(done.stderr)
+    assert (folder / "summary.json").read_text() == text
 
 
 def test_an_old_run_of_language_models_is_resumed(cluster: Checkout):

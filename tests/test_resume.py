@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -10,17 +12,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, drafts_in, one_line, until
 from waiting import Gates
 
+from simulation import processes
 from simulation.config import SimulationConfig
-from simulation.errors import SettingsError
+from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, SettingsError
 from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.in_flight import InFlight
 from simulation.library import game_of
 from simulation.results import RunDirectory, summarise
+from simulation.run import Run
 from simulation.session import Session
 from simulation.tasks import Task
 from simulation.usage import Usage
@@ -155,6 +162,20 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
         done = checkout.run("run_simulation.sh", *arguments)
         assert done.returncode == 2 and message in one_line(done.stderr), done.stderr
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+
+
+def test_a_checkout_that_was_moved_goes_on(checkout, tmp_path):
+    (checkout.path / "my").mkdir()
+    code = "from participant import Participant\nclass Calm(Participant):\n    async def answer(self, question):\n"
+    (checkout.path / "my/calm.py").write_text(code + "        return 10 * question.round\n")
+    checkout.play("2", "20", "--agent-class", "my/calm.py:Calm")
+    key = (checkout.path / ".cluster/cluster.key").read_bytes()
+    moved = replace(checkout, path=checkout.path.rename(tmp_path / "moved"))
+    done = moved.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    assert moved.values() == [10.0] * 20 + [20.0] * 20
+    assert not checkout.path.exists() and (moved.path / ".cluster/cluster.key").read_bytes() == key
+    assert str(tmp_path) not in (moved.path / "runs/latest/summary.json").read_text()
 
 
 def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
@@ -408,3 +429,155 @@ def test_a_pid_file_that_was_half_written_is_removed_by_start_and_stop(checkout)
     assert checkout.run("start_all_server.sh", "1", env={"MODERATOR_NUM": "1"}).returncode == 0 and not draft.exists()
     draft.write_text("12")
     assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n" and not draft.exists()
+
+
+# --- File systems that cannot do everything, and disks that fail ------------------------------------------------------
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """The warnings that are logged; all that is written is in a folder of the test's own."""
+    from loguru import logger
+
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+    monkeypatch.setattr(processes, "SERVERS", tmp_path / "servers")
+    processes.tell_once.cache_clear()
+    lines = []
+    number = logger.add(lines.append, format="{message}", level="WARNING")
+    yield lines
+    logger.remove(number)
+
+
+def failing(monkeypatch, module, name, number, only=lambda *_: True):
+    """Have a function of the system fail with this error."""
+    function = getattr(module, name)
+
+    def called(*given, **options):
+        if only(*given):
+            names = [str(each) for each in given[:1] if isinstance(each, str | Path)]
+            raise OSError(number, os.strerror(number), *names)
+        return function(*given, **options)
+
+    monkeypatch.setattr(module, name, called)
+
+
+def a_directory(folder, rounds=2):
+    """A run directory with files of rounds, and failed answers."""
+    directory = RunDirectory(folder)
+    for number in range(1, rounds + 1):
+        (folder / f"answers-{number:05d}.parquet").write_bytes((ROOT / ANSWERS).read_bytes())
+    (folder / "failed_answers.jsonl").write_text('{"round": 1}\n')
+    return directory
+
+
+ANSWERS = "tests/data/old_runs/killed/answers-00001.parquet"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, monkeypatch, told, number):
+    failing(monkeypatch, fcntl, "flock", number)
+    places = InFlight("a", tmp_path / "in-flight")
+    assert [places.take(2) for _ in range(3)] == [True, True, False]
+    places.close()
+    for name in ("one", "another"):
+        RunDirectory(tmp_path / name).close()
+        with processes.one_at_a_time():
+            pass
+    folders = ("in-flight", "one", "servers", "another")
+    assert [line.split(" has no locks")[0] for line in told] == [
+        f"the file system of {tmp_path / each}" for each in folders
+    ]
+    draft = tmp_path / "one/.summary.json.new"
+    draft.touch()
+    RunDirectory(tmp_path / "one", resumed=True).close()
+    assert draft.exists()  # it may be another run's
+
+
+def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
+    failing(monkeypatch, fcntl, "flock", errno.EIO)
+    with pytest.raises(SettingsError, match=r"cannot write results to .*: Input/output error"):
+        RunDirectory(tmp_path / "run")
+    with (
+        pytest.raises(SettingsError, match=r"cannot write in .*servers: Input/output error"),
+        processes.one_at_a_time(),
+    ):
+        pass
+    assert not (tmp_path / "run").exists() and told == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch, told, number):
+    with pytest.raises(SettingsError, match=f"cannot write in .*: {os.strerror(number)}"), processes.one_at_a_time():
+        failing(monkeypatch, os, "replace", number)
+        failing(monkeypatch, os, "unlink", number)
+        processes.ProcessId(1).write(processes.pid_file("12330"))
+    with pytest.raises(ConnectionResetError), processes.one_at_a_time():
+        raise ConnectionResetError(errno.ECONNRESET, "of a server")
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EROFS])
+def test_a_limit_that_cannot_be_shared_is_kept_by_each(tmp_path, monkeypatch, told, number):
+    failing(monkeypatch, os, "ftruncate", number)
+    for _ in range(2):
+        places = InFlight("a", tmp_path)
+        assert [places.take(1), places.take(1)] == [True, False]
+        places.close()
+    assert [os.strerror(number) in line for line in told] == [True]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])  # what vfat and some network file systems say
+def test_a_file_system_without_links_or_flushed_folders_takes_results(tmp_path, monkeypatch, told, number):
+    failing(monkeypatch, os, "symlink", number)
+    failing(monkeypatch, os, "fsync", errno.EINVAL)
+    directory = RunDirectory(tmp_path / "run")
+    for _ in range(2):
+        directory.write_summary({"rounds": []})
+    directory.close()
+    assert len(told) == 1 and "name the run by its folder" in told[0]
+    assert names_in(tmp_path / "run") == ["summary.json"] and names_in(tmp_path / "runs") == []
+
+
+def test_the_last_run_is_found_where_the_checkout_or_the_results_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "a/runs/latest")
+    for folder, target in ((tmp_path / "a/runs/x", "x"), (tmp_path / "a/y", "../y"), (tmp_path / "z", f"{tmp_path}/z")):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        directory = RunDirectory(folder)
+        directory.write_summary({"rounds": []})
+        assert (tmp_path / "a/runs/latest").readlink() == Path(target)
+        directory.close()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("rounds", "what", "write"),
+    [
+        (1, "replace", RunDirectory.join_answers),
+        (2, "replace", RunDirectory.join_answers),
+        (2, "unlink", RunDirectory.join_answers),
+        (2, "unlink", lambda directory: directory.go_back_to(1)),
+        (2, "unlink", lambda directory: directory.go_back_to(0)),
+        (1, "replace", lambda directory: directory.write_summary({"rounds": []})),
+        (1, "symlink", lambda directory: directory.write_summary({"rounds": []})),
+        (1, "fsync", lambda directory: directory.write_agents([])),
+    ],
+)
+def test_a_disk_that_fails_is_a_failure_to_write_results(tmp_path, monkeypatch, told, number, rounds, what, write):
+    directory = a_directory(tmp_path / "run", rounds)
+    failing(monkeypatch, os, what, number)
+    failing(monkeypatch, os, "unlink", number)
+    with pytest.raises(ResultsError, match=f"cannot (write|point) .*: {os.strerror(number)}"):
+        write(directory)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "raised"), [(GameEnded("no server"), True), (Interrupted(2), True), (ClusterError("no key"), False)]
+)
+def test_a_game_that_ends_early_says_so_if_its_results_are_not_written(told, ended, raised):
+    def fail():
+        raise ResultsError("cannot write x: No space left on device")
+
+    run = SimpleNamespace(_note_losses=lambda _: None, directory=SimpleNamespace(join_answers=fail))
+    with pytest.raises(ResultsError, match=f"No space .* ended: {ended}") if raised else contextlib.nullcontext():
+        Run._write_what_there_is(run, None, ended)
+    assert [line.strip() for line in told] == ([] if raised else ["cannot write x: No space left on device"])

@@ -170,6 +170,51 @@ def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
     assert meant in done.stderr
 
 
+@pytest.mark.parametrize("text", ["\ufeffBASE_PORT=14000\r\nHOSTS=a\r\n", "\ufeffBASE_PORT=14000\nHOSTS=a\r"])
+def test_the_settings_may_come_from_any_editor(shell, text):
+    (shell.path / "configs/cluster.env").write_bytes(text.encode())
+    for locale in ({}, {"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}):
+        out = shell("run_simulation.sh", "1", "2", **locale).stdout
+        assert out == "[--server-per-host][1][--participant-num][2][--hosts][a][--base-port][14000]"
+
+
+def test_settings_that_cannot_be_read_are_no_defaults(shell):
+    (shell.path / "configs/cluster.env").unlink()
+    (shell.path / "configs/cluster.env").mkdir()
+    done = shell("run_simulation.sh", "1", "2")
+    assert done.returncode == 2 and "configs/cluster.env cannot be read" in one_line(done.stderr)
+
+
+def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
+    """Paths that main.py takes are expanded there."""
+    python = fake_python(tmp_path / "home", "python", "3.10", True)
+    done = shell("run_simulation.sh", "1", "2", PYTHON="~/python", HOME=str(tmp_path / "home"))
+    assert f"PYTHON={python} is Python 3.10" in one_line(done.stderr)
+    remote = tmp_path / "remote"  # the home of whoever is logged in there; a stand-in for ssh does what it is told here
+    (remote / "a b").mkdir(parents=True)
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nfor last in "$@"; do :; done\nHOME={remote} sh -c "$last"\n'
+    )
+    ssh.chmod(0o755)
+    script = remote / "a b/start_vllm.sh"
+    script.write_text('#!/bin/sh\necho "$PWD" "$CLUSTER_KEY_DIR"\n')
+    script.chmod(0o755)
+    (tmp_path / "home/my config").touch()
+    (shell.path / "configs/cluster.env").write_text("HOSTS=n1\nREMOTE_DIR=~/a b\nSSH_CONFIG=~/my config\n")
+    env = {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "CLUSTER_KEY_DIR": "~/keys"}
+    done = shell("on_all_hosts.sh", "start_vllm.sh", **env)
+    assert done.returncode == 0 and done.stdout == f"n1: {remote}/a b ~/keys\n"  # as the host's own script takes it
+    assert f"-F {tmp_path}/home/my config" in (tmp_path / "calls").read_text()
+    fake_key = "cd {0} && : >cluster.crt && : >cluster.key && echo {0}".format(tmp_path / "home")
+    shell("run_simulation.sh", "1", "2")
+    (shell.path / ".venv/bin/python").write_text(f"#!/bin/sh\n{fake_key}\n")
+    done = shell("on_all_hosts.sh", "push-key", echo=False, **env)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (remote / "keys").iterdir()) == ["cluster.crt", "cluster.key"]
+
+
 def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
     """A program that says it is this Python, with or without the venv module."""
     folder.mkdir(exist_ok=True)
