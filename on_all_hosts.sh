@@ -20,7 +20,9 @@
 #
 # Exit status: 0 every host succeeded, 2 bad usage or settings, 130 interrupted, 143 terminated; otherwise the highest
 # of the hosts' own, where a host that ssh does not reach, or loses, counts as 3.
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh on_all_hosts.sh
+! (return 0 2>/dev/null) || { echo "error: on_all_hosts.sh is a program: start it without . or source" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"

@@ -16,7 +16,9 @@
 #   AGENT_TYPE       llm imports the client of language models once for all servers; else each does when it first asks one
 #   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
 #   PYTHON           the Python to install with, 3.11 or 3.12
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_all_server.sh
+! (return 0 2>/dev/null) || { echo "error: start_all_server.sh is a program: start it without . or source" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"

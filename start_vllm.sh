@@ -18,7 +18,9 @@
 #   PYTHON           the Python to install with, 3.11 or 3.12
 #
 # On the CPU, VLLM_CPU_KVCACHE_SPACE is the size of vLLM's cache in GB (1).
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_vllm.sh
+! (return 0 2>/dev/null) || { echo "error: start_vllm.sh is a program: start it without . or source" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"

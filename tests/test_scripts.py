@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkout, one_line
+from own_files import checked
 
 from scripts.install import reason, steps, uv_settings
 
@@ -49,6 +51,20 @@ def test_help_is_the_comment_at_the_top(shell, script):
         done = shell(script, flag, echo=False)
         assert done.returncode == 0 and f"./{script}" in done.stdout and "set -e" not in done.stdout
     assert not (shell.path / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in checked("SCRIPTS") if not name.startswith(("scripts/", "tests/"))])
+def test_scripts_run_under_bash_whichever_shell_starts_them(tmp_path, name):
+    top = (ROOT / name).read_text().partition("set -euo pipefail +o posix")[0]
+    script = tmp_path / "a script.sh"
+    script.write_text(top + 'set -euo pipefail +o posix\ncat <(echo "$@")\n')
+    for shell in (["sh"], ["dash"], ["ksh"], ["zsh"], ["bash", "--posix"], ["bash"]):
+        if shutil.which(shell[0]):
+            done = subprocess.run([*shell, script, "a  b", "c"], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "a  b c\n", ""), shell
+    command = f'. "{script}"; echo "$? $-"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 hBc\n" and "is a program: start it without . or source" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize(
