@@ -3,9 +3,26 @@
 What needs AgentScope is imported inside the functions, so that --help, a mistyped flag and stop answer at once.
 """
 
-from __future__ import annotations
-
 import os
+import sys
+
+if __name__ != "main":  # the program, not a module that a test imports
+    # Before any other import: files beside this one and in the current folder, such as random.py, must not stand
+    # in for modules of Python and the libraries, or for those that a library tries to import and can do without.
+    HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
+    sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
+    from importlib.machinery import ModuleSpec, PathFinder
+
+    class Own:
+        """Finds the program's own modules, and nothing else, beside this file."""
+
+        @staticmethod
+        def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+            """Return where one of them is."""
+            return PathFinder.find_spec(name, [HERE]) if name in ("simulation", "moderator", "participant") else None
+
+    sys.meta_path.insert(0, Own)
+
 import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
@@ -16,7 +33,6 @@ import argparse
 import contextlib
 import io
 import re
-import sys
 import time
 import types
 import typing
@@ -255,7 +271,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             dashboard.close()
 
 
-def start_missing(config: SimulationConfig, key: ClusterKey, watch: ProgressWatch) -> OwnedServers | None:
+def start_missing(config: SimulationConfig, key: "ClusterKey", watch: "ProgressWatch") -> "OwnedServers | None":
     """Start agent servers here, if this is the only host and none is up; returns them. Raises Interrupted."""
     from loguru import logger
 
@@ -287,7 +303,7 @@ def import_what_plays() -> None:
     import simulation.run  # noqa: F401
 
 
-def any_of_ours(config: SimulationConfig, key: ClusterKey) -> bool:
+def any_of_ours(config: SimulationConfig, key: "ClusterKey") -> bool:
     """Whether an agent server that this run could use is up on this host."""
     from simulation.processes import anything_listens, refuse_borrowed
 

@@ -162,7 +162,8 @@ def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
+    # -P is for servers that are spawned, not forked: their Python would look into the current folder first
+    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
     for name in HANDED_ON:
         command += [flag_of(name), str(getattr(config, name))]
