@@ -24,7 +24,9 @@
 #   VLLM_BASE_PORT      their first port (8010)
 #   MAX_VALUE           upper bound of the numbers (100)
 #   CLUSTER_KEY_DIR     folder of the cluster key (.cluster)
+#   EXTRA_PYTHONPATH    folders, separated by colons, of what your own participants import, on every host
 #   PYTHON              the Python to install with, 3.11 or 3.12
+# Other variables of Python's, such as PYTHONPATH, are ignored by all of these scripts.
 #
 # Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
 # 4 participants unanswered, 5 results not written, 130 interrupted, 143 terminated, 1 a defect.
@@ -73,6 +75,7 @@ main() {
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  flag --extra-pythonpath "${EXTRA_PYTHONPATH:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"
 }

@@ -8,14 +8,15 @@
 # They stay until ./stop_all_server.sh. --status shows a row per server: port, pid, up since, agents, memory.
 #
 # Settings, from the environment or configs/cluster.env:
-#   BASE_PORT        first port (12330)
-#   HOST_NAME        name of this host, as the other hosts reach it (localhost)
-#   MODERATOR_NUM    moderator servers (4)
-#   MODEL_PER_HOST   model servers on every host (one per GPU of this one, at least 1)
-#   VLLM_BASE_PORT   their first port (8010)
-#   AGENT_TYPE       llm imports the client of language models once for all servers; else each does when it first asks one
-#   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
-#   PYTHON           the Python to install with, 3.11 or 3.12
+#   BASE_PORT         first port (12330)
+#   HOST_NAME         name of this host, as the other hosts reach it (localhost)
+#   MODERATOR_NUM     moderator servers (4)
+#   MODEL_PER_HOST    model servers on every host (one per GPU of this one, at least 1)
+#   VLLM_BASE_PORT    their first port (8010)
+#   AGENT_TYPE        llm imports the client of language models once for all servers; else each does on first use
+#   CLUSTER_KEY_DIR   folder of the cluster key (.cluster)
+#   EXTRA_PYTHONPATH  folders, separated by colons, of what your own participants import
+#   PYTHON            the Python to install with, 3.11 or 3.12
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_all_server.sh
 ! (return 0 2>/dev/null) || { echo "error: start_all_server.sh is a program: start it without . or source" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -42,6 +43,7 @@ main() {
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
   flag --agent-type "${AGENT_TYPE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  flag --extra-pythonpath "${EXTRA_PYTHONPATH:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant "${FLAGS[@]}" "$@"
 }

@@ -6,7 +6,12 @@ VENV="$ROOT/.venv"
 VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
+SETTINGS="$SETTINGS EXTRA_PYTHONPATH"
 FLAGS=()
+
+# Python and all that it starts read these variables of the caller, in which modules of other programs may be named.
+# PYTHON itself is a setting of ours.
+for name in ${!PYTHON@}; do [ "$name" = PYTHON ] || unset "$name"; done
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -56,12 +61,10 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 # tells it, provided that bin/python still is the interpreter that made the environment.
 installed_version() {
   local key value version="" made_by=""
-  [ -x "$1/bin/python" ] || return 0
-  if [ -r "$1/pyvenv.cfg" ]; then
-    while IFS=' =' read -r key value; do
-      case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
-    done <"$1/pyvenv.cfg"
-  fi
+  [ -x "$1/bin/python" ] && [ -r "$1/pyvenv.cfg" ] || return 0 # without the file, bin/python would be the system's
+  while IFS=' =' read -r key value; do
+    case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
+  done <"$1/pyvenv.cfg"
   if [ "$1/bin/python" -ef "$made_by" ]; then printf '%s\n' "${version%.*}"; else version_of "$1/bin/python" || true; fi
 }
 
@@ -127,13 +130,15 @@ apt_install() (
   case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
 )
 
-# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed.
+# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed, or
+# when something that was installed is gone.
 ensure_venv() {
   local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
   case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
   stamp="$venv/installed-$group"
   have="$(installed_version "$venv")"
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
+  [ -d "$venv/lib/python$have" ] || have="" # bin/python is a newer version now, which does not see what is installed
   case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # half an installation, or the one for the other hardware
   want="$have"
   if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
@@ -141,20 +146,30 @@ ensure_venv() {
     want="${python%% *}"
     python="${python#* }"
   fi
-  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || return 0
+  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || ! is_whole "$venv" || return 0
 
-  mkdir -p "$ROOT/run" || fail 2 "cannot write in $ROOT: clone into a folder of your own"
-  : >"$log"
+  { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
+    fail 2 "cannot write in $ROOT/run: clone into a folder of your own"
   if [ "$have" != "$want" ]; then
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    "$python" -I -c 'import ensurepip, venv' 2>/dev/null ||
       fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
     say "making $venv with Python $want"
-    "$python" -m venv --clear --without-pip "$venv" >>"$log" 2>&1 || fail 2 "cannot make $venv; see $log"
+    "$python" -I -m venv --clear --without-pip "$venv" >>"$log" 2>&1 ||
+      fail 2 "cannot make $venv: $(tail -n 1 "$log"); see $log"
   fi
   say "installing group $group of pyproject.toml into $venv"
-  "$venv/bin/python" "$ROOT/scripts/install.py" "$group" "$log" || exit $?
-  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" # which every group of this environment includes
-  wanted "$group" >"$stamp"
+  # Until the end, nothing says that the environment is complete
+  rm -f "$venv"/installed-* || fail 2 "cannot write in $venv: install with the user whose folder it is"
+  "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" || exit $?
+  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" || true # which every group of this environment includes
+  wanted "$group" >"$stamp" || fail 2 "cannot write in $venv: is the disk full?"
+}
+
+# Whether all that was installed is there, by name: a check that starts nothing.
+is_whole() { # is_whole <environment>
+  local name
+  [ -s "$1/installed-files" ] || return 1
+  while IFS= read -r name; do [ -e "$1/$name" ] || return 1; done <"$1/installed-files"
 }
 
 # What says what is in an environment.

