@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
+        _ask_without_proxy(*config.hosts, config.host_name)
         if actions and config.role not in ("participant", "vllm") and (config.role, actions) != ("report", {"draw"}):
             raise SettingsError(f"--{min(actions)} goes with --role participant or vllm")
         if for_vllm and config.role != "vllm":
@@ -154,6 +155,13 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     place = arguments.index("--")
     return arguments[:place], arguments[place + 1 :]
+
+
+def _ask_without_proxy(*hosts: str) -> None:
+    """Keep all requests of this process, and of those that it starts, to these hosts and this one from any proxy."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
 
 
 def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:

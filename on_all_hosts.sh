@@ -21,7 +21,7 @@
 # Exit status: 0 every host succeeded, 2 bad usage or settings, 130 interrupted, 143 terminated; otherwise the highest
 # of the hosts' own, where a host that ssh does not reach, or loses, or whose login shell does not run it, counts as 3.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh on_all_hosts.sh
-! (return 0 2>/dev/null) || { echo "error: on_all_hosts.sh is a program: start it without . or source" >&2 && return 2; }
+! (return 0 2>/dev/null) || { echo "error: on_all_hosts.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
@@ -143,7 +143,11 @@ named() { # named <host> <file>
   local line
   while IFS= read -r line || [ -n "$line" ]; do
     case "$line" in
-      *"$STATUS"*) printf '%s\n' "${line##*"$STATUS"}" >"$2" && line="${line%%"$STATUS"*}" && [ -n "$line" ] || continue ;;
+      *"$STATUS"*)
+        printf '%s\n' "${line##*"$STATUS"}" >"$2"
+        line="${line%%"$STATUS"*}" # of output without an end of line
+        [ -n "$line" ] || continue
+        ;;
     esac
     printf '%s: %s\n' "$1" "$line"
   done

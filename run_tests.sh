@@ -7,7 +7,7 @@
 # real vLLM, new installations, a million participants. --fast checks in two minutes that the program works on this machine.
 # Without --fast, root of a Debian also gets the packages that tests with several hosts and with pages need.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_tests.sh
-! (return 0 2>/dev/null) || { echo "error: run_tests.sh is a program: start it without . or source" >&2 && return 2; }
+! (return 0 2>/dev/null) || { echo "error: run_tests.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh

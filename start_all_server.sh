@@ -9,6 +9,7 @@
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT         first port (12330)
+#   HOSTS             the hosts, separated by spaces ("localhost"): no model on them is asked through a proxy
 #   HOST_NAME         name of this host, as the other hosts reach it (localhost)
 #   MODERATOR_NUM     moderator servers (4)
 #   MODEL_PER_HOST    model servers on every host (one per GPU of this one, at least 1)
@@ -18,7 +19,7 @@
 #   EXTRA_PYTHONPATH  folders, separated by colons, of what your own participants import
 #   PYTHON            the Python to install with, 3.11 or 3.12
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_all_server.sh
-! (return 0 2>/dev/null) || { echo "error: start_all_server.sh is a program: start it without . or source" >&2 && return 2; }
+! (return 0 2>/dev/null) || { echo "error: start_all_server.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
@@ -35,6 +36,9 @@ main() {
   esac
   shift
   load_settings
+  local hosts
+  read -r -a hosts <<<"${HOSTS:-}"
+  [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}") # which no server asks through a proxy
   flag --base-port "${BASE_PORT:-}"
   flag --host-name "${HOST_NAME:-}"
   flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"

@@ -19,7 +19,7 @@
 #
 # On the CPU, VLLM_CPU_KVCACHE_SPACE is the size of vLLM's cache in GB (1).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_vllm.sh
-! (return 0 2>/dev/null) || { echo "error: start_vllm.sh is a program: start it without . or source" >&2 && return 2; }
+! (return 0 2>/dev/null) || { echo "error: start_vllm.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh

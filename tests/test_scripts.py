@@ -67,7 +67,7 @@ def test_scripts_run_under_bash_whichever_shell_starts_them(tmp_path, name):
             assert (done.returncode, done.stdout, done.stderr) == (0, "a  b c\n", ""), shell
     command = f'. "{script}"; echo "$? $-"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout == "2 hBc\n" and "is a program: start it without . or source" in one_line(done.stderr)
+    assert done.stdout == "2 hBc\n" and "is to be started, not sourced" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize(

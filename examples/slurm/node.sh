@@ -5,7 +5,7 @@
 #
 #   examples/slurm/node.sh <server_per_host>
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh node.sh
-! (return 0 2>/dev/null) || { echo "error: node.sh is a program: start it without . or source" >&2 && return 2; }
+! (return 0 2>/dev/null) || { echo "error: node.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
 
 main() {
