@@ -37,7 +37,8 @@ set -euo pipefail +o posix
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help"
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help;"
+USAGE="$USAGE ./run_simulation.sh 10 1000 plays with 1000 participants on 10 agent servers of each host"
 
 main() {
   case "${1:-}" in
@@ -59,8 +60,7 @@ main() {
     FLAGS=(--experiment "$2")
     AGENT_TYPE="" MAX_VALUE="" # the file says what the game is
   else
-    need_number server_per_host "${1:-}" "$USAGE"
-    need_number participant_num "${2:-}" "$USAGE"
+    need_numbers "$USAGE" "server_per_host participant_num" "$@"
     FLAGS=(--server-per-host "$1" --participant-num "$2")
   fi
   shift 2

@@ -25,12 +25,14 @@ set -euo pipefail +o posix
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
+USAGE="./start_all_server.sh <server_per_host>, such as ./start_all_server.sh 10, or --help"
+
 main() {
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --status) FLAGS=(--status) ;;
     *)
-      need_number server_per_host "${1:-}" "./start_all_server.sh <server_per_host>, or --help"
+      need_numbers "$USAGE" server_per_host "$@"
       FLAGS=(--server-per-host "$1")
       ;;
   esac

@@ -29,8 +29,9 @@ main() {
   local group=vllm
   case "${1:-}" in
     -h | --help) show_help && return ;;
-    --status | --install | -- | '') ;;
-    *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set, or --help" ;;
+    -- | '') ;;
+    --status | --install) [ "$#" -eq 1 ] || fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1" ;;
+    *) fail 2 "'$1' is not known; usage: ./start_vllm.sh [-- flags for vLLM], with MODEL_PATH (and GPU_NUM) set, or --help" ;;
   esac
   load_settings
   flag --model-path "${MODEL_PATH:-}"

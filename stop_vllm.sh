@@ -12,11 +12,8 @@ set -euo pipefail +o posix
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 main() {
-  case "${1:-}" in
-    '') ;;
-    -h | --help) show_help && return ;;
-    *) fail 2 "'$1' is not known; usage: ./stop_vllm.sh" ;;
-  esac
+  case "${1:-}" in -h | --help) show_help && return ;; esac
+  [ "$#" -eq 0 ] || fail 2 "'$1' is not known: it stops all servers of this host; usage: ./stop_vllm.sh"
   if ! [ -d "$ROOT/run/vllm" ]; then
     echo "no vLLM servers were running"
     return

@@ -47,12 +47,18 @@ load_settings() {
 # flag <--name> <value>: pass a setting on, unless it is empty.
 flag() { [ -z "$2" ] || FLAGS+=("$1" "$2"); }
 
-# The first argument of a script, which is a number and no flag; Python checks the number.
-need_number() { # need_number <name> <value> <usage>
-  case "$2" in
-    '') fail 2 "$1 is missing; usage: $3" ;;
-    *[!0-9]*) fail 2 "$1 '$2': must be a whole number from 1, in digits; usage: $3" ;;
-  esac
+# A script's first arguments are numbers, and what follows is flags. Python checks how large they are.
+need_numbers() { # need_numbers <usage> <names of the numbers> [arguments]
+  local usage="$1" name
+  for name in $2; do
+    case "${3:-}" in
+      '') fail 2 "$name is missing; usage: $usage" ;;
+      -[!0-9.]*) fail 2 "$name is missing: it comes before flags such as $3; usage: $usage" ;;
+      *[!0-9]*) fail 2 "$name '$3': must be a whole number from 1, in digits such as 1000; usage: $usage" ;;
+    esac
+    set -- "$1" "$2" "${@:4}"
+  done
+  case "${3:--}" in -*) ;; *) fail 2 "'$3' is one argument too many; usage: $usage" ;; esac
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,13 +82,22 @@ def test_scripts_run_under_bash_whichever_shell_starts_them(tmp_path, name):
         "run_simulation.sh 10 1e6",
         "run_simulation.sh --seed 7",
         "run_simulation.sh 10 -5",
+        "run_simulation.sh 10 1,000",
+        "run_simulation.sh 10 1000 5",
+        "run_simulation.sh 10 --seed 7",
+        "run_simulation.sh 1.5 10",
         "run_simulation.sh --install-only 10",
         "run_simulation.sh --install-only --seed 7",
         "start_all_server.sh",
         "start_all_server.sh abc",
         "start_all_server.sh -5",
+        "start_all_server.sh 10 20",
+        "start_all_server.sh --seed 7 10",
         "start_all_server.sh --stat",
         "stop_all_server.sh now",
+        "stop_all_server.sh 5",
+        "start_vllm.sh 3",
+        "start_vllm.sh --status 3",
         "start_vllm.sh now",
         "start_vllm.sh --gpu-num",
         "stop_vllm.sh now",
@@ -97,6 +107,26 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
     done = shell(*arguments.split(), echo=False)
     assert done.returncode == 2 and "usage: ./" in one_line(done.stderr)
     assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run_simulation.sh 64000", "participant_num is missing"),
+        ("run_simulation.sh 10 --rounds 3", "participant_num is missing: it comes before flags such as --rounds"),
+        ("run_simulation.sh --rounds 3 10 1000", "server_per_host is missing: it comes before flags such as --rounds"),
+        ("run_simulation.sh 10 1_000", "participant_num '1_000': must be a whole number from 1, in digits"),
+        ("run_simulation.sh 10 1000 3", "'3' is one argument too many"),
+        ("start_all_server.sh 10 1000", "'1000' is one argument too many"),
+        ("examples/slurm/simulation.sbatch 64000", "participant_num is missing"),
+    ],
+)
+def test_usage_comes_with_an_example(shell, arguments, said):
+    done = shell(*arguments.split(), echo=False, SLURM_SUBMIT_DIR=str(shell.path))
+    line = one_line(done.stderr)
+    assert done.returncode == 2 and line.startswith(f"error: {said}")
+    example = {"s": r"\./start_all_server\.sh 10\b", "r": r"\./run_simulation\.sh 10 1000\b", "e": r"such as 10 1000\b"}
+    assert re.search(example[arguments[0]], line)
 
 
 def test_zero_is_refused_by_name(checkout):
@@ -114,8 +144,10 @@ def test_settings_become_flags(shell):
         "[--server-per-host][10][--participant-num][1000][--hosts][a][b][--base-port][15000][--moderator-per-host][2]"
         "[--model-per-host][3][--agent-type][llm][--max-value][50][--cluster-key-dir][/my keys][--run-dir][my runs]"
     )
-    assert shell("start_all_server.sh", "10", BASE_PORT="15000", HOST_NAME="a", MODERATOR_NUM="2").stdout == (
-        "[--role][participant][--server-per-host][10][--base-port][15000][--host-name][a][--moderator-per-host][2]"
+    given = {"BASE_PORT": "15000", "HOST_NAME": "a", "HOSTS": "a b", "MODERATOR_NUM": "2", "EXTRA_PYTHONPATH": "x:~/y"}
+    assert shell("start_all_server.sh", "10", **given).stdout == (
+        "[--role][participant][--server-per-host][10][--hosts][a][b][--base-port][15000][--host-name][a]"
+        "[--moderator-per-host][2][--extra-pythonpath][x:~/y]"
     )
     assert (
         "[--model-per-host][2][--vllm-base-port][9]"
