@@ -6,6 +6,8 @@ What needs AgentScope is imported inside the functions, so that --help, a mistyp
 import os
 import sys
 
+MODULES = ("simulation", "moderator", "participant")  # the program's own, at the top level
+
 if __name__ != "main":  # the program, not a module that a test imports
     # Before any other import: files beside this one and in the current folder, such as random.py, must not stand
     # in for modules of Python and the libraries, or for those that a library tries to import and can do without.
@@ -19,7 +21,7 @@ if __name__ != "main":  # the program, not a module that a test imports
         @staticmethod
         def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
             """Return where one of them is."""
-            return PathFinder.find_spec(name, [HERE]) if name in ("simulation", "moderator", "participant") else None
+            return PathFinder.find_spec(name, [HERE]) if name in MODULES else None
 
     sys.meta_path.insert(0, Own)
 
@@ -141,6 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        repair = "./run_simulation.sh --install-only repairs the environment, or makes a new one once .venv is removed"
+        print(f"error: {sys.prefix} has no module {error.name}: {repair}", file=sys.stderr)
+        return SettingsError.exit_status
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
         from simulation.console import keep_traceback
 

@@ -62,7 +62,8 @@ main() {
     on_all "set -- $(quoted "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}
 $(cat "$ROOT/scripts/receive_key.sh")"
   else
-    on_all "[ -x $what ] || { echo 'error: there is no $what in' \"\$PWD\" >&2; exit 2; }
+    word="$(quoted "$what")"
+    on_all "[ -x $word ] || { echo 'error: there is no' $word in \"\$PWD\" >&2; exit 2; }
 exec env$words"
   fi
 }

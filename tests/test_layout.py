@@ -11,6 +11,8 @@ import pytest
 from conftest import copy_checkout
 from own_files import FOLDERS, OTHERS, ROOT, checked, own_files
 
+import main
+
 ROWS = [
     "simulation.errors",
     "simulation.config",
@@ -95,6 +97,7 @@ def imports_of(path: Path) -> set[str]:
 
 def test_every_file_has_its_row():
     assert set(files()) == set(ROWS)
+    assert {name.partition(".")[0] for name in ROWS} == {"main", *main.MODULES}
 
 
 @pytest.mark.parametrize("name", ROWS)

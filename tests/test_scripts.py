@@ -361,6 +361,13 @@ def test_a_damaged_environment_is_repaired(shell, install):
     assert done.returncode == 0 and calls
 
 
+def test_a_missing_module_is_named_with_what_repairs_it():
+    without_libraries = [sys.executable, "-S"]
+    command = [*without_libraries, ROOT / "main.py", "--role", "participant", "--status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "has no module " in one_line(done.stderr) and "--install-only" in done.stderr
+
+
 def test_no_variable_of_the_caller_moves_packages_or_stands_in_for_them(shell, install, tmp_path):
     elsewhere = {"PYTHONPATH": f"{tmp_path}/packages", "PYTHONHOME": "/nowhere", "PYTHONSAFEPATH": "1"}
     elsewhere |= {"PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error"}
