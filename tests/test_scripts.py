@@ -231,7 +231,10 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
 FAKE_UV = """#!/bin/sh
 echo uv "$@" >>"$CALLS"
 echo "index $UV_INDEX_URL, links $UV_FIND_LINKS, bytecode $UV_COMPILE_BYTECODE" >>"$CALLS"
-[ "$NOTHING_COMES" = uv ] || cp -R "$PACKAGES"/. "$(echo "$(dirname "$6")"/../lib/python3.*/site-packages)"
+for record in "$PACKAGES"/*.dist-info; do  # $6 is the Python of the environment
+  to="$(echo "${6%/bin/python}"/lib/python3.*/site-packages)"
+  [ "$NOTHING_COMES" = uv ] || [ -e "$to/${record##*/}" ] || cp -R "$record" "${record%-1.dist-info}.py" "$to"
+done
 [ -n "$FAILING_UV" ] || exit 0
 echo "error: Request failed"
 echo "  cause: no route to http://me:secret@host/simple"
@@ -283,7 +286,8 @@ def install(shell, tmp_path):
             made = tmp_path / "packages" / f"{name}-1.dist-info"
             made.mkdir(parents=True, exist_ok=True)
             (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-            (made / "RECORD").write_text(f"{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
+            (made / "RECORD").write_text(f"{name}.py,,\n{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
+            (made.parent / f"{name}.py").touch()
 
     def run(*command: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         calls.write_text("")
@@ -338,18 +342,22 @@ def test_uv_installs_vllm_too(shell, install):
 def test_a_damaged_environment_is_repaired(shell, install):
     venv = shell.path / ".venv"
     install("run_simulation.sh", "--install-only")
-    for damage, made_again in (
-        ("ln -sf /no/python3.11 bin/python", True),  # the Python that made it is gone
-        ("mv lib/python3.1* lib/python3.9", True),  # ... or is a newer version now
-        ("rm pyvenv.cfg", True),
-        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False),
-        (": >installed-files", False),  # the disk was full
-        ("rm installed-run", False),
+    for damage, made_again, installed_again in (
+        ("ln -sf /no/python3.11 bin/python", True, True),  # the Python that made it is gone
+        ("mv lib/python3.1* lib/python3.9", True, True),  # ... or is a newer version now
+        ("rm pyvenv.cfg", True, True),
+        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False, True),
+        ("rm lib/python3.*/site-packages/numpy.py", False, True),  # while its record says that it is installed
+        (": >installed-files; rm lib/python3.*/site-packages/numpy.py", False, True),
+        ("rm installed-run", False, True),
+        ("rm installed-files", False, False),  # as earlier versions left it
     ):
         subprocess.run(damage, shell=True, cwd=venv, check=True)
         done, calls = install("run_simulation.sh", "--install-only")
-        assert done.returncode == 0 and ("making " in done.stderr) is made_again and calls
-        assert (venv / "bin/python").exists() and list(venv.glob("lib/python3.*/site-packages/numpy-1.dist-info"))
+        assert done.returncode == 0 and ("making " in done.stderr) is made_again and bool(calls) is installed_again
+        found = {path.name for path in venv.glob("lib/python3.*/site-packages/numpy*")}
+        assert (venv / "bin/python").exists() and {"numpy.py", "numpy-1.dist-info"} <= found
+        assert (venv / "installed-files").exists()
     assert install("run_simulation.sh", "--install-only")[1] == []
     constraints = shell.path / "constraints.txt"
     before = constraints.read_text()
