@@ -3,9 +3,28 @@
 What needs AgentScope is imported inside the functions, so that --help, a mistyped flag and stop answer at once.
 """
 
-from __future__ import annotations
-
 import os
+import sys
+
+MODULES = ("simulation", "moderator", "participant")  # the program's own, at the top level
+
+if __name__ != "main":  # the program, not a module that a test imports
+    # Before any other import: files beside this one and in the current folder, such as random.py, must not stand
+    # in for modules of Python and the libraries, or for those that a library tries to import and can do without.
+    HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
+    sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
+    from importlib.machinery import ModuleSpec, PathFinder
+
+    class Own:
+        """Finds the program's own modules, and nothing else, beside this file."""
+
+        @staticmethod
+        def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+            """Return where one of them is."""
+            return PathFinder.find_spec(name, [HERE]) if name in MODULES else None
+
+    sys.meta_path.insert(0, Own)
+
 import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
@@ -18,7 +37,6 @@ import io
 import itertools
 import re
 import shutil
-import sys
 import time
 import types
 import typing
@@ -267,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
+        _ask_without_proxy(*config.hosts, config.host_name)
         if action is None and "model_per_host" not in given and _needs_model_count(config):
             from simulation.inference import servers_per_host
 
@@ -291,6 +310,10 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        repair = "./run_simulation.sh --install-only repairs the environment, or makes a new one once .venv is removed"
+        print(f"error: {sys.prefix} has no module {error.name}: {repair}", file=sys.stderr)
+        return SettingsError.exit_status
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
         from simulation.console import keep_traceback
 
@@ -319,6 +342,13 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     place = arguments.index("--")
     return arguments[:place], arguments[place + 1 :]
+
+
+def _ask_without_proxy(*hosts: str) -> None:
+    """Keep all requests of this process, and of those that it starts, to these hosts and this one from any proxy."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
 
 
 def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
@@ -451,7 +481,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             dashboard.close()
 
 
-def start_servers(config: SimulationConfig, watch: ProgressWatch) -> OwnedServers | None:
+def start_servers(config: SimulationConfig, watch: "ProgressWatch") -> "OwnedServers | None":
     """Start agent servers here, for this run; returns them. Raises Interrupted."""
     from loguru import logger
 
@@ -480,7 +510,7 @@ def import_what_plays() -> None:
     import simulation.run  # noqa: F401
 
 
-def none_here(config: SimulationConfig, key: ClusterKey) -> bool:
+def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
     """Whether this is the only host, and no agent server that this run could use is up."""
     from simulation.processes import anything_listens, refuse_borrowed
 

@@ -19,8 +19,10 @@
 #   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
 #
 # Exit status: 0 every host succeeded, 2 bad usage or settings, 130 interrupted, 143 terminated; otherwise the highest
-# of the hosts' own, where a host that ssh does not reach, or loses, counts as 3.
-set -euo pipefail
+# of the hosts' own, where a host that ssh does not reach, or loses, or whose login shell does not run it, counts as 3.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh on_all_hosts.sh
+! (return 0 2>/dev/null) || { echo "error: on_all_hosts.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
@@ -28,9 +30,11 @@ set -euo pipefail
 USAGE="./on_all_hosts.sh <script> [arguments], or push-key [--force], or --help"
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh run_tests.sh)
 SSH=(ssh -T -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=10)
-INPUT=(true) # prints what every host reads
+INPUT="</dev/null" # where what runs on a host reads from, as sh says it
 HOST_LIST=()
 SESSIONS=() # the process of ssh to each host
+OUTPUTS=()  # the process that writes the output of each host
+STATUS="[exit status $$-$RANDOM$RANDOM] " # what a host writes at its end, before the exit status
 
 main() {
   local what="${1:-}" words="" word
@@ -56,14 +60,16 @@ main() {
   check_hosts
   if [ "$what" = push-key ]; then
     prepare_key
-    on_all "set -- $(quoted_path "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}; $(cat "$ROOT/scripts/receive_key.sh")"
+    on_all "set -- $(quoted_path "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}
+$(cat "$ROOT/scripts/receive_key.sh")"
   else
-    SSH+=(-n)
-    on_all "[ -x $what ] || { echo 'error: there is no $what in' \"\$PWD\" >&2; exit 2; }; exec env$words"
+    word="$(quoted "$what")"
+    on_all "[ -x $word ] || { echo 'error: there is no' $word in \"\$PWD\" >&2; exit 2; }
+exec env$words"
   fi
 }
 
-# A word as every shell understands it.
+# A word as sh understands it.
 quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
 
 # A path on a host, as every shell understands it; ~ or ~user at its start is a home folder there.
@@ -89,17 +95,20 @@ check_hosts() {
   [ -z "${SSH_CONFIG:-}" ] || SSH+=(-F "$SSH_CONFIG")
 }
 
-# Only the standard input of ssh carries the key: a command line can be read by every user of a host.
+# The certificate, an empty line and the key are what each host reads.
 prepare_key() {
   local folder
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   ensure_venv run
   folder="$("$VENV/bin/python" "$ROOT/main.py" --role participant --make-key ${FLAGS[@]+"${FLAGS[@]}"})"
-  INPUT=(tar -C "$folder" -cf - cluster.crt cluster.key)
+  INPUT="$(echo '<<"END OF THE KEY"' && cat "$folder/cluster.crt" && echo && cat "$folder/cluster.key")
+END OF THE KEY"
 }
 
+# All that a host is to do goes through ssh's input to a /bin/sh there: the command line can be read by every user of a
+# host, and each login shell has rules of its own for what is special in it.
 on_all() { # on_all <what sh runs in the folder of the checkout>
-  local folder="${REMOTE_DIR:-$ROOT}" enter host command index status highest=0 failures=0 failed=""
+  local folder="${REMOTE_DIR:-$ROOT}" enter host index status highest=0 failures=0 failed=""
   enter="$(quoted "error: there is no folder $folder: clone the checkout there, or set REMOTE_DIR")"
   enter="cd $(quoted_path "$folder") 2>/dev/null || { echo $enter >&2; exit 2; }"
   WORK="$(mktemp -d)"
@@ -107,21 +116,32 @@ on_all() { # on_all <what sh runs in the folder of the checkout>
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM HUP
   for host in "${HOST_LIST[@]}"; do
-    command="exec sh -c $(quoted "$enter; HOST_NAME=$host; export HOST_NAME; $1")"
     mkfifo "$WORK/$host.out" "$WORK/$host.err"
-    "${INPUT[@]}" | "${SSH[@]}" "$host" "$command" >"$WORK/$host.out" 2>"$WORK/$host.err" &
+    # sh runs nothing of what is in braces before it has read all of it
+    printf '{\n(\n%s\n) %s\necho %s $?\n}\n' \
+      "$enter; HOST_NAME=$host; export HOST_NAME; $1" "$INPUT" "$(quoted "$STATUS")" |
+      "${SSH[@]}" "$host" /bin/sh >"$WORK/$host.out" 2>"$WORK/$host.err" &
     SESSIONS+=($!)
-    named "$host" <"$WORK/$host.out" &
-    named "$host" <"$WORK/$host.err" >&2 &
+    named "$host" "$WORK/$host.status" <"$WORK/$host.out" &
+    OUTPUTS+=($!)
+    named "$host" /dev/null <"$WORK/$host.err" >&2 &
   done
   for index in "${!SESSIONS[@]}"; do
+    host="${HOST_LIST[index]}"
     status=0
     wait "${SESSIONS[index]}" || status=$?
-    case "$status" in
-      0) continue ;;
-      255) status=3 failed="$failed; ssh to ${HOST_LIST[index]} failed" ;;
-      *) failed="$failed; ${HOST_LIST[index]} failed with exit status $status" ;;
-    esac
+    wait "${OUTPUTS[index]}" || true
+    if [ -s "$WORK/$host.status" ]; then # sh has run there, to the end
+      read -r status <"$WORK/$host.status"
+      [ "$status" -ne 0 ] || continue
+      failed="$failed; $host failed with exit status $status"
+    else
+      case "$status" in
+        255) failed="$failed; ssh to $host failed" ;;
+        *) failed="$failed; $host has not run it: its login shell ended with exit status $status" ;;
+      esac
+      status=3
+    fi
     failures=$((failures + 1))
     [ "$status" -le "$highest" ] || highest="$status"
   done
@@ -130,10 +150,19 @@ on_all() { # on_all <what sh runs in the folder of the checkout>
   return "$highest"
 }
 
-# Every line of a host with its name.
-named() {
+# Every line of a host with its name, but for the one with the exit status, which goes into a file.
+named() { # named <host> <file>
   local line
-  while IFS= read -r line || [ -n "$line" ]; do printf '%s: %s\n' "$1" "$line"; done
+  while IFS= read -r line || [ -n "$line" ]; do
+    case "$line" in
+      *"$STATUS"*)
+        printf '%s\n' "${line##*"$STATUS"}" >"$2"
+        line="${line%%"$STATUS"*}" # of output without an end of line
+        [ -n "$line" ] || continue
+        ;;
+    esac
+    printf '%s: %s\n' "$1" "$line"
+  done
 }
 
 interrupted() { # interrupted <exit status>

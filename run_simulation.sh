@@ -25,16 +25,21 @@
 #   VLLM_BASE_PORT      their first port (8010)
 #   MAX_VALUE           upper bound of the numbers (100)
 #   CLUSTER_KEY_DIR     folder of the cluster key (.cluster)
+#   EXTRA_PYTHONPATH    folders, separated by colons, of what your own participants import, on every host
 #   PYTHON              the Python to install with, 3.11 or 3.12
+# Other variables of Python's, such as PYTHONPATH, are ignored by all of these scripts.
 #
 # Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
 # 4 participants unanswered, 5 results not written, 130 interrupted, 143 terminated, 1 a defect.
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_simulation.sh
+! (return 0 2>/dev/null) || { echo "error: run_simulation.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help, or --help-all"
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help, or --help-all;"
+USAGE="$USAGE ./run_simulation.sh 10 1000 plays with 1000 participants on 10 agent servers of each host"
 
 main() {
   case "${1:-}" in
@@ -51,7 +56,7 @@ main() {
       return
       ;;
     --resume | --experiment) ;;
-    -[!0-9]*) refuse_unknown "$1" "$USAGE" --resume --experiment --install-only --help --help-all ;;
+    -[!0-9]*) refuse_mistyped "$1" "$USAGE" --resume --experiment --install-only --help --help-all ;;
   esac
   load_settings
   if [ "${1:-}" = --resume ]; then
@@ -63,8 +68,7 @@ main() {
     FLAGS=(--experiment "$2")
     AGENT_TYPE="" MAX_VALUE="" # the file says what the game is
   else
-    need_number server_per_host "${1:-}" "$USAGE"
-    need_number participant_num "${2:-}" "$USAGE"
+    need_numbers "$USAGE" "server_per_host participant_num" "$@"
     FLAGS=(--server-per-host "$1" --participant-num "$2")
   fi
   shift 2
@@ -77,6 +81,7 @@ main() {
   flag --agent-type "${AGENT_TYPE:-}"
   flag --max-value "${MAX_VALUE:-}"
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
+  flag --extra-pythonpath "${EXTRA_PYTHONPATH:-}"
   ensure_venv run
   exec "$VENV/bin/python" "$ROOT/main.py" "${FLAGS[@]}" "$@"
 }

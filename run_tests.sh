@@ -6,7 +6,9 @@
 # Without a flag it checks all that a change needs, in at most ten minutes on two cores. --all adds what takes long:
 # real vLLM, new installations, a million participants. --fast checks in two minutes that the program works on this machine.
 # Without --fast, root of a Debian also gets the packages that tests with several hosts and with pages need.
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_tests.sh
+! (return 0 2>/dev/null) || { echo "error: run_tests.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
@@ -29,7 +31,7 @@ main() {
   for argument in "$@"; do # before anything is installed: pytest, which gets the others, is asked last
     case "$argument" in
       --fast | --all) [ "$argument" = "$1" ] || fail 2 "$argument comes first; usage: $USAGE" ;;
-      --*) case "$(nearest "$argument" --fast --all)" in did*) refuse_unknown "$argument" "$USAGE" --fast --all ;; esac ;;
+      --*) refuse_mistyped "$argument" "$USAGE" --fast --all ;;
     esac
   done
   case "${1:-}" in

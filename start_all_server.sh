@@ -10,22 +10,27 @@
 # --help-all lists the flags.
 #
 # Settings, from the environment or configs/cluster.env:
-#   BASE_PORT        first port (12330)
-#   HOST_NAME        name of this host, as the other hosts reach it (localhost)
-#   MODERATOR_NUM    moderator servers (4)
-#   MODEL_PER_HOST   model servers on every host (one per GPU of this one, at least 1)
-#   VLLM_BASE_PORT   their first port (8010)
-#   AGENT_TYPE       llm imports the client of language models once for all servers; else each does when it first asks one
-#   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
-#   PYTHON           the Python to install with, 3.11 or 3.12
-set -euo pipefail
+#   BASE_PORT         first port (12330)
+#   HOSTS             the hosts, separated by spaces ("localhost"): no model on them is asked through a proxy
+#   HOST_NAME         name of this host, as the other hosts reach it (localhost)
+#   MODERATOR_NUM     moderator servers (4)
+#   MODEL_PER_HOST    model servers on every host (one per GPU of this one, at least 1)
+#   VLLM_BASE_PORT    their first port (8010)
+#   AGENT_TYPE        llm imports the client of language models once for all servers; else each does on first use
+#   CLUSTER_KEY_DIR   folder of the cluster key (.cluster)
+#   EXTRA_PYTHONPATH  folders, separated by colons, of what your own participants import
+#   PYTHON            the Python to install with, 3.11 or 3.12
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_all_server.sh
+! (return 0 2>/dev/null) || { echo "error: start_all_server.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./start_all_server.sh <server_per_host> [flags], or --status, or --help, or --help-all"
+USAGE="./start_all_server.sh <server_per_host>, such as ./start_all_server.sh 10, or --status, or --help, or --help-all"
 
 main() {
+  local hosts
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --status) ;;
@@ -34,20 +39,23 @@ main() {
       ensure_venv run
       exec "$VENV/bin/python" "$ROOT/main.py" --role participant --help
       ;;
-    -[!0-9]*) refuse_unknown "$1" "$USAGE" --status --help --help-all ;;
-    *) need_number server_per_host "${1:-}" "$USAGE" ;;
+    -[!0-9]*) refuse_mistyped "$1" "$USAGE" --status --help --help-all ;;
   esac
+  [ "${1:-}" = --status ] || need_numbers "$USAGE" server_per_host "$@"
   load_settings
   if [ "$1" = --status ]; then
     FLAGS=(--status)
     flag --host-name "${HOST_NAME:-}"
   else
     FLAGS=(--server-per-host "$1")
+    read -r -a hosts <<<"${HOSTS:-}"
+    [ "${#hosts[@]}" -eq 0 ] || FLAGS+=(--hosts "${hosts[@]}") # which no server asks through a proxy
     flag --base-port "${BASE_PORT:-}"
     flag --host-name "${HOST_NAME:-}"
     flag --moderator-per-host "${MODERATOR_NUM:-${MODERATOR_PER_HOST:-}}"
     model_flags
     flag --agent-type "${AGENT_TYPE:-}"
+    flag --extra-pythonpath "${EXTRA_PYTHONPATH:-}"
   fi
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
   shift

@@ -19,7 +19,9 @@
 #   PYTHON           the Python to install with, 3.11 or 3.12
 #
 # On the CPU, VLLM_CPU_KVCACHE_SPACE is the size of vLLM's cache in GB (1).
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh start_vllm.sh
+! (return 0 2>/dev/null) || { echo "error: start_vllm.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
@@ -32,7 +34,7 @@ main() {
       [ "$#" -eq 1 ] || fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1"
       ;;
     -- | '') ;;
-    *) refuse_unknown "$1" "./start_vllm.sh [-- flags for vLLM], with MODEL_PATH set" --status --install -- --help ;;
+    *) refuse_unknown "$1" "./start_vllm.sh [-- flags for vLLM], with MODEL_PATH (and GPU_NUM) set, or --help" --status --install -- --help ;;
   esac
   load_settings
   ensure_venv run

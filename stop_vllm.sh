@@ -4,7 +4,9 @@
 #   ./stop_vllm.sh
 #
 # Succeeds when nothing runs. No process is signalled that is not such a server.
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh stop_vllm.sh
+! (return 0 2>/dev/null) || { echo "error: stop_vllm.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"

@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 import psutil
 from common import Table, agent_servers

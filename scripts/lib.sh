@@ -6,7 +6,12 @@ VENV="$ROOT/.venv"
 VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
+SETTINGS="$SETTINGS EXTRA_PYTHONPATH"
 FLAGS=()
+
+# Python and all that it starts read these variables of the caller, in which modules of other programs may be named.
+# PYTHON itself is a setting of ours.
+for name in ${!PYTHON@}; do [ "$name" = PYTHON ] || unset "$name"; done
 export PYTHONUTF8=1 # file names, arguments and output are in UTF-8, whatever the locale says
 
 say() { printf '%s\n' "$*" >&2; }
@@ -46,6 +51,9 @@ nearest() {
 refuse_unknown() { # refuse_unknown <first argument> <usage> <known first argument>...
   fail 2 "'$1' is not known here; $(nearest "$1" "${@:3}"); usage: $2"
 }
+
+# The same, if one of them may have been meant: it may also be a flag that came too early.
+refuse_mistyped() { case "$(nearest "$1" "${@:3}")" in did*) refuse_unknown "$@" ;; esac; }
 
 # The help of a script is the comment at its top.
 show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
@@ -89,12 +97,18 @@ expand_home() {
 # flag <--name> <value>: pass a setting on, unless it is empty.
 flag() { [ -z "$2" ] || FLAGS+=("$1" "$2"); }
 
-# The first argument of a script, which is a number and no flag; Python checks the number.
-need_number() { # need_number <name> <value> <usage>
-  case "$2" in
-    '') fail 2 "$1 is missing; usage: $3" ;;
-    *[!0-9]*) fail 2 "$1 '$2': must be a whole number from 1, in digits; usage: $3" ;;
-  esac
+# A script's first arguments are numbers, and what follows is flags. Python checks how large they are.
+need_numbers() { # need_numbers <usage> <names of the numbers> [arguments]
+  local usage="$1" name
+  for name in $2; do
+    case "${3:-}" in
+      '') fail 2 "$name is missing; usage: $usage" ;;
+      -[!0-9.]*) fail 2 "$name is missing: it comes before flags such as $3; usage: $usage" ;;
+      *[!0-9]*) fail 2 "$name '$3': must be a whole number from 1, in digits such as 1000; usage: $usage" ;;
+    esac
+    set -- "$1" "$2" "${@:4}"
+  done
+  case "${3:--}" in -*) ;; *) fail 2 "'$3' is one argument too many; usage: $usage" ;; esac
 }
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
@@ -103,12 +117,10 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 # tells it, provided that bin/python still is the interpreter that made the environment.
 installed_version() {
   local key value version="" made_by=""
-  [ -x "$1/bin/python" ] || return 0
-  if [ -r "$1/pyvenv.cfg" ]; then
-    while IFS=' =' read -r key value; do
-      case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
-    done <"$1/pyvenv.cfg"
-  fi
+  [ -x "$1/bin/python" ] && [ -r "$1/pyvenv.cfg" ] || return 0 # without the file, bin/python would be the system's
+  while IFS=' =' read -r key value; do
+    case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
+  done <"$1/pyvenv.cfg"
   if [ "$1/bin/python" -ef "$made_by" ]; then printf '%s\n' "${version%.*}"; else version_of "$1/bin/python" || true; fi
 }
 
@@ -164,13 +176,15 @@ apt_install() (
   case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
 )
 
-# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed.
+# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed, or
+# when something that was installed is gone.
 ensure_venv() {
   local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
   case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
   stamp="$venv/installed-$group"
   have="$(installed_version "$venv")"
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
+  [ -d "$venv/lib/python$have" ] || have="" # bin/python is a newer version now, which does not see what is installed
   case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # half an installation, or the one for the other hardware
   want="$have"
   if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
@@ -178,20 +192,34 @@ ensure_venv() {
     want="${python%% *}"
     python="${python#* }"
   fi
-  [ "$have" != "$want" ] || ! cmp -s "$stamp" <(wanted "$group") || return 0
+  if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group"); then
+    ! is_whole "$venv" || return 0
+    # An earlier version of the program did not list the files: where all are there, it takes no network to do so
+    ! "$venv/bin/python" -I "$ROOT/scripts/install.py" --look "$group" "$venv/installed-files" 2>/dev/null || return 0
+  fi
 
-  mkdir -p "$ROOT/run" || fail 2 "cannot write in $ROOT: clone into a folder of your own"
-  : >"$log"
+  { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
+    fail 2 "cannot write in $ROOT/run: clone into a folder of your own"
   if [ "$have" != "$want" ]; then
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    "$python" -I -c 'import ensurepip, venv' 2>/dev/null ||
       fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
     say "making $venv with Python $want"
-    "$python" -m venv --clear --without-pip "$venv" >>"$log" 2>&1 || fail 2 "cannot make $venv; see $log"
+    "$python" -I -m venv --clear --without-pip "$venv" >>"$log" 2>&1 ||
+      fail 2 "cannot make $venv: $(tail -n 1 "$log"); see $log"
   fi
   say "installing group $group of pyproject.toml into $venv"
-  "$venv/bin/python" "$ROOT/scripts/install.py" "$group" "$log" || exit $?
-  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" # which every group of this environment includes
-  wanted "$group" >"$stamp"
+  # Until the end, nothing says that the environment is complete
+  rm -f "$venv"/installed-* || fail 2 "cannot write in $venv: install with the user whose folder it is"
+  "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" || exit $?
+  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" || true # which every group of this environment includes
+  wanted "$group" >"$stamp" || fail 2 "cannot write in $venv: is the disk full?"
+}
+
+# Whether all that was installed is there, by name: a check that starts nothing.
+is_whole() { # is_whole <environment>
+  local name
+  [ -s "$1/installed-files" ] || return 1
+  while IFS= read -r name; do [ -e "$1/$name" ] || return 1; done <"$1/installed-files"
 }
 
 # What says what is in an environment.

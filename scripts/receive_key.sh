@@ -1,5 +1,6 @@
 # shellcheck shell=sh
-# Run on a host by ./on_all_hosts.sh push-key, as: <folder of the key> [--force], with the key as a tar on the input.
+# Run on a host by ./on_all_hosts.sh push-key, as: <folder of the key> [--force], with the certificate, an empty line and
+# the key on the input.
 # The umask and a draft beside the folder see to it that others can read the key at no moment.
 umask 077
 force="${2:-}"
@@ -7,7 +8,8 @@ mkdir -p -- "$(dirname -- "$1")" || exit 2
 draft="$(mktemp -d "$1.XXXXXX")" || exit 2
 trap 'rm -rf -- "$draft"' EXIT
 trap 'exit 2' HUP INT TERM
-tar -xomf - --no-same-permissions -C "$draft" || exit 2
+(cd -- "$draft" && awk '/^$/ { key = 1; next } { print > (key ? "cluster.key" : "cluster.crt") }') || exit 2
+[ -s "$draft/cluster.crt" ] && [ -s "$draft/cluster.key" ] || exit 2
 same() { cmp -s -- "$draft/$2" "$1/$2"; }
 if [ -e "$1/cluster.crt" ] || [ -e "$1/cluster.key" ]; then
   if same "$1" cluster.crt && same "$1" cluster.key; then

@@ -115,8 +115,9 @@ def use_key(key: ClusterKey) -> None:
 
 def channel_to(url: str) -> grpc.Channel:
     """The channel of this process to a server, `host:port`; made once."""
-    # localhost may resolve to ::1 first, where somebody else may listen
-    target = url.replace("localhost:", "127.0.0.1:")
+    host, _, port = url.rpartition(":")
+    # localhost may resolve to ::1 first, where somebody else may listen; other names only end like it
+    target = f"127.0.0.1:{port}" if host == "localhost" else url
     if target not in _channels:
         _channels[target] = grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
     return _channels[target]

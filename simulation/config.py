@@ -91,6 +91,12 @@ class SimulationConfig:
         without="the participants of --agent-type",
         path=True,
     )
+    extra_pythonpath: str | None = setting(
+        None,
+        "folders, separated by colons, of what your own participants import beside what lies in their folder",
+        without="none",
+        roles=SERVERS,
+    )
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
     participant_num: int = of_game(1000, "participants in all", 1, 10**9)
     max_value: int = of_game(100, "the upper bound of the numbers, which begin at 0", 1, 10**9)
@@ -124,7 +130,7 @@ class SimulationConfig:
         choices=("group", "agent"),
     )
     # The cluster
-    hosts: tuple[str, ...] = setting(("localhost",), "the hosts whose agent servers play")
+    hosts: tuple[str, ...] = setting(("localhost",), "the hosts whose agent servers play", roles=SERVERS)
     host_name: str = setting("localhost", "the name of this host, as the others reach it", roles=("participant",))
     base_port: int = setting(12330, "first port of the agent servers on every host", 1, 65_535, roles=SERVERS)
     server_per_host: int = setting(10, "participant servers on every host", 1, 4096, roles=SERVERS)
@@ -233,6 +239,10 @@ class SimulationConfig:
         for name in PATHS:  # also read by servers, whose working directory is another
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, full_path(flag_of(name), getattr(self, name)))
+        if self.extra_pythonpath is not None:
+            flag = flag_of("extra_pythonpath")
+            folders = [full_path(flag, each) for each in self.extra_pythonpath.split(":") if each]
+            object.__setattr__(self, "extra_pythonpath", ":".join(folders) or None)
         if self.model_per_host is None:
             object.__setattr__(self, "model_per_host", 1)
         for item in fields(self):

@@ -18,10 +18,12 @@ import cloudpickle
 from agentscope.rpc import RpcMeta
 
 from participant import LLMParticipant, Participant, RandomParticipant, answers_many
-from simulation.config import is_there, shown
+from simulation.config import full_path, is_there, shown
 from simulation.errors import SettingsError, meant_by, near_file, one_line
+from simulation.lean_import import append_to_path
 
 PACKED_BYTES = 64 * 2**20
+OWN = "own_"
 
 
 @functools.cache
@@ -39,11 +41,12 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
     if not is_there(path):
         raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
-    name = f"own_{path.stem}"  # a name of its own: a file random.py must not hide a library
+    name = OWN + path.stem  # a name of its own: a file random.py must not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # as for every .py file
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
+    append_to_path(full_path("--agent-class", str(path.parent)))
     try:
         with _unregistered():
             module_spec.loader.exec_module(module)
@@ -67,10 +70,28 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
     return cls
 
 
+class _Packed:
+    """A class as it travels. Before it is unpickled, the folder of its file joins the path, if the host has it."""
+
+    def __init__(self, folder: str, packed: bytes) -> None:
+        self._content = (folder, packed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, self._content
+
+
+def _unpacked(folder: str, packed: bytes) -> Any:
+    append_to_path(folder)
+    return cloudpickle.loads(packed)
+
+
 def pack_class(cls: type[Participant]) -> bytes:
     """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
     try:
         packed = cloudpickle.dumps(cls)
+        file = getattr(sys.modules[cls.__module__], "__file__", None)
+        if file is not None and cls.__module__.startswith(OWN):
+            packed = cloudpickle.dumps(_Packed(str(Path(file).absolute().parent), packed))
     except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
     if len(packed) > PACKED_BYTES:

@@ -279,6 +279,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
     command += ["--host", HOST, "--port", str(each.port), "--served-model-name", each.model, *more]
     # VLLM_PORT would be a port between vLLM's own processes, the same for all servers
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
+    env["PYTHONSAFEPATH"] = "1"  # else vLLM and its workers would import what lies in the current folder
     if each.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(each.gpus)
     else:

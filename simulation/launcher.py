@@ -21,7 +21,7 @@ from loguru import logger
 
 from simulation import processes
 from simulation.config import SimulationConfig
-from simulation.lean_import import import_agentscope
+from simulation.lean_import import add_extra_folders, import_agentscope
 from simulation.security import ClusterKey, load
 
 DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
@@ -38,6 +38,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     """
     processes.ProcessId.of(os.getpid()).write(processes.pid_file(processes.LAUNCHER))
     key = load(Path(config.cluster_key_dir))
+    add_extra_folders(config.extra_pythonpath)
     import_agentscope()
     import simulation.server  # noqa: F401 - once, for all servers to share
 

@@ -20,6 +20,7 @@ from simulation import processes
 from simulation.channels import MEMORY, OWN_VERSIONS, all_of, fan_out, handshake, use_key
 from simulation.config import ROOT, SimulationConfig, flag_of, is_there
 from simulation.errors import ClusterError, ServerUnreachable
+from simulation.lean_import import add_extra_folders
 from simulation.model_configs import has_models, read_models
 from simulation.placement import Endpoint
 from simulation.security import ClusterKey, load, load_or_make
@@ -28,7 +29,7 @@ READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
 HANDED_ON = (  # the settings of the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
-    *("model_per_host", "model_configs", "vllm_base_port", "agent_type"),
+    *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
 )
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
@@ -75,6 +76,7 @@ def start(
         ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
         SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
     """
+    add_extra_folders(config.extra_pythonpath)  # which the launcher does, too: here it refuses in one line
     key = load_or_make(Path(config.cluster_key_dir))
     models = read_models(config) if has_models(config) else {}
     with processes.one_at_a_time():
@@ -166,10 +168,12 @@ def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "main.py"), "--role", "participant", "--launch"]
+    # -P is for servers that are spawned, not forked: their Python would look into the current folder first
+    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
     for name in HANDED_ON:
-        command += [flag_of(name), str(getattr(config, name))]
+        if getattr(config, name) is not None:
+            command += [flag_of(name), str(getattr(config, name))]
     with (processes.SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
         return subprocess.Popen(
             command,

@@ -54,7 +54,7 @@ class ModelConfig:
 def is_within(url: str, hosts: Sequence[str]) -> bool:
     """Whether an address is on this very host, or on one of these."""
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host in hosts:
+    if host == "localhost" or host in map(str.lower, hosts):  # urlsplit returns it in lower case
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

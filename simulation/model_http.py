@@ -7,8 +7,13 @@ It is asked below openai's own methods, which make an object of every part of a 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import ssl
 import time
+import urllib.request
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import aiohttp
 import httpx2
@@ -32,18 +37,29 @@ class ModelHttp:
         url: The address, up to and with `/v1`.
 
     Raises:
-        ValueError: A header, of the environment perhaps, holds what no header can.
+        ValueError: A header, of the environment perhaps, holds what no header can; or the certificates or the proxy
+            that the environment names cannot be used.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         arguments = {name: value for name, value in config.entry["client_args"].items() if name != "base_url"}
         local = is_within(config.base_url, ())
-        self._client = openai.DefaultAioHttpClient(
-            limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),  # no limit but ours
-            timeout=None,  # see post: one time-out for the whole of a request
-            trust_env=not local,  # a proxy of the environment has no business on this host
-            follow_redirects=False,
-        )
+        proxy = None if local else proxy_of(config.base_url)
+        self._through = f" (through the proxy {proxy}; no_proxy names hosts to ask without it)" if proxy else ""
+        try:
+            self._client = openai.DefaultAioHttpClient(
+                limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),  # no limit but ours
+                timeout=None,  # see post: one time-out for the whole of a request
+                # a proxy of the environment has no business on this host, and certificates have none without TLS
+                trust_env=not local and (proxy is not None or config.base_url.startswith("https:")),
+                follow_redirects=False,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the certificates to trust{_certificates_from()} cannot be read: {one_line(error)}"
+            ) from None
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"the proxy cannot be used: {one_line(error)}{self._through}") from None
         url = httpx2.URL(config.base_url)
         if url.host == "localhost":
             url = url.copy_with(host="127.0.0.1")  # on ::1 somebody else may listen
@@ -68,15 +84,15 @@ class ModelHttp:
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._client.get(self.url + "/models", headers=self._headers)
-            if reply.status_code in (401, 403) or reply.status_code >= 500:
-                return f"answers with HTTP {reply.status_code}"
+            if reply.status_code in (401, 403, 407) or reply.status_code >= 500:
+                return f"answers with HTTP {reply.status_code}{self._through}"
             listed = reply.json() if reply.status_code == 200 else {}
         except TimeoutError:
-            return f"does not answer within {timeout_s:g} s"
+            return f"does not answer within {timeout_s:g} s{self._through}"
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-            return f"does not answer: {_connection_cause(error)}"
+            return f"does not answer: {_connection_cause(error)}{self._through}"
         except (ValueError, RecursionError):  # no HTTP, no JSON, or JSON that is nested too deep
-            return "answers, but is no server of the OpenAI API"
+            return f"answers, but is no server of the OpenAI API{self._through}"
         data = listed.get("data") if isinstance(listed, dict) else None
         ids = [each.get("id") for each in data if isinstance(each, dict)] if isinstance(data, list) else []
         served = [each for each in ids if isinstance(each, str)]
@@ -100,10 +116,37 @@ class ModelHttp:
             raise
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             cause = _connection_cause(error)
-            raise Trouble(f"{MODEL_SERVER}: {cause}", endpoint=True, perhaps_n=cause == LOST) from None
+            raise Trouble(f"{MODEL_SERVER}: {cause}{self._through}", endpoint=True, perhaps_n=cause == LOST) from None
         except ValueError:  # of a library that met what no HTTP server sends
             raise Trouble(f"{MODEL_SERVER}: the reply is not HTTP", garbled=True) from None
-        return read_reply(response.status_code, response.headers, received, time.time())
+        try:
+            return read_reply(response.status_code, response.headers, received, time.time())
+        except Trouble as trouble:
+            if response.status_code != 200:  # which may be the proxy's own reply
+                trouble.args = (f"{trouble}{self._through}",)
+            raise
+
+
+def proxy_of(url: str) -> str | None:
+    """Return the proxy that the environment names for an address, without its password; None if there is none."""
+    parts = urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return re.sub(r"^(\w+://)?.*@", r"\1", proxy)
+
+
+def _certificates_from() -> str:
+    """Return which variable of the environment says what certificates to trust, to go on in a sentence."""
+    named = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
+    if named is None:  # other programs heed this one
+        return (
+            " (SSL_CERT_FILE names others; REQUESTS_CA_BUNDLE is not used)"
+            if "REQUESTS_CA_BUNDLE" in os.environ
+            else ""
+        )
+    return f", of {named}={os.environ[named]},"
 
 
 async def check_all(models: Sequence[ModelConfig], timeout_s: float) -> list[str | None]:
@@ -146,6 +189,10 @@ def _connection_cause(error: BaseException | None) -> str:
             return "connection refused"
         if isinstance(chain, aiohttp.ClientConnectorDNSError):
             return "no address is known for its host"
+        if isinstance(chain, aiohttp.ClientHttpProxyError):
+            return f"the proxy refuses with HTTP {chain.status}"
+        if isinstance(chain, ssl.SSLCertVerificationError):
+            return f"its certificate is not one of those to trust{_certificates_from()}"
         chain = chain.__cause__ or chain.__context__ or _os_error(chain)
     return LOST
 

@@ -11,7 +11,7 @@ from typing import Any
 from simulation.config import ROOT, SimulationConfig, is_there, real, shown
 from simulation.errors import SettingsError
 from simulation.game import Game
-from simulation.lean_import import import_agentscope
+from simulation.lean_import import add_extra_folders, import_agentscope
 from simulation.library import game_to_play, refuse_unknown_models, turns_of
 from simulation.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
 from simulation.past_runs import Played, config_to_resume, is_spent, read_game, read_played, read_summary
@@ -125,6 +125,7 @@ def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
         import_agentscope()
         from simulation.custom import load_class, pack_class  # noqa: PLC0415 - AgentScope, which few refusals need
 
+        add_extra_folders(config.extra_pythonpath)
         # a mistake in a person's file is found before anything is started
         pack_class(load_class(config.agent_class, config.agent_type))
     if config.agent_type != "llm":

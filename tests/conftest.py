@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONSAFEPATH", None)  # which workers are started with, but no command that a test starts
 
 import hypothesis
 import psutil
@@ -27,6 +29,8 @@ import pyarrow.parquet as pq
 import pytest
 from own_files import own_files
 from xdist.scheduler import LoadScopeScheduling
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: a file random.py there is none of Python's
 
 from simulation.lean_import import import_agentscope
 
@@ -305,6 +309,12 @@ class _ByTest(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return file if Path(file).name in TOGETHER else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Start workers that import nothing from the current folder."""
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @pytest.hookimpl(optionalhook=True)

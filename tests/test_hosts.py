@@ -18,6 +18,8 @@ from simulation.config import SimulationConfig
 from simulation.game import Game, draw
 
 PORTS = range(BASE_PORT, BASE_PORT + SERVER_PER_HOST + MODERATOR_NUM)
+MAIN = ("main.py", "--role", "participant", "--server-per-host", str(SERVER_PER_HOST), "--base-port", str(BASE_PORT))
+MAIN = (*MAIN, "--moderator-per-host", str(MODERATOR_NUM))  # which, unlike the scripts, heeds PYTHONPATH
 NOBODY = "10.77.0.99"  # an address in the hosts' network that no host has
 CHECK_TIMEOUT_S = 15.0
 MARGIN_S = 13.0  # a busy machine; two deadlines one after the other would be 30 s
@@ -142,11 +144,10 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
         with ThreadPoolExecutor() as pool:
             starts = [
                 pool.submit(hosts.start_servers, ("node3",), 3),
-                pool.submit(hosts.start_servers, ("node4",), env={"PYTHONPATH": str(tmp_path)}),
+                pool.submit(node4.run, *MAIN, "--host-name", "node4", env={"PYTHONPATH": str(tmp_path)}),
                 pool.submit(hosts.start_servers, (STRANGER,)),
             ]
-        for start in starts:
-            start.result()
+        assert all(start.result() is None or start.result().returncode == 0 for start in starts)
         os.kill(hung, signal.SIGSTOP)
         node1.names({**hosts.names, "looped": "127.0.1.1", "gone": NOBODY})
         assert name_server.stdout.readline() == "listening\n"

@@ -64,9 +64,13 @@ def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhe
 @pytest.mark.parametrize(("kind", "needed"), [("random", False), ("llm", True)])
 def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, kind, needed):
     """The launcher imports for all its servers, and tells so in its log."""
-    env = {"PYTHONPROFILEIMPORTTIME": "1", "AGENT_TYPE": kind, "MODERATOR_NUM": "1"}
     checkout.cold = True
-    assert checkout.run("start_all_server.sh", "1", env=env).returncode == 0
+    flags = ("--server-per-host", "1", "--moderator-per-host", "1", "--agent-type", kind)
+    started = checkout.run(  # the scripts would ignore the variable
+        *("main.py", "--role", "participant", "--base-port", str(checkout.base_port), *flags),
+        env={"PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    assert started.returncode == 0
     assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
     log = (checkout.path / "run/servers/launcher.log").read_text()
     imported = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}

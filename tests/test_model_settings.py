@@ -242,6 +242,7 @@ def test_an_api_key_is_shown_nowhere(tmp_path):
         ("http://127.9.9.9/v1", True),
         ("http://[::1]:1/v1", True),
         ("http://node2:8010/v1", True),
+        ("http://NODE1:8010/v1", True),
         ("http://node3/v1", False),
         ("https://api.example.com/v1", False),
         ("http://localhost.example.com/v1", False),
@@ -249,8 +250,8 @@ def test_an_api_key_is_shown_nowhere(tmp_path):
     ],
 )
 def test_what_is_outside_the_cluster_is_refused(url, within):
-    assert is_within(url, ["node1", "node2"]) == within
-    config = SimulationConfig(hosts=("node1", "node2"))
+    assert is_within(url, ["Node1", "node2"]) == within
+    config = SimulationConfig(hosts=("Node1", "node2"))
     if not within:
         with pytest.raises(SettingsError, match="--allow-remote-model"):
             refuse_elsewhere(config, "model_1", url)

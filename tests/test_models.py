@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
+import main
 import simulation.model
 from moderator import whole_tally
 from participant import LLMParticipant, message_of
@@ -24,9 +29,11 @@ from simulation.game import INTERRUPTED, Announcement, Game, Sampling, question_
 from simulation.group import ParticipantGroup
 from simulation.model import Chat, check_models, load_models
 from simulation.model_client import NO_ANSWER, TROUBLES_WITH_N
+from simulation.model_configs import ModelConfig
+from simulation.model_http import ModelHttp, proxy_of
 from simulation.placement import Endpoint
 from simulation.readiness import _check_models_known
-from simulation.replies import CUT_OFF, NO_TEXT, pause_s
+from simulation.replies import CUT_OFF, NO_TEXT, Trouble, pause_s
 from simulation.sheet import FAILED
 from simulation.usage import OUT_OF_TOKENS
 
@@ -425,3 +432,85 @@ def test_a_long_talk_is_heard_to_its_end(play, fake_of):
 def test_tokens_of_a_reply_without_answers_are_counted(play, fake_of):
     fake = fake_of("paid, but empty")
     assert play(fake, 10).usage().prompt_tokens == 2 * PROMPT_TOKENS
+
+
+# --- Proxies and certificates of the environment ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy(monkeypatch) -> Iterator[str]:
+    """The address of a proxy that refuses everything; the environment names none, and no certificates."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
+            monkeypatch.delenv(name)
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            self.send_error(407)
+
+        do_GET = do_POST = do_CONNECT  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def asked(url: str) -> list[str]:
+    """What a check of a model server brings, and what a request does."""
+
+    async def ask() -> list[str]:
+        config = ModelConfig("model_1", "m", url, {"client_args": {"base_url": url}, "api_key": "key"})
+        try:
+            http = ModelHttp(config)
+        except ValueError as error:
+            return [str(error)]
+        told = [str(await http.check("m", 60))]
+        try:
+            await http.post(b"{}", 60)
+        except Trouble as trouble:
+            told.append(str(trouble))
+        await http._client.aclose()
+        return told
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how openai's client gives aiohttp the password
+def test_the_proxy_that_refuses_is_named(proxy, monkeypatch):
+    for url, names in (
+        ("http://node.invalid:8010/v1", ("http_proxy", "ALL_PROXY")),
+        ("https://node.invalid/v1", ("https_proxy", "HTTPS_PROXY")),
+    ):
+        for name in names:
+            for address in (f"http://me:secret@{proxy}", f"http://127.0.0.1:{free_ports(1)}"):
+                monkeypatch.setenv(name, address)
+                for told in asked(url):
+                    assert f"through the proxy {address.replace('me:secret@', '')};" in told
+                    assert "407" in told if "me" in address else "connection refused" in told
+            monkeypatch.delenv(name)
+
+
+def test_hosts_of_the_cluster_are_asked_without_a_proxy(proxy, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://{proxy}")
+    monkeypatch.setenv("no_proxy", "intranet")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setattr(main, "serve", lambda *_: 0)
+    assert main.main(["--role", "participant", "--hosts", "n1.invalid", "N2", "--host-name", "n3"]) == 0
+    for host in ("n1.invalid", "n2", "N2", "n3", "intranet", "localhost", "127.0.0.1", "[::1]"):
+        assert proxy_of(f"http://{host}:8010/v1") is None, host
+    assert proxy_of("http://n4:8010/v1") == f"http://{proxy}"
+    assert all("no address is known for its host" in told for told in asked("http://n1.invalid:8010/v1"))
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_bad_certificates_name_their_variable(proxy, monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, str(tmp_path / "none.pem"))
+    url = f"http://127.0.0.2:{free_ports(1)}/v1"
+    assert all("connection refused" in told for told in asked(url))  # which needs none
+    if name == "SSL_CERT_FILE":
+        assert f"{name}={tmp_path}/none.pem, cannot be read: FileNotFoundError" in asked("https://node.invalid/v1")[0]

@@ -75,8 +75,10 @@ def start_sshd(folder: Path, addresses: list[str], folders: dict[str, Path], por
     lines += ["StrictModes no", "UsePAM no", "PasswordAuthentication no", "KbdInteractiveAuthentication no"]
     lines += ["PermitRootLogin prohibit-password", "MaxStartups 100"]
     for address in addresses:
-        command = f'cd {shlex.quote(str(folders[address]))} && exec sh -c "$SSH_ORIGINAL_COMMAND"'
-        lines += [f"Match LocalAddress {address}", f"ForceCommand {command}"]
+        run = f"cd {shlex.quote(str(folders[address]))}; exec sh {shlex.quote(str(folder / 'login shell'))}"
+        lines += [f"Match LocalAddress {address}", f'ForceCommand {run} "$SSH_ORIGINAL_COMMAND"']
+    # Stands for the login shell, whichever it is: each gives other characters than these a meaning of its own
+    (folder / "login shell").write_text('case "$1" in "" | *[!a-z/]*) exit 9 ;; esac; exec $1\n')
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")
     (folder / "ssh config").write_text(
         f'Host *\nPort {port}\nIdentityFile "{folder}/user_key"\nIdentitiesOnly yes\nIdentityAgent none\n'
@@ -201,7 +203,7 @@ def test_settings_arrive_as_they_were_given(hosts):
         'for a in "$@" "$HOST_NAME" "$BASE_PORT" "$MODEL_PATH" "$CLUSTER_KEY_DIR" "${HOSTS-}" "${MAX_VALUE-none}"; '
         'do printf "[%s]" "$a"; done; echo; read -r line || echo "no input"; echo "${SSH_CONFIG-none}"'
     )
-    strange = 'it\'s a "path" $HOME `id` \\ *'
+    strange = 'it\'s a "path" $HOME `id` \\ * {a,b} !1 ^ %s \\n'
     (hosts.here.path / "configs/cluster.env").write_text("MAX_VALUE=7\n")
     done = hosts.run(script, "a b", "", "c'd", "-n", BASE_PORT="15000", MODEL_PATH=strange, CLUSTER_KEY_DIR="/my keys")
     for address in hosts.addresses:
@@ -222,6 +224,22 @@ def test_exit_statuses_are_kept_and_told(hosts):
     refused = hosts.run("start_all_server.sh", "many", status=2)
     assert all("must be a whole number" in lines_of(refused.stderr, address)[-1] for address in hosts.addresses)
     assert hosts.run("stop_all_server.sh").stdout.count("no agent servers were running") == 3
+
+
+def test_only_what_a_host_has_run_succeeds(hosts):
+    """Some login shells end with 0 though they run nothing, and some with a status of their own."""
+    login_shell = hosts.known.parent / "login shell"
+    script = hosts.script('printf "no end of line"; exit "$1"')
+    for ending in ("exit 0", "exit 7"):
+        login_shell.write_text(f"{ending}\n")
+        done = hosts.run(script, "0", status=3, HOSTS=LOOPBACK[0])
+        told = f"{LOOPBACK[0]} has not run it: its login shell ended with exit status {ending[-1]}"
+        assert summary_of(done) == f"0 of 1 hosts succeeded; {told}"
+        login_shell.write_text(f"$1\n{ending}\n")
+        done = hosts.run(script, "0", HOSTS=LOOPBACK[0])
+        assert summary_of(done) == "1 of 1 hosts succeeded" and lines_of(done.stdout, LOOPBACK[0]) == ["no end of line"]
+        done = hosts.run(script, "4", status=4, HOSTS=LOOPBACK[0])
+        assert summary_of(done) == f"0 of 1 hosts succeeded; {LOOPBACK[0]} failed with exit status 4"
 
 
 def test_a_host_that_is_not_reached_fails_alone(hosts):
@@ -300,25 +318,23 @@ def test_push_key_closes_a_folder_that_was_open(hosts):
 
 def test_the_key_is_open_to_others_at_no_moment(tmp_path):
     """The receiving side under a umask that lets everyone read, held up in the middle by its own input."""
-    key = tmp_path / "key"
-    key.mkdir()
-    for name in ("cluster.crt", "cluster.key"):
-        (key / name).write_text("secret " * 40_000)  # more than a pipe holds
-    tar = subprocess.run(["tar", "-C", key, "-cf", "-", "cluster.crt", "cluster.key"], capture_output=True, check=True)
+    lines = b"secret\n" * 20_000  # more than a pipe holds
     process = subprocess.Popen(
         ["sh", "-c", f"umask 022; set -- .cluster; {(ROOT / 'scripts/receive_key.sh').read_text()}"],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    process.stdin.write(tar.stdout[:100_000])
+    process.stdin.write(lines)
     process.stdin.flush()
     draft = until(lambda: list(tmp_path.glob(".cluster.*/cluster.crt")), 10, "the first file is being written")[0]
     assert mode(draft) == 0o600 and mode(draft.parent) == 0o700 and not (tmp_path / ".cluster").exists()
-    process.stdin.write(tar.stdout[100_000:])
+    process.stdin.write(b"\nkey\n")
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and out == b"has the cluster key now\n"
     assert mode(tmp_path / ".cluster") == 0o700 and not list(tmp_path.glob(".cluster.*"))
+    assert (tmp_path / ".cluster/cluster.crt").read_bytes() == lines
+    assert (tmp_path / ".cluster/cluster.key").read_bytes() == b"key\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

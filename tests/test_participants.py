@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from conftest import until
+from conftest import one_line, until
 
 MINE = """
 import asyncio
@@ -121,6 +121,34 @@ def mine(tmp_path_factory):
     path = tmp_path_factory.mktemp("person") / "random.py"  # a name that also a library has
     path.write_text(MINE)
     return path
+
+
+def test_what_a_class_imports_comes_from_its_folder_or_an_extra_one(checkout):
+    """On the servers, too, whose current folder is another; also what is imported late."""
+    own = checkout.path.parent / "mine"
+    own.mkdir()
+    (own / "late.py").write_text("NUMBER = 7\n")
+    (own / "json.py").write_text("raise SystemExit('imported in place of the standard library')\n")
+    (own / "seven.py").write_text(
+        "import json, theirs\n"
+        "from participant import Participant\n"
+        "class Seven(Participant):\n"
+        "    async def answer(self, question):\n"
+        "        import late\n"
+        "        return theirs.half(2 * late.NUMBER)\n"
+    )
+    (checkout.path / "extra").mkdir()
+    (checkout.path / "extra/theirs.py").write_text("def half(number): return number // 2\n")
+    (checkout.path / "extra/participant.py").write_text("raise SystemExit('imported in place of the program')\n")
+    flags = ("1", "4", "--agent-class", f"{own}/seven.py:Seven")
+    done = checkout.run("run_simulation.sh", *flags)
+    assert done.returncode == 2 and "cannot be imported: ModuleNotFoundError: No module named 'theirs'" in done.stderr
+    done = checkout.run("run_simulation.sh", *flags, env={"EXTRA_PYTHONPATH": "extra:no such"})
+    assert done.returncode == 2 and "there is no folder" in one_line(done.stderr)
+    done = checkout.run("start_all_server.sh", "1", env={"EXTRA_PYTHONPATH": "no such"})
+    assert done.returncode == 2 and "there is no folder" in one_line(done.stderr)
+    checkout.play(*flags, env={"EXTRA_PYTHONPATH": ":extra:", "MODERATOR_PER_HOST": "1"})
+    assert checkout.values() == [7.0] * 4
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])

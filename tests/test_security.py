@@ -11,7 +11,7 @@ from conftest import until
 from strangers import attack
 from waiting import Gates
 
-from simulation.channels import handshake, use_key
+from simulation.channels import channel_to, handshake, use_key
 from simulation.errors import ClusterError, SettingsError
 from simulation.placement import Endpoint
 from simulation.security import load, load_or_make
@@ -46,6 +46,14 @@ def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
         handshake(Endpoint("localhost", cluster.base_port), 60)
     done = cluster.run("run_simulation.sh", "3", "10", env={"CLUSTER_KEY_DIR": str(tmp_path / "other")})
     assert done.returncode == 3 and "does not hold this cluster's key" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["localhost", "build-localhost", "mylocalhost", "localhost.example.org", "n1"])
+def test_only_localhost_itself_stands_for_the_loopback_address(tmp_path, monkeypatch, name):
+    use_key(load_or_make(tmp_path / "key"))
+    monkeypatch.setattr("simulation.channels.grpc.secure_channel", lambda target, *_, **__: target)
+    assert channel_to(f"{name}:12330") == f"{'127.0.0.1' if name == 'localhost' else name}:12330"
+    use_key(load_or_make(tmp_path / "key"))  # no later test gets this channel
 
 
 def test_servers_listen_on_loopback_only(cluster):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,7 @@ FAKE_VLLM = """#!{python}
 import http.server, os, sys
 
 port = int(sys.argv[sys.argv.index("--port") + 1])
+assert os.environ["PYTHONSAFEPATH"]  # else its workers would import what lies in the current folder
 open(f"{{port}}.seen", "w").write(" ".join([os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]))
 if os.environ.get("DIES") == str(port):
     sys.exit("ValueError: no kernel image for this device")
@@ -380,6 +382,10 @@ def lend_vllm(checkout: Checkout, without_gpus: bool = False) -> None:
     binaries = checkout.path / ".venv-vllm/bin"
     binaries.mkdir(parents=True)
     (binaries / "python").symlink_to(ROOT / ".venv/bin/python")
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    (checkout.path / ".venv-vllm/lib" / version).mkdir(parents=True)
+    shutil.copy(ROOT / ".venv/pyvenv.cfg", checkout.path / ".venv-vllm")
+    (checkout.path / ".venv-vllm/installed-files").write_text("bin/vllm\n")
     (binaries / "vllm").write_text(FAKE_VLLM.format(python=ROOT / ".venv/bin/python"))
     wanted = subprocess.run(
         ["bash", "-c", ". scripts/lib.sh; wanted vllm"], cwd=checkout.path, capture_output=True, check=True

@@ -47,6 +47,7 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
+        words = [word for place, word in enumerate(words) if (place, word) != (1, "-P")]  # main.py sees to its path
         if not self.address or [Path(word).name for word in words[:2]] != ["python", "main.py"]:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return

@@ -4,7 +4,9 @@
 # which borrows the installed environments of the shared checkout. Logs are taken back to run/slurm-<job>/<node>/.
 #
 #   examples/slurm/node.sh <server_per_host>
-set -euo pipefail
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh node.sh
+! (return 0 2>/dev/null) || { echo "error: node.sh is to be started, not sourced" >&2 && return 2; }
+set -euo pipefail +o posix
 
 main() {
   local checkout
