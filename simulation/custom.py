@@ -91,7 +91,7 @@ def pack_class(cls: type[Participant]) -> bytes:
         packed = cloudpickle.dumps(cls)
         file = getattr(sys.modules[cls.__module__], "__file__", None)
         if file is not None and cls.__module__.startswith(OWN):
-            packed = cloudpickle.dumps(_Packed(str(Path(file).absolute().parent), packed))
+            packed = cloudpickle.dumps(_Packed(full_path("--agent-class", str(Path(file).parent)), packed))
     except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
     if len(packed) > PACKED_BYTES:

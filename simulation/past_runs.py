@@ -264,6 +264,8 @@ def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str
         _Summary.model_validate(summary, strict=True)
         return SimulationConfig.from_json(summary["config"]), summary
 
+    if not is_there(path / "summary.json"):
+        _refuse_experiment(path, flag)
     return read_written(path, "summary.json", made, flag)
 
 

@@ -247,7 +247,9 @@ _LABEL_LINE = _Later(rf"[#\s]*(?:{_LABELS}|{_FINAL})[.\s]*")
 _ITEM = _Later(r"\W{0,4}\d{1,2}[.)]\W*")  # the number of one, in a list
 _LIST = _Later(r"^\W{0,4}\d{1,2}[.)] .*^\W{0,4}\d{1,2}[.)]\W*\Z", re.M | re.S)  # that ends in such a number
 _SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})")
-_ABBREVIATED = _Later(r"(?:\b[^\W\d]{1,2}|approx|max|min|avg|etc|bzw|напр)\.$")
+_ABBREVIATED = _Later(
+    r"(?:\b(?:[^\W\d]|mr|ms|dr|st|vs|nr|no|pl|ex|e\.g|i\.e|z\.b|d\.h)|approx|max|min|avg|etc|bzw|напр)\.$"
+)
 _VALUE = _Later(r"^(?!.*(?:player|participant|agent|name|opponent)).*[=:≈→].*\d\W*$")  # "target: 33"
 _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
 _ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
