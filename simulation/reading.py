@@ -246,13 +246,13 @@ _EMPHASIS = _Later(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(
 _LABEL_LINE = _Later(rf"[#\s]*(?:{_LABELS}|{_FINAL})[.\s]*")
 _ITEM = _Later(r"\W{0,4}\d{1,2}[.)]\W*")  # the number of one, in a list
 _LIST = _Later(r"^\W{0,4}\d{1,2}[.)] .*^\W{0,4}\d{1,2}[.)]\W*\Z", re.M | re.S)  # that ends in such a number
-_SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})")
+_SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})|.*\b(?:example|format)\b")
 _ABBREVIATED = _Later(
-    r"(?:\b(?:[^\W\d]|mr|ms|dr|st|vs|nr|no|pl|ex|e\.g|i\.e|z\.b|d\.h)|approx|max|min|avg|etc|bzw|напр)\.$"
+    r"(?:\b(?:[^\W\d]|mr|ms|dr|st|vs|nr|no|pl|ex|np|e\.g|i\.e|z\.b|d\.h)|approx|max|min|avg|etc|bzw|напр)\.$"
 )
 _VALUE = _Later(r"^(?!.*(?:player|participant|agent|name|opponent)).*[=:≈→].*\d\W*$")  # "target: 33"
 _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
+_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^\s*#.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
 _FIELDS = _Later(r"\{[^{}:]*:[^{}]*\}")  # an object among other things
 _HEADING = _Later(r"^[ \t]*#+[ \t]*([^\s\d#].*)$", re.M)
 _JSON = _Later(r"((?:[^{}\n]*:)?\s*)(\{.*\})\W*", re.S)
