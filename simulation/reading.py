@@ -252,7 +252,7 @@ _ABBREVIATED = _Later(
 )
 _VALUE = _Later(r"^(?!.*(?:player|participant|agent|name|opponent)).*[=:≈→].*\d\W*$")  # "target: 33"
 _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^\s*#.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
+_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^\s*##.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
 _FIELDS = _Later(r"\{[^{}:]*:[^{}]*\}")  # an object among other things
 _HEADING = _Later(r"^[ \t]*#+[ \t]*([^\s\d#].*)$", re.M)
 _JSON = _Later(r"((?:[^{}\n]*:)?\s*)(\{.*\})\W*", re.S)
