@@ -16,7 +16,6 @@ class Words(NamedTuple):
         perhaps: The same, where nothing else is said: "my guess is" may be one of the average.
         labels: What may stand before a colon and the number.
         final: What states a number that counts where an earlier statement differs.
-        so: What a conclusion begins with in the middle of a sentence.
         now: What may stand before a statement at the beginning of a sentence without changing it.
         because: What an explanation begins with.
         stated: What states the number that stands before it: "を選びます", with the subject before both.
@@ -27,7 +26,6 @@ class Words(NamedTuple):
     perhaps: str
     labels: str
     final: str
-    so: str
     now: str
     because: str
     stated: tuple[str, str] = ("", "(?!)")
@@ -47,7 +45,7 @@ LANGUAGES = {
         r"(?: for (?:this|the current) round| this (?:time|round)| now)? (?:is|will be|would be|remains)"
         r"|the number (?:that )?i(?:'ll| will| would)? (?:choose|pick|give|submit)(?: now)? is",
         perhaps=r"i(?:'ll| will| would|'d)? (?:say|guess|answer|take)|i'm (?:going to (?:say|guess)|guessing)"
-        r"|i(?:'ve| have) (?:chosen|picked|selected|decided on|settled on)|my (?:guess|best guess|best|estimate) is"
+        r"|i(?:'ve| have) (?:decided on|settled on)|my (?:guess|best guess|best|estimate) is"
         r"|i (?:think|guess|believe) i(?:'ll| will|'d| would)? (?:say|guess|take|give)"
         r"|my choice for the number is|the (?:answer|number|best (?:number|choice|guess|answer)) is"
         r"|(?:here is |here's )?(?:a|the|your) number:|assistant:|me:|guess:|response:",
@@ -55,12 +53,12 @@ LANGUAGES = {
         r"|selection)(?: for this round)?",
         final=r"(?:my |the )?(?:final|definitive) (?:answer|number|choice|decision|guess"
         r"|pick)(?: for this round)?(?: is)?",
-        so="so|and so|therefore|and therefore|thus|hence|consequently|accordingly",
-        now="ok(?:ay)?|well|sure|alright|all right|yes|right|great|and|but|this time|now|finally|on reflection|then"
+        now="so|therefore|thus|hence|consequently|accordingly|ok(?:ay)?|well|sure|alright|all right|yes|right|great"
+        "|and|but|this time|now|finally|on reflection|then"
         r"|ultimately|in the end|overall|in (?:conclusion|summary)|to (?:conclude|win)|personally|for me|today"
         r"|(?:in |for )?this round|(?:in|for) round \d{1,4}|(?:in|for) (?:the|this) \d{1,4}(?:st|nd|rd|th) round"
         r"|after (?:some |careful )?(?:thought|thinking|consideration)|with that in mind|for th(?:is|ese) reasons?",
-        because="because|since|given|considering|based on|hoping|believing|thinking|which i",
+        because="because|since|given|considering|based on|hoping|believing|thinking",
         comma=False,
     ),
     "de": Words(
@@ -72,18 +70,17 @@ LANGUAGES = {
         "|meine schätzung (?:ist|lautet)|die (?:zahl|antwort) (?:ist|lautet)",
         labels="(?:meine )?(?:zahl|antwort|wahl)",
         final="(?:meine |die )?endgültige (?:antwort|zahl|wahl)(?: ist| lautet)?",
-        so="also|daher|deshalb|deswegen|darum|folglich|somit",
-        now="gut|na gut|in dieser runde|diesmal|dieses mal|jetzt|nun|und|aber",
+        now="also|daher|deshalb|deswegen|darum|somit|gut|na gut|in dieser runde|diesmal|dieses mal|jetzt|nun|und|aber",
         because="weil|denn|da ich|da die",
     ),
     "fr": Words(
         states="je (?:choisis|prends|propose|opte pour|joue|sélectionne|vais (?:choisir|prendre|jouer))"
-        "(?: donc| finalement)?|mon (?:nombre|choix|chiffre|numéro)(?: est|:)|ma (?:réponse|décision) est",
+        "(?: donc| finalement)?|mon (?:nombre|choix|chiffre)(?: est|:)|ma (?:réponse|décision) est",
         perhaps="je (?:dis|réponds|donne|mise sur|dirais)|ma proposition est|la réponse est",
         labels="(?:mon |ma )?(?:nombre|réponse|choix)",
         final="(?:ma )?réponse (?:finale|définitive)(?: est)?",
-        so="donc|par conséquent|c'est pourquoi",
-        now="bon|finalement|d'accord|(?:à|pour) ce tour|cette fois(?:-ci)?|maintenant|et|mais|donc",
+        now="par conséquent|c'est pourquoi|bon|finalement|d'accord|(?:à|pour) ce tour|cette fois(?:-ci)?|maintenant"
+        "|et|mais|donc",
         because="parce que|car|puisque",
     ),
     "es": Words(
@@ -92,8 +89,7 @@ LANGUAGES = {
         perhaps="(?:yo )?(?:digo|respondo|voy con)|mi apuesta es|la respuesta es",
         labels="(?:mi )?(?:número|respuesta|elección)",
         final="(?:mi )?respuesta final(?: es)?",
-        so="así que|por eso|por lo tanto|por tanto",
-        now="bien|bueno|(?:en|para) esta ronda|esta vez|ahora|y|pero|así que",
+        now="por eso|por lo tanto|por tanto|bien|bueno|(?:en|para) esta ronda|esta vez|ahora|y|pero|así que",
         because="porque|ya que|pues",
     ),
     "it": Words(
@@ -102,8 +98,7 @@ LANGUAGES = {
         perhaps="(?:io )?(?:dico|punto su|rispondo)|la mia proposta è|la risposta è",
         labels="(?:il mio |la mia )?(?:numero|risposta|scelta)",
         final="(?:la mia )?risposta finale(?: è)?",
-        so="quindi|perciò|pertanto|dunque",
-        now="bene|in questo turno|stavolta|questa volta|ora|adesso|e|ma|quindi",
+        now="perciò|pertanto|dunque|bene|in questo turno|stavolta|questa volta|ora|adesso|e|ma|quindi",
         because="perché|poiché|dato che",
     ),
     "pt": Words(
@@ -112,8 +107,7 @@ LANGUAGES = {
         perhaps="(?:eu )?(?:digo|respondo|aposto em|vou (?:de|com))|a resposta é",
         labels="(?:o meu |a minha )?(?:número|resposta|escolha)",
         final="(?:a minha )?resposta final(?: é)?",
-        so="por isso|portanto",
-        now="bem|bom|nesta rodada|desta vez|agora|e|mas|portanto",
+        now="por isso|bem|bom|nesta rodada|desta vez|agora|e|mas|portanto",
         because="porque|pois|já que",
     ),
     "nl": Words(
@@ -122,17 +116,15 @@ LANGUAGES = {
         perhaps="ik (?:zeg|gok(?: op)?|antwoord)|het antwoord is",
         labels="(?:mijn )?(?:getal|antwoord|keuze)",
         final="(?:mijn )?(?:definitie(?:f|ve)|uiteindelijke) antwoord(?: is)?",
-        so="dus|daarom",
-        now="goed|in deze ronde|deze keer|nu|en|maar|dus",
+        now="daarom|goed|in deze ronde|deze keer|nu|en|maar|dus",
         because="omdat|want|aangezien",
     ),
     "pl": Words(
-        states="(?:ja )?(?:wybieram|biorę)|moja (?:liczba|odpowiedź|decyzja)(?: to| jest)|mój (?:wybór|numer)(?: to|:)",
+        states="(?:ja )?(?:wybieram|biorę)|moja (?:liczba|odpowiedź|decyzja)(?: to| jest)|mój wybór(?: to|:)",
         perhaps="(?:ja )?(?:podaję|mówię|stawiam(?: na)?|typuję)|mój typ to",
         labels="(?:moja )?(?:liczba|odpowiedź)",
         final="(?:moja )?ostateczna odpowiedź(?: to)?",
-        so="więc|dlatego|zatem",
-        now="dobrze|w tej rundzie|tym razem|teraz|i|ale",
+        now="więc|dlatego|zatem|dobrze|w tej rundzie|tym razem|teraz|i|ale",
         because="ponieważ|bo|gdyż",
     ),
     "ru": Words(
@@ -141,8 +133,7 @@ LANGUAGES = {
         perhaps="(?:я )?(?:загадываю|ставлю(?: на)?|отвечаю|говорю|предлагаю)",
         labels="(?:мо[йеё] )?(?:число|ответ|выбор)",
         final="(?:мой )?(?:окончательный|итоговый) ответ",
-        so="поэтому|значит|следовательно",
-        now="хорошо|в этом раунде|(?:в|на) этот раз|теперь|сейчас|и|но|поэтому",
+        now="значит|следовательно|итак|хорошо|в этом раунде|(?:в|на) этот раз|теперь|сейчас|и|но|поэтому",
         because="потому|так как|поскольку",
     ),
     "uk": Words(
@@ -150,8 +141,7 @@ LANGUAGES = {
         perhaps="(?:я )?(?:називаю|кажу)",
         labels="(?:моє )?число|(?:моя )?відповідь",
         final="(?:моя )?остаточна відповідь",
-        so="тому|отже",
-        now="добре|(?:у|в) цьому раунді|цього разу|тепер",
+        now="тому|отже|добре|(?:у|в) цьому раунді|цього разу|тепер",
         because="бо|тому що|оскільки",
     ),
     "tr": Words(
@@ -159,28 +149,25 @@ LANGUAGES = {
         perhaps="(?:benim )?(?:tahminim|yanıtım)",
         labels="(?:benim )?(?:sayı|cevap|yanıt|sayım|cevabım|seçimim)",
         final="(?:nihai|son) (?:cevap|cevabım|yanıt)",
-        so="bu yüzden|bu nedenle|o yüzden",
-        now="tamam|bu turda|bu sefer|bu kez|şimdi|ve|ama|ben",
+        now="bu yüzden|bu nedenle|tamam|bu turda|bu sefer|bu kez|şimdi|ve|ama|ben",
         because="çünkü",
         stated=("(?:ben )?", r"(?:'\w{1,3})? (?:sayısını )?(?:seçiyorum|seçerim)"),
     ),
     "sv, da, no": Words(
         states="jag (?:väljer|tar)|(?:väljer|tar) jag|jeg (?:vælger|velger|tager|tar)|(?:vælger|velger) jeg"
-        "|mitt? (?:tal|tall|nummer|svar|val|valg) (?:är|er|blir)",
+        "|mitt? (?:tal|tall|svar|val|valg) (?:är|er|blir)",
         perhaps="jag (?:säger|gissar på)|jeg (?:siger|sier|gætter på)",
         labels="(?:mitt? )?(?:tal|svar|val|tall|valg)",
         final="slutgiltigt svar|endeligt? svar",
-        so="därför|derfor",
-        now="okej|den här gången|den här omgången|denne gang|och|og",
+        now="därför|derfor|okej|den här gången|den här omgången|denne gang|och|og",
         because="eftersom|för att|fordi",
     ),
     "id": Words(
-        states="saya (?:akan )?(?:memilih|pilih)|(?:angka|jawaban|pilihan|nomor) saya adalah",
+        states="saya (?:akan )?(?:memilih|pilih)|(?:angka|jawaban|pilihan) saya adalah",
         perhaps="jawabannya adalah",
         labels="(?:angka|jawaban|pilihan)(?: saya)?",
         final="jawaban akhir(?: saya)?",
-        so="jadi|oleh karena itu",
-        now="baik|kali ini|sekarang|jadi",
+        now="oleh karena itu|baik|kali ini|sekarang|jadi",
         because="karena|sebab",
     ),
     "vi": Words(
@@ -188,8 +175,7 @@ LANGUAGES = {
         perhaps="tôi đoán",
         labels="số|câu trả lời|đáp án",
         final="câu trả lời cuối cùng",
-        so="vì vậy|nên|do đó",
-        now="được rồi|vòng này|lần này|bây giờ",
+        now="vì vậy|nên|do đó|được rồi|vòng này|lần này|bây giờ",
         because="vì|bởi vì",
     ),
     "zh": Words(
@@ -198,8 +184,7 @@ LANGUAGES = {
         perhaps="我(?:猜|出|给出|報|报)|(?:数字|數字|答案)(?:是|为|為)",
         labels="(?:我的)?(?:数字|數字|答案|选择|選擇|回答)",
         final="(?:我的)?最[终終]答案(?:是|为|為)?",
-        so="所以|因此|于是|於是",
-        now="好的?|这次|這次|这一轮|本轮|这一次|现在|所以|因此",
+        now="于是|於是|好的?|这次|這次|这一轮|本轮|这一次|现在|所以|因此",
         because="因为|因為",
         comma=False,
     ),
@@ -208,8 +193,7 @@ LANGUAGES = {
         perhaps="(?:数字|答え|回答)は",
         labels="(?:私の)?(?:答え|数字|回答)",
         final="最終(?:的な)?(?:回答|答え)は?",
-        so="ので|だから|なので|したがって|よって",
-        now="では|はい|今回は",
+        now="だから|したがって|よって|では|はい|今回は",
         because="なぜなら",
         stated=("(?:私は|僕は)?、?", "を(?:選びます|選択します)|に(?:します|決めます)"),
         comma=False,
@@ -219,8 +203,7 @@ LANGUAGES = {
         perhaps="(?:답|숫자)은",
         labels="(?:제 )?(?:답|숫자|정답|답변)",
         final="최종 (?:답변?|숫자)(?:은|는)?",
-        so="므로|그래서|따라서|그러므로",
-        now="좋아요|네|이번에는|이번엔",
+        now="그래서|따라서|그러므로|좋아요|네|이번에는|이번엔",
         because="왜냐하면",
         stated=(
             "(?:저는|나는|제가)? ?(?:숫자 )?",
@@ -233,8 +216,7 @@ LANGUAGES = {
         perhaps="أقول",
         labels="(?:الجواب|الإجابة|إجابتي|رقمي)",
         final="الإجابة النهائية|الجواب النهائي",
-        so="لذلك|لذا",
-        now="حسنا|هذه المرة|الآن",
+        now="لذلك|لذا|حسنا|هذه المرة|الآن",
         because="لأن",
         comma=False,
     ),
@@ -243,8 +225,7 @@ LANGUAGES = {
         perhaps="उत्तर",
         labels="(?:मेर[ाी] )?(?:उत्तर|जवाब|संख्या)",
         final="(?:मेरा )?अंतिम (?:उत्तर|जवाब)",
-        so="इसलिए",
-        now="ठीक है|इस बार|इस दौर में|अब",
+        now="इसलिए|ठीक है|इस बार|इस दौर में|अब",
         because="क्योंकि",
         stated=(
             "मैं (?:संख्या |नंबर )?",
@@ -253,41 +234,34 @@ LANGUAGES = {
         comma=False,
     ),
 }
-# Words of any language that may make a statement after them another one's, a supposed one, or one of another time
-DOUBT = (
-    "if|when|whenever|unless|whether|while|where|assum\\w*|suppos\\w*|imagin\\w*|pretend\\w*|say|says|said|sa(?:y"
-    "|id)ing|think|thinks|thought"
-    "|believe\\w*|reason\\w*|argue\\w*|figure\\w*|claim\\w*|tell|told|wonder\\w*|example|instance|hypothetical\\w*"
-    "|consider|case|naive|last|previous"
-    "|earlier|next|wrote|writes|once|wenn|falls|sobald|angenommen|stell\\w*|nehmen wir|sagt\\w*|denkt|denken|meint"
-    "|glaub\\w*|beispiel|letzte\\w*|nächste\\w*"
-    "|si|s'ils?|quand|lorsque|suppos\\w*|imagin\\w*|dit|disent|pense\\w*|croi\\w*|exemple|dernier\\w*|prochain\\w*"
-    "|cuando|supon\\w*|imagin\\w*|dice\\w*"
-    "|piensa\\w*|cree\\w*|ejemplo|pasad\\w*|próxim\\w*|se|quando|suppon\\w*|immagin\\w*|dicono|pensa\\w*|crede\\w*"
-    "|esempio|scors\\w*|prossim\\w*"
-    "|supo\\w*|diz\\w*|acha\\w*|acredita\\w*|exemplo|als|indien|stel|zegt|zeggen|denkt|vindt|voorbeeld|vorige"
-    "|volgende|jeśli|gdyby|jeżeli|kiedy|gdy"
-    "|załóżmy|mówi\\w*|myśl\\w*|uważa\\w*|przykład\\w*|poprzedni\\w*|następn\\w*|если|когда|допустим|предпол\\w*"
-    "|говор\\w*|сказал\\w*|дума\\w*|счита\\w*"
-    "|например|прошл\\w*|следующ\\w*|якщо|коли|припуст\\w*|кажу\\w*|каже\\w*|дума\\w*|вважа\\w*|eğer|diyelim|der"
-    "|diyor|düşün\\w*|örneğin|geçen|gelecek|sanıyor"
-    "|om|när|hvis|når|anta\\w*|tänk\\w*|tænk\\w*|säger|siger|sier|tror|exempel|eksempel|förra|forrige|nästa|neste"
-    "|jika|kalau|ketika|misal\\w*|andai\\w*|kata"
-    "|berkata|pikir|berpikir|contoh\\w*|sebelumnya|nếu|khi|giả sử|nói|nghĩ|ví dụ|trước"
-)
-DOUBT_UNSPACED = (  # the same where words have no blanks between them, or endings
-    "如果|若|要是|假如|假设|假設|当|當|说|說|想|认为|認為|觉得|覺得|例如|上次|上一轮|上一輪|下次|もし|なら|たら"
-    "|と言|思|考え|例えば|前回|次回|人は|만약|라면|다면|면 |생각|말|예를|지난"
-    "|다음|إذا|لو|افترض|قال|يقول|يعتقد|مثال|السابق|अगर|यदि|मान ल|कहत|सोच|उदाहरण|पिछल|अगल"
-)
 SUPPOSING = (  # what a sentence begins with after which the next may be another one's, or supposed
-    "suppos|imagin|pretend|let us|let's|let me|consider\\b|for (?:example|instance)|e\\.g|assum|say|what if|in the case"
+    "here is (?:how|what)|suppos|imagin|pretend|let us|let's|let me|consider\\b|for (?:example|instance)|e\\.g"
+    "|assum|say|what if"
+    "|in the case"
     "|angenommen"
     "|stell|nehmen wir|zum beispiel|z\\.b|par exemple|por ejemplo|immagin|ad esempio|por exemplo|stel|bijvoorbeeld"
     "|załóżmy|na przykład"
     "|допустим|предпол|например|припуст|diyelim|örneğin|anta|till exempel|for eksempel|misal|andai|giả sử|ví dụ|假设"
     "|假設|假如|例如|もし|例えば"
     "|만약|예를|لنفترض|मान ल"
+)
+OWN_HEADING = (  # what may stand before a colon and words of the writer's own
+    r"\W*(?:step|reason|my|here|answer|final|decision|explanation|analysis|conclusion|calculation|begründung"
+    r"|schritt|étape"
+    r"|raison|paso|passo|\d)"
+)
+FIGURES = (  # what a line may tell a figure of that is nobody's answer
+    "average|mean|target|expected|estimate|2/3|two[- ]thirds|date|confidence|ratio|durchschnitt|ziel|moyenne|cible"
+    "|promedio"
+    "|objetivo|media|obiettivo|média|alvo|gemiddelde|doel|średnia|среднее|平均|目标"
+)
+LEADING = (  # what a sentence says or ends with after which a number is somebody else's, or a template's
+    r".*\b(?:example|format|like this|as follows|following|below|statement|answers?|says|replies|turn|final number"
+    r"|this)\W*$"
+    r"|.*\b(?:conclusion|way|moment|one|ainsi|así|lauten|announced|result|smiles)\W*$|.*\bplayer \d"
+    r"|.*\b(?:example|sample|format|winning|winner|solve|compute|find|quiz|has to|please|you (?:can|should|must))\b"
+    r"|.*(?:average|mean|durchschnitt|moyenne|promedio|media|média|gemiddelde|średni\w*|среднее"
+    r"|平均数?)\b.*(?<!\d)\W*$(?<!\d.)"
 )
 BACK = (  # words that may take back a number in an explanation after it
     "wait|hm+|actually|scratch|strike|cancel|correct\\w*|oops|no|nope|nah|second thoughts?|chang\\w*|let me"
@@ -303,8 +277,9 @@ BACK = (  # words that may take back a number in an explanation after it
 )
 BACK_UNSPACED = "但|不过|不過|还是|還是|或|其实|でも|しかし|やっぱり|または|하지만|아니|또는|لكن|أو |بل |लेकिन|या |नहीं"
 CLOSING = (  # what may follow a statement without changing it
-    "(?:for|in) this round|this (?:time|round)|now|again|please|thanks|thank you[^.!?]*|good luck[^.!?]*"
-    "|let me know[^.!?]*|let's see[^.!?]*|as my (?:final )?(?:number|answer|choice)"
+    "(?:for|in) this round|this (?:time|round)|now|again|please|thanks|thank you[^.!?,\\d]{0,60}+"
+    "|good luck[^.!?,\\d]{0,60}+"
+    "|let me know[^.!?,\\d]{0,60}+|as my (?:final )?(?:number|answer|choice)"
     "|to win(?: (?:this|the) (?:game|round))?|i hope(?: it is correct| i win| that helps)?|final(?: answer)?|i think"
     "|i guess|viel glück|bonne chance|buena suerte"
     "|suerte|buona fortuna|boa sorte|veel succes|powodzenia|удачи|lycka till|祝你好运|よろしくお願いします"

@@ -44,21 +44,21 @@ _NUMBER = (
 )
 _BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
 _LEFT_OUT = _Later(  # ranges, totals, and what is said not to be the number
-    rf"between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
-    rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d)"
-    rf"|(?<=\d) ?(?:(?:out of|of) ?{_NUMBER}|/ ?1[,0]*0\b)"  # 2/3 is no total
+    rf"(?:between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
+    rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d))(?! \d)"
+    r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is no total
     rf"|(?:, ?)?\bnot {_NUMBER}(?:,? (?:or|nor|and|&) {_NUMBER}|, {_NUMBER})*(?:,? but\b)?"
 )
 # A number that may stand for another one, as in "10 million", "P17", "minus 5", "√2" or "33-ish", is not read.
 _SURE = (  # the writing systems without blanks between words, from U+2E80 on, may have a letter before a number
-    r"(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![负負点點第№])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])"
+    r"(?!0,\d)(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![负負点點第№])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])"
     r"(?<![-‐‑‒–﹣－√∛±≤≥~≈<>№] )(?<![<>]=)(?<![<>]= )(?<!(?<!\w)—)(?<!(?<!\.)\.)(?<!\d[:/])"
     rf"{_NUMBER}(?![^\W_\u2e80-\ud7ff]|[万萬千百亿億兆点點分半만천백억割第回番号號人名位]|-\w|[.,٫٬:]\d| ?[¼-¾⅐-⅞‰²³¹]"
     r"| ?(?:[-+×÷^x/=→]|->|\*\*?) ?\d| ?(?:%|percent) of\b"
     r"| (?:(?:hundred|thousand|\w{1,5}illion|dozen|lakh|crore)s?|k|m|mil|mn|bn|point|plus|times|squared|cubed"
     r"|and a half)\b)"
 )
-_COMMA_NUMBER = rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}\.\d{{3}}(?!\d)){_SURE}"
+_COMMA_NUMBER = rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}[.,]\d{{3}}(?!\d)){_SURE}"
 _DIGITS = _Later(r"[\d²³¹¼-¾⅐-⅞]|\b(?:zero|twelve|ten|hundred|(?:twen|thir|for|fif|six|seven|eigh|nine)(?:ty|teen))\b")
 
 # --- What states a number --------------------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ _DIGITS = _Later(r"[\d²³¹¼-¾⅐-⅞]|\b(?:zero|twelve|ten|hundred|(?:twen|t
 _GAP = r"[\s,:;.…—–、，-]"
 _TO_NUMBER = r"[ :=—\"'“„«「(\[$#]{0,4}(?:boxed: )?(?=[-.\d])"
 _ENDS = r"(?!(?<=[a-zа-я])\w)"  # of a word, also where words have no blanks between them
+_MARKS = r"[\s\"'“”„«»‘’「」()\[\]{}<>*$#|•🎯✅👉=-]{0,9}?"  # around a number that stands alone
 _AFTER = r"[)\]\"'”’»」}$*]*"
 
 
@@ -83,17 +84,13 @@ def _statement(each: words.Words) -> str:
         rf"{words.THE_NUMBER}{_TO_NUMBER}(?P<number>{number}){words.UNITS}{words.COPULA}"
         rf"|(?P<subject>{before})(?P<before>{number}){after})"
     )
-    opens = f"(?:{each.now}|{each.so})"
-    opening = rf"(?:{opens}(?!\w){_GAP}*|{opens}(?<=[\u2e80-\ud7ff]))*"
+    opening = rf"(?:(?:{each.now})(?!\w){_GAP}*|(?:{each.now})(?<=[\u2e80-\ud7ff]))*"
     opening += rf"(?:(?:{each.labels}): ?)?"
-    concluding = (
-        rf"(?P<other>(?:[^:\"“”«»„「—–-]|\b-){{1,300}}?)(?:[,;，、] ?|(?<=[\u2e80-\ud7ff]))(?:{each.so})[ ,，、]*"
-    )
     rest = (
         rf"{_AFTER} ?(?:[.!。！।]*$|(?:{_GAP}+|[ ]\()(?:{words.CLOSING})[.!)]*$"
         rf"|(?P<because>{_GAP}*(?:{each.because}){_ENDS}.*))"
     )
-    return rf"(?:{concluding}|\W*{opening}){form}{rest}"
+    return rf"\W*{opening}{form}{rest}"
 
 
 _STATEMENTS = tuple(_Later(_statement(each), re.S) for each in words.LANGUAGES.values())
@@ -102,15 +99,13 @@ _FINAL = "|".join(each.final for each in words.LANGUAGES.values())
 _BECAUSE = "|".join(each.because for each in words.LANGUAGES.values())
 _OPENINGS = "|".join(each.now for each in words.LANGUAGES.values())
 _ALONE = _Later(
-    rf"[^\w.-]{{0,9}}(?:(?:ok(?:ay)?|well|sure|again|this time)(?!\w)[^\w.-]*\.*)*[^\w.-]{{0,9}}({_SURE})"
-    rf"(?:\W{{1,9}}(?:and |again )+\1)*{words.UNITS}{words.COPULA}{_AFTER}"
-    rf"(?:[^\w+<>~%?-]*$|{_GAP}+(?:{words.CLOSING})[.!)]*$| \((?:{words.CLOSING})\)\W*$"
-    rf"|(?P<because>{_GAP}*(?:{_BECAUSE}){_ENDS}.*))",
-    re.S,
+    rf":? ?{_MARKS}(?:(?:ok(?:ay)?|well|sure|again|this time)(?!\w)[,.:! ]*)*{_MARKS}({_SURE})"
+    rf"(?:[ ,]{{1,3}}(?:and |again )+\1)*{words.UNITS}{words.COPULA}"
+    rf"(?:{_MARKS}[.!。！।]*{_MARKS}$|{_GAP}{{1,3}}(?:{words.CLOSING})[.!)]*$| \((?:{words.CLOSING})\)[.!]?$)"
 )
-_DOUBT = _Later(_unspaced(words.DOUBT, words.DOUBT_UNSPACED))
+_QUOTED = _Later(r"[\"“”„«»「」]")
 _BACK = _Later(_unspaced(words.BACK, words.BACK_UNSPACED))
-_CLOSING = _Later(rf"\W*(?:(?:{words.CLOSING})\W*)*")
+_CLOSING = _Later(rf"\W*+(?:(?:{words.CLOSING})(?!\w)\W*+)*+")
 _EXPLAINS = _Later(rf"\W*(?:{_BECAUSE}){_ENDS}.*")
 _SAYS_NOTHING = _Later(rf"[^\w?]*(?:(?:{_OPENINGS})(?!\w)[^\w?]*)*")
 
@@ -124,7 +119,6 @@ class _Sentence(NamedTuple):
 class _Statement(NamedTuple):
     number: float
     kind: str  # "final", "own", "weak" (it counts where nothing else is said), "alone" (a number on its line)
-    explained: str  # what follows, as an explanation
 
 
 def parse_number(text: str) -> float:
@@ -182,8 +176,7 @@ def _first(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Stat
     if said is None or said.kind == "weak":
         return None
     harmless = all(
-        (_EXPLAINS.fullmatch(each) and not _DIGITS.search(each) and not _BACK.search(each))
-        or (other is not None and other.number == said.number)
+        (_EXPLAINS.fullmatch(each) and _explains(each)) or (other is not None and other.number == said.number)
         for each, other in zip(after, stated[1:], strict=True)
     )
     return said if harmless else None
@@ -194,7 +187,9 @@ def _last(sentences: list[_Sentence], stated: list[_Statement | None]) -> _State
     if len(sentences) == 1 or (said := stated[-1]) is None or said.kind == "weak":
         return None
     *_, before, last = sentences
-    if _SUPPOSES.match(before.text) or not (last.follows or (said.kind == "final" and len(before.text.split()) > 4)):
+    if not last.follows or _SUPPOSED.search(last.text) or _QUOTED.search(last.text) or last.text.startswith("="):
+        return None
+    if _LEADS.match(before.text) or any(_SUPPOSES.match(each.text) or _SPEAKS.match(each.text) for each in sentences):
         return None
     return None if said.kind == "alone" and _ITEM.fullmatch(last.text) and said.number < 10 else said
 
@@ -207,25 +202,30 @@ def _stated(sentence: _Sentence) -> _Statement | None:
     for pattern in _STATEMENTS:
         if match := pattern.fullmatch(text):
             kind = "final" if match["final"] else "weak" if match["weak"] else "own"
-            if kind == "weak" and (match["other"] or match["because"]):
-                continue
-            if match["other"] and (_DOUBT.search(match["other"]) or not (match["number"] or match["subject"].strip())):
+            if match["before"] and not match["subject"].strip():
+                kind = "weak"  # others may be its subject
+            if kind == "weak" and match["because"]:
                 continue
             return _explained(match["number"] or match["before"], kind, match["because"])
     if sentence.begins_line and (match := _ALONE.fullmatch(text)):
-        return _explained(match[1], "alone", match["because"])
+        return _Statement(_to_float(match[1]), "alone")
     return None
+
+
+def _explains(text: str) -> bool:
+    """Whether a text may explain a number: it names none, takes none back, and nobody else speaks in it."""
+    return not _DIGITS.search(text) and not _BACK.search(text) and not _QUOTED.search(text)
 
 
 def _explained(number: str, kind: str, because: str | None) -> _Statement | None:
     """A statement, unless what explains it takes it back."""
     explained = because or ""
-    return None if _BACK.search(explained) else _Statement(_to_float(number), kind, explained)
+    return _Statement(_to_float(number), kind) if _explains(explained) else None
 
 
 # --- Texts as sentences ----------------------------------------------------------------------------------------------
 
-_PLAIN = str.maketrans("−：，．（）％＝！？", "-:,.()%=!?")
+_PLAIN = str.maketrans("−：，．（）％＝！？’", "-:,.()%=!?'")
 _THOUGHTS = (
     "think(?:ing)?|thoughts?|thought_process|reason(?:ing)?|analysis|reflection|scratch_?pad|inner_monologue|cot|plan"
     "|rationale"
@@ -235,25 +235,31 @@ _TOKEN = _Later(r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_t
 _ELEMENT = _Later(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
 _MARKUP = _Later(r"<[a-z!/|_][^<>]{0,60}>|【|\[/?[a-z]+\]")  # of which nobody knows what it says
 _OWN_KEY = _Later("my (?:number|answer|choice|guess|pick)|final (?:number|answer|choice)|(?:chosen|selected) number")
-_KEY = _Later(rf"{_LABELS}|guess|nombre|numero|bid|response|output|result")
+_KEY = _Later(rf"{_LABELS}|guess|nombre|numero|bid|response")
+_REVISED = _Later(r"\b(?:wait|actually|no,|hmm|instead|too (?:high|low)|should (?:take|choose|pick))")
 _BESIDE = _Later(
     "reason(?:ing|s)?|explanation|rationale|thoughts?|thinking|confidence|round|begründung|raisonnement|explication"
     "|razonamiento|explicación|ragionamento|spiegazione|raciocínio|理由|推理|思考"
 )
-_BOXED = _Later(r"\\boxed\s{0,3}\{(?:\\\w+\s{0,3}\{)?([^{}]*)\}+")
+_BOXED = _Later(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
 _STRUCK = _Later(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
 _EMPHASIS = _Later(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
 _LABEL_LINE = _Later(rf"[#\s]*(?:{_LABELS}|{_FINAL})[.\s]*")
 _ITEM = _Later(r"\W{0,4}\d{1,2}[.)]\W*")  # the number of one, in a list
 _LIST = _Later(r"^\W{0,4}\d{1,2}[.)] .*^\W{0,4}\d{1,2}[.)]\W*\Z", re.M | re.S)  # that ends in such a number
-_SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})|.*\b(?:example|format)\b")
+_SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})")
+_LEADS = _Later(words.LEADING)
+_SPEAKS = _Later(rf"(?!{words.OWN_HEADING})[^.!?:]{{1,40}}: ?.*[^\W\d_].* .*")  # "Player 2: I go first."
+_SUPPOSED = _Later(r"\b(?:would|then|round \d+|\d+(?:st|nd|rd|th) round)\b|'d\b")  # of another case, or round
 _ABBREVIATED = _Later(
     r"(?:\b(?:[^\W\d]|mr|ms|dr|st|vs|nr|no|pl|ex|np|e\.g|i\.e|z\.b|d\.h)|approx|max|min|avg|etc|bzw|напр)\.$"
 )
-_VALUE = _Later(r"^(?!.*(?:player|participant|agent|name|opponent)).*[=:≈→].*\d\W*$")  # "target: 33"
+_VALUE = _Later(rf".*\d.*=.*\d\W*|\W*(?:\w+ )?(?:{words.FIGURES})\b[^.!?]{{0,40}}[=:≈→].*\d\W*")  # "target: 33"
 _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_ASIDE = _Later(r"^\s*>.*[^\W\d]|^\s*\||^\s*##.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
+_ASIDE = _Later(r"^[ \t]*>.*[^\W\d]|^[ \t]*\||^[ \t]*##.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
 _FIELDS = _Later(r"\{[^{}:]*:[^{}]*\}")  # an object among other things
+_AROUND_NUMBER = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
+_JOINED = _Later(r"\d~~|~~\d*~~\d|^\W*#[1-9]$")  # parts of numbers, or of lists
 _HEADING = _Later(r"^[ \t]*#+[ \t]*([^\s\d#].*)$", re.M)
 _JSON = _Later(r"((?:[^{}\n]*:)?\s*)(\{.*\})\W*", re.S)
 
@@ -264,12 +270,15 @@ def _sentences(text: str) -> list[_Sentence]:
     breaks: list[bool] = []  # whether the line before ends as a sentence does
     for line in filter(None, map(str.strip, text.splitlines())):
         before = lines[-1] if lines else ""
-        if before.endswith(":") or (before[-1:].isalpha() and re.match(r"[\W_]*\d", line)):
+        listed = re.match(r"\W{0,4}\d{1,2}[.)] +\w", line)
+        if (before.endswith(":") and not listed) or (before[-1:].isalpha() and re.match(r"[\W_]*\d", line)):
             lines[-1] += f"{':' if _LABEL_LINE.fullmatch(before) else ''} {line}"
         else:
             lines.append(line)
             ends = (
-                before.endswith((".", "!", "。", "！", "।")) or _VALUE.search(before) or _LABEL_LINE.fullmatch(before)
+                before.endswith((".", "!", "。", "！", "।"))
+                or _VALUE.fullmatch(before)
+                or _LABEL_LINE.fullmatch(before)
             )
             breaks.append(bool(ends))
     found: list[_Sentence] = []
@@ -287,8 +296,11 @@ def _ends(text: str) -> bool:
     """Whether a sentence is one, so that another one begins after it, and no question, heading or name."""
     if text.endswith(("?", "?)", "...", "…")) or _ABBREVIATED.search(text):
         return False
-    said = len(text.split()) > 4 or _VALUE.search(text) or _LABEL_LINE.fullmatch(text) or _SAYS_NOTHING.fullmatch(text)
-    return bool(said) or not text.isascii()
+    words_of_it = len(text.split())
+    unspaced = re.search(r"[\u3040-\ud7ff]", text)
+    if words_of_it > 4 or (unspaced and len(text) > 9) or _VALUE.fullmatch(text):
+        return True
+    return bool(_LABEL_LINE.fullmatch(text) or _SAYS_NOTHING.fullmatch(text))
 
 
 def _plain(text: str) -> str:
@@ -303,12 +315,17 @@ def _plain(text: str) -> str:
 
 def _dubious(text: str) -> bool:
     """Whether a text may say whose words it holds in ways that are not read: markup, quotations, tables, headings."""
-    if _MARKUP.search(text) or _ASIDE.search(text) or _LIST.search(text) or _FIELDS.search(text):
+    if (
+        _MARKUP.search(text)
+        or _ASIDE.search(text)
+        or _LIST.search(text)
+        or _JOINED.search(text)
+        or _FIELDS.search(text)
+    ):
         return True
-    *_, last = text.rsplit("\n", 1)
-    before = text[: len(text) - len(last)]
-    marks = [before.count(mark) for mark in "“«「„”»」"]
-    if before.count('"') % 2 or sum(marks[:3]) + marks[3] != sum(marks[4:]):
+    marks = _AROUND_NUMBER.sub("", text)
+    opened, closed = (sum(map(marks.count, each)) for each in ("“«「„", "”»」"))
+    if marks.count('"') % 2 or opened != closed:
         return True
     headings = _HEADING.findall(text)
     return bool(headings) and not _LABEL_LINE.fullmatch(headings[-1])
@@ -330,24 +347,32 @@ def _without_thoughts(text: str) -> str:
 
 def _object(text: str) -> str:
     """A text that ends in a JSON object with the object as the statement that it makes, if it is a simple one."""
-    match = _JSON.fullmatch(text)
+    match = _JSON.fullmatch(text) if text.endswith("}") else None
     if match is None:
         return text
     try:
-        fields = json.loads(match[2] if '"' in match[2] else match[2].replace("'", '"'))
-    except (ValueError, RecursionError):
+        found = json.loads(match[2] if '"' in match[2] else match[2].replace("'", '"'), object_pairs_hook=list)
+        fields = dict(found)
+    except (ValueError, TypeError, RecursionError):
         return text
     keys = {key.replace("_", " "): value for key, value in fields.items()}
     named = [key for key in keys if _OWN_KEY.fullmatch(key) or _KEY.fullmatch(key)]
     beside = {key: value for key, value in keys.items() if key not in named}
-    if len(named) != 1 or type(number := keys[named[0]]) not in (int, float, str):
+    if len(named) != 1 or len(found) != len(keys) or not all(map(_BESIDE.fullmatch, beside)):
         return text
-    if not _OWN_KEY.fullmatch(named[0]) and not all(map(_BESIDE.fullmatch, beside)):
-        return text
-    said = [_stated(each) for value in beside.values() if isinstance(value, str) for each in _sentences(value)]
-    if any(each and f"{each.number:g}" != f"{number}" for each in said) or isinstance(beside.get("round"), str):
-        return text
-    return f"{match[1]}answer: {number}"
+    number = keys[named[0]]
+    before, after = _texts(keys, named[0])
+    said = [each for value in before for each in map(_stated, _sentences(value)) if each]
+    simple = type(number) in (int, float, str) and not isinstance(beside.get("round"), str)
+    revised = any(map(_REVISED.search, before)) or any(f"{each.number:g}" != f"{number}" for each in said)
+    return f"{match[1]}answer: {number}" if simple and not revised and all(map(_explains, after)) else text
+
+
+def _texts(fields: dict[str, Any], number: str) -> tuple[list[str], list[str]]:
+    """The texts of an object before and after the field that holds the number."""
+    at = list(fields).index(number)
+    texts = [(place, value) for place, value in enumerate(fields.values()) if isinstance(value, str)]
+    return [value for place, value in texts if place < at], [value for place, value in texts if place > at]
 
 
 def _one_blank(text: str) -> str:
