@@ -204,6 +204,8 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     single_dash = [flag for flag in flags if SINGLE_DASH.match(flag)]
     if single_dash:  # argparse takes -hosts for -h
         _refuse_flags(single_dash, SimulationConfig.role)
+    if len(roles := list(dict.fromkeys(_roles_in(flags)))) > 1:
+        raise SettingsError(f"--role {' and --role '.join(roles)}: do not go together; give one of them")
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     for name, value in given.items():
@@ -273,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
         if {"-h", "--help"} & {*flags}:
-            role = _role_in(flags)
+            role = (_roles_in(flags) or [SimulationConfig.role])[-1]
             check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
             print(make_parser(role).format_help(), end="")
             return 0
@@ -328,12 +330,10 @@ def _needs_model_count(config: SimulationConfig) -> bool:
     return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
 
 
-def _role_in(flags: list[str]) -> str:
-    """Return the role that is given last, whatever is wrong with the other flags."""
-    role = SimulationConfig.role
-    for word, after in itertools.pairwise([*flags, ""]):
-        role = after if word == "--role" else word.removeprefix("--role=") if word.startswith("--role=") else role
-    return role
+def _roles_in(flags: list[str]) -> list[str]:
+    """Return the roles that are given, whatever is wrong with the other flags."""
+    words = itertools.pairwise([*flags, ""])
+    return [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -42,6 +42,7 @@ USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --hel
 USAGE="$USAGE ./run_simulation.sh 10 1000 plays with 1000 participants on 10 agent servers of each host"
 
 main() {
+  case "${1:-}" in --resume=* | --experiment=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case "${1:-}" in
     -h | --help) show_help && return ;;
     --help-all)

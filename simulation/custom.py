@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import cloudpickle
 from agentscope.rpc import RpcMeta
+from loguru import logger
 
 from participant import LLMParticipant, Participant, RandomParticipant, answers_many
 from simulation.config import full_path, is_there, shown
@@ -132,8 +133,10 @@ def _unregistered() -> Iterator[None]:
     their group, which has their class, and two files may each have a class of the same name.
     """
     before = set(RpcMeta._REGISTRY)
+    logger.disable(RpcMeta.__module__)  # which warns of a class that is called like one of the program's
     try:
         yield
     finally:
+        logger.enable(RpcMeta.__module__)
         for name in set(RpcMeta._REGISTRY) - before:
             RpcMeta._REGISTRY.pop(name, None)

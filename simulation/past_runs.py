@@ -30,6 +30,9 @@ from simulation.usage import OUT_OF_TOKENS, Usage
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # of names that are shown
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -152,11 +155,11 @@ class _Game(_Part):
 
 
 class _Agents(_Part):
-    oid: str
-    host: str
-    port: int
-    first: int
-    count: int
+    oid: str = Field(pattern=PRINTABLE)
+    host: str = Field(pattern=PRINTABLE)
+    port: int = Field(ge=1, le=65_535)
+    first: int = Field(ge=0)
+    count: int = Field(ge=0)
 
 
 @dataclass(frozen=True)

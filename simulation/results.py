@@ -81,9 +81,10 @@ def part_of(path: Path) -> PartOf | None:
     try:
         said = json.loads(read_text(path.parent / SWEEP))
         folders = [run["folder"] for run in said["runs"]]
-        return PartOf(said["sweep_id"], said["experiment"], folders.index(path.name) + 1, len(folders))
-    except (OSError, ValueError, KeyError, TypeError):  # a damaged file is refused where the experiment is resumed
+        found = PartOf(said["sweep_id"], said["experiment"], folders.index(path.name) + 1, len(folders))
+    except (OSError, *DAMAGED):  # a damaged file is refused where the experiment is resumed
         return None
+    return found if isinstance(found.sweep_id, str) and isinstance(found.experiment, str) else None
 
 
 def resume_command(path: Path, *flags: str) -> str:
@@ -127,9 +128,8 @@ class RunDirectory:
             self.discard_if_empty()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResultsError(f"results cannot be written to {self.path}: {reason(error)}") from None
-            raise SettingsError(
-                f"cannot write results to {self.path}: {reason(error)}; give another --run-dir"
-            ) from None
+            advice = "; give another --run-dir" if within is None else ""
+            raise SettingsError(f"cannot write results to {self.path}: {reason(error)}{advice}") from None
         except SimulationError:
             self.discard_if_empty()
             raise

@@ -140,9 +140,13 @@ class Session:
 
     def _play_one(self, task: Task, play: Callable[[Task, RunDirectory], int]) -> int:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
+        try:
+            directory = RunDirectory(task.folder, resumed=is_there(task.folder), within=self._directory)
+        except SettingsError as error:  # the experiment's folder could be written at its beginning
+            raise ResultsError(str(error)) from None
         if task.status is not None:
+            directory.close()
             return 0 if task.status == "complete" else GameEnded.exit_status
-        directory = RunDirectory(task.folder, resumed=is_there(task.folder), within=self._directory)
         try:
             return play(task, directory)
         except GameEnded as error:

@@ -166,7 +166,8 @@ class _Reading:
         if node.tag == NULL:
             return None
         if not node.value and not node.style:
-            raise self._refused(node.start_mark, f"{place[-1] if place else 'it'} has no value")
+            name = next((each for each in reversed(place) if isinstance(each, str)), "it")
+            raise self._refused(node.start_mark, f"{name} has no value")
         if node.style is None and node.value in NULLS:
             return None
         return self._text(node)

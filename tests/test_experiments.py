@@ -82,6 +82,7 @@ BAD = {
     "mapping": ("ratio: {a: 1}\n", "ratio must be a value, or a list of values, and is a mapping"),
     "empty list": ("ratio: []\n", "line 1: ratio has an empty list"),
     "no value": ("rounds: 2\nratio:\n", "x.yaml, line 2: ratio has no value"),
+    "no value in a list": ("rounds:\n- 1\n-\n", "x.yaml, line 3: rounds has no value"),
     "null": ("ratio: null\n", "line 1: ratio must be a value, or a list of values, and is null"),
     "about": ("about: [1]\n", "line 1: about must be a text"),
     "no mapping": ("- ratio: 1\n", "x.yaml, line 1: must be a mapping"),

@@ -26,7 +26,7 @@ from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError
 from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.in_flight import InFlight
 from simulation.library import game_of
-from simulation.results import RunDirectory, summarise
+from simulation.results import RunDirectory, part_of, summarise
 from simulation.run import Run
 from simulation.session import Session
 from simulation.tasks import Task
@@ -277,6 +277,13 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
     other = RunDirectory(tmp_path / "a b/03-z")  # of which the experiment does not know
     other.write_summary(nothing)
     assert other.part_of is None and str((tmp_path / "latest").readlink()) == "a b/03-z"
+
+
+@pytest.mark.parametrize("text", ['{"sweep_id": [], "experiment": "e", "runs": [{"folder": "run"}]}', "[" * 50_000])
+def test_a_run_beside_a_damaged_file_of_an_experiment_is_a_run_alone(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    (tmp_path / "run").mkdir()
+    assert part_of(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("before", [None, "the one before"])

@@ -57,6 +57,14 @@ def test_help_is_the_comment_at_the_top(shell, script):
     assert not (shell.path / ".venv").exists()
 
 
+def test_what_is_resumed_may_follow_an_equals_sign(shell):
+    assert (
+        shell("run_simulation.sh", "--resume=runs/latest").stdout
+        == shell("run_simulation.sh", "--resume", "runs/latest").stdout
+        != ""
+    )
+
+
 def test_all_flags_are_listed_without_numbers_that_mean_nothing(shell):
     for script, role in (("run_simulation.sh", ""), ("start_all_server.sh", "[--role][participant]")):
         assert f"./{script} --help-all" in shell(script, "--help").stdout
