@@ -13,7 +13,8 @@ if __name__ != "main":  # the program, not a module that a test imports
     # in for modules of Python and the libraries, or for those that a library tries to import and can do without.
     HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
     sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
-    from importlib.machinery import ModuleSpec, PathFinder
+    from importlib.machinery import ModuleSpec
+    from importlib.util import spec_from_file_location
 
     class Own:
         """Finds the program's own modules, and nothing else, beside this file."""
@@ -21,7 +22,10 @@ if __name__ != "main":  # the program, not a module that a test imports
         @staticmethod
         def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
             """Return where one of them is."""
-            return PathFinder.find_spec(name, [HERE]) if name in MODULES else None
+            if name not in MODULES:
+                return None
+            file = f"{HERE}/{name}.py" if name != "simulation" else f"{HERE}/simulation/__init__.py"
+            return spec_from_file_location(name, file)  # and not a folder of the same name
 
     sys.meta_path.insert(0, Own)
 
@@ -209,7 +213,7 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     known, unknown = make_parser().parse_known_intermixed_args(flags)
     given = vars(known)
     for name, value in given.items():
-        if name not in (*PATHS, "model_path") and isinstance(value, str | list):
+        if name not in (*PATHS, "model_path", "extra_pythonpath", "runs") and isinstance(value, str | list):
             given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
     flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
@@ -312,9 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except ModuleNotFoundError as error:
-        repair = "./run_simulation.sh --install-only repairs the environment, or makes a new one once .venv is removed"
-        print(f"error: {sys.prefix} has no module {error.name}: {repair}", file=sys.stderr)
+    except ImportError as error:
+        print(f"error: {_damage(error)}", file=sys.stderr)
         return SettingsError.exit_status
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
         from simulation.console import keep_traceback
@@ -322,6 +325,16 @@ def main(arguments: list[str] | None = None) -> int:
         where = keep_traceback()
         print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
         return 1
+
+
+def _damage(error: ImportError) -> str:
+    """Say what is wrong with the environment, and have the next script install it again."""
+    for stamp in Path(sys.prefix).glob("installed-*"):
+        with contextlib.suppress(OSError):
+            stamp.unlink()
+    what = f"has no module {error.name}" if isinstance(error, ModuleNotFoundError) else f"is damaged: {error}"
+    repair = "./run_simulation.sh --install-only repairs the environment, or makes a new one once .venv is removed"
+    return f"{sys.prefix} {what}: {repair}"
 
 
 def _needs_model_count(config: SimulationConfig) -> bool:
@@ -349,6 +362,12 @@ def _ask_without_proxy(*hosts: str) -> None:
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
+    keys = os.environ.get("SSLKEYLOGFILE")
+    if keys:  # TLS writes there, also where nothing is encrypted
+        try:
+            Path(keys).open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise SettingsError(f"SSLKEYLOGFILE={keys}: cannot be written: {error.strerror}; unset it") from None
 
 
 def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:

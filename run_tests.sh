@@ -51,7 +51,7 @@ main() {
   fi
   # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
   folder="$(mktemp -d)"
-  "$VENV/bin/python" -P -m pytest -n "$WORKERS" --dist load --basetemp "$folder/tests" \
+  "$VENV/bin/python" -P -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" --confcutdir "$ROOT/tests" -n "$WORKERS" --dist load --basetemp "$folder/tests" \
     -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || status=$?
   [ "$status" -eq 0 ] || fail "$status" "not all of that works here; the tests' files stay in $folder"
   rm -rf "$folder"
@@ -60,9 +60,9 @@ main() {
 
 lint() {
   local folder name
-  "$VENV/bin/ruff" check "${CODE[@]}"
-  "$VENV/bin/ruff" format --check --diff "${CODE[@]}"
-  "$VENV/bin/shellcheck" -x "${SCRIPTS[@]}"
+  "$VENV/bin/ruff" check --config "$ROOT/pyproject.toml" "${CODE[@]}"
+  "$VENV/bin/ruff" format --config "$ROOT/pyproject.toml" --check --diff "${CODE[@]}"
+  "$VENV/bin/shellcheck" --norc -x "${SCRIPTS[@]}"
   folder="$(mktemp -d)" # where a file such as random.py in the checkout does not stand for Python's own module
   for name in main.py moderator.py participant.py simulation; do ln -s "$ROOT/$name" "$folder/"; done
   (cd "$folder" && "$VENV/bin/python" -P -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")

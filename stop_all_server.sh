@@ -17,7 +17,7 @@ main() {
     -h | --help) show_help && return ;;
     *) refuse_unknown "$1" "./stop_all_server.sh" --help ;;
   esac
-  if ! [ -d "$ROOT/run/servers" ]; then
+  if ! [ -e "$ROOT/run/servers" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # else Python says what is wrong
     echo "no agent servers were running"
     return
   fi

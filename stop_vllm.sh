@@ -17,7 +17,7 @@ main() {
     -h | --help) show_help && return ;;
     *) refuse_unknown "$1" "./stop_vllm.sh" --help ;;
   esac
-  if ! [ -d "$ROOT/run/vllm" ]; then
+  if ! [ -e "$ROOT/run/vllm" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # else Python says what is wrong
     echo "no vLLM servers were running"
     return
   fi

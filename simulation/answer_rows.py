@@ -65,7 +65,7 @@ def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
     """All rows of a file."""
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
         for batch in file.iter_batches(ROWS_AT_ONCE):
@@ -83,7 +83,7 @@ def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
     """What participants first .. first+count-1 answered, from a file of one round; not a number where nothing."""
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         stops = np.cumsum(sizes)
         low, high = np.searchsorted(stops, (first, first + count - 1), side="right")

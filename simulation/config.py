@@ -283,7 +283,9 @@ class SimulationConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as a run folder holds them: paths inside the checkout are relative to it, as it may be moved."""
         said = asdict(self)
-        return said | {name: _from_root(said[name]) for name in PATHS if said[name] is not None}
+        paths = {name: _from_root(said[name]) for name in PATHS if said[name] is not None}
+        folders = filter(None, (said["extra_pythonpath"] or "").split(":"))
+        return said | paths | {"extra_pythonpath": ":".join(map(_from_root, folders)) or None}
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> SimulationConfig:
@@ -296,7 +298,9 @@ class SimulationConfig:
             raise TypeError("hosts are no texts")
         moved_from = _root_of(said)
         paths = {name: _from_here(said[name], moved_from) for name in PATHS if said.get(name) is not None}
-        return cls(**{**said, **paths, "hosts": tuple(said["hosts"])})
+        folders = (said.get("extra_pythonpath") or "").split(":")
+        extra = ":".join(_from_here(each, moved_from) for each in folders if each) or None
+        return cls(**{**said, **paths, "extra_pythonpath": extra, "hosts": tuple(said["hosts"])})
 
     @property
     def ports(self) -> range:
@@ -350,8 +354,8 @@ def shown(path: str | Path) -> str:
         return str(path)
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises SettingsError where that cannot be found out.
+def is_there(path: Path, flag: str = "") -> bool:
+    """Whether there is such a file or folder. Raises SettingsError, which names the flag, where that is not known.
 
     Path.exists() and its like raise what the system says instead, such as PermissionError.
     """
@@ -360,8 +364,23 @@ def is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise SettingsError(f"cannot look at {printable(shown(path))}: {reason(error)}") from None
+        raise SettingsError(
+            f"{f'{flag} ' * bool(flag)}cannot look at {printable(shown(path))}: {reason(error)}"
+        ) from None
     return True
+
+
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """The files of a folder with this suffix; none if there is no folder. Raises SettingsError if it cannot be read.
+
+    Path.glob() finds nothing in a folder that is closed to us.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SettingsError(f"cannot read {printable(shown(folder))}: {reason(error)}") from None
 
 
 def read_text(path: Path) -> str:

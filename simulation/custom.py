@@ -40,7 +40,7 @@ def load_class(spec: str | None, agent_type: str) -> type[Participant]:
     path = Path(file_name)
     if not colon or path.suffix != ".py":
         raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
-    if not is_there(path):
+    if not is_there(path, "--agent-class"):
         raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
     name = OWN + path.stem  # a name of its own: a file random.py must not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)

@@ -214,7 +214,7 @@ def near_file(path: str | Path) -> str:
     try:
         if os.path.exists(wanted):  # noqa: PTH110 - it raises less
             return ""
-        names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]
+        names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix and each != wanted]
     except (OSError, ValueError):
         return ""
     meant = meant_by(wanted.name, names)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from simulation import processes
-from simulation.config import ROOT, SimulationConfig, full_path, is_there, shown
+from simulation.config import ROOT, SimulationConfig, files_in, full_path, is_there, shown
 from simulation.errors import ClusterError, SettingsError
 from simulation.model_configs import ModelConfig, read_models
 
@@ -39,6 +39,7 @@ NOT_BY_HAND = {  # flags of vLLM, and why they are not given by hand
     "--served-model-name": "model_name in configs/model_configs.json sets it",
     "--tensor-parallel-size": "TENSOR_PARALLEL sets it",
     "-tp": "TENSOR_PARALLEL sets it",
+    "--config": "flags in a file would not be seen here",
     **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
 }
 TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
@@ -222,7 +223,7 @@ def stop() -> int:
 def status() -> tuple[list[list[str]], bool]:
     """The cells of STATUS for each vLLM server of this host, and whether all are healthy."""
     running = own_servers()
-    ports = sorted(int(path.stem) for path in FOLDER.glob("*.pid") if path.stem.isdigit())
+    ports = sorted(int(path.stem) for path in files_in(FOLDER, ".pid") if path.stem.isdigit())
     states = {port: "healthy" if port in running and _is_healthy(port) else _ailing(port, running) for port in ports}
     rows = [[str(port), str(running[port].pid) if port in running else "-", state] for port, state in states.items()]
     return rows, all(state == "healthy" for state in states.values())
@@ -230,7 +231,7 @@ def status() -> tuple[list[list[str]], bool]:
 
 def own_servers() -> dict[int, psutil.Process]:
     """The live processes of our pid files, by port."""
-    found = {path: processes.live_process(path, _is_server) for path in FOLDER.glob("*.pid") if path.stem.isdigit()}
+    found = {path: processes.live_process(path, _is_server) for path in files_in(FOLDER, ".pid") if path.stem.isdigit()}
     return {int(path.stem): process for path, process in found.items() if process is not None}
 
 
@@ -239,7 +240,7 @@ def _checked_path(model_path: str | None) -> str:
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
     path = Path(full_path("--model-path", model_path))
-    if is_there(path):
+    if is_there(path, "--model-path"):
         if not is_there(path / "config.json"):
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
         return str(path)
@@ -337,7 +338,7 @@ def _log(port: int) -> Path:
 
 def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:
     """End all servers of our pid files, and what those that died have left, but for those on some ports."""
-    paths = [path for path in FOLDER.glob("*.pid") if path.stem not in map(str, but or ())]
+    paths = [path for path in files_in(FOLDER, ".pid") if path.stem not in map(str, but or ())]
     _end({pid for path in paths if (pid := _session_named_by(path)) is not None})
     processes.remove_ended(FOLDER, _is_server)
     for draft in FOLDER.glob("*.pid.new"):  # whoever writes pid files here holds the lock, as we do

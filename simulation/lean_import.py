@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, reason
 
 
 def import_agentscope() -> None:
@@ -40,8 +40,12 @@ def add_extra_folders(folders: str | None) -> None:
         SettingsError: One of them does not exist.
     """
     for folder in filter(None, (folders or "").split(":")):
-        if not os.path.exists(folder):  # noqa: PTH110 - which raises nothing where the folder above is closed to us
-            raise SettingsError(f"--extra-pythonpath {folders}: there is no folder {folder} here")
+        try:
+            os.listdir(folder)  # noqa: PTH208
+        except OSError as error:
+            raise SettingsError(
+                f"--extra-pythonpath {folders}: cannot read the folder {folder}: {reason(error)}"
+            ) from None
         append_to_path(folder)
 
 

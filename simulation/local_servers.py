@@ -18,7 +18,7 @@ from pathlib import Path
 
 from simulation import processes
 from simulation.channels import MEMORY, OWN_VERSIONS, all_of, fan_out, handshake, use_key
-from simulation.config import ROOT, SimulationConfig, flag_of, is_there
+from simulation.config import ROOT, SimulationConfig, files_in, flag_of, is_there
 from simulation.errors import ClusterError, ServerUnreachable
 from simulation.lean_import import add_extra_folders
 from simulation.model_configs import has_models, read_models
@@ -226,7 +226,7 @@ def stop() -> int:
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
     """The cells of STATUS for each agent server of this host, or its port and what is wrong; whether all answer."""
-    ports = [int(path.stem) for path in processes.SERVERS.glob("*.pid") if path.stem.isdigit()]
+    ports = [int(path.stem) for path in files_in(processes.SERVERS, ".pid") if path.stem.isdigit()]
     if not ports:
         return [], True
     use_key(load(Path(config.cluster_key_dir)))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from simulation.config import ROOT, read_text
+from simulation.config import ROOT, files_in, read_text
 from simulation.errors import UNSUPPORTED, ClusterError, SettingsError, reason
 
 SERVERS = ROOT / "run" / "servers"
@@ -132,8 +132,10 @@ class ProcessId:
             pid, *rest = path.read_text(encoding="utf-8").split()
             parts = rest[0].rsplit(":", 3) if rest else []
             return cls(int(pid), *parts) if len(parts) == 4 else cls(int(pid))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            raise SettingsError(f"cannot read {path}: {reason(error)}") from None
 
     def write(self, path: Path) -> None:
         """Write a pid file; readers see all of it, or what was there before."""
@@ -187,7 +189,7 @@ def live_process(path: Path, is_ours: Callable[[psutil.Process], bool]) -> psuti
 
 def remove_ended(folder: Path, is_ours: Callable[[psutil.Process], bool]) -> None:
     """Remove the pid files of processes that have ended, and no others."""
-    for path in folder.glob("*.pid"):
+    for path in files_in(folder, ".pid"):
         noted = ProcessId.read(path)
         if live_process(path, is_ours) is None and not (noted and noted.elsewhere):
             path.unlink(missing_ok=True)
@@ -200,7 +202,7 @@ def refuse_elsewhere(folder: Path, stop: str) -> None:
         folder: Of the pid files.
         stop: The command that stops these processes.
     """
-    for path in sorted(folder.glob("*.pid")):
+    for path in sorted(files_in(folder, ".pid")):
         noted = ProcessId.read(path)
         if noted and noted.elsewhere:
             raise ClusterError(
@@ -263,7 +265,7 @@ def _is_ours(process: psutil.Process) -> bool:
 
 def own_processes() -> dict[str, psutil.Process]:
     """All live processes of this checkout's pid files, the launcher first, then the servers by port."""
-    ports = sorted(int(path.stem) for path in SERVERS.glob("*.pid") if path.stem.isdigit())
+    ports = sorted(int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit())
     names = [LAUNCHER, *map(str, ports)]
     found = {name: own_process(name) for name in names}
     return {name: process for name, process in found.items() if process is not None}

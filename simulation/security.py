@@ -53,7 +53,7 @@ def load_or_make(folder: Path) -> ClusterKey:
 
     Raises SettingsError if others can read it, if it is no working pair, or if the folder cannot be written.
     """
-    if not is_there(folder / CERTIFICATE) and not is_there(folder / PRIVATE_KEY):
+    if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
         try:
             _make(folder)
         except OSError as error:

@@ -21,8 +21,10 @@ from conftest import NO_UTF8, ROOT, one_line
 
 import main
 from simulation import config
-from simulation.config import PATHS, ROLES, SimulationConfig, flag_of, shown
+from simulation.config import PATHS, ROLES, SimulationConfig, files_in, flag_of, shown
 from simulation.errors import SettingsError, meant_by, nearest
+from simulation.lean_import import add_extra_folders
+from simulation.processes import ProcessId
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1,000,000,000"),
@@ -274,6 +276,29 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
 
 
+def test_a_variable_that_stops_tls_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none/keys"))
+    assert main.main(["--dry-run"]) == 2
+    assert "SSLKEYLOGFILE=" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["{}/closed/lib", "{}/file"])
+def test_an_extra_folder_that_cannot_be_read_is_told_before_anything_starts(monkeypatch, tmp_path, text):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"cannot read the folder .*: "):
+        add_extra_folders(text.format(tmp_path))
+
+
+def test_pid_files_that_cannot_be_read_are_not_taken_for_none(monkeypatch, tmp_path):
+    (tmp_path / "1.pid").mkdir()  # reading it fails, also as root
+    assert files_in(tmp_path, ".pid") == [tmp_path / "1.pid"] and files_in(tmp_path / "none", ".pid") == []
+    with pytest.raises(SettingsError, match="cannot read "):
+        ProcessId.read(tmp_path / "1.pid")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SettingsError, match="cannot read "):
+        files_in(tmp_path / "loop", ".pid")
+
+
 @pytest.mark.parametrize(
     ("text", "trouble"),
     [("", "is empty"), ("~no-such-user/x", "no home folder is known for ~no-such-user"), ("a\0b", "must be a path")],
@@ -309,11 +334,13 @@ def test_paths_inside_the_checkout_move_with_it(tmp_path, monkeypatch, given, wr
     places["link"].symlink_to("root")
     monkeypatch.setattr(config, "ROOT", places["root"])
     names = [name for name in PATHS if name != "experiment"]  # which excludes --resume
-    said = SimulationConfig(**dict.fromkeys(names, given.format(**places))).to_json()
+    folders = "{0}:{0}/lib".format(given.format(**places))
+    said = SimulationConfig(**dict.fromkeys(names, given.format(**places)), extra_pythonpath=folders).to_json()
     assert {said[name] for name in names} == {written.format(**places)}
     monkeypatch.setattr(config, "ROOT", places["other"])
     again = SimulationConfig.from_json(json.loads(json.dumps(said)))
     assert {getattr(again, name) for name in names} == {read.format(**places)}
+    assert again.extra_pythonpath == "{0}:{0}/lib".format(read.format(**places))
 
 
 def test_defaults_of_an_earlier_version_are_those_of_this_checkout():

@@ -144,9 +144,9 @@ def test_what_a_class_imports_comes_from_its_folder_or_an_extra_one(checkout):
     done = checkout.run("run_simulation.sh", *flags)
     assert done.returncode == 2 and "cannot be imported: ModuleNotFoundError: No module named 'theirs'" in done.stderr
     done = checkout.run("run_simulation.sh", *flags, env={"EXTRA_PYTHONPATH": "extra:no such"})
-    assert done.returncode == 2 and "there is no folder" in one_line(done.stderr)
+    assert done.returncode == 2 and "No such file or directory" in one_line(done.stderr)
     done = checkout.run("start_all_server.sh", "1", env={"EXTRA_PYTHONPATH": "no such"})
-    assert done.returncode == 2 and "there is no folder" in one_line(done.stderr)
+    assert done.returncode == 2 and "No such file or directory" in one_line(done.stderr)
     checkout.play(*flags, env={"EXTRA_PYTHONPATH": ":extra:", "MODERATOR_PER_HOST": "1"})
     assert checkout.values() == [7.0] * 4
 
