@@ -110,7 +110,9 @@ def forget_damaged() -> None:
     """Delete the record of each package that has lost files, which pip and uv would take for installed."""
     for package in distributions():
         paths = [Path(str(file.locate())) for file in package.files or ()]
-        if not all(path.exists() for path in tops_of(package)):
+        sized = [(Path(str(file.locate())), file.size) for file in package.files or () if file.size is not None]
+        whole = all(path.exists() for path in tops_of(package))
+        if not whole or not all(path.is_file() and path.stat().st_size == size for path, size in sized):
             for record in {path.parent for path in paths if path.parent.suffix == ".dist-info"}:
                 shutil.rmtree(record, ignore_errors=True)
 
