@@ -69,9 +69,9 @@ def main() -> int:
         return look(sys.argv[2], Path(sys.argv[3]))
     group, log, installed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     try:
-        forget_damaged()
+        cache = ("--no-cache",) if forget_damaged() else ()
         try:
-            install_with_uv(group, log)
+            install_with_uv(group, log, cache)
             files = installed_files(group)
         except InstallError as error:
             say(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two")
@@ -106,15 +106,21 @@ def write_lines(file: Path, lines: list[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def forget_damaged() -> None:
-    """Delete the record of each package that has lost files, which pip and uv would take for installed."""
+def forget_damaged() -> bool:
+    """Delete the record of each package that has lost files, which pip and uv would take for installed.
+
+    Returns whether there was any: then uv's cache, whose files the environment shares, may be damaged alike.
+    """
+    found = False
     for package in distributions():
         paths = [Path(str(file.locate())) for file in package.files or ()]
         sized = [(Path(str(file.locate())), file.size) for file in package.files or () if file.size is not None]
         whole = all(path.exists() for path in tops_of(package))
         if not whole or not all(path.is_file() and path.stat().st_size == size for path, size in sized):
             for record in {path.parent for path in paths if path.parent.suffix == ".dist-info"}:
+                found = True
                 shutil.rmtree(record, ignore_errors=True)
+    return found
 
 
 def distributions() -> Iterator[importlib.metadata.Distribution]:
@@ -130,7 +136,7 @@ def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
     return {root / file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
 
 
-def install_with_uv(group: str, log: Path) -> None:
+def install_with_uv(group: str, log: Path, more: tuple[str, ...] = ()) -> None:
     pip, config = find_pip(log)
     if not UV.exists():
         if is_vllm(group):
@@ -143,7 +149,7 @@ def install_with_uv(group: str, log: Path) -> None:
     if group != "run" and "UV_COMPILE_BYTECODE" not in os.environ:
         variables["UV_COMPILE_BYTECODE"] = "1"  # as pip does
     # Of configuration files, uv reads the user's and the system's, but none that it finds in a folder above this one.
-    uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments)
+    uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments, *more)
     for step in steps(group, [PIP] if is_vllm(group) else [PIP, "uv"]):
         run(*uv, *step, log=log, variables=variables)
 
