@@ -78,8 +78,10 @@ def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: 
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if isinstance(error, BlockingIOError):
             raise
+        if error.errno not in UNSUPPORTED:
+            raise OSError(error.errno, f"it cannot be locked ({reason(error)})") from None
         tell_once(f"the file system of {folder} has no locks ({reason(error)}): {advice}")
         return False
     return True

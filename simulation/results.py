@@ -126,14 +126,13 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             self.discard_if_empty()
+            self.close()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResultsError(f"results cannot be written to {self.path}: {reason(error)}") from None
             advice = "; give another --run-dir" if within is None else ""
             raise SettingsError(f"cannot write results to {self.path}: {reason(error)}{advice}") from None
         except SimulationError:
             self.discard_if_empty()
-            raise
-        except SettingsError:
             self.close()
             raise
 
@@ -292,11 +291,17 @@ def _point_latest(target: str) -> None:
 
 
 def _check_latest() -> None:
-    """Raise SettingsError or OSError unless runs/latest can be pointed to a run."""
-    LATEST.parent.mkdir(exist_ok=True)
+    """Raise SettingsError unless runs/latest can be pointed to a run."""
+    try:
+        LATEST.parent.mkdir(exist_ok=True)
+        _check_writable(LATEST.parent)
+    except OSError as error:
+        trouble = f"cannot write {LATEST}, which names the last run, wherever it is: {reason(error)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResultsError(trouble) from None
+        raise SettingsError(f"{trouble}; play in a checkout of your own") from None
     if not LATEST.is_symlink() and is_there(LATEST):
         raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
-    _check_writable(LATEST.parent)
     for draft in LATEST.parent.glob("latest.*"):
         if DRAFT_OF_LATEST.fullmatch(draft.name) and draft.is_symlink() and not _is_locked(draft):
             draft.unlink(missing_ok=True)
@@ -356,6 +361,8 @@ def _drafts(path: Path) -> set[Path]:
 def _make_folder(path: Path) -> list[Path]:
     """Make a folder with its parents; returns those that are new, the innermost first."""
     if is_there(path) and {*path.iterdir()} - _drafts(path):
+        if not is_there(path / "summary.json") and not is_there(path / SWEEP):
+            raise SettingsError(f"--run-dir {path}: is not empty; name a new folder")
         raise SettingsError(
             f"--run-dir {path}: holds results already; name a new folder, or go on with that run: "
             f"--resume {shlex.quote(str(path))}"

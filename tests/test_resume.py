@@ -411,7 +411,7 @@ def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch
     assert names_in(tmp_path / "run") == []
     directory.close()
     (tmp_path / "run/.hidden").touch()
-    with pytest.raises(SettingsError, match="holds results already"):
+    with pytest.raises(SettingsError, match="is not empty; name a new folder"):
         RunDirectory(tmp_path / "run")
 
 
@@ -502,7 +502,7 @@ def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, 
 
 def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
     failing(monkeypatch, fcntl, "flock", errno.EIO)
-    with pytest.raises(SettingsError, match=r"cannot write results to .*: Input/output error"):
+    with pytest.raises(SettingsError, match=r"cannot write results to .*: it cannot be locked .Input/output error"):
         RunDirectory(tmp_path / "run")
     with (
         pytest.raises(SettingsError, match=r"cannot write in .*servers: Input/output error"),
