@@ -505,7 +505,7 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
     with pytest.raises(SettingsError, match=r"cannot write results to .*: it cannot be locked .Input/output error"):
         RunDirectory(tmp_path / "run")
     with (
-        pytest.raises(SettingsError, match=r"cannot write in .*servers: Input/output error"),
+        pytest.raises(SettingsError, match=r"cannot write in .*servers: it cannot be locked .Input/output error"),
         processes.one_at_a_time(),
     ):
         pass
