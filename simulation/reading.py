@@ -2,8 +2,8 @@
 
 A text is read only where its writer's own number is certain. Few forms state a number: "33" alone on a line,
 "Answer: 33", "I choose 33", in the languages of answer_words.py. Such a statement has to be all that the text says, or
-end it, or be followed by nothing but an explanation. All other texts are refused: it is better to ask again than to
-count somebody else's number.
+be its last line, or be followed by nothing but an explanation without numbers. All other texts are refused: it is
+better to ask again than to count somebody else's number.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _DIGITS = _Later(r"[\d²³¹¼-¾⅐-⅞]|\b(?:zero|twelve|ten|hundred|(?:twen|t
 _GAP = r"[\s,:;.…—–、，-]"
 _TO_NUMBER = r"[ :=—\"'“„«「(\[$#]{0,4}(?:boxed: )?(?=[-.\d])"
 _ENDS = r"(?!(?<=[a-zа-я])\w)"  # of a word, also where words have no blanks between them
-_MARKS = r"[\s\"'“”„«»‘’「」()\[\]{}<>*$#|•🎯✅👉=-]{0,9}?"  # around a number that stands alone
+_MARKS = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•🎯✅👉=-]{0,9}?"  # around a number that stands alone
 _AFTER = r"[)\]\"'”’»」}$*]*"
 
 
@@ -122,7 +122,7 @@ class _Statement(NamedTuple):
 
 
 def parse_number(text: str) -> float:
-    """Read the number that is its writer's own: "others pick 50, so I choose 37", "**37**" and "37 of 100" are 37.
+    """Read the number that is its writer's own: "I choose 37.", "**37**" and "37 of 100" are 37.
 
     Thoughts (<think>...</think>), ranges, totals and what is negated are left out.
 
@@ -167,13 +167,13 @@ def _core(sentences: list[_Sentence]) -> list[_Sentence]:
 
 def _only(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
     """The statement that is all that the text says, explained at most by itself."""
-    return stated[0] if len(sentences) == 1 else None
+    return stated[0] if len(sentences) == 1 and not _DEPENDS.search(sentences[0].text) else None
 
 
 def _first(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
     """The statement that the text begins with, if all after it explains it, or closes the text."""
     said, after = stated[0], [each.text for each in sentences[1:]]
-    if said is None or said.kind == "weak":
+    if said is None or said.kind == "weak" or not after:
         return None
     harmless = all(
         (_EXPLAINS.fullmatch(each) and _explains(each)) or (other is not None and other.number == said.number)
@@ -183,11 +183,17 @@ def _first(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Stat
 
 
 def _last(sentences: list[_Sentence], stated: list[_Statement | None]) -> _Statement | None:
-    """The statement that the text ends with, if nothing before it says that it is another one's, or supposed."""
+    """The statement on the last line, if nothing before it says that it is another one's, or supposed."""
     if len(sentences) == 1 or (said := stated[-1]) is None or said.kind == "weak":
         return None
     *_, before, last = sentences
-    if not last.follows or _SUPPOSED.search(last.text) or _QUOTED.search(last.text) or last.text.startswith("="):
+    if (
+        not last.begins_line
+        or not last.follows
+        or _SUPPOSED.search(last.text)
+        or _QUOTED.search(last.text)
+        or last.text.startswith("=")
+    ):
         return None
     if _LEADS.match(before.text) or any(_SUPPOSES.match(each.text) or _SPEAKS.match(each.text) for each in sentences):
         return None
@@ -250,6 +256,7 @@ _LIST = _Later(r"^\W{0,4}\d{1,2}[.)] .*^\W{0,4}\d{1,2}[.)]\W*\Z", re.M | re.S)  
 _SUPPOSES = _Later(rf"\W*(?:(?:{_OPENINGS})(?!\w)\W*)*(?:{words.SUPPOSING})")
 _LEADS = _Later(words.LEADING)
 _SPEAKS = _Later(rf"(?!{words.OWN_HEADING})[^.!?:]{{1,40}}: ?.*[^\W\d_].* .*")  # "Player 2: I go first."
+_DEPENDS = _Later(r"\bthen\b.*(?:\bwould\b|'d\b)")
 _SUPPOSED = _Later(r"\b(?:would|then|round \d+|\d+(?:st|nd|rd|th) round)\b|'d\b")  # of another case, or round
 _ABBREVIATED = _Later(
     r"(?:\b(?:[^\W\d]|mr|ms|dr|st|vs|nr|no|pl|ex|np|e\.g|i\.e|z\.b|d\.h)|approx|max|min|avg|etc|bzw|напр)\.$"
@@ -259,7 +266,7 @@ _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
 _ASIDE = _Later(r"^[ \t]*>.*[^\W\d]|^[ \t]*\||^[ \t]*##.*\s\d+$|^analysis(?!\s*:)", re.M)  # quoted, in a table, thought
 _FIELDS = _Later(r"\{[^{}:]*:[^{}]*\}")  # an object among other things
 _AROUND_NUMBER = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
-_JOINED = _Later(r"\d~~|~~\d*~~\d|^\W*#[1-9]$")  # parts of numbers, or of lists
+_JOINED = _Later(r"^\W*#[1-9]$")  # the number of one, in a list
 _HEADING = _Later(r"^[ \t]*#+[ \t]*([^\s\d#].*)$", re.M)
 _JSON = _Later(r"((?:[^{}\n]*:)?\s*)(\{.*\})\W*", re.S)
 
@@ -307,10 +314,16 @@ def _plain(text: str) -> str:
     """A text in lower case, with ASCII digits, without thoughts and marks; empty where nobody knows what it says."""
     said = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     said = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in said)
-    said = _STRUCK.sub(" ", _TOKEN.sub(" ", said)).strip()
+    said = _STRUCK.sub(_struck, _TOKEN.sub(" ", said)).strip()
     said = _BOXED.sub(r" boxed: \1", _object(said))
     said = _ELEMENT.sub(r"answer: \2\n", said)
     return _EMPHASIS.sub("", said)
+
+
+def _struck(found: re.Match[str]) -> str:
+    """What stands for something struck out; next to a digit nobody knows what is left of the number."""
+    beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
+    return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 
 
 def _dubious(text: str) -> bool:

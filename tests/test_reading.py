@@ -32,7 +32,7 @@ def test_no_number_is_read_but_the_writers_own():
     found = [(answer["text"], read(answer["text"]), answer["number"]) for answer in answers]
     assert [each for each in found if each[1] not in (None, each[2])] == []
     sure = [number for _, number, right in found if right is not None]
-    assert sure.count(None) / len(sure) < 0.48  # corrections, and explanations with other numbers, are asked for again
+    assert sure.count(None) / len(sure) < 0.55  # who corrects itself, or explains on the same line, is asked again
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,9 @@ def test_no_number_is_read_but_the_writers_own():
         "I go with 47, as two thirds of that is 31.",
         "Player 2: I have no idea what the rest does. I choose 47.",
         "Average = (40 + 54) / 2\n= 47",
+        "Bob is the next one to speak. My number is 47.",
+        "Then I would choose 47.",
+        "4~~7~~",
         "A naive player thinks: they are random, so I choose 47.",
         "My guess is 47. Two thirds of that is 31.",
         "What will the average be? My answer is 47.",
@@ -96,13 +99,13 @@ def test_a_number_that_may_be_another_s_is_refused(text):
         "My number is 31",
         "<think>I choose 47. Or lower.</think>\n\n31",
         "47 is far too high for me.\n\nFinal answer: 31",
-        "In the last round I chose 47. Now I choose 31.",
+        "In the last round I chose 47.\nNow I choose 31.",
         "I choose 31 because it feels right.",
         "## Reasoning\n\nMost of them will pick 47.\n\n## Answer\n\n31",
         "Average: 47\nTarget: 31.3\nMy number: 31",
         "1. They pick 47.\n2. Two thirds of that is about 31.\n\nSo I choose **31**.",
         '{"thoughts": "they pick 47", "number": 31}',
-        "Die anderen werden sicher 47 nehmen. Also nehme ich 31.",
+        "Die anderen werden sicher 47 nehmen.\nAlso nehme ich 31.",
         "Je choisis 31.",
         "Mi número es 31.",
         "私は31を選びます。",
