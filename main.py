@@ -328,8 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _damage(error: ImportError) -> str:
-    """Say what is wrong with the environment, and have the next script install it again."""
-    for stamp in Path(sys.prefix).glob("installed-*"):
+    """Say what is wrong with the environment; if it is the checkout's, have the next script install it again."""
+    for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
     what = f"has no module {error.name}" if isinstance(error, ModuleNotFoundError) else f"is damaged: {error}"

@@ -276,6 +276,16 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
 
 
+def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp_path):
+    for prefix, stays in ((tmp_path / "another", True), (tmp_path / ".venv", False)):
+        prefix.mkdir()
+        (prefix / "installed-run").touch()
+        monkeypatch.setattr(sys, "prefix", str(prefix))
+        monkeypatch.setattr(main, "ROOT", tmp_path)
+        assert f"{prefix} has no module x: " in main._damage(ModuleNotFoundError(name="x"))
+        assert (prefix / "installed-run").exists() is stays
+
+
 def test_a_variable_that_stops_tls_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none/keys"))
     assert main.main(["--dry-run"]) == 2
