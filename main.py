@@ -316,10 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except ImportError as error:
-        print(f"error: {_damage(error)}", file=sys.stderr)
-        return SettingsError.exit_status
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
+            print(f"error: {_damage(error)}", file=sys.stderr)
+            return SettingsError.exit_status
         from simulation.console import keep_traceback
 
         where = keep_traceback()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from simulation.config import SimulationConfig, is_there, real
 from simulation.console import table_lines
 from simulation.errors import ResultsError, SettingsError, printable
-from simulation.past_runs import PastRun, played_whole
+from simulation.past_runs import PastRun, played_whole, runs_in
 from simulation.pictures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
 from simulation.plots import answers_picture, draw_answers, scale_rounds, selection
 from simulation.report import number_of
@@ -38,7 +38,7 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
     for path in named:
         runs = [path]
         if is_there(path / SWEEP):
-            runs = sorted(summary.parent for summary in path.glob("*/summary.json"))
+            runs = runs_in(path)
             if not runs:
                 raise SettingsError(f"{path}: a sweep of which no run was played")
         found += [run for run in runs if real(run) not in map(real, found)]

@@ -370,8 +370,10 @@ def is_there(path: Path, flag: str = "") -> bool:
     return True
 
 
-def files_in(folder: Path, suffix: str) -> list[Path]:
-    """The files of a folder with this suffix; none if there is no folder. Raises SettingsError if it cannot be read.
+def files_in(folder: Path, suffix: str = "") -> list[Path]:
+    """The files of a folder with this suffix, in order; none if there is no folder.
+
+    Raises SettingsError if it cannot be read.
 
     Path.glob() finds nothing in a folder that is closed to us.
     """

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from simulation.answer_rows import rows_by_round, tally_in
 from simulation.cast import Cast, Parts
-from simulation.config import SimulationConfig, flag_of, is_there, real
+from simulation.config import SimulationConfig, files_in, flag_of, is_there, real
 from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.game import INTERRUPTED, Game, RoundResult, Tally, Winners, Wording
 from simulation.library import game_of
@@ -276,10 +276,15 @@ def _refuse_experiment(path: Path, flag: str) -> None:
     """Raise SettingsError if this is the folder of an experiment where that of one run is needed."""
     if not is_there(path / SWEEP):
         return
-    runs = sorted(summary.parent for summary in path.glob("*/summary.json"))
+    runs = runs_in(path)
     keeping = [run for run in runs if is_there(run / AGENTS)]  # what is asked for, if any is
     name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
     raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """Return the folders of an experiment's runs of which anything was written, in order. Raises SettingsError."""
+    return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
 
 
 def part_in(path: Path, summary: dict[str, Any]) -> PartOf | None:
@@ -299,7 +304,7 @@ def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
 def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[int, pa.Table]]:
     """All answers of a run, in tables of one round's consecutive participants. Raises SettingsError."""
     whole = path / WHOLE
-    parts = sorted(path.glob(PARTS))  # of a run that was killed
+    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # of a run that was killed
     try:
         for file in [whole] if is_there(whole) or not parts else parts:
             for number, rows in rows_by_round(file):

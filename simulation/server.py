@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -51,7 +52,7 @@ from simulation.channels import (
     Handshake,
     use_key,
 )
-from simulation.config import SimulationConfig
+from simulation.config import ROOT, SimulationConfig
 from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.group import ParticipantGroup
 from simulation.heartbeat import Beat
@@ -121,6 +122,9 @@ class SimulationServicer(AgentServerServicer):
         return beat
 
     def handshake(self, request: bytes, context: Any) -> bytes:
+        if not Path(__file__).exists():  # then what is imported later is not found, either
+            restart = "stop all agent servers of this host, and start them again"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
         asked = json.loads(request)
         self._begin_or_end_runs(asked)
         first_moderator = self._config.base_port + self._config.server_per_host

@@ -286,6 +286,20 @@ def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp
         assert (prefix / "installed-run").exists() is stays
 
 
+@pytest.mark.parametrize(
+    ("module", "status", "said"),
+    [("grpc._channel", 2, "--install-only repairs"), ("simulation.console", 1, "a defect of the program: ImportError")],
+)
+def test_a_module_of_a_library_that_is_not_found_is_damage_and_one_of_ours_a_defect(
+    monkeypatch, capsys, module, status, said
+):
+    def fail(*_):
+        raise ImportError(f"cannot import name 'x' from {module!r}", name=module)
+
+    monkeypatch.setattr(main, "play", fail)
+    assert main.main(["--dry-run"]) == status and said in one_line(capsys.readouterr().err)
+
+
 def test_a_variable_that_stops_tls_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none/keys"))
     assert main.main(["--dry-run"]) == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, one_line, until
+from conftest import ROOT, drafts_in, one_line, until
 from fake_model import FakeModel
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -390,6 +390,7 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     assert alone.returncode == 0 and "run 2 of 4 of x.yaml" in alone.stderr
     assert f"to go on with all of them: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in alone.stderr
     first = (cut / FOLDERS[0] / "summary.json").read_bytes()
+    (cut / FOLDERS[0] / ".report.html.new").touch()  # as of a process that was killed after the run's end
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--ratio", "1")
     assert refused.returncode == 2 and f"--ratio 1: the runs of runs/{cut.name} differ in it" in one_line(
         refused.stderr
@@ -399,7 +400,7 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "3", "--sleep-time", "0")
     assert resumed.returncode == 0, resumed.stderr
     assert "has played 1 of 2 rounds" in resumed.stderr and resumed.stderr.count(": asking") == 5
-    assert (cut / FOLDERS[0] / "summary.json").read_bytes() == first
+    assert (cut / FOLDERS[0] / "summary.json").read_bytes() == first and drafts_in(cut) == []
     assert answers_in(cluster, cut) == answers_in(cluster, whole)
     assert len(resumed.stdout.splitlines()[-4:]) == 4 and list(answers_in(cluster, cut)) == FOLDERS
 

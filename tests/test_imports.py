@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 from conftest import Checkout
@@ -47,6 +48,16 @@ def test_what_needs_no_agents_imports_no_agentscope(checkout, arguments):
     modules = modules_after(checkout, *arguments.split(), status=2 if refused else 0)
     needed = AGENTSCOPE if "no_such_file" in arguments else ()  # its class is looked for first, as a game would need it
     assert not modules & {*AGENTSCOPE, *MODEL_CLIENT, *PICTURES, *NEVER} - {*needed}
+
+
+@pytest.mark.parametrize("name", ["moderator/__init__.py", "participant/__init__.py", "simulation.py", "loguru.py"])
+def test_files_of_a_researcher_stand_for_none_of_the_program(checkout, name):
+    (checkout.path / name).parent.mkdir(exist_ok=True)
+    (checkout.path / name).write_text("raise RuntimeError('a file of a researcher')\n")
+    for arguments in (["--dry-run"], ["--role", "participant", "--stop"]):
+        command = [checkout.path / ".venv/bin/python", checkout.path / "main.py", *arguments]
+        done = subprocess.run(command, cwd=checkout.path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhere(checkout):

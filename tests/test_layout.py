@@ -174,6 +174,13 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
     for name in ("my_file.py", "notes.py", *modules, "my_test.py", "test_mine.py", "experiments/run.py", "my/x.py"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
+    for name in ("moderator/data.py", "simulation.py"):  # beside a module, and a package, of the same name
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("1/0\n")
+    (path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-flag\n")
+    (path / "ruff.toml").write_text("[lint]\nselect = ['NO-SUCH-RULE']\n")
+    (path / ".shellcheckrc").write_text("no such line\n")
+    (path / "conftest.py").write_text("1/0\n")
     (path / "analysis.sh").write_text("cd $1; for f in `ls *`; do echo $f; done\n")
     command = [path / "run_tests.sh", "tests/test_layout.py", "tests/test_readme.py", "-n", "1"]
     command += ["-k", "(layout and not researcher) or table"]

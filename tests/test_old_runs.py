@@ -166,6 +166,11 @@ DAMAGES = [
     *(("language_model", "game.json", content) for content in NO_JSON),
     *(("language_model", "failed_answers.jsonl", content) for content in NO_JSON[1:]),
     *(("language_model", "agents.jsonl", content) for content in NO_JSON[1:]),
+    (
+        "language_model",
+        "agents.jsonl",
+        json.dumps({"oid": "\x1b[2J", "host": "h", "port": 1, "first": 0, "count": 1}).encode(),
+    ),
     *(("sweep", "sweep.json", content) for content in NO_JSON),
     *(("language_model", "answers.parquet", content) for content in (b"", b"PAR1", b"PAR1" * 100)),
     ("killed", "answers-00002.parquet", b"PAR1"),

@@ -178,6 +178,21 @@ def test_a_checkout_that_was_moved_goes_on(checkout, tmp_path):
     assert str(tmp_path) not in (moved.path / "runs/latest/summary.json").read_text()
 
 
+def test_servers_whose_checkout_was_moved_are_to_be_restarted(checkout, tmp_path):
+    assert checkout.run("start_all_server.sh", "2", env={"MODERATOR_NUM": "1"}).returncode == 0
+    path = checkout.path
+    moved = replace(checkout, path=path.rename(tmp_path / "moved"))
+    try:
+        done = moved.run("run_simulation.sh", "2", "40", env={"MODERATOR_NUM": "1"})
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 3 and f"its checkout {path} was moved or removed; stop all " in error
+        assert moved.runs() == set()
+        stopped = moved.run("stop_all_server.sh")
+        assert stopped.stdout == "stopped 3 agent servers\n", stopped.stderr
+    finally:
+        moved.path.rename(path)
+
+
 def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
     gates = Gates(tmp_path)
     game = play(checkout, "2", "50", *gates.flags)
@@ -575,6 +590,19 @@ def test_a_disk_that_fails_is_a_failure_to_write_results(tmp_path, monkeypatch, 
     with pytest.raises(ResultsError, match=f"cannot (write|point) .*: {os.strerror(number)}"):
         write(directory)
     assert told == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_write_results(
+    tmp_path, monkeypatch, told, number
+):
+    config = SimulationConfig(seed=1)
+    task = Task(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
+    directory = RunDirectory(sweep_in(tmp_path / "s", "01-x", "02-y"), resumed=True)
+    session = Session([task], directory.path, directory=directory)
+    failing(monkeypatch, os, "mkdir", number)
+    with pytest.raises(ResultsError, match=f"02-y: {os.strerror(number)}$"):
+        session._play_one(task, None)
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ def install(shell, tmp_path):
             made = tmp_path / "packages" / f"{name}-1.dist-info"
             made.mkdir(parents=True, exist_ok=True)
             (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-            (made / "RECORD").write_text(f"{name}.py,,\n{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
+            (made / "RECORD").write_text(f"{name}.py,,0\n{made.name}/METADATA,,\n{made.name}/RECORD,,\n")
             (made.parent / f"{name}.py").touch()
 
     def run(*command: str, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
@@ -451,13 +451,17 @@ def test_a_damaged_environment_is_repaired(shell, install):
         ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False, True),
         ("rm lib/python3.*/site-packages/numpy.py", False, True),  # while its record says that it is installed
         (": >installed-files; rm lib/python3.*/site-packages/numpy.py", False, True),
+        ("echo 1/0 | tee lib/python3.*/site-packages/numpy.py; rm installed-run", False, True),
         ("rm installed-run", False, True),
         ("rm installed-files", False, False),  # as earlier versions left it
     ):
         subprocess.run(damage, shell=True, cwd=venv, check=True)
         done, calls = install("run_simulation.sh", "--install-only")
         assert done.returncode == 0 and ("making " in done.stderr) is made_again and bool(calls) is installed_again
+        # whose cache shares its files with the environment
+        assert any("--no-cache" in call for call in calls) is any(word in damage for word in ("1/0", "rm lib", ";"))
         found = {path.name for path in venv.glob("lib/python3.*/site-packages/numpy*")}
+        assert next(venv.glob("lib/python3.*/site-packages/numpy.py")).read_text() == ""
         assert (venv / "bin/python").exists() and {"numpy.py", "numpy-1.dist-info"} <= found
         assert (venv / "installed-files").exists()
     assert install("run_simulation.sh", "--install-only")[1] == []

@@ -309,6 +309,7 @@ def test_what_cannot_start_is_one_line(checkout, env, status, words):
         ("--uds", "by HTTP"),
         ("--headless", "by HTTP"),
         ("--ssl-cert=x", "by HTTP"),
+        ("--config=vllm.yaml", "would not be seen"),
     ],
 )
 def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys):
