@@ -262,10 +262,8 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
         return ServerUnreachable(f"{endpoint}: {cause}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerUnreachable(f"{endpoint}: does not answer in time")
-    if code is grpc.StatusCode.FAILED_PRECONDITION:
-        return ClusterError(f"{endpoint}: {last}")
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return ClusterError(f"{endpoint} {ANOTHER_VERSION}")
+    if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION):
+        return ClusterError(f"{endpoint} {ANOTHER_VERSION}" if code.name == "UNIMPLEMENTED" else f"{endpoint}: {last}")
     if "not exists" in details:
         return AgentGone(f"{endpoint}: the agent is gone")
     return told_error(last) or SimulationError(f"{endpoint}: {last}")
