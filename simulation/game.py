@@ -6,6 +6,7 @@ every sum is exact and tallies merge to the same result in any order.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from simulation.cast import Cast
 from simulation.errors import Ended, KnownCause
-from simulation.reading import NO_NUMBER, parse_number
+from simulation.reading import NO_NUMBER, UNCERTAIN, parse_number
 from simulation.shares import GAMMA, MASK, mix
 
 Units = NDArray[np.int64]
@@ -28,6 +29,7 @@ Units = NDArray[np.int64]
 WINNERS_NAMED = 10  # of all winners, the lowest so many are named
 OTHER_CAUSES = "other causes"
 OUT_OF_RANGE = "number out of range"
+_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 INTERRUPTED = "interrupted"  # the cause where a person ended the round
 
 
@@ -206,6 +208,8 @@ def to_units(answer: Any, game: Game) -> int:
     text = answer if isinstance(answer, str) else None
     if text is not None:
         answer = parse_number(text)
+        if game.scale < 1000 <= game.max_value and _THOUSANDS.search(text):  # 12.345 is 12,345 in many languages
+            raise KnownCause(UNCERTAIN, text)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise KnownCause(NO_NUMBER)
     number: Any = answer
