@@ -112,6 +112,8 @@ def _read(text: str) -> float:
         raise KnownCause(NO_NUMBER, text)
     *before, last = _lines(_NUMBER_QUOTED.sub("", said)) or [""]
     number = None if _FOREIGN.search(said) else _stated(last, only_formal=bool(before))
+    if before and _ALONE.fullmatch(last) and not _SET_APART.search(said):
+        number = None
     if number is None or not (all(_leaves(number, line) for line in before) and _leads_to(before, last)):
         raise KnownCause(UNCERTAIN, text)
     return number
@@ -175,12 +177,13 @@ _FOREIGN = _Later(
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
     re.M,
 )
+_SET_APART = _Later(r"\n\s*\n\s*\S[^\n]*\Z|boxed:")  # a last line after an empty one
 _QUOTES = _Later(r"[\"“”„«»「」『』]")
 _NUMBER_QUOTED = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
 _ASKS = _Later(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
 _LABEL_LINE = _Later(rf"\W*(?:{_LABELS}|{'|'.join(each.owns for each in words.LANGUAGES.values())})\W*")
 _ITEM = _Later(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of one, in a list
-_SUPPOSES = _Later(rf"\W*(?:{words.SUPPOSING})")
+_SUPPOSES = _Later(rf"\W*(?:{words.SUPPOSING})|.*(?:가정|仮定)")
 _LEADS = _Later(words.LEADING)
 _SPEAKS = _Later(rf"(?!\W*(?:{words.HEADINGS})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
 _VALUE = _Later(rf".*=.*\d\W*|\W*(?:{words.HEADINGS})\W*[:=≈→].*\d\W*")  # "target: 33"
