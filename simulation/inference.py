@@ -184,7 +184,8 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
         began = time.monotonic()
         try:
             for each in plans:
-                started[each.port] = _spawn(home, each, model_path, more)
+                with processes.signals_later():  # one before the assignment would leave it running
+                    started[each.port] = _spawn(home, each, model_path, more)
             took = {}
             for number, each in enumerate(plans):
                 while not _is_healthy(each.port):
@@ -194,11 +195,12 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                     time.sleep(LOOK_S)
                 took[each.port] = time.monotonic() - began
         except BaseException:
-            _end({process.pid for process in started.values()})
-            for process in started.values():
-                process.wait()
-            for port in started:
-                _pid_file(port).unlink(missing_ok=True)
+            with processes.signals_later():  # the second one of somebody in a hurry would leave servers running
+                _end({process.pid for process in started.values()})
+                for process in started.values():
+                    process.wait()
+                for port in started:
+                    _pid_file(port).unlink(missing_ok=True)
             raise
     progress(len(plans), len(plans), "")
     return [
@@ -289,7 +291,12 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
         )
-    processes.ProcessId.of(process.pid).write(_pid_file(each.port))
+    try:
+        processes.ProcessId.of(process.pid).write(_pid_file(each.port))
+    except OSError:  # no command could find it
+        process.kill()
+        process.wait()
+        raise
     return process
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,6 @@ HANDED_ON = (  # the settings of the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
 )
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
 STOP = "./stop_all_server.sh"
 STOP_FIRST = f"stop them with {STOP} first"
@@ -96,7 +94,7 @@ def start(
         processes.remove_drafts()
         launcher = None
         try:
-            with _signals_later():  # one between the start of the launcher and the assignment would leave it running
+            with processes.signals_later():  # one before the assignment would leave it running
                 launcher = _spawn_launcher(config, owned)
             meanwhile()
             _wait_ready(config, key, launcher, progress)
@@ -142,24 +140,9 @@ def _listed(models: dict[str, str]) -> str:
     )
 
 
-@contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """Handle the signals that come meanwhile at the end, when the context has done all that it does."""
-    came: list[int] = []
-    numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
-    try:
-        yield
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-        for late in came:
-            signal.raise_signal(late)
-
-
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
     """End the launcher and its servers, also those whose pid files it has not written yet."""
-    with _signals_later():  # the second Ctrl-C of somebody in a hurry would leave servers running
+    with processes.signals_later():  # the second Ctrl-C of somebody in a hurry would leave servers running
         launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked

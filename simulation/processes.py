@@ -12,6 +12,7 @@ import fcntl
 import functools
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ LAUNCHER = "launcher"
 TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -56,6 +58,21 @@ def one_at_a_time() -> Iterator[None]:
             if not inside and error.errno not in DISK_FAILS:
                 raise
             raise SettingsError(f"cannot write in {SERVERS.parent}: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def signals_later() -> Iterator[None]:
+    """Handle the signals that come meanwhile at the end, when the context has done all that it does."""
+    came: list[int] = []
+    numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:

@@ -7,6 +7,7 @@ and starts it again. Tests that end the server come last. One more start is mean
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from conftest import (
     free_ports,
     is_free,
     one_line,
+    release_ports,
     require_vllm,
     until,
 )
@@ -339,6 +341,48 @@ def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
     assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (1, 1)]
     log = re.escape(str(tmp_path / f"{port}.log"))
     assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", told[0][2]) and told[-1][2] == ""
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "server", "happens", "status"),
+    [
+        ("processes.ProcessId.write", 1, lambda: signal.raise_signal(signal.SIGTERM), 143),
+        ("processes.ProcessId.write", 2, lambda: signal.raise_signal(signal.SIGINT), 130),
+        ("processes.ProcessId.write", 2, lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), 2),
+        ("inference._end", 2, lambda: signal.raise_signal(signal.SIGTERM), 143),  # _end_all calls it first
+    ],
+    ids=["a signal", "a signal after the first", "a full disk", "a second signal"],
+)
+def test_no_server_is_left_by_what_happens_while_they_start(
+    command, tmp_path, monkeypatch, wrapped, server, happens, status
+):
+    calls = itertools.count(1)
+    really = {"processes.ProcessId.write": processes.ProcessId.write, "inference._end": inference._end}[wrapped]
+
+    def called(*arguments):
+        if next(calls) == server:
+            happens()
+        return really(*arguments)
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    (tmp_path / "config.json").touch()
+    before = set(psutil.Process().children())
+    monkeypatch.setattr(f"simulation.{wrapped}", called)
+    monkeypatch.setattr(inference, "FOLDER", tmp_path)
+    monkeypatch.setattr(inference, "VENV", tmp_path)
+    monkeypatch.setattr(inference, "gpus_here", lambda: ("0", "1"))
+    monkeypatch.setattr(inference, "_is_healthy", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    port = free_ports(2)
+    assert command("--role", "vllm", "--model-path", tmp_path, "--vllm-base-port", port)[0] == status
+    assert next(calls) > server
+    release_ports(port)
+    left = set(psutil.Process().children()) - before
+    for process in left:
+        process.kill()
+    assert not left and not list(tmp_path.glob("*.pid*"))
 
 
 # --- GPUs, which this machine need not have: a stand-in for nvidia-smi, and one for vLLM's command -------------------
