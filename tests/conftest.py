@@ -47,7 +47,7 @@ from simulation.model_configs import read_models
 from simulation.plan import RoundEstimate, estimate
 
 ROOT = Path(__file__).resolve().parent.parent
-
+MODELS = ROOT / "tests/data/model_configs.json"  # as shipped: people edit the one in configs
 
 # Property tests draw the same examples every time, however busy the machine is. To look further:
 # pytest --hypothesis-profile explore
@@ -249,10 +249,15 @@ def one_line(stderr: str) -> str:
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy the program's own files, uncommitted changes included, and lend it this project's environment."""
+    """Copy the program's own files, uncommitted changes included, and lend it this project's environment.
+
+    Settings of the cluster and models that people edit are as they are shipped.
+    """
     for name in own_files(uncommitted=True):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
+    (target / "configs/cluster.env").write_text("")
+    shutil.copy2(MODELS, target / "configs")
     for cache in (ROOT / "__pycache__", ROOT / "simulation/__pycache__"):  # modification times are kept, so it is valid
         if cache.exists():
             shutil.copytree(cache, target / cache.relative_to(ROOT))

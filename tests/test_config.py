@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import NO_UTF8, ROOT, one_line
+from conftest import MODELS, NO_UTF8, ROOT, one_line
 
 import main
 from simulation import config
@@ -80,7 +80,7 @@ BAD = [
     ("--personas educaton", "did you mean education?"),
     ("--personas education --teams educaton", "it has education; did you mean education?"),
     ("--experiment configs/experiments/ratio.yaml", "No such file or directory; did you mean ratios.yaml?"),
-    ("--prompts-file configs/prompt.yaml --agent-type llm", "did you mean prompts.yaml?"),
+    ("--agent-type llm --model-configs {models} --prompts-file configs/prompt.yaml", "did you mean prompts.yaml?"),
     ("--model-configs configs/models.json --agent-type llm", "cannot be read: No such file or directory; did you mean"),
     ("--seed", "expected one argument"),
     ("stray", "unrecognized arguments: stray (folders of runs go with --role report)"),
@@ -94,6 +94,11 @@ BAD = [
 ]
 
 
+def words_in(flags: str, path: object = "") -> list[str]:
+    """The words of a command line, in which {} is a path and {models} the models as shipped."""
+    return [word.format(path, models=MODELS) for word in flags.split()]
+
+
 def main_py(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *arguments], capture_output=True, text=True, timeout=60, check=False
@@ -102,7 +107,7 @@ def main_py(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD)
 def test_bad_settings_are_one_line_and_status_2(arguments, expected):
-    done = main_py(*arguments.split())
+    done = main_py(*words_in(arguments))
     message = one_line(done.stderr)
     assert done.returncode == 2 and done.stdout == ""
     assert expected in message
@@ -219,7 +224,7 @@ GIVEN_AS = [
     "--role participant --make-key --cluster-key-dir {}",
     "--role participant --model-configs {}",
     "--agent-type llm --model-configs {}",
-    "--agent-type llm --prompts-file {}",
+    "--agent-type llm --model-configs {models} --prompts-file {}",
     "--personas education --personas-file {}",
     "--experiment {}",
     "--agent-class {}:Mine",
@@ -259,7 +264,7 @@ def out_of_reach(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", GIVEN_AS)
 def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, flags):
     path, trouble = out_of_reach
-    status, err = command(*flags.format(path, path).split())
+    status, err = command(*words_in(flags, path))
     assert status == 2 and trouble in one_line(err), err
 
 
@@ -271,7 +276,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pwd, "getpwnam", lambda _: SimpleNamespace(pw_dir=str(tmp_path / "home")))
     (tmp_path / "home").write_text("a file, in which nothing can be")
-    status, err = command(*flags.format(*[f"{start.format(user=user.pw_name)}/mine.py"] * 2).split())
+    status, err = command(*words_in(flags, f"{start.format(user=user.pw_name)}/mine.py"))
     assert status in (2, 3) and "home/mine.py" in one_line(err), err  # 3: the run has kept no agents
     assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
 

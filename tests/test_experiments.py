@@ -8,17 +8,15 @@ import math
 import re
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
-from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, drafts_in, one_line, until
+from conftest import MODELS, ROOT, drafts_in, one_line, until
 from fake_model import FakeModel
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from own_files import own_files
 from waiting import Gates
 
 from simulation.config import SimulationConfig
@@ -49,7 +47,7 @@ def refused(tmp_path, capsys):
     def run(file, text, *arguments):
         (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
         runs, children = {*(ROOT / "runs").glob("*")}, psutil.Process().children()
-        status = main.main([str(argument) for argument in arguments])
+        status = main.main(["--model-configs", str(MODELS), *map(str, arguments)])
         assert status == 2 and {*(ROOT / "runs").glob("*")} == runs and psutil.Process().children() == children
         out, err = capsys.readouterr()
         assert out == ""
@@ -114,7 +112,7 @@ BAD = {
     "set twice": ("personas: education+education\n", "personas education+education: names a set twice"),
     "no set": ("personas: education+\n", "personas education+: an empty name: configs/personas.yaml has no such set"),
     "model": (LLM + "models: {model_1: 1/2, modle_1: 1/2}\n", "line 2: models model_1=1/2,modle_1=1/2: modle_1: "
-        "configs/model_configs.json has no such model; did you mean model_1?"),
+        "tests/data/model_configs.json has no such model; did you mean model_1?"),
     "shares of models": (LLM + "models:\n- model_1: 2/3\n", "line 3: models model_1=2/3: the shares add up to 2/3"),
     "share of a list": (LLM + "models: [{model_1: [1]}]\n", "line 2: models: a model's share must be a number"),
     "persona of nobody": (LLM + "prompt:\n- basic\n- in_character\n", "line 4: prompt in_character: tells participants "
@@ -268,9 +266,9 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
     (tmp_path / "q.yaml").write_text(
         "a: [{name: x, share: 1/3}, {name: y, share: 2/3, text: 'Why?'}]\nb: [{name: z, share: 1}]"
     )
-    config = SimulationConfig(
-        agent_type="llm",
-        model_per_host=2,
+    asking = SimulationConfig(agent_type="llm", model_per_host=2, model_configs=str(MODELS))
+    config = replace(
+        asking,
         prompt="free",
         prompts_file=str(tmp_path / "p.yaml"),
         personas="b+a",
@@ -284,12 +282,12 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
         (Fraction(1, 3), ""),
         (Fraction(2, 3), "Why?"),
     ]
-    mixed = SimulationConfig(agent_type="llm", model_per_host=2, models="model_2=1/3, model_1=2/3")
+    mixed = replace(asking, models="model_2=1/3, model_1=2/3")
     shares = read_cast(mixed, read_models(mixed)).models
     assert [(each.name, each.share) for each in shares] == [("model_2", Fraction(1, 3)), ("model_1", Fraction(2, 3))]
     assert read_wording(SimulationConfig()) is None
     with pytest.raises(SettingsError, match="--models model_1=1/2,model_1=1/2: names model_1 twice"):
-        read_cast(SimulationConfig(agent_type="llm", models="model_1=1/2,model_1=1/2"), read_models(mixed))
+        read_cast(replace(asking, models="model_1=1/2,model_1=1/2"), read_models(mixed))
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -527,7 +525,7 @@ def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
 # --- The files that come with the program ----------------------------------------------------------------------------
 
 PAPER = (ROOT / "docs/paper.md").read_text()
-FILES = sorted(Path(name).name for name in own_files() if re.fullmatch(r"configs/experiments/\w+\.yaml", name))
+FILES = sorted(set(re.findall(r"--experiment configs/experiments/(\w+\.yaml)", PAPER)))
 
 
 def test_every_experiment_of_the_paper_has_its_file():
@@ -535,8 +533,7 @@ def test_every_experiment_of_the_paper_has_its_file():
     named = [re.findall(r"`(\w+\.yaml)`", row) for row in rows]
     assert len(rows) > 12 and all(named)
     assert {name for names in named for name in names} | {"two_thirds.yaml"} == set(FILES)
-    for name in FILES:
-        assert f"--experiment configs/experiments/{name}" in PAPER
+    assert all((ROOT / "configs/experiments" / name).is_file() for name in FILES)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import copy_checkout
-from own_files import FOLDERS, OTHERS, ROOT, checked, own_files
+from own_files import ROOT, checked, own_files
 
 import main
 
@@ -159,7 +160,6 @@ def test_linters_see_every_file_of_the_program():
         return any(name == place or name.startswith(f"{place}/") for place in places)
 
     for name in own_files(uncommitted=True):
-        assert inside(name, [*FOLDERS, *OTHERS, *checked("CODE"), *checked("SCRIPTS")]), name
         first = (ROOT / name).read_bytes().partition(b"\n")[0]
         assert not name.endswith(".py") or inside(name, checked("CODE")), name
         assert not (name.endswith(".sh") or (first.startswith(b"#!") and b"sh" in first)) or inside(
@@ -167,11 +167,19 @@ def test_linters_see_every_file_of_the_program():
         ), name
 
 
-def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
-    """As README and Python's habits have it; the checkout is a copy without git, as an archive is."""
+def test_the_program_s_own_files_are_known_without_the_command_git(tmp_path, monkeypatch):
+    named = own_files()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert {*named} <= {*own_files()}
+
+
+@pytest.mark.parametrize("committed", [False, True], ids=["in an archive", "committed"])
+def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path, committed):
+    """As README and Python's habits have it; an archive is a copy without git."""
     path = copy_checkout(tmp_path / "a b")
     modules = ("random.py", "struct.py", "yaml.py")
-    for name in ("my_file.py", "notes.py", *modules, "my_test.py", "test_mine.py", "experiments/run.py", "my/x.py"):
+    mine = ("my_file.py", "notes.py", "my_test.py", "test_mine.py", "experiments/run.py", "my/x.py", "examples/mine.py")
+    for name in (*mine, *modules, "benchmarks/mine.py"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
     for name in ("moderator/data.py", "simulation.py"):  # beside a module, and a package, of the same name
@@ -182,8 +190,18 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
     (path / ".shellcheckrc").write_text("no such line\n")
     (path / "conftest.py").write_text("1/0\n")
     (path / "analysis.sh").write_text("cd $1; for f in `ls *`; do echo $f; done\n")
-    command = [path / "run_tests.sh", "tests/test_layout.py", "tests/test_readme.py", "-n", "1"]
-    command += ["-k", "(layout and not researcher) or table"]
+    (path / "configs/experiments/mine.yaml").write_text("agent_type: llm\nmodels: {mine: 1}\n")
+    with (path / "configs/cluster.env").open("a") as settings:
+        settings.write("HOSTS=node1 node2\nMODERATOR_NUM=2\n")
+    entry = {"model_type": "openai_chat", "model_name": "mine", "client_args": {"base_url": "http://localhost:8123/v1"}}
+    entries = [entry | {"config_name": name} for name in ("mine", "yours")]
+    (path / "configs/model_configs.json").write_text(json.dumps(entries))
+    if committed:
+        for arguments in (["init", "--quiet"], ["add", "--all"]):
+            subprocess.run(["git", *arguments], cwd=path, check=True)
+    command = [path / "run_tests.sh", *(f"tests/test_{name}.py" for name in ("layout", "readme", "experiments"))]
+    command += ["tests/test_scripts.py", "-n", "1"]
+    command += ["-k", "(layout and not researcher) or table or become_flags or every_experiment or bad_experiment"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
