@@ -120,7 +120,6 @@ class Run:
         servers = check_cluster(self.config, self.key)
         if self._resumed:  # not before: what there is stays as it is where nothing can be played
             self.directory.go_back_to(len(self.results))
-        self.directory.write_game(self.game)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server
@@ -239,6 +238,8 @@ class Run:
     def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
+        if self.status is None:  # no sooner: a folder that holds nothing else could not be resumed, nor used again
+            self.directory.write_game(self.game)
         parts = (self.cluster, self.seconds, self.results, self.usage, self._part_of)
         summary = summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)

@@ -78,6 +78,44 @@ def play(checkout, *arguments):
         return checkout.start("run_simulation.sh", *arguments, stderr=stderr)
 
 
+SLOWLY_MADE = """
+import time
+from pathlib import Path
+import mine
+from participant import RandomParticipant
+
+class SlowlyMade(RandomParticipant):
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        Path({gate!r} + ".asked").touch()
+        while not Path({gate!r}).exists():
+            time.sleep(mine.SECONDS)
+"""
+
+
+def test_a_folder_whose_run_came_to_nothing_takes_another_run(checkout, gate):
+    """Its participants cannot be made, or its process is killed while they are."""
+    (checkout.path / "slowly_made.py").write_text(SLOWLY_MADE.format(gate=str(gate)))
+    (checkout.path / "more").mkdir()
+    (checkout.path / "more/mine.py").write_text("SECONDS = 0.02\n")
+    flags = ("2", "50", "--sleep-time", "0", "--agent-class", "slowly_made.py:SlowlyMade", "--run-dir", "runs/once")
+    flags = (*flags, "--extra-pythonpath", "more")
+    assert checkout.run("start_all_server.sh", "2").returncode == 0  # which do not know the folder more
+    refused = checkout.run("run_simulation.sh", *flags)
+    assert refused.returncode == 3 and checkout.runs() == set(), refused.stderr
+    assert checkout.run("stop_all_server.sh").returncode == 0
+    gate.unlink()
+    game = play(checkout, *flags)
+    until(Path(f"{gate}.asked").exists, 30, "participants are being made")
+    game.kill()
+    game.communicate(timeout=120)
+    gate.touch()
+    until(lambda: not checkout.processes(), 30, "the servers have ended, too")
+    assert list((checkout.path / "runs/once").iterdir()) == []
+    checkout.play(*flags)
+    assert checkout.summary(checkout.path / "runs/once")["status"] == "complete"
+
+
 def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
     assert checkout.run("start_all_server.sh", "3").returncode == 0
     checkout.play("3", "300", *mindful, status=4)
