@@ -92,6 +92,7 @@ def start(
             (processes.SERVERS / f"{port}.log").unlink(missing_ok=True)
             processes.note_restarts(port, 0)
         processes.remove_drafts()
+        processes.check_room()
         launcher = None
         try:
             with processes.signals_later():  # one before the assignment would leave it running

@@ -30,6 +30,7 @@ TRIES_TO_END = 3
 TERM_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+PROBE_BYTES = 64 * 1024
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -243,6 +244,15 @@ def remove_drafts() -> None:
     if own_process(LAUNCHER) is None:
         for draft in SERVERS.glob("*.pid.new"):
             draft.unlink(missing_ok=True)
+
+
+def check_room() -> None:
+    """Raise OSError unless the disk takes pid files and logs, without which servers fail and no log says why."""
+    probe = SERVERS / "probe"
+    try:
+        probe.write_bytes(os.urandom(PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def note_restarts(port: int, count: int) -> None:

@@ -45,7 +45,8 @@ REPORT = "report.html"
 MADE_OF_IT = (REPORT, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # in a folder of several runs
 COMPARISON = ("comparison.html", "comparison.png")
-WRITTEN = ("probe", "summary.json", WHOLE, PARTS, FAILED_ANSWERS, AGENTS, GAME, *MADE_OF_IT, SWEEP, *COMPARISON)
+PROBE = ".probe.new"  # left by a process that is killed, it is a draft like others
+WRITTEN = ("probe", PROBE, "summary.json", WHOLE, PARTS, FAILED_ANSWERS, AGENTS, GAME, *MADE_OF_IT, SWEEP, *COMPARISON)
 DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
 PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
 CAUSES_SHOWN = 20
@@ -116,11 +117,14 @@ class RunDirectory:
         self._latest_before: str | None = None
         try:
             _check_latest()
-            self._made = [] if resumed else _make_folder(self.path)
+            if resumed:
+                _check_writable(self.path)
+            else:
+                self._made = _make_folder(self.path)
             if self.part_of is not None and within is None:
                 self._locks.append(_lock(self.path.parent, shared=True))  # runs/latest is pointed there
             self._locks.append(_lock(self.path))
-            probe = self.path / ".probe.new"  # left by a process that is killed, it is a draft like others
+            probe = self.path / PROBE
             with _on_disk(probe) as file:
                 file.write(os.urandom(PROBE_BYTES))
             probe.unlink()
@@ -129,7 +133,7 @@ class RunDirectory:
             self.close()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResultsError(f"results cannot be written to {self.path}: {reason(error)}") from None
-            advice = "; give another --run-dir" if within is None else ""
+            advice = "; give another --run-dir" if within is None and not resumed else ""
             raise SettingsError(f"cannot write results to {self.path}: {reason(error)}{advice}") from None
         except SimulationError:
             self.discard_if_empty()

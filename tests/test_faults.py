@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import is_free, open_again, until
+from conftest import is_free, one_line, open_again, until
 from waiting import Gates
 
 from simulation import console, processes
@@ -363,6 +363,29 @@ def test_a_full_disk_is_found_out_first(checkout, small_disk):
     done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7", "--run-dir", str(small_disk / "run"))
     assert done.returncode == 5 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in small_disk.iterdir()) == ["earlier"]
+
+
+def test_a_full_disk_of_pid_files_and_logs_is_found_out_first(checkout, small_disk):
+    (checkout.path / "run").symlink_to(small_disk)
+    (small_disk / "servers").mkdir()
+    (small_disk / "earlier").write_bytes(b"x" * 560_000)
+    done = checkout.run("start_all_server.sh", "1")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "cannot write in" in done.stderr and "No space left" in done.stderr
+    assert checkout.processes() == [] and [path.name for path in (small_disk / "servers").iterdir()] == ["lock"]
+    (small_disk / "earlier").unlink()
+    assert checkout.run("start_all_server.sh", "1").returncode == 0
+    assert checkout.run("stop_all_server.sh").returncode == 0
+    (checkout.path / "run").unlink()
+
+
+def test_a_run_that_can_only_be_read_is_not_resumed(checkout, small_disk):
+    checkout.play("2", "10", "--sleep-time", "0", "--run-dir", str(small_disk / "run"))
+    before = sorted(path.name for path in (small_disk / "run").iterdir())
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = checkout.run("run_simulation.sh", "--resume", str(small_disk / "run"), "--rounds", "2")
+    assert done.returncode == 2 and "read-only" in one_line(done.stderr) and "--run-dir" not in done.stderr
+    assert sorted(path.name for path in (small_disk / "run").iterdir()) == before
 
 
 def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
