@@ -358,8 +358,9 @@ def _lock(path: Path, shared: bool = False) -> int:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """The half-written files of ours in a run directory."""
-    return {draft for name in WRITTEN for draft in path.glob(f".{name}.new")}
+    """The half-written files of ours in a run directory; those of earlier versions have no random part."""
+    patterns = [f".{name}{part}.new" for name in WRITTEN for part in ("", ".*")]
+    return {draft for pattern in patterns for draft in path.glob(pattern)}
 
 
 def _make_folder(path: Path) -> list[Path]:
@@ -383,7 +384,7 @@ def _make_folder(path: Path) -> list[Path]:
 @contextmanager
 def _on_disk(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears whole, on the disk, or not at all. Raises ResultsError."""
-    draft = path.with_name(f".{path.name}.new")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # reports are drawn by several at once, too
     try:
         with _written(path):
             with draft.open("wb") as file:

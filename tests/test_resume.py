@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,7 +27,7 @@ from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError
 from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.in_flight import InFlight
 from simulation.library import game_of
-from simulation.results import RunDirectory, part_of, summarise
+from simulation.results import RunDirectory, _on_disk, part_of, summarise, write_whole
 from simulation.run import Run
 from simulation.session import Session
 from simulation.tasks import Task
@@ -446,20 +447,30 @@ def names_in(folder):
 def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
-        assert names_in(tmp_path / "run") == [".summary.json.new"]
+        (draft,) = names_in(tmp_path / "run")
+        assert re.fullmatch(r"\.summary\.json\.[0-9a-f]{8}\.new", draft)
         with pytest.raises(SettingsError, match="is being written by another run"):
             RunDirectory(tmp_path / "run", resumed=True)
-        assert names_in(tmp_path / "run") == [".summary.json.new"]
+        assert names_in(tmp_path / "run") == [draft]
     (tmp_path / "run/answers-00001.parquet").touch()
     RunDirectory(tmp_path / "run", resumed=True).close()
     assert names_in(tmp_path / "run") == ["answers-00001.parquet"]
+
+
+def test_a_file_that_two_write_at_once_is_whole_and_of_the_last(tmp_path):
+    """As --role report does, which locks no folder."""
+    with _on_disk(tmp_path / "report.html") as file:
+        file.write(b"one")
+        write_whole(tmp_path / "report.html", b"the other")
+    assert (tmp_path / "report.html").read_bytes() == b"one" and names_in(tmp_path) == ["report.html"]
 
 
 def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
         pass
-    (tmp_path / "run/.probe.new").touch()
+    for draft in (".probe.new", "..probe.new.new", ".summary.json.new", ".answers-00001.parquet.0a1b2c3d.new"):
+        (tmp_path / "run" / draft).touch()
     directory = RunDirectory(tmp_path / "run")
     assert names_in(tmp_path / "run") == []
     directory.close()
