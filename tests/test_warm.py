@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import until
 from warm import WarmPopen
@@ -60,3 +62,15 @@ def test_a_signal_reaches_it(tmp_path, number):
         assert process.poll() is None and os.getsid(process.pid) == process.pid
         process.send_signal(number)
         assert process.wait(timeout=120) == -number
+
+
+def test_it_ends_with_the_process_that_started_it_however_that_ends(tmp_path):
+    code = "import sys, time, pathlib, warm\nwith warm.WarmPython(pathlib.Path(sys.argv[1])) as made:\n"
+    code += "    print(made._process.pid, flush=True)\n    time.sleep(600)\n"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        forking = psutil.Process(pid)
+        until(lambda: forking.status() == psutil.STATUS_ZOMBIE, 30, "it has ended, too")

@@ -5,6 +5,7 @@
 The child is the command in all that a test can see: its own pid, session, signals, exit status, standard streams and
 command line. Only the libraries are shared; the program's own files are imported anew, from the checkout of the test.
 What the command starts in turn (the launcher of agent servers, the process that draws reports) is forked likewise.
+The process ends when its standard input does, so also when the worker that holds it open was killed.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class WarmPython:
     def __init__(self, folder: Path) -> None:
         self.address = str(folder / "warm")
         command = [sys.executable, __file__, self.address, "x" * PADDING]
-        self._process = subprocess.Popen(command, env=os.environ | SETTINGS, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=os.environ | SETTINGS, start_new_session=True
+        )
 
     def __enter__(self) -> WarmPython:
         while not Path(self.address).exists():
@@ -123,8 +126,7 @@ class WarmPython:
 
     def __exit__(self, *_: object) -> None:
         WarmPopen.address = ""
-        self._process.terminate()
-        self._process.wait()
+        self._process.communicate()  # which closes the pipe that it reads
 
 
 def serve(address: str) -> NoReturn:
@@ -144,6 +146,8 @@ def serve(address: str) -> NoReturn:
     Path(f"{address}.new").rename(address)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for children
     while True:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+            os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
