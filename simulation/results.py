@@ -358,7 +358,7 @@ def _lock(path: Path, shared: bool = False) -> int:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """The half-written files of ours in a run directory; those of earlier versions have no random part."""
+    """Return the half-written files of ours in a run directory; those of earlier versions have no random part."""
     patterns = [f".{name}{part}.new" for name in WRITTEN for part in ("", ".*")]
     return {draft for pattern in patterns for draft in path.glob(pattern)}
 

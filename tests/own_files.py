@@ -21,7 +21,7 @@ def checked(name: str) -> list[str]:
 
 
 def own_files(uncommitted: bool = False) -> list[str]:
-    """The program's own files, relative to the checkout: those of FOLDERS that git tracks, and those that lists name.
+    """List the program's own files, relative to the checkout: those of FOLDERS that git tracks, and those of the lists.
 
     Args:
         uncommitted: Also those in FOLDERS that git does not track yet.
@@ -39,7 +39,7 @@ def own_files(uncommitted: bool = False) -> list[str]:
 
 
 def _listed_by_git(*flags: str) -> list[str] | None:
-    """What `git ls-files` lists; None if this is no checkout of git's, or there is no git."""
+    """Return what `git ls-files` lists; None if this is no checkout of git's, or there is no git."""
     if not (ROOT / ".git").exists():  # the folder may lie in a checkout of something else
         return None
     try:

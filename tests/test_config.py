@@ -95,7 +95,7 @@ BAD = [
 
 
 def words_in(flags: str, path: object = "") -> list[str]:
-    """The words of a command line, in which {} is a path and {models} the models as shipped."""
+    """Return the words of a command line, in which {} is a path and {models} the models as shipped."""
     return [word.format(path, models=MODELS) for word in flags.split()]
 
 
