@@ -79,7 +79,13 @@ def load(folder: Path) -> ClusterKey:
         raise SettingsError(
             f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host"
         )
-    if certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
+    now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
+    if now < begins:
+        raise SettingsError(
+            f"the cluster key in {folder} is valid from {begins:%Y-%m-%d %H:%M} UTC on, and the clock of this host "
+            f"shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
+        )
+    if certificate.not_valid_after_utc < now:
         raise SettingsError(
             f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one"
         )

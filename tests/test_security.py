@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from conftest import until
@@ -103,6 +104,14 @@ def test_a_damaged_key_is_refused(tmp_path):
     (one / "cluster.key").unlink()
     with pytest.raises(SettingsError, match="incomplete"):
         load_or_make(one)
+
+
+@pytest.mark.parametrize(("ahead", "said"), [(timedelta(days=2), "is valid from"), (timedelta(days=-3651), "expired")])
+def test_a_key_is_refused_outside_its_time(tmp_path, monkeypatch, ahead, said):
+    monkeypatch.setattr("simulation.security.CLOCK_SKEW", -ahead)
+    monkeypatch.setattr("simulation.security.VALID_FOR", ahead + timedelta(days=3650))
+    with pytest.raises(SettingsError, match=said):
+        load_or_make(tmp_path / "key")
 
 
 def test_a_port_that_speaks_something_else_is_a_stranger(checkout):
