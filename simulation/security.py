@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from simulation.config import is_there
+from simulation.config import is_there, real
 from simulation.errors import SettingsError, reason
 
 CLUSTER_NAME = "simulation-cluster"
@@ -111,6 +111,7 @@ def _check_private(path: Path, kind: str) -> None:
 
 def _make(folder: Path) -> None:
     """Write a new pair beside the folder and move it there whole, so that two hosts that start at once agree."""
+    folder = real(folder)  # what is moved there takes the place of a folder, not of a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
     now = datetime.datetime.now(datetime.UTC)

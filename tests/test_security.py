@@ -76,6 +76,15 @@ def test_the_key_is_private_and_stays(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["key"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_key_is_made_where_a_link_leads(tmp_path, there):
+    target, link = tmp_path / "secrets/of mine", tmp_path / "key"
+    if there:
+        target.mkdir(parents=True)
+    link.symlink_to("secrets/of mine")
+    assert load_or_make(link) == load(target) and link.is_symlink()
+
+
 def test_many_first_starts_agree_on_one_key(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda _: load_or_make(tmp_path / "key"), range(8)))
