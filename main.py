@@ -34,7 +34,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is told by us, in one line
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for what /etc/hosts tells
-for name in [name for name in os.environ if name == "MPLBACKEND" or name.startswith("LOGURU_")]:
+for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
     del os.environ[name]  # set for other programs, with values that may not suit the libraries here
 
 import argparse
