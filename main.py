@@ -363,6 +363,8 @@ def _ask_without_proxy(*hosts: str) -> None:
     """Keep all requests of this process, and of those that it starts, to these hosts and this one from any proxy."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+    if named == "*":  # all hosts, where it stands alone
+        excepted = named
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
     keys = os.environ.get("SSLKEYLOGFILE")
     if keys:  # TLS writes there, also where nothing is encrypted
