@@ -6,7 +6,7 @@ VENV="$ROOT/.venv"
 VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
-SETTINGS="$SETTINGS EXTRA_PYTHONPATH"
+SETTINGS="$SETTINGS EXTRA_PYTHONPATH PYTHON"
 FLAGS=()
 
 # Python and all that it starts read these variables of the caller, in which modules of other programs may be named.

@@ -330,6 +330,13 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
     assert shell("run_simulation.sh", "1", "2", PYTHON=python).stderr == ""
 
 
+def test_the_file_of_settings_may_name_the_python(shell, tmp_path):
+    python = fake_python(tmp_path / "bin", "python", "3.10", True)
+    (shell.path / "configs/cluster.env").write_text(f"PYTHON={python}\n")
+    for script in (["run_simulation.sh", "1", "2"], ["start_all_server.sh", "1"], ["start_vllm.sh"]):
+        assert f"PYTHON={python} is Python 3.10" in one_line(shell(*script).stderr)
+
+
 FAKE_UV = """#!/bin/sh
 echo uv "$@" >>"$CALLS"
 echo "index $UV_INDEX_URL, links $UV_FIND_LINKS, bytecode $UV_COMPILE_BYTECODE" >>"$CALLS"
