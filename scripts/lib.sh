@@ -78,7 +78,7 @@ load_settings() {
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
     line="${line#*=}"
-    case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
+    case "$line" in \"*\" | \'*\') line="${line:1:${#line}-2}" ;; esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }

@@ -237,6 +237,12 @@ def test_the_settings_may_come_from_any_editor(shell, text):
         assert out == "[--server-per-host][1][--participant-num][2][--hosts][a][--base-port][14000]"
 
 
+@pytest.mark.parametrize("text", ["'a b'", '"a b"', "a b"])
+def test_a_value_may_stand_in_quotes_of_either_kind(shell, text):
+    (shell.path / "configs/cluster.env").write_text(f"EXTRA_PYTHONPATH={text}\nHOSTS=''\n")
+    assert shell("run_simulation.sh", "1", "2").stdout.endswith("[--extra-pythonpath][a b]")
+
+
 def test_settings_that_cannot_be_read_are_no_defaults(shell):
     (shell.path / "configs/cluster.env").unlink()
     (shell.path / "configs/cluster.env").mkdir()
