@@ -34,6 +34,8 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is told by us, in one line
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for what /etc/hosts tells
+for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
+    del os.environ[name]  # set for other programs, with values that may not suit the libraries here
 
 import argparse
 import contextlib
@@ -361,6 +363,8 @@ def _ask_without_proxy(*hosts: str) -> None:
     """Keep all requests of this process, and of those that it starts, to these hosts and this one from any proxy."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+    if named == "*":  # all hosts, where it stands alone
+        excepted = named
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
     keys = os.environ.get("SSLKEYLOGFILE")
     if keys:  # TLS writes there, also where nothing is encrypted

@@ -6,7 +6,7 @@ VENV="$ROOT/.venv"
 VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
-SETTINGS="$SETTINGS EXTRA_PYTHONPATH"
+SETTINGS="$SETTINGS EXTRA_PYTHONPATH PYTHON"
 FLAGS=()
 
 # Python and all that it starts read these variables of the caller, in which modules of other programs may be named.
@@ -78,7 +78,7 @@ load_settings() {
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
     line="${line#*=}"
-    case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
+    case "$line" in \"*\" | \'*\') line="${line:1:${#line}-2}" ;; esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }

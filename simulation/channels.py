@@ -61,7 +61,7 @@ def _code_version() -> str:
     """A fingerprint of the program as this process imported it; a person's own files are not part of it."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
-    for path in (*top, *sorted(ROOT.glob("simulation/*.py"))):
+    for path in (*top, *sorted(ROOT.glob("simulation/[!.]*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

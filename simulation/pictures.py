@@ -56,6 +56,7 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a persona may be called $x$
     "svg.fonttype": "none",  # text stays text, in the page's own font
 }
+mpl.rcdefaults()  # a file of the user's may ask for what is not installed, such as LaTeX
 mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are but words
 
 

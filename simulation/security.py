@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from simulation.config import is_there
+from simulation.config import is_there, real
 from simulation.errors import SettingsError, reason
 
 CLUSTER_NAME = "simulation-cluster"
@@ -79,7 +79,13 @@ def load(folder: Path) -> ClusterKey:
         raise SettingsError(
             f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host"
         )
-    if certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
+    now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
+    if now < begins:
+        raise SettingsError(
+            f"the cluster key in {folder} is valid from {begins:%Y-%m-%d %H:%M} UTC on, and the clock of this host "
+            f"shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
+        )
+    if certificate.not_valid_after_utc < now:
         raise SettingsError(
             f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one"
         )
@@ -105,6 +111,7 @@ def _check_private(path: Path, kind: str) -> None:
 
 def _make(folder: Path) -> None:
     """Write a new pair beside the folder and move it there whole, so that two hosts that start at once agree."""
+    folder = real(folder)  # what is moved there takes the place of a folder, not of a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
     now = datetime.datetime.now(datetime.UTC)

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import Checkout
 
+from simulation.channels import CODE_VERSION, _code_version
+
 # Run a command in a Python of its own, and print the modules that it has imported at its end
 RUN = """
 import json, sys
@@ -58,6 +60,13 @@ def test_files_of_a_researcher_stand_for_none_of_the_program(checkout, name):
         command = [checkout.path / ".venv/bin/python", checkout.path / "main.py", *arguments]
         done = subprocess.run(command, cwd=checkout.path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_files_that_an_editor_makes_are_none_of_the_program(checkout, monkeypatch):
+    (checkout.path / "simulation/.#run.py").symlink_to("somebody@some-host.1234:1600000000")  # Emacs' lock
+    (checkout.path / "simulation/.run.py").write_text("a draft")
+    monkeypatch.setattr("simulation.channels.ROOT", checkout.path)
+    assert _code_version() == CODE_VERSION
 
 
 def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhere(checkout):

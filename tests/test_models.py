@@ -507,6 +507,16 @@ def test_hosts_of_the_cluster_are_asked_without_a_proxy(proxy, monkeypatch):
     assert all("no address is known for its host" in told for told in asked("http://n1.invalid:8010/v1"))
 
 
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_no_proxy_for_all_hosts_stays_so(proxy, monkeypatch, name):
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(other, "*" if other == name else "")
+    monkeypatch.setenv("http_proxy", f"http://{proxy}")
+    monkeypatch.setattr(main, "serve", lambda *_: 0)
+    assert main.main(["--role", "participant", "--hosts", "n1.invalid", "--host-name", "n3"]) == 0
+    assert proxy_of("http://n4:8010/v1") is None
+
+
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_bad_certificates_name_their_variable(proxy, monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, str(tmp_path / "none.pem"))

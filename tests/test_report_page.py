@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -503,6 +505,16 @@ def test_a_picture_is_the_same_every_time():
     assert picture("one") == picture("one") != picture("two")
     assert 'aria-label="a &#34;label&#34; &lt;b&gt;"' in picture("one")
     assert "#" not in re.sub(r"(url\(|href=\")#\w+|&#34;", "", picture("one"))  # no colour but by its variable
+
+
+def test_the_settings_of_other_programs_change_no_picture(cluster, run, tmp_path):
+    drawn = (run / "rounds.png").read_bytes()
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\nbackend: qtagg\n")
+    command = [cluster.path / ".venv/bin/python", cluster.path / "main.py", "--role", "report", "--run-dir", run]
+    env = os.environ | {"MPLBACKEND": "module://none.of_these", "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run / "rounds.png").read_bytes() == drawn
 
 
 def test_what_the_page_says_is_the_same_from_memory(told_apart):

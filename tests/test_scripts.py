@@ -237,6 +237,12 @@ def test_the_settings_may_come_from_any_editor(shell, text):
         assert out == "[--server-per-host][1][--participant-num][2][--hosts][a][--base-port][14000]"
 
 
+@pytest.mark.parametrize("text", ["'a b'", '"a b"', "a b"])
+def test_a_value_may_stand_in_quotes_of_either_kind(shell, text):
+    (shell.path / "configs/cluster.env").write_text(f"EXTRA_PYTHONPATH={text}\nHOSTS=''\n")
+    assert shell("run_simulation.sh", "1", "2").stdout.endswith("[--extra-pythonpath][a b]")
+
+
 def test_settings_that_cannot_be_read_are_no_defaults(shell):
     (shell.path / "configs/cluster.env").unlink()
     (shell.path / "configs/cluster.env").mkdir()
@@ -328,6 +334,13 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
     assert f"making {shell.path}/.venv with Python 3.12" in done.stderr
     python = fake_python(tmp_path / "bin", "python3.11", "3.11", modules=True)
     assert shell("run_simulation.sh", "1", "2", PYTHON=python).stderr == ""
+
+
+def test_the_file_of_settings_may_name_the_python(shell, tmp_path):
+    python = fake_python(tmp_path / "bin", "python", "3.10", True)
+    (shell.path / "configs/cluster.env").write_text(f"PYTHON={python}\n")
+    for script in (["run_simulation.sh", "1", "2"], ["start_all_server.sh", "1"], ["start_vllm.sh"]):
+        assert f"PYTHON={python} is Python 3.10" in one_line(shell(*script).stderr)
 
 
 FAKE_UV = """#!/bin/sh

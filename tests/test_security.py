@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from conftest import until
@@ -75,6 +76,15 @@ def test_the_key_is_private_and_stays(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["key"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_key_is_made_where_a_link_leads(tmp_path, there):
+    target, link = tmp_path / "secrets/of mine", tmp_path / "key"
+    if there:
+        target.mkdir(parents=True)
+    link.symlink_to("secrets/of mine")
+    assert load_or_make(link) == load(target) and link.is_symlink()
+
+
 def test_many_first_starts_agree_on_one_key(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda _: load_or_make(tmp_path / "key"), range(8)))
@@ -103,6 +113,14 @@ def test_a_damaged_key_is_refused(tmp_path):
     (one / "cluster.key").unlink()
     with pytest.raises(SettingsError, match="incomplete"):
         load_or_make(one)
+
+
+@pytest.mark.parametrize(("ahead", "said"), [(timedelta(days=2), "is valid from"), (timedelta(days=-3651), "expired")])
+def test_a_key_is_refused_outside_its_time(tmp_path, monkeypatch, ahead, said):
+    monkeypatch.setattr("simulation.security.CLOCK_SKEW", -ahead)
+    monkeypatch.setattr("simulation.security.VALID_FOR", ahead + timedelta(days=3650))
+    with pytest.raises(SettingsError, match=said):
+        load_or_make(tmp_path / "key")
 
 
 def test_a_port_that_speaks_something_else_is_a_stranger(checkout):
