@@ -63,6 +63,8 @@ is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *"
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
   local file="$ROOT/configs/cluster.env" line key number=0
+  HOSTS="${HOSTS:-}"
+  HOSTS="${HOSTS//[[:space:]]/ }" # scontrol show hostnames ends lines after each
   [ -e "$file" ] || return 0
   { [ ! -d "$file" ] && [ -r "$file" ]; } || fail 2 "configs/cluster.env cannot be read: make it a file that you may read"
   while IFS= read -r line || [ -n "$line" ]; do

@@ -202,6 +202,16 @@ def test_settings_become_flags(shell):
     assert refused.returncode == 2 and "GPU_NUM 'many': must be a whole number" in one_line(refused.stderr)
 
 
+@pytest.mark.parametrize("text", ["node1\nnode2\nnode3\n", "\n node1\tnode2  node3", "node1\r\nnode2\r\nnode3\r\n"])
+def test_hosts_are_separated_by_any_white_space(shell, text):
+    for _ in range(2):  # with a file of settings, and without
+        assert "[--hosts][node1][node2][node3]" in shell("run_simulation.sh", "1", "2", HOSTS=text).stdout
+        assert "[--hosts][node1][node2][node3]" in shell("start_all_server.sh", "1", HOSTS=text).stdout
+        done = shell("on_all_hosts.sh", "stop_vllm.sh", HOSTS=text.replace("node3", "node2"))
+        assert done.returncode == 2 and "HOSTS names node2 twice" in one_line(done.stderr)
+        (shell.path / "configs/cluster.env").unlink(missing_ok=True)
+
+
 def test_precedence_is_file_environment_flag(shell):
     env = shell.path / "configs/cluster.env"
     env.write_text('# ours\nBASE_PORT=14000\n\nHOSTS="a b"\nMODERATOR_NUM=6')
