@@ -377,7 +377,8 @@ def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
 def _interruptible() -> None:
     """Raise Interrupted on a signal, so that what was started so far is stopped."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _give_up)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+            signal.signal(number, _give_up)
 
 
 def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:

@@ -30,7 +30,7 @@
 # Other variables of Python's, such as PYTHONPATH, are ignored by all of these scripts.
 #
 # Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
-# 4 participants unanswered, 5 results not written, 130 interrupted, 143 terminated, 1 a defect.
+# 4 participants unanswered, 5 results not written, 130 interrupted, 129 hung up or 143 terminated, 1 a defect.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_simulation.sh
 ! (return 0 2>/dev/null) || { echo "error: run_simulation.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix

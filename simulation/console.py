@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -96,9 +97,10 @@ class ProgressWatch:
         logger.warning(line)
 
     def listen(self) -> None:
-        """From now on the first Ctrl-C or TERM asks for an early end, and the second ends this process at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._signalled)
+        """From now on the first Ctrl-C, TERM or HUP asks for an early end, and the second ends this process at once."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+                signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None:
@@ -117,12 +119,14 @@ class ProgressWatch:
         self._signalled_at = time.monotonic()  # first, as the next signal may come before the next line
         self.stop_signal = number
         # not the log: its lock may be held by the very code that is interrupted here
-        os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
 
     def close(self) -> None:
         """End the stage, and take its bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal is closed
+                self._bar.stop()
         self._bar = None
         self._stage = ""
 

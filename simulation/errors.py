@@ -9,7 +9,7 @@
     │       └── AgentGone            the server answers, but no longer holds the agent
     ├── GameEnded            4   the game ended with participants unanswered
     ├── ResultsError         5   results could not be written
-    └── Interrupted    130/143   Ctrl-C, or a TERM signal
+    └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
 `UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing. A participant
 may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone. What the program itself

@@ -18,6 +18,7 @@ import pytest
 from conftest import is_free, open_again, until
 from waiting import Gates
 
+import main
 from simulation import console, processes
 from simulation.errors import ClusterError
 
@@ -218,7 +219,7 @@ def test_a_server_that_hangs_is_killed(checkout):
     assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status):
     mine = checkout.path / "mine.py"
     mine.write_text(
@@ -301,6 +302,35 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         clock[0] += later
         watch._signalled(signal.SIGTERM, None)
         assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
+
+
+@pytest.mark.parametrize("listen", [lambda: console.ProgressWatch().listen(), main._interruptible])
+def test_a_signal_that_is_ignored_stays_so(listen):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        listen()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_terminal_that_is_closed_ends_the_round_early(checkout):
+    ours, theirs = pty.openpty()
+    flags = ("--rounds", "3", "--sleep-time", "60")
+    game = checkout.start("run_simulation.sh", "2", "10", *flags, stderr=theirs, env={"TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    while b"answers in" not in seen:
+        seen += os.read(ours, 65536)
+    os.close(ours)
+    game.send_signal(signal.SIGHUP)
+    game.communicate(timeout=120)
+    assert game.returncode == 129
+    assert checkout.summary()["status"] == "interrupted"
 
 
 def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
