@@ -65,7 +65,7 @@ from simulation.config import (
     shown,
     whole_number,
 )
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable, say
 
 if TYPE_CHECKING:
     from simulation.console import ProgressWatch
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         if {"-h", "--help"} & {*flags}:
             role = (_roles_in(flags) or [SimulationConfig.role])[-1]
             check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
-            print(make_parser(role).format_help(), end="")
+            say(make_parser(role).format_help().rstrip("\n"))
             return 0
         given, folders = _parsed(flags)
         actions = [name for name in ACTIONS if given.pop(name, False)]
@@ -312,18 +312,18 @@ def main(arguments: list[str] | None = None) -> int:
         }
         return roles[config.role]()
     except SimulationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
-            print(f"error: {_damage(error)}", file=sys.stderr)
+            say(f"error: {_damage(error)}", sys.stderr)
             return SettingsError.exit_status
         from simulation.console import keep_traceback
 
         where = keep_traceback()
-        print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
+        say(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", sys.stderr)
         return 1
 
 
@@ -395,14 +395,14 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for programs, whatever is in it
     elif action == "stop":
         stopped = local_servers.stop()
-        print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
+        say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif action == "status":
         from simulation.console import table_lines
 
         rows, all_answer = local_servers.status(config)
         dropped = ("up since", "restarts", "pid", "memory", "agents")
         table = table_lines(local_servers.STATUS, rows, dropped, left=("role", "up since"))
-        print("\n".join(table) if rows else "no agent servers are running")
+        say("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
         from simulation.console import ProgressWatch
@@ -412,7 +412,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         watch = ProgressWatch()
         with contextlib.closing(watch):
             local_servers.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
-        print(
+        say(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
             f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
             f"[takes {time.monotonic() - started:.1f} s]"
@@ -426,25 +426,25 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
 
     if action == "stop":
         stopped = inference.stop()
-        print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
+        say(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
     elif action == "gpus":
-        print(len(inference.gpus_here()))
+        say(str(len(inference.gpus_here())))
     elif action == "status":
         from simulation.console import table_lines
 
         rows, all_healthy = inference.status()
         table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
-        print("\n".join(table) if rows else "no vLLM servers are running")
+        say("\n".join(table) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
-        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
+        say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
         from simulation.console import ProgressWatch, table_lines
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
             rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
-        print("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
+        say("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 
@@ -465,7 +465,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     log_to_stderr()
     session = session_of(config, given)
     if config.dry_run:
-        print("\n".join(session.plan()))
+        say("\n".join(session.plan()))
         return 0
     folder = session.config.cluster_key_dir
     named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
@@ -565,7 +565,7 @@ def ask(config: SimulationConfig) -> int:
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
     said = ask_participant(server, oid, key, question)
-    print("\n".join(map(printable, said.splitlines())))  # a model may say anything
+    say("\n".join(map(printable, said.splitlines())))  # a model may say anything
     return 0
 
 
@@ -580,7 +580,6 @@ def draw_reports() -> int:
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
     from simulation.comparison import common_folder, comparison_lines, run_folders, unfinished_lines, write_comparison
-    from simulation.console import say
     from simulation.past_runs import read_run
     from simulation.report import run_lines
     from simulation.report_page import draw_all
@@ -608,6 +607,16 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # it was closed, and the next file that is opened would take its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # half a character, which models do say, or one the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    status = main()
+    for stream in (sys.stdout, sys.stderr):  # here, as Python would end with status 120 where it cannot write the rest
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)

@@ -223,11 +223,3 @@ def table_lines(
         ]
         lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
     return lines
-
-
-def say(line: str) -> None:
-    """Print on standard output; a reader that has gone away, or a full disk behind it, stops nothing."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

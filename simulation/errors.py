@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 LIKENESS = 0.65  # of a name that may have been meant, by difflib
 SHORTEST_BEGINNING = 3  # of a name that is unlike in length only
@@ -226,3 +227,12 @@ def listed(names: Iterable[str]) -> str:
     all_names = list(names)
     more = len(all_names) - NAMES_SHOWN
     return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print on standard output, or another stream; a reader that has gone away, or a full disk, stops nothing."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

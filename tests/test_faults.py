@@ -7,6 +7,7 @@ import pty
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import is_free, open_again, until
+from conftest import ROOT, is_free, open_again, until
 from waiting import Gates
 
 import main
@@ -426,6 +427,26 @@ def test_a_full_disk_behind_standard_output_stops_nothing(checkout):
         _, err = game.communicate(timeout=120)
     assert game.returncode == 0, err
     assert checkout.summary()["status"] == "complete"
+
+
+LOST_STREAMS = [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full", "| true", "2>&1 | true"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("streams", LOST_STREAMS)
+def test_output_that_cannot_be_written_changes_no_exit_status(streams, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for arguments, status in (("--help", 0), ("--role vllm --status", 0), ("--dry-run", 0), ("--colour red", 2)):
+        words = ["bash", "-c", f'"$@" {streams}; exit "${{PIPESTATUS[0]}}"', "", sys.executable, ROOT / "main.py"]
+        done = subprocess.run([*words, *arguments.split()], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_game_is_played_to_its_end_where_nothing_can_be_written(checkout):
+    env = {**os.environ, "BASE_PORT": str(checkout.base_port)}
+    command = ["bash", "-c", "./run_simulation.sh 2 10 --sleep-time 0 >&- 2>/dev/full"]
+    done = subprocess.run(command, cwd=checkout.path, env=env, check=False, timeout=120)
+    assert done.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
 def test_term_while_servers_start_leaves_none(checkout):
