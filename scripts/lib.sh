@@ -81,6 +81,8 @@ load_settings() {
     esac
     line="${line#*=}"
     case "$line" in \"*\") line="${line#\"}" && line="${line%\"}" ;; esac
+    # shellcheck disable=SC2016
+    case "$line" in '$HOME' | '$HOME/'* | '${HOME}' | '${HOME}/'*) line="${line#*HOME}" && line="~${line#\}}" ;; esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }

@@ -321,7 +321,7 @@ DEFAULT_PATHS = {  # relative to the checkout
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """The absolute path that a person means by a text; `~` and `~user` at its start are home folders.
+    """The absolute path that a person means by a text; `~`, `~user` and `$HOME` at its start are home folders.
 
     Args:
         flag: The flag that it was given by.
@@ -333,6 +333,7 @@ def full_path(flag: str, text: str, folder: Path | None = None) -> str:
     """
     if not text or "\0" in text:
         raise SettingsError(f"{flag} {printable(text)!r}: must be a path, and is {'none' if text else 'empty'}")
+    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # from a file, which no shell has read
     path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
     if text.startswith("~") and str(path).startswith("~"):
         name = Path(text).parts[0]

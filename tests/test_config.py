@@ -264,7 +264,7 @@ def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, fla
 
 
 @pytest.mark.parametrize("flags", GIVEN_AS)
-@pytest.mark.parametrize("start", ["~", "~{user}"])
+@pytest.mark.parametrize("start", ["~", "~{user}", "$HOME", "${{HOME}}"])
 def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monkeypatch, flags, start):
     user = pwd.getpwuid(os.getuid())
     monkeypatch.chdir(tmp_path)
@@ -273,7 +273,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     (tmp_path / "home").write_text("a file, in which nothing can be")
     status, err = command(*flags.format(*[f"{start.format(user=user.pw_name)}/mine.py"] * 2).split())
     assert status in (2, 3) and "home/mine.py" in one_line(err), err  # 3: the run has kept no agents
-    assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
+    assert not list(tmp_path.glob("[~$]*")) and not list(ROOT.glob("[~$]*"))
 
 
 def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp_path):

@@ -254,7 +254,8 @@ def test_settings_that_cannot_be_read_are_no_defaults(shell):
     assert done.returncode == 2 and "configs/cluster.env cannot be read" in one_line(done.stderr)
 
 
-def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
+@pytest.mark.parametrize("start", ["~", "$HOME", "${HOME}"])
+def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path, start):
     """Paths that main.py takes are expanded there."""
     python = fake_python(tmp_path / "home", "python", "3.10", True)
     done = shell("run_simulation.sh", "1", "2", PYTHON="~/python", HOME=str(tmp_path / "home"))
@@ -271,7 +272,9 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
     script.write_text('#!/bin/sh\necho "$PWD" "$CLUSTER_KEY_DIR"\n')
     script.chmod(0o755)
     (tmp_path / "home/my config").touch()
-    (shell.path / "configs/cluster.env").write_text("HOSTS=n1\nREMOTE_DIR=~/a b\nSSH_CONFIG=~/my config\n")
+    (shell.path / "configs/cluster.env").write_text(
+        f"HOSTS=n1\nREMOTE_DIR={start}/a b\nSSH_CONFIG={start}/my config\nCLUSTER_KEY_DIR={start}/keys\n"
+    )
     env = {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "CLUSTER_KEY_DIR": "~/keys"}
     done = shell("on_all_hosts.sh", "start_vllm.sh", **env)
     assert done.returncode == 0 and done.stdout == f"n1: {remote}/a b ~/keys\n"  # as the host's own script takes it
@@ -279,7 +282,7 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
     fake_key = "cd {0} && echo c >cluster.crt && echo k >cluster.key && echo {0}".format(tmp_path / "home")
     shell("run_simulation.sh", "1", "2")
     (shell.path / ".venv/bin/python").write_text(f"#!/bin/sh\n{fake_key}\n")
-    done = shell("on_all_hosts.sh", "push-key", echo=False, **env)
+    done = shell("on_all_hosts.sh", "push-key", echo=False, **env | {"CLUSTER_KEY_DIR": ""})
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (remote / "keys").iterdir()) == ["cluster.crt", "cluster.key"]
 
