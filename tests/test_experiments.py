@@ -108,6 +108,7 @@ BAD = {
     "prompt": (LLM + "prompt:\n- basic\n- basix\n", "x.yaml, line 4: prompt basix: configs/prompts.yaml has no such "
         "prompt; did you mean basic? It has basic"),
     "prompt of nobody": ("prompt: rational\n", "line 1: prompt rational: does nothing with --agent-type random"),
+    "attempts of nobody": ("rounds: 2\nmax_attempts: [2, 3]\n", "x.yaml, line 2: max_attempts 2: does nothing with"),
     "models of nobody": ("models: {model_1: 1}\n", "models model_1=1: does nothing with --agent-type random"),
     "personas": ("personas: [null, educatoin]\n", "x.yaml, line 1: personas educatoin: configs/personas.yaml has no "
         "such set of personas; did you mean education?"),
