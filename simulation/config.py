@@ -255,7 +255,7 @@ class SimulationConfig:
                 f"--base-port {self.base_port}: {self.server_per_host} participant and {self.moderator_per_host} "
                 f"moderator servers would end at port {last_port}; the last one there is, is 65535"
             )
-        if not self.hosts or len(set(self.hosts)) < len(self.hosts):
+        if not self.hosts or len({host.lower() for host in self.hosts}) < len(self.hosts):
             raise SettingsError(f"--hosts {' '.join(self.hosts)}: must name at least one host, and none twice")
         if "localhost" in self.hosts and len(self.hosts) > 1:
             raise SettingsError(

@@ -68,6 +68,7 @@ BAD = [
     ("--role ask --run-dir x --text Why", "give --run-dir, --text, and --participant or --winner"),
     ("--role report", "give --run-dir"),
     ("--hosts a a", "none twice"),
+    ("--hosts Node1 b nODE1", "none twice"),
     ("--min-servers 11", "there are 10 participant servers"),
     ("--heartbeat-timeout 0", "must be from 0.5"),
     ("--role report --resume runs/latest", "goes with --role main"),
