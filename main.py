@@ -95,13 +95,13 @@ ACTIONS = {
         ("host_name", "cluster_key_dir", "connect_timeout"),
     ),
     "stop": Action("stop the servers of this host", ("participant", "vllm")),
-    "gpus": Action(argparse.SUPPRESS, ("vllm",)),  # print how many there are: what is installed depends on it
+    "print_gpu_count": Action(argparse.SUPPRESS, ("vllm",)),  # what is installed depends on it; --gpus is a mistake
     "make_key": Action(
         "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
     ),
     # what the launcher process is started with, and the process that draws reports
     "launch": Action(argparse.SUPPRESS, ("participant",), None),
-    "draw": Action(argparse.SUPPRESS, ("report",)),
+    "draw_for_main": Action(argparse.SUPPRESS, ("report",)),
 }
 HELP_WIDTH = 100  # columns, where the terminal has them
 ROLE_HELP = {
@@ -121,7 +121,7 @@ USAGES = {
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
 HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
 VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
-SINGLE_DASH = re.compile(r"-[A-Za-z](?!$)")
+DASHES = tuple("-–—−")  # the last three are what programs for texts make of it
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,7 +150,8 @@ def make_parser(role: str | None = None) -> Parser:
                     hidden = action.help == argparse.SUPPRESS
                     text = action.help if hidden else f"{action.help} (default: off)"
                     group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
-            group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
+            if role is not None:  # else -hosts would be -h
+                group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
     parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     runs = "folders of runs, or of experiments (default: that of --run-dir)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=runs if role == "report" else argparse.SUPPRESS)
@@ -205,9 +206,6 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
     """
-    single_dash = [flag for flag in flags if SINGLE_DASH.match(flag)]
-    if single_dash:  # argparse takes -hosts for -h
-        _refuse_flags(single_dash, SimulationConfig.role)
     if len(roles := list(dict.fromkeys(_roles_in(flags)))) > 1:
         raise SettingsError(f"--role {' and --role '.join(roles)}: do not go together; give one of them")
     known, unknown = make_parser().parse_known_intermixed_args(flags)
@@ -216,19 +214,18 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
         if name not in (*PATHS, "model_path", "extra_pythonpath", "runs") and isinstance(value, str | list):
             given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
-    flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
-    if role != "report":  # in --colour red the folder is no folder
-        unknown = [flag for flag in flags if flag in {*unknown, *folders}]
-    if flags_unknown:
-        _refuse_flags(unknown, role)
+    role = given.get("role", SimulationConfig.role)
+    unknown += [folder for folder in folders if folder.startswith(DASHES)]
     if unknown:
-        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} (folders of runs go with --role report)")
+        if role != "report":  # in --colour red the folder is no folder
+            unknown = [flag for flag in flags if flag in {*unknown, *folders}]
+        _refuse_flags(unknown, role)
     return given, folders
 
 
 def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
     """Raise SettingsError with what may have been meant by the first flag: one of the role's, or else of another's."""
-    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
     guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
         flag, [each for other in ROLES for each in flags_of(other)]
     )
@@ -288,6 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         owned = given.pop("owned", False)
         _refuse_unused(given.get("role", SimulationConfig.role), actions, given)
         action = actions[0] if actions else None
+        if folders and given.get("role") != "report":
+            raise SettingsError(f"unrecognized arguments: {' '.join(folders)} (folders of runs go with --role report)")
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
@@ -427,7 +426,7 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     if action == "stop":
         stopped = inference.stop()
         say(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
-    elif action == "gpus":
+    elif action == "print_gpu_count":
         say(str(len(inference.gpus_here())))
     elif action == "status":
         from simulation.console import table_lines

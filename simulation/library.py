@@ -223,7 +223,7 @@ def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
     if config.personas is None:
         return ()
     sets = _personas_in(config.personas_file)
-    names = config.personas.split("+")
+    names = [name.strip() for name in config.personas.split("+")]
     for name in names:
         _refuse_unknown("personas", config.personas, name, sets, shown(config.personas_file))
     if len(set(names)) < len(names):

@@ -77,6 +77,13 @@ BAD = [
     ("--participant_num=5", "unrecognized arguments: --participant_num=5 (did you mean --participant-num?"),
     ("-hosts a b", "did you mean --hosts?"),
     ("--SEED 7", "did you mean --seed?"),
+    ("-h5", "unrecognized arguments: -h5 (--help lists all flags)"),
+    ("—seed 7", "unrecognized arguments: —seed 7 (did you mean --seed?"),
+    ("–max-value=5", "did you mean --max-value?"),
+    ("--role report −run-dir x", "did you mean --run-dir?"),
+    ("--gpus 2", "unrecognized arguments: --gpus 2 (--help lists all flags)"),
+    ("--role vllm --gpus=2", "unrecognized arguments: --gpus=2 ("),
+    ("--winner 3", "--winner: goes with --role ask, not with --role main"),
     ("--keep", "did you mean --keep-agents?"),
     ("--role ask --participants 3", "did you mean --participant?"),
     ("--role participant --statu", "did you mean --status?"),
@@ -146,7 +153,7 @@ UNUSED = [
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
     ("--role participant --owned", "--owned: goes with --launch"),
-    ("--role report --draw x", "x: does not go with --draw"),
+    ("--role report --draw-for-main x", "x: does not go with --draw-for-main"),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
     ("--role boss --status", "must be one of main, participant"),
@@ -157,6 +164,12 @@ UNUSED = [
 def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
     assert main.main(arguments.split()) == 2
     assert expected in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["-why so low?", "-how come?", "- 5 or 6?", "--really, why?", "—and now?"])
+def test_a_text_of_several_words_may_begin_with_a_dash(text):
+    given, folders = main._parsed(["--role", "ask", "--text", text, "--winner"])
+    assert given == {"role": "ask", "text": text, "winner": True} and folders == []
 
 
 @pytest.mark.parametrize("role", ["participant", "vllm", "report", "main"])

@@ -113,6 +113,7 @@ BAD = {
     "personas": ("personas: [null, educatoin]\n", "x.yaml, line 1: personas educatoin: configs/personas.yaml has no "
         "such set of personas; did you mean education?"),
     "set twice": ("personas: education+education\n", "personas education+education: names a set twice"),
+    "blanks beside a set": ("personas: education + educatoin\n", "educatoin: configs/personas.yaml has no such set"),
     "no set": ("personas: education+\n", "personas education+: an empty name: configs/personas.yaml has no such set"),
     "model": (LLM + "models: {model_1: 1/2, modle_1: 1/2}\n", "line 2: models model_1=1/2,modle_1=1/2: modle_1: "
         "configs/model_configs.json has no such model; did you mean model_1?"),
@@ -274,7 +275,7 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
         model_per_host=2,
         prompt="free",
         prompts_file=str(tmp_path / "p.yaml"),
-        personas="b+a",
+        personas=" b + a",
         personas_file=str(tmp_path / "q.yaml"),
     )
     wording = read_wording(config)
