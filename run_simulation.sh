@@ -38,10 +38,12 @@ set -euo pipefail +o posix
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help, or --help-all;"
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --experiment <file> [flags],"
+USAGE="$USAGE or --resume <folder> [flags], or --help, or --help-all;"
 USAGE="$USAGE ./run_simulation.sh 10 1000 plays with 1000 participants on 10 agent servers of each host"
 
 main() {
+  local word
   case "${1:-}" in --resume=* | --experiment=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case "${1:-}" in
     -h | --help) show_help && return ;;
@@ -57,7 +59,12 @@ main() {
       return
       ;;
     --resume | --experiment) ;;
-    -[!0-9]*) refuse_mistyped "$1" "$USAGE" --resume --experiment --install-only --help --help-all ;;
+    -[!0-9]*)
+      for word in "${@:2}"; do
+        case "${word%%=*}" in --resume | --experiment) fail 2 "${word%%=*} comes first; usage: $USAGE" ;; esac
+      done
+      refuse_mistyped "$1" "$USAGE" --resume --experiment --install-only --help --help-all
+      ;;
   esac
   load_settings
   if [ "${1:-}" = --resume ]; then

@@ -138,6 +138,8 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
         ("stop_all_server.sh --hlep", "did you mean --help?"),
         ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
         ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
+        ("run_simulation.sh --dry-run --experiment x.yaml", "error: --experiment comes first; usage: "),
+        ("run_simulation.sh --rounds 3 --resume=runs/latest", "error: --resume comes first; usage: "),
         ("run_simulation.sh --seed 7", "server_per_host is missing: it comes before flags such as --seed"),
         ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
         ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
