@@ -172,6 +172,12 @@ def test_usage_comes_with_an_example(shell, arguments, said):
     assert re.search(example[arguments[0]], line)
 
 
+@pytest.mark.parametrize("command", [("simulation.sbatch", "10", "1000"), ("simulation.sbatch",), ("node.sh", "10")])
+def test_what_slurm_starts_is_refused_without_it(shell, command):
+    done = shell(f"examples/slurm/{command[0]}", *command[1:], echo=False)
+    assert done.returncode == 2 and "error: submit it with sbatch " in one_line(done.stderr)
+
+
 def test_zero_is_refused_by_name(checkout):
     for command in (("run_simulation.sh", "0", "10"), ("run_simulation.sh", "10", "0"), ("start_all_server.sh", "0")):
         done = checkout.run(*command)
