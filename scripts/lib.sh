@@ -69,12 +69,13 @@ load_settings() {
   { [ ! -d "$file" ] && [ -r "$file" ]; } || fail 2 "configs/cluster.env cannot be read: make it a file that you may read"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
-    line="${line%$'\r'}"
     [ "$number" -gt 1 ] || line="${line#$'\xef\xbb\xbf'}" # the byte order mark of some editors
+    line="${line#"${line%%[![:space:]]*}"}"
+    line="${line%"${line##*[![:space:]]}"}"
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
     # shellcheck disable=SC2086
-    is_setting "$key" ||
+    { [ "$key" != "$line" ] && is_setting "$key"; } ||
       fail 2 "configs/cluster.env, line $number: '$line' is no KEY=value of a setting; $(nearest "$key" $SETTINGS)"
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;

@@ -237,6 +237,7 @@ def test_precedence_is_file_environment_flag(shell):
             ("host=a", "did you mean HOSTS?"),
             ("rm -rf /", "known are BASE_"),
         ),
+        *(("BASE_PORT", "'BASE_PORT' is no KEY=value"), ("AGENT_TYPE # llm", "is no KEY=value")),
         *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
     ],
 )
@@ -247,7 +248,10 @@ def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
     assert meant in done.stderr
 
 
-@pytest.mark.parametrize("text", ["\ufeffBASE_PORT=14000\r\nHOSTS=a\r\n", "\ufeffBASE_PORT=14000\nHOSTS=a\r"])
+BLANKS = "\t\n  # BASE_PORT=1\n \n\tBASE_PORT=14000  \n  HOSTS=a\t"
+
+
+@pytest.mark.parametrize("text", ["\ufeffBASE_PORT=14000\r\nHOSTS=a\r\n", "\ufeffBASE_PORT=14000\nHOSTS=a\r", BLANKS])
 def test_the_settings_may_come_from_any_editor(shell, text):
     (shell.path / "configs/cluster.env").write_bytes(text.encode())
     for locale in ({}, {"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}):
