@@ -67,7 +67,7 @@ from simulation.config import (
     shown,
     whole_number,
 )
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable, say
 
 if TYPE_CHECKING:
     from simulation.console import ProgressWatch
@@ -97,13 +97,13 @@ ACTIONS = {
         ("host_name", "cluster_key_dir", "connect_timeout"),
     ),
     "stop": Action("stop the servers of this host", ("participant", "vllm")),
-    "gpus": Action(argparse.SUPPRESS, ("vllm",)),  # print how many there are: what is installed depends on it
+    "print_gpu_count": Action(argparse.SUPPRESS, ("vllm",)),  # what is installed depends on it; --gpus is a mistake
     "make_key": Action(
         "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
     ),
     # what the launcher process is started with, and the process that draws reports
     "launch": Action(argparse.SUPPRESS, ("participant",), None),
-    "draw": Action(argparse.SUPPRESS, ("report",)),
+    "draw_for_main": Action(argparse.SUPPRESS, ("report",)),
 }
 HELP_WIDTH = 100  # columns, where the terminal has them
 ROLE_HELP = {
@@ -123,7 +123,7 @@ USAGES = {
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
 HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
 VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
-SINGLE_DASH = re.compile(r"-[A-Za-z](?!$)")
+DASHES = tuple("-–—−")  # the last three are what programs for texts make of it
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,7 +152,8 @@ def make_parser(role: str | None = None) -> Parser:
                     hidden = action.help == argparse.SUPPRESS
                     text = action.help if hidden else f"{action.help} (default: off)"
                     group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
-            group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
+            if role is not None:  # else -hosts would be -h
+                group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
     parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     runs = "folders of runs, or of experiments (default: that of --run-dir)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=runs if role == "report" else argparse.SUPPRESS)
@@ -207,9 +208,6 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
     """
-    single_dash = [flag for flag in flags if SINGLE_DASH.match(flag)]
-    if single_dash:  # argparse takes -hosts for -h
-        _refuse_flags(single_dash, SimulationConfig.role)
     if len(roles := list(dict.fromkeys(_roles_in(flags)))) > 1:
         raise SettingsError(f"--role {' and --role '.join(roles)}: do not go together; give one of them")
     known, unknown = make_parser().parse_known_intermixed_args(flags)
@@ -218,19 +216,18 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
         if name not in (*PATHS, "model_path", "extra_pythonpath", "runs") and isinstance(value, str | list):
             given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
     folders: list[str] = given.pop("runs")
-    flags_unknown, role = bool(unknown), given.get("role", SimulationConfig.role)
-    if role != "report":  # in --colour red the folder is no folder
-        unknown = [flag for flag in flags if flag in {*unknown, *folders}]
-    if flags_unknown:
-        _refuse_flags(unknown, role)
+    role = given.get("role", SimulationConfig.role)
+    unknown += [folder for folder in folders if folder.startswith(DASHES)]
     if unknown:
-        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} (folders of runs go with --role report)")
+        if role != "report":  # in --colour red the folder is no folder
+            unknown = [flag for flag in flags if flag in {*unknown, *folders}]
+        _refuse_flags(unknown, role)
     return given, folders
 
 
 def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
     """Raise SettingsError with what may have been meant by the first flag: one of the role's, or else of another's."""
-    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
     guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
         flag, [each for other in ROLES for each in flags_of(other)]
     )
@@ -283,13 +280,15 @@ def main(arguments: list[str] | None = None) -> int:
         if {"-h", "--help"} & {*flags}:
             role = (_roles_in(flags) or [SimulationConfig.role])[-1]
             check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
-            print(make_parser(role).format_help(), end="")
+            say(make_parser(role).format_help().rstrip("\n"))
             return 0
         given, folders = _parsed(flags)
         actions = [name for name in ACTIONS if given.pop(name, False)]
         owned = given.pop("owned", False)
         _refuse_unused(given.get("role", SimulationConfig.role), actions, given)
         action = actions[0] if actions else None
+        if folders and given.get("role") != "report":
+            raise SettingsError(f"unrecognized arguments: {' '.join(folders)} (folders of runs go with --role report)")
         if "hosts" in given:
             given["hosts"] = tuple(given["hosts"])
         config = SimulationConfig(**given)
@@ -314,18 +313,18 @@ def main(arguments: list[str] | None = None) -> int:
         }
         return roles[config.role]()
     except SimulationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
-            print(f"error: {_damage(error)}", file=sys.stderr)
+            say(f"error: {_damage(error)}", sys.stderr)
             return SettingsError.exit_status
         from simulation.console import keep_traceback
 
         where = keep_traceback()
-        print(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", file=sys.stderr)
+        say(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", sys.stderr)
         return 1
 
 
@@ -381,7 +380,8 @@ def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
 def _interruptible() -> None:
     """Raise Interrupted on a signal, so that what was started so far is stopped."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _give_up)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+            signal.signal(number, _give_up)
 
 
 def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
@@ -398,14 +398,14 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for programs, whatever is in it
     elif action == "stop":
         stopped = local_servers.stop()
-        print(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
+        say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif action == "status":
         from simulation.console import table_lines
 
         rows, all_answer = local_servers.status(config)
         dropped = ("up since", "restarts", "pid", "memory", "agents")
         table = table_lines(local_servers.STATUS, rows, dropped, left=("role", "up since"))
-        print("\n".join(table) if rows else "no agent servers are running")
+        say("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
         from simulation.console import ProgressWatch
@@ -415,7 +415,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         watch = ProgressWatch()
         with contextlib.closing(watch):
             local_servers.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
-        print(
+        say(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
             f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
             f"[takes {time.monotonic() - started:.1f} s]"
@@ -429,25 +429,25 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
 
     if action == "stop":
         stopped = inference.stop()
-        print(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
-    elif action == "gpus":
-        print(len(inference.gpus_here()))
+        say(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
+    elif action == "print_gpu_count":
+        say(str(len(inference.gpus_here())))
     elif action == "status":
         from simulation.console import table_lines
 
         rows, all_healthy = inference.status()
         table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
-        print("\n".join(table) if rows else "no vLLM servers are running")
+        say("\n".join(table) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
-        print("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
+        say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
         from simulation.console import ProgressWatch, table_lines
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
             rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
-        print("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
+        say("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 
@@ -468,7 +468,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     log_to_stderr()
     session = session_of(config, given)
     if config.dry_run:
-        print("\n".join(session.plan()))
+        say("\n".join(session.plan()))
         return 0
     folder = session.config.cluster_key_dir
     named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
@@ -568,7 +568,7 @@ def ask(config: SimulationConfig) -> int:
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
     said = ask_participant(server, oid, key, question)
-    print("\n".join(map(printable, said.splitlines())))  # a model may say anything
+    say("\n".join(map(printable, said.splitlines())))  # a model may say anything
     return 0
 
 
@@ -583,7 +583,6 @@ def draw_reports() -> int:
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
     from simulation.comparison import common_folder, comparison_lines, run_folders, unfinished_lines, write_comparison
-    from simulation.console import say
     from simulation.past_runs import read_run
     from simulation.report import run_lines
     from simulation.report_page import draw_all
@@ -611,6 +610,16 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # it was closed, and the next file that is opened would take its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # half a character, which models do say, or one the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    status = main()
+    for stream in (sys.stdout, sys.stderr):  # here, as Python would end with status 120 where it cannot write the rest
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)

@@ -87,7 +87,7 @@ check_hosts() {
   [ "${#HOST_LIST[@]}" -gt 0 ] || fail 2 "HOSTS names no host: set it in configs/cluster.env, such as HOSTS=node1 node2"
   for host in "${HOST_LIST[@]}"; do
     case "$host" in -* | *[!A-Za-z0-9._:-]*) fail 2 "HOSTS: '$host' is no name of a host" ;; esac
-    [ "$(printf '%s\n' "${HOST_LIST[@]}" | grep -cxF -e "$host")" -eq 1 ] || fail 2 "HOSTS names $host twice"
+    [ "$(printf '%s\n' "${HOST_LIST[@]}" | grep -cixF -e "$host")" -eq 1 ] || fail 2 "HOSTS names $host twice"
   done
   command -v ssh >/dev/null || fail 2 "ssh is missing: install it (Debian: apt install openssh-client)"
   expand_home SSH_CONFIG

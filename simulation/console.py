@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -96,9 +97,10 @@ class ProgressWatch:
         logger.warning(line)
 
     def listen(self) -> None:
-        """From now on the first Ctrl-C or TERM asks for an early end, and the second ends this process at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._signalled)
+        """From now on the first Ctrl-C, TERM or HUP asks for an early end, and the second ends this process at once."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+                signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None:
@@ -117,12 +119,14 @@ class ProgressWatch:
         self._signalled_at = time.monotonic()  # first, as the next signal may come before the next line
         self.stop_signal = number
         # not the log: its lock may be held by the very code that is interrupted here
-        os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
 
     def close(self) -> None:
         """End the stage, and take its bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal is closed
+                self._bar.stop()
         self._bar = None
         self._stage = ""
 
@@ -148,6 +152,7 @@ class _ProgressLine:
     progress: Progress
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.cells import cell_len  # noqa: PLC0415
         from rich.progress import TimeRemainingColumn  # noqa: PLC0415
         from rich.progress_bar import ProgressBar  # noqa: PLC0415
         from rich.table import Column, Table  # noqa: PLC0415
@@ -158,7 +163,7 @@ class _ProgressLine:
             rate = f"{task.speed:,.0f}/s" if task.speed else ""
             left = TimeRemainingColumn().render(task)
             cells: list[Any] = [task.description, "", count, rate, left, task.fields["note"]]
-            widths = [len(cell) for cell in cells]
+            widths = [cell_len(str(cell)) for cell in cells]
             widths[1] = SHORTEST_BAR
             name, bar, number, speed, time_left, note = range(len(cells))
             places = fitting(widths, (note, bar, speed, time_left, name), options.max_width, gap=1)
@@ -203,27 +208,21 @@ def table_lines(
         dropped: The heads of columns that may be left out, the least important first.
         left: Those of columns that begin at the left; otherwise it is the first.
     """
+    from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
+
     heads, lefts = list(head), head[:1] if left is None else [*left]
     whole = [row for row in rows if len(row) == len(heads)]
-    widths = [max(map(len, column)) for column in zip(heads, *whole, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(heads, *whole, strict=True)]
     places = list(range(len(heads)))
     if sys.stdout.isatty():
         order = [heads.index(name) for name in dropped if name in heads]
         places = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
     lines = []
     for row in (heads, *rows):
-        cells = [
-            row[place].ljust(widths[place]) if heads[place] in lefts else row[place].rjust(widths[place])
-            for place in places
-            if place < len(row) - (len(row) < len(heads))
-        ]
+        cells = []
+        for place in places:
+            if place < len(row) - (len(row) < len(heads)):
+                blanks = " " * (widths[place] - cell_len(row[place]))
+                cells.append(row[place] + blanks if heads[place] in lefts else blanks + row[place])
         lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
     return lines
-
-
-def say(line: str) -> None:
-    """Print on standard output; a reader that has gone away, or a full disk behind it, stops nothing."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@
     │       └── AgentGone            the server answers, but no longer holds the agent
     ├── GameEnded            4   the game ended with participants unanswered
     ├── ResultsError         5   results could not be written
-    └── Interrupted    130/143   Ctrl-C, or a TERM signal
+    └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
 `UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing. A participant
 may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone. What the program itself
@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 LIKENESS = 0.65  # of a name that may have been meant, by difflib
 SHORTEST_BEGINNING = 3  # of a name that is unlike in length only
@@ -226,3 +227,12 @@ def listed(names: Iterable[str]) -> str:
     all_names = list(names)
     more = len(all_names) - NAMES_SHOWN
     return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print on standard output, or another stream; a reader that has gone away, or a full disk, stops nothing."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -247,7 +247,7 @@ def _checked_path(model_path: str | None) -> str:
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
         return str(path)
     parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):  # else it may be the name of one on a hub
+    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # else it may name one on a hub
         raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 

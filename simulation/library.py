@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated
 
 from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
-from simulation.config import FINEST, SimulationConfig, check, flag_of, fraction, shown, whole_number
+from simulation.config import FINEST, PATHS, SimulationConfig, check, flag_of, fraction, shown, whole_number
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.game import Game, Sampling, Wording
 from simulation.model_configs import ModelConfig, asked_models
@@ -17,6 +18,11 @@ from simulation.yaml_file import Entry, YamlFile, read_by, read_yaml
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
+SETTINGS = [item.name for item in fields(SimulationConfig)]
+OF_MODELS = (  # what a setting of these says matters to those alone who ask a model
+    *("prompt", "prompts_file", "models"),
+    *SETTINGS[SETTINGS.index("model_configs") : SETTINGS.index("vllm_base_port")],
+)
 SMALLEST_SHARE = Fraction(1, FINEST)
 
 
@@ -113,11 +119,23 @@ def _sampling(config: SimulationConfig) -> Sampling | None:
     )
 
 
+def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> None:
+    """Raise SettingsError if one of the settings that are given does nothing, as no participant asks a model.
+
+    A class of a person's own may ask the models of --model-configs by itself.
+    """
+    for name in OF_MODELS if config.agent_type != "llm" else ():
+        value = getattr(config, name)
+        of_class = config.agent_class is not None and name in ("model_configs", "allow_remote_model")
+        if name in given and value is not None and not of_class:
+            text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
+            raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
+
+
 def _refuse_without_model(config: SimulationConfig, name: str) -> None:
-    """Raise SettingsError if a setting was made that only those who ask a model know."""
-    value = getattr(config, name)
-    if value != SimulationConfig.__dataclass_fields__[name].default:
-        raise SettingsError(f"{flag_of(name)} {printable(value)}: does nothing with --agent-type {config.agent_type}")
+    """Raise SettingsError if a setting is not its default, and no participant asks a model."""
+    if getattr(config, name) != SimulationConfig.__dataclass_fields__[name].default:
+        refuse_without_model(config, (name,))
 
 
 def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], where: str) -> None:
@@ -205,7 +223,7 @@ def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
     if config.personas is None:
         return ()
     sets = _personas_in(config.personas_file)
-    names = config.personas.split("+")
+    names = [name.strip() for name in config.personas.split("+")]
     for name in names:
         _refuse_unknown("personas", config.personas, name, sets, shown(config.personas_file))
     if len(set(names)) < len(names):

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from simulation.config import ROOT, files_in, read_text
-from simulation.errors import UNSUPPORTED, ClusterError, SettingsError, reason
+from simulation.errors import UNSUPPORTED, ClusterError, SettingsError, reason, say
 
 SERVERS = ROOT / "run" / "servers"
 LAUNCHER = "launcher"
@@ -48,7 +48,7 @@ def one_at_a_time() -> Iterator[None]:
             try:
                 lock(file.fileno(), SERVERS, advice, wait=False)
             except BlockingIOError:
-                print("waiting for another command that starts or stops servers of this checkout", file=sys.stderr)
+                say("waiting for another command that starts or stops servers of this checkout", sys.stderr)
                 lock(file.fileno(), SERVERS, advice)
         except OSError as error:
             raise SettingsError(f"cannot write in {SERVERS}: {reason(error)}") from None

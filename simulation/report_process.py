@@ -35,7 +35,7 @@ class ReportProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the process has them blocked until it ignores them
         try:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw"],
+                [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=ROOT,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from loguru import logger
 
 from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch, say
+from simulation.console import ProgressWatch
 from simulation.errors import (
     ClusterError,
     Ended,
@@ -23,6 +23,7 @@ from simulation.errors import (
     ServerLost,
     SettingsError,
     SimulationError,
+    say,
 )
 from simulation.game import Game, announcement_of
 from simulation.past_runs import PastRun, Played

@@ -17,6 +17,7 @@ from simulation.console import ProgressWatch
 from simulation.errors import GameEnded, ResultsError, SettingsError, printable
 from simulation.experiment import Experiment, in_words, read_experiment
 from simulation.lean_import import import_agentscope
+from simulation.library import refuse_without_model
 from simulation.past_runs import config_to_resume, is_spent, played_whole, read_summary, tokens_spent
 from simulation.plan import estimate
 from simulation.results import SWEEP, RunDirectory, new_run_id, resume_command
@@ -252,8 +253,9 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         anew = {name: given[name] for name in given.keys() - {"resume"}}
         session = _resumed_sweep(path, anew) if is_there(path / SWEEP) else _resumed_run(path, anew)
     elif config.experiment is not None:
-        session = _experiment(read_experiment(config.experiment, given))
+        session = _experiment(read_experiment(config.experiment, given), given)
     else:
+        refuse_without_model(config, given)
         task = new_task(_seeded(config, secrets.randbits(32)))
         session = Session([task], task.folder)
     if session.sweep is not None:
@@ -282,12 +284,14 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     return Session([resumed_task(path, given)], directory.path, directory=directory)
 
 
-def _experiment(experiment: Experiment) -> Session:
+def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
     """All runs of an experiment; of a single combination, a run like any other."""
     drawn = secrets.randbits(32)  # the same for all, so that they differ in what varies alone
     tasks = []
     for combination in experiment.combinations:
         try:
+            if "agent_type" not in combination.varied:
+                refuse_without_model(combination.config, given if "agent_type" in given else given | combination.places)
             task = new_task(_seeded(combination.config, drawn))
             refuse_above_budget(task, in_words(combination.varied))
         except SettingsError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simulation.config import SimulationConfig, is_there
-from simulation.console import say
+from simulation.errors import say
 from simulation.experiment import OF_GAME, Experiment, value_in_words
 from simulation.past_runs import read_run
 from simulation.results import SWEEP, read_written

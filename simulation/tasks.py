@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simulation.config import ROOT, SimulationConfig, is_there, real, shown
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, say
 from simulation.game import Game
 from simulation.lean_import import add_extra_folders, import_agentscope
 from simulation.library import game_to_play, refuse_unknown_models, turns_of
@@ -173,6 +173,6 @@ def refuse_costs(tasks: list[Task], plan: Callable[[], list[str]]) -> None:
     ]
     if elsewhere:
         lines = tasks[0].costs if len(tasks) == 1 else plan()
-        print("\n".join(lines), file=sys.stderr)
+        say("\n".join(lines), sys.stderr)
     for config, model in elsewhere:
         refuse_elsewhere(config, model.name, model.base_url)

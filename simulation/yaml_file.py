@@ -132,7 +132,9 @@ class _Reading:
         try:
             node = yaml.compose(text, yaml.BaseLoader)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
+            # what is not ended is found out after it, be it at the end of the file
+            after = error.problem in ("could not find expected ':'", "found unexpected end of stream")
+            mark = (error.context_mark if after else None) or error.problem_mark or error.context_mark
             if "character '\\t'" in str(error.problem):
                 raise self._refused(mark, "holds a tab where YAML takes blanks alone: outside quotes") from None
             raise self._refused(mark, f"is not YAML: {error.problem or error.context}") from None

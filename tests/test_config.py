@@ -55,6 +55,11 @@ BAD = [
     ("--max-tokens 0", "must be from 1"),
     ("--reply-timeout 0", "must be from 0.1"),
     ("--vllm-base-port 65535 --model-per-host 2", "would end beyond port 65535"),
+    ("--max-attempts 2", "--max-attempts 2: does nothing with --agent-type random"),
+    ("--prompts-file /nope.yaml", "--prompts-file /nope.yaml: does nothing with --agent-type random"),
+    ("--allow-remote-model", "--allow-remote-model: does nothing with --agent-type random"),
+    ("--agent-class examples/level_k.py:LevelK --reply-timeout 5", "--reply-timeout 5.0: does nothing with"),
+    ("--experiment configs/experiments/ratios.yaml --agent-type random --prompt basic", "--prompt basic: does nothing"),
     ("--role vllm", "MODEL_PATH"),
     ("--role main -- --max-model-len 5", "only flags for vLLM may follow --"),
     ("--role boss", "must be one of main, participant, ask, report"),
@@ -63,6 +68,7 @@ BAD = [
     ("--role ask --run-dir x --text Why", "give --run-dir, --text, and --participant or --winner"),
     ("--role report", "give --run-dir"),
     ("--hosts a a", "none twice"),
+    ("--hosts Node1 b nODE1", "none twice"),
     ("--min-servers 11", "there are 10 participant servers"),
     ("--heartbeat-timeout 0", "must be from 0.5"),
     ("--role report --resume runs/latest", "goes with --role main"),
@@ -71,6 +77,13 @@ BAD = [
     ("--participant_num=5", "unrecognized arguments: --participant_num=5 (did you mean --participant-num?"),
     ("-hosts a b", "did you mean --hosts?"),
     ("--SEED 7", "did you mean --seed?"),
+    ("-h5", "unrecognized arguments: -h5 (--help lists all flags)"),
+    ("—seed 7", "unrecognized arguments: —seed 7 (did you mean --seed?"),
+    ("–max-value=5", "did you mean --max-value?"),
+    ("--role report −run-dir x", "did you mean --run-dir?"),
+    ("--gpus 2", "unrecognized arguments: --gpus 2 (--help lists all flags)"),
+    ("--role vllm --gpus=2", "unrecognized arguments: --gpus=2 ("),
+    ("--winner 3", "--winner: goes with --role ask, not with --role main"),
     ("--keep", "did you mean --keep-agents?"),
     ("--role ask --participants 3", "did you mean --participant?"),
     ("--role participant --statu", "did you mean --status?"),
@@ -145,7 +158,7 @@ UNUSED = [
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
     ("--role participant --owned", "--owned: goes with --launch"),
-    ("--role report --draw x", "x: does not go with --draw"),
+    ("--role report --draw-for-main x", "x: does not go with --draw-for-main"),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
     ("--role boss --status", "must be one of main, participant"),
@@ -156,6 +169,12 @@ UNUSED = [
 def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
     assert main.main(arguments.split()) == 2
     assert expected in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["-why so low?", "-how come?", "- 5 or 6?", "--really, why?", "—and now?"])
+def test_a_text_of_several_words_may_begin_with_a_dash(text):
+    given, folders = main._parsed(["--role", "ask", "--text", text, "--winner"])
+    assert given == {"role": "ask", "text": text, "winner": True} and folders == []
 
 
 @pytest.mark.parametrize("role", ["participant", "vllm", "report", "main"])
@@ -269,7 +288,7 @@ def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, fla
 
 
 @pytest.mark.parametrize("flags", GIVEN_AS)
-@pytest.mark.parametrize("start", ["~", "~{user}"])
+@pytest.mark.parametrize("start", ["~", "~{user}", "$HOME", "${{HOME}}"])
 def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monkeypatch, flags, start):
     user = pwd.getpwuid(os.getuid())
     monkeypatch.chdir(tmp_path)
@@ -278,7 +297,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     (tmp_path / "home").write_text("a file, in which nothing can be")
     status, err = command(*words_in(flags, f"{start.format(user=user.pw_name)}/mine.py"))
     assert status in (2, 3) and "home/mine.py" in one_line(err), err  # 3: the run has kept no agents
-    assert not list(tmp_path.glob("~*")) and not list(ROOT.glob("~*"))
+    assert not list(tmp_path.glob("[~$]*")) and not list(ROOT.glob("[~$]*"))
 
 
 def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from simulation import console
@@ -83,6 +84,17 @@ def test_a_table_has_all_columns_unless_a_terminal_is_too_narrow(monkeypatch):
         words = {word for line in lines[1:] for word in line.split()}
         assert words <= {cell for row in ROWS for cell in row}
         assert ("asked" in lines[0]) is (width >= 38) and ("ratio" in lines[0]) is (width >= 30)
+
+
+def test_letters_of_two_columns_are_counted_as_two(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    rows = [["提示=一", "1/2", "教師", "7"], ["b", "51/100", "か", "24.825"]]
+    for width in range(16, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = table_lines(["run", "ratio", "persona", "average"], rows, ["persona", "ratio"], left=["run", "persona"])
+        assert max(map(cell_len, lines)) <= max(width - 2, 16) and len(set(map(cell_len, lines))) == 1
+    whole = ["run       ratio  persona  average", "提示=一     1/2  教師           7"]
+    assert lines == [*whole, "b        51/100  か        24.825"]
 
 
 def test_what_has_no_columns_stays_whole_at_the_end_of_a_row(monkeypatch):

@@ -96,6 +96,9 @@ BAD = {
     "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is no text in UTF-8"),
     "half a character": ('about: "\\ud800"\n', "line 1: holds half a character"),
     "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
+    "no colon": ("about: x\nrounds", "x.yaml, line 2: is not YAML: could not find expected ':'"),
+    "no colon further up": ("seed: 1\nrounds\n\n\nratio: 1\n", "x.yaml, line 2: is not YAML: could not find expected"),
+    "no end of a quote": ('about: x\nratio: "1\nrounds: 2\n\n', "x.yaml, line 2: is not YAML: found unexpected end of"),
     "tag": ("about: !!python/object/apply:os.system [ls]\n", "line 1: holds the tag"),
     "alias of itself": ("about: &a [*a]\n", "is nested too deeply"),
     "aliases of aliases": (BOMB, "more than 50000 values, aliases included"),
@@ -106,10 +109,12 @@ BAD = {
     "prompt": (LLM + "prompt:\n- basic\n- basix\n", "x.yaml, line 4: prompt basix: configs/prompts.yaml has no such "
         "prompt; did you mean basic? It has basic"),
     "prompt of nobody": ("prompt: rational\n", "line 1: prompt rational: does nothing with --agent-type random"),
+    "attempts of nobody": ("rounds: 2\nmax_attempts: [2, 3]\n", "x.yaml, line 2: max_attempts 2: does nothing with"),
     "models of nobody": ("models: {model_1: 1}\n", "models model_1=1: does nothing with --agent-type random"),
     "personas": ("personas: [null, educatoin]\n", "x.yaml, line 1: personas educatoin: configs/personas.yaml has no "
         "such set of personas; did you mean education?"),
     "set twice": ("personas: education+education\n", "personas education+education: names a set twice"),
+    "blanks beside a set": ("personas: education + educatoin\n", "educatoin: configs/personas.yaml has no such set"),
     "no set": ("personas: education+\n", "personas education+: an empty name: configs/personas.yaml has no such set"),
     "model": (LLM + "models: {model_1: 1/2, modle_1: 1/2}\n", "line 2: models model_1=1/2,modle_1=1/2: modle_1: "
         "tests/data/model_configs.json has no such model; did you mean model_1?"),
@@ -271,7 +276,7 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
         asking,
         prompt="free",
         prompts_file=str(tmp_path / "p.yaml"),
-        personas="b+a",
+        personas=" b + a",
         personas_file=str(tmp_path / "q.yaml"),
     )
     wording = read_wording(config)

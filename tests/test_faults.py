@@ -7,6 +7,7 @@ import pty
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from types import SimpleNamespace
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import is_free, one_line, open_again, until
+from conftest import ROOT, is_free, one_line, open_again, until
 from waiting import Gates
 
+import main
 from simulation import console, processes
 from simulation.errors import ClusterError
 
@@ -227,7 +229,7 @@ def test_a_server_that_hangs_is_killed(checkout):
     assert checkout.run("stop_all_server.sh").stdout == "stopped 2 agent servers\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status):
     mine = checkout.path / "mine.py"
     mine.write_text(
@@ -310,6 +312,35 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         clock[0] += later
         watch._signalled(signal.SIGTERM, None)
         assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
+
+
+@pytest.mark.parametrize("listen", [lambda: console.ProgressWatch().listen(), main._interruptible])
+def test_a_signal_that_is_ignored_stays_so(listen):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        listen()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_terminal_that_is_closed_ends_the_round_early(checkout):
+    ours, theirs = pty.openpty()
+    flags = ("--rounds", "3", "--sleep-time", "60")
+    game = checkout.start("run_simulation.sh", "2", "10", *flags, stderr=theirs, env={"TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    while b"answers in" not in seen:
+        seen += os.read(ours, 65536)
+    os.close(ours)
+    game.send_signal(signal.SIGHUP)
+    game.communicate(timeout=120)
+    assert game.returncode == 129
+    assert checkout.summary()["status"] == "interrupted"
 
 
 def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
@@ -428,6 +459,26 @@ def test_a_full_disk_behind_standard_output_stops_nothing(checkout):
         _, err = game.communicate(timeout=120)
     assert game.returncode == 0, err
     assert checkout.summary()["status"] == "complete"
+
+
+LOST_STREAMS = [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full", "| true", "2>&1 | true"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("streams", LOST_STREAMS)
+def test_output_that_cannot_be_written_changes_no_exit_status(streams, unbuffered):
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    for arguments, status in (("--help", 0), ("--role vllm --status", 0), ("--dry-run", 0), ("--colour red", 2)):
+        words = ["bash", "-c", f'"$@" {streams}; exit "${{PIPESTATUS[0]}}"', "", sys.executable, ROOT / "main.py"]
+        done = subprocess.run([*words, *arguments.split()], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_game_is_played_to_its_end_where_nothing_can_be_written(checkout):
+    env = {**os.environ, "BASE_PORT": str(checkout.base_port)}
+    command = ["bash", "-c", "./run_simulation.sh 2 10 --sleep-time 0 >&- 2>/dev/full"]
+    done = subprocess.run(command, cwd=checkout.path, env=env, check=False, timeout=120)
+    assert done.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
 def test_term_while_servers_start_leaves_none(checkout):

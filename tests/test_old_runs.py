@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -350,3 +353,16 @@ def test_an_old_sweep_is_resumed(cluster: Checkout):
             assert (folder / run / file.name).read_bytes() == file.read_bytes()
     for run in runs:
         assert summary_in(folder / run)["status"] == "complete" and answers_in(folder / run) == drawn(folder / run)
+
+
+def test_the_example_reads_the_last_run_of_an_experiment(tmp_path):
+    command = [sys.executable, ROOT / "examples/read_answers.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "there are no answers in runs/latest" in one_line(done.stderr)
+    for number, name in enumerate(("02-ratio=2-3", "01-ratio=1")):
+        run = shutil.copytree(OLD_RUNS / "random", tmp_path / "runs/x" / name)
+        os.utime(run / "answers.parquet", (0, number))
+    (tmp_path / "runs/latest").symlink_to("x")
+    for given in ([], ["runs/x"], ["runs/x/01-ratio=1"], ["runs/x/01-ratio=1/answers.parquet"]):
+        done = subprocess.run([*command, *given], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "01-ratio=1/answers.parquet" in done.stdout.splitlines()[0], done.stderr

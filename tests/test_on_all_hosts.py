@@ -374,6 +374,7 @@ def test_bad_usage_is_one_line(checkout, arguments):
         ({"HOSTS": "a;b"}, "is no name of a host"),
         ({"HOSTS": "me@a"}, "is no name of a host"),
         ({"HOSTS": "a b a"}, "HOSTS names a twice"),
+        ({"HOSTS": "a Node b nODE"}, "HOSTS names Node twice"),
         ({"HOSTS": "a", "SSH_CONFIG": "/no/such"}, "SSH_CONFIG=/no/such cannot be read"),
     ],
 )

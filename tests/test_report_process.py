@@ -18,7 +18,7 @@ from simulation.report_process import ReportProcess
 
 
 def drawer_of(checkout) -> psutil.Process | None:
-    return next((each for each in checkout.processes() if "--draw" in each.info["cmdline"]), None)
+    return next((each for each in checkout.processes() if "--draw-for-main" in each.info["cmdline"]), None)
 
 
 def game_under_way(checkout, gates):

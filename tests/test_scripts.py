@@ -138,6 +138,8 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
         ("stop_all_server.sh --hlep", "did you mean --help?"),
         ("run_simulation.sh --resum runs/latest", "did you mean --resume?"),
         ("run_simulation.sh --exp x.yaml", "did you mean --experiment?"),
+        ("run_simulation.sh --dry-run --experiment x.yaml", "error: --experiment comes first; usage: "),
+        ("run_simulation.sh --rounds 3 --resume=runs/latest", "error: --resume comes first; usage: "),
         ("run_simulation.sh --seed 7", "server_per_host is missing: it comes before flags such as --seed"),
         ("on_all_hosts.sh puhs-key", "did you mean push-key?"),
         ("on_all_hosts.sh stop_all_servers.sh", "did you mean stop_all_server.sh?"),
@@ -168,6 +170,12 @@ def test_usage_comes_with_an_example(shell, arguments, said):
     assert done.returncode == 2 and line.startswith(f"error: {said}")
     example = {"s": r"\./start_all_server\.sh 10\b", "r": r"\./run_simulation\.sh 10 1000\b", "e": r"such as 10 1000\b"}
     assert re.search(example[arguments[0]], line)
+
+
+@pytest.mark.parametrize("command", [("simulation.sbatch", "10", "1000"), ("simulation.sbatch",), ("node.sh", "10")])
+def test_what_slurm_starts_is_refused_without_it(shell, command):
+    done = shell(f"examples/slurm/{command[0]}", *command[1:], echo=False)
+    assert done.returncode == 2 and "error: submit it with sbatch " in one_line(done.stderr)
 
 
 def test_zero_is_refused_by_name(checkout):
@@ -202,6 +210,16 @@ def test_settings_become_flags(shell):
     assert refused.returncode == 2 and "GPU_NUM 'many': must be a whole number" in one_line(refused.stderr)
 
 
+@pytest.mark.parametrize("text", ["node1\nnode2\nnode3\n", "\n node1\tnode2  node3", "node1\r\nnode2\r\nnode3\r\n"])
+def test_hosts_are_separated_by_any_white_space(shell, text):
+    for _ in range(2):  # with a file of settings, and without
+        assert "[--hosts][node1][node2][node3]" in shell("run_simulation.sh", "1", "2", HOSTS=text).stdout
+        assert "[--hosts][node1][node2][node3]" in shell("start_all_server.sh", "1", HOSTS=text).stdout
+        done = shell("on_all_hosts.sh", "stop_vllm.sh", HOSTS=text.replace("node3", "node2"))
+        assert done.returncode == 2 and "HOSTS names node2 twice" in one_line(done.stderr)
+        (shell.path / "configs/cluster.env").unlink(missing_ok=True)
+
+
 def test_precedence_is_file_environment_flag(shell):
     env = shell.path / "configs/cluster.env"
     env.write_text('# ours\nBASE_PORT=14000\n\nHOSTS="a b"\nMODERATOR_NUM=6')
@@ -219,6 +237,7 @@ def test_precedence_is_file_environment_flag(shell):
             ("host=a", "did you mean HOSTS?"),
             ("rm -rf /", "known are BASE_"),
         ),
+        *(("BASE_PORT", "'BASE_PORT' is no KEY=value"), ("AGENT_TYPE # llm", "is no KEY=value")),
         *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
     ],
 )
@@ -229,7 +248,10 @@ def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
     assert meant in done.stderr
 
 
-@pytest.mark.parametrize("text", ["\ufeffBASE_PORT=14000\r\nHOSTS=a\r\n", "\ufeffBASE_PORT=14000\nHOSTS=a\r"])
+BLANKS = "\t\n  # BASE_PORT=1\n \n\tBASE_PORT=14000  \n  HOSTS=a\t"
+
+
+@pytest.mark.parametrize("text", ["\ufeffBASE_PORT=14000\r\nHOSTS=a\r\n", "\ufeffBASE_PORT=14000\nHOSTS=a\r", BLANKS])
 def test_the_settings_may_come_from_any_editor(shell, text):
     (shell.path / "configs/cluster.env").write_bytes(text.encode())
     for locale in ({}, {"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}):
@@ -250,7 +272,8 @@ def test_settings_that_cannot_be_read_are_no_defaults(shell):
     assert done.returncode == 2 and "configs/cluster.env cannot be read" in one_line(done.stderr)
 
 
-def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
+@pytest.mark.parametrize("start", ["~", "$HOME", "${HOME}"])
+def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path, start):
     """Paths that main.py takes are expanded there."""
     python = fake_python(tmp_path / "home", "python", "3.10", True)
     done = shell("run_simulation.sh", "1", "2", PYTHON="~/python", HOME=str(tmp_path / "home"))
@@ -267,7 +290,9 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
     script.write_text('#!/bin/sh\necho "$PWD" "$CLUSTER_KEY_DIR"\n')
     script.chmod(0o755)
     (tmp_path / "home/my config").touch()
-    (shell.path / "configs/cluster.env").write_text("HOSTS=n1\nREMOTE_DIR=~/a b\nSSH_CONFIG=~/my config\n")
+    (shell.path / "configs/cluster.env").write_text(
+        f"HOSTS=n1\nREMOTE_DIR={start}/a b\nSSH_CONFIG={start}/my config\nCLUSTER_KEY_DIR={start}/keys\n"
+    )
     env = {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "CLUSTER_KEY_DIR": "~/keys"}
     done = shell("on_all_hosts.sh", "start_vllm.sh", **env)
     assert done.returncode == 0 and done.stdout == f"n1: {remote}/a b ~/keys\n"  # as the host's own script takes it
@@ -275,7 +300,7 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path):
     fake_key = "cd {0} && echo c >cluster.crt && echo k >cluster.key && echo {0}".format(tmp_path / "home")
     shell("run_simulation.sh", "1", "2")
     (shell.path / ".venv/bin/python").write_text(f"#!/bin/sh\n{fake_key}\n")
-    done = shell("on_all_hosts.sh", "push-key", echo=False, **env)
+    done = shell("on_all_hosts.sh", "push-key", echo=False, **env | {"CLUSTER_KEY_DIR": ""})
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (remote / "keys").iterdir()) == ["cluster.crt", "cluster.key"]
 

@@ -184,6 +184,7 @@ def _run(command: dict[str, Any], streams: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ.update(command["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     python, main, *arguments = command["args"]
     _show_command_line(command["args"])
     sys.executable, sys.argv = python, [main, *arguments]

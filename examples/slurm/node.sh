@@ -10,6 +10,8 @@ set -euo pipefail +o posix
 
 main() {
   local checkout
+  [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURMD_NODENAME:-}" ] ||
+    { echo "error: submit it with sbatch examples/slurm/simulation.sbatch, which starts this on each node" >&2; exit 2; }
   checkout="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd -P)"
   export HOST_NAME="$SLURMD_NODENAME"
   trap 'exit 143' TERM INT
