@@ -193,6 +193,7 @@ LEADING = (  # what a line says or ends with after which a number is somebody el
     r"|announced"
     r"|result|smiles|final number)\W*$|.*(?:player|spieler|joueur|jugador|giocatore|jogador|speler|gracz|игрок"
     r"|oyuncu|玩家|プレイヤー|플레이어|لاعب) ?\d"
+    r"|.*(?:na[iï]ve|ingenu|初级|新手)"
     r"|.*\b(?:winning|winner|solve|compute|has to|please|you (?:can|should|must))\b"
     r"|.*(?:average|mean|durchschnitt|moyenne|promedio|media|média|gemiddelde|średni\w*|среднее|平均数?)\W*$"
 )

@@ -112,8 +112,6 @@ def _read(text: str) -> float:
         raise KnownCause(NO_NUMBER, text)
     *before, last = _lines(_NUMBER_QUOTED.sub("", said)) or [""]
     number = None if _FOREIGN.search(said) else _stated(last, only_formal=bool(before))
-    if before and _ALONE.fullmatch(last) and not _SET_APART.search(said):
-        number = None
     if number is None or not (all(_leaves(number, line) for line in before) and _leads_to(before, last)):
         raise KnownCause(UNCERTAIN, text)
     return number
@@ -177,7 +175,6 @@ _FOREIGN = _Later(
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
     re.M,
 )
-_SET_APART = _Later(r"\n\s*\n\s*\S[^\n]*\Z|boxed:")  # a last line after an empty one
 _QUOTES = _Later(r"[\"“”„«»「」『』]")
 _NUMBER_QUOTED = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
 _ASKS = _Later(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
