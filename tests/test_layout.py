@@ -174,7 +174,7 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
     for name in ("my_file.py", "notes.py", *modules, "my_test.py", "test_mine.py", "experiments/run.py", "my/x.py"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
-    for name in ("moderator/data.py", "simulation.py"):  # beside a module, and a package, of the same name
+    for name in ("moderator/data.py", "simulation.py", "scripts.py"):  # beside modules and packages of these names
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("1/0\n")
     (path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-flag\n")
@@ -182,8 +182,8 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path):
     (path / ".shellcheckrc").write_text("no such line\n")
     (path / "conftest.py").write_text("1/0\n")
     (path / "analysis.sh").write_text("cd $1; for f in `ls *`; do echo $f; done\n")
-    command = [path / "run_tests.sh", "tests/test_layout.py", "tests/test_readme.py", "-n", "1"]
-    command += ["-k", "(layout and not researcher) or table"]
+    command = [path / "run_tests.sh", *(f"tests/test_{name}.py" for name in ("layout", "readme", "scripts")), "-n", "1"]
+    command += ["-k", "(layout and not researcher) or table or is_translated"]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

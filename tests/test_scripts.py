@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, copy_checkout, one_line
 from own_files import checked
 
-from scripts.install import name_and_extras, reason, requirements, steps, uv_settings
+sys.path.insert(0, str(ROOT / "scripts"))  # a file scripts.py in the checkout would stand for a package of that name
+
+from install import name_and_extras, reason, requirements, steps, uv_settings
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
