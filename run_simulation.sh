@@ -54,6 +54,7 @@ main() {
       ;;
     --install-only)
       [ "$#" -eq 1 ] || fail 2 "--install-only takes no other arguments; usage: ./run_simulation.sh --install-only"
+      load_settings
       ensure_venv run
       say "$VENV is up to date"
       return

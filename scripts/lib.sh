@@ -132,6 +132,7 @@ installed_version() {
 # Print the version of the interpreter to use, and the interpreter: $PYTHON, or the first that works and fits.
 find_python() {
   local candidate version
+  load_settings # where a script has no other use for them
   if [ -n "${PYTHON:-}" ]; then
     expand_home PYTHON
     version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"

@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from simulation.config import ROOT
 from simulation.errors import SettingsError, reason
 
 
@@ -20,6 +21,8 @@ def import_agentscope() -> None:
     """Import AgentScope, unless that was done; to be called before anything else that imports it."""
     if "agentscope" in sys.modules:
         return
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - of a user without one, AgentScope cannot be imported
+        os.environ["HOME"] = str(ROOT / "run")
     # None makes an import fail: AgentScope goes on without dashscope, whose version it would ask for at once
     late: dict[str, Any] = {"dashscope": None, "socketio": _Late("socketio"), "scipy.spatial.distance": _distances()}
     late = {name: stand_in for name, stand_in in late.items() if name not in sys.modules}

@@ -167,7 +167,7 @@ class RunDirectory:
             _point_latest(os.path.relpath(target, real(LATEST.parent)) if inside else str(target))
         except OSError as error:
             trouble = f"cannot point {LATEST} to {target}: {reason(error)}"
-            if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EPROTO):
                 raise ResultsError(trouble) from None
             tell_once(f"{trouble}; that file system has no links: name the run by its folder")
         self._is_latest = True

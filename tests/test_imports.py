@@ -69,6 +69,14 @@ def test_files_that_an_editor_makes_are_none_of_the_program(checkout, monkeypatc
     assert _code_version() == CODE_VERSION
 
 
+def test_a_user_without_a_home_folder_plays(checkout):
+    no_home = "import os, pwd\npwd.getpwuid = {}.__getitem__\nos.environ.pop('HOME', None)\n"  # no entry for the user
+    (checkout.path / "homeless.py").write_text(no_home + RUN)
+    flags = ("--server-per-host", "1", "--participant-num", "5", "--moderator-per-host", "1", "--sleep-time", "0")
+    done = checkout.run("homeless.py", *flags, "--base-port", str(checkout.base_port))
+    assert json.loads(done.stdout.splitlines()[-1])[0] == 0, done.stderr
+
+
 def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhere(checkout):
     flags = ("--server-per-host", "1", "--participant-num", "10", "--moderator-per-host", "1", "--sleep-time", "0")
     base_port = ("--base-port", str(checkout.base_port))

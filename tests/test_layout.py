@@ -182,7 +182,7 @@ def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path, committe
     for name in (*mine, *modules, "benchmarks/mine.py"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("import os,sys\nclass x( object ): undefined_name\n")
-    for name in ("moderator/data.py", "simulation.py"):  # beside a module, and a package, of the same name
+    for name in ("moderator/data.py", "simulation.py", "scripts.py"):  # beside modules and packages of these names
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("1/0\n")
     (path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-flag\n")

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, copy_checkout, one_line
 from own_files import checked
 
-from scripts.install import name_and_extras, reason, requirements, steps, uv_settings
+sys.path.insert(0, str(ROOT / "scripts"))  # a file scripts.py in the checkout would stand for a package of that name
+
+from install import name_and_extras, reason, requirements, steps, uv_settings
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -364,8 +366,10 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
 def test_the_file_of_settings_may_name_the_python(shell, tmp_path):
     python = fake_python(tmp_path / "bin", "python", "3.10", True)
     (shell.path / "configs/cluster.env").write_text(f"PYTHON={python}\n")
-    for script in (["run_simulation.sh", "1", "2"], ["start_all_server.sh", "1"], ["start_vllm.sh"]):
-        assert f"PYTHON={python} is Python 3.10" in one_line(shell(*script).stderr)
+    fresh = shell("run_simulation.sh", "--help-all", echo=False)  # which makes an environment if there is none
+    assert f"PYTHON={python} is Python 3.10" in one_line(fresh.stderr)
+    for line in ("run_simulation.sh --install-only", "run_simulation.sh 1 2", "start_all_server.sh 1", "start_vllm.sh"):
+        assert f"PYTHON={python} is Python 3.10" in one_line(shell(*line.split()).stderr)
 
 
 FAKE_UV = """#!/bin/sh
