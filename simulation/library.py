@@ -21,7 +21,7 @@ MOST_REASONING_TOKENS = 100_000
 SETTINGS = [item.name for item in fields(SimulationConfig)]
 OF_MODELS = (  # what a setting of these says matters to those alone who ask a model
     *("prompt", "prompts_file", "models"),
-    *SETTINGS[SETTINGS.index("model_configs") : SETTINGS.index("vllm_base_port")],
+    *SETTINGS[SETTINGS.index("model_configs") + 1 : SETTINGS.index("vllm_base_port")],
 )
 SMALLEST_SHARE = Fraction(1, FINEST)
 
@@ -122,11 +122,11 @@ def _sampling(config: SimulationConfig) -> Sampling | None:
 def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> None:
     """Raise SettingsError if one of the settings that are given does nothing, as no participant asks a model.
 
-    A class of a person's own may ask the models of --model-configs by itself.
+    The file of models is part of a cluster, and a class of a person's own may ask its models by itself.
     """
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
-        of_class = config.agent_class is not None and name in ("model_configs", "allow_remote_model")
+        of_class = config.agent_class is not None and name == "allow_remote_model"
         if name in given and value is not None and not of_class:
             text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
             raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
