@@ -52,27 +52,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.config import (
+from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable, say
+from simulation.files import ROOT, full_path, shown
+from simulation.settings import (
     DASHBOARD_PORT,
     GROUPS,
     PATHS,
     ROLES,
-    ROOT,
     SimulationConfig,
     as_written,
     check,
     flag_of,
-    full_path,
     real_number,
-    shown,
     whole_number,
 )
-from simulation.errors import ClusterError, Interrupted, SettingsError, SimulationError, meant_by, printable, say
 
 if TYPE_CHECKING:
-    from simulation.console import ProgressWatch
-    from simulation.local_servers import OwnedServers
-    from simulation.security import ClusterKey
+    from simulation.hosts.local_cluster import OwnedServers
+    from simulation.rpc.cluster_key import ClusterKey
+    from simulation.runs.console import ProgressWatch
 
 
 @dataclass(frozen=True)
@@ -294,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = SimulationConfig(**given)
         _ask_without_proxy(*config.hosts, config.host_name)
         if action is None and "model_per_host" not in given and _needs_model_count(config):
-            from simulation.inference import servers_per_host
+            from simulation.hosts.vllm_servers import servers_per_host
 
             given["model_per_host"] = servers_per_host(config)
             config = SimulationConfig(**given)
@@ -321,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
             say(f"error: {_damage(error)}", sys.stderr)
             return SettingsError.exit_status
-        from simulation.console import keep_traceback
+        from simulation.runs.console import keep_traceback
 
         where = keep_traceback()
         say(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", sys.stderr)
@@ -386,11 +384,11 @@ def _interruptible() -> None:
 
 def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
     """Role participant: the agent servers of this host."""
-    from simulation import local_servers
-    from simulation.security import load_or_make
+    from simulation.hosts import local_cluster as local_servers
+    from simulation.rpc.cluster_key import load_or_make
 
     if action == "launch":
-        from simulation import launcher
+        from simulation.hosts import launcher
 
         launcher.launch(config, owned)
     elif action == "make_key":
@@ -400,7 +398,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         stopped = local_servers.stop()
         say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif action == "status":
-        from simulation.console import table_lines
+        from simulation.results.console_report import table_lines
 
         rows, all_answer = local_servers.status(config)
         dropped = ("up since", "restarts", "pid", "memory", "agents")
@@ -408,7 +406,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         say("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
-        from simulation.console import ProgressWatch
+        from simulation.runs.console import ProgressWatch
 
         _interruptible()
         started = time.monotonic()
@@ -425,7 +423,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
 
 def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[str]) -> int:
     """Role vllm: the vLLM servers of this host."""
-    from simulation import inference
+    from simulation.hosts import vllm_servers as inference
 
     if action == "stop":
         stopped = inference.stop()
@@ -433,7 +431,7 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     elif action == "print_gpu_count":
         say(str(len(inference.gpus_here())))
     elif action == "status":
-        from simulation.console import table_lines
+        from simulation.results.console_report import table_lines
 
         rows, all_healthy = inference.status()
         table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
@@ -442,7 +440,8 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     elif config.dry_run:
         say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
-        from simulation.console import ProgressWatch, table_lines
+        from simulation.results.console_report import table_lines
+        from simulation.runs.console import ProgressWatch
 
         _interruptible()
         with contextlib.closing(ProgressWatch()) as watch:
@@ -460,10 +459,10 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     """
     from loguru import logger
 
-    from simulation.console import ProgressWatch, log_to_stderr
-    from simulation.report_process import ReportProcess
-    from simulation.security import load, load_or_make
-    from simulation.session import session_of
+    from simulation.results.report_process import ReportProcess
+    from simulation.rpc.cluster_key import load, load_or_make
+    from simulation.runs.console import ProgressWatch, log_to_stderr
+    from simulation.runs.session import session_of
 
     log_to_stderr()
     session = session_of(config, given)
@@ -478,7 +477,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     watch.listen()
     dashboard = None
     if config.dashboard is not None:  # of this command, not of the run that it resumes
-        from simulation.dashboard import Dashboard  # what is not asked for is not imported
+        from simulation.runs.dashboard import Dashboard  # what is not asked for is not imported
 
         dashboard = Dashboard(config.dashboard, watch)
     servers = reports = None
@@ -508,7 +507,7 @@ def start_servers(config: SimulationConfig, watch: "ProgressWatch") -> "OwnedSer
     """Start agent servers here, for this run; returns them. Raises Interrupted."""
     from loguru import logger
 
-    from simulation import local_servers
+    from simulation.hosts import local_cluster as local_servers
 
     def servers_ready(done: int, total: int) -> None:
         watch.progress("agent servers ready", done, total)
@@ -527,32 +526,33 @@ def start_servers(config: SimulationConfig, watch: "ProgressWatch") -> "OwnedSer
 
 def import_what_plays() -> None:
     """Import AgentScope, and what plays a run with it."""
-    from simulation.lean_import import import_agentscope
+    from simulation.rpc.lean_import import import_agentscope
 
     import_agentscope()
-    import simulation.run  # noqa: F401
+    import simulation.runs.run  # noqa: F401
 
 
 def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
     """Whether this is the only host, and no agent server that this run could use is up."""
-    from simulation.processes import anything_listens, refuse_borrowed
+    from simulation.hosts.pid_files import anything_listens, refuse_borrowed
 
     if config.hosts != ("localhost",):
         return False
     refuse_borrowed()
     if not anything_listens(config.ports):
         return True  # the usual case on a laptop, told without waiting for AgentScope
-    from simulation.readiness import shake_hands
+    from simulation.cluster.preflight import shake_hands
 
     return not shake_hands(config, key)[0]
 
 
 def ask(config: SimulationConfig) -> int:
     """Role ask: one message to one participant."""
-    from simulation.game import Question, announcement_of
-    from simulation.lean_import import import_agentscope
-    from simulation.past_runs import first_winner, read_agents, read_results, read_summary
-    from simulation.security import load
+    from simulation.game.rules import Question
+    from simulation.game.tally import announcement_of
+    from simulation.results.reader import first_winner, read_agents, read_results, read_summary
+    from simulation.rpc.cluster_key import load
+    from simulation.rpc.lean_import import import_agentscope
 
     path = Path(shown(str(config.run_dir)))
     played, summary = read_summary(path)
@@ -562,7 +562,7 @@ def ask(config: SimulationConfig) -> int:
     given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
     key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
     import_agentscope()
-    from simulation.rounds import ask as ask_participant
+    from simulation.cluster.rounds import ask as ask_participant
 
     told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
@@ -574,7 +574,7 @@ def ask(config: SimulationConfig) -> int:
 
 def draw_reports() -> int:
     """Role report, for a run that plays: draw the reports that main asks for."""
-    from simulation.report_process import serve
+    from simulation.results.report_process import serve
 
     serve()
     return 0
@@ -582,10 +582,16 @@ def draw_reports() -> int:
 
 def report(config: SimulationConfig, folders: list[str]) -> int:
     """Role report: what one run came to, or several runs beside each other, from their folders alone."""
-    from simulation.comparison import common_folder, comparison_lines, run_folders, unfinished_lines, write_comparison
-    from simulation.past_runs import read_run
-    from simulation.report import run_lines
-    from simulation.report_page import draw_all
+    from simulation.results.comparison import (
+        common_folder,
+        comparison_lines,
+        run_folders,
+        unfinished_lines,
+        write_comparison,
+    )
+    from simulation.results.console_report import run_lines
+    from simulation.results.reader import read_run
+    from simulation.results.report_page import draw_all
 
     given = [full_path("RUN", folder) for folder in folders] or list(filter(None, [config.run_dir]))
     named = [Path(shown(folder)) for folder in given]

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
 from agentscope.agents import AgentBase
 
-from participant import Participant, message_of
-from simulation.channels import all_of
-from simulation.errors import UnusableAnswer, failure_of, one_line
-from simulation.game import Announcement, Question, Tally, Winners, merge
-from simulation.glance import Glance, glance_at
-from simulation.group import TALLY_VALUES, ParticipantGroup
-from simulation.heartbeat import Progress
-from simulation.remote import RemoteObject, reply_of
-from simulation.seating import Seat
-from simulation.sheet import CUT_SHORT, Answers, AnswerSheet
+from simulation.agents.group import TALLY_VALUES, ParticipantGroup
+from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
+from simulation.agents.snapshot import Glance, glance_at
+from simulation.game.answer_sheet import Answers
+from simulation.game.rules import Announcement, Question
+from simulation.game.tally import Tally, Winners, merge
+from simulation.rpc.channels import all_of
+from simulation.rpc.client import RemoteObject
+from simulation.rpc.endpoints import Seat
+from simulation.rpc.messages import Progress
 
 V = TypeVar("V")
-
-ASKED_AT_ONCE = 32  # participants of one group that are asked at the same time when each is asked alone
 
 
 class Moderator(AgentBase):
@@ -113,100 +110,3 @@ class Moderator(AgentBase):
 
     def _all(self, call: Callable[[Any], V]) -> dict[Seat, V]:
         return all_of({seat: partial(call, group) for seat, group in self._groups.items()})
-
-
-def whole_tally(group: Any) -> Tally:
-    """The tally of a group or a moderator, fetched part by part."""
-    first_part, parts = group.collect(0)
-    return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
-
-
-class OneByOne:
-    """The way AgentScope's own examples ask: each participant through its own proxy. The same face as a group.
-
-    It is here for comparison: each answer costs three calls and a thread, whatever the participant does.
-    """
-
-    def __init__(self, group: RemoteObject, seat: Seat, timeout_s: float) -> None:
-        self._group = group
-        self._seat = seat
-        self._timeout_s = timeout_s
-        self._round = 0
-        self.sheet: AnswerSheet | None = None
-        self._halted = False
-        self._error = ""
-        self._changed = threading.Condition()  # guards all of this
-
-    def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        self._group.allow(question.round, tokens_each)  # may be said twice, and takes as long as its server does
-        with self._changed:
-            if question.round <= self._round:
-                return
-            self._halted = False
-            self.sheet = AnswerSheet(self._seat.first, self._seat.count)
-            self._round = question.round
-            threading.Thread(target=self._ask_all, args=(question, self.sheet), daemon=True).start()
-
-    def progress(self, wait_s: float = 0.0) -> Progress:
-        number, sheet = self._round, self.sheet  # in this order: a new round's number never goes with old answers
-        if sheet is None:
-            return Progress(0, 0)
-        with self._changed:
-            self._changed.wait_for(lambda: sheet.done == sheet.count or self._error, timeout=wait_s)
-        return Progress(sheet.done, sheet.count, number, self._error)
-
-    def halt(self, at_once: bool) -> None:
-        with self._changed:
-            self._halted = True
-            if at_once and self.sheet is not None:
-                self.sheet = self.sheet.closed()
-            self._changed.notify_all()
-
-    def collect(self, part: int) -> tuple[Tally, int]:
-        parts = self._filled().tally().parts(TALLY_VALUES)
-        return parts[part], len(parts)
-
-    def announce(self, announcement: Announcement) -> Winners:
-        return self._filled().winners(announcement.winning_units)
-
-    def answers(self, first: int, count: int) -> Answers:
-        return self._filled().answers(first, count)
-
-    def _filled(self) -> AnswerSheet:
-        sheet = self.sheet
-        if sheet is None or sheet.done < sheet.count:
-            raise RuntimeError(f"group {self._seat.oid} has no finished round")
-        return sheet
-
-    def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-            for place in range(sheet.count):
-                pool.submit(self._ask_into, sheet, place, question)
-
-    def _ask_into(self, sheet: AnswerSheet, place: int, question: Question) -> None:
-        try:
-            outcome = self._ask(place, question)
-            with self._changed:
-                if "units" in outcome:
-                    sheet.put(place, outcome["units"])
-                else:
-                    sheet.fail(place, *outcome["failure"])
-                if sheet.done == sheet.count:
-                    self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: told to whoever asks next
-            with self._changed:
-                self._error = one_line(error)
-                self._changed.notify_all()
-
-    def _ask(self, place: int, question: Question) -> dict[str, Any]:
-        """What one participant says: its answer in `units`, or its `failure`."""
-        if self._halted:
-            return {"failure": CUT_SHORT}
-        assert self._seat.server is not None
-        index = self._seat.first + place
-        proxy = RemoteObject(Participant, f"{self._seat.oid}/{index}", self._seat.server, self._timeout_s)
-        try:
-            said: dict[str, Any] = reply_of(proxy, message_of(question), "play").metadata
-            return said
-        except UnusableAnswer as error:  # raised by whatever else its code does
-            return {"failure": failure_of(error)}

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from simulation import processes
-from simulation.config import ROOT
+from simulation.files import ROOT
+from simulation.hosts import pid_files as processes
 
 GAME = ("./run_simulation.sh", "10", "1000", "--sleep-time", "0")
 PYTHON = ".venv/bin/python"

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 
-from simulation import local_servers, processes
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
+from simulation.hosts import local_cluster as local_servers
+from simulation.hosts import pid_files as processes
+from simulation.runs.console import ProgressWatch
+from simulation.settings import SimulationConfig
 
 SAMPLE_S = 0.05
 SAMPLED_PART = 0.1  # of the time at most: who looks at pages holds up who asks for more of them

@@ -31,15 +31,16 @@ import psutil
 from common import Table, agent_servers
 from loguru import logger
 
-from simulation import processes, results
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.dashboard import Dashboard
-from simulation.library import game_of
-from simulation.results import RunDirectory, new_run_id
-from simulation.rounds import Simulation
-from simulation.run import Run
-from simulation.security import load_or_make
+from simulation.cluster.rounds import Simulation
+from simulation.game.rules import game_of
+from simulation.hosts import pid_files as processes
+from simulation.results import run_directory as results
+from simulation.results.run_directory import RunDirectory, new_run_id
+from simulation.rpc.cluster_key import load_or_make
+from simulation.runs.console import ProgressWatch
+from simulation.runs.dashboard import Dashboard
+from simulation.runs.run import Run
+from simulation.settings import SimulationConfig
 
 GOAL = 2.0  # percent
 WARM = 2  # rounds

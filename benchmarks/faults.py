@@ -43,22 +43,25 @@ import psutil
 from common import Table, agent_servers
 from loguru import logger
 
-from simulation import heartbeat, processes, results
-from simulation.channels import all_of, handshake
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.game import RoundResult
-from simulation.placement import Endpoint
-from simulation.results import RunDirectory, new_run_id, summarise
-from simulation.rounds import Simulation
-from simulation.security import ClusterKey, load_or_make
-from simulation.usage import Usage
+from simulation.cluster import failure_detector as heartbeat
+from simulation.cluster.rounds import Simulation
+from simulation.game.tally import RoundResult
+from simulation.hosts import pid_files as processes
+from simulation.llm.usage import Usage
+from simulation.results import run_directory as results
+from simulation.results.run_directory import RunDirectory, new_run_id, summarise
+from simulation.rpc.channels import all_of, handshake
+from simulation.rpc.cluster_key import ClusterKey, load_or_make
+from simulation.rpc.endpoints import Endpoint
+from simulation.runs.console import ProgressWatch
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
 FAULT_AT_S = 0.5
 HELD_S = 60.0  # longer than a round here: a heartbeat that is held back for so long is heard at its end
 PATIENCE_S = 60.0  # with a server that is started again
-IMPORT = "import simulation.server"  # what the launcher of a host imports once for all its servers
+IMPORT = "import simulation.hosts.agent_server"  # what the launcher of a host imports once for all its servers
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, fol
     with (
         patch.object(heartbeat, "WAIT_S", held_s),
         patch.object(heartbeat, "heartbeat", wraps=heartbeat.heartbeat) as beats,
-        Simulation(config, run_id, key, ProgressWatch(), record) as simulation,
+        Simulation(config, game_to_play(config, {}), run_id, key, ProgressWatch(), record) as simulation,
     ):
         simulation.create()
         beats_before, began = beats.call_count, time.perf_counter()
@@ -156,7 +159,7 @@ def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> 
     timer = threading.Timer(FAULT_AT_S, strike)
     scene = replace(config, heartbeat_timeout=fault.timeout_s)
     try:
-        with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+        with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
             simulation.create()
             began = time.monotonic()
             timer.start()

@@ -47,18 +47,19 @@ from agentscope.rpc import DistConf, RpcClient
 from common import agent_servers
 from loguru import logger
 
-from simulation import inference, processes
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.game import Game, question_for
-from simulation.library import game_to_play
-from simulation.model_client import ANSWERS_IN_FLIGHT
-from simulation.model_configs import model_name, read_models
-from simulation.placement import place
-from simulation.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
-from simulation.results import new_run_id
-from simulation.rounds import Simulation
-from simulation.security import load_or_make
+from simulation.cluster.placement import place
+from simulation.cluster.rounds import Simulation
+from simulation.game.rules import Game, question_for
+from simulation.hosts import pid_files as processes
+from simulation.hosts import vllm_servers as inference
+from simulation.llm.model_configs import model_name, read_models
+from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
+from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
+from simulation.results.run_directory import new_run_id
+from simulation.rpc.cluster_key import load_or_make
+from simulation.runs.console import ProgressWatch
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 VLLM_FLAGS = ["--dtype", "float32", "--max-model-len", "1024"]
 SAMPLE_S = 0.05
@@ -133,7 +134,7 @@ def ours(config: SimulationConfig) -> tuple[Played, list[int]]:
     """Play two rounds; returns the times, and what was answered in round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
     key = load_or_make(Path(config.cluster_key_dir))
-    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
         create_s = simulation.create()
         one = simulation.play(1)
         first = [int(unit) for part in simulation.answers() for unit in part.units]
@@ -238,7 +239,13 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
             seen.append(_pss_kb(server))
 
     sampler = threading.Thread(target=sample)
-    with Simulation(replace(config, rounds=2, seed=1), new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(
+        replace(config, rounds=2, seed=1),
+        game_to_play(replace(config, rounds=2, seed=1), {}),
+        new_run_id(),
+        key,
+        ProgressWatch(),
+    ) as simulation:
         sampler.start()
         simulation.create()
         for number in (1, 2):

@@ -8,8 +8,9 @@ from typing import Any
 
 from agentscope.message import Msg
 
-from participant import Participant, RandomParticipant
-from simulation.game import Question
+from participant import RandomParticipant
+from simulation.agents.participant import Participant
+from simulation.game.rules import Question
 
 
 class Thinks(Participant):

@@ -37,12 +37,13 @@ from agentscope.rpc import DistConf, RpcClient
 from common import agent_servers, peak_mb
 from loguru import logger
 
-from simulation import processes
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.results import new_run_id
-from simulation.rounds import Simulation
-from simulation.security import load_or_make
+from simulation.cluster.rounds import Simulation
+from simulation.hosts import pid_files as processes
+from simulation.results.run_directory import new_run_id
+from simulation.rpc.cluster_key import load_or_make
+from simulation.runs.console import ProgressWatch
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 SCENES = ((1_000, 1.0), (10_000, 0.0), (64_000, 0.0))  # participants, think time in seconds
 IN_FLIGHT = 2_000  # calls of the one-object pattern at a time: each is a thread, and nothing else bounds them
@@ -80,7 +81,7 @@ def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[f
     scene = SimulationConfig(
         base_port=config.base_port, participant_num=participants, sleep_time=think_s, seed=random.getrandbits(32)
     )
-    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.answered == participants

@@ -12,7 +12,7 @@ Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but fo
   by it.
 - command: ./run_simulation.sh with the servers up, from its start to its end, results on the disk.
 - wire: what a round takes on the network. Calls, and the bytes of their messages, are counted by the servers that serve
-  them (`served` in simulation/channels.py): of main to moderators, of these to groups, and of main's heartbeats to all.
+  them (`served` in simulation/rpc/messages.py): of main to moderators, of these to groups, of main's heartbeats to all.
   "Crossed" is what the kernel saw on the loopback interface meanwhile, with TLS, HTTP and TCP, so nothing else should
   use it.
 - own: what a participant of one's own costs, by how it is written (own_participants.py); memory is what one adds to the
@@ -63,14 +63,16 @@ from own_participants import CLASSES
 from scale_network import SCENES, hosts, wire
 
 from participant import RandomParticipant
-from simulation import processes, results
-from simulation.channels import handshake
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.placement import endpoints
-from simulation.results import new_run_id
-from simulation.rounds import Simulation
-from simulation.security import ClusterKey, load_or_make
+from simulation.cluster.rounds import Simulation
+from simulation.hosts import pid_files as processes
+from simulation.results import run_directory as results
+from simulation.results.run_directory import new_run_id
+from simulation.rpc.channels import handshake
+from simulation.rpc.cluster_key import ClusterKey, load_or_make
+from simulation.rpc.endpoints import endpoints
+from simulation.runs.console import ProgressWatch
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 THINK_S = 1.0
 SIZES = (64_000, 250_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000)
@@ -100,7 +102,7 @@ class Played:
 def play(config: SimulationConfig, key: ClusterKey, participants: int) -> Played:
     """Play one round, without writing anything."""
     scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.asked == result.tally.answered == participants, result.tally

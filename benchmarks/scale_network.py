@@ -22,14 +22,17 @@ from unittest.mock import patch
 import psutil
 from common import Table, agent_servers, memory_mb
 
-from simulation import local_servers, processes
-from simulation.channels import HEARTBEAT, SERVED, all_of, handshake
-from simulation.config import SimulationConfig
-from simulation.console import ProgressWatch
-from simulation.placement import endpoints
-from simulation.results import new_run_id
-from simulation.rounds import Simulation
-from simulation.security import ClusterKey, load_or_make
+from simulation.cluster.rounds import Simulation
+from simulation.hosts import local_cluster as local_servers
+from simulation.hosts import pid_files as processes
+from simulation.results.run_directory import new_run_id
+from simulation.rpc.channels import all_of, handshake
+from simulation.rpc.cluster_key import ClusterKey, load_or_make
+from simulation.rpc.endpoints import endpoints
+from simulation.rpc.messages import HEARTBEAT, SERVED
+from simulation.runs.console import ProgressWatch
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 WIRE_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
 SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # servers of participants, and of moderators
@@ -75,7 +78,7 @@ def wire(config: SimulationConfig, up_to: int) -> None:
     key = load_or_make(Path(config.cluster_key_dir))
     for participants in (size for size in WIRE_SIZES if size <= up_to):
         scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-        with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+        with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
             simulation.create()
             before, crossed_before = served(config), crossed()
             simulation.play(1)
@@ -176,7 +179,7 @@ def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
     scene = replace(config, seed=random.getrandbits(32))
     own = {int(name): each for name, each in processes.own_processes().items() if name != processes.LAUNCHER}
     first_moderator = config.base_port + config.server_per_host
-    with Simulation(scene, new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
         create_s = simulation.create()
         simulation.play(1)  # warm
         played = [played_round(simulation, number, own, first_moderator) for number in range(2, config.rounds + 1)]
@@ -193,8 +196,8 @@ def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Proc
         steps.append(time.perf_counter() - began)
         return result
 
-    cluster, call_all = simulation.cluster, simulation.cluster.all
-    calls, _ = served(simulation.config)
+    cluster, call_all = simulation.cluster.cluster, simulation.cluster.cluster.all
+    calls, _ = served(simulation.settings)
     cpu = {port: cpu_s(process) for port, process in own.items()}
     gc.collect()
     cluster.all = partial(timed, call_all)  # type: ignore[method-assign]
@@ -203,8 +206,8 @@ def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Proc
     main_cpu_s = time.process_time() - began_cpu
     cluster.all = call_all  # type: ignore[method-assign]
     cpu = {port: cpu_s(process) - cpu[port] for port, process in own.items()}
-    calls = served(simulation.config)[0] - calls
-    assert result.tally.answered == simulation.config.participant_num and not result.reassigned, result
+    calls = served(simulation.settings)[0] - calls
+    assert result.tally.answered == simulation.settings.participant_num and not result.reassigned, result
     return Round(
         *steps,
         round_s=result.seconds,

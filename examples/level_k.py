@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from participant import Participant
-from simulation.game import Question, draw
+from simulation.agents.participant import Participant
+from simulation.game.rules import Question, draw
 
 
 class LevelK(Participant):

@@ -32,19 +32,19 @@ from xdist.scheduler import LoadScopeScheduling
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: a file random.py there is none of Python's
 
-from simulation.lean_import import import_agentscope
+from simulation.rpc.lean_import import import_agentscope
 
 with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while they are imported
     warnings.simplefilter("ignore")
     import_agentscope()
-    import simulation.remote  # noqa: F401
+    import simulation.rpc.client  # noqa: F401
 
 from warm import WarmPopen, WarmPython
 
-from simulation.config import SimulationConfig
-from simulation.library import game_to_play
-from simulation.model_configs import read_models
-from simulation.plan import RoundEstimate, estimate
+from simulation.llm.model_configs import read_models
+from simulation.runs.cost_estimate import RoundEstimate, estimate
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests/data/model_configs.json"  # as shipped: people edit the one in configs
@@ -258,7 +258,10 @@ def copy_checkout(target: Path) -> Path:
         shutil.copy2(ROOT / name, target / name)
     (target / "configs/cluster.env").write_text("")
     shutil.copy2(MODELS, target / "configs")
-    for cache in (ROOT / "__pycache__", ROOT / "simulation/__pycache__"):  # modification times are kept, so it is valid
+    for cache in (
+        ROOT / "__pycache__",
+        *(ROOT / "simulation").rglob("__pycache__"),
+    ):  # modification times are kept, so it is valid
         if cache.exists():
             shutil.copytree(cache, target / cache.relative_to(ROOT))
     for name in (".venv", ".venv-vllm"):
@@ -374,7 +377,7 @@ def command(
 
     import main
 
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
 
     def call(*arguments: object) -> tuple[int, str]:
         key = [] if {"report", "vllm"} & set(arguments) else ["--cluster-key-dir", str(tmp_path / "key")]

@@ -29,7 +29,7 @@ import psutil
 import pytest
 from conftest import Checkout, copy_checkout
 
-from simulation.security import load_or_make
+from simulation.rpc.cluster_key import load_or_make
 
 NODES = ("node1", "node2", "node3", "node4")  # what HOSTS names
 STRANGER = "stranger"  # on the same switch, but no host of the cluster, and with another cluster key

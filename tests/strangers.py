@@ -15,8 +15,8 @@ from agentscope.rpc.rpc_agent_pb2 import CreateAgentRequest, StringMsg
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 from google.protobuf.empty_pb2 import Empty
 
-from simulation.channels import CHANNEL_OPTIONS
-from simulation.security import ClusterKey, load_or_make
+from simulation.rpc.channels import CHANNEL_OPTIONS
+from simulation.rpc.cluster_key import ClusterKey, load_or_make
 
 
 class Payload:

@@ -10,9 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation.cast import MODEL, Cast, ModelShare, Persona, PersonaSet
-from simulation.placement import even_split
-from simulation.shares import dealt, dealt_one, quotas
+from simulation.cluster.placement import even_split
+from simulation.game.population import MODEL, Cast, ModelShare, Persona, PersonaSet, dealt, dealt_one, quotas
 
 totals = st.integers(1, 3000)
 weights = st.lists(st.integers(1, 20), min_size=1, max_size=7)

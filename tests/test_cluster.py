@@ -12,9 +12,10 @@ import psutil
 import pytest
 from conftest import open_again, until
 
-from simulation.channels import SERVED, handshake, use_key
-from simulation.placement import Endpoint
-from simulation.security import load
+from simulation.rpc.channels import handshake, use_key
+from simulation.rpc.cluster_key import load
+from simulation.rpc.endpoints import Endpoint
+from simulation.rpc.messages import SERVED
 
 STEPS = ("seat", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
 

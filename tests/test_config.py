@@ -20,11 +20,12 @@ import pytest
 from conftest import MODELS, NO_UTF8, ROOT, one_line
 
 import main
-from simulation import config
-from simulation.config import PATHS, ROLES, SimulationConfig, files_in, flag_of, shown
+from simulation import settings as config
 from simulation.errors import SettingsError, meant_by, nearest
-from simulation.lean_import import add_extra_folders
-from simulation.processes import ProcessId
+from simulation.files import files_in, shown
+from simulation.hosts.pid_files import ProcessId
+from simulation.rpc.lean_import import add_extra_folders
+from simulation.settings import PATHS, ROLES, SimulationConfig, flag_of
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1,000,000,000"),
@@ -312,7 +313,10 @@ def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp
 
 @pytest.mark.parametrize(
     ("module", "status", "said"),
-    [("grpc._channel", 2, "--install-only repairs"), ("simulation.console", 1, "a defect of the program: ImportError")],
+    [
+        ("grpc._channel", 2, "--install-only repairs"),
+        ("simulation.runs.console", 1, "a defect of the program: ImportError"),
+    ],
 )
 def test_a_module_of_a_library_that_is_not_found_is_damage_and_one_of_ours_a_defect(
     monkeypatch, capsys, module, status, said

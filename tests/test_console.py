@@ -10,11 +10,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from simulation import console
-from simulation.config import SimulationConfig
-from simulation.console import fitting, table_lines
-from simulation.game import Tally
-from simulation.report import histogram_lines
+from simulation.game.tally import Tally
+from simulation.results.console_report import fitting, histogram_lines, table_lines
+from simulation.runs import console
+from simulation.settings import SimulationConfig
 
 WIDTHS = (20, 24, 31, 40, 53, 60, 72, 80, 100, 600)
 HOSTS = "silent: " + ", ".join(f"a-rather-long-name-of-a-host-{number}.example:12345" for number in range(9))

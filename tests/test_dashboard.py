@@ -23,19 +23,20 @@ import pytest
 from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
-from simulation.config import SimulationConfig
-from simulation.console import Stage
-from simulation.dashboard import PAGE
-from simulation.game import Game, RoundResult, Tally, Winners
-from simulation.glance import BINS, bins_of, glance_at
-from simulation.heartbeat import Beat, Progress, Standing
-from simulation.lookout import Load, Lookout
-from simulation.placement import Endpoint
-from simulation.report import histogram
-from simulation.seating import Seat
-from simulation.sheet import CAUSES_TOLD_APART, AnswerSheet
-from simulation.usage import Usage
-from simulation.view import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
+from simulation.agents.snapshot import BINS, bins_of, glance_at
+from simulation.cluster.failure_detector import Standing
+from simulation.game.answer_sheet import AnswerSheet
+from simulation.game.rules import Game
+from simulation.game.tally import CAUSES_TOLD_APART, RoundResult, Tally, Winners
+from simulation.llm.usage import Usage
+from simulation.results.console_report import histogram
+from simulation.rpc.endpoints import Endpoint, Seat
+from simulation.rpc.messages import Beat, Progress
+from simulation.runs.console import Stage
+from simulation.runs.dashboard import PAGE
+from simulation.runs.dashboard_sampler import Load, Lookout
+from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
+from simulation.settings import SimulationConfig
 
 NASTY = "<img src=x onerror=alert(1)>"
 SLOW = f"""
@@ -241,9 +242,14 @@ def test_only_a_run_that_is_asked_to_imports_it(cluster, asked):
     command = [sys.executable, "-c", program, *flags]
     done = subprocess.run(command, cwd=cluster.path, capture_output=True, text=True, timeout=60, check=True)
     modules = done.stdout.splitlines()[-1].split()
-    assert "simulation.run" in modules, done.stderr
-    assert ({"simulation.dashboard", "simulation.view", "aiohttp.web"} <= set(modules)) == asked
-    assert asked or not {"simulation.dashboard", "simulation.view", "simulation.lookout", "aiohttp.web"} & set(modules)
+    assert "simulation.runs.run" in modules, done.stderr
+    assert ({"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} <= set(modules)) == asked
+    assert asked or not {
+        "simulation.runs.dashboard",
+        "simulation.runs.dashboard_state",
+        "simulation.runs.dashboard_sampler",
+        "aiohttp.web",
+    } & set(modules)
 
 
 def test_a_participant_asked_alone_is_seen_as_well(cluster, tmp_path):

@@ -19,12 +19,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from waiting import Gates
 
-from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
-from simulation.experiment import MOST_COMBINATIONS, in_words, read_experiment
-from simulation.library import read_cast, read_wording
-from simulation.model_configs import read_models
-from simulation.sweep import Sweep
+from simulation.llm.model_configs import read_models
+from simulation.runs.experiment import MOST_COMBINATIONS, Sweep, in_words, read_experiment
+from simulation.runs.scenario import read_cast, read_wording
+from simulation.settings import SimulationConfig
 
 GREEDY = """
 from participant import Participant

@@ -20,8 +20,9 @@ from conftest import ROOT, is_free, one_line, open_again, until
 from waiting import Gates
 
 import main
-from simulation import console, processes
 from simulation.errors import ClusterError
+from simulation.hosts import pid_files as processes
+from simulation.runs import console
 
 BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
 

@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from simulation.errors import UnusableAnswer
-from simulation.game import (
-    Game,
-    Tally,
-    draw,
-    to_units,
-)
+from simulation.game.rules import Game, draw, to_units
+from simulation.game.tally import Tally
 
 
 def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Game:

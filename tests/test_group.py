@@ -19,17 +19,18 @@ from agentscope.message import Msg
 from agentscope.rpc import RpcMeta
 from conftest import until
 
-from moderator import OneByOne, whole_tally
-from participant import Participant, RandomParticipant, message_of
-from simulation.config import SimulationConfig
-from simulation.custom import pack_class
+from participant import RandomParticipant
+from simulation.agents.agent_class import pack_class
+from simulation.agents.group import ParticipantGroup
+from simulation.agents.participant import Participant, message_of
+from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
 from simulation.errors import Ended
-from simulation.game import INTERRUPTED, Game, draw, question_for
-from simulation.group import ParticipantGroup
-from simulation.placement import Endpoint
-from simulation.seating import Seat
-from simulation.server import SimulationServicer
-from simulation.sheet import AnswerSheet
+from simulation.game.answer_sheet import AnswerSheet
+from simulation.game.rules import Game, draw, question_for
+from simulation.game.tally import INTERRUPTED
+from simulation.hosts.agent_server import SimulationServicer
+from simulation.rpc.endpoints import Endpoint, Seat
+from simulation.settings import SimulationConfig
 
 GAME = Game(7, 100, 0, 0.0)
 SEAT = Seat("run/group-0", 0, 40, Endpoint("localhost", 1), Endpoint("localhost", 2))
@@ -239,7 +240,7 @@ class Meanwhile:
 def test_a_round_that_is_begun_twice_at_once_is_asked_once(group_of, monkeypatch):
     group = group_of(RandomParticipant, 1000)
     meanwhile = Meanwhile(AnswerSheet, lambda: group.begin(question_for(GAME, 1, ())))
-    monkeypatch.setattr("simulation.group.AnswerSheet", meanwhile)
+    monkeypatch.setattr("simulation.agents.group.AnswerSheet", meanwhile)
     group.begin(question_for(GAME, 1, ()))
     assert meanwhile.end() == 1
     until(lambda: group.progress(1.0).finished, 10, "answered")
@@ -252,7 +253,7 @@ def test_a_round_of_those_who_are_asked_alone_is_begun_once(monkeypatch):
     alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
     monkeypatch.setattr(alone, "_ask", lambda place, question: asked.update([place]) or {"units": place})
     meanwhile = Meanwhile(AnswerSheet, lambda: alone.begin(question_for(GAME, 1, ())))
-    monkeypatch.setattr("moderator.AnswerSheet", meanwhile)
+    monkeypatch.setattr("simulation.agents.per_agent_dispatch.AnswerSheet", meanwhile)
     alone.begin(question_for(GAME, 1, ()))
     assert meanwhile.end() == 1
     until(lambda: alone.progress(1.0).finished, 10, "answered")

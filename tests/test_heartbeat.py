@@ -15,16 +15,17 @@ from conftest import until
 from waiting import Gates
 
 from participant import RandomParticipant
-from simulation.channels import all_of, handshake, use_key
-from simulation.custom import pack_class
+from simulation.agents.agent_class import pack_class
+from simulation.agents.group import ParticipantGroup
+from simulation.cluster.failure_detector import Heartbeats
 from simulation.errors import ServerUnreachable
-from simulation.game import Game, question_for
-from simulation.group import ParticipantGroup
-from simulation.heartbeat import Beat, Heartbeats, Progress
-from simulation.placement import Endpoint
-from simulation.remote import RemoteObject
-from simulation.security import load
-from simulation.usage import Usage
+from simulation.game.rules import Game, question_for
+from simulation.llm.usage import Usage
+from simulation.rpc.channels import all_of, handshake, use_key
+from simulation.rpc.client import RemoteObject
+from simulation.rpc.cluster_key import load
+from simulation.rpc.endpoints import Endpoint
+from simulation.rpc.messages import Beat, Progress
 
 GAME = Game(7, 100, 0, 0.0)
 TIMEOUT_S = 6.0  # on a busy machine, too, a server that answers is not taken for lost

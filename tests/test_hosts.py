@@ -14,8 +14,8 @@ import pytest
 from conftest import one_line, until
 from hosts import BASE_PORT, MODERATOR_NUM, NODES, SERVER_PER_HOST, STRANGER
 
-from simulation.config import SimulationConfig
-from simulation.game import Game, draw
+from simulation.game.rules import Game, draw
+from simulation.settings import SimulationConfig
 
 PORTS = range(BASE_PORT, BASE_PORT + SERVER_PER_HOST + MODERATOR_NUM)
 MAIN = ("main.py", "--role", "participant", "--server-per-host", str(SERVER_PER_HOST), "--base-port", str(BASE_PORT))
@@ -34,7 +34,7 @@ for address in sys.argv[1:3]:
 """
 TIMED = """
 import sys, time
-import main, simulation.plots, simulation.run
+import main, simulation.results.charts, simulation.runs.run
 began = time.monotonic()
 status = main.main(sys.argv[1:])
 print(time.monotonic() - began)

@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 from conftest import one_line, until
 
-from simulation.game import Game, draw
-from simulation.past_runs import read_run
+from simulation.game.rules import Game, draw
+from simulation.results.reader import read_run
 
 COUNT, ROUNDS, DECIMALS = 1000, 5, 6
 LEVEL_K = ("--agent-class", "examples/level_k.py:LevelK", "--sleep-time", "0", "--seed", "7")

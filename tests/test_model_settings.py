@@ -13,14 +13,14 @@ from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation import in_flight
-from simulation.config import SimulationConfig
 from simulation.errors import SettingsError
-from simulation.game import Announcement, Game, question_for
-from simulation.in_flight import InFlight
-from simulation.model_configs import is_within, model_of, read_models, refuse_elsewhere
-from simulation.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
-from simulation.replies import LONGEST_PAUSE_S, Trouble, pause_s, read_reply, retry_after
+from simulation.game.rules import Announcement, Game, question_for
+from simulation.llm import concurrency_limit as in_flight
+from simulation.llm.concurrency_limit import InFlight
+from simulation.llm.model_configs import is_within, model_of, read_models, refuse_elsewhere
+from simulation.llm.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
+from simulation.llm.responses import LONGEST_PAUSE_S, Trouble, pause_s, read_reply, retry_after
+from simulation.settings import SimulationConfig
 
 ENTRY = {
     "config_name": "model",

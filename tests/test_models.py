@@ -19,23 +19,25 @@ from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import main
-import simulation.model
-from moderator import whole_tally
-from participant import LLMParticipant, message_of
-from simulation.config import SimulationConfig
-from simulation.custom import pack_class
+import simulation.llm.chat
+from participant import LLMParticipant
+from simulation.agents.agent_class import pack_class
+from simulation.agents.group import ParticipantGroup
+from simulation.agents.participant import message_of
+from simulation.agents.per_agent_dispatch import whole_tally
+from simulation.cluster.preflight import _check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
-from simulation.game import INTERRUPTED, Announcement, Game, Sampling, question_for
-from simulation.group import ParticipantGroup
-from simulation.model import Chat, check_models, load_models
-from simulation.model_client import NO_ANSWER, TROUBLES_WITH_N
-from simulation.model_configs import ModelConfig
-from simulation.model_http import ModelHttp, proxy_of
-from simulation.placement import Endpoint
-from simulation.readiness import _check_models_known
-from simulation.replies import CUT_OFF, NO_TEXT, Trouble, pause_s
-from simulation.sheet import FAILED
-from simulation.usage import OUT_OF_TOKENS
+from simulation.game.answer_sheet import FAILED
+from simulation.game.rules import Announcement, Game, Sampling, question_for
+from simulation.game.tally import INTERRUPTED
+from simulation.llm.chat import Chat, check_models, load_models
+from simulation.llm.http_client import ModelHttp, proxy_of
+from simulation.llm.model_configs import ModelConfig
+from simulation.llm.request_queue import NO_ANSWER, TROUBLES_WITH_N
+from simulation.llm.responses import CUT_OFF, NO_TEXT, Trouble, pause_s
+from simulation.llm.usage import OUT_OF_TOKENS
+from simulation.rpc.endpoints import Endpoint
+from simulation.settings import SimulationConfig
 
 SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 60.0, 60.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
@@ -204,7 +206,7 @@ def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
         in_a_row.append(troubles)
         return pause_s(troubles, *more)
 
-    monkeypatch.setattr("simulation.model_client.pause_s", counted)
+    monkeypatch.setattr("simulation.llm.request_queue.pause_s", counted)
     fake = fake_of(*[trouble] * 50, delay_s=0.2)
     assert tally_of(play(fake, 60, samples_per_request=1)).answered == 60
     assert len(in_a_row) == 50 and max(in_a_row) < 5  # more than 1 where pauses end meanwhile, on a busy machine
@@ -409,7 +411,9 @@ def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
         group.begin(question_for(group.game, 1, ()))
         group.close()
     assert tally_of(play(fake, 60, samples_per_request=1, max_in_flight=20)).answered == 60
-    places = [client._places for client in simulation.model._thread._clients.values() if fake.url in client._http.url]
+    places = [
+        client._places for client in simulation.llm.chat._thread._clients.values() if fake.url in client._http.url
+    ]
     until(lambda: [each.holding for each in places] == [0], 5, "all places are given back")
 
 

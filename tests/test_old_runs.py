@@ -18,11 +18,11 @@ import pytest
 from conftest import ROOT, Checkout, one_line
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
 
-from simulation.config import SimulationConfig
 from simulation.errors import Ended, SettingsError
-from simulation.game import Game, draw
-from simulation.past_runs import read_run
-from simulation.security import load_or_make
+from simulation.game.rules import Game, draw
+from simulation.results.reader import read_run
+from simulation.rpc.cluster_key import load_or_make
+from simulation.settings import SimulationConfig
 
 OLD_RUNS = ROOT / "tests/data/old_runs"
 CLASS_BEFORE = "/srv/simulation/examples/level_k.py:LevelK"  # the absolute path in two_thirds

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation.placement import Endpoint, endpoints, even_split, group_of, place, run_of
+from simulation.cluster.placement import even_split, place
+from simulation.rpc.endpoints import Endpoint, endpoints, run_of
 
 small = st.integers(1, 40)
 
@@ -44,17 +45,6 @@ def test_uneven_cases(participants, servers, moderators, used):
     groups = place(participants, servers, moderators)
     assert (len({g.server for g in groups}), len({g.moderator for g in groups})) == used
     assert sum(g.count for g in groups) == participants
-
-
-@given(st.integers(1, 3000), small, small, st.data())
-def test_a_participant_is_found_in_its_group(participants, servers, moderators, data):
-    groups = place(participants, servers, moderators)
-    participant = data.draw(st.integers(0, participants - 1))
-    group = group_of(groups, participant)
-    assert group.first <= participant < group.first + group.count
-    for outside in (-1, participants):
-        with pytest.raises(IndexError):
-            group_of(groups, outside)
 
 
 def test_ports_are_the_same_on_every_host():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulation.errors import UnusableAnswer
-from simulation.reading import TEXT_READ, parse_number
+from simulation.game.answer_parser import TEXT_READ, parse_number
 
 ANSWERS = Path(__file__).parent / "data" / "answers.jsonl"  # as language models write them, in twenty languages
 

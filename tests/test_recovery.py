@@ -15,8 +15,8 @@ from conftest import until
 from hosts import BASE_PORT, NODES, SERVER_PER_HOST
 from waiting import Gates
 
-from simulation.config import SimulationConfig
-from simulation.game import Game, draw
+from simulation.game.rules import Game, draw
+from simulation.settings import SimulationConfig
 
 PARTICIPANTS = 8000
 CHAIR = BASE_PORT + SERVER_PER_HOST  # the moderator server of each host

@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import CONTRAST, ROOT, one_line
 
-from simulation.answer_rows import SCHEMA
-from simulation.cast import Cast, ModelShare, Persona, PersonaSet
-from simulation.comparison import page_content as comparison_content
 from simulation.errors import SettingsError
-from simulation.past_runs import PastRun, read_run
-from simulation.pictures import AVERAGE, VARIABLES, page_axes, short, svg
-from simulation.plots import draw_answers, draw_averages, selection
-from simulation.report import brief, run_lines
-from simulation.report_page import page_content, ranges, seconds, write_report
+from simulation.game.population import Cast, ModelShare, Persona, PersonaSet
+from simulation.results.answers_parquet import SCHEMA
+from simulation.results.charts import draw_answers, draw_averages, selection
+from simulation.results.comparison import page_content as comparison_content
+from simulation.results.console_report import brief, run_lines
+from simulation.results.figures import AVERAGE, VARIABLES, page_axes, short, svg
+from simulation.results.reader import PastRun, read_run
+from simulation.results.report_page import page_content, ranges, seconds, write_report
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
 HOSTILE = "<script>document.title = 'taken'</script> & \"$x$\" <img src=x onerror=alert(1)>"
@@ -490,7 +490,7 @@ def test_of_very_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_pat
 
 
 def test_pictures_have_the_colours_of_the_pages():
-    light = (ROOT / "simulation/pages/style.css").read_text().partition("@media")[0]
+    light = (ROOT / "simulation/results/pages/style.css").read_text().partition("@media")[0]
     assert len(VARIABLES) == 15
     for colour, name in VARIABLES.items():
         assert f"--{name}: {colour};" in light

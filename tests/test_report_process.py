@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, until
 from waiting import Gates
 
-from simulation import report_process
 from simulation.errors import ResultsError, SettingsError
-from simulation.past_runs import read_run
-from simulation.report_process import ReportProcess
+from simulation.results import report_process
+from simulation.results.reader import read_run
+from simulation.results.report_process import ReportProcess
 
 
 def drawer_of(checkout) -> psutil.Process | None:

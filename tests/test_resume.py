@@ -21,17 +21,16 @@ import pytest
 from conftest import ROOT, drafts_in, one_line, until
 from waiting import Gates
 
-from simulation import processes
-from simulation.config import SimulationConfig
 from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, SettingsError
-from simulation.game import INTERRUPTED, RoundResult, Tally, Winners
-from simulation.in_flight import InFlight
-from simulation.library import game_of
-from simulation.results import RunDirectory, _on_disk, part_of, summarise, write_whole
-from simulation.run import Run
-from simulation.session import Session
-from simulation.tasks import Task
-from simulation.usage import Usage
+from simulation.game.rules import game_of
+from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.hosts import pid_files as processes
+from simulation.llm.concurrency_limit import InFlight
+from simulation.llm.usage import Usage
+from simulation.results.run_directory import RunDirectory, _on_disk, part_of, summarise, write_whole
+from simulation.runs.run import Run
+from simulation.runs.session import Session, Task
+from simulation.settings import SimulationConfig
 
 ROUNDS = ("--rounds", "4")
 # Every answer follows from the participant's own answers so far: one who has forgotten them gives others.
@@ -304,7 +303,7 @@ def sweep_in(folder, *names):
 
 
 def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     nothing = {"rounds": [], "status": "interrupted"}
     alone = RunDirectory(tmp_path / "alone")
     alone.write_summary(nothing)
@@ -342,7 +341,7 @@ def test_a_run_beside_a_damaged_file_of_an_experiment_is_a_run_alone(tmp_path, t
 
 @pytest.mark.parametrize("before", [None, "the one before"])
 def test_latest_is_what_it_was_where_nothing_of_an_experiment_was_played(tmp_path, monkeypatch, before):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
     if before is not None:
         RunDirectory(tmp_path / "runs" / before).write_summary({"rounds": [], "status": "complete"})
     directory = RunDirectory(tmp_path / "elsewhere/s")
@@ -377,7 +376,7 @@ def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
 
 
 def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     config = SimulationConfig(rounds=100, decimals=6, seed=1)
     failures = {f"cause {place} in many words": 10**9 for place in range(20)}
     played = [
@@ -414,7 +413,7 @@ def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkou
 HELD_UP = """
 import sys, time
 from pathlib import Path
-from simulation import results
+from simulation.results import run_directory as results
 results.LATEST = Path({latest!r})
 directory = results.RunDirectory(Path({run!r}), resumed=True)
 def wait(*_):
@@ -445,7 +444,7 @@ def names_in(folder):
 
 
 def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
         (draft,) = names_in(tmp_path / "run")
         assert re.fullmatch(r"\.summary\.json\.[0-9a-f]{8}\.new", draft)
@@ -466,7 +465,7 @@ def test_a_file_that_two_write_at_once_is_whole_and_of_the_last(tmp_path):
 
 
 def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
         pass
     for draft in (".probe.new", "..probe.new.new", ".summary.json.new", ".answers-00001.parquet.0a1b2c3d.new"):
@@ -480,7 +479,7 @@ def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch
 
 
 def test_the_link_that_another_run_makes_at_this_moment_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     (tmp_path / "latest.txt").touch()
     (tmp_path / "latest.00000000").symlink_to("a folder that is gone")
     with held_up(tmp_path, BEFORE_THE_LINK):
@@ -510,7 +509,7 @@ def told(tmp_path, monkeypatch):
     """The warnings that are logged; all that is written is in a folder of the test's own."""
     from loguru import logger
 
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "runs/latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
     monkeypatch.setattr(processes, "SERVERS", tmp_path / "servers")
     processes.tell_once.cache_clear()
     lines = []
@@ -610,7 +609,7 @@ def test_a_file_system_without_links_or_flushed_folders_takes_results(tmp_path, 
 
 
 def test_the_last_run_is_found_where_the_checkout_or_the_results_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulation.results.LATEST", tmp_path / "a/runs/latest")
+    monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "a/runs/latest")
     for folder, target in ((tmp_path / "a/runs/x", "x"), (tmp_path / "a/y", "../y"), (tmp_path / "z", f"{tmp_path}/z")):
         folder.parent.mkdir(parents=True, exist_ok=True)
         directory = RunDirectory(folder)

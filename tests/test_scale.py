@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Checkout, until
 
-from simulation.game import Game, draw
+from simulation.game.rules import Game, draw
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

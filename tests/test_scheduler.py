@@ -12,7 +12,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulation.scheduler import BATCH, Pause, Scheduler
+from simulation.agents.scheduler import BATCH, Pause, Scheduler
 
 WHO = ContextVar("WHO", default=None)
 

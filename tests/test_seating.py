@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation.placement import Endpoint
-from simulation.seating import Seating
+from simulation.cluster.placement import Seating
+from simulation.rpc.endpoints import Endpoint
 
 SERVERS = [Endpoint(f"node{number % 3}", 1000 + number // 3) for number in range(9)]
 CHAIRS = [Endpoint(f"node{number % 3}", 2000 + number // 3) for number in range(6)]

@@ -12,10 +12,10 @@ from conftest import until
 from strangers import attack
 from waiting import Gates
 
-from simulation.channels import channel_to, handshake, use_key
 from simulation.errors import ClusterError, SettingsError
-from simulation.placement import Endpoint
-from simulation.security import load, load_or_make
+from simulation.rpc.channels import channel_to, handshake, use_key
+from simulation.rpc.cluster_key import load, load_or_make
+from simulation.rpc.endpoints import Endpoint
 
 
 def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
@@ -52,7 +52,7 @@ def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
 @pytest.mark.parametrize("name", ["localhost", "build-localhost", "mylocalhost", "localhost.example.org", "n1"])
 def test_only_localhost_itself_stands_for_the_loopback_address(tmp_path, monkeypatch, name):
     use_key(load_or_make(tmp_path / "key"))
-    monkeypatch.setattr("simulation.channels.grpc.secure_channel", lambda target, *_, **__: target)
+    monkeypatch.setattr("simulation.rpc.channels.grpc.secure_channel", lambda target, *_, **__: target)
     assert channel_to(f"{name}:12330") == f"{'127.0.0.1' if name == 'localhost' else name}:12330"
     use_key(load_or_make(tmp_path / "key"))  # no later test gets this channel
 
@@ -117,8 +117,8 @@ def test_a_damaged_key_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("ahead", "said"), [(timedelta(days=2), "is valid from"), (timedelta(days=-3651), "expired")])
 def test_a_key_is_refused_outside_its_time(tmp_path, monkeypatch, ahead, said):
-    monkeypatch.setattr("simulation.security.CLOCK_SKEW", -ahead)
-    monkeypatch.setattr("simulation.security.VALID_FOR", ahead + timedelta(days=3650))
+    monkeypatch.setattr("simulation.rpc.cluster_key.CLOCK_SKEW", -ahead)
+    monkeypatch.setattr("simulation.rpc.cluster_key.VALID_FOR", ahead + timedelta(days=3650))
     with pytest.raises(SettingsError, match=said):
         load_or_make(tmp_path / "key")
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from simulation.answer_rows import rows_of, tally_in
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
-from simulation.game import INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Game, Tally, Winners, merge, to_units
-from simulation.sheet import CAUSES_TOLD_APART, TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
+from simulation.game.answer_sheet import TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
+from simulation.game.rules import Game, to_units
+from simulation.game.tally import CAUSES_TOLD_APART, INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Tally, Winners, merge
+from simulation.results.answers_parquet import rows_of, tally_in
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
 

@@ -13,26 +13,17 @@ from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from participant import message_of, question_in
-from simulation.cast import Persona
-from simulation.config import SimulationConfig
+from simulation.agents.participant import message_of, question_in
 from simulation.errors import SettingsError
-from simulation.game import (
-    Announcement,
-    Game,
-    RoundResult,
-    Tally,
-    Winners,
-    announcement_of,
-    draw,
-    equilibria,
-    question_for,
-    target_in_words,
-)
-from simulation.library import game_to_play
-from simulation.model_configs import read_models
-from simulation.prompts import instruction, prompt_for, rules
-from simulation.report import announcement_lines
+from simulation.game.average import equilibria, target_in_words
+from simulation.game.population import Persona
+from simulation.game.rules import Announcement, Game, draw, question_for
+from simulation.game.tally import RoundResult, Tally, Winners, announcement_of
+from simulation.llm.model_configs import read_models
+from simulation.llm.prompts import instruction, prompt_for, rules
+from simulation.results.console_report import announcement_lines
+from simulation.runs.scenario import game_to_play
+from simulation.settings import SimulationConfig
 
 GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), wording=WORDING)
 QUESTION = question_for(GAME, 2, ())

@@ -38,10 +38,11 @@ from fake_model import FakeModel
 from test_readme import blocks, commands_in, run_all
 
 import main
-from simulation import inference, processes
-from simulation.config import SimulationConfig
-from simulation.inference import TERM_TIMEOUT_S, visible_gpus
-from simulation.past_runs import read_run
+from simulation.hosts import pid_files as processes
+from simulation.hosts import vllm_servers as inference
+from simulation.hosts.vllm_servers import TERM_TIMEOUT_S, visible_gpus
+from simulation.results.reader import read_run
+from simulation.settings import SimulationConfig
 
 FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
 START_S = 600  # it takes half a minute to a minute on two cores of our own

@@ -132,7 +132,7 @@ class WarmPython:
 def serve(address: str) -> NoReturn:
     """Import the libraries, and fork a child for each connection."""
     sys.path.append(str(ROOT))  # last: a file random.py there is none of Python's
-    from simulation.lean_import import import_agentscope
+    from simulation.rpc.lean_import import import_agentscope
 
     import_agentscope()
     for library in LIBRARIES:

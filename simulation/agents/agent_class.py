@@ -1,0 +1,101 @@
+"""A participant's class, packed to travel with the groups."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import cloudpickle
+from agentscope.rpc import RpcMeta
+from loguru import logger
+
+from simulation.agents.participant import Participant
+from simulation.errors import SettingsError, one_line
+from simulation.files import full_path
+from simulation.rpc.lean_import import append_to_path
+
+PACKED_BYTES = 64 * 2**20
+
+
+OWN = "own_"
+
+
+class _Packed:
+    """A class as it travels. Before it is unpickled, the folder of its file joins the path, if the host has it."""
+
+    def __init__(self, folder: str, packed: bytes) -> None:
+        self._content = (folder, packed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, self._content
+
+
+def _unpacked(folder: str, packed: bytes) -> Any:
+    append_to_path(folder)
+    return cloudpickle.loads(packed)
+
+
+def pack_class(cls: type[Participant]) -> bytes:
+    """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
+    try:
+        packed = cloudpickle.dumps(cls)
+        file = getattr(sys.modules[cls.__module__], "__file__", None)
+        if file is not None and cls.__module__.startswith(OWN):
+            packed = cloudpickle.dumps(_Packed(full_path("--agent-class", str(Path(file).parent)), packed))
+    except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
+        raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
+    if len(packed) > PACKED_BYTES:
+        raise SettingsError(
+            f"--agent-class: {cls.__name__} carries {len(packed) >> 20} MB of its file's data to every server, "
+            f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
+        )
+    return packed
+
+
+_loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
+
+
+_loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  # a lock for each
+
+
+_lock = threading.Lock()
+
+
+def unpack_class(packed: bytes, run: str) -> type[Participant]:
+    """The class that `pack_class` packed, loaded once for all groups of a run in this process.
+
+    To load it for each group would set what the class itself keeps back to what it was in main; to keep it for the next
+    run would not.
+    """
+    key = (run, hashlib.sha256(packed).digest())
+    with _lock:
+        own_lock = _loading.setdefault(key, threading.Lock())
+    with own_lock:  # of this class alone: what another one imports may take long
+        cls = _loaded.get(key)
+        if cls is None:
+            with _unregistered():
+                cls = _loaded[key] = cloudpickle.loads(packed)
+        return cls
+
+
+@contextlib.contextmanager
+def _unregistered() -> Iterator[None]:
+    """Have AgentScope forget the names of classes that are made meanwhile.
+
+    It keeps all classes by their names alone, for ever, and warns of a second one of a name: participants are made by
+    their group, which has their class, and two files may each have a class of the same name.
+    """
+    before = set(RpcMeta._REGISTRY)
+    logger.disable(RpcMeta.__module__)  # which warns of a class that is called like one of the program's
+    try:
+        yield
+    finally:
+        logger.enable(RpcMeta.__module__)
+        for name in set(RpcMeta._REGISTRY) - before:
+            RpcMeta._REGISTRY.pop(name, None)

@@ -1,0 +1,228 @@
+"""The base class of all participants, and how one is asked alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from agentscope.agents import AgentBase
+from agentscope.message import Msg
+from agentscope.rpc import async_func
+
+from simulation.agents.scheduler import Pause
+from simulation.errors import Failure, failure_of
+from simulation.game.population import Persona
+from simulation.game.rules import Announcement, Game, Question, to_units
+from simulation.llm.chat import Chat
+from simulation.llm.prompts import Numbers
+
+
+@dataclass(frozen=True)
+class Home:
+    """What the participants of a group have in common.
+
+    Attributes:
+        oid: The group's remote id.
+        loop: Its event loop.
+        chat: How it asks models, if it does.
+        alone: The round that each participant was last asked alone in, by its `id`, and what it said or will say.
+        lock: Guards `alone`.
+    """
+
+    oid: str
+    loop: asyncio.AbstractEventLoop
+    chat: Chat | None
+    alone: dict[int, tuple[int, Future[dict[str, Any]]]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Personas:
+    """Who a participant is, by the name of the set: `self.personas["education"].name`; empty without personas.
+
+    It is worked out whenever it is asked for, and kept nowhere; a class may have something of its own by this name.
+    """
+
+    def __get__(self, participant: Participant | None, _: type) -> Any:
+        if participant is None:
+            return self
+        cast = participant.game.cast
+        names = [each.name for each in cast.persona_sets] if cast is not None else []
+        return dict(zip(names, participant._played(), strict=True))
+
+
+class Participant(AgentBase):
+    """One player: an AgentScope agent that knows its index and the game.
+
+    What AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) is made when it is first asked
+    for, as most of a million participants never need it. A subclass may rely on all of it. The `__init__` of another
+    base class is the subclass's to call.
+
+    Args:
+        index: Its number among all participants, from 0.
+        game: Seed, range and think time; the same object for all participants of a group.
+    """
+
+    _home: Home | None = None  # set by the group
+
+    def __init__(self, index: int, game: Game) -> None:
+        self.index = index
+        self.game = game
+
+    @cached_property
+    def name(self) -> str:  # AgentBase sets it
+        return f"P{self.index}"
+
+    @cached_property
+    def _oid(self) -> str:
+        if self._home is None:
+            raise AttributeError(f"{self.name} is in no group, and has no remote id")
+        return f"{self._home.oid}/{self.index}"
+
+    personas = _Personas()
+
+    def _played(self) -> tuple[Persona, ...]:
+        """The personas that it plays."""
+        return self.game.cast.personas_of(self.index) if self.game.cast is not None else ()
+
+    def think(self, seconds: float) -> Awaitable[None]:
+        """Think for so long: `await self.think(1.5)`; asyncio.sleep does the same for 1.3 KB and 25 us more."""
+        return Pause(seconds)
+
+    async def answer(self, question: Question) -> float | str:
+        """A number from 0 to `question.max_value`, or a text that holds one."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither answer nor reply")
+
+    def recall(self, numbers: Numbers) -> None:
+        """Hear its own numbers of rounds 1, 2, ... (None where it gave none), when it was made anew after them.
+
+        That is so on the servers that take over from one that was lost, and in a run that is resumed. What else it
+        remembers is gone; what was announced, the next question carries.
+        """
+
+    def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
+        """Answer one message: plays `answer` once, on the group's event loop where there is one."""
+        value = self._run(self.answer(question_in(x, self.game)))
+        metadata = {"answer": value} if isinstance(value, (int, float)) else None
+        return Msg(self.name, str(value), "assistant", metadata=metadata)
+
+    @async_func
+    def play(self, x: Msg) -> Msg:
+        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the failure.
+
+        Whoever asks again, as a moderator does that takes over from a lost one, hears what was said the first time.
+        """
+        return Msg("participant", "", "assistant", metadata=_said_once(self, question_in(x, self.game), x))
+
+    def _run(self, answering: Awaitable[Any]) -> Any:
+        """Wait for an answer in a thread: on the event loop of the group, where there is one."""
+        if self._home is None:
+            value = asyncio.run(_outcome(answering))
+        else:
+            value = asyncio.run_coroutine_threadsafe(_outcome(answering), self._home.loop).result()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+
+class _Later:
+    """An attribute that AgentBase's __init__ sets, for participants who are asked for it: all of these take 1.4 KB.
+
+    It is looked at only where the participant has no such attribute of its own. A `__getattr__` would do the same, and
+    make every other attribute three times as slow to read.
+    """
+
+    def __init__(self, attribute: str) -> None:
+        self._attribute = attribute
+
+    def __get__(self, participant: Participant | None, _: type) -> Any:
+        if participant is None:
+            return self
+        for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
+            if isinstance(getattr(type(participant), attribute, None), _Later):  # else it is the class's own
+                participant.__dict__.setdefault(attribute, value)
+        return participant.__dict__[self._attribute]
+
+
+for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "_oid", "_init_settings"}:
+    setattr(Participant, _attribute, _Later(_attribute))
+
+
+def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    """What the participant says in a round, or has said in it; see `play`."""
+    home = participant._home
+    if home is None or question.round == 0:  # beside the game
+        return _said(participant, question, x)
+    said: Future[dict[str, Any]] = Future()
+    with home.lock:
+        number, before = home.alone.get(id(participant), (0, said))  # its index may be anything by now
+        if question.round > number:
+            home.alone[id(participant)] = (question.round, said)
+    if question.round < number:
+        return {"failure": Failure(f"round {question.round} is over")}
+    if question.round == number:
+        return before.result()
+    said.set_result(_said(participant, question, x))
+    return said.result()
+
+
+def _said(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+    try:
+        if answers_many(type(participant)):
+            answer = participant._run(participant.answer(question))
+        else:
+            answer = answer_in(participant.reply(x))
+        return {"units": to_units(answer, participant.game)}
+    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+        return {"failure": failure_of(error)}
+
+
+async def _outcome(answering: Awaitable[Any]) -> Any:
+    """The answer, or what was raised: a sys.exit() that left its coroutine would end the event loop of all."""
+    try:
+        return await answering
+    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+        return error
+
+
+def answers_many(cls: type[Participant]) -> bool:
+    """Whether the class defines `answer`, which wins over `reply`."""
+    return cls.answer is not Participant.answer
+
+
+def message_of(question: Question) -> Msg:
+    """The question as the message that `reply` gets; everything but the words is in its metadata."""
+    return Msg("Moderator", question.text, "user", metadata=asdict(question))
+
+
+def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
+    """The question that a message holds; a message of another sender is a question of round 0."""
+    if isinstance(message, list):
+        message = message[-1] if message else None
+    metadata: Any = message.metadata if message is not None else None
+    if isinstance(metadata, dict) and "announcements" in metadata:
+        told = [
+            {
+                **each,
+                "winning_units": tuple(each["winning_units"]),
+                "teams": tuple(map(tuple, each["teams"])),
+                "closest_teams": tuple(each["closest_teams"]),
+            }
+            for each in metadata["announcements"]
+        ]
+        return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in told)})
+    text = (message.get_text_content() or "") if message is not None else ""
+    return Question(0, text, game.max_value)
+
+
+def answer_in(message: Any) -> Any:
+    """The answer that a reply holds: the number in its metadata, or else its text."""
+    if not isinstance(message, Msg):
+        return message
+    if isinstance(message.metadata, dict) and "answer" in message.metadata:
+        return message.metadata["answer"]
+    return message.get_text_content()

@@ -1,0 +1,63 @@
+"""A person's own participant: its class, loaded from a file of theirs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from participant import LLMParticipant, RandomParticipant
+from simulation.agents.agent_class import OWN, _unregistered
+from simulation.agents.participant import Participant, answers_many
+from simulation.errors import SettingsError, meant_by, near_file, one_line
+from simulation.files import full_path, is_there, shown
+from simulation.rpc.lean_import import append_to_path
+
+
+@functools.cache
+def load_class(spec: str | None, agent_type: str) -> type[Participant]:
+    """The class that `my_file.py:MyParticipant` names; for None the one of the agent type, random or llm.
+
+    Raises SettingsError that says what is wrong with the file or the class.
+    """
+    if spec is None:
+        return LLMParticipant if agent_type == "llm" else RandomParticipant
+    spec = shown(spec)
+    file_name, colon, class_name = spec.rpartition(":")
+    path = Path(file_name)
+    if not colon or path.suffix != ".py":
+        raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
+    if not is_there(path, "--agent-class"):
+        raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
+    name = OWN + path.stem  # a name of its own: a file random.py must not hide a library
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None  # as for every .py file
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    append_to_path(full_path("--agent-class", str(path.parent)))
+    try:
+        with _unregistered():
+            module_spec.loader.exec_module(module)
+    except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
+        raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Participant)):
+        own = [name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
+        guess = f"; {meant}" if (meant := meant_by(class_name, own)) else ""
+        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant{guess}")
+    cls: Any = found
+    if issubclass(cls, LLMParticipant) and agent_type != "llm":
+        raise SettingsError(f"--agent-class {spec}: {class_name} asks a model: give --agent-type llm, too")
+    if not answers_many(cls) and cls.reply is Participant.reply:
+        raise SettingsError(f"--agent-class {spec}: {class_name} defines neither answer nor reply")
+    if not inspect.iscoroutinefunction(cls.answer):
+        raise SettingsError(f"--agent-class {spec}: answer must be written as 'async def answer(self, question)'")
+    if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
+        raise SettingsError(f"--agent-class {spec}: reply must be an ordinary method; its async kind is called answer")
+    cloudpickle.register_pickle_by_value(module)
+    return cls

@@ -1,0 +1,124 @@
+"""Who sits where as servers come and go: which groups there are to be, decided without calling anybody.
+
+Every participant has a home, where it sits as long as its server and its moderator live. When they do not, its group
+goes to others in pieces of about the same size, and comes home when a round begins and its server answers again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from simulation.rpc.endpoints import Endpoint, Seat, group_id
+
+
+class Seating:
+    """All groups of a run.
+
+    Args:
+        run: The run's remote id.
+        participants: How many there are.
+        servers: The participant servers.
+        chairs: The moderator servers.
+    """
+
+    def __init__(self, run: str, participants: int, servers: Sequence[Endpoint], chairs: Sequence[Endpoint]) -> None:
+        self._run = run
+        self._made = 0
+        self._homes = [
+            Seat(group_id(run, each.first), each.first, each.count, servers[each.server], chairs[each.moderator])
+            for each in place(participants, len(servers), len(chairs))
+        ]
+        self._pieces = [[home] for home in self._homes]
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The groups as they are to be, in the order of their participants: everyone is in exactly one."""
+        return [seat for pieces in self._pieces for seat in pieces]
+
+    def bring_home(self, servers: Collection[Endpoint], chairs: Collection[Endpoint]) -> None:
+        """Let those sit at home, and be asked by their own moderator, whose servers are among these again."""
+        for number, (home, pieces) in enumerate(zip(self._homes, self._pieces, strict=True)):
+            if home.server in servers and any(seat.server != home.server for seat in pieces):
+                self._pieces[number] = [replace(home, oid=self._new_id(home.first), chair=pieces[0].chair)]
+            if home.chair in chairs:
+                self._pieces[number] = [replace(seat, chair=home.chair) for seat in self._pieces[number]]
+
+    def evict(self, server: Endpoint) -> None:
+        """Let nobody sit on a server that has lost what it held."""
+        self._pieces = [
+            [replace(seat, server=None) if seat.server == server else seat for seat in pieces]
+            for pieces in self._pieces
+        ]
+
+    def reseat(self, servers: Collection[Endpoint], chairs: Sequence[Endpoint], onto: Sequence[Endpoint]) -> None:
+        """Let only these servers and moderators play: whoever sits elsewhere, or is asked by others, comes to them.
+
+        Args:
+            servers: Where participants may stay.
+            chairs: Whose moderators may go on asking, and take over from the others; at least one.
+            onto: Where those go, in even shares, who cannot stay; if there is none, they sit nowhere.
+        """
+        servers, chairs_alive = set(servers), set(chairs)
+        away = [seat for seat in self.seats if seat.server not in servers]
+        shares = even_split(sum(seat.count for seat in away), max(len(onto), 1))
+        stops = [share.stop for share in shares]
+        passed = 0
+        for number, pieces in enumerate(self._pieces):
+            new: list[Seat] = []
+            for seat in pieces:
+                if seat.server in servers:
+                    new.append(seat)
+                    continue
+                at, end = seat.first, seat.first + seat.count
+                while at < end:  # cut where one server has its share
+                    share = bisect_right(stops, passed)
+                    count = min(end - at, stops[share] - passed)
+                    server = onto[share] if onto else None
+                    new.append(Seat(self._new_id(at), at, count, server, seat.chair))
+                    at, passed = at + count, passed + count
+            chair = chairs[number % len(chairs)]
+            self._pieces[number] = [seat if seat.chair in chairs_alive else replace(seat, chair=chair) for seat in new]
+
+    def _new_id(self, first: int) -> str:
+        self._made += 1
+        return f"{group_id(self._run, first)}.{self._made}"
+
+
+@dataclass(frozen=True)
+class GroupPlace:
+    """Participants first .. first+count-1 sit on one server, and one moderator asks them."""
+
+    moderator: int
+    server: int
+    first: int
+    count: int
+
+
+def even_split(total: int, parts: int) -> list[range]:
+    """Split 0..total-1 into `parts` consecutive ranges whose sizes differ by at most one, the longer ones first."""
+    size, longer = divmod(total, parts)
+    starts = [part * size + min(part, longer) for part in range(parts + 1)]
+    return [range(starts[part], starts[part + 1]) for part in range(parts)]
+
+
+def place(participants: int, servers: int, moderators: int) -> list[GroupPlace]:
+    """Split the participants evenly over all servers, and evenly over all moderators.
+
+    A group is where a server's range and a moderator's range meet, so there are fewer than servers + moderators
+    groups, in the order of their participants, and every participant is in exactly one.
+    """
+    groups: list[GroupPlace] = []
+    server_ranges = even_split(participants, servers)
+    moderator_ranges = even_split(participants, moderators)
+    server = moderator = first = 0
+    while first < participants:
+        while server_ranges[server].stop <= first:
+            server += 1
+        while moderator_ranges[moderator].stop <= first:
+            moderator += 1
+        stop = min(server_ranges[server].stop, moderator_ranges[moderator].stop)
+        groups.append(GroupPlace(moderator, server, first, stop - first))
+        first = stop
+    return groups

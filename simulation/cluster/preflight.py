@@ -1,0 +1,156 @@
+"""Whether the agent servers of a run are ready: all hosts asked at once; what keeps each from playing, in a line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Collection
+from concurrent.futures import Future
+from functools import partial
+
+from simulation.errors import ClusterError, SettingsError, SimulationError
+from simulation.llm.model_configs import ModelConfig, asked_models, refuse_elsewhere
+from simulation.rpc.channels import NOBODY_LISTENS, STRANGER, all_of, fan_out, handshake, use_key
+from simulation.rpc.cluster_key import ClusterKey
+from simulation.rpc.endpoints import Endpoint, address_of, endpoints
+from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
+from simulation.settings import SimulationConfig
+
+CHECKS_AT_ONCE = 1024  # threads, each for one server that may not answer until the deadline
+
+
+def shake_hands(
+    config: SimulationConfig, key: ClusterKey
+) -> tuple[dict[Endpoint, Handshake], dict[Endpoint, SimulationError]]:
+    """Ask every agent server that the run uses who it is, all at once, with the connect time-out as one deadline.
+
+    Returns who answers, and errors, by address; a SettingsError where a host's name stands for no address.
+    """
+    use_key(key)
+    deadline = time.monotonic() + config.connect_timeout
+    addresses = {host: _look_up(host) for host in config.hosts}
+
+    def left_s() -> float:
+        return max(deadline - time.monotonic(), 0.0)
+
+    def shake(server: Endpoint) -> Handshake:
+        try:
+            addresses[server.host].result(left_s())
+        except TimeoutError:
+            raise SettingsError(
+                f"no address is known for this name after {config.connect_timeout:g} s; check /etc/hosts or DNS"
+            ) from None
+        return handshake(server, left_s())
+
+    servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
+    return fan_out({each: partial(shake, each) for each in servers}, CHECKS_AT_ONCE)
+
+
+def _look_up(host: str) -> Future[str]:
+    """Look up a host's address in a thread that nobody has to wait for: a name server may take its time."""
+    found: Future[str] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(address_of(host))
+        except SettingsError as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return found
+
+
+def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
+    """Shake hands with every agent server that the run uses.
+
+    Raises ClusterError with a line for each host that is not ready: how many of its servers are, and the first trouble.
+    """
+    shakes, errors = shake_hands(config, key)
+    troubles = {host: _trouble_at(host, config, shakes, errors) for host in config.hosts}
+    lines = [f"{host}: {trouble}" for host, trouble in troubles.items() if trouble is not None]
+    if lines:
+        raise ClusterError("\nerror: ".join(lines))
+    if config.agent_type == "llm":
+        _check_models_known(config, shakes)
+        check_models(config, endpoints(config.hosts, config.base_port, config.server_per_host))
+    return shakes
+
+
+def _trouble_at(
+    host: str,
+    config: SimulationConfig,
+    shakes: dict[Endpoint, Handshake],
+    errors: dict[Endpoint, SimulationError],
+) -> str | None:
+    """What keeps a host from playing, and what to do about it; None if it is ready."""
+    ready = {endpoint: shake for endpoint, shake in shakes.items() if endpoint.host == host}
+    failed = [error for endpoint, error in errors.items() if endpoint.host == host]
+    restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
+    layout = (config.base_port, config.server_per_host, config.moderator_per_host)
+    for endpoint, shake in ready.items():
+        versions = zip(("the program", "Python", "AgentScope"), shake.versions, OWN_VERSIONS, strict=True)
+        others = [f"{name} ({there} there, {here} here)" for name, there, here in versions if there != here]
+        if others:
+            return f"{endpoint} runs another version of {', '.join(others)}; make the host like this one, and {restart}"
+        if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
+            return (
+                f"it has {shake.server_per_host} participant and {shake.moderator_per_host} moderator servers from "
+                f"port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}; {restart}"
+            )
+    if not failed:
+        return None
+    if isinstance(failed[0], SettingsError):
+        return str(failed[0])
+    first, advice = str(failed[0]), restart
+    if STRANGER in first:
+        advice = f"copy the folder of the cluster key there, and {restart}"
+    elif not ready and NOBODY_LISTENS not in first:
+        advice = f"see whether the host is up and in reach, or {restart}"
+    return f"{len(ready)} of {len(ready) + len(failed)} agent servers are ready; {first}; {advice}"
+
+
+def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:
+    """Raise ClusterError if a server does not know a model asked for, SettingsError if one is outside."""
+    names = asked_models(config)
+    for endpoint, shake in shakes.items():
+        missing = [name for name in names if name not in shake.models]
+        if missing:
+            known = ", ".join(f"{name} at {url}" for name, url in list(shake.models.items())[:3]) or "no model"
+            known += ", ..." if len(shake.models) > 3 else ""
+            wanted = f"--model-per-host {config.model_per_host} asks for {names[0]} to {names[-1]}"
+            wanted = wanted if config.models is None else f"--models asks for {', '.join(names)}"
+            raise ClusterError(
+                f"{endpoint} knows {known}, and {missing[0]} is not among them; {wanted}: see "
+                "configs/model_configs.json, and start the agent servers again with it and the same MODEL_PER_HOST"
+            )
+        for name in names:
+            refuse_elsewhere(config, name, shake.models[name])
+
+
+def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
+    """Let one of these servers on every host ask the host's models whether they answer; raises ClusterError."""
+    firsts = {each.host: each for each in reversed(servers)}.values()
+    timeout_s = 2 * config.connect_timeout
+    told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
+    ask = partial(handshake, timeout_s=timeout_s, told=told)
+    for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
+        for name, trouble in shake.model_troubles.items():
+            raise _no_answer(endpoint.host, name, shake.models[name], trouble)
+
+
+def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
+    """Ask model servers from this process, where there are no agent servers yet; raises ClusterError."""
+    from simulation.llm.http_client import check_all  # noqa: PLC0415 - openai, for those alone that ask a model
+
+    each = list({(model.base_url, model.model): model for model in models}.values())
+    for model, trouble in zip(each, asyncio.run(check_all(each, timeout_s)), strict=True):
+        if trouble is not None:
+            raise _no_answer("localhost", model.name, model.base_url, trouble)
+
+
+def _no_answer(host: str, name: str, url: str, trouble: str) -> ClusterError:
+    return ClusterError(
+        f"{host}: {name} at {url} {trouble}; start it there with ./start_vllm.sh, or correct configs/model_configs.json"
+    )

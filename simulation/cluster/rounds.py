@@ -1,0 +1,289 @@
+"""The game over the cluster: create, ask, collect, announce, round after round. It returns results and prints nothing.
+
+with Simulation(config, run, key, watch) as simulation:
+    simulation.create()
+    result = simulation.play(1)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from agentscope.message import Msg
+
+from simulation.agents.participant import Participant
+from simulation.agents.per_agent_dispatch import whole_tally
+from simulation.cluster.agent_class import load_class
+from simulation.cluster.cluster import Cluster, Record
+from simulation.cluster.membership import Watch
+from simulation.errors import AgentGone, Ended, GameEnded, SimulationError, UnusableAnswer
+from simulation.game.answer_sheet import FAILED, Answers
+from simulation.game.rules import Announcement, Game, Question, question_for
+from simulation.game.tally import (
+    INTERRUPTED,
+    RoundResult,
+    Tally,
+    Times,
+    Units,
+    Winners,
+    announcement_of,
+    counted,
+    merge,
+)
+from simulation.llm.usage import Usage
+from simulation.rpc.channels import use_key
+from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
+from simulation.rpc.cluster_key import ClusterKey
+from simulation.rpc.endpoints import Endpoint, Seat
+from simulation.settings import SimulationConfig
+
+FETCHED_AT_ONCE = 250_000  # answers in one message
+FETCHES_AT_ONCE = 4  # messages under way
+NOTHING_USED = Usage()
+
+
+class Simulation:
+    """A run on servers that are ready; as a context it leaves none of its agents behind, kept ones excepted.
+
+    Servers may die meanwhile: whoever sat there is made anew on others and asked again before the round ends.
+
+    Args:
+        config: The settings; its seed is set.
+        game: What is played.
+        run: What all remote ids of this run begin with (see `remote_run`).
+        key: The cluster key.
+        watch: Who looks on.
+        record: Where answers are kept; without one, participants who are made anew remember nothing.
+        played: What was announced in rounds that were played before.
+        usage: What those have cost.
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        game: Game,
+        run: str,
+        key: ClusterKey,
+        watch: Watch,
+        record: Record | None = None,
+        played: tuple[Announcement, ...] = (),
+        usage: Usage = NOTHING_USED,
+    ) -> None:
+        assert config.seed is not None  # main draws one where none is given
+        use_key(key)
+        self.config = config
+        self.record = record
+        self.game = game
+        self.participant_class = load_class(config.agent_class, config.agent_type)
+        self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
+        self._announcements = played
+        self._seats_before: set[Seat] = set()  # when the round began
+        self._used_before = usage
+        self._used_then: dict[str, Usage] = {}  # what each group had cost when the round began
+
+    @property
+    def moderator_num(self) -> int:
+        """Moderators that have someone to ask."""
+        return len({seat.chair for seat in self.cluster.seats})
+
+    @property
+    def usage(self) -> Usage:
+        """What all rounds so far have cost."""
+        used = [*self.cluster.used.values()]  # who looks on may come in between
+        now, before = sum(used, start=NOTHING_USED), self._used_before
+        answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
+        return replace(now + before, answering_s=answering_s, client_s=client_s)
+
+    @property
+    def reassigned(self) -> int:
+        """How many participants have gone to another server, or moderator, in this round so far."""
+        return sum(seat.count for seat in self.cluster.seats if seat not in self._seats_before)
+
+    def __enter__(self) -> Simulation:
+        self.cluster.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.cluster.__exit__(*error)
+
+    def create(self) -> float:
+        """Create moderators, groups and participants; returns the seconds it took. Raises GameEnded, Interrupted."""
+        started = time.monotonic()
+        self.cluster.despite_losses(lambda: self.cluster.seat_everyone(len(self._announcements)))
+        return time.monotonic() - started
+
+    def play(self, number: int) -> RoundResult:
+        """Play one round to its end, or to an interruption, whose missing answers count as failed; and record it.
+
+        Raises GameEnded if too few servers are left, and whatever the record raises.
+        """
+        started = time.monotonic()
+        self.cluster.begin_round(number)
+        self._seats_before = set(self.cluster.seats)
+        allowed: dict[str, float] = {}
+        self._used_then = dict(self.cluster.used)
+        question = question_for(self.game, number, self._announcements)
+
+        def play() -> RoundResult:
+            self.cluster.seat_everyone(len(self._announcements))
+            tokens_each = self._tokens_each(allowed)
+            self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
+            self.cluster.wait("answers in", number, self.cluster.seated)
+            if self.config.dispatch == "agent" and self.game.sampling is not None:
+                self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
+            result = self._result(number, started)
+            teams = Teams(self.game) if self.game.teams is not None else None
+            answers = self.answers() if teams is None else teams.watch(self.answers())
+            if self.record is not None:
+                self.record.write_answers(number, answers, self.game.scale)
+            elif teams is not None:
+                deque(answers, maxlen=0)  # nobody else wants them
+            return result if teams is None else replace(result, teams=teams.averages())
+
+        result = self.cluster.despite_losses(play)
+        self._announcements += (announcement_of(result, self.game.scale),)
+        return result
+
+    def answers(self) -> Iterator[Answers]:
+        """The answers of the round just played, in the order of the participants, a bounded number at a time."""
+        under_way: deque[Future[Answers]] = deque()
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            for seat in self.cluster.seats:
+                for first in range(seat.first, seat.first + seat.count, FETCHED_AT_ONCE):
+                    count = min(FETCHED_AT_ONCE, seat.first + seat.count - first)
+                    under_way.append(pool.submit(self._fetch, seat, first, count))
+                    if len(under_way) == FETCHES_AT_ONCE:
+                        yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+    def _fetch(self, seat: Seat, first: int, count: int) -> Answers:
+        if seat.server is None:
+            return Answers(first, np.full(count, FAILED), [INTERRUPTED])
+        answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
+        return answers
+
+    def _result(self, number: int, started: float) -> RoundResult:
+        """Collect what was answered, announce the average and the winning number, and hear who won."""
+        missing = self.config.participant_num - sum(seat.count for seat in self.cluster.seated)
+        tally = merge(self.cluster.all(whole_tally).values())
+        if missing:
+            tally += Tally(missing, failures={INTERRUPTED: missing}, ended=Ended.INTERRUPTED)
+        if tally.asked != self.config.participant_num:
+            raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
+        average = tally.average()
+        winning_number = self.game.winning_number(average) if average is not None else None
+        closest = tally.closest(winning_number) if winning_number is not None else ()
+        result = RoundResult(number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
+        announcement = announcement_of(result, self.game.scale)
+        winners = sum(
+            self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
+        )
+        seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
+        times = self._times(seconds)
+        return replace(result, winners=winners, seconds=seconds, reassigned=self.reassigned, times=times)
+
+    def _times(self, seconds: float) -> Times | None:
+        """Where the time of this round went; None where the groups did not answer by themselves."""
+        used = [(self.cluster.used.get(seat.oid), self._used_then.get(seat.oid)) for seat in self.cluster.seated]
+        each = [
+            (now.answering_s - (then or NOTHING_USED).answering_s, now.client_s - (then or NOTHING_USED).client_s)
+            for now, then in used
+            if now is not None
+        ]
+        if not each or self.config.dispatch == "agent":
+            return None
+        answering_s, client_s = (sum(part) / len(each) for part in zip(*each, strict=True))
+        slowest_s = max(answering for answering, _ in each)
+        return Times(answering_s - client_s, client_s, slowest_s - answering_s, max(seconds - slowest_s, 0.0))
+
+    def _tokens_each(self, allowed: dict[str, float]) -> float | None:
+        """What each participant of the groups that begin now may cost in this round; None is no limit.
+
+        Args:
+            allowed: What the groups that have begun this round may cost, those that were lost included; those that
+                begin now are added.
+        """
+        if self.config.max_tokens is None:
+            return None
+        living = {seat.oid: seat.count for seat in self.cluster.seated}
+        before = self._used_before.tokens + sum(used.tokens for used in self._used_then.values())
+        promised = sum(tokens for oid, tokens in allowed.items() if oid in living)
+        lost = sum(self._used_now(oid) for oid in allowed if oid not in living)
+        left = max(self.config.max_tokens - before - promised - lost, 0.0)
+        new = {oid: count for oid, count in living.items() if oid not in allowed}
+        each = left / max(sum(new.values()), 1)
+        allowed |= {oid: each * count for oid, count in new.items()}
+        return each
+
+    def _used_now(self, oid: str) -> int:
+        """What a group has cost in this round."""
+        return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
+
+
+class Teams:
+    """What the teams of a game answer on average, counted as their answers pass by."""
+
+    def __init__(self, game: Game) -> None:
+        assert game.cast is not None
+        self._cast = game.cast
+        self._parts = next(parts for parts in game.cast.groupings if parts.topic == game.teams)
+        self._tallies = [Tally(0)] * len(self._parts.names)
+
+    def watch(self, answers: Iterable[Answers]) -> Iterator[Answers]:
+        """The same answers, which are counted on the way."""
+        waiting: list[tuple[Units, Units]] = []
+        for part in answers:
+            waiting.append((self._cast.places(self._parts, part.first, len(part.units)), part.units))
+            if sum(len(units) for _, units in waiting) >= FETCHED_AT_ONCE:
+                self._count(waiting)
+            yield part
+        self._count(waiting)
+
+    def _count(self, waiting: list[tuple[Units, Units]]) -> None:
+        """Count what has come in, many small parts at once."""
+        if not waiting:
+            return
+        places, units = (np.concatenate(each) for each in zip(*waiting, strict=True))
+        for team in range(len(self._tallies)):
+            answered = units[(units >= 0) & (places == team)]
+            self._tallies[team] += Tally(len(answered), *counted(answered))
+        waiting.clear()
+
+    def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
+        """Each team with its average in units; None where nobody of it answered."""
+        return tuple((name, tally.average()) for name, tally in zip(self._parts.names, self._tallies, strict=True))
+
+
+def ask(server: Endpoint, oid: str, key: ClusterKey, question: Question) -> str:
+    """Ask one participant of a run that kept its agents something beside the game, and return its reply.
+
+    Args:
+        server: Where the participant is.
+        oid: Its remote id, `<group id>/<index>`.
+        key: The cluster key.
+        question: The question, of round 0, with what was announced in the game.
+
+    Raises:
+        ClusterError: The participant's server does not answer, or holds it no longer.
+        GameEnded: The participant failed to reply.
+    """
+    use_key(key)
+    message = Msg("user", question.text, "user", metadata=asdict(question))
+    try:
+        reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
+        return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
+    except AgentGone:
+        raise AgentGone(
+            f"{oid} is no longer on {server}: agents stay only after a run with --keep-agents, until the next run or "
+            "the end of the servers"
+        ) from None
+    except UnusableAnswer as error:
+        raise GameEnded(f"participant {oid.rpartition('/')[2]} did not reply: {error}") from None

@@ -1,0 +1,238 @@
+"""The agent servers of this host, from outside: start, show and stop them.
+
+They are forked by a process of their own (simulation/hosts/launcher.py), which is started here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from simulation.errors import ClusterError, ServerUnreachable
+from simulation.files import ROOT, SERVERS, files_in, is_there
+from simulation.hosts import pid_files as processes
+from simulation.llm.model_configs import has_models, read_models
+from simulation.rpc.channels import all_of, fan_out, handshake, use_key
+from simulation.rpc.cluster_key import ClusterKey, load, load_or_make
+from simulation.rpc.endpoints import Endpoint, ranges
+from simulation.rpc.lean_import import add_extra_folders
+from simulation.rpc.messages import MEMORY, OWN_VERSIONS
+from simulation.settings import SimulationConfig, flag_of
+
+READY_TIMEOUT_S = 60.0
+LOOK_AGAIN_S = 0.5
+HANDED_ON = (  # the settings of the servers
+    *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
+    *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
+)
+STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
+STOP = "./stop_all_server.sh"
+STOP_FIRST = f"stop them with {STOP} first"
+
+
+class OwnedServers:
+    """Servers that end with this process, however it ends: their launcher reads a pipe that we hold open."""
+
+    def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
+        self._launcher = launcher
+
+    def stop(self) -> None:
+        """Stop them, and wait for their end: firmly, if a server hangs."""
+        if self._launcher.stdin is not None:
+            self._launcher.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._launcher.wait(processes.TERM_TIMEOUT_S)
+        if processes.own_processes():  # it hangs, or was killed and has left them behind
+            with processes.one_at_a_time():
+                processes.end_processes()
+        self._launcher.wait()
+
+
+def start(
+    config: SimulationConfig,
+    owned: bool,
+    progress: Callable[[int, int], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> OwnedServers | None:
+    """Start this host's agent servers, and return when every one answers.
+
+    Args:
+        config: Host name, ports and key of the servers.
+        owned: Whether they are to end with this process.
+        progress: Called with how many servers are ready, of how many.
+        meanwhile: Called while their launcher imports what it needs, which takes about a second.
+
+    Returns:
+        The servers if they are owned; None if not, or if exactly these run already.
+
+    Raises:
+        ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
+        SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
+    """
+    add_extra_folders(config.extra_pythonpath)  # which the launcher does, too: here it refuses in one line
+    key = load_or_make(Path(config.cluster_key_dir))
+    models = read_models(config) if has_models(config) else {}
+    with processes.one_at_a_time():
+        processes.refuse_borrowed()
+        processes.refuse_elsewhere(SERVERS, STOP)
+        running = processes.own_processes()
+        if running:
+            urls = {name: model.base_url for name, model in models.items()}
+            _check_same(config, key, [int(name) for name in running if name.isdigit()], urls)
+            progress(len(config.ports), len(config.ports))
+            return None
+        for port in config.ports:
+            processes.check_free(config.host_name, port)
+            processes.pid_file(str(port)).unlink(missing_ok=True)
+            (SERVERS / f"{port}.log").unlink(missing_ok=True)
+            processes.note_restarts(port, 0)
+        processes.remove_drafts()
+        processes.check_room()
+        launcher = None
+        try:
+            with processes.signals_later():  # one before the assignment would leave it running
+                launcher = _spawn_launcher(config, owned)
+            meanwhile()
+            _wait_ready(config, key, launcher, progress)
+        except BaseException:
+            if launcher is not None:
+                _end_launcher(launcher)
+            raise
+    return OwnedServers(launcher) if owned else None
+
+
+def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], models: dict[str, str]) -> None:
+    """Raise ClusterError unless the servers that run are the ones asked for, and answer."""
+    if ports != list(config.ports):
+        raise ClusterError(
+            f"{len(ports)} agent servers of this host run already, on ports {ranges(ports)}; asked for were "
+            f"{len(config.ports)}, on {ranges(list(config.ports))}: {STOP_FIRST}"
+        )
+    use_key(key)
+    endpoints = [Endpoint(config.host_name, port) for port in config.ports]
+    shakes = all_of({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
+    for shake in shakes.values():
+        if shake.versions != OWN_VERSIONS:
+            raise ClusterError(
+                f"the agent servers that run already are of another version of the program: {STOP_FIRST}"
+            )
+        if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
+            raise ClusterError(
+                f"the agent servers that run already are {shake.server_per_host} for participants and "
+                f"{shake.moderator_per_host} for moderators: {STOP_FIRST}"
+            )
+        if shake.models != models:
+            raise ClusterError(
+                f"the agent servers that run already know {_listed(shake.models)}; asked for were {_listed(models)}: "
+                f"{STOP_FIRST}"
+            )
+
+
+def _listed(models: dict[str, str]) -> str:
+    """The models in few words."""
+    return (
+        ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
+        or "no model"
+    )
+
+
+def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its servers, also those whose pid files it has not written yet."""
+    with processes.signals_later():  # the second Ctrl-C of somebody in a hurry would leave servers running
+        launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
+        processes.end_processes()
+        launcher.wait()
+
+
+def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
+    # -P is for servers that are spawned, not forked: their Python would look into the current folder first
+    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
+    command += ["--owned"] if owned else []
+    for name in HANDED_ON:
+        if getattr(config, name) is not None:
+            command += [flag_of(name), str(getattr(config, name))]
+    with (SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # OpenBLAS would start threads, and a fork wants one; what computes here is not numpy
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            cwd=ROOT,
+            start_new_session=True,  # a Ctrl-C in the terminal is main's, not theirs
+        )
+
+
+def _wait_ready(
+    config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
+) -> None:
+    """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
+    use_key(key)
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    for ready, port in enumerate(config.ports):
+        while True:
+            progress(ready, len(config.ports))
+            try:
+                handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
+                break
+            except ServerUnreachable:
+                pass  # not yet: does it still live?
+            if is_there(processes.pid_file(str(port))) and processes.own_process(str(port)) is None:
+                raise ClusterError(f"the agent server on port {port} did not start{processes.end_of_log(str(port))}")
+            if launcher.poll() is not None:
+                raise ClusterError(f"the agent servers did not start{processes.end_of_log(processes.LAUNCHER)}")
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the agent server on port {port} does not answer after {READY_TIMEOUT_S:g} s"
+                    f"{processes.end_of_log(str(port))}"
+                )
+    progress(len(config.ports), len(config.ports))
+
+
+def stop() -> int:
+    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran.
+
+    Raises ClusterError if there may be others, which this host cannot see.
+    """
+    with processes.one_at_a_time():
+        stopped = processes.end_processes()
+        processes.refuse_elsewhere(SERVERS, STOP)
+    return stopped
+
+
+def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
+    """The cells of STATUS for each agent server of this host, or its port and what is wrong; whether all answer."""
+    ports = [int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit()]
+    if not ports:
+        return [], True
+    use_key(load(Path(config.cluster_key_dir)))
+    calls = {
+        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})
+        for port in sorted(ports)
+    }
+    shakes, errors = fan_out(calls)
+    rows = []
+    for port in sorted(ports):
+        if port in shakes:
+            shake = shakes[port]
+            since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
+            size, restarts = f"{shake.memory_mb:.1f} MB", processes.restarts(port)
+            rows.append([str(port), shake.role, str(shake.pid), since, str(shake.agents), size, str(restarts)])
+        else:
+            rows.append([str(port), f"does not answer after {processes.restarts(port)} restarts: {errors[port]}"])
+    launcher = processes.ProcessId.read(processes.pid_file(processes.LAUNCHER))
+    if processes.own_process(processes.LAUNCHER) is None and not (launcher and launcher.elsewhere):
+        rows.append(
+            ["their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"]
+        )
+    return rows, not errors

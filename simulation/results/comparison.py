@@ -1,0 +1,229 @@
+"""Several runs beside each other: a table for the terminal, a picture, and a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simulation.errors import ResultsError, SettingsError, printable
+from simulation.files import is_there, real
+from simulation.results.charts import answers_picture, draw_answers, scale_rounds, selection
+from simulation.results.console_report import number_of, table_lines
+from simulation.results.figures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
+from simulation.results.reader import PastRun, played_whole, runs_in
+from simulation.results.report_page import answers_in_words, render, shown, swatch, whole
+from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, part_of, resume_command, write_whole
+from simulation.settings import SimulationConfig
+
+PAGE, PICTURE = COMPARISON
+# Beside the settings of the game, those of the cluster that change how fast it is, not where it is or what it writes
+COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
+LINES = 24  # runs that are drawn, evenly spread over all; more colours and dashes cannot be told apart
+SMALL_MULTIPLES = 6  # last rounds in comparison.png
+OPEN_RUNS = 12  # last rounds that the page shows at once
+NO_VALUE = "-"
+
+
+def run_folders(named: Sequence[Path]) -> list[Path]:
+    """The folders of the runs that are meant: a sweep stands for all of its runs. Raises SettingsError."""
+    found: list[Path] = []
+    for path in named:
+        runs = [path]
+        if is_there(path / SWEEP):
+            runs = runs_in(path)
+            if not runs:
+                raise SettingsError(f"{path}: a sweep of which no run was played")
+        found += [run for run in runs if real(run) not in map(real, found)]
+    return found
+
+
+def unfinished_lines(named: Sequence[Path], runs: Sequence[PastRun]) -> list[str]:
+    """Return a line for each experiment of which runs are missing, or were not played to their end."""
+    lines = []
+    for path in [real(path) for path in named if is_there(path / SWEEP)]:
+        of_it = [run for run in runs if real(run.path).parent == path]
+        part = part_of(of_it[0].path)
+        finished = sum(len(played_whole(run.summary)) >= run.config.rounds for run in of_it)
+        if part is not None and finished < part.runs:
+            left = f"{part.runs - finished} of {part.runs} runs of {printable(part.experiment)} have rounds left"
+            lines.append(f"{left}; to go on with them: {resume_command(path)}")
+    return lines
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The innermost folder in which all runs are. Raises SettingsError if that is the root of all folders."""
+    folder = Path(os.path.commonpath([real(path).parent for path in paths]))
+    if folder == folder.parent:
+        raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
+    return folder
+
+
+def differing_settings(runs: Sequence[PastRun]) -> list[str]:
+    """The names of the settings in which these runs differ."""
+    names = [item.name for item in fields(SimulationConfig) if item.metadata.get("game") or item.name in COMPARED]
+    return [name for name in names if len({getattr(run.config, name) for run in runs}) > 1]
+
+
+def _setting(run: PastRun, name: str) -> str:
+    value = getattr(run.config, name)
+    if name == "agent_class" and value is not None:
+        value = Path(value).name
+    return NO_VALUE if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
+
+
+def folder_names(runs: Sequence[PastRun]) -> list[str]:
+    """What each run is called in the table: its folder, as seen from where all of them are."""
+    paths = [real(run.path) for run in runs]
+    return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
+
+
+def labels(runs: Sequence[PastRun]) -> list[str]:
+    """What each run is called beside a line: the settings it differs in, or its folder where that is not enough."""
+    names = differing_settings(runs)
+    names = [name for name in names if name != "seed"] or names  # which is drawn, so every run has another one
+    words = [", ".join(f"{name.replace('_', ' ')} {_setting(run, name)}" for name in names) for run in runs]
+    return [
+        word if word and words.count(word) == 1 else f"{word} ({name})".strip()
+        for word, name in zip(words, folder_names(runs), strict=True)
+    ]
+
+
+def comparison_rows(runs: Sequence[PastRun]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns, and a row for each run."""
+    names = differing_settings(runs)
+    head = ["run", *(name.replace("_", " ") for name in names), "played", "answered", "asked"]
+    head += ["first average", "last average", "winning number", "equilibrium", "status", "seconds"]
+    return head, [[name, *_row(run, names)] for run, name in zip(runs, folder_names(runs), strict=True)]
+
+
+def _row(run: PastRun, names: Sequence[str]) -> list[str]:
+    entries, digits = run.summary["rounds"], run.game.decimals + 3
+    first, last = (entries[0], entries[-1]) if entries else ({}, {})
+    numbers = (first.get("average"), last.get("average"), last.get("winning_number"))
+    return [
+        *(_setting(run, name) for name in names),
+        f"{len(entries)}",
+        whole(sum(entry["answered"] for entry in entries)),
+        whole(sum(entry["asked"] for entry in entries)),
+        *(NO_VALUE if number is None else shown(number, digits) for number in numbers),
+        " and ".join(f"{number:.6g}" for number in run.game.equilibria) or "any",
+        run.summary["status"],
+        f"{run.summary['seconds']['total']:.2f}",
+    ]
+
+
+def comparison_lines(runs: list[PastRun]) -> list[str]:
+    """Several runs as a table for a terminal."""
+    head, rows = comparison_rows(runs)
+    settings = [name.replace("_", " ") for name in differing_settings(runs)]  # which the folders' names tell, too
+    dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
+    return table_lines(head, rows, [*dropped, "status", "last average"])
+
+
+def write_comparison(folder: Path, runs: list[PastRun]) -> None:
+    """Draw several runs into comparison.png and comparison.html of a folder. Raises ResultsError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"cannot write to {folder}: {error.strerror}") from None
+    write_png(folder / PICTURE, _picture(runs))
+    write_whole(folder / PAGE, render(PAGE, page_content(folder, runs)).encode(errors="replace"))
+
+
+def page_content(folder: Path, runs: Sequence[PastRun]) -> dict[str, Any]:
+    """All that the page says, which stands in this folder."""
+    head, rows = comparison_rows(runs)
+    drawn, called = _drawn(runs)
+    pictures = [
+        {"label": label, "entry": run.summary["rounds"][-1], "svg": _last_answers(run, label, place)}
+        for place, (run, label) in enumerate(zip(drawn, called, strict=True))
+    ]
+    at_once = selection(len(pictures), OPEN_RUNS)
+    return {
+        "title": f"{len(runs)} runs compared",
+        "targets": list(dict.fromkeys(run.game.target for run in runs)),
+        "head": head,
+        "rows": [(row, run, _link(folder, run)) for row, run in zip(rows, runs, strict=True)],
+        "keys": [(label, *swatch(place)) for place, label in enumerate(called)],
+        "averages": _averages_for_page(drawn, called) if drawn else None,
+        "open": [pictures[place] for place in at_once],
+        "folded": [each for place, each in enumerate(pictures) if place not in at_once],
+    }
+
+
+def _drawn(runs: Sequence[PastRun]) -> tuple[list[PastRun], list[str]]:
+    """The runs that pictures show, and what each is called there."""
+    called = labels(runs)
+    played = [place for place, run in enumerate(runs) if run.results]
+    places = [played[place] for place in selection(len(played), LINES)]
+    return [runs[place] for place in places], [called[place] for place in places]
+
+
+def _link(folder: Path, run: PastRun) -> str | None:
+    """Where a run's own report is, as seen from the folder of the page; None if there is none."""
+    report = real(run.path) / REPORT
+    return quote(os.path.relpath(report, real(folder))) if is_there(report) else None
+
+
+def _last_answers(run: PastRun, label: str, place: int) -> Markup:
+    result = run.results[-1]
+    return answers_picture(run.game, result, f"run-{place}", f"{label}: {answers_in_words(result, run.game)}")
+
+
+def _averages_for_page(runs: Sequence[PastRun], called: Sequence[str]) -> Markup:
+    figure, axes = page_axes(3.1)
+    _draw_averages(axes, runs, called)
+    ends = "; ".join(
+        f"{label}: {shown(run.summary['rounds'][-1]['average'], run.game.decimals + 3)} in the end"
+        for label, run in zip(called, runs, strict=True)
+    )
+    return svg(figure, "comparison", f"Average by round of each run. {ends}")
+
+
+def _draw_averages(axes: Axes, runs: Sequence[PastRun], called: Sequence[str]) -> None:
+    """The average of each run by round, as a line, and its equilibrium, in its colour."""
+    highest, rounds = 0.0, [1]
+    for place, (run, label) in enumerate(zip(runs, called, strict=True)):
+        colour, dashes = series_style(place)
+        played = [each for each in run.results if each.average is not None]
+        averages = [number_of(each.average, run.game) for each in played if each.average is not None]
+        for number in run.game.equilibria:
+            axes.axhline(number, color=colour, linestyle=(0, (1, 2.5)), linewidth=1.6, alpha=0.75, clip_on=False)
+        numbers = [each.round for each in played]
+        axes.plot(
+            numbers, averages, color=colour, linestyle=dashes, marker="o", markersize=4.5, linewidth=2, label=label
+        )
+        highest = max([highest, *averages, *run.game.equilibria])
+        rounds += numbers
+    scale_rounds(axes, sorted(set(rounds)), highest)
+
+
+def _picture(runs: Sequence[PastRun]) -> Figure:
+    """The averages by round above the last round of each run."""
+    drawn, called = _drawn(runs)
+    shown_places = selection(len(drawn), SMALL_MULTIPLES)
+    across, down = grid_of(len(shown_places))
+    legend = 0.3 * -(-len(drawn) // 3)
+    figure = tall_figure(3.6 + legend + 2.4 * down)
+    above, below = two_parts(figure, 3.6 + legend, 2.4 * down or 0.1)
+    axes = above.subplots()
+    _draw_averages(axes, drawn, called)
+    axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
+    axes.set_xlabel("round")
+    above.legend(frameon=False, loc="outside lower center", ncols=3)
+    for place, axes in enumerate(below.subplots(down, across, squeeze=False).flat if down else ()):
+        if place >= len(shown_places):
+            axes.set_visible(False)
+            continue
+        run = drawn[shown_places[place]]
+        draw_answers(axes, run.game, run.results[-1], lines=1.8)
+        axes.set_title(f"{called[shown_places[place]]}, round {run.results[-1].round}", loc="left", fontsize=10)
+    return figure

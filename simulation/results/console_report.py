@@ -1,0 +1,203 @@
+"""Results for people: what the moderator says on the console, and a small picture of text."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from simulation.errors import printable
+from simulation.game.rules import Announcement, Game
+from simulation.game.tally import RoundResult, Tally, Units, announcement_of
+from simulation.llm.usage import Usage
+from simulation.results.reader import PastRun, part_in, played_whole
+from simulation.results.run_directory import most_frequent
+from simulation.settings import SimulationConfig
+
+BARS = 15
+BAR_WIDTH = 50
+
+
+def announcement_lines(result: RoundResult, game: Game) -> list[str]:
+    """What the moderator says after a round."""
+    scale, decimals = game.scale, game.decimals
+    if result.average is None or result.winning_number is None:
+        return [
+            f"Moderator: Nobody of {result.tally.asked} answered, so there is no average [takes {result.seconds:.2f} s]"
+        ]
+    average = f"{float(result.average / scale):.{decimals + 3}f}"
+    names = ", ".join(f"P{index}" for index in result.winners.lowest)
+    more = result.winners.count - len(result.winners.lowest)
+    names += f" and {more} more" if more else ""
+    numbers = " and ".join(f"{unit / scale:.{decimals}f}" for unit in result.closest)
+    target = "it"
+    if game.target_or_it == game.target:
+        target = f"{float(result.winning_number / scale):.{decimals + 3}f}, {game.target}"
+    verb = "wins" if result.winners.count == 1 else "win"
+    return [
+        f"Moderator: The average value is {average} [takes {result.seconds:.2f} s]",
+        f"Moderator: {names} {verb} with {numbers}, the closest to {target}.",
+        *_team_lines(announcement_of(result, scale), decimals),
+    ]
+
+
+def _team_lines(told: Announcement, decimals: int) -> list[str]:
+    """What the moderator says about teams, where there are some."""
+    if not told.closest_teams:
+        return []
+    averages = (
+        f"{name} {'none' if average is None else f'{average:.{decimals + 3}f}'}" for name, average in told.teams
+    )
+    verb = "is" if len(told.closest_teams) == 1 else "are"
+    return [
+        f"Moderator: The teams' averages are {', '.join(averages)}; {' and '.join(told.closest_teams)} {verb} closest."
+    ]
+
+
+def failure_line(tally: Tally) -> str:
+    """How many did not answer, and why."""
+    causes = "; ".join(f"{printable(cause)}: {count}" for cause, count in most_frequent(tally.failures).items())
+    return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
+
+
+def usage_line(before: Usage, after: Usage, round_s: float) -> str:
+    """What one round cost, and where its time went; `before` and `after` are what the game cost until then."""
+    answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
+    return (
+        f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
+        f"{after.prompt_tokens - before.prompt_tokens:,} tokens of prompts and "
+        f"{after.completion_tokens - before.completion_tokens:,} of answers; {answering_s - client_s:.2f} s waiting "
+        f"for the model, {client_s:.2f} s client work, {max(round_s - answering_s, 0):.2f} s RPC"
+    )
+
+
+def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
+    """Counts of the answers in at most `bars` bins of equal width over 0..top units.
+
+    Returns:
+        The first unit of each bin with one more at the end, shape (bins + 1,), and the count in each, shape (bins,).
+    """
+    width = -(-(top + 1) // bars)
+    edges = np.arange(0, top + width + 1, width, dtype=np.int64)
+    binned = np.zeros(len(edges) - 1, np.int64)
+    np.add.at(binned, units // width, counts)
+    return edges, binned
+
+
+def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
+    """The answers as a small picture of text, as wide as a terminal likes it."""
+    if not tally.answered:
+        return []
+    scale = 10**config.decimals
+    edges, counts = histogram(tally.units, tally.counts, config.max_value * scale, BARS)
+    last = np.minimum(edges[1:] - 1, config.max_value * scale)
+    labels = [f"{low / scale:.{config.decimals}f}" for low in edges[:-1]]
+    if edges[1] > 1:
+        labels = [f"{label}-{high / scale:.{config.decimals}f}" for label, high in zip(labels, last, strict=True)]
+    label_width = max(len(label) for label in labels)
+    longest = max(int(counts.max()), 1)
+    beside = label_width + len(str(longest)) + 5  # with the blanks
+    room = min(BAR_WIDTH, max(shutil.get_terminal_size().columns - beside, 0))
+    block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    rows = zip(labels, counts, strict=True)
+    return [
+        f"  {label:>{label_width}}  {block * round(count / longest * room)} {count}".rstrip() for label, count in rows
+    ]
+
+
+def number_of(units: Fraction, game: Game) -> float:
+    """A number that is counted in units, as people say it."""
+    return float(units / game.scale)
+
+
+def brief(number: float | None) -> str:
+    """A number where there is little room: the digits that tell something."""
+    if number is None:
+        return "–"
+    return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
+
+
+def group_lines(run: PastRun) -> list[str]:
+    """A table for each set of personas, and for the models: who answered what, in the last round."""
+    lines: list[str] = []
+    for topic, rounds in run.groups.items() if run.results else ():
+        rows = []
+        for name, tally in rounds[-1].items():
+            average, std = tally.average(), tally.std()
+            shown = "-" if average is None else f"{number_of(average, run.game):.{run.game.decimals + 3}f}"
+            spread = "-" if std is None else f"{std / run.game.scale:.{run.game.decimals + 3}f}"
+            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", shown, spread])
+        dropped = ("spread", "asked", "answered", "average")
+        lines += table_lines([topic, "asked", "answered", "average", "spread"], rows, dropped)
+    return lines
+
+
+def run_lines(run: PastRun) -> list[str]:
+    """A run as its moderator told it, what its answers look like, and how it ended."""
+    lines: list[str] = []
+    for result in run.results:
+        lines += announcement_lines(result, run.game)
+        lines += [failure_line(result.tally)] if result.tally.failed else []
+    if run.results:
+        lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
+    played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
+    part = part_in(run.path, run.summary)
+    whole = f"; it is run {part.run} of {part.runs} of {printable(part.experiment)}" if part is not None else ""
+    return [*lines, f"run {run.name} is {run.summary['status']}: {played}{whole}"]
+
+
+INDENT = 2  # some tables are printed with it
+
+
+def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
+    """Return the places of the columns that fit beside each other.
+
+    Args:
+        widths: The width of each column.
+        dropped: The places of those that may be left out, the least important first.
+        room: The width of the terminal.
+        gap: The blanks between two columns.
+    """
+    places = [place for place, width in enumerate(widths) if width]
+    for place in dropped:
+        if sum(widths[each] + gap for each in places) - gap <= room:
+            break
+        places = [each for each in places if each != place]
+    return places
+
+
+def table_lines(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    dropped: Iterable[str] = (),
+    left: Iterable[str] | None = None,
+) -> list[str]:
+    """Return a table for standard output: whole, or in the columns that fit where that is a terminal.
+
+    Args:
+        head: The heads of the columns.
+        rows: A cell for each column, or fewer: then the last one may be as long as it is.
+        dropped: The heads of columns that may be left out, the least important first.
+        left: Those of columns that begin at the left; otherwise it is the first.
+    """
+    from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
+
+    heads, lefts = list(head), head[:1] if left is None else [*left]
+    whole = [row for row in rows if len(row) == len(heads)]
+    widths = [max(map(cell_len, column)) for column in zip(heads, *whole, strict=True)]
+    places = list(range(len(heads)))
+    if sys.stdout.isatty():
+        order = [heads.index(name) for name in dropped if name in heads]
+        places = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
+    lines = []
+    for row in (heads, *rows):
+        cells = []
+        for place in places:
+            if place < len(row) - (len(row) < len(heads)):
+                blanks = " " * (widths[place] - cell_len(row[place]))
+                cells.append(row[place] + blanks if heads[place] in lefts else blanks + row[place])
+        lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
+    return lines

@@ -1,0 +1,464 @@
+"""Runs that were played, read again from their folders alone: to resume or report them, or to talk to a participant."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
+from simulation.files import files_in, is_there, real
+from simulation.game.population import Cast, Parts
+from simulation.game.rules import Game, Wording, game_of
+from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.llm.usage import OUT_OF_TOKENS, Usage
+from simulation.results.answers_parquet import rows_by_round, tally_in
+from simulation.results.run_directory import (
+    AGENTS,
+    GAME,
+    PARTS,
+    SWEEP,
+    WHOLE,
+    PartOf,
+    part_of,
+    read_failed_answers,
+    read_written,
+)
+from simulation.rpc.endpoints import Endpoint
+from simulation.settings import SimulationConfig, flag_of
+
+# --- summary.json, as it is written (see results.py) -----------------------------------------------------------------
+
+
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # of names that are shown
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Winners(_Part):
+    count: int
+    participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
+
+
+class _Round(_Part):
+    round: int
+    asked: int
+    answered: int
+    failed: int
+    failures: dict[str, int]
+    ended: Literal["complete", "model_failed", "out_of_tokens", "interrupted"] | None = None  # older runs have none
+    reassigned: int
+    average: float | None
+    median: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    winning_number: float | None
+    winners: _Winners
+    seconds: Seconds
+
+
+class _Times(_Part):
+    round: int
+    model_s: Seconds
+    client_s: Seconds
+    rpc_s: Seconds
+    slowest_s: Seconds
+
+
+class _LlmSeconds(_Part):
+    model: Seconds
+    client: Seconds
+    rpc: Seconds
+
+
+class _Cluster(_Part):
+    hosts: list[str]
+    servers: int
+    moderators: int
+    lost: list[str]
+    times: list[_Times]
+    llm_seconds: _LlmSeconds | None = None
+
+
+class _Seconds(_Part):
+    connect: Seconds
+    create: Seconds
+    rounds: Seconds
+    total: Seconds
+
+
+class _Llm(_Part):
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    retries: int
+
+
+class _PartOf(_Part):
+    sweep_id: str
+    experiment: str
+    run: int
+    runs: int
+
+
+class _Summary(_Part):
+    run_id: str
+    part_of: _PartOf | None = None
+    status: Literal["complete", "partial", "interrupted", "failed"]
+    config: dict[str, Any]
+    cluster: _Cluster
+    seconds: _Seconds
+    rounds: list[_Round]
+    llm: _Llm | None
+
+    @model_validator(mode="after")
+    def _refuse_gaps(self) -> _Summary:
+        if [each.round for each in self.rounds] != list(range(1, len(self.rounds) + 1)):
+            raise ValueError("its rounds are not 1, 2, ...")
+        return self
+
+
+# --- game.json and agents.jsonl --------------------------------------------------------------------------------------
+
+
+class _Persona(_Part):
+    name: str
+    share: str
+    text: str
+
+
+class _ModelShare(_Part):
+    name: str
+    share: str
+    model: str
+
+
+class _Cast(_Part):
+    personas: dict[str, list[_Persona]]
+    models: list[_ModelShare]
+    turns: list[str]
+
+
+class _Wording(_Part):
+    name: str
+    system: str
+    instruction: str
+    reasoning_tokens: int | None
+
+
+class _Game(_Part):
+    wording: _Wording | None
+    cast: _Cast
+
+
+class _Agents(_Part):
+    oid: str = Field(pattern=PRINTABLE)
+    host: str = Field(pattern=PRINTABLE)
+    port: int = Field(ge=1, le=65_535)
+    first: int = Field(ge=0)
+    count: int = Field(ge=0)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What there is of a run that is to be resumed: its finished rounds, and what they took."""
+
+    run_id: str
+    results: list[RoundResult]
+    usage: Usage
+    cluster: dict[str, Any]
+    seconds: dict[str, float]
+    part_of: PartOf | None = None
+
+
+def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
+    """The settings that a run is to be resumed with, and its finished rounds.
+
+    Args:
+        path: Its folder.
+        given: Settings that are to be others from now on.
+
+    Raises:
+        SettingsError: The folder holds no run, or a setting cannot change in mid-game.
+    """
+    config, summary = read_summary(path, "--resume ")
+    config = replace(config_to_resume(path, config, given), run_dir=str(real(path)))
+    results = read_results(path, config, summary)
+    read_failed_answers(path)  # is found to be damaged before anything is started
+    cut = (number for number, result in enumerate(results) if result.tally.ended is Ended.INTERRUPTED)
+    results = results[: next(cut, len(results))]
+    if config.rounds < len(results):
+        raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
+    told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
+    usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
+    cluster, seconds = summary["cluster"], summary["seconds"]
+    return config, Played(summary["run_id"], results, usage, cluster, seconds, part_in(path, summary))
+
+
+def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
+    """The settings of a run with others that are given now. Raises SettingsError if one cannot change in mid-game."""
+    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
+    anew = replace(config, **given)
+    for name in staying & given.keys():
+        if getattr(anew, name) != getattr(config, name):  # 0.5 is 1/2
+            raise SettingsError(
+                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
+            )
+    return anew
+
+
+def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
+    """Whether a run has no tokens left to go on with."""
+    if budget_now is None or not summary["rounds"]:
+        return False
+    last = summary["rounds"][-1]
+    ran_out = _ended(last, last["failures"]) is Ended.OUT_OF_TOKENS and budget_now == budget_then
+    return ran_out or tokens_spent(summary) >= budget_now
+
+
+def played_whole(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a summary that were played to their end."""
+    return [entry for entry in summary["rounds"] if _ended(entry, entry["failures"]) is not Ended.INTERRUPTED]
+
+
+def tokens_spent(summary: dict[str, Any]) -> int:
+    """How many tokens a run has cost, of prompts and answers."""
+    return sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
+
+
+def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
+    """How a round ended; in a run of an earlier version, which does not say so, as the causes of failures tell it."""
+    if entry.get("ended") is not None:
+        return Ended[entry["ended"].upper()]
+    if INTERRUPTED in causes:
+        return Ended.INTERRUPTED
+    return Ended.OUT_OF_TOKENS if OUT_OF_TOKENS in causes else Ended.COMPLETE
+
+
+def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
+    """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
+    if not is_there(path / AGENTS):
+        raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
+    lines = read_written(
+        path, AGENTS, lambda text: [_Agents.model_validate_json(line) for line in text.split("\n") if line.strip()]
+    )
+    for agents in lines:
+        if agents.first <= participant < agents.first + agents.count:
+            return Endpoint(agents.host, agents.port), f"{agents.oid}/{participant}"
+    raise ClusterError(f"participant {participant} of the run in {path} was not kept")
+
+
+def first_winner(path: Path, summary: dict[str, Any]) -> int:
+    """The lowest winner of a run's last round. Raises SettingsError if there is none."""
+    winners = summary["rounds"][-1]["winners"]["participants"] if summary["rounds"] else []
+    if not winners:
+        raise SettingsError(f"--winner: nobody has won the last round of the run in {path}")
+    return int(winners[0][1:])
+
+
+def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
+    """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
+
+    def made(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
+        summary = json.loads(text)
+        _Summary.model_validate(summary, strict=True)
+        return SimulationConfig.from_json(summary["config"]), summary
+
+    if not is_there(path / "summary.json"):
+        _refuse_experiment(path, flag)
+    return read_written(path, "summary.json", made, flag)
+
+
+def _refuse_experiment(path: Path, flag: str) -> None:
+    """Raise SettingsError if this is the folder of an experiment where that of one run is needed."""
+    if not is_there(path / SWEEP):
+        return
+    runs = runs_in(path)
+    keeping = [run for run in runs if is_there(run / AGENTS)]  # what is asked for, if any is
+    name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
+    raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """Return the folders of an experiment's runs of which anything was written, in order. Raises SettingsError."""
+    return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
+
+
+def part_in(path: Path, summary: dict[str, Any]) -> PartOf | None:
+    """Return which run of which experiment a run is, also where its folder was taken out of the experiment's."""
+    found = part_of(path)
+    return PartOf(**summary["part_of"]) if found is None and summary.get("part_of") else found
+
+
+def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
+    """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
+    tallies: dict[int, Tally] = {}
+    for number, rows in _rows_of(path, config.participant_num, config.max_value):
+        tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
+    return tallies
+
+
+def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[int, pa.Table]]:
+    """All answers of a run, in tables of one round's consecutive participants. Raises SettingsError."""
+    whole = path / WHOLE
+    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # of a run that was killed
+    try:
+        for file in [whole] if is_there(whole) or not parts else parts:
+            for number, rows in rows_by_round(file):
+                _check_rows(rows, participants, max_value)
+                yield number, rows
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: its answers.parquet is missing") from None
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise SettingsError(f"{path}: cannot read its answers.parquet: {one_line(error)}") from None
+
+
+def _check_rows(rows: pa.Table, participants: int, max_value: int) -> None:
+    """Raise ArrowInvalid unless these can be answers of a game of so many participants."""
+    for column, low, high in (("participant", 0, participants - 1), ("value", 0, max_value)):
+        found = pc.min_max(rows[column]).as_py()
+        if found["min"] is not None and not low <= found["min"] <= found["max"] <= high:
+            raise pa.ArrowInvalid(f"a {column} is not from {low} to {high}")
+
+
+def read_game(path: Path, config: SimulationConfig) -> Game:
+    """What a run was played with: its wording and its cast as they were then. Raises SettingsError."""
+
+    def made(text: str) -> Game:
+        said = json.loads(text)
+        _Game.model_validate(said, strict=True)
+        wording = Wording(**said["wording"]) if said["wording"] is not None else None
+        cast = Cast.from_json(said["cast"], config.seed or 0, config.participant_num)
+        game = game_of(config, wording, cast)
+        shares = [[one.share for one in each.personas] for each in cast.persona_sets]
+        shares += [[each.share for each in cast.models]] if cast.models else []
+        names = [name for parts in game.cast.groupings for name in (parts.topic, *parts.names)] if game.cast else []
+        if any(name != printable(name) for name in names) or any(sum(each) != 1 for each in shares):  # they are printed
+            raise ValueError
+        return game
+
+    return read_written(path, GAME, made)
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run as it can be looked at, from its folder alone.
+
+    Attributes:
+        path: Its folder.
+        config: Its settings.
+        summary: What its summary.json says.
+        game: What it was played with.
+        results: Its rounds.
+        groups: For each topic that tells participants apart (a set of personas, or "model"), the rounds, in the order
+            of `results`, each a tally for each name. Topics and names are in the order of `game.cast.groupings`.
+    """
+
+    path: Path
+    config: SimulationConfig
+    summary: dict[str, Any]
+    game: Game
+    results: list[RoundResult]
+    groups: dict[str, list[dict[str, Tally]]]
+
+    @property
+    def name(self) -> str:
+        """What it is called where there are several."""
+        return str(self.summary["run_id"])
+
+
+def read_run(path: Path) -> PastRun:
+    """Read a run. Raises SettingsError if there is none, or what belongs to it is missing or damaged."""
+    config, summary = read_summary(path)
+    game = read_game(path, config)
+    results = read_rounds(path, config, summary)
+    groups = read_groups(path, game, results)
+    return PastRun(path, config, summary, game, _with_teams(results, game, groups), groups)
+
+
+def read_results(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
+    """The rounds of a run as they were played and announced, with the averages of its teams, if it has any."""
+    results = read_rounds(path, config, summary)
+    if config.teams is None:
+        return results
+    game = read_game(path, config)
+    return _with_teams(results, game, read_groups(path, game, results))
+
+
+def _with_teams(results: list[RoundResult], game: Game, groups: dict[str, list[dict[str, Tally]]]) -> list[RoundResult]:
+    if game.teams not in groups:
+        return results
+    averages = (tuple((name, each.average()) for name, each in tallies.items()) for tallies in groups[game.teams])
+    return [replace(result, teams=teams) for result, teams in zip(results, averages, strict=True)]
+
+
+def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str, list[dict[str, Tally]]]:
+    """The tallies of a run's rounds for each part of the participants; see PastRun.groups."""
+    groupings = game.cast.groupings if game.cast is not None else ()
+    groups: dict[str, list[dict[str, Tally]]] = {
+        parts.topic: [{name: Tally(0) for name in parts.names} for _ in results] for parts in groupings
+    }
+    round_places = {result.round: place for place, result in enumerate(results)}
+    if game.cast is None or not groupings or not results:
+        return groups
+    for number, rows in _rows_of(path, game.cast.total, game.max_value):
+        for parts in groupings if number in round_places else ():
+            tallies = groups[parts.topic][round_places[number]]
+            for part, tally in tallies_of_parts(rows, game, parts):
+                tallies[part] += tally
+    return groups
+
+
+def tallies_of_parts(rows: pa.Table, game: Game, parts: Parts) -> Iterator[tuple[str, Tally]]:
+    """The tallies of these rows, which are of consecutive participants, for each part of them."""
+    assert game.cast is not None
+    places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows))
+    ordered = rows.take(pa.array(np.argsort(places, kind="stable")))  # once, however many parts there are
+    stops = np.cumsum(np.bincount(places, minlength=len(parts.names))).tolist()
+    for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
+        yield name, tally_in(ordered.slice(start, stop - start), game.scale)
+
+
+def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
+    """The rounds of a run as they were played; who won is taken from the summary.
+
+    Raises SettingsError if the answers are missing, or others than those of the summary.
+    """
+    tallies = read_tallies(path, config) if summary["rounds"] else {}
+    rule = game_of(config, None, None)
+    results = []
+    for entry in summary["rounds"]:
+        if entry["round"] not in tallies:
+            raise SettingsError(f"{path}: the answers of round {entry['round']} are missing")
+        tally = tallies[entry["round"]]
+        tally = replace(tally, ended=_ended(entry, tally.failures))
+        average = tally.average()
+        said = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / rule.scale))
+        summed_up = tuple(entry[key] for key in ("asked", "answered", "failed", "average"))
+        if said != summed_up or tally.asked != config.participant_num:
+            raise SettingsError(
+                f"{path}: answers.parquet and summary.json say different things of round {entry['round']}"
+            )
+        winning_number = rule.winning_number(average) if average is not None else None
+        closest = tally.closest(winning_number) if winning_number is not None else ()
+        lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
+        winners = Winners(entry["winners"]["count"], lowest)
+        seconds, reassigned = entry["seconds"], entry["reassigned"]
+        results.append(
+            RoundResult(entry["round"], tally, average, winning_number, closest, winners, seconds, reassigned)
+        )
+    return results

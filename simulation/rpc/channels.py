@@ -1,0 +1,223 @@
+"""Secure channels to agent servers, and the two calls that main makes over and over: handshake and heartbeat.
+
+Both are plain gRPC calls with JSON in them, which AgentScope's servicer shares its server with: whoever starts servers,
+shows them or waits for them need not import AgentScope. Its own calls are in remote.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc
+
+from simulation import errors
+from simulation.errors import (
+    AgentGone,
+    ClusterError,
+    ServerLost,
+    ServerUnreachable,
+    SimulationError,
+    Stranger,
+)
+from simulation.rpc.cluster_key import CLUSTER_NAME, ClusterKey
+from simulation.rpc.endpoints import Endpoint
+from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
+CALLS_AT_ONCE = 32
+ANOTHER_VERSION = "is an agent server, but of another program or version"
+NOBODY_LISTENS = "no server listens there"
+STRANGER = "what listens there does not hold this cluster's key"
+CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
+CHANNEL_OPTIONS = (
+    ("grpc.ssl_target_name_override", CLUSTER_NAME),
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 20_000),  # where a link was down meanwhile, so that the connection is made anew
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+)
+
+
+_credentials: list[grpc.ChannelCredentials] = []  # the ones in use, once a key is
+_channels: dict[str, grpc.Channel] = {}
+
+
+def use_key(key: ClusterKey) -> None:
+    """Make every channel of this process from now on one between holders of the key."""
+    _credentials[:] = [key.channel_credentials()]
+    _channels.clear()
+    _methods.clear()
+
+
+def channel_to(url: str) -> grpc.Channel:
+    """The channel of this process to a server, `host:port`; made once."""
+    host, _, port = url.rpartition(":")
+    # localhost may resolve to ::1 first, where somebody else may listen; other names only end like it
+    target = f"127.0.0.1:{port}" if host == "localhost" else url
+    if target not in _channels:
+        _channels[target] = grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
+    return _channels[target]
+
+
+def handshake(
+    endpoint: Endpoint, timeout_s: float, starting: bool = False, told: Mapping[str, str] | None = None
+) -> Handshake:
+    """Ask a server who it is, and tell it something by the way.
+
+    Args:
+        endpoint: Its address.
+        timeout_s: How long it may take.
+        starting: Whether to wait so long even where none listens yet.
+        told: NEW_RUN: the run that begins, for which it drops what others kept. KEEP_RUN: the run whose agents stay.
+            END_RUN: the run whose agents go. MEMORY: tell how large it is. SERVED: tell what it was called for so far.
+            CHECK_MODELS: "[names, T]": ask the servers of these models whether they answer, for T seconds.
+
+    Raises:
+        ServerUnreachable: None listens, or it does not answer in time.
+        ClusterError: It is a stranger.
+    """
+    try:
+        # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
+        request = json.dumps(dict(told or {})).encode()
+        reply = _method(endpoint, HANDSHAKE)(request, timeout=timeout_s, wait_for_ready=starting)
+    except grpc.RpcError as error:
+        translated = translated_error(error, endpoint)
+        if any(sign in (error.details() or "") for sign in CUT_OFF):
+            translated = Stranger(f"{endpoint}: {STRANGER}")
+        raise translated from None
+    try:
+        return Handshake(**json.loads(reply))
+    except (ValueError, TypeError):
+        raise ClusterError(f"{endpoint} {ANOTHER_VERSION}") from None
+
+
+def heartbeat(
+    endpoint: Endpoint,
+    run: str,
+    number: int,
+    wait_s: float,
+    timeout_s: float,
+    done: Callable[[str | SimulationError], None],
+) -> None:
+    """Ask a server for a sign of life, and for what the objects of a run are at, after up to `wait_s` of this round.
+
+    Returns at once; `done` is called in a thread of gRPC's, with the server's words or with the error.
+    """
+    request = json.dumps([run, number, wait_s]).encode()
+    call = _method(endpoint, HEARTBEAT).future(request, timeout=timeout_s)
+
+    def heard(call: Any) -> None:
+        error = call.exception()
+        done(call.result().decode() if error is None else translated_error(error, endpoint))
+
+    call.add_done_callback(heard)
+
+
+def _method(endpoint: Endpoint, name: str) -> grpc.UnaryUnaryMultiCallable:
+    """A call of ours at a server, from bytes to bytes; made once for each channel, as it is made ten times a second."""
+    channel = channel_to(str(endpoint))
+    if (channel, name) not in _methods:
+        _methods[channel, name] = channel.unary_unary(f"/{SERVICE}/{name}")
+    return _methods[channel, name]
+
+
+_methods: dict[tuple[grpc.Channel, str], grpc.UnaryUnaryMultiCallable] = {}
+_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # under way, by where they go
+_given_up: set[Endpoint] = set()
+_calls_lock = threading.Lock()
+
+
+def let_go_of_calls(endpoint: Endpoint) -> None:
+    """End all calls to a server, and those to come until `allow_calls`: they raise ServerUnreachable."""
+    with _calls_lock:
+        _given_up.add(endpoint)
+        under_way = list(_calls[endpoint])
+    for call in under_way:
+        call.cancel()
+
+
+def allow_calls(endpoint: Endpoint) -> None:
+    """Let calls go to a server again."""
+    with _calls_lock:
+        _given_up.discard(endpoint)
+
+
+def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
+    """What a call to a server brings; raises one of our errors, also when the server is given up on meanwhile."""
+    with _calls_lock:
+        _calls[endpoint].add(call)
+        if endpoint in _given_up:
+            call.cancel()
+    try:
+        return call.result()
+    except grpc.FutureCancelledError:
+        raise ServerUnreachable(f"{endpoint}: was given up on") from None
+    except grpc.RpcError as error:
+        raise translated_error(error, endpoint) from None
+    finally:
+        with _calls_lock:
+            _calls[endpoint].discard(call)
+
+
+def fan_out(
+    calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
+) -> tuple[dict[K, V], dict[K, SimulationError]]:
+    """Make all calls, so many at a time, and return results and errors by key, in the order of the calls."""
+    results: dict[K, V] = {}
+    failed: dict[K, SimulationError] = {}
+    with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:
+        futures = {key: pool.submit(call) for key, call in calls.items()}
+        for key, future in futures.items():
+            try:
+                results[key] = future.result()
+            except SimulationError as error:
+                failed[key] = error
+    return results, failed
+
+
+def all_of(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
+    """Make all calls and return their results by key; raises the first error there is."""
+    results, failed = fan_out(calls)
+    for error in failed.values():
+        raise error
+    return results
+
+
+def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
+    """One of our errors for one of gRPC's."""
+    code, details = error.code(), error.details() or ""
+    last = (details.strip().splitlines() or [code.name])[-1]
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if "andshake" in details or "SSL" in details:
+            return Stranger(f"{endpoint}: {STRANGER}")
+        cause = f"cannot be reached ({last.rpartition(': ')[2]})"
+        if "refused" in details:
+            cause = NOBODY_LISTENS
+        elif "DNS resolution failed" in details:
+            cause = "no address is known for this name; check /etc/hosts or DNS"
+        return ServerUnreachable(f"{endpoint}: {cause}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ServerUnreachable(f"{endpoint}: does not answer in time")
+    if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION):
+        return ClusterError(f"{endpoint} {ANOTHER_VERSION}" if code.name == "UNIMPLEMENTED" else f"{endpoint}: {last}")
+    if "not exists" in details:
+        return AgentGone(f"{endpoint}: the agent is gone")
+    return told_error(last) or SimulationError(f"{endpoint}: {last}")
+
+
+def told_error(text: str) -> ServerLost | None:
+    """What a moderator says of a server that it has lost, as the error that it was; None if it is something else."""
+    name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
+    kind = getattr(errors, name, None)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, ServerLost) else None

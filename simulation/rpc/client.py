@@ -1,0 +1,126 @@
+"""The only door to AgentScope's RPC client: our channels, deadlines, and errors in our own words.
+
+AgentScope's client is touched here in three places, each for a reason:
+- every channel of the process comes from `RpcClient._get_channel`, so that is where the cluster key goes in;
+- its calls wait 300 s or for ever and hide the server's words, so `_Client` sets deadlines, translates errors, and lets
+  go of calls to a server that was given up on;
+- its wait for an asynchronous reply ends after 105 s whatever happens, so `_UntilAnswered` waits on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import cloudpickle
+import grpc
+from agentscope.exception import AgentServerError
+from agentscope.message import Msg
+from agentscope.rpc import RpcClient, RpcObject
+from agentscope.rpc.retry_strategy import RetryBase
+from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, StringMsg
+from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
+
+from simulation.errors import ClusterError, KnownCause
+from simulation.rpc.channels import await_call, channel_to, translated_error
+from simulation.rpc.endpoints import Endpoint
+
+GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
+PATIENT_S = 3600.0  # the deadline of calls that end when heartbeats do
+SILENT_POLLS = 4  # of AgentScope's 5 s each
+
+
+def _secure_channel(_cls: type[RpcClient], url: str) -> grpc.Channel:
+    return channel_to(url)
+
+
+RpcClient._get_channel = classmethod(_secure_channel)
+
+
+class RemoteObject(RpcObject):
+    """AgentScope's proxy, with our deadlines and errors, at an id that the caller chose.
+
+    With `kwargs` the object is created there, within the deadline; without, it is expected to exist.
+    """
+
+    def __init__(
+        self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered())
+        self.client = _Client(endpoint, deadline_s)
+        if kwargs is not None:
+            self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)
+
+
+def remove(proxy: RemoteObject) -> None:
+    """Close the remote object and delete it; it is no error if it is gone already."""
+    proxy.client.delete_agent(proxy._oid)
+
+
+def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
+    """Ask one agent through AgentScope's own asynchronous call, and wait for as long as it takes.
+
+    Raises KnownCause with what its server says of it if its `reply` raises, ClusterError if the server does not answer.
+    """
+    try:
+        return getattr(proxy, method)(message).result()
+    except AgentServerError as error:
+        cause = error.__cause__
+        if isinstance(cause, grpc.RpcError):
+            raise translated_error(cause, proxy.client.endpoint) from None
+        raise KnownCause(str(error.message).removeprefix("Failed to update placeholder: ")) from None
+
+
+class _Client(RpcClient):
+    def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
+        super().__init__(endpoint.host, endpoint.port)
+        self.endpoint = endpoint
+        self.deadline_s = deadline_s
+
+    def call_agent_func(
+        self, func_name: str, agent_id: str, value: bytes | None = None, timeout: float | None = None
+    ) -> bytes:
+        request = CallFuncRequest(target_func=func_name, value=value, agent_id=agent_id)
+        return self._call("call_agent_func", request, timeout).value
+
+    def create_agent(self, agent_configs: dict[str, Any], agent_id: str | None = None) -> bool:
+        request = CreateAgentRequest(agent_id=agent_id, agent_init_args=cloudpickle.dumps(agent_configs))
+        status = self._call("create_agent", request)
+        if not status.ok:
+            raise ClusterError(f"{self.endpoint}: {status.message}")
+        return True
+
+    def delete_agent(self, agent_id: str | None = None) -> bool:
+        return self._call("delete_agent", StringMsg(value=agent_id)).ok
+
+    def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        send = getattr(_stub(self.endpoint), method)
+        return await_call(self.endpoint, send.future(request, timeout=timeout or self.deadline_s))
+
+
+class _UntilAnswered(RetryBase):
+    """Polls on while the agent thinks, for as long as the server says so; SILENT_POLLS without a word are its end."""
+
+    def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        silent = 0
+        while True:
+            try:
+                return func(*args, **kwargs)
+            except grpc.RpcError as error:
+                still_thinking = error.details() == "Timeout"  # the servicer's own word
+                silent = 0 if still_thinking else silent + 1
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
+                    raise
+
+
+_stubs: WeakKeyDictionary[grpc.Channel, RpcAgentStub] = WeakKeyDictionary()
+
+
+def _stub(endpoint: Endpoint) -> RpcAgentStub:
+    """AgentScope's calls of a server; made once for each channel."""
+    channel = channel_to(str(endpoint))
+    stub = _stubs.get(channel)
+    if stub is None:
+        stub = _stubs[channel] = RpcAgentStub(channel)
+    return stub

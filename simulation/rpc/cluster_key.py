@@ -1,0 +1,151 @@
+"""The cluster key: a self-made certificate and its private key, which every server and every client must hold.
+
+AgentScope unpickles what reaches it, so whoever may talk to a server may run code on it; mutual TLS keeps that to the
+holders of this one key. There is no switch that turns it off.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from simulation.errors import SettingsError, reason
+from simulation.files import is_there, real
+
+CLUSTER_NAME = "simulation-cluster"
+CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
+VALID_FOR = datetime.timedelta(days=3650)
+CLOCK_SKEW = datetime.timedelta(days=1)  # hosts of a cluster may disagree on the time
+
+
+@dataclass(frozen=True, repr=False)
+class ClusterKey:
+    """The certificate and its key, both PEM."""
+
+    certificate: bytes
+    private_key: bytes
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Let in only clients that show this same certificate."""
+        return grpc.ssl_server_credentials(
+            [(self.private_key, self.certificate)], root_certificates=self.certificate, require_client_auth=True
+        )
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Talk only to servers that show this same certificate, and show it to them."""
+        return grpc.ssl_channel_credentials(self.certificate, self.private_key, self.certificate)
+
+
+def load_or_make(folder: Path) -> ClusterKey:
+    """The cluster key of this folder, made on first use.
+
+    Raises SettingsError if others can read it, if it is no working pair, or if the folder cannot be written.
+    """
+    if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
+        try:
+            _make(folder)
+        except OSError as error:
+            raise SettingsError(f"cannot make the cluster key in {folder}: {reason(error)}") from None
+    return load(folder)
+
+
+def load(folder: Path) -> ClusterKey:
+    """Read and check the pair in this folder; raises SettingsError that says how to mend it."""
+    for path, kind in ((folder, "folder"), (folder / CERTIFICATE, "file"), (folder / PRIVATE_KEY, "file")):
+        _check_private(path, kind)
+    try:
+        key = ClusterKey((folder / CERTIFICATE).read_bytes(), (folder / PRIVATE_KEY).read_bytes())
+    except OSError as error:
+        raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
+    try:
+        certificate = x509.load_pem_x509_certificate(key.certificate)
+        private = serialization.load_pem_private_key(key.private_key, password=None)
+        fits = private.public_key() == certificate.public_key()
+    except ValueError:
+        fits = False
+    if not fits:
+        raise SettingsError(
+            f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host"
+        )
+    now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
+    if now < begins:
+        raise SettingsError(
+            f"the cluster key in {folder} is valid from {begins:%Y-%m-%d %H:%M} UTC on, and the clock of this host "
+            f"shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
+        )
+    if certificate.not_valid_after_utc < now:
+        raise SettingsError(
+            f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one"
+        )
+    return key
+
+
+def _check_private(path: Path, kind: str) -> None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(
+            f"the cluster key is incomplete, {path} is missing: copy the folder from another host, or give another "
+            "--cluster-key-dir"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
+    if status.st_uid not in (os.geteuid(), 0):
+        raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        mode = "700" if kind == "folder" else "600"
+        raise SettingsError(f"the cluster key {kind} {path} can be read by others: chmod {mode} '{path}'")
+
+
+def _make(folder: Path) -> None:
+    """Write a new pair beside the folder and move it there whole, so that two hosts that start at once agree."""
+    folder = real(folder)  # what is moved there takes the place of a folder, not of a link to one
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + VALID_FOR)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(CLUSTER_NAME)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    private_pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))  # mode 0700
+    try:
+        if stat.S_IMODE(draft.stat().st_mode) & 0o077:
+            raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
+        _write_private(draft / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+        _write_private(draft / PRIVATE_KEY, private_pem)
+        draft.rename(folder)  # fails if another process was first: then its pair is the cluster's
+    except OSError:
+        if not is_there(folder / CERTIFICATE):
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)

@@ -1,0 +1,96 @@
+"""Glances at the groups and moderators of a run, over short calls beside the game's: a few at a time, and not often.
+
+How often is decided here: no server spends more than `SHARE` of its time on being looked at. When somebody looks at
+all is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from moderator import Moderator
+from simulation.rpc.channels import fan_out
+from simulation.errors import AgentGone, ServerLost, SimulationError
+from simulation.agents.snapshot import Glance
+from simulation.agents.group import ParticipantGroup
+from simulation.cluster.failure_detector import Standing
+from simulation.rpc.endpoints import Endpoint
+from simulation.rpc.client import RemoteObject
+
+LOOK_S = 1.0  # between two glances at a group, at least
+GLANCES_AT_ONCE = 8
+GLANCES_A_LOOK = 24  # of those whose last one is the oldest: a call costs this process half a millisecond
+DEADLINE_S = 1.0
+SHARE = 0.005
+
+
+@dataclass
+class Load:
+    """What a server's process costs; `cpu` is its share of a core, known from the second glance on."""
+
+    cpu_s: float
+    clock_s: float
+    memory_mb: float
+    cpu: float | None = None
+
+
+class Lookout:
+    """What glances have shown so far."""
+
+    def __init__(self) -> None:
+        self.glances: dict[str, Glance] = {}  # by remote id
+        self.loads: dict[Endpoint, Load] = {}
+        self.mute: dict[Endpoint, str] = {}  # servers whose last glance failed, and how
+        self.pause_s = LOOK_S  # until the next look
+        self._looked: dict[str, float] = {}  # when each was tried last (time.monotonic)
+        self._proxies: dict[str, RemoteObject] = {}
+
+    def look(self, standings: dict[Endpoint, tuple[Standing, bool]], numbers: int) -> None:
+        """Glance at those who were not looked at for longest; takes as long as servers that hang make it take.
+
+        Args:
+            standings: How all servers stand, and which are of participants.
+            numbers: How many different answers there are.
+        """
+        where = {
+            oid: (endpoint, ParticipantGroup if participants else Moderator)
+            for endpoint, (standing, participants) in standings.items()
+            if standing.plays
+            for oid in standing.beat.objects
+        }
+        chosen = sorted(where, key=lambda oid: self._looked.get(oid, 0.0))[:GLANCES_A_LOOK]
+        now = time.monotonic()
+        self._looked = {oid: at for oid, at in self._looked.items() if oid in where} | dict.fromkeys(chosen, now)
+        self._proxies = {oid: proxy for oid, proxy in self._proxies.items() if oid in where}
+        for oid in chosen:
+            if oid not in self._proxies:
+                endpoint, kind = where[oid]
+                self._proxies[oid] = RemoteObject(kind, oid, endpoint, DEADLINE_S)
+        calls = {oid: partial(self._proxies[oid].glance, numbers) for oid in chosen}
+        glances, errors = fan_out(calls, GLANCES_AT_ONCE)
+        costs = dict.fromkeys(standings, 0.0)
+        for oid, glance in glances.items():
+            endpoint = where[oid][0]
+            self.mute.pop(endpoint, None)
+            self._note_load(endpoint, glance)
+            costs[endpoint] += glance.took_s
+        for oid, error in errors.items():
+            if not isinstance(error, AgentGone):  # it was replaced meanwhile
+                self.mute[where[oid][0]] = _without_address(error)
+        self.glances = {oid: glance for oid, glance in self.glances.items() if oid in where} | glances
+        self.pause_s = max(LOOK_S, max(costs.values(), default=0.0) / SHARE)
+
+    def _note_load(self, endpoint: Endpoint, glance: Glance) -> None:
+        load = self.loads.get(endpoint)
+        if load is None or glance.cpu_s < load.cpu_s:  # another process
+            self.loads[endpoint] = Load(glance.cpu_s, glance.clock_s, glance.memory_mb)
+        elif glance.clock_s - load.clock_s >= LOOK_S / 2:  # not of the same look, by another group
+            cpu = (glance.cpu_s - load.cpu_s) / (glance.clock_s - load.clock_s)
+            self.loads[endpoint] = Load(glance.cpu_s, glance.clock_s, glance.memory_mb, cpu)
+
+
+def _without_address(error: SimulationError) -> str:
+    text = str(error)
+    return text.partition(": ")[2] if isinstance(error, ServerLost) else text

@@ -1,0 +1,257 @@
+"""What there is to show of a run while it plays: read from what this process holds of it, and from glances at groups.
+
+The game waits for nothing here, and nothing here is locked by it: a figure may be a moment older than the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from typing import Any
+
+from simulation.runs.console import Stage
+from simulation.errors import Ended
+from simulation.game.tally import RoundResult
+from simulation.agents.snapshot import BINS, Glance, bins_of
+from simulation.cluster.failure_detector import Standing
+from simulation.runs.dashboard_sampler import Lookout
+from simulation.rpc.endpoints import Endpoint
+from simulation.results.console_report import histogram
+from simulation.results.run_directory import most_frequent
+from simulation.cluster.rounds import Simulation
+from simulation.runs.run import Run
+from simulation.rpc.endpoints import Seat
+
+SILENT_S = 3.0  # a server that was not heard of for so long is shown as silent: it says something every second
+RATE_S = 3.0  # what the rate is an average of
+SERVERS_TOLD = 64  # with all that is known of each; of more there is a grid, and a row for some of those in trouble
+TROUBLED_TOLD = 16
+GRID_CELLS = 4096
+
+
+class RunView:
+    """One run, as it is and as it was.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.lookout = Lookout()
+        self._over = False
+        self._rounds: list[dict[str, Any]] = []  # those played, as they are told
+        self._bars: list[int] = []  # the answers of the last one of them
+        self._done: deque[tuple[float, int]] = deque()  # answers that were in at which time, in this round
+        self._number = 0
+
+    def end(self) -> None:
+        """Nothing changes any more."""
+        self._over = True
+
+    def look(self) -> None:
+        """Glance at the groups; see Lookout."""
+        simulation = self.run.simulation
+        if simulation is not None and not self._over:
+            self.lookout.look(simulation.cluster.standings(), self.run.game.numbers)
+
+    # --- The state ---------------------------------------------------------------------------------------------------
+
+    def state(self, stage: Stage | None) -> dict[str, Any]:
+        """All that the page shows of the run, of bounded size; `stage` is what the watch heard last."""
+        run, simulation = self.run, self.run.simulation
+        results, begun = list(run.results), run.under_way[0]  # in this order: one that has ended is not under way
+        number = None if self._over or begun <= len(results) else begun
+        self._tell_rounds(results)
+        if number != self._number:
+            self._number = number or 0
+            self._done.clear()
+        seats = [seat for seat in simulation.cluster.seats if seat.server is not None] if simulation else []
+        glances = [*self.lookout.glances.items()]  # at once, as `look` goes on in another thread
+        playing = {seat.oid for seat in seats}
+        current = {oid: each for oid, each in glances if number is not None and each.round == number}
+        in_play = {oid: each for oid, each in current.items() if oid in playing or each.counts}
+        usage = simulation.usage if simulation is not None and not self._over else run.usage
+        return {
+            "run_id": run.run_id,
+            "label": run.label,
+            "config": self._settings(),
+            "round": self._round(number, stage, in_play, simulation),
+            "rounds": self._rounds,
+            "distribution": self._distribution(number, in_play, self._counting(seats)),
+            "failures": _failures(results, in_play),
+            "llm": _told_usage(usage) if run.config.agent_type == "llm" else None,
+            "servers": self._servers(simulation, seats, current, begun) if simulation is not None else None,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        config, game = self.run.config, self.run.game
+        kind = config.agent_type if config.agent_class is None else config.agent_class.rpartition(":")[2]
+        return {
+            "participants": config.participant_num,
+            "rounds": config.rounds,
+            "max_value": config.max_value,
+            "decimals": config.decimals,
+            "kind": kind,
+            "target": game.target,
+            "seed": str(config.seed) if config.agent_type != "llm" else None,  # more digits than JavaScript has
+        }
+
+    def _tell_rounds(self, results: list[RoundResult]) -> None:
+        """Note what is told of the rounds that were played since; a result does not change."""
+        scale = self.run.game.scale
+        for result in results[len(self._rounds) :]:
+            _, bars = histogram(result.tally.units, result.tally.counts, self.run.game.numbers - 1, BINS)
+            self._bars = bars.tolist()
+            told = {
+                "round": result.round,
+                "answered": result.tally.answered,
+                "failed": result.tally.failed,
+                "interrupted": result.tally.ended is Ended.INTERRUPTED,
+                "reassigned": result.reassigned,
+                "average": None if result.average is None else float(result.average / scale),
+                "winning_number": None if result.winning_number is None else float(result.winning_number / scale),
+                "winners": result.winners.count,
+                "first_winners": [f"P{index}" for index in result.winners.lowest[:3]],
+                "seconds": result.seconds,
+            }
+            self._rounds = [*self._rounds, told]
+
+    def _round(
+        self, number: int | None, stage: Stage | None, glances: dict[str, Glance], simulation: Simulation | None
+    ) -> dict[str, Any] | None:
+        if number is None or simulation is None:
+            return None
+        now, began = time.monotonic(), self.run.under_way[1]
+        heard = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
+        done = max(heard, sum(each.done for each in glances.values()))
+        if self._done and done < self._done[-1][1]:  # a server was lost, with the answers that it held
+            self._done.clear()
+        self._done.append((now, done))
+        while len(self._done) > 2 and now - self._done[0][0] > RATE_S:
+            self._done.popleft()
+        (since, before), span = self._done[0], now - self._done[0][0]
+        return {
+            "number": number,
+            "done": done,
+            "total": self.run.config.participant_num,
+            "rate": (done - before) / span if span > 0 and since > 0 else None,
+            "seconds": now - began,
+            "reassigned": simulation.reassigned,
+        }
+
+    def _distribution(self, number: int | None, glances: dict[str, Glance], groups: int) -> dict[str, Any]:
+        """The answers in bins: of the round under way, or of the last one where none is."""
+        width, bins = bins_of(self.run.game.numbers)
+        told = {"width": width, "scale": self.run.game.scale, "top": self.run.game.numbers - 1}
+        if number is None:
+            return told | {"round": len(self._rounds), "counts": self._bars, "last": [], "glanced": 0, "groups": 0}
+        counted = [each.counts for each in glances.values() if len(each.counts) == bins]
+        counts = [sum(bin_) for bin_ in zip(*counted, strict=True)] if counted else [0] * bins
+        return told | {
+            "round": number,
+            "counts": counts,
+            "last": self._bars,
+            "glanced": len(counted),
+            "groups": groups,
+        }
+
+    def _counting(self, seats: list[Seat]) -> int:
+        """How many objects count answers in a round: groups, or the moderators who ask one by one."""
+        return len({seat.chair for seat in seats}) if self.run.config.dispatch == "agent" else len(seats)
+
+    # --- Servers -----------------------------------------------------------------------------------------------------
+
+    def _servers(
+        self, simulation: Simulation, seats: list[Seat], glances: dict[str, Glance], number: int
+    ) -> dict[str, Any]:
+        """A row for each server; a grid, and the rows of some in trouble, where there are very many."""
+        hosted: Counter[Endpoint] = Counter()  # by a server, or asked by a moderator
+        for seat in seats:
+            assert seat.server is not None
+            hosted[seat.server] += seat.count
+            hosted[seat.chair] += seat.count
+        standings = simulation.cluster.standings()
+        counting = {
+            oid: max(progress.done if progress.round == number else 0, glances[oid].done if oid in glances else 0)
+            for standing, _ in standings.values()
+            for oid, progress in standing.beat.objects.items()
+        }
+        answered: Counter[Endpoint] = Counter()
+        one_by_one = self.run.config.dispatch == "agent"
+        for seat in seats:
+            assert seat.server is not None
+            answered[seat.server] += counting.get(seat.oid, 0)
+            answered[seat.chair] += counting.get(seat.oid, 0)
+        rows = []
+        for endpoint, (standing, answers) in standings.items():
+            if one_by_one:
+                done = None if answers else sum(counting[oid] for oid in standing.beat.objects)
+            else:
+                done = answered[endpoint]
+            rows.append(self._row(endpoint, standing, answers, hosted[endpoint], done))
+        states = Counter(row["state"] for row in rows)
+        told: dict[str, Any] = {"number": len(rows), "states": states, "rows": rows, "grid": None}
+        if len(rows) > SERVERS_TOLD:
+            troubled = [row for row in rows if row["state"] != "plays"]
+            told |= {"rows": troubled[:TROUBLED_TOLD], "grid": _grid(rows)}
+        return told
+
+    def _row(
+        self, endpoint: Endpoint, standing: Standing, participants: bool, hosts: int, answered: int | None
+    ) -> dict[str, Any]:
+        mute = self.lookout.mute.get(endpoint, "")
+        state, why = "plays", ""
+        if not standing.plays:
+            state, why = ("back" if standing.answers else "lost"), standing.why
+        elif not self._over and standing.silent_s > SILENT_S:
+            state, why = "silent", f"not heard of for {standing.silent_s:.0f} s"
+        elif not self._over and mute:
+            state, why = "silent", f"its figures are old: {mute}"
+        load = self.lookout.loads.get(endpoint) if standing.plays else None
+        return {
+            "host": endpoint.host,
+            "port": endpoint.port,
+            "participants": participants,
+            "state": state,
+            "why": why,
+            "losses": standing.losses,
+            "hosts": hosts,
+            "answered": answered,
+            "cpu": None if load is None or self._over else load.cpu,
+            "memory_mb": None if load is None else load.memory_mb,
+        }
+
+
+def _failures(results: list[RoundResult], glances: dict[str, Glance]) -> list[tuple[str, int]]:
+    """Failures of all rounds so far, the most frequent causes first."""
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.tally.failures)
+    for glance in glances.values():
+        failures.update(glance.failures)
+    return list(most_frequent(dict(failures)).items())
+
+
+def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each host and kind of server what all of them do together, and for each of the first GRID_CELLS servers
+    its state, a letter, and the tenths of its participants that are done.
+    """
+    grid: dict[tuple[str, bool], dict[str, Any]] = {}
+    for place, row in enumerate(rows):
+        key = (row["host"], row["participants"])
+        first = {name: row[name] for name in ("host", "participants", "port")}
+        sums = {"servers": 0, "trouble": 0, "hosts": 0, "cpu": 0.0, "memory_mb": 0.0}
+        told = grid.setdefault(key, {**first, **sums, "states": "", "done": ""})
+        told["servers"] += 1
+        told["trouble"] += row["state"] != "plays"
+        for name in ("hosts", "cpu", "memory_mb"):
+            told[name] += row[name] or 0
+        if place < GRID_CELLS:
+            told["states"] += row["state"][0]
+            told["done"] += str(min(9 * (row["answered"] or 0) // max(row["hosts"], 1), 9))
+    return list(grid.values())
+
+
+def _told_usage(usage: Any) -> dict[str, int]:
+    return {name: getattr(usage, name) for name in ("requests", "retries", "prompt_tokens", "completion_tokens")}

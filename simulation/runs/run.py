@@ -1,0 +1,261 @@
+"""One run on servers that are ready: play round after round, tell it, and write each before the next begins."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from loguru import logger
+
+from simulation.settings import SimulationConfig
+from simulation.runs.console import ProgressWatch
+from simulation.errors import (
+    ClusterError,
+    Ended,
+    GameEnded,
+    Interrupted,
+    ResultsError,
+    ServerLost,
+    SettingsError,
+    SimulationError,
+    say,
+)
+from simulation.game.rules import Game
+from simulation.game.tally import announcement_of
+from simulation.results.reader import PastRun, Played
+from simulation.rpc.endpoints import remote_run
+from simulation.cluster.preflight import check_cluster, check_models
+from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
+from simulation.results.run_directory import RunDirectory, summarise
+from simulation.cluster.rounds import Simulation
+from simulation.rpc.endpoints import Seat
+from simulation.rpc.cluster_key import ClusterKey
+from simulation.llm.usage import Usage
+
+LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
+
+
+class Onlooker(Protocol):
+    """Who follows runs, one after another: it reads what it will from each, and neither holds it up nor fails it."""
+
+    def follow(self, run: Run) -> AbstractContextManager[None]:
+        """Follow a run for as long as the context lasts; what it raises passes through."""
+
+
+class Run:
+    """A run, its results so far, and where they are written.
+
+    Args:
+        config: The settings.
+        run_id: Its name.
+        key: The cluster key.
+        directory: Its folder.
+        watch: Who looks on.
+        draw: Draws the pictures and the report of the run, whose `groups` it counts.
+        game: What is played.
+        played: What there is of it, if it is resumed.
+        onlooker: Who follows it beside the watch.
+        label: What tells it from others that are played with it.
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        run_id: str,
+        key: ClusterKey,
+        directory: RunDirectory,
+        watch: ProgressWatch,
+        draw: Callable[[PastRun], None],
+        game: Game,
+        played: Played | None = None,
+        onlooker: Onlooker | None = None,
+        label: str = "",
+    ) -> None:
+        self.config = config
+        self.run_id = run_id
+        self.key = key
+        self.directory = directory
+        self.watch = watch
+        self.game = game
+        self.results = list(played.results) if played is not None else []
+        self.usage = played.usage if played is not None else Usage()
+        self.simulation: Simulation | None = None  # once its servers are heard of
+        self.under_way = (0, 0.0)  # the last round that was begun, and when (time.monotonic)
+        self.status: str | None = None  # as it was written last
+        self.ended_early: str | None = None  # why, other than by a signal
+        self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
+        self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
+        self.cluster["times"] = []  # by round, where they are known
+        self.label = label
+        self._part_of = directory.part_of or (played.part_of if played is not None else None)
+        self._draw = draw
+        self._onlooker = onlooker
+        self._resumed = played is not None
+        if played is not None:
+            self.seconds |= played.seconds
+            self.cluster = played.cluster | {"hosts": list(config.hosts)}
+            self.cluster["times"] = [each for each in played.cluster["times"] if each["round"] <= len(self.results)]
+        self._lost_before: list[str] = self.cluster["lost"]
+        self._began = time.monotonic() - self.seconds["total"]
+
+    @property
+    def to_play(self) -> range:
+        """The rounds that are left."""
+        return range(len(self.results) + 1, self.config.rounds + 1)
+
+    def play(self) -> int:
+        """Play all rounds and write the results; returns the exit status. Raises what ended the run early, written."""
+        with contextlib.nullcontext() if self._onlooker is None else self._onlooker.follow(self):
+            return self._play()
+
+    def _play(self) -> int:
+        if self._resumed:
+            logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
+        if not self.to_play:
+            return self._finish()
+        began = time.monotonic()
+        servers = check_cluster(self.config, self.key)
+        if self._resumed:  # not before: what there is stays as it is where nothing can be played
+            self.directory.go_back_to(len(self.results))
+        self.seconds["connect"] = time.monotonic() - began
+        self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
+        if self.config.agent_type != "llm":  # a model's answers are drawn by its server
+            logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
+        played = tuple(announcement_of(each, self.game.scale) for each in self.results)
+        run = remote_run(self.run_id, secrets.token_hex(2))
+        simulation = Simulation(self.config, self.game, run, self.key, self.watch, self.directory, played, self.usage)
+        try:
+            with simulation:
+                self.simulation = simulation
+                self._create(simulation)
+                self._write("interrupted")  # what it is, should this process be killed from now on
+                for number in self.to_play:
+                    self._play_round(simulation, number)
+                    self._look_after_models(simulation)
+                    if self.watch.stop_signal is not None or self.ended_early is not None:
+                        break
+                if self.config.keep_agents:
+                    self.directory.write_agents([_agents_in(seat) for seat in simulation.cluster.seated])
+        except SimulationError as error:
+            self.usage = simulation.usage
+            if self.results or isinstance(error, (GameEnded, Interrupted)):
+                self._write_what_there_is(simulation, error)
+            raise
+        return self._finish()
+
+    def _write_what_there_is(self, simulation: Simulation, cause: SimulationError) -> None:
+        """Write what there is of a game that ended early. Raises ResultsError if its cause promises that."""
+        try:
+            self._note_losses(simulation)
+            self.directory.join_answers()
+            self._report(self._write("interrupted" if isinstance(cause, Interrupted) else "failed"))
+        except ResultsError as error:
+            if isinstance(cause, (GameEnded, Interrupted)):
+                raise ResultsError(f"{error}; the game had ended: {cause}") from None
+            if not isinstance(cause, ResultsError):  # then it is the same disk
+                logger.warning(str(error))
+
+    def _create(self, simulation: Simulation) -> None:
+        config = self.config
+        kind = config.agent_type if config.agent_class is None else simulation.participant_class.__name__
+        self.cluster["moderators"] = simulation.moderator_num
+        logger.info(f"init {config.participant_num} {kind} participant agents...")
+        logger.info(f"init {simulation.moderator_num} moderator agents...")
+        self.seconds["create"] = simulation.create()
+        logger.info(f"[init takes {self.seconds['create']:.2f} s]")
+
+    def _play_round(self, simulation: Simulation, number: int) -> None:
+        """Play one round, have it written, and tell it. Raises GameEnded if too few servers are left."""
+        self.under_way = (number, time.monotonic())
+        logger.info(f"round {number}: asking {self.config.participant_num} participants")
+        try:
+            result = simulation.play(number)
+        except GameEnded as error:
+            raise GameEnded(f"round {number} cannot be finished: {error}") from None
+        before, self.usage = self.usage, simulation.usage
+        for line in announcement_lines(result, self.game):
+            say(line)
+        if result.tally.failed:
+            logger.warning(failure_line(result.tally))
+        if result.reassigned:
+            logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
+        self.results.append(result)
+        if self.config.agent_type == "llm":
+            logger.info(usage_line(before, self.usage, result.seconds))
+        if result.times is not None:
+            times = {name: round(value, 4) for name, value in asdict(result.times).items()}
+            self.cluster["times"].append({"round": number, **times})
+        self._note_losses(simulation)
+        self._write("interrupted")
+
+    def _note_losses(self, simulation: Simulation) -> None:
+        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.cluster.lost)]
+        self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
+
+    def _look_after_models(self, simulation: Simulation) -> None:
+        """Find out whether the next round, if there is one, makes sense: there are tokens, and models that answer."""
+        if not self.to_play:
+            return
+        ended = self.results[-1].tally.ended
+        spent = self.config.max_tokens is not None and self.usage.tokens >= self.config.max_tokens
+        if ended is Ended.OUT_OF_TOKENS or spent:
+            self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
+        elif self.watch.stop_signal is None and ended is Ended.MODEL_FAILED:
+            try:
+                check_models(self.config, simulation.cluster.living)
+            except ServerLost:
+                pass  # the next round sees to that
+            except ClusterError as error:
+                self.ended_early = str(error)
+        if self.ended_early is not None:
+            logger.warning(f"{self.ended_early}: the game ends after round {len(self.results)} of {self.config.rounds}")
+
+    def _finish(self) -> int:
+        """Write the whole run, its pictures and its report; returns the exit status."""
+        last = self.results[-1]
+        for line in histogram_lines(last.tally, self.config):
+            say(line)
+        self.directory.join_answers()
+        unanswered = self.ended_early is not None or any(result.tally.failed for result in self.results)
+        stopped = self.ended_early is None and len(self.results) < self.config.rounds
+        cut_short = stopped or last.tally.ended is Ended.INTERRUPTED
+        summary = self._write("interrupted" if cut_short else "partial" if unanswered else "complete")
+        self._report(summary)
+        logger.info(f"results in {self.directory.path}")
+        if self.watch.stop_signal is not None:
+            return 128 + self.watch.stop_signal
+        return GameEnded.exit_status if unanswered else 0
+
+    def _report(self, summary: dict[str, Any]) -> None:
+        try:
+            self._draw(PastRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
+        except SettingsError as error:  # what was just written cannot be read
+            raise ResultsError(str(error)) from None
+
+    def _write(self, status: str) -> dict[str, Any]:
+        self.seconds["rounds"] = sum(result.seconds for result in self.results)
+        self.seconds["total"] = time.monotonic() - self._began
+        if self.status is None:  # no sooner: a folder that holds nothing else could not be resumed, nor used again
+            self.directory.write_game(self.game)
+        parts = (self.cluster, self.seconds, self.results, self.usage, self._part_of)
+        summary = summarise(self.config, self.run_id, status, *parts)
+        self.directory.write_summary(summary)
+        self.status = status
+        return summary
+
+
+def _agents_in(seat: Seat) -> dict[str, Any]:
+    """Where the participants of a group can be spoken to."""
+    assert seat.server is not None
+    return {
+        "oid": seat.oid,
+        "host": seat.server.host,
+        "port": seat.server.port,
+        "first": seat.first,
+        "count": seat.count,
+    }
