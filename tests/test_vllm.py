@@ -347,10 +347,10 @@ def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrapped", "server", "happens", "status"),
     [
-        ("processes.ProcessId.write", 1, lambda: signal.raise_signal(signal.SIGTERM), 143),
-        ("processes.ProcessId.write", 2, lambda: signal.raise_signal(signal.SIGINT), 130),
-        ("processes.ProcessId.write", 2, lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), 2),
-        ("inference._end", 2, lambda: signal.raise_signal(signal.SIGTERM), 143),  # _end_all calls it first
+        ("hosts.pid_files.ProcessId.write", 1, lambda: signal.raise_signal(signal.SIGTERM), 143),
+        ("hosts.pid_files.ProcessId.write", 2, lambda: signal.raise_signal(signal.SIGINT), 130),
+        ("hosts.pid_files.ProcessId.write", 2, lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), 2),
+        ("hosts.vllm_servers._end", 2, lambda: signal.raise_signal(signal.SIGTERM), 143),  # _end_all calls it first
     ],
     ids=["a signal", "a signal after the first", "a full disk", "a second signal"],
 )
@@ -358,7 +358,9 @@ def test_no_server_is_left_by_what_happens_while_they_start(
     command, tmp_path, monkeypatch, wrapped, server, happens, status
 ):
     calls = itertools.count(1)
-    really = {"processes.ProcessId.write": processes.ProcessId.write, "inference._end": inference._end}[wrapped]
+    really = {"hosts.pid_files.ProcessId.write": processes.ProcessId.write, "hosts.vllm_servers._end": inference._end}[
+        wrapped
+    ]
 
     def called(*arguments):
         if next(calls) == server:
