@@ -70,7 +70,7 @@ from simulation.settings import (
 if TYPE_CHECKING:
     from simulation.hosts.local_cluster import OwnedServers
     from simulation.rpc.cluster_key import ClusterKey
-    from simulation.runs.console import ProgressWatch
+    from simulation.runs.console import ConsoleProgress
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         stopped = local_servers.stop()
         say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
     elif action == "status":
-        from simulation.results.console_report import table_lines
+        from simulation.results.tables import table_lines
 
         rows, all_answer = local_servers.status(config)
         dropped = ("up since", "restarts", "pid", "memory", "agents")
@@ -406,11 +406,11 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         say("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
-        from simulation.runs.console import ProgressWatch
+        from simulation.runs.console import ConsoleProgress
 
         _interruptible()
         started = time.monotonic()
-        watch = ProgressWatch()
+        watch = ConsoleProgress()
         with contextlib.closing(watch):
             local_servers.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
         say(
@@ -431,7 +431,7 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     elif action == "print_gpu_count":
         say(str(len(inference.gpus_here())))
     elif action == "status":
-        from simulation.results.console_report import table_lines
+        from simulation.results.tables import table_lines
 
         rows, all_healthy = inference.status()
         table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
@@ -440,11 +440,11 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
     elif config.dry_run:
         say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
     else:
-        from simulation.results.console_report import table_lines
-        from simulation.runs.console import ProgressWatch
+        from simulation.results.tables import table_lines
+        from simulation.runs.console import ConsoleProgress
 
         _interruptible()
-        with contextlib.closing(ProgressWatch()) as watch:
+        with contextlib.closing(ConsoleProgress()) as watch:
             rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
         say("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
@@ -461,7 +461,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
     from simulation.results.report_process import ReportProcess
     from simulation.rpc.cluster_key import load, load_or_make
-    from simulation.runs.console import ProgressWatch, log_to_stderr
+    from simulation.runs.console import ConsoleProgress, log_to_stderr
     from simulation.runs.session import session_of
 
     log_to_stderr()
@@ -473,7 +473,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
     named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
     # where a folder is gone that only a resumed run names, a new key would not be the one of its servers
     key = load_or_make(Path(folder)) if named else load(Path(folder))
-    watch = ProgressWatch()
+    watch = ConsoleProgress()
     watch.listen()
     dashboard = None
     if config.dashboard is not None:  # of this command, not of the run that it resumes
@@ -503,7 +503,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
             dashboard.close()
 
 
-def start_servers(config: SimulationConfig, watch: "ProgressWatch") -> "OwnedServers | None":
+def start_servers(config: SimulationConfig, watch: "ConsoleProgress") -> "OwnedServers | None":
     """Start agent servers here, for this run; returns them. Raises Interrupted."""
     from loguru import logger
 
@@ -534,12 +534,12 @@ def import_what_plays() -> None:
 
 def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
     """Whether this is the only host, and no agent server that this run could use is up."""
-    from simulation.hosts.pid_files import anything_listens, refuse_borrowed
+    from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):
         return False
-    refuse_borrowed()
-    if not anything_listens(config.ports):
+    check_not_owned()
+    if not any_port_in_use(config.ports):
         return True  # the usual case on a laptop, told without waiting for AgentScope
     from simulation.cluster.preflight import shake_hands
 

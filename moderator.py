@@ -15,13 +15,13 @@ from agentscope.agents import AgentBase
 
 from simulation.agents.group import TALLY_VALUES, ParticipantGroup
 from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
-from simulation.agents.snapshot import Glance, glance_at
+from simulation.agents.snapshot import RoundSnapshot, take_snapshot
 from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
-from simulation.rpc.channels import all_of
+from simulation.rpc.channels import call_all_or_raise
 from simulation.rpc.client import RemoteObject
-from simulation.rpc.endpoints import Seat
+from simulation.rpc.endpoints import GroupAssignment
 from simulation.rpc.messages import Progress
 
 V = TypeVar("V")
@@ -40,24 +40,26 @@ class Moderator(AgentBase):
         super().__init__(name=name, use_memory=False)
         self.lease_s = lease_s
         self._timeout_s = timeout_s
-        self._groups: dict[Seat, Any] = {}
+        self._groups: dict[GroupAssignment, Any] = {}
         self._tally = Tally(0)
         self._round = 0
         self._lock = threading.Lock()  # guards what is looked at before it is set: calls come in many threads
 
-    def seat(self, seats: list[Seat], one_by_one: bool) -> None:
+    def assign(self, assignments: list[GroupAssignment], one_by_one: bool) -> None:
         """Ask these groups from now on, which are there already, and no others."""
         with self._lock:
             before = self._groups
-            self._groups = {seat: before.get(seat) or self._group(seat, one_by_one) for seat in seats}
-        for seat in before.keys() - set(seats):
-            if isinstance(before[seat], OneByOne):
-                before[seat].halt(at_once=True)
+            self._groups = {
+                assignment: before.get(assignment) or self._group(assignment, one_by_one) for assignment in assignments
+            }
+        for assignment in before.keys() - set(assignments):
+            if isinstance(before[assignment], OneByOne):
+                before[assignment].halt(at_once=True)
 
-    def _group(self, seat: Seat, one_by_one: bool) -> Any:
-        assert seat.server is not None  # those whom nobody asks are seated with no moderator
-        group = RemoteObject(ParticipantGroup, seat.oid, seat.server, self._timeout_s)
-        return OneByOne(group, seat, self._timeout_s) if one_by_one else group
+    def _group(self, assignment: GroupAssignment, one_by_one: bool) -> Any:
+        assert assignment.server is not None  # those whom nobody asks are seated with no moderator
+        group = RemoteObject(ParticipantGroup, assignment.oid, assignment.server, self._timeout_s)
+        return OneByOne(group, assignment, self._timeout_s) if one_by_one else group
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
         """Start the round on all groups; returns at once. `tokens_each` is what each participant may cost."""
@@ -77,11 +79,11 @@ class Moderator(AgentBase):
         done, total = sum(progress.done for progress in each), sum(progress.total for progress in each)
         return Progress(done, total, number, error)
 
-    def glance(self, numbers: int) -> Glance:
+    def snapshot(self, numbers: int) -> RoundSnapshot:
         """The same as a group's, of those whom it asks one by one; see ParticipantGroup."""
         number = self._round
         alone = [group for group in list(self._groups.values()) if isinstance(group, OneByOne)]
-        return glance_at(number, [group.sheet for group in alone if group.sheet is not None], numbers)
+        return take_snapshot(number, [group.sheet for group in alone if group.sheet is not None], numbers)
 
     def halt(self, at_once: bool) -> None:
         """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
@@ -100,13 +102,15 @@ class Moderator(AgentBase):
 
     def answers(self, first: int, count: int) -> Answers:
         """The answers of participants first .. first+count-1, all of one group."""
-        seat = next(seat for seat in self._groups if seat.first <= first < seat.first + seat.count)
-        answers: Answers = self._groups[seat].answers(first, count)
+        assignment = next(
+            assignment for assignment in self._groups if assignment.first <= first < assignment.first + assignment.count
+        )
+        answers: Answers = self._groups[assignment].answers(first, count)
         return answers
 
     def close(self) -> None:
         """Ask nobody any more."""
-        self.seat([], one_by_one=False)
+        self.assign([], one_by_one=False)
 
-    def _all(self, call: Callable[[Any], V]) -> dict[Seat, V]:
-        return all_of({seat: partial(call, group) for seat, group in self._groups.items()})
+    def _all(self, call: Callable[[Any], V]) -> dict[GroupAssignment, V]:
+        return call_all_or_raise({assignment: partial(call, group) for assignment, group in self._groups.items()})

@@ -11,7 +11,7 @@ import psutil
 
 from simulation.hosts import local_cluster as local_servers
 from simulation.hosts import pid_files as processes
-from simulation.runs.console import ProgressWatch
+from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
 
 SAMPLE_S = 0.05
@@ -22,7 +22,7 @@ SAMPLED_PART = 0.1  # of the time at most: who looks at pages holds up who asks 
 def agent_servers(config: SimulationConfig, owned: bool = True) -> Iterator[None]:
     """Agent servers for as long as they are needed; owned ones are for this process alone, others for any main."""
     assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
-    with contextlib.closing(ProgressWatch()) as watch:
+    with contextlib.closing(ConsoleProgress()) as watch:
         servers = local_servers.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
     try:
         yield

@@ -50,11 +50,11 @@ from simulation.hosts import pid_files as processes
 from simulation.llm.usage import Usage
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id, summarise
-from simulation.rpc.channels import all_of, handshake
+from simulation.rpc.channels import call_all_or_raise, handshake
 from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import Endpoint
-from simulation.runs.console import ProgressWatch
-from simulation.runs.scenario import game_to_play
+from simulation.runs.console import ConsoleProgress
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
@@ -93,7 +93,7 @@ def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, fol
     with (
         patch.object(heartbeat, "WAIT_S", held_s),
         patch.object(heartbeat, "heartbeat", wraps=heartbeat.heartbeat) as beats,
-        Simulation(config, game_to_play(config, {}), run_id, key, ProgressWatch(), record) as simulation,
+        Simulation(config, build_game(config, {}), run_id, key, ConsoleProgress(), record) as simulation,
     ):
         simulation.create()
         beats_before, began = beats.call_count, time.perf_counter()
@@ -159,7 +159,7 @@ def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> 
     timer = threading.Timer(FAULT_AT_S, strike)
     scene = replace(config, heartbeat_timeout=fault.timeout_s)
     try:
-        with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+        with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
             simulation.create()
             began = time.monotonic()
             timer.start()
@@ -180,7 +180,7 @@ def restart(config: SimulationConfig, server: psutil.Process) -> None:
     _, alive = psutil.wait_procs([server], timeout=PATIENCE_S)
     assert not alive, f"{server} cannot be killed"
     servers = [Endpoint(config.host_name, port) for port in config.ports]
-    all_of({each: partial(handshake, each, PATIENCE_S, starting=True) for each in servers})
+    call_all_or_raise({each: partial(handshake, each, PATIENCE_S, starting=True) for each in servers})
 
 
 def kill(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:

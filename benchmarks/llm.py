@@ -57,8 +57,8 @@ from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, str
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.cluster_key import load_or_make
-from simulation.runs.console import ProgressWatch
-from simulation.runs.scenario import game_to_play
+from simulation.runs.console import ConsoleProgress
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 VLLM_FLAGS = ["--dtype", "float32", "--max-model-len", "1024"]
@@ -104,7 +104,7 @@ uvloop.run(main())
 
 
 @dataclass(frozen=True)
-class Played:
+class ResumeState:
     """Two rounds of so many participants; times in seconds."""
 
     participants: int
@@ -130,22 +130,22 @@ class PlainParticipant(AgentBase):
         return Msg(self.name, self.model(messages, **self.fields).text, "assistant")
 
 
-def ours(config: SimulationConfig) -> tuple[Played, list[int]]:
+def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
     """Play two rounds; returns the times, and what was answered in round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
     key = load_or_make(Path(config.cluster_key_dir))
-    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
         create_s = simulation.create()
         one = simulation.play(1)
         first = [int(unit) for part in simulation.answers() for unit in part.units]
         two = simulation.play(2)
     assert one.tally.answered == two.tally.answered == config.participant_num
-    return Played(config.participant_num, create_s, (one.seconds, two.seconds)), first
+    return ResumeState(config.participant_num, create_s, (one.seconds, two.seconds)), first
 
 
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
     """The bodies of the requests that two rounds take: one list for each."""
-    game = game_to_play(config, {})
+    game = build_game(config, {})
     groups = place(len(first), config.server_per_host, config.moderator_per_host)
     announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # its length is what matters
     rounds: list[list[bytes]] = [[], []]
@@ -169,7 +169,7 @@ def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) ->
         yield json.dumps({"model": model.model, "messages": messages, **fields, "n": samples}).encode()
 
 
-def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Played:
+def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
     """Post the requests as fast as one loop can, ANSWERS_IN_FLIGHT answers at a time."""
     url = f"http://127.0.0.1:{config.vllm_base_port}/v1/chat/completions"
 
@@ -192,13 +192,13 @@ def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Played:
         assert answers == config.participant_num
         return took
 
-    return Played(config.participant_num, 0.0, (uvloop.run(post_all(rounds[0])), uvloop.run(post_all(rounds[1]))))
+    return ResumeState(config.participant_num, 0.0, (uvloop.run(post_all(rounds[0])), uvloop.run(post_all(rounds[1]))))
 
 
-def one_object(config: SimulationConfig, participants: int) -> Played:
+def one_object(config: SimulationConfig, participants: int) -> ResumeState:
     """One RPC object per participant, each with a client; their second round is like the first."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
-    game = game_to_play(config, {})
+    game = build_game(config, {})
     fields = {
         "max_tokens": answer_tokens(config.structured_output, game),
         "extra_body": structured_fields(config.structured_output, game),
@@ -223,7 +223,7 @@ def one_object(config: SimulationConfig, participants: int) -> Played:
         rounds_s.append(time.perf_counter() - began)
     for port in ports:
         RpcClient("localhost", port).delete_all_agent()
-    return Played(participants, create_s, (rounds_s[0], rounds_s[1]))
+    return ResumeState(participants, create_s, (rounds_s[0], rounds_s[1]))
 
 
 def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
@@ -241,10 +241,10 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
     sampler = threading.Thread(target=sample)
     with Simulation(
         replace(config, rounds=2, seed=1),
-        game_to_play(replace(config, rounds=2, seed=1), {}),
+        build_game(replace(config, rounds=2, seed=1), {}),
         new_run_id(),
         key,
-        ProgressWatch(),
+        ConsoleProgress(),
     ) as simulation:
         sampler.start()
         simulation.create()
@@ -267,7 +267,7 @@ def real_vllm(config: SimulationConfig) -> Iterator[None]:
     assert python.exists(), "./start_vllm.sh --install makes the environment first"
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
-        with contextlib.closing(ProgressWatch()) as watch:
+        with contextlib.closing(ConsoleProgress()) as watch:
             serving = replace(config, role="vllm", model_path=folder, gpu_num=0)
             inference.start(serving, VLLM_FLAGS, partial(watch.progress, "vLLM ready"))
         try:
@@ -298,7 +298,7 @@ class Table:
         print(self._row("program", "participants", *titles))
         print(self._row(":---", *["---:"] * 7))
 
-    def add(self, program: str, runs: list[Played], limits: list[Played] | None) -> None:
+    def add(self, program: str, runs: list[ResumeState], limits: list[ResumeState] | None) -> None:
         """Print one row: medians of answers per second, and round 1 as a part of the limit's."""
         create_s = statistics.median(played.create_s for played in runs)
         rates = [statistics.median(played.rates[number] for played in runs) for number in range(3)]

@@ -41,8 +41,8 @@ from simulation.cluster.rounds import Simulation
 from simulation.hosts import pid_files as processes
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.cluster_key import load_or_make
-from simulation.runs.console import ProgressWatch
-from simulation.runs.scenario import game_to_play
+from simulation.runs.console import ConsoleProgress
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 SCENES = ((1_000, 1.0), (10_000, 0.0), (64_000, 0.0))  # participants, think time in seconds
@@ -81,7 +81,7 @@ def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[f
     scene = SimulationConfig(
         base_port=config.base_port, participant_num=participants, sleep_time=think_s, seed=random.getrandbits(32)
     )
-    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.answered == participants

@@ -70,8 +70,8 @@ from simulation.results.run_directory import new_run_id
 from simulation.rpc.channels import handshake
 from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import endpoints
-from simulation.runs.console import ProgressWatch
-from simulation.runs.scenario import game_to_play
+from simulation.runs.console import ConsoleProgress
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 THINK_S = 1.0
@@ -88,7 +88,7 @@ MODES = ("time", "command", "wire", "own", "hosts")
 
 
 @dataclass(frozen=True)
-class Played:
+class ResumeState:
     """One game of one round; times in seconds."""
 
     create_s: float
@@ -99,14 +99,14 @@ class Played:
         return self.create_s + self.round_s
 
 
-def play(config: SimulationConfig, key: ClusterKey, participants: int) -> Played:
+def play(config: SimulationConfig, key: ClusterKey, participants: int) -> ResumeState:
     """Play one round, without writing anything."""
     scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.asked == result.tally.answered == participants, result.tally
-    return Played(create_s, result.seconds)
+    return ResumeState(create_s, result.seconds)
 
 
 # --- Time and memory -------------------------------------------------------------------------------------------------

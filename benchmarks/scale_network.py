@@ -26,12 +26,12 @@ from simulation.cluster.rounds import Simulation
 from simulation.hosts import local_cluster as local_servers
 from simulation.hosts import pid_files as processes
 from simulation.results.run_directory import new_run_id
-from simulation.rpc.channels import all_of, handshake
+from simulation.rpc.channels import call_all_or_raise, handshake
 from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import endpoints
 from simulation.rpc.messages import HEARTBEAT, SERVED
-from simulation.runs.console import ProgressWatch
-from simulation.runs.scenario import game_to_play
+from simulation.runs.console import ConsoleProgress
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 WIRE_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
@@ -47,7 +47,7 @@ SPARE_MB = 2000.0  # memory that is left to others
 def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
     """How often all servers together were called for what so far, and the bytes of what was said and answered."""
     servers = endpoints(config.hosts, config.base_port, len(config.ports))
-    shakes = all_of({each: partial(handshake, each, ANSWER_S, told={SERVED: ""}) for each in servers})
+    shakes = call_all_or_raise({each: partial(handshake, each, ANSWER_S, told={SERVED: ""}) for each in servers})
     calls: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for shake in shakes.values():
@@ -78,7 +78,7 @@ def wire(config: SimulationConfig, up_to: int) -> None:
     key = load_or_make(Path(config.cluster_key_dir))
     for participants in (size for size in WIRE_SIZES if size <= up_to):
         scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-        with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+        with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
             simulation.create()
             before, crossed_before = served(config), crossed()
             simulation.play(1)
@@ -179,7 +179,7 @@ def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
     scene = replace(config, seed=random.getrandbits(32))
     own = {int(name): each for name, each in processes.own_processes().items() if name != processes.LAUNCHER}
     first_moderator = config.base_port + config.server_per_host
-    with Simulation(scene, game_to_play(scene, {}), new_run_id(), key, ProgressWatch()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
         create_s = simulation.create()
         simulation.play(1)  # warm
         played = [played_round(simulation, number, own, first_moderator) for number in range(2, config.rounds + 1)]

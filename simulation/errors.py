@@ -65,15 +65,15 @@ class ServerUnreachable(ServerLost):
     """The agent server does not answer."""
 
 
-class Stranger(ServerLost):
+class UntrustedServer(ServerLost):
     """What listens there does not hold our key, or hangs before it can show it."""
 
 
-class AgentGone(ServerLost):
+class AgentNotFound(ServerLost):
     """The agent server answers, but the agent is not there."""
 
 
-class GameEnded(SimulationError):
+class RunAborted(SimulationError):
     """The game cannot go on; the rounds finished so far are written."""
 
     exit_status = 4

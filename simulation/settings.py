@@ -45,7 +45,7 @@ def setting(
     choices: tuple[str, ...] = (),
     without: str = "",
     roles: tuple[str, ...] = ("main",),
-    stays: bool = False,
+    fixed_on_resume: bool = False,
     game: bool = False,
     path: bool = False,
 ) -> Any:
@@ -55,12 +55,14 @@ def setting(
     """
     allowed = {"low": low, "high": high, "choices": choices, "roles": roles}
     told = {"help": help_text, "without": without}
-    return field(default=default, metadata={**told, **allowed, "stays": stays, "game": game, "path": path})
+    return field(
+        default=default, metadata={**told, **allowed, "fixed_on_resume": fixed_on_resume, "game": game, "path": path}
+    )
 
 
-def of_game(default: Any, help_text: str, *allowed: Any, stays: bool = True, **options: Any) -> Any:
+def game_setting(default: Any, help_text: str, *allowed: Any, fixed_on_resume: bool = True, **options: Any) -> Any:
     """A setting of the game, which an experiment file may hold."""
-    return setting(default, help_text, *allowed, stays=stays, game=True, **options)
+    return setting(default, help_text, *allowed, fixed_on_resume=fixed_on_resume, game=True, **options)
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ class SimulationConfig:
         without="one game, with the settings given here",
         path=True,
     )
-    agent_type: str = of_game(
+    agent_type: str = game_setting(
         "random", "what answers: a random source, or an LLM", choices=("random", "llm"), roles=SERVERS
     )
-    agent_class: str | None = of_game(
+    agent_class: str | None = game_setting(
         None,
         "your own participant, as my_file.py:MyParticipant",
         without="the participants of --agent-type",
@@ -98,32 +100,40 @@ class SimulationConfig:
         roles=SERVERS,
     )
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
-    participant_num: int = of_game(1000, "participants in all", 1, 10**9)
-    max_value: int = of_game(100, "the upper bound of the numbers, which begin at 0", 1, 10**9)
-    decimals: int = of_game(0, "digits after the point that answers are counted in", 0, 6)
-    rounds: int = of_game(1, "rounds to play", 1, 100, stays=False)
-    ratio: str = of_game("1", "whoever is closest to so much of the average wins: a fraction such as 2/3, or 0.51")
-    offset: str = of_game("0", "what is added to that: 5 and a ratio of 1/2 is 5 plus half the average")
-    sleep_time: float = of_game(1.0, "think time of a random participant, in seconds", 0, 86_400, stays=False)
-    seed: int | None = of_game(None, "repeats a game exactly", 0, 2**64 - 1, without="one that is drawn, and printed")
-    prompt: str = of_game("basic", "what LLM participants are told: a name in the prompts file")
-    personas: str | None = of_game(
+    participant_num: int = game_setting(1000, "participants in all", 1, 10**9)
+    max_value: int = game_setting(100, "the upper bound of the numbers, which begin at 0", 1, 10**9)
+    decimals: int = game_setting(0, "digits after the point that answers are counted in", 0, 6)
+    rounds: int = game_setting(1, "rounds to play", 1, 100, fixed_on_resume=False)
+    ratio: str = game_setting("1", "whoever is closest to so much of the average wins: a fraction such as 2/3, or 0.51")
+    offset: str = game_setting("0", "what is added to that: 5 and a ratio of 1/2 is 5 plus half the average")
+    sleep_time: float = game_setting(
+        1.0, "think time of a random participant, in seconds", 0, 86_400, fixed_on_resume=False
+    )
+    seed: int | None = game_setting(
+        None, "repeats a game exactly", 0, 2**64 - 1, without="one that is drawn, and printed"
+    )
+    prompt: str = game_setting("basic", "what LLM participants are told: a name in the prompts file")
+    personas: str | None = game_setting(
         None,
         "who the participants are: a name in the personas file, or several, as education+occupation",
         without="nobody in particular",
     )
-    models: str | None = of_game(
+    models: str | None = game_setting(
         None,
         "shares of models, as model_1=2/3,model_2=1/3",
         without="participants use all models of a host in turn",
     )
-    teams: str | None = of_game(
+    teams: str | None = game_setting(
         None,
         "what makes teams, whose averages are announced, too: a name of --personas, or model",
         without="no teams",
     )
-    prompts_file: str = setting(str(ROOT / "configs/prompts.yaml"), "the prompts, by name", stays=True, path=True)
-    personas_file: str = setting(str(ROOT / "configs/personas.yaml"), "the personas, by name", stays=True, path=True)
+    prompts_file: str = setting(
+        str(ROOT / "configs/prompts.yaml"), "the prompts, by name", fixed_on_resume=True, path=True
+    )
+    personas_file: str = setting(
+        str(ROOT / "configs/personas.yaml"), "the personas, by name", fixed_on_resume=True, path=True
+    )
     dispatch: str = setting(
         "group",
         "group asks the participants of a server together; agent asks each through its own AgentScope proxy",
@@ -171,16 +181,18 @@ class SimulationConfig:
         str(ROOT / "configs/model_configs.json"), "the models, in AgentScope's format", roles=MODELS, path=True
     )
     allow_remote_model: bool = setting(False, "let models be outside the cluster's hosts, where they may cost money")
-    structured_output: str = of_game(
+    structured_output: str = game_setting(
         "structured_outputs",
         "how the model is held to a number in range: by vLLM's field, by the field of the OpenAI API, or not at all",
-        stays=False,
+        fixed_on_resume=False,
         choices=("structured_outputs", "response_format", "none"),
     )
-    samples_per_request: int = of_game(
-        100, "participants with the same prompt that share a request, by n", 1, 10_000, stays=False
+    samples_per_request: int = game_setting(
+        100, "participants with the same prompt that share a request, by n", 1, 10_000, fixed_on_resume=False
     )
-    max_attempts: int = of_game(3, "answers of one participant until one is a number in range", 1, 100, stays=False)
+    max_attempts: int = game_setting(
+        3, "answers of one participant until one is a number in range", 1, 100, fixed_on_resume=False
+    )
     max_in_flight: int | None = setting(
         None,
         "requests in flight per model and host, of all its agent servers",
@@ -192,8 +204,13 @@ class SimulationConfig:
     reply_timeout: float = setting(
         600.0, "seconds that a participant is asked again for while its model does not answer", 0.1, 864_000
     )
-    max_tokens: int | None = of_game(
-        None, "tokens, of prompts and answers, that the game may cost", 1, 10**15, stays=False, without="no limit"
+    max_tokens: int | None = game_setting(
+        None,
+        "tokens, of prompts and answers, that the game may cost",
+        1,
+        10**15,
+        fixed_on_resume=False,
+        without="no limit",
     )
     price_per_million_tokens: float | None = setting(
         None, "price of 1,000,000 tokens, for the estimate", 0, 10**9, without="the estimate is of tokens alone"
@@ -266,9 +283,9 @@ class SimulationConfig:
             raise SettingsError(
                 f"--vllm-base-port {self.vllm_base_port}: {self.model_per_host} models would end beyond port 65535"
             )
-        self._refuse_what_does_not_go_together()
+        self._check_combinations()
 
-    def _refuse_what_does_not_go_together(self) -> None:
+    def _check_combinations(self) -> None:
         if self.winner and self.participant is not None:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         nobody = self.participant is None and not self.winner

@@ -43,7 +43,7 @@ from warm import WarmPopen, WarmPython
 
 from simulation.llm.model_configs import read_models
 from simulation.runs.cost_estimate import RoundEstimate, estimate
-from simulation.runs.scenario import game_to_play
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ CONTRAST = """element => {
 def estimate_of(config: SimulationConfig) -> list[RoundEstimate]:
     """What all rounds of a game with language models would cost."""
     models = read_models(config)
-    return estimate(config, game_to_play(config, models), models, range(1, config.rounds + 1))
+    return estimate(config, build_game(config, models), models, range(1, config.rounds + 1))
 
 
 @dataclass

@@ -16,9 +16,11 @@ from typing import Any
 
 from aiohttp import web
 
-from simulation.game.rules import Wording
+from simulation.game.rules import PromptTemplate
 
-WORDING = Wording("basic", "You give {number} from 0 to {max_value}; whoever is closest to {target} wins.", "Just it.")
+WORDING = PromptTemplate(
+    "basic", "You give {number} from 0 to {max_value}; whoever is closest to {target} wins.", "Just it."
+)
 
 HABITS = {
     "429": (429, {}, '{"error": {"message": "too many"}}'),

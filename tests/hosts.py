@@ -32,7 +32,7 @@ from conftest import Checkout, copy_checkout
 from simulation.rpc.cluster_key import load_or_make
 
 NODES = ("node1", "node2", "node3", "node4")  # what HOSTS names
-STRANGER = "stranger"  # on the same switch, but no host of the cluster, and with another cluster key
+UNTRUSTED = "stranger"  # on the same switch, but no host of the cluster, and with another cluster key
 BASE_PORT = 12330
 SERVER_PER_HOST, MODERATOR_NUM = 4, 1
 NAMES_OF_NAMESPACES = Path("/etc/netns")  # `ip netns exec` mounts what is in a namespace's folder here over /etc
@@ -96,7 +96,7 @@ class Network:
         _ip("-n", self._switch, "link", "add", "name", "bridge0", "type", "bridge")
         _ip("-n", self._switch, "link", "set", "bridge0", "up")
         load_or_make(self._folder / "key")
-        addresses = {name: f"10.77.0.{number + 1}" for number, name in enumerate((*NODES, STRANGER))}
+        addresses = {name: f"10.77.0.{number + 1}" for number, name in enumerate((*NODES, UNTRUSTED))}
         for name in addresses:
             self.hosts[name] = self._host(name, addresses)
 
@@ -159,7 +159,7 @@ class Network:
         for link in ("lo", "eth0"):
             _ip("-n", namespace, "link", "set", link, "up")
         path = copy_checkout(self._folder / name / "a b")
-        if name != STRANGER:
+        if name != UNTRUSTED:
             shutil.copytree(self._folder / "key", path / ".cluster")
         settings = f'BASE_PORT={BASE_PORT}\nMODERATOR_NUM={MODERATOR_NUM}\nHOSTS="{" ".join(NODES)}"\n'
         (path / "configs/cluster.env").write_text(settings)

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulation.cluster.placement import even_split
-from simulation.game.population import MODEL, Cast, ModelShare, Persona, PersonaSet, dealt, dealt_one, quotas
+from simulation.game.population import (
+    MODEL,
+    ModelShare,
+    Persona,
+    PersonaSet,
+    Population,
+    assign_many,
+    assign_one,
+    largest_remainder,
+)
 
 totals = st.integers(1, 3000)
 weights = st.lists(st.integers(1, 20), min_size=1, max_size=7)
@@ -29,27 +38,27 @@ def cast_of(seed, total, *sets, models=(), turns=()):
         for place, each in enumerate(sets)
     )
     mixture = tuple(ModelShare(f"m{place}", share, f"model {place}") for place, share in enumerate(models))
-    return Cast(seed, total, made, mixture, turns)
+    return Population(seed, total, made, mixture, turns)
 
 
 @given(totals, weights)
 def test_everyone_is_dealt_out_and_no_share_is_off_by_one(total, weights):
     shares = shares_of(weights)
-    counts = quotas(total, shares)
+    counts = largest_remainder(total, shares)
     assert sum(counts) == total
     assert all(abs(count - share * total) < 1 for count, share in zip(counts, shares, strict=True))
 
 
 @given(seeds, totals, weights, st.integers(1, 40), st.integers(1, 5))
 def test_the_same_for_any_placement(seed, total, weights, servers, moderators):
-    counts = quotas(total, shares_of(weights))
-    together = dealt(seed, "education", counts, 0, total)
+    counts = largest_remainder(total, shares_of(weights))
+    together = assign_many(seed, "education", counts, 0, total)
     assert np.bincount(together, minlength=len(counts)).tolist() == list(counts)
     for parts in (even_split(total, servers), even_split(total, servers * moderators)):
-        apart = [dealt(seed, "education", counts, part.start, len(part)) for part in parts]
+        apart = [assign_many(seed, "education", counts, part.start, len(part)) for part in parts]
         assert np.concatenate(apart).tolist() == together.tolist()
     one = total // 2
-    assert dealt_one(seed, "education", counts, one) == together[one]
+    assert assign_one(seed, "education", counts, one) == together[one]
 
 
 @given(seeds, totals, weights, weights)
@@ -67,13 +76,17 @@ def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
 
 
 def test_what_a_seed_deals_is_fixed():
-    assert dealt(7, "education", quotas(20, shares_of([1, 1, 2])), 0, 20).tolist() == EDUCATION_OF_SEED_7
-    assert dealt(8, "education", quotas(20, shares_of([1, 1, 2])), 0, 20).tolist() != EDUCATION_OF_SEED_7
+    assert (
+        assign_many(7, "education", largest_remainder(20, shares_of([1, 1, 2])), 0, 20).tolist() == EDUCATION_OF_SEED_7
+    )
+    assert (
+        assign_many(8, "education", largest_remainder(20, shares_of([1, 1, 2])), 0, 20).tolist() != EDUCATION_OF_SEED_7
+    )
 
 
 def test_topics_say_nothing_about_each_other():
-    halves = quotas(100_000, shares_of([1, 1]))
-    one, other = (dealt(7, topic, halves, 0, 100_000) for topic in ("education", "occupation"))
+    halves = largest_remainder(100_000, shares_of([1, 1]))
+    one, other = (assign_many(7, topic, halves, 0, 100_000) for topic in ("education", "occupation"))
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
     assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.02  # neighbours sit on the same server
 
@@ -86,12 +99,12 @@ def test_models_that_take_turns_are_told_apart_by_what_they_are():
     assert [cast.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
     assert np.bincount(cast.places(parts, 0, 11)).tolist() == list(parts.counts)
     assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
-    alike = Cast(
+    alike = Population(
         7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
     )
     assert alike.groupings[0].names == ("cold", "hot") and alike.places(alike.groupings[0], 0, 10).sum() == 5
     other = ModelShare("other", Fraction(1, 2), "qwen")
-    mixed = Cast(7, 20, models=(*(replace(each, share=Fraction(1, 4)) for each in alike.models), other))
+    mixed = Population(7, 20, models=(*(replace(each, share=Fraction(1, 4)) for each in alike.models), other))
     (parts,) = mixed.groupings
     assert (parts.names, parts.counts) == (("cold", "hot", "qwen"), (5, 5, 10))
 
@@ -99,4 +112,4 @@ def test_models_that_take_turns_are_told_apart_by_what_they_are():
 @given(seeds, totals, weights)
 def test_a_cast_is_written_and_read_again(seed, total, weights):
     cast = cast_of(seed, total, weights, models=shares_of([1, 1]), turns=("m",))
-    assert Cast.from_json(json.loads(json.dumps(cast.to_json())), seed, total) == cast
+    assert Population.from_json(json.loads(json.dumps(cast.to_json())), seed, total) == cast

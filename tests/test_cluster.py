@@ -12,12 +12,12 @@ import psutil
 import pytest
 from conftest import open_again, until
 
-from simulation.rpc.channels import handshake, use_key
+from simulation.rpc.channels import handshake, install_tls
 from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import SERVED
 
-STEPS = ("seat", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
+STEPS = ("assign", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
 
 
 def table(out: str) -> dict[int, list[str]]:
@@ -210,7 +210,7 @@ def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
 
 
 def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
-    use_key(load(cluster.path / ".cluster"))
+    install_tls(load(cluster.path / ".cluster"))
     servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
 
     def served() -> dict[str, list[int]]:
@@ -230,7 +230,7 @@ def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
     few, many = crossed
     groups, moderators = 6, 4  # 3 servers' and 4 moderators' shares meet 6 times
     for name in STEPS:
-        assert few[name][0] == many[name][0] == groups * (name != "seat") + moderators
+        assert few[name][0] == many[name][0] == groups * (name != "assign") + moderators
         assert min(few[name][1:]) > 0
         assert sum(many[name][1:]) < 1.2 * sum(few[name][1:])  # larger numbers take a few more bytes
 

@@ -302,13 +302,13 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
 
 
 def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp_path):
-    for prefix, stays in ((tmp_path / "another", True), (tmp_path / ".venv", False)):
+    for prefix, fixed_on_resume in ((tmp_path / "another", True), (tmp_path / ".venv", False)):
         prefix.mkdir()
         (prefix / "installed-run").touch()
         monkeypatch.setattr(sys, "prefix", str(prefix))
         monkeypatch.setattr(main, "ROOT", tmp_path)
         assert f"{prefix} has no module x: " in main._damage(ModuleNotFoundError(name="x"))
-        assert (prefix / "installed-run").exists() is stays
+        assert (prefix / "installed-run").exists() is fixed_on_resume
 
 
 @pytest.mark.parametrize(
@@ -439,6 +439,6 @@ def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monke
     import main
 
     monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))
-    for garbled, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
-        given, _ = main._parsed(["--prompt", garbled, "--hosts", "a", garbled])
+    for malformed, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
+        given, _ = main._parsed(["--prompt", malformed, "--hosts", "a", malformed])
         assert (given["prompt"], given["hosts"]) == (meant, ["a", meant])

@@ -11,7 +11,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from simulation.game.tally import Tally
-from simulation.results.console_report import fitting, histogram_lines, table_lines
+from simulation.results.console_report import histogram_lines
+from simulation.results.tables import fitting, table_lines
 from simulation.runs import console
 from simulation.settings import SimulationConfig
 

@@ -23,19 +23,19 @@ import pytest
 from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
-from simulation.agents.snapshot import BINS, bins_of, glance_at
-from simulation.cluster.failure_detector import Standing
+from simulation.agents.snapshot import BINS, bins_of, take_snapshot
+from simulation.cluster.failure_detector import ServerStatus
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game
 from simulation.game.tally import CAUSES_TOLD_APART, RoundResult, Tally, Winners
 from simulation.llm.usage import Usage
 from simulation.results.console_report import histogram
-from simulation.rpc.endpoints import Endpoint, Seat
-from simulation.rpc.messages import Beat, Progress
+from simulation.rpc.endpoints import Endpoint, GroupAssignment
+from simulation.rpc.messages import HeartbeatReply, Progress
 from simulation.runs.console import Stage
 from simulation.runs.dashboard import PAGE
-from simulation.runs.dashboard_sampler import Load, Lookout
-from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, RunView
+from simulation.runs.dashboard_sampler import DashboardSampler, Load
+from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, DashboardState
 from simulation.settings import SimulationConfig
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -275,26 +275,26 @@ def test_a_glance_counts_what_the_tally_counts(max_value, decimals):
     sheet = AnswerSheet(5, 200_000)
     for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
         sheet.put(place, units)
-    early = glance_at(3, [sheet], game.numbers)
+    early = take_snapshot(3, [sheet], game.numbers)
     assert (early.round, early.done, sum(early.counts), early.failures) == (3, 150_000, 150_000, {})
     for place in range(150_000, 200_000):
         sheet.fail(place, f"cause {place % (2 * CAUSES_TOLD_APART)}")
-    late, tally = glance_at(3, [sheet, sheet], game.numbers), sheet.tally()
+    late, tally = take_snapshot(3, [sheet, sheet], game.numbers), sheet.tally()
     _, counts = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
     assert late.counts == tuple(2 * counts) and len(late.counts) == bins_of(game.numbers)[1] <= BINS
     assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_TOLD_APART + 1
-    assert glance_at(0, [], game.numbers).counts == ()
+    assert take_snapshot(0, [], game.numbers).counts == ()
 
 
 def test_a_lookout_knows_the_load_of_a_process_and_of_the_one_that_replaces_it():
-    lookout, sheet = Lookout(), AnswerSheet(0, 1)
+    sampler, sheet = DashboardSampler(), AnswerSheet(0, 1)
 
     def seen(cpu_s: float, clock_s: float) -> Load:
-        glance = glance_at(1, [sheet], 101)
-        object.__setattr__(glance, "cpu_s", cpu_s)
-        object.__setattr__(glance, "clock_s", clock_s)
-        lookout._note_load("here", glance)
-        return lookout.loads["here"]
+        snapshot = take_snapshot(1, [sheet], 101)
+        object.__setattr__(snapshot, "cpu_s", cpu_s)
+        object.__setattr__(snapshot, "clock_s", clock_s)
+        sampler._note_load("here", snapshot)
+        return sampler.loads["here"]
 
     assert seen(5.0, 100.0).cpu is None
     assert seen(5.5, 101.0).cpu == 0.5
@@ -306,18 +306,26 @@ def run_on(servers: int, lost: int) -> Any:
     """A run in its first round, as the view sees it, on so many servers of which the first ones are lost."""
     config = SimulationConfig(participant_num=10 * servers)
     ends = [Endpoint(f"node{number // 1000}", 12330 + number % 1000) for number in range(servers)]
-    seats = [Seat(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1]) for n, each in enumerate(ends)]
-    standings = {
+    assignments = [
+        GroupAssignment(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1])
+        for n, each in enumerate(ends)
+    ]
+    statuses = {
         each: (
-            Standing(
-                n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost), 0.1, Beat("it", {seats[n].oid: beat})
+            ServerStatus(
+                n >= lost,
+                n >= lost,
+                int(n < lost),
+                "is gone" * (n < lost),
+                0.1,
+                HeartbeatReply("it", {assignments[n].oid: beat}),
             ),
             True,
         )
         for n, each in enumerate(ends)
         for beat in [Progress(n % 11, 10, 1)]
     }
-    cluster = SimpleNamespace(seats=seats, standings=lambda: standings)
+    cluster = SimpleNamespace(assignments=assignments, statuses=lambda: statuses)
     simulation = SimpleNamespace(cluster=cluster, usage=Usage(), reassigned=10 * lost)
     return SimpleNamespace(
         config=config,
@@ -352,9 +360,9 @@ def show(page, state: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
 def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
-    view = RunView(run_on(servers, lost=30))
+    view = DashboardState(run_on(servers, lost=30))
     stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
-    view.lookout.loads = {end: Load(1.0, 1.0, 20.0, 0.5) for end in view.run.simulation.cluster.standings()}
+    view.sampler.loads = {end: Load(1.0, 1.0, 20.0, 0.5) for end in view.run.simulation.cluster.statuses()}
     run = view.state(stage)
     told = run["servers"]
     assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
@@ -390,7 +398,10 @@ def test_the_live_page_can_be_read_at_any_size_and_light(page, width, height, sc
     run = run_on(64, lost=3)
     run.config = replace(run.config, rounds=2)
     run.results, run.under_way = [result_of(50)], (2, time.monotonic())
-    show(page, state_of(RunView(run).state(stage), stage, log=[(time.time(), f"localhost:1 {NASTY} " + "x" * 300)]))
+    show(
+        page,
+        state_of(DashboardState(run).state(stage), stage, log=[(time.time(), f"localhost:1 {NASTY} " + "x" * 300)]),
+    )
     page.get_by_role("heading", name="Round 2 of 2").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     for words in (
@@ -415,7 +426,7 @@ def test_a_winning_number_beyond_the_range_is_told_and_not_drawn(page):
     stage = Stage("answers in", 640, 640, time.monotonic())
     run = run_on(4, lost=0)
     run.results = [result_of(50)]
-    show(page, state_of(RunView(run).state(stage), stage))
+    show(page, state_of(DashboardState(run).state(stage), stage))
     page.get_by_text("winning number 150.000").wait_for()
     assert page.locator("#histogram .mark").count() == 1 and page.locator("#histogram .wins").count() == 0
 
@@ -425,7 +436,7 @@ def test_of_several_runs_the_one_that_plays_is_shown(page):
     stage = Stage("participants created", 5, 40, time.monotonic())
     run = run_on(4, lost=0)
     run.under_way = (0, 0.0)
-    show(page, state_of(RunView(run).state(stage), stage, ended=[{**ended, "report": False}]))
+    show(page, state_of(DashboardState(run).state(stage), stage, ended=[{**ended, "report": False}]))
     page.get_by_role("heading", name="Participants created", exact=True).wait_for()
     assert page.locator("#status").text_content() == "running" and page.locator("#notice").is_hidden()
     assert page.locator("#about").text_content().startswith("run 2 of 4: ratio 2/3 · 40 random participants")
@@ -435,7 +446,7 @@ def test_of_several_runs_the_one_that_plays_is_shown(page):
 def test_one_by_one_it_is_the_moderators_who_count(page):
     run = run_on(6, lost=0)
     run.config = replace(run.config, dispatch="agent")
-    assert RunView(run).state(None)["distribution"]["groups"] == 1  # all six groups have the same moderator
+    assert DashboardState(run).state(None)["distribution"]["groups"] == 1  # all six groups have the same moderator
 
 
 def test_a_page_whose_run_was_killed_says_so_and_shows_the_next_one(cluster, browser, tmp_path):

@@ -163,10 +163,10 @@ def test_a_process_is_recognised_without_a_clock(tmp_path, changed, state):
         processes.remove_ended(tmp_path, lambda _: False)
         assert path.exists() == (state != "ended")
         if state in ("lives", "ended"):
-            processes.refuse_elsewhere(tmp_path, "./stop.sh")
+            processes.check_same_host(tmp_path, "./stop.sh")
         else:
             with pytest.raises(ClusterError, match=f"{path} is of {state}, .* run ./stop.sh there"):
-                processes.refuse_elsewhere(tmp_path, "./stop.sh")
+                processes.check_same_host(tmp_path, "./stop.sh")
         process.kill()
         until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 20, "it has ended")
         assert processes.live_process(path, lambda _: True) is None
@@ -306,7 +306,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
-    ended, clock, watch = [], [100.0], console.ProgressWatch()
+    ended, clock, watch = [], [100.0], console.ConsoleProgress()
     monkeypatch.setattr(console.os, "_exit", ended.append)
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     for later, exits in ((0, []), (0.001, []), (0.9, []), (0.2, [143])):  # seconds after the one before
@@ -315,7 +315,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
 
 
-@pytest.mark.parametrize("listen", [lambda: console.ProgressWatch().listen(), main._interruptible])
+@pytest.mark.parametrize("listen", [lambda: console.ConsoleProgress().listen(), main._interruptible])
 def test_a_signal_that_is_ignored_stays_so(listen):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}

@@ -20,7 +20,7 @@ from agentscope.rpc import RpcMeta
 from conftest import until
 
 from participant import RandomParticipant
-from simulation.agents.agent_class import pack_class
+from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
 from simulation.agents.participant import Participant, message_of
 from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
@@ -29,11 +29,11 @@ from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game, draw, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.hosts.agent_server import SimulationServicer
-from simulation.rpc.endpoints import Endpoint, Seat
+from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
 GAME = Game(7, 100, 0, 0.0)
-SEAT = Seat("run/group-0", 0, 40, Endpoint("localhost", 1), Endpoint("localhost", 2))
+SEAT = GroupAssignment("run/group-0", 0, 40, Endpoint("localhost", 1), Endpoint("localhost", 2))
 
 
 class Sleeper(Participant):
@@ -58,7 +58,7 @@ def group_of():
     groups = []
 
     def make(cls, count, game=GAME):
-        groups.append(ParticipantGroup("run/group-0", 0, count, game, pack_class(cls), 4, 60.0))
+        groups.append(ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(cls), 4, 60.0))
         until(lambda: groups[-1].progress(1.0).finished, 10, "built")
         return groups[-1]
 

@@ -15,17 +15,17 @@ from conftest import until
 from waiting import Gates
 
 from participant import RandomParticipant
-from simulation.agents.agent_class import pack_class
+from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
-from simulation.cluster.failure_detector import Heartbeats
+from simulation.cluster.failure_detector import FailureDetector
 from simulation.errors import ServerUnreachable
 from simulation.game.rules import Game, question_for
 from simulation.llm.usage import Usage
-from simulation.rpc.channels import all_of, handshake, use_key
+from simulation.rpc.channels import call_all_or_raise, handshake, install_tls
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint
-from simulation.rpc.messages import Beat, Progress
+from simulation.rpc.messages import HeartbeatReply, Progress
 
 GAME = Game(7, 100, 0, 0.0)
 TIMEOUT_S = 6.0  # on a busy machine, too, a server that answers is not taken for lost
@@ -34,22 +34,28 @@ TIMEOUT_S = 6.0  # on a busy machine, too, a server that answers is not taken fo
 @pytest.fixture
 def server(cluster):
     """The address of a participant server, and its pid."""
-    use_key(load(Path(cluster.path / ".cluster")))
+    install_tls(load(Path(cluster.path / ".cluster")))
     return Endpoint("localhost", cluster.base_port), cluster.pid(0)
 
 
 @pytest.fixture
 def beats(server):
     endpoint, _ = server
-    with Heartbeats("run~1", {endpoint: handshake(endpoint, 5).incarnation}, TIMEOUT_S, 60) as heartbeats:
-        heartbeats.hurry(0)
-        until(lambda: heartbeats.look(endpoint)[1] > 0, 5, "the first beat")
+    with FailureDetector("run~1", {endpoint: handshake(endpoint, 5).incarnation}, TIMEOUT_S, 60) as heartbeats:
+        heartbeats.poll_now(0)
+        until(lambda: heartbeats.latest(endpoint)[1] > 0, 5, "the first beat")
         yield heartbeats
 
 
 def group_on(endpoint: Endpoint, oid: str) -> RemoteObject:
     kwargs = {
-        **{"oid": oid, "first": 0, "count": 10, "game": GAME, "participant_class": pack_class(RandomParticipant)},
+        **{
+            "oid": oid,
+            "first": 0,
+            "count": 10,
+            "game": GAME,
+            "participant_class": serialize_agent_class(RandomParticipant),
+        },
         **{"reply_threads": 1, "lease_s": 60.0},
     }
     return RemoteObject(ParticipantGroup, oid, endpoint, 600.0, kwargs)
@@ -66,10 +72,10 @@ def test_a_beat_tells_what_the_objects_of_the_run_are_at(server, beats):
     def heard() -> dict[str, Progress]:
         return {oid: without_cost(progress) for oid, progress in beats.last(endpoint).objects.items()}
 
-    beats.hurry(0)
+    beats.poll_now(0)
     until(lambda: heard() == {"run~1/group-0": Progress(10, 10)}, 5, "the group is heard of")
     group.begin(question_for(GAME, 1, ()))
-    beats.hurry(1)
+    beats.poll_now(1)
     until(lambda: heard() == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
     used = Usage(*beats.last(endpoint).objects["run~1/group-0"].usage)
     assert used.answering_s > 0 and used == Usage(answering_s=used.answering_s, client_s=used.client_s)
@@ -90,13 +96,13 @@ def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, beats):
             with pytest.raises(ServerUnreachable, match="was given up on"):
                 group.progress(0.0)
         with pytest.raises(ServerUnreachable, match=r"was not heard of for \d+\.\d s"):
-            beats.look(endpoint)
-        assert not beats.alive(endpoint) and not beats.is_back(endpoint) and beats.losses(endpoint)[0] == 1
+            beats.latest(endpoint)
+        assert not beats.alive(endpoint) and not beats.has_recovered(endpoint) and beats.losses(endpoint)[0] == 1
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: beats.is_back(endpoint), 10, "it answers again")
+    until(lambda: beats.has_recovered(endpoint), 10, "it answers again")
     assert not beats.alive(endpoint)
-    beats.take_back(endpoint)
+    beats.mark_up(endpoint)
     assert beats.alive(endpoint) and without_cost(group.progress(0.0)) == Progress(10, 10)
     assert group.client.delete_agent("run~1/group-1")
 
@@ -138,10 +144,10 @@ def test_a_main_that_was_stopped_for_longer_than_its_lease_makes_everyone_anew(c
 
 
 def test_what_is_no_beat_of_ours_is_told_apart():
-    beat = Beat("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
-    assert Beat.from_json(beat.to_json()) == beat
+    beat = HeartbeatReply("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
+    assert HeartbeatReply.from_json(beat.to_json()) == beat
     for text in ("", "[]", "{}", '{"incarnation": "a", "objects": {"x": {}}}', '{"incarnation": "a", "objects": 5}'):
-        assert Beat.from_json(text) is None
+        assert HeartbeatReply.from_json(text) is None
 
 
 def test_the_channels_of_earlier_runs_are_closed(cluster):
@@ -152,9 +158,9 @@ def test_the_channels_of_earlier_runs_are_closed(cluster):
     def connections() -> int:
         return sum(bool(each.raddr) and each.raddr.port in ports for each in psutil.Process().net_connections("tcp"))
 
-    use_key(load(cluster.path / ".cluster"))
+    install_tls(load(cluster.path / ".cluster"))
     before = connections()
     for _ in range(5):
-        use_key(load(cluster.path / ".cluster"))
-        all_of({server: partial(handshake, server, 60) for server in servers})
+        install_tls(load(cluster.path / ".cluster"))
+        call_all_or_raise({server: partial(handshake, server, 60) for server in servers})
     until(lambda: connections() <= before + len(servers), 60, "only the last channels are open")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import one_line, until
-from hosts import BASE_PORT, MODERATOR_NUM, NODES, SERVER_PER_HOST, STRANGER
+from hosts import BASE_PORT, MODERATOR_NUM, NODES, SERVER_PER_HOST, UNTRUSTED
 
 from simulation.game.rules import Game, draw
 from simulation.settings import SimulationConfig
@@ -119,7 +119,7 @@ def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path
         certificate, own = node1.path / ".cluster/cluster.crt", tmp_path / "a key of their own"
         targets = (f"node1:{PORTS[0]}", f"node2:{PORTS[1]}", f"node3:{PORTS[-1]}")
         attack = ("-m", "tests.strangers", str(written), str(own), str(certificate), *targets)
-        done = hosts[STRANGER].run(".venv/bin/python", *attack)
+        done = hosts[UNTRUSTED].run(".venv/bin/python", *attack)
     finally:
         over.touch()
         _, err = game.communicate(timeout=120)
@@ -132,7 +132,7 @@ def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path
 
 
 def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
-    node1, node4, stranger = hosts["node1"], hosts["node4"], hosts[STRANGER]
+    node1, node4, stranger = hosts["node1"], hosts["node4"], hosts[UNTRUSTED]
     (tmp_path / "sitecustomize.py").write_text(OTHER_VERSIONS)
     participant = node4.path / "participant.py"
     source = participant.read_bytes()
@@ -145,7 +145,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
             starts = [
                 pool.submit(hosts.start_servers, ("node3",), 3),
                 pool.submit(node4.run, *MAIN, "--host-name", "node4", env={"PYTHONPATH": str(tmp_path)}),
-                pool.submit(hosts.start_servers, (STRANGER,)),
+                pool.submit(hosts.start_servers, (UNTRUSTED,)),
             ]
         assert all(start.result() is None or start.result().returncode == 0 for start in starts)
         os.kill(hung, signal.SIGSTOP)
@@ -153,7 +153,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
         assert name_server.stdout.readline() == "listening\n"
         node1.etc("resolv.conf", f"nameserver {stranger.address}\noptions timeout:30\n")
         before = node1.logs()
-        lines, seconds = check(node1, "--hosts", *NODES, STRANGER, "gone", "looped", "nowhere")
+        lines, seconds = check(node1, "--hosts", *NODES, UNTRUSTED, "gone", "looped", "nowhere")
         assert node1.logs() == before and agents(node1) == [0] * 5  # nothing was created where all was well
     finally:
         os.kill(hung, signal.SIGCONT)
@@ -162,7 +162,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
         (node1.etc_folder / "resolv.conf").unlink(missing_ok=True)
         node1.names(hosts.names)
         participant.write_bytes(source)
-        hosts.stop_servers(("node3", "node4", STRANGER))
+        hosts.stop_servers(("node3", "node4", UNTRUSTED))
         hosts.start_servers(("node3", "node4"))
     restart = "restart them: ./stop_all_server.sh, then ./start_all_server.sh 4"
     expected = {
@@ -206,7 +206,7 @@ def test_hosts_that_are_cut_off_share_one_deadline(hosts):
 @pytest.mark.parametrize(
     ("name", "trouble"),
     [
-        (STRANGER, "the name stands for 127.0.1.1 here, where no other host can reach it"),
+        (UNTRUSTED, "the name stands for 127.0.1.1 here, where no other host can reach it"),
         ("127.0.0.1", "the name stands for 127.0.0.1 here"),
         ("0.0.0.0", "the name stands for 0.0.0.0 here"),
         ("nowhere", "no address is known for this name; check /etc/hosts or DNS"),
@@ -215,8 +215,8 @@ def test_hosts_that_are_cut_off_share_one_deadline(hosts):
     ],
 )
 def test_a_host_name_that_others_could_not_use_is_refused(network, name, trouble):
-    host = network[STRANGER]
-    host.names({**network.names, STRANGER: "127.0.1.1"})  # as Debian writes it
+    host = network[UNTRUSTED]
+    host.names({**network.names, UNTRUSTED: "127.0.1.1"})  # as Debian writes it
     try:
         done = host.run("start_all_server.sh", "1", env={"HOST_NAME": name})
     finally:

@@ -20,7 +20,7 @@ except SystemExit as end:
     status = end.code
 print(json.dumps([status, sorted(sys.modules)]))
 """
-AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.request_queue")
+AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.http_client")
 PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "scipy", "socketio")
 
 
@@ -65,7 +65,7 @@ def test_files_of_a_researcher_stand_for_none_of_the_program(checkout, name):
 def test_files_that_an_editor_makes_are_none_of_the_program(checkout, monkeypatch):
     (checkout.path / "simulation/.#run.py").symlink_to("somebody@some-host.1234:1600000000")  # Emacs' lock
     (checkout.path / "simulation/.run.py").write_text("a draft")
-    monkeypatch.setattr("simulation.rpc.channels.ROOT", checkout.path)
+    monkeypatch.setattr("simulation.rpc.messages.ROOT", checkout.path)
     assert _code_version() == CODE_VERSION
 
 
@@ -103,7 +103,7 @@ def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, 
     log = (checkout.path / "run/servers/launcher.log").read_text()
     imported = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
     assert "simulation.hosts.agent_server" in imported
-    assert ({"openai", "simulation.llm.request_queue"} <= imported) is needed
+    assert ({"openai", "simulation.llm.http_client"} <= imported) is needed
     packages = {name.partition(".")[0] for name in imported if "." in name}  # without it, it was but looked for
     assert not packages & {*NEVER, *PICTURES}
 
@@ -113,11 +113,11 @@ def test_the_client_of_models_is_imported_before_anybody_waits_for_an_answer(che
     (checkout.path / "make_chat.py").write_text(
         "import sys\n"
         "from simulation.settings import SimulationConfig\n"
-        "from simulation.runs.scenario import game_to_play\n"
+        "from simulation.runs.scenario import build_game\n"
         "from simulation.llm.chat import Chat\n"
         "from simulation.llm.model_configs import read_models\n"
         "config = SimulationConfig(agent_type='llm', participant_num=1, seed=1)\n"
-        "game = game_to_play(config, read_models(config))\n"
+        "game = build_game(config, read_models(config))\n"
         "print('openai' in sys.modules)\n"
         "Chat(game)\n"
         "print('openai' in sys.modules)\n"

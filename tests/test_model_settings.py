@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from simulation.errors import SettingsError
 from simulation.game.rules import Announcement, Game, question_for
 from simulation.llm import concurrency_limit as in_flight
-from simulation.llm.concurrency_limit import InFlight
-from simulation.llm.model_configs import is_within, model_of, read_models, refuse_elsewhere
+from simulation.llm.concurrency_limit import SharedSemaphore
+from simulation.llm.model_configs import check_model_is_local, is_within, model_of, read_models
 from simulation.llm.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
-from simulation.llm.responses import LONGEST_PAUSE_S, Trouble, pause_s, read_reply, retry_after
+from simulation.llm.responses import LONGEST_PAUSE_S, RequestError, pause_s, read_reply, retry_after
 from simulation.settings import SimulationConfig
 
 ENTRY = {
@@ -96,19 +96,19 @@ def test_an_absurd_usage_is_none(count):
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_a_reply_nested_without_end_is_a_trouble(status):
     for body in (b"[" * 100_000, b'{"error":' * 100_000, b'{"choices":[' * 100_000):
-        with pytest.raises(Trouble) as caught:
+        with pytest.raises(RequestError) as caught:
             read_reply(status, {}, body, 0.0)
-        assert caught.value.garbled == (status == 200)
+        assert caught.value.malformed == (status == 200)
 
 
 def test_what_a_server_says_steers_no_terminal():
-    with pytest.raises(Trouble) as caught:
+    with pytest.raises(RequestError) as caught:
         read_reply(404, {}, json.dumps({"error": {"message": "\x1b[2Jno\n" + "x" * 500}}).encode(), 0.0)
     assert str(caught.value).startswith("model server: HTTP 404: \\x1b[2Jno xxx") and len(str(caught.value)) < 150
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "again", "endpoint", "garbled"),
+    ("status", "body", "again", "endpoint", "malformed"),
     [
         (200, b"", True, False, True),
         (200, b"[]", True, False, True),
@@ -126,13 +126,13 @@ def test_what_a_server_says_steers_no_terminal():
         (502, b"", True, False, False),
     ],
 )
-def test_every_other_reply_is_a_trouble(status, body, again, endpoint, garbled):
-    with pytest.raises(Trouble) as caught:
+def test_every_other_reply_is_a_trouble(status, body, again, endpoint, malformed):
+    with pytest.raises(RequestError) as caught:
         read_reply(status, {}, body, 0.0)
     trouble = caught.value
-    assert (trouble.again, trouble.endpoint, trouble.garbled) == (again, endpoint, garbled)
+    assert (trouble.again, trouble.endpoint, trouble.malformed) == (again, endpoint, malformed)
     assert trouble.refused == (status == 400) and str(trouble).startswith("model server: ")
-    assert trouble.perhaps_n == (status not in (401, 403, 429, 503))
+    assert trouble.maybe_unsupported_n == (status not in (401, 403, 429, 503))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +254,8 @@ def test_what_is_outside_the_cluster_is_refused(url, within):
     config = SimulationConfig(hosts=("Node1", "node2"))
     if not within:
         with pytest.raises(SettingsError, match="--allow-remote-model"):
-            refuse_elsewhere(config, "model_1", url)
-    refuse_elsewhere(SimulationConfig(allow_remote_model=True), "model_1", url)
+            check_model_is_local(config, "model_1", url)
+    check_model_is_local(SimulationConfig(allow_remote_model=True), "model_1", url)
 
 
 # --- The estimate ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
 
 
 def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
-    one, two = InFlight("a", tmp_path), InFlight("a", tmp_path)
+    one, two = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
     assert [one.take(3) for _ in range(4)] == [True, True, True, False]
     assert not two.take(3)
     one.give_back()
@@ -297,11 +297,11 @@ def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
     assert two.take(3)
     two.give_back()
     assert not two.take(3) or two.holding == 1
-    assert InFlight("b", tmp_path).take(1)
+    assert SharedSemaphore("b", tmp_path).take(1)
 
 
 def test_who_has_waited_longest_is_first_among_equals(tmp_path):
-    one, two, three = (InFlight("a", tmp_path) for _ in range(3))
+    one, two, three = (SharedSemaphore("a", tmp_path) for _ in range(3))
     assert one.take(1) and not two.take(1) and not three.take(1)
     one.give_back()
     assert not one.take(1) and not three.take(1) and two.take(1)
@@ -309,10 +309,10 @@ def test_who_has_waited_longest_is_first_among_equals(tmp_path):
 
 def test_more_processes_than_the_table_had_room_for_keep_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(in_flight, "ROWS", 3)
-    everyone = [InFlight("a", tmp_path) for _ in range(8)]
+    everyone = [SharedSemaphore("a", tmp_path) for _ in range(8)]
     assert [each.take(7) for each in everyone] == [True] * 7 + [False]
     monkeypatch.setattr(in_flight, "ROWS", 2)
-    late = InFlight("a", tmp_path)  # its file stays as large as it is
+    late = SharedSemaphore("a", tmp_path)  # its file stays as large as it is
     assert not late.take(7)
     everyone[0].give_back()
     assert not everyone[1].take(7) and everyone[7].take(7)  # also the first ones know of the last ones
@@ -320,7 +320,7 @@ def test_more_processes_than_the_table_had_room_for_keep_the_limit(tmp_path, mon
 
 
 def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
-    gone, one = InFlight("a", tmp_path), InFlight("a", tmp_path)
+    gone, one = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
     assert gone.take(1) and not one.take(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**8)
     time.sleep(0.15)
@@ -331,7 +331,7 @@ def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
 
 
 def use_places(folder, limit, everyone, enough, taken, number, results):
-    places, most = InFlight("a", folder), 0
+    places, most = SharedSemaphore("a", folder), 0
     everyone.wait(60)
     while not enough.is_set():
         if places.take(limit):

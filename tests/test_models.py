@@ -21,25 +21,25 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 import main
 import simulation.llm.chat
 from participant import LLMParticipant
-from simulation.agents.agent_class import pack_class
+from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
 from simulation.agents.participant import message_of
 from simulation.agents.per_agent_dispatch import whole_tally
 from simulation.cluster.preflight import _check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
-from simulation.game.rules import Announcement, Game, Sampling, question_for
+from simulation.game.rules import Announcement, Game, LLMSettings, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.llm.chat import Chat, check_models, load_models
 from simulation.llm.http_client import ModelHttp, proxy_of
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.request_queue import NO_ANSWER, TROUBLES_WITH_N
-from simulation.llm.responses import CUT_OFF, NO_TEXT, Trouble, pause_s
+from simulation.llm.responses import CUT_OFF, NO_TEXT, RequestError, pause_s
 from simulation.llm.usage import OUT_OF_TOKENS
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SimulationConfig
 
-SAMPLING = Sampling(1, "structured_outputs", 100, 3, None, 60.0, 60.0)
+SAMPLING = LLMSettings(1, "structured_outputs", 100, 3, None, 60.0, 60.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
 TROUBLES += ["an error with 200", "nested", "odd status line", "absurd usage", "reset", "breaks off", "null", "words"]
 TROUBLES += ["out of range", "cut off"]
@@ -57,7 +57,7 @@ def play(tmp_path):
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
         game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), wording=WORDING)
-        group = ParticipantGroup("run/group-0", 0, count, game, pack_class(LLMParticipant), 4, 60.0)
+        group = ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")
         told = ()
@@ -95,8 +95,8 @@ def test_equal_prompts_are_few_requests_and_everyone_has_a_sample_of_their_own(p
     fake = fake_of()
     group = play(fake, 250)
     assert sorted(fake.samples) == [50, 100, 100]
-    counted = dict(zip(tally_of(group).units.tolist(), tally_of(group).counts.tolist(), strict=True))
-    assert counted == Counter(map(int, fake.texts))
+    value_counts = dict(zip(tally_of(group).units.tolist(), tally_of(group).counts.tolist(), strict=True))
+    assert value_counts == Counter(map(int, fake.texts))
     usage = group.usage()
     assert (usage.requests, usage.retries) == (3, 0)
     assert (usage.prompt_tokens, usage.completion_tokens) == (3 * PROMPT_TOKENS, 250 * ANSWER_TOKENS)
@@ -202,22 +202,22 @@ def test_a_busy_server_is_asked_for_as_many_again(play, fake_of, trouble):
 def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
     in_a_row = []
 
-    def counted(troubles, *more):
+    def value_counts(troubles, *more):
         in_a_row.append(troubles)
         return pause_s(troubles, *more)
 
-    monkeypatch.setattr("simulation.llm.request_queue.pause_s", counted)
+    monkeypatch.setattr("simulation.llm.request_queue.pause_s", value_counts)
     fake = fake_of(*[trouble] * 50, delay_s=0.2)
     assert tally_of(play(fake, 60, samples_per_request=1)).answered == 60
     assert len(in_a_row) == 50 and max(in_a_row) < 5  # more than 1 where pauses end meanwhile, on a busy machine
 
 
 def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
-    def settle(chat, ask, tokens, answered):
+    def commit(chat, ask, tokens, answered):
         if answered:
             raise OverflowError("too many")
 
-    monkeypatch.setattr(Chat, "settle", settle)
+    monkeypatch.setattr(Chat, "commit", commit)
     assert tally_of(play(fake_of(), 50)).failures == {"OverflowError: too many": 50}
 
 
@@ -476,7 +476,7 @@ def asked(url: str) -> list[str]:
         told = [str(await http.check("m", 60))]
         try:
             await http.post(b"{}", 60)
-        except Trouble as trouble:
+        except RequestError as trouble:
             told.append(str(trouble))
         await http._client.aclose()
         return told

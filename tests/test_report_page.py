@@ -20,13 +20,13 @@ import pytest
 from conftest import CONTRAST, ROOT, one_line
 
 from simulation.errors import SettingsError
-from simulation.game.population import Cast, ModelShare, Persona, PersonaSet
+from simulation.game.population import ModelShare, Persona, PersonaSet, Population
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, selection
 from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import brief, run_lines
 from simulation.results.figures import AVERAGE, VARIABLES, page_axes, short, svg
-from simulation.results.reader import PastRun, read_run
+from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import page_content, ranges, seconds, write_report
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -56,7 +56,7 @@ def run(cluster, played) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told_apart(cluster, played, tmp_path_factory) -> PastRun:
+def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
     """The same game, as if it had been played with personas and models."""
     folder = tmp_path_factory.mktemp("told") / "apart"
     shutil.copytree(cluster.path / "runs/three", folder)
@@ -65,7 +65,7 @@ def told_apart(cluster, played, tmp_path_factory) -> PastRun:
         PersonaSet("education", (Persona("none <b>", half), Persona("$much$ 多", half))),
         PersonaSet("job", tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30))),
     )
-    cast = Cast(7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large")))
+    cast = Population(7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large")))
     (folder / "game.json").write_text(json.dumps({"wording": None, "cast": cast.to_json()}))
     times = [{"round": each, "model_s": 0.5, "client_s": 0.2, "rpc_s": 0.1, "slowest_s": 0.05} for each in (1, 2, 3)]
     summary = json.loads((folder / "summary.json").read_text())
@@ -144,14 +144,14 @@ def test_what_strangers_wrote_is_text(page, run, played):
 
 
 @pytest.fixture(scope="module")
-def huge(cluster, tmp_path_factory) -> PastRun:
+def huge(cluster, tmp_path_factory) -> SavedRun:
     """A game with numbers and names that take much room, whose winning number is far beyond the range."""
     (cluster.path / "long.py").write_text(FAILING.replace("Failing", "F" * 90))
     arguments = ("--agent-class", f"long.py:{'F' * 90}", "--max-value", "1000000000", "--ratio", "3", "--rounds", "2")
     cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
     folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
     personas = PersonaSet("S" * 80, tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600)))
-    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": Cast(7, 100, (personas,)).to_json()}))
+    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": Population(7, 100, (personas,)).to_json()}))
     for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
         assert entry["winning_number"] == 3 * entry["average"]
     summary["config"]["seed"] = 7

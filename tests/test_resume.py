@@ -21,15 +21,15 @@ import pytest
 from conftest import ROOT, drafts_in, one_line, until
 from waiting import Gates
 
-from simulation.errors import ClusterError, GameEnded, Interrupted, ResultsError, SettingsError
+from simulation.errors import ClusterError, Interrupted, ResultsError, RunAborted, SettingsError
 from simulation.game.rules import game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.hosts import pid_files as processes
-from simulation.llm.concurrency_limit import InFlight
+from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.usage import Usage
 from simulation.results.run_directory import RunDirectory, _on_disk, part_of, summarise, write_whole
 from simulation.runs.run import Run
-from simulation.runs.session import Session, Task
+from simulation.runs.session import RunSpec, Session
 from simulation.settings import SimulationConfig
 
 ROUNDS = ("--rounds", "4")
@@ -370,7 +370,7 @@ def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
     if (OLD_RUNS / name).exists():
         shutil.copytree(OLD_RUNS / name, tmp_path / "it's a run")
     config = SimulationConfig(seed=1)
-    session = Session([Task(config, {}, game_of(config, None, None), tmp_path / "it's a run")], tmp_path)
+    session = Session([RunSpec(config, {}, game_of(config, None, None), tmp_path / "it's a run")], tmp_path)
     command = (f"{'.' if Path.cwd() == ROOT else ROOT}/run_simulation.sh", shlex.quote(f"{tmp_path}/it's a run"))
     assert session.how_to_resume() == (TO_RESUME[name] and TO_RESUME[name].format(*command))
 
@@ -546,7 +546,7 @@ ANSWERS = "tests/data/old_runs/killed/answers-00001.parquet"
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
 def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, fcntl, "flock", number)
-    places = InFlight("a", tmp_path / "in-flight")
+    places = SharedSemaphore("a", tmp_path / "in-flight")
     assert [places.take(2) for _ in range(3)] == [True, True, False]
     places.close()
     for name in ("one", "another"):
@@ -589,7 +589,7 @@ def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch
 def test_a_limit_that_cannot_be_shared_is_kept_by_each(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, os, "ftruncate", number)
     for _ in range(2):
-        places = InFlight("a", tmp_path)
+        places = SharedSemaphore("a", tmp_path)
         assert [places.take(1), places.take(1)] == [True, False]
         places.close()
     assert [os.strerror(number) in line for line in told] == [True]
@@ -646,7 +646,7 @@ def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_wri
     tmp_path, monkeypatch, told, number
 ):
     config = SimulationConfig(seed=1)
-    task = Task(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
+    task = RunSpec(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
     directory = RunDirectory(sweep_in(tmp_path / "s", "01-x", "02-y"), resumed=True)
     session = Session([task], directory.path, directory=directory)
     failing(monkeypatch, os, "mkdir", number)
@@ -655,7 +655,7 @@ def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_wri
 
 
 @pytest.mark.parametrize(
-    ("ended", "raised"), [(GameEnded("no server"), True), (Interrupted(2), True), (ClusterError("no key"), False)]
+    ("ended", "raised"), [(RunAborted("no server"), True), (Interrupted(2), True), (ClusterError("no key"), False)]
 )
 def test_a_game_that_ends_early_says_so_if_its_results_are_not_written(told, ended, raised):
     def fail():

@@ -12,7 +12,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulation.agents.scheduler import BATCH, Pause, Scheduler
+from simulation.agents.scheduler import BATCH, Scheduler, Sleep
 
 WHO = ContextVar("WHO", default=None)
 
@@ -54,32 +54,32 @@ async def at_once(place):
 
 
 async def pauses(place):
-    await Pause(0.01)
-    await Pause(0.01)
+    await Sleep(0.01)
+    await Sleep(0.01)
     return place
 
 
 async def does_not_pause(place):
-    await Pause(0)
-    await Pause(-1)
-    await Pause(float("nan"))
+    await Sleep(0)
+    await Sleep(-1)
+    await Sleep(float("nan"))
     return place
 
 
 async def sleeps(place):
     await asyncio.sleep(0.01)
-    await Pause(0.01)
+    await Sleep(0.01)
     await asyncio.sleep(0)
     return place
 
 
 async def sleeps_after_a_pause(place):
-    await Pause(0.01)
+    await Sleep(0.01)
     return await asyncio.sleep(0.01, place)
 
 
 async def raises(place):
-    await Pause(0.01)
+    await Sleep(0.01)
     raise ValueError(place)
 
 
@@ -94,19 +94,19 @@ async def exits_as_a_task(place):
 
 async def times_out(place):
     async with asyncio.timeout(0.01):
-        await Pause(5)
+        await Sleep(5)
 
 
 async def times_out_in_time(place):
     async with asyncio.timeout(5):
-        await Pause(0.01)
+        await Sleep(0.01)
     return place
 
 
 async def times_out_after_a_pause(place):
-    await Pause(0.01)
+    await Sleep(0.01)
     async with asyncio.timeout(0.01):
-        await Pause(5)
+        await Sleep(5)
 
 
 async def waits_for(place):
@@ -121,12 +121,12 @@ async def groups(place):
     async with asyncio.TaskGroup() as group:
         group.create_task(pauses(place))
         failing = group.create_task(raises(place))
-        await Pause(5)
+        await Sleep(5)
     return failing
 
 
 async def gathers_pauses(place):
-    await asyncio.gather(Pause(0.01), Pause(0.02))
+    await asyncio.gather(Sleep(0.01), Sleep(0.02))
     return place
 
 
@@ -137,7 +137,7 @@ async def awaits_a_shared_future(place):
     if not SHARED or SHARED[0].get_loop() is not asyncio.get_running_loop():
         SHARED[:] = [asyncio.ensure_future(asyncio.sleep(0.01, "loaded"))]
     assert await SHARED[0] == "loaded"
-    await Pause(0.01)
+    await Sleep(0.01)
     return place
 
 
@@ -145,7 +145,7 @@ async def pauses_for_nothing_until_others_are_done(place):
     done = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_later(0.01, done.set_result, place)
     while not done.done():
-        await Pause(0)
+        await Sleep(0)
     return done.result()
 
 
@@ -166,14 +166,14 @@ MOODS = WeakKeyDictionary()
 async def keeps_a_mood_of_its_task(place):
     assert asyncio.current_task() not in MOODS
     MOODS[asyncio.current_task()] = place
-    await Pause(0.01)
+    await Sleep(0.01)
     return MOODS[asyncio.current_task()]
 
 
 async def has_its_end_told(place):
     told = asyncio.get_running_loop().create_future()
     asyncio.current_task().add_done_callback(told.set_result)
-    await Pause(0.01)
+    await Sleep(0.01)
     assert not told.done()
     return place
 
@@ -182,7 +182,7 @@ async def changes_its_mind(place):
     asyncio.current_task().cancel()
     asyncio.current_task().uncancel()
     try:
-        await Pause(0.01)
+        await Sleep(0.01)
     except asyncio.CancelledError:
         return place
 
@@ -194,34 +194,34 @@ async def is_cancelled_as_it_returns(place):
 
 async def cancels_itself(place):
     asyncio.current_task().cancel()
-    await Pause(5)
+    await Sleep(5)
 
 
 async def cancels_itself_later(place):
     task = asyncio.current_task()
     asyncio.get_running_loop().call_later(0.01, task.cancel)
     try:
-        await Pause(5)
+        await Sleep(5)
     except asyncio.CancelledError:
-        await Pause(0.01)
+        await Sleep(0.01)
         return place
 
 
 async def keeps_a_variable(place):
     WHO.set(place)
-    await Pause(0.01)
+    await Sleep(0.01)
     return WHO.get()
 
 
 async def sees_no_variable(place):
-    await Pause(0.005)
+    await Sleep(0.005)
     return place if WHO.get() is None else "somebody else's"
 
 
 async def sets_a_variable_as_a_task(place):
     await asyncio.sleep(0.001)
     WHO.set(place)
-    await Pause(0.01)
+    await Sleep(0.01)
     return WHO.get()
 
 
@@ -231,7 +231,7 @@ async def fails_at_what_it_awaits(place):
     try:
         await future
     except KeyError:
-        await Pause(0.01)
+        await Sleep(0.01)
         return place
 
 
@@ -244,7 +244,7 @@ def is_a_number(place):
 
 
 def returns_an_awaitable(place):
-    return Pause(0.01)
+    return Sleep(0.01)
 
 
 WORKS = [
@@ -279,7 +279,7 @@ def test_pauses_are_as_long_as_asked_and_go_on_together():
 
     async def late(place):
         started = time.monotonic()
-        await Pause(0.05 + place % 7 / 100)
+        await Sleep(0.05 + place % 7 / 100)
         return time.monotonic() - started - (0.05 + place % 7 / 100)
 
     over = play([late] * 5000)
@@ -289,15 +289,15 @@ def test_pauses_are_as_long_as_asked_and_go_on_together():
 def test_no_more_are_under_way_than_may_be():
     under_way = most = 0
 
-    async def counted(place):
+    async def value_counts(place):
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
-        await (asyncio.sleep(0.001) if place % 2 else Pause(0.001))
+        await (asyncio.sleep(0.001) if place % 2 else Sleep(0.001))
         under_way -= 1
         return place
 
-    assert play([counted] * 500, at_once=40) == list(range(500))
+    assert play([value_counts] * 500, at_once=40) == list(range(500))
     assert most == 40
 
 
@@ -325,7 +325,7 @@ def test_the_event_loop_is_not_held_up():
 
 
 async def forever(place):
-    await (asyncio.sleep(600) if place % 2 else Pause(600))
+    await (asyncio.sleep(600) if place % 2 else Sleep(600))
 
 
 ASKED = []  # whom one test has asked
@@ -334,9 +334,9 @@ ASKED = []  # whom one test has asked
 async def answers_all_the_same(place):
     ASKED.append(place)
     try:
-        await Pause(600)
+        await Sleep(600)
     except asyncio.CancelledError:
-        await Pause(0.01)
+        await Sleep(0.01)
         return place
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation.cluster.placement import Seating
+from simulation.cluster.placement import PlacementPlan
 from simulation.rpc.endpoints import Endpoint
 
 SERVERS = [Endpoint(f"node{number % 3}", 1000 + number // 3) for number in range(9)]
@@ -24,57 +24,70 @@ def living(pool):
     st.integers(1, len(CHAIRS)),
     st.lists(st.tuples(living(SERVERS), living(CHAIRS), st.booleans()), max_size=6),
 )
-def test_everyone_sits_in_exactly_one_group_on_a_living_server(participants, servers, chairs, events):
-    seating = Seating("run", participants, SERVERS[:servers], CHAIRS[:chairs])
-    ids = {seat.oid: (seat.first, seat.count, seat.server) for seat in seating.seats}
+def test_everyone_sits_in_exactly_one_group_on_a_living_server(participants, servers, moderator_servers, events):
+    seating = PlacementPlan("run", participants, SERVERS[:servers], CHAIRS[:moderator_servers])
+    ids = {
+        assignment.oid: (assignment.first, assignment.count, assignment.server) for assignment in seating.assignments
+    }
     for up, chairs_up, new_round in events:
-        before = {seat.oid: seat for seat in seating.seats}
+        before = {assignment.oid: assignment for assignment in seating.assignments}
         if new_round:
-            seating.bring_home(up, chairs_up)
-        seating.reseat(up, chairs_up, up)
-        seats = seating.seats
-        assert [seat.first for seat in seats] == sorted(seat.first for seat in seats)
-        assert all(one.first + one.count == other.first for one, other in pairwise(seats))
-        assert (seats[0].first, seats[-1].first + seats[-1].count) == (0, participants)
-        assert all(seat.server in up and seat.chair in chairs_up and seat.count > 0 for seat in seats)
-        for seat in seats:  # an id is one group for ever
-            assert ids.setdefault(seat.oid, (seat.first, seat.count, seat.server)) == (
-                seat.first,
-                seat.count,
-                seat.server,
+            seating.restore_preferred(up, chairs_up)
+        seating.reassign(up, chairs_up, up)
+        assignments = seating.assignments
+        assert [assignment.first for assignment in assignments] == sorted(
+            assignment.first for assignment in assignments
+        )
+        assert all(one.first + one.count == other.first for one, other in pairwise(assignments))
+        assert (assignments[0].first, assignments[-1].first + assignments[-1].count) == (0, participants)
+        assert all(
+            assignment.server in up and assignment.moderator_server in chairs_up and assignment.count > 0
+            for assignment in assignments
+        )
+        for assignment in assignments:  # an id is one group for ever
+            assert ids.setdefault(assignment.oid, (assignment.first, assignment.count, assignment.server)) == (
+                assignment.first,
+                assignment.count,
+                assignment.server,
             )
         if not new_round:
-            stayed = [seat for seat in before.values() if seat.server in up]
-            assert {seat.oid for seat in stayed} <= {seat.oid for seat in seats}
+            stayed = [assignment for assignment in before.values() if assignment.server in up]
+            assert {assignment.oid for assignment in stayed} <= {assignment.oid for assignment in assignments}
 
 
 @given(st.integers(9, 500), living(SERVERS))
 def test_those_of_lost_servers_are_shared_out_evenly(participants, up):
-    seating = Seating("run", participants, SERVERS, CHAIRS)
-    before = {seat.oid for seat in seating.seats}
-    seating.reseat(up, CHAIRS, up)
+    seating = PlacementPlan("run", participants, SERVERS, CHAIRS)
+    before = {assignment.oid for assignment in seating.assignments}
+    seating.reassign(up, CHAIRS, up)
     new = dict.fromkeys(up, 0)
-    for seat in seating.seats:
-        if seat.oid not in before:
-            new[seat.server] += seat.count
+    for assignment in seating.assignments:
+        if assignment.oid not in before:
+            new[assignment.server] += assignment.count
     assert max(new.values()) - min(new.values()) <= 1
 
 
 def test_they_come_home_when_their_server_is_back():
-    seating = Seating("run", 100, SERVERS, CHAIRS)
-    home = [(seat.first, seat.count, seat.server, seat.chair) for seat in seating.seats]
-    seating.reseat(SERVERS[1:], CHAIRS[1:], SERVERS[1:])
-    assert [seat.server for seat in seating.seats if seat.server == SERVERS[0]] == []
-    seating.bring_home(SERVERS, CHAIRS)
-    seating.reseat(SERVERS, CHAIRS, SERVERS)
-    assert [(seat.first, seat.count, seat.server, seat.chair) for seat in seating.seats] == home
+    seating = PlacementPlan("run", 100, SERVERS, CHAIRS)
+    home = [
+        (assignment.first, assignment.count, assignment.server, assignment.moderator_server)
+        for assignment in seating.assignments
+    ]
+    seating.reassign(SERVERS[1:], CHAIRS[1:], SERVERS[1:])
+    assert [assignment.server for assignment in seating.assignments if assignment.server == SERVERS[0]] == []
+    seating.restore_preferred(SERVERS, CHAIRS)
+    seating.reassign(SERVERS, CHAIRS, SERVERS)
+    assert [
+        (assignment.first, assignment.count, assignment.server, assignment.moderator_server)
+        for assignment in seating.assignments
+    ] == home
 
 
 def test_without_servers_they_sit_nowhere():
-    seating = Seating("run", 10, SERVERS[:2], CHAIRS[:1])
-    seating.reseat(SERVERS[:1], CHAIRS, SERVERS[:1])
-    assert {seat.server for seat in seating.seats} == {SERVERS[0]}
-    seating.reseat(SERVERS[1:2], CHAIRS, [])
-    assert {seat.server for seat in seating.seats} == {None}
-    seating.evict(SERVERS[0])
-    assert sum(seat.count for seat in seating.seats) == 10
+    seating = PlacementPlan("run", 10, SERVERS[:2], CHAIRS[:1])
+    seating.reassign(SERVERS[:1], CHAIRS, SERVERS[:1])
+    assert {assignment.server for assignment in seating.assignments} == {SERVERS[0]}
+    seating.reassign(SERVERS[1:2], CHAIRS, [])
+    assert {assignment.server for assignment in seating.assignments} == {None}
+    seating.unassign_server(SERVERS[0])
+    assert sum(assignment.count for assignment in seating.assignments) == 10

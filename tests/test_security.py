@@ -13,7 +13,7 @@ from strangers import attack
 from waiting import Gates
 
 from simulation.errors import ClusterError, SettingsError
-from simulation.rpc.channels import channel_to, handshake, use_key
+from simulation.rpc.channels import channel_to, handshake, install_tls
 from simulation.rpc.cluster_key import load, load_or_make
 from simulation.rpc.endpoints import Endpoint
 
@@ -37,12 +37,12 @@ def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
 
 
 def test_a_holder_of_the_key_is_let_in(cluster):
-    use_key(load(cluster.path / ".cluster"))
+    install_tls(load(cluster.path / ".cluster"))
     assert handshake(Endpoint("localhost", cluster.base_port), 60).pid == cluster.pid(0)
 
 
 def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
-    use_key(load_or_make(tmp_path / "other"))
+    install_tls(load_or_make(tmp_path / "other"))
     with pytest.raises(ClusterError, match="does not hold this cluster's key"):
         handshake(Endpoint("localhost", cluster.base_port), 60)
     done = cluster.run("run_simulation.sh", "3", "10", env={"CLUSTER_KEY_DIR": str(tmp_path / "other")})
@@ -51,10 +51,10 @@ def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
 
 @pytest.mark.parametrize("name", ["localhost", "build-localhost", "mylocalhost", "localhost.example.org", "n1"])
 def test_only_localhost_itself_stands_for_the_loopback_address(tmp_path, monkeypatch, name):
-    use_key(load_or_make(tmp_path / "key"))
+    install_tls(load_or_make(tmp_path / "key"))
     monkeypatch.setattr("simulation.rpc.channels.grpc.secure_channel", lambda target, *_, **__: target)
     assert channel_to(f"{name}:12330") == f"{'127.0.0.1' if name == 'localhost' else name}:12330"
-    use_key(load_or_make(tmp_path / "key"))  # no later test gets this channel
+    install_tls(load_or_make(tmp_path / "key"))  # no later test gets this channel
 
 
 def test_servers_listen_on_loopback_only(cluster):

@@ -22,7 +22,7 @@ from simulation.game.tally import RoundResult, Tally, Winners, announcement_of
 from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import instruction, prompt_for, rules
 from simulation.results.console_report import announcement_lines
-from simulation.runs.scenario import game_to_play
+from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), wording=WORDING)
@@ -379,7 +379,7 @@ def test_the_estimate_of_a_round_is_no_shorter_than_what_is_said(tmp_path):
         tmp_path, "short=1/2,long=1/2", teams="model", ratio="2/3", decimals=2, rounds=4, prompt="team"
     )
     rounds = estimate_of(config)
-    game = game_to_play(config, read_models(config))
+    game = build_game(config, read_models(config))
     told = ()
     for entry in rounds:
         question = question_for(game, entry.round, told)

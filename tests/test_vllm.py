@@ -322,7 +322,9 @@ def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys)
 
 
 def test_other_flags_of_vllm_pass():
-    inference.refuse_by_hand(["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"])
+    inference.check_vllm_flags(
+        ["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"]
+    )
 
 
 def test_what_start_waits_for_is_told(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def _unpacked(folder: str, packed: bytes) -> Any:
     return cloudpickle.loads(packed)
 
 
-def pack_class(cls: type[Participant]) -> bytes:
+def serialize_agent_class(cls: type[Participant]) -> bytes:
     """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
     try:
         packed = cloudpickle.dumps(cls)
@@ -67,7 +67,7 @@ _loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  #
 _lock = threading.Lock()
 
 
-def unpack_class(packed: bytes, run: str) -> type[Participant]:
+def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
     """The class that `pack_class` packed, loaded once for all groups of a run in this process.
 
     To load it for each group would set what the class itself keeps back to what it was in main; to keep it for the next

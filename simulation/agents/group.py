@@ -22,10 +22,10 @@ from agentscope.rpc import RpcMeta
 from loguru import logger
 from numpy.typing import NDArray
 
-from simulation.agents.agent_class import unpack_class
+from simulation.agents.agent_class import deserialize_agent_class
 from simulation.agents.participant import Home, Participant, answer_in, answers_many, message_of
-from simulation.agents.scheduler import Scheduler, collector_paused, spare_from_collector
-from simulation.agents.snapshot import Glance, glance_at
+from simulation.agents.scheduler import Scheduler, collect_young, gc_paused
+from simulation.agents.snapshot import RoundSnapshot, take_snapshot
 from simulation.errors import KnownCause, failure_of, one_line
 from simulation.game.answer_sheet import CUT_SHORT, Answers, AnswerSheet
 from simulation.game.rules import Announcement, Game, Question, to_units
@@ -68,7 +68,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.count = count
         self.game = game
         self.lease_s = lease_s
-        self._class = unpack_class(participant_class, run_of(oid))
+        self._class = deserialize_agent_class(participant_class, run_of(oid))
         self._many = answers_many(self._class)
         self._reply_threads = reply_threads
         self._agents: list[Participant | str] = []  # an agent, or why it could not be built
@@ -131,10 +131,10 @@ class ParticipantGroup(metaclass=RpcMeta):
         number, done = self._round, self._done()  # in this order: a new round's number never goes with old answers
         return Progress(done, self.count, number, self._error, astuple(self.usage()))
 
-    def glance(self, numbers: int) -> Glance:
+    def snapshot(self, numbers: int) -> RoundSnapshot:
         """What is in of the round under way, where there are so many different answers, and what this process costs."""
         number, sheet = self._round, self._sheet  # in this order, as above
-        return glance_at(number, [] if sheet is None else [sheet], numbers)
+        return take_snapshot(number, [] if sheet is None else [sheet], numbers)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Tell participants who were made anew what they answered in the rounds so far.
@@ -189,11 +189,11 @@ class ParticipantGroup(metaclass=RpcMeta):
         """How many agents live here."""
         return len(self._agents)
 
-    def participant(self, index: int) -> Participant | Unbuilt | None:
+    def participant(self, index: int) -> Participant | FailedParticipant | None:
         """The agent with this index among all participants; None if it is not here."""
         place, agents = index - self.first, self._agents  # once, as `close` may take them away meanwhile
         agent = agents[place] if 0 <= place < len(agents) else None
-        return Unbuilt(agent) if isinstance(agent, str) else agent
+        return FailedParticipant(agent) if isinstance(agent, str) else agent
 
     def close(self) -> None:
         """Stop whatever runs, and let go of all participants; does nothing the second time."""
@@ -253,10 +253,10 @@ class ParticipantGroup(metaclass=RpcMeta):
         0.08 s with plain construction as well, which leaves nothing out that a hosted agent uses.
         """
         for start in range(0, self.count, BUILT_AT_ONCE):
-            with collector_paused():
+            with gc_paused():
                 for index in range(self.first + start, self.first + min(start + BUILT_AT_ONCE, self.count)):
                     self._agents.append(self._built(index))
-                spare_from_collector()
+                collect_young()
             await asyncio.sleep(0)
 
     def _built(self, index: int) -> Participant | str:
@@ -354,7 +354,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self._changed.notify_all()
 
 
-class Unbuilt:
+class FailedParticipant:
     """Stands where a participant could not be built: to ask it alone fails with the cause, as in the group."""
 
     _info = Participant._info  # what AgentScope's servicer asks before it calls a method

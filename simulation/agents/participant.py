@@ -14,7 +14,7 @@ from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
-from simulation.agents.scheduler import Pause
+from simulation.agents.scheduler import Sleep
 from simulation.errors import Failure, failure_of
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question, to_units
@@ -91,7 +91,7 @@ class Participant(AgentBase):
 
     def think(self, seconds: float) -> Awaitable[None]:
         """Think for so long: `await self.think(1.5)`; asyncio.sleep does the same for 1.3 KB and 25 us more."""
-        return Pause(seconds)
+        return Sleep(seconds)
 
     async def answer(self, question: Question) -> float | str:
         """A number from 0 to `question.max_value`, or a text that holds one."""

@@ -13,7 +13,7 @@ from simulation.game.answer_sheet import CUT_SHORT, Answers, AnswerSheet
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
 from simulation.rpc.client import RemoteObject, reply_of
-from simulation.rpc.endpoints import Seat
+from simulation.rpc.endpoints import GroupAssignment
 from simulation.rpc.messages import Progress
 
 ASKED_AT_ONCE = 32  # participants of one group that are asked at the same time when each is asked alone
@@ -31,9 +31,9 @@ class OneByOne:
     It is here for comparison: each answer costs three calls and a thread, whatever the participant does.
     """
 
-    def __init__(self, group: RemoteObject, seat: Seat, timeout_s: float) -> None:
+    def __init__(self, group: RemoteObject, assignment: GroupAssignment, timeout_s: float) -> None:
         self._group = group
-        self._seat = seat
+        self._seat = assignment
         self._timeout_s = timeout_s
         self._round = 0
         self.sheet: AnswerSheet | None = None

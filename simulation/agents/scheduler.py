@@ -28,7 +28,7 @@ CANCELLED = object()  # in place of what a coroutine awaits: nothing any more
 Pair = tuple[int, Coroutine[Any, Any, Any]]  # a place, and the coroutine that runs there
 
 
-class Pause(float):
+class Sleep(float):
     """Seconds to wait for: `await Pause(1.5)`; anywhere, and for little where a `Scheduler` steps the coroutine."""
 
     __slots__ = ()
@@ -51,7 +51,7 @@ class _Here(threading.local):
 _here = _Here()
 
 
-class Standby(asyncio.Task[Any]):
+class StandInTask(asyncio.Task[Any]):
     """The task that coroutines are stepped under, and that somebody may have done something to."""
 
     __slots__ = ("touched",)
@@ -160,7 +160,7 @@ class Scheduler:
         if self._everyone_ended.done():
             return
         try:
-            with collector_paused():
+            with gc_paused():
                 if self._to_cancel:
                     self._step_all(zip(*self._to_cancel.pop(), strict=True), cancel=True)
                 self._step_all(self._whose_pause_is_over())
@@ -168,7 +168,7 @@ class Scheduler:
                 self._step_all(self._who_can_begin())
                 self._tell()
                 if self._begun > begun:
-                    spare_from_collector()
+                    collect_young()
         except BaseException as error:  # noqa: BLE001 - a defect of ours: whoever awaits run() hears of it
             self._everyone_ended.set_exception(error)
         else:
@@ -246,7 +246,7 @@ class Scheduler:
                 self._adopt(standby, last[0])
 
     def _step_until_known(
-        self, context: Context, standby: Standby, first: Pair, others: Iterator[Pair], cancel: bool
+        self, context: Context, standby: StandInTask, first: Pair, others: Iterator[Pair], cancel: bool
     ) -> tuple[Pair, Any] | None:
         """Step one after the other until somebody may know the stand-by; returns who needs it, and what it awaits."""
         references, buckets, now = sys.getrefcount, self._buckets, time.monotonic
@@ -261,7 +261,7 @@ class Scheduler:
             except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
                 self._failed(place, error)
             else:
-                if type(awaited) is Pause and references(standby) == unknown and not (context or standby.touched):
+                if type(awaited) is Sleep and references(standby) == unknown and not (context or standby.touched):
                     tick = int((now() + awaited) * TICKS_A_SECOND) + 1
                     bucket = buckets.get(tick)
                     if bucket is None or len(bucket[1]) == BATCH:
@@ -287,10 +287,10 @@ class Scheduler:
         self._tasks[task] = pair
         task.add_done_callback(self._task_ended)
 
-    def _standby(self, adopted: list[tuple[Pair, Any]], context: Context) -> Standby:
+    def _standby(self, adopted: list[tuple[Pair, Any]], context: Context) -> StandInTask:
         work = self._go_on(adopted)
         work.send(None)  # up to _is_cancelled: a task that is cancelled before its first step hears nothing of it
-        standby = Standby(work, self._loop, context)
+        standby = StandInTask(work, self._loop, context)
         standby.touched = False  # by asyncio itself
         return standby
 
@@ -337,7 +337,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
         try:
             if awaited is CANCELLED:
                 raise asyncio.CancelledError
-            if type(awaited) is Pause:
+            if type(awaited) is Sleep:
                 yield from asyncio.sleep(awaited).__await__()
             else:
                 yield awaited
@@ -365,7 +365,7 @@ _paused_lock = threading.Lock()
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection meanwhile, in this process; may be entered by several threads at once."""
     global _paused  # noqa: PLW0603 - the collector is global, too
     with _paused_lock:
@@ -380,7 +380,7 @@ def collector_paused() -> Iterator[None]:
                 gc.enable()
 
 
-def spare_from_collector() -> None:
+def collect_young() -> None:
     """Have the collector look at what was just made, once; to be said now and then while very much is made.
 
     Else it walks all of it again whenever its number has grown by a quarter: half of what building 500,000 agents

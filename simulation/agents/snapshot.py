@@ -16,7 +16,7 @@ BINS = 101  # at most
 
 
 @dataclass(frozen=True)
-class Glance:
+class RoundSnapshot:
     """What is in of a round already, and the process that hosts it.
 
     Attributes:
@@ -49,7 +49,7 @@ def bins_of(numbers: int) -> tuple[int, int]:
     return width, -(-numbers // width)
 
 
-def glance_at(number: int, sheets: Iterable[AnswerSheet], numbers: int) -> Glance:
+def take_snapshot(number: int, sheets: Iterable[AnswerSheet], numbers: int) -> RoundSnapshot:
     """Glance at sheets of a round that may be filling meanwhile, where there are so many different answers."""
     began = time.thread_time()
     width, bins = bins_of(numbers)
@@ -61,7 +61,7 @@ def glance_at(number: int, sheets: Iterable[AnswerSheet], numbers: int) -> Glanc
         for cause, often in failed.items():
             failures[cause] = failures.get(cause, 0) + often
     memory_mb = psutil.Process().memory_info().rss / 2**20
-    return Glance(
+    return RoundSnapshot(
         number,
         () if counts is None else tuple(np.asarray(counts).tolist()),
         failures,

@@ -20,7 +20,7 @@ from simulation.rpc.lean_import import append_to_path
 
 
 @functools.cache
-def load_class(spec: str | None, agent_type: str) -> type[Participant]:
+def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     """The class that `my_file.py:MyParticipant` names; for None the one of the agent type, random or llm.
 
     Raises SettingsError that says what is wrong with the file or the class.

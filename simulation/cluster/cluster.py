@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moderator import Moderator
-from simulation.agents.agent_class import pack_class
+from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
 from simulation.agents.participant import Participant
-from simulation.cluster.failure_detector import Standing
-from simulation.cluster.membership import Attendance, Awaited, Watch
-from simulation.cluster.placement import Seating
-from simulation.errors import GameEnded
+from simulation.cluster.failure_detector import ServerStatus
+from simulation.cluster.membership import Awaited, Membership, ProgressListener
+from simulation.cluster.placement import PlacementPlan
+from simulation.errors import RunAborted
 from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Game
 from simulation.llm.usage import Usage
-from simulation.rpc.channels import all_of, fan_out
-from simulation.rpc.client import PATIENT_S, RemoteObject, remove
-from simulation.rpc.endpoints import Endpoint, Seat, endpoints
+from simulation.rpc.channels import call_all, call_all_or_raise
+from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, remove
+from simulation.rpc.endpoints import Endpoint, GroupAssignment, endpoints
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
@@ -61,7 +61,7 @@ class Cluster:
         run: str,
         game: Game,
         participant_class: type[Participant],
-        watch: Watch,
+        watch: ProgressListener,
         record: Record | None,
     ) -> None:
         self.config = config
@@ -71,179 +71,208 @@ class Cluster:
         self._class = participant_class
         self._record = record
         self._servers = endpoints(config.hosts, config.base_port, config.server_per_host)
-        self._chairs = endpoints(config.hosts, config.base_port + config.server_per_host, config.moderator_per_host)
-        self._attendance = Attendance(config, run, self._servers + self._chairs, watch, self._evict)
-        self._seating = Seating(run, config.participant_num, self._servers, self._chairs)
+        self._moderator_servers = endpoints(
+            config.hosts, config.base_port + config.server_per_host, config.moderator_per_host
+        )
+        self._membership = Membership(config, run, self._servers + self._moderator_servers, watch, self._evict)
+        self._plan = PlacementPlan(run, config.participant_num, self._servers, self._moderator_servers)
         self._made: set[str] = set()  # the groups there are
         self._ready: set[str] = set()  # groups whose participants are built, and remember
         self._moderators: dict[Endpoint, RemoteObject] = {}
-        self._asks: dict[Endpoint, list[Seat]] = {}  # whom each moderator was told to ask
+        self._asks: dict[Endpoint, list[GroupAssignment]] = {}  # whom each moderator was told to ask
 
     @property
-    def seats(self) -> list[Seat]:
+    def assignments(self) -> list[GroupAssignment]:
         """All groups, in the order of their participants; without a server those whom nobody asks any more."""
-        return self._seating.seats
+        return self._plan.assignments
 
     @property
-    def seated(self) -> list[Seat]:
+    def active_assignments(self) -> list[GroupAssignment]:
         """The groups that there are."""
-        return [seat for seat in self._seating.seats if seat.server is not None]
+        return [assignment for assignment in self._plan.assignments if assignment.server is not None]
 
     @property
     def living(self) -> list[Endpoint]:
         """The participant servers that play."""
-        return self._attendance.living(self._servers)
+        return self._membership.living(self._servers)
 
     @property
     def lost(self) -> list[Endpoint]:
         """The servers that were given up on at some time, in that order."""
-        return self._attendance.lost
+        return self._membership.lost
 
     @property
     def used(self) -> dict[str, Usage]:
         """What each group has cost, those that are gone included."""
-        return self._attendance.used
+        return self._membership.used
 
-    def standings(self) -> dict[Endpoint, tuple[Standing, bool]]:
+    def statuses(self) -> dict[Endpoint, tuple[ServerStatus, bool]]:
         """How all servers stand, for those who look on, and which are of participants, not of moderators."""
-        pools = ((self._servers, True), (self._chairs, False))
-        return {each: (self._attendance.standing(each), answers) for pool, answers in pools for each in pool}
+        pools = ((self._servers, True), (self._moderator_servers, False))
+        return {each: (self._membership.status_of(each), answers) for pool, answers in pools for each in pool}
 
     def __enter__(self) -> Cluster:
-        self._attendance.greet()
+        self._membership.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         keep = self.config.keep_agents and kind is None
         if keep:
-            self._drop_strays()
-        self._attendance.part(keep)
+            self._delete_orphans()
+        self._membership.close(keep)
 
     def all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
         """Call all moderators who have someone to ask; returns results by server. Raises ServerLost."""
-        return all_of({chair: partial(call, self._moderators[chair]) for chair in self._asks})
+        return call_all_or_raise(
+            {moderator_server: partial(call, self._moderators[moderator_server]) for moderator_server in self._asks}
+        )
 
-    def moderator_of(self, seat: Seat) -> RemoteObject:
+    def moderator_of(self, assignment: GroupAssignment) -> RemoteObject:
         """Who asks a group."""
-        return self._moderators[seat.chair]
+        return self._moderators[assignment.moderator_server]
 
     # --- Servers that come and go ------------------------------------------------------------------------------------
 
-    def despite_losses(self, work: Callable[[], V]) -> V:
+    def retry_on_server_loss(self, work: Callable[[], V]) -> V:
         """Do the work; where a server is lost over it, do again with the others what is not done yet."""
-        return self._attendance.despite_losses(work)
+        return self._membership.retry_on_server_loss(work)
 
     def _evict(self, endpoint: Endpoint) -> None:
-        self._seating.evict(endpoint)
+        self._plan.unassign_server(endpoint)
         self._moderators.pop(endpoint, None)
         self._asks.pop(endpoint, None)
 
     def begin_round(self, number: int) -> None:
         """Let servers play again that were lost and answer again, and drop what they, or others, hold in vain."""
-        self._attendance.begin_round(number)
-        self._seating.bring_home(set(self.living), set(self._attendance.living(self._chairs)))
-        self._drop_strays()
+        self._membership.begin_round(number)
+        self._plan.restore_preferred(set(self.living), set(self._membership.living(self._moderator_servers)))
+        self._delete_orphans()
 
-    def _drop_strays(self) -> None:
+    def _delete_orphans(self) -> None:
         """Have servers drop what was made anew elsewhere while they were lost, or has come home."""
-        wanted = {seat.oid for seat in self._seating.seats} | {each._oid for each in self._moderators.values()}
+        wanted = {assignment.oid for assignment in self._plan.assignments} | {
+            each._oid for each in self._moderators.values()
+        }
         strays = {
             oid: RemoteObject(ParticipantGroup, oid, endpoint, self.config.connect_timeout)
-            for oid, endpoint in self._attendance.hosted().items()
+            for oid, endpoint in self._membership.hosted().items()
             if oid not in wanted
         }
-        fan_out({oid: partial(remove, stray) for oid, stray in strays.items()})
+        call_all({oid: partial(remove, stray) for oid, stray in strays.items()})
 
-    def seat_everyone(self, rounds: int) -> None:
+    def reconcile(self, rounds: int) -> None:
         """Bring the cluster to where everyone sits on a living server and is asked by a living moderator.
 
         Makes only what is missing. Whoever is made remembers so many rounds. Raises ServerLost, GameEnded, Interrupted.
         """
-        self._attendance.note_losses()
-        servers = self._attendance.players(self._servers, "participant")
+        self._membership.note_losses()
+        servers = self._membership.players(self._servers, "participant")
         minimum = self.config.min_servers
         if minimum is not None and len(servers) < minimum:
-            raise GameEnded(
+            raise RunAborted(
                 f"{len(servers)} of {len(self._servers)} participant servers are left; --min-servers asks for {minimum}"
             )
-        chairs = self._attendance.players(self._chairs, "moderator")
+        moderator_servers = self._membership.players(self._moderator_servers, "moderator")
         stopping = self.watch.stop_signal is not None and bool(self._ready)
-        self._seating.reseat(servers, chairs, onto=[] if stopping else servers)
-        self._make_groups([seat for seat in self.seated if seat.oid not in self._ready], rounds)
+        self._plan.reassign(servers, moderator_servers, onto=[] if stopping else servers)
+        self._make_groups(
+            [assignment for assignment in self.active_assignments if assignment.oid not in self._ready], rounds
+        )
         self._seat_moderators()
 
-    def _make_groups(self, seats: list[Seat], rounds: int) -> None:
+    def _make_groups(self, assignments: list[GroupAssignment], rounds: int) -> None:
         """Create groups, wait until their participants are built, and tell these what they have answered so far."""
-        packed = pack_class(self._class)
+        packed = serialize_agent_class(self._class)
 
-        def make(seat: Seat) -> RemoteObject:
+        def make(assignment: GroupAssignment) -> RemoteObject:
             kwargs = {
-                "oid": seat.oid,
-                "first": seat.first,
-                "count": seat.count,
+                "oid": assignment.oid,
+                "first": assignment.first,
+                "count": assignment.count,
                 "game": self._game,
                 "participant_class": packed,
                 "reply_threads": self.config.reply_threads,
                 "lease_s": self.config.lease,
             }
-            return self._group(seat, kwargs)
+            return self._group(assignment, kwargs)
 
-        made, errors = fan_out({seat.oid: partial(make, seat) for seat in seats if seat.oid not in self._made})
+        made, errors = call_all(
+            {
+                assignment.oid: partial(make, assignment)
+                for assignment in assignments
+                if assignment.oid not in self._made
+            }
+        )
         self._made |= made.keys()
         for error in errors.values():
             raise error
-        if seats:
-            self.wait("participants created", 0, seats)
+        if assignments:
+            self.wait("participants created", 0, assignments)
         remember = self._class.recall is not Participant.recall
         if rounds > 0 and remember and self._record is not None:
-            all_of({seat.oid: partial(self._remind, seat, self._record, rounds) for seat in seats})
-        self._ready |= {seat.oid for seat in seats}
+            call_all_or_raise(
+                {assignment.oid: partial(self._remind, assignment, self._record, rounds) for assignment in assignments}
+            )
+        self._ready |= {assignment.oid for assignment in assignments}
 
-    def _group(self, seat: Seat, kwargs: dict[str, Any] | None = None) -> RemoteObject:
-        assert seat.server is not None
-        return RemoteObject(ParticipantGroup, seat.oid, seat.server, PATIENT_S, kwargs)
+    def _group(self, assignment: GroupAssignment, kwargs: dict[str, Any] | None = None) -> RemoteObject:
+        assert assignment.server is not None
+        return RemoteObject(ParticipantGroup, assignment.oid, assignment.server, LONG_CALL_TIMEOUT_S, kwargs)
 
-    def _remind(self, seat: Seat, record: Record, rounds: int) -> None:
-        group = self._group(seat)
+    def _remind(self, assignment: GroupAssignment, record: Record, rounds: int) -> None:
+        group = self._group(assignment)
         at_once = max(REMINDED_AT_ONCE // rounds, 1)
-        for first in range(seat.first, seat.first + seat.count, at_once):
-            count = min(at_once, seat.first + seat.count - first)
+        for first in range(assignment.first, assignment.first + assignment.count, at_once):
+            count = min(at_once, assignment.first + assignment.count - first)
             group.remember(first, record.values(first, count, rounds))
 
     def _seat_moderators(self) -> None:
         """Create the moderators that are missing, and tell each whom to ask."""
-        asks: dict[Endpoint, list[Seat]] = {}
-        for seat in self.seated:
-            asks.setdefault(seat.chair, []).append(seat)
+        asks: dict[Endpoint, list[GroupAssignment]] = {}
+        for assignment in self.active_assignments:
+            asks.setdefault(assignment.moderator_server, []).append(assignment)
 
-        def make(chair: Endpoint) -> RemoteObject:
-            number = self._chairs.index(chair)
-            oid = f"{self.run}/moderator-{number}.{self._attendance.noted[chair]}"
+        def make(moderator_server: Endpoint) -> RemoteObject:
+            number = self._moderator_servers.index(moderator_server)
+            oid = f"{self.run}/moderator-{number}.{self._membership.noted[moderator_server]}"
             kwargs = {
                 "name": f"Moderator {number}",
                 "timeout_s": self.config.heartbeat_timeout,
                 "lease_s": self.config.lease,
             }
-            return RemoteObject(Moderator, oid, chair, PATIENT_S, kwargs)
+            return RemoteObject(Moderator, oid, moderator_server, LONG_CALL_TIMEOUT_S, kwargs)
 
-        made, errors = fan_out({chair: partial(make, chair) for chair in asks if chair not in self._moderators})
+        made, errors = call_all(
+            {
+                moderator_server: partial(make, moderator_server)
+                for moderator_server in asks
+                if moderator_server not in self._moderators
+            }
+        )
         self._moderators |= made
         for error in errors.values():
             raise error
         one_by_one = self.config.dispatch == "agent"
-        changed = {chair: asks.get(chair, []) for chair in self._moderators if asks.get(chair) != self._asks.get(chair)}
-        told, errors = fan_out(
-            {chair: partial(self._moderators[chair].seat, seats, one_by_one) for chair, seats in changed.items()}
+        changed = {
+            moderator_server: asks.get(moderator_server, [])
+            for moderator_server in self._moderators
+            if asks.get(moderator_server) != self._asks.get(moderator_server)
+        }
+        told, errors = call_all(
+            {
+                moderator_server: partial(self._moderators[moderator_server].assign, assignments, one_by_one)
+                for moderator_server, assignments in changed.items()
+            }
         )
-        for chair in told:
-            self._asks[chair] = changed[chair]
+        for moderator_server in told:
+            self._asks[moderator_server] = changed[moderator_server]
         for error in errors.values():
             raise error
         self._asks = asks
 
     # --- What they are at --------------------------------------------------------------------------------------------
 
-    def wait(self, stage: str, number: int, seats: list[Seat]) -> None:
+    def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
         """Wait until what these groups do in this round is done; an interruption ends a round early, creation at once.
 
         Raises ServerLost, Interrupted.
@@ -252,17 +281,17 @@ class Cluster:
         def halt(at_once: bool) -> None:
             self.all(lambda moderator: moderator.halt(at_once))
 
-        total = sum(seat.count for seat in seats)
-        self._attendance.wait(stage, number, self._awaited(number, seats), total, halt)
+        total = sum(assignment.count for assignment in assignments)
+        self._membership.wait(stage, number, self._awaited(number, assignments), total, halt)
 
-    def _awaited(self, number: int, seats: list[Seat]) -> Awaited:
+    def _awaited(self, number: int, assignments: list[GroupAssignment]) -> Awaited:
         """The objects that must be there, by server, and whether it is they who count the participants."""
         one_by_one = number > 0 and self.config.dispatch == "agent"
         awaited: Awaited = {}
-        for seat in seats:
-            assert seat.server is not None
-            awaited.setdefault(seat.server, {})[seat.oid] = not one_by_one
+        for assignment in assignments:
+            assert assignment.server is not None
+            awaited.setdefault(assignment.server, {})[assignment.oid] = not one_by_one
         if number > 0:
-            for chair in self._asks:
-                awaited.setdefault(chair, {})[self._moderators[chair]._oid] = one_by_one
+            for moderator_server in self._asks:
+                awaited.setdefault(moderator_server, {})[self._moderators[moderator_server]._oid] = one_by_one
         return awaited

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulation.errors import ServerUnreachable, SimulationError
-from simulation.rpc.channels import NOBODY_LISTENS, allow_calls, heartbeat, let_go_of_calls
+from simulation.rpc.channels import NOBODY_LISTENS, allow_calls, cancel_calls, heartbeat
 from simulation.rpc.endpoints import Endpoint
-from simulation.rpc.messages import Beat
+from simulation.rpc.messages import HeartbeatReply
 
 WAIT_S = 1.0  # how long a server that works holds its answer back
 AGAIN_S = 0.1  # between two tries to reach a server
@@ -28,7 +28,7 @@ ASLEEP_S = 1.0  # a deadline that is told so late is no sign of anything but tha
 
 
 @dataclass(frozen=True)
-class Standing:
+class ServerStatus:
     """How a server stands with a run.
 
     Attributes:
@@ -44,18 +44,18 @@ class Standing:
     answers: bool
     losses: int
     why: str
-    silent_s: float
-    beat: Beat
+    seconds_since_reply: float
+    beat: HeartbeatReply
 
 
 @dataclass
-class _Pulse:
+class _ServerState:
     """What is known of one server."""
 
     incarnation: str
     heard: float  # when it last answered
-    beat: Beat
-    sent: float = 0.0  # when that beat was asked for
+    beat: HeartbeatReply
+    requested_at: float = 0.0  # when that beat was asked for
     lost: bool = False
     losses: int = 0  # how often it was lost
     why: str = ""  # the last time
@@ -63,7 +63,7 @@ class _Pulse:
     asked: float = 0.0  # when the newest beat was asked for, which alone is followed by another one
 
 
-class Heartbeats:
+class FailureDetector:
     """The heartbeats of the servers of one run, from `with` to its end.
 
     Args:
@@ -79,16 +79,16 @@ class Heartbeats:
         at_most = min(timeout_s, lease_s) / BEATS_IN_LEASE
         self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), at_most)
         now = time.monotonic()
-        self._pulses = {each: _Pulse(name, now, Beat(name)) for each, name in incarnations.items()}
-        self._due = [(now, endpoint) for endpoint in self._pulses]  # a heap: when to ask whom
+        self._states = {each: _ServerState(name, now, HeartbeatReply(name)) for each, name in incarnations.items()}
+        self._due = [(now, endpoint) for endpoint in self._states]  # a heap: when to ask whom
         self._changed = threading.Condition()  # guards all of this
         self._number = 0  # the round that is waited for
         self._news = False
         self._ended = False
         self._thread = threading.Thread(target=self._ask_around, name="heartbeats", daemon=True)
 
-    def __enter__(self) -> Heartbeats:
-        for endpoint in self._pulses:
+    def __enter__(self) -> FailureDetector:
+        for endpoint in self._states:
             allow_calls(endpoint)
         self._thread.start()
         return self
@@ -103,43 +103,43 @@ class Heartbeats:
 
     def alive(self, endpoint: Endpoint) -> bool:
         """Whether it has not been lost, or was taken back."""
-        return not self._pulses[endpoint].lost
+        return not self._states[endpoint].lost
 
-    def is_back(self, endpoint: Endpoint) -> bool:
+    def has_recovered(self, endpoint: Endpoint) -> bool:
         """Whether it was lost, and answers again."""
-        return self._pulses[endpoint].back
+        return self._states[endpoint].back
 
-    def silent_s(self, endpoint: Endpoint) -> float:
+    def seconds_since_reply(self, endpoint: Endpoint) -> float:
         """For how long it was not heard of."""
-        return time.monotonic() - self._pulses[endpoint].heard
+        return time.monotonic() - self._states[endpoint].heard
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether it answers, lost or not."""
-        pulse = self._pulses[endpoint]
-        return pulse.back or not pulse.lost
+        state = self._states[endpoint]
+        return state.back or not state.lost
 
     def losses(self, endpoint: Endpoint) -> tuple[int, str]:
         """How often it was lost so far, and why the last time."""
-        pulse = self._pulses[endpoint]
-        return pulse.losses, pulse.why
+        state = self._states[endpoint]
+        return state.losses, state.why
 
-    def last(self, endpoint: Endpoint) -> Beat:
+    def last(self, endpoint: Endpoint) -> HeartbeatReply:
         """What it said last."""
-        return self._pulses[endpoint].beat
+        return self._states[endpoint].beat
 
-    def standing(self, endpoint: Endpoint) -> Standing:
+    def status_of(self, endpoint: Endpoint) -> ServerStatus:
         """All of this at once, for those who only look on: nobody waits for them."""
         losses, why = self.losses(endpoint)
-        silent_s, beat = self.silent_s(endpoint), self.last(endpoint)
-        return Standing(self.alive(endpoint), self.answers(endpoint), losses, why, silent_s, beat)
+        seconds_since_reply, beat = self.seconds_since_reply(endpoint), self.last(endpoint)
+        return ServerStatus(self.alive(endpoint), self.answers(endpoint), losses, why, seconds_since_reply, beat)
 
-    def look(self, endpoint: Endpoint) -> tuple[Beat, float]:
+    def latest(self, endpoint: Endpoint) -> tuple[HeartbeatReply, float]:
         """What it said last, and when that was asked for (time.monotonic). Raises ServerUnreachable if it is lost."""
         with self._changed:
-            pulse = self._pulses[endpoint]
-            if pulse.lost:
-                raise ServerUnreachable(f"{endpoint}: {pulse.why}")
-            return pulse.beat, pulse.sent
+            state = self._states[endpoint]
+            if state.lost:
+                raise ServerUnreachable(f"{endpoint}: {state.why}")
+            return state.beat, state.requested_at
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a server has said something that has not been looked at, or was lost."""
@@ -149,30 +149,30 @@ class Heartbeats:
 
     # --- What is decided elsewhere -----------------------------------------------------------------------------------
 
-    def hurry(self, number: int) -> None:
+    def poll_now(self, number: int) -> None:
         """Ask everyone at once, as they have something new to do: what belongs to this round is waited for."""
         with self._changed:
             self._number = number
             now = time.monotonic()
-            self._due = [(now, endpoint) for endpoint in self._pulses]
+            self._due = [(now, endpoint) for endpoint in self._states]
             self._changed.notify_all()
 
-    def give_up(self, endpoint: Endpoint, why: str) -> None:
+    def mark_down(self, endpoint: Endpoint, why: str) -> None:
         """Count a server as lost, until it is taken back; calls to it that are under way end."""
         with self._changed:
-            pulse = self._pulses[endpoint]
-            if pulse.lost:
+            state = self._states[endpoint]
+            if state.lost:
                 return
-            pulse.lost, pulse.losses, pulse.why, pulse.back = True, pulse.losses + 1, why, False
+            state.lost, state.losses, state.why, state.back = True, state.losses + 1, why, False
             self._news = True
             self._changed.notify_all()
-        let_go_of_calls(endpoint)
+        cancel_calls(endpoint)
 
-    def take_back(self, endpoint: Endpoint) -> None:
+    def mark_up(self, endpoint: Endpoint) -> None:
         """Count on a server again that answers again."""
         with self._changed:
-            pulse = self._pulses[endpoint]
-            pulse.lost = pulse.back = False
+            state = self._states[endpoint]
+            state.lost = state.back = False
         allow_calls(endpoint)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
@@ -187,50 +187,50 @@ class Heartbeats:
                 if self._ended:
                     return
                 _, endpoint = heapq.heappop(self._due)
-                pulse = self._pulses[endpoint]
-                pulse.asked, number = now, self._number
-                left_s = self._timeout_s if pulse.lost else pulse.heard + self._timeout_s - now
+                state = self._states[endpoint]
+                state.asked, number = now, self._number
+                left_s = self._timeout_s if state.lost else state.heard + self._timeout_s - now
             self._ask(endpoint, number, now, max(left_s, self._wait_s + AGAIN_S))
 
-    def _ask(self, endpoint: Endpoint, number: int, sent: float, timeout_s: float) -> None:
+    def _ask(self, endpoint: Endpoint, number: int, requested_at: float, timeout_s: float) -> None:
         def hear(said: str | SimulationError) -> None:
-            self._hear(endpoint, sent, timeout_s, said)
+            self._hear(endpoint, requested_at, timeout_s, said)
 
         heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, hear)
 
-    def _hear(self, endpoint: Endpoint, sent: float, timeout_s: float, said: str | SimulationError) -> None:
+    def _hear(self, endpoint: Endpoint, requested_at: float, timeout_s: float, said: str | SimulationError) -> None:
         why = ""
         with self._changed:
-            pulse, now = self._pulses[endpoint], time.monotonic()
-            if sent != pulse.asked:
-                pulse.heard = max(pulse.heard, now if isinstance(said, str) else 0.0)
+            state, now = self._states[endpoint], time.monotonic()
+            if requested_at != state.asked:
+                state.heard = max(state.heard, now if isinstance(said, str) else 0.0)
                 return
-            beat = Beat.from_json(said) if isinstance(said, str) else None
+            beat = HeartbeatReply.from_json(said) if isinstance(said, str) else None
             if isinstance(said, str) and beat is None:
                 again_s, why = self._wait_s, "says something that this program does not understand"
             elif beat is not None:
-                again_s = self._take_in(pulse, beat, sent, now)
-                if beat.incarnation != pulse.incarnation:
-                    pulse.incarnation = beat.incarnation
+                again_s = self._take_in(state, beat, requested_at, now)
+                if beat.incarnation != state.incarnation:
+                    state.incarnation = beat.incarnation
                     why = "has been started anew, without its agents"
-            elif now > sent + timeout_s + ASLEEP_S:  # it was this process that was not heard of
-                pulse.heard, again_s = now, 0.0
+            elif now > requested_at + timeout_s + ASLEEP_S:  # it was this process that was not heard of
+                state.heard, again_s = now, 0.0
             else:
-                pulse.back = False
-                again_s = self._wait_s if pulse.lost else AGAIN_S
+                state.back = False
+                again_s = self._wait_s if state.lost else AGAIN_S
                 if str(said).endswith(NOBODY_LISTENS) or not isinstance(said, ServerUnreachable):
                     why = str(said).partition(": ")[2]
-                elif now - pulse.heard >= self._timeout_s:
-                    why = f"was not heard of for {now - pulse.heard:.1f} s"
+                elif now - state.heard >= self._timeout_s:
+                    why = f"was not heard of for {now - state.heard:.1f} s"
             heapq.heappush(self._due, (now + again_s, endpoint))
             self._changed.notify_all()
         if why:
-            self.give_up(endpoint, why)
+            self.mark_down(endpoint, why)
 
-    def _take_in(self, pulse: _Pulse, beat: Beat, sent: float, now: float) -> float:
+    def _take_in(self, state: _ServerState, beat: HeartbeatReply, requested_at: float, now: float) -> float:
         """Note what a server says; returns when to ask again: at once where it works."""
-        pulse.beat, pulse.sent, pulse.heard = beat, sent, now
-        pulse.back = pulse.lost
+        state.beat, state.requested_at, state.heard = beat, requested_at, now
+        state.back = state.lost
         self._news = True
         at_work = (each for each in beat.objects.values() if each.round == self._number and not each.finished)
         return 0.0 if any(not each.error for each in at_work) else self._wait_s

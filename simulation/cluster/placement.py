@@ -10,10 +10,10 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from simulation.rpc.endpoints import Endpoint, Seat, group_id
+from simulation.rpc.endpoints import Endpoint, GroupAssignment, group_id
 
 
-class Seating:
+class PlacementPlan:
     """All groups of a run.
 
     Args:
@@ -23,36 +23,50 @@ class Seating:
         chairs: The moderator servers.
     """
 
-    def __init__(self, run: str, participants: int, servers: Sequence[Endpoint], chairs: Sequence[Endpoint]) -> None:
+    def __init__(
+        self, run: str, participants: int, servers: Sequence[Endpoint], moderator_servers: Sequence[Endpoint]
+    ) -> None:
         self._run = run
         self._made = 0
         self._homes = [
-            Seat(group_id(run, each.first), each.first, each.count, servers[each.server], chairs[each.moderator])
-            for each in place(participants, len(servers), len(chairs))
+            GroupAssignment(
+                group_id(run, each.first),
+                each.first,
+                each.count,
+                servers[each.server],
+                moderator_servers[each.moderator],
+            )
+            for each in place(participants, len(servers), len(moderator_servers))
         ]
         self._pieces = [[home] for home in self._homes]
 
     @property
-    def seats(self) -> list[Seat]:
+    def assignments(self) -> list[GroupAssignment]:
         """The groups as they are to be, in the order of their participants: everyone is in exactly one."""
-        return [seat for pieces in self._pieces for seat in pieces]
+        return [assignment for pieces in self._pieces for assignment in pieces]
 
-    def bring_home(self, servers: Collection[Endpoint], chairs: Collection[Endpoint]) -> None:
+    def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
         """Let those sit at home, and be asked by their own moderator, whose servers are among these again."""
         for number, (home, pieces) in enumerate(zip(self._homes, self._pieces, strict=True)):
-            if home.server in servers and any(seat.server != home.server for seat in pieces):
-                self._pieces[number] = [replace(home, oid=self._new_id(home.first), chair=pieces[0].chair)]
-            if home.chair in chairs:
-                self._pieces[number] = [replace(seat, chair=home.chair) for seat in self._pieces[number]]
+            if home.server in servers and any(assignment.server != home.server for assignment in pieces):
+                self._pieces[number] = [
+                    replace(home, oid=self._new_id(home.first), moderator_server=pieces[0].moderator_server)
+                ]
+            if home.moderator_server in moderator_servers:
+                self._pieces[number] = [
+                    replace(assignment, moderator_server=home.moderator_server) for assignment in self._pieces[number]
+                ]
 
-    def evict(self, server: Endpoint) -> None:
+    def unassign_server(self, server: Endpoint) -> None:
         """Let nobody sit on a server that has lost what it held."""
         self._pieces = [
-            [replace(seat, server=None) if seat.server == server else seat for seat in pieces]
+            [replace(assignment, server=None) if assignment.server == server else assignment for assignment in pieces]
             for pieces in self._pieces
         ]
 
-    def reseat(self, servers: Collection[Endpoint], chairs: Sequence[Endpoint], onto: Sequence[Endpoint]) -> None:
+    def reassign(
+        self, servers: Collection[Endpoint], moderator_servers: Sequence[Endpoint], onto: Sequence[Endpoint]
+    ) -> None:
         """Let only these servers and moderators play: whoever sits elsewhere, or is asked by others, comes to them.
 
         Args:
@@ -60,26 +74,31 @@ class Seating:
             chairs: Whose moderators may go on asking, and take over from the others; at least one.
             onto: Where those go, in even shares, who cannot stay; if there is none, they sit nowhere.
         """
-        servers, chairs_alive = set(servers), set(chairs)
-        away = [seat for seat in self.seats if seat.server not in servers]
-        shares = even_split(sum(seat.count for seat in away), max(len(onto), 1))
+        servers, chairs_alive = set(servers), set(moderator_servers)
+        away = [assignment for assignment in self.assignments if assignment.server not in servers]
+        shares = even_split(sum(assignment.count for assignment in away), max(len(onto), 1))
         stops = [share.stop for share in shares]
         passed = 0
         for number, pieces in enumerate(self._pieces):
-            new: list[Seat] = []
-            for seat in pieces:
-                if seat.server in servers:
-                    new.append(seat)
+            new: list[GroupAssignment] = []
+            for assignment in pieces:
+                if assignment.server in servers:
+                    new.append(assignment)
                     continue
-                at, end = seat.first, seat.first + seat.count
+                at, end = assignment.first, assignment.first + assignment.count
                 while at < end:  # cut where one server has its share
                     share = bisect_right(stops, passed)
                     count = min(end - at, stops[share] - passed)
                     server = onto[share] if onto else None
-                    new.append(Seat(self._new_id(at), at, count, server, seat.chair))
+                    new.append(GroupAssignment(self._new_id(at), at, count, server, assignment.moderator_server))
                     at, passed = at + count, passed + count
-            chair = chairs[number % len(chairs)]
-            self._pieces[number] = [seat if seat.chair in chairs_alive else replace(seat, chair=chair) for seat in new]
+            moderator_server = moderator_servers[number % len(moderator_servers)]
+            self._pieces[number] = [
+                assignment
+                if assignment.moderator_server in chairs_alive
+                else replace(assignment, moderator_server=moderator_server)
+                for assignment in new
+            ]
 
     def _new_id(self, first: int) -> str:
         self._made += 1

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from functools import partial
 
 from simulation.errors import ClusterError, SettingsError, SimulationError
-from simulation.llm.model_configs import ModelConfig, asked_models, refuse_elsewhere
-from simulation.rpc.channels import NOBODY_LISTENS, STRANGER, all_of, fan_out, handshake, use_key
+from simulation.llm.model_configs import ModelConfig, asked_models, check_model_is_local
+from simulation.rpc.channels import NOBODY_LISTENS, UNTRUSTED, call_all, call_all_or_raise, handshake, install_tls
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import Endpoint, address_of, endpoints
 from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
@@ -28,7 +28,7 @@ def shake_hands(
 
     Returns who answers, and errors, by address; a SettingsError where a host's name stands for no address.
     """
-    use_key(key)
+    install_tls(key)
     deadline = time.monotonic() + config.connect_timeout
     addresses = {host: _look_up(host) for host in config.hosts}
 
@@ -45,7 +45,7 @@ def shake_hands(
         return handshake(server, left_s())
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
-    return fan_out({each: partial(shake, each) for each in servers}, CHECKS_AT_ONCE)
+    return call_all({each: partial(shake, each) for each in servers}, CHECKS_AT_ONCE)
 
 
 def _look_up(host: str) -> Future[str]:
@@ -104,7 +104,7 @@ def _trouble_at(
     if isinstance(failed[0], SettingsError):
         return str(failed[0])
     first, advice = str(failed[0]), restart
-    if STRANGER in first:
+    if UNTRUSTED in first:
         advice = f"copy the folder of the cluster key there, and {restart}"
     elif not ready and NOBODY_LISTENS not in first:
         advice = f"see whether the host is up and in reach, or {restart}"
@@ -126,7 +126,7 @@ def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handsha
                 "configs/model_configs.json, and start the agent servers again with it and the same MODEL_PER_HOST"
             )
         for name in names:
-            refuse_elsewhere(config, name, shake.models[name])
+            check_model_is_local(config, name, shake.models[name])
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
@@ -135,7 +135,7 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     timeout_s = 2 * config.connect_timeout
     told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
     ask = partial(handshake, timeout_s=timeout_s, told=told)
-    for endpoint, shake in all_of({each: partial(ask, each) for each in firsts}).items():
+    for endpoint, shake in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():
             raise _no_answer(endpoint.host, name, shake.models[name], trouble)
 

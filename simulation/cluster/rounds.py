@@ -20,10 +20,10 @@ from agentscope.message import Msg
 
 from simulation.agents.participant import Participant
 from simulation.agents.per_agent_dispatch import whole_tally
-from simulation.cluster.agent_class import load_class
+from simulation.cluster.agent_class import load_agent_class
 from simulation.cluster.cluster import Cluster, Record
-from simulation.cluster.membership import Watch
-from simulation.errors import AgentGone, Ended, GameEnded, SimulationError, UnusableAnswer
+from simulation.cluster.membership import ProgressListener
+from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError, UnusableAnswer
 from simulation.game.answer_sheet import FAILED, Answers
 from simulation.game.rules import Announcement, Game, Question, question_for
 from simulation.game.tally import (
@@ -34,14 +34,14 @@ from simulation.game.tally import (
     Units,
     Winners,
     announcement_of,
-    counted,
     merge,
+    value_counts,
 )
 from simulation.llm.usage import Usage
-from simulation.rpc.channels import use_key
+from simulation.rpc.channels import install_tls
 from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
 from simulation.rpc.cluster_key import ClusterKey
-from simulation.rpc.endpoints import Endpoint, Seat
+from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
 FETCHED_AT_ONCE = 250_000  # answers in one message
@@ -71,27 +71,27 @@ class Simulation:
         game: Game,
         run: str,
         key: ClusterKey,
-        watch: Watch,
+        watch: ProgressListener,
         record: Record | None = None,
         played: tuple[Announcement, ...] = (),
         usage: Usage = NOTHING_USED,
     ) -> None:
         assert config.seed is not None  # main draws one where none is given
-        use_key(key)
+        install_tls(key)
         self.config = config
         self.record = record
         self.game = game
-        self.participant_class = load_class(config.agent_class, config.agent_type)
+        self.participant_class = load_agent_class(config.agent_class, config.agent_type)
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
-        self._seats_before: set[Seat] = set()  # when the round began
+        self._seats_before: set[GroupAssignment] = set()  # when the round began
         self._used_before = usage
         self._used_then: dict[str, Usage] = {}  # what each group had cost when the round began
 
     @property
     def moderator_num(self) -> int:
         """Moderators that have someone to ask."""
-        return len({seat.chair for seat in self.cluster.seats})
+        return len({assignment.moderator_server for assignment in self.cluster.assignments})
 
     @property
     def usage(self) -> Usage:
@@ -104,7 +104,7 @@ class Simulation:
     @property
     def reassigned(self) -> int:
         """How many participants have gone to another server, or moderator, in this round so far."""
-        return sum(seat.count for seat in self.cluster.seats if seat not in self._seats_before)
+        return sum(assignment.count for assignment in self.cluster.assignments if assignment not in self._seats_before)
 
     def __enter__(self) -> Simulation:
         self.cluster.__enter__()
@@ -116,7 +116,7 @@ class Simulation:
     def create(self) -> float:
         """Create moderators, groups and participants; returns the seconds it took. Raises GameEnded, Interrupted."""
         started = time.monotonic()
-        self.cluster.despite_losses(lambda: self.cluster.seat_everyone(len(self._announcements)))
+        self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
         return time.monotonic() - started
 
     def play(self, number: int) -> RoundResult:
@@ -126,18 +126,20 @@ class Simulation:
         """
         started = time.monotonic()
         self.cluster.begin_round(number)
-        self._seats_before = set(self.cluster.seats)
+        self._seats_before = set(self.cluster.assignments)
         allowed: dict[str, float] = {}
         self._used_then = dict(self.cluster.used)
         question = question_for(self.game, number, self._announcements)
 
         def play() -> RoundResult:
-            self.cluster.seat_everyone(len(self._announcements))
+            self.cluster.reconcile(len(self._announcements))
             tokens_each = self._tokens_each(allowed)
             self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
-            self.cluster.wait("answers in", number, self.cluster.seated)
+            self.cluster.wait("answers in", number, self.cluster.active_assignments)
             if self.config.dispatch == "agent" and self.game.sampling is not None:
-                self.cluster.wait("answers in", number, self.cluster.seated)  # moderators end it, groups tell its cost
+                self.cluster.wait(
+                    "answers in", number, self.cluster.active_assignments
+                )  # moderators end it, groups tell its cost
             result = self._result(number, started)
             teams = Teams(self.game) if self.game.teams is not None else None
             answers = self.answers() if teams is None else teams.watch(self.answers())
@@ -147,7 +149,7 @@ class Simulation:
                 deque(answers, maxlen=0)  # nobody else wants them
             return result if teams is None else replace(result, teams=teams.averages())
 
-        result = self.cluster.despite_losses(play)
+        result = self.cluster.retry_on_server_loss(play)
         self._announcements += (announcement_of(result, self.game.scale),)
         return result
 
@@ -155,24 +157,24 @@ class Simulation:
         """The answers of the round just played, in the order of the participants, a bounded number at a time."""
         under_way: deque[Future[Answers]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-            for seat in self.cluster.seats:
-                for first in range(seat.first, seat.first + seat.count, FETCHED_AT_ONCE):
-                    count = min(FETCHED_AT_ONCE, seat.first + seat.count - first)
-                    under_way.append(pool.submit(self._fetch, seat, first, count))
+            for assignment in self.cluster.assignments:
+                for first in range(assignment.first, assignment.first + assignment.count, FETCHED_AT_ONCE):
+                    count = min(FETCHED_AT_ONCE, assignment.first + assignment.count - first)
+                    under_way.append(pool.submit(self._fetch, assignment, first, count))
                     if len(under_way) == FETCHES_AT_ONCE:
                         yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
 
-    def _fetch(self, seat: Seat, first: int, count: int) -> Answers:
-        if seat.server is None:
+    def _fetch(self, assignment: GroupAssignment, first: int, count: int) -> Answers:
+        if assignment.server is None:
             return Answers(first, np.full(count, FAILED), [INTERRUPTED])
-        answers: Answers = self.cluster.moderator_of(seat).answers(first, count)
+        answers: Answers = self.cluster.moderator_of(assignment).answers(first, count)
         return answers
 
     def _result(self, number: int, started: float) -> RoundResult:
         """Collect what was answered, announce the average and the winning number, and hear who won."""
-        missing = self.config.participant_num - sum(seat.count for seat in self.cluster.seated)
+        missing = self.config.participant_num - sum(assignment.count for assignment in self.cluster.active_assignments)
         tally = merge(self.cluster.all(whole_tally).values())
         if missing:
             tally += Tally(missing, failures={INTERRUPTED: missing}, ended=Ended.INTERRUPTED)
@@ -192,7 +194,10 @@ class Simulation:
 
     def _times(self, seconds: float) -> Times | None:
         """Where the time of this round went; None where the groups did not answer by themselves."""
-        used = [(self.cluster.used.get(seat.oid), self._used_then.get(seat.oid)) for seat in self.cluster.seated]
+        used = [
+            (self.cluster.used.get(assignment.oid), self._used_then.get(assignment.oid))
+            for assignment in self.cluster.active_assignments
+        ]
         each = [
             (now.answering_s - (then or NOTHING_USED).answering_s, now.client_s - (then or NOTHING_USED).client_s)
             for now, then in used
@@ -213,7 +218,7 @@ class Simulation:
         """
         if self.config.max_tokens is None:
             return None
-        living = {seat.oid: seat.count for seat in self.cluster.seated}
+        living = {assignment.oid: assignment.count for assignment in self.cluster.active_assignments}
         before = self._used_before.tokens + sum(used.tokens for used in self._used_then.values())
         promised = sum(tokens for oid, tokens in allowed.items() if oid in living)
         lost = sum(self._used_now(oid) for oid in allowed if oid not in living)
@@ -254,7 +259,7 @@ class Teams:
         places, units = (np.concatenate(each) for each in zip(*waiting, strict=True))
         for team in range(len(self._tallies)):
             answered = units[(units >= 0) & (places == team)]
-            self._tallies[team] += Tally(len(answered), *counted(answered))
+            self._tallies[team] += Tally(len(answered), *value_counts(answered))
         waiting.clear()
 
     def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
@@ -275,15 +280,15 @@ def ask(server: Endpoint, oid: str, key: ClusterKey, question: Question) -> str:
         ClusterError: The participant's server does not answer, or holds it no longer.
         GameEnded: The participant failed to reply.
     """
-    use_key(key)
+    install_tls(key)
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
         reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
         return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
-    except AgentGone:
-        raise AgentGone(
+    except AgentNotFound:
+        raise AgentNotFound(
             f"{oid} is no longer on {server}: agents stay only after a run with --keep-agents, until the next run or "
             "the end of the servers"
         ) from None
     except UnusableAnswer as error:
-        raise GameEnded(f"participant {oid.rpartition('/')[2]} did not reply: {error}") from None
+        raise RunAborted(f"participant {oid.rpartition('/')[2]} did not reply: {error}") from None

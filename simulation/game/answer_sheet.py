@@ -24,8 +24,8 @@ from simulation.game.tally import (
     Tally,
     Units,
     Winners,
-    counted,
-    told_apart,
+    top_causes,
+    value_counts,
 )
 
 PIECE = 65_536  # places that are counted at a time, as they and their copies fit a processor's cache
@@ -125,9 +125,9 @@ class AnswerSheet:
 
     def tally(self) -> Tally:
         """Count what was answered; raises ValueError while a participant is still undecided."""
-        distinct, counts = counted(self._units[self._units >= 0])
+        distinct, counts = value_counts(self._units[self._units >= 0])
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
-        return Tally(self.count, distinct, counts, told_apart(failed, list(self._causes).__getitem__), self.ended)
+        return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
 
     def so_far(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
         """What is in already, while more may come: answers in bins of `width` units from 0 on, and failures by cause.

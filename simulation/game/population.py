@@ -46,7 +46,7 @@ class ModelShare:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Grouping:
     """One way to tell the participants apart: the names of the parts, and how many are in each."""
 
     topic: str
@@ -55,7 +55,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Population:
     """Who all participants are.
 
     Attributes:
@@ -75,7 +75,7 @@ class Cast:
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """One persona of each set, in their order."""
         return tuple(
-            each.personas[dealt_one(self.seed, each.name, parts.counts, participant)]
+            each.personas[assign_one(self.seed, each.name, parts.counts, participant)]
             for each, parts in zip(self.persona_sets, self._persona_parts, strict=True)
         )
 
@@ -83,25 +83,27 @@ class Cast:
         """The name of the model that it asks; None where they take turns."""
         if not self.models:
             return None
-        return self.models[dealt_one(self.seed, MODEL, self._model_counts, participant)].name
+        return self.models[assign_one(self.seed, MODEL, self._model_counts, participant)].name
 
     @property
-    def groupings(self) -> tuple[Parts, ...]:
+    def groupings(self) -> tuple[Grouping, ...]:
         """All ways to tell the participants apart: by each set of personas, and by model where there are several."""
         called = self.called
         names = tuple(dict.fromkeys(called))
         counts = (
-            self._model_counts if self.models else quotas(self.total, [Fraction(1, len(called) or 1)] * len(called))
+            self._model_counts
+            if self.models
+            else largest_remainder(self.total, [Fraction(1, len(called) or 1)] * len(called))
         )
         each = tuple(sum(count for name, count in zip(called, counts, strict=True) if name == one) for one in names)
-        return self._persona_parts + ((Parts(MODEL, names, each),) if len(names) > 1 else ())
+        return self._persona_parts + ((Grouping(MODEL, names, each),) if len(names) > 1 else ())
 
-    def places(self, parts: Parts, first: int, count: int) -> NDArray[np.int64]:
+    def places(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
         """In which of the parts participants first .. first+count-1 are: int64 of shape (count,)."""
         if parts.topic != MODEL:
-            return dealt(self.seed, parts.topic, parts.counts, first, count)
+            return assign_many(self.seed, parts.topic, parts.counts, first, count)
         if self.models:
-            place = dealt(self.seed, MODEL, self._model_counts, first, count)
+            place = assign_many(self.seed, MODEL, self._model_counts, first, count)
         else:
             place = np.arange(first, first + count) % len(self.turns)
         return np.array([parts.names.index(name) for name in self.called])[place]
@@ -112,23 +114,23 @@ class Cast:
             named = zip(self.persona_sets, self.personas_of(participant), strict=True)
             return next(persona.name for each, persona in named if each.name == topic)
         if self.models:
-            return self.called[dealt_one(self.seed, MODEL, self._model_counts, participant)]
+            return self.called[assign_one(self.seed, MODEL, self._model_counts, participant)]
         return self.called[participant % len(self.turns)]
 
     @cached_property
-    def _persona_parts(self) -> tuple[Parts, ...]:
+    def _persona_parts(self) -> tuple[Grouping, ...]:
         return tuple(
-            Parts(
+            Grouping(
                 each.name,
                 tuple(persona.name for persona in each.personas),
-                quotas(self.total, [persona.share for persona in each.personas]),
+                largest_remainder(self.total, [persona.share for persona in each.personas]),
             )
             for each in self.persona_sets
         )
 
     @cached_property
     def _model_counts(self) -> tuple[int, ...]:
-        return quotas(self.total, [each.share for each in self.models])
+        return largest_remainder(self.total, [each.share for each in self.models])
 
     @cached_property
     def called(self) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ class Cast:
         }
 
     @classmethod
-    def from_json(cls, said: dict[str, Any], seed: int, total: int) -> Cast:
+    def from_json(cls, said: dict[str, Any], seed: int, total: int) -> Population:
         """The cast that was written so. Raises KeyError, TypeError or ValueError if it was not."""
         sets = (
             PersonaSet(name, tuple(Persona(one["name"], Fraction(one["share"]), one["text"]) for one in personas))
@@ -182,7 +184,7 @@ def mix(z: Any) -> Any:
     return z ^ (z >> 31)
 
 
-def quotas(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
+def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
     """How many of `total` each share comes to: all of them, each at most one off, the largest remainders rounded up.
 
     The shares add up to 1.
@@ -195,7 +197,7 @@ def quotas(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def dealt(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int) -> NDArray[np.int64]:
+def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int) -> NDArray[np.int64]:
     """Which of the parts, of these sizes, participants first .. first+count-1 are in: int64 of shape (count,).
 
     What is dealt for one topic says nothing about another one.
@@ -212,7 +214,7 @@ def dealt(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int
     return np.searchsorted(np.cumsum(counts), places.astype(np.int64), side="right").astype(np.int64)
 
 
-def dealt_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
+def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
     """Which of the parts one participant is in; the same as `dealt` says, without its arrays."""
     total = sum(counts)
     half_bits, keys = _network(seed, topic, total)

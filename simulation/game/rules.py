@@ -18,7 +18,7 @@ import numpy as np
 from simulation.errors import KnownCause
 from simulation.game.answer_parser import NO_NUMBER, UNCERTAIN, parse_number
 from simulation.game.average import equilibria, target_in_words
-from simulation.game.population import GAMMA, MASK, Cast, mix
+from simulation.game.population import GAMMA, MASK, Population, mix
 from simulation.settings import SimulationConfig
 
 OUT_OF_RANGE = "number out of range"
@@ -26,7 +26,7 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class LLMSettings:
     """How LLM participants ask their models: the settings of the same names."""
 
     models: int  # participant i asks model_{i mod models + 1}
@@ -39,7 +39,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptTemplate:
     """What LLM participants are told: a prompt of the prompts file, its braces not yet filled in (see prompts.py).
 
     Attributes:
@@ -63,11 +63,11 @@ class Game:
     max_value: int
     decimals: int
     sleep_time_s: float
-    sampling: Sampling | None = None  # None where no participant asks a model
+    sampling: LLMSettings | None = None  # None where no participant asks a model
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
-    wording: Wording | None = None  # likewise
-    cast: Cast | None = None  # who they are, where that matters
+    wording: PromptTemplate | None = None  # likewise
+    cast: Population | None = None  # who they are, where that matters
     teams: str | None = None  # the topic of the cast that makes teams, if anything does
 
     @cached_property
@@ -187,7 +187,7 @@ def to_units(answer: Any, game: Game) -> int:
     return round(number * game.scale)
 
 
-def game_of(config: SimulationConfig, wording: Wording | None, cast: Cast | None) -> Game:
+def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Population | None) -> Game:
     """The game that the settings describe."""
     return Game(
         config.seed or 0,
@@ -203,10 +203,10 @@ def game_of(config: SimulationConfig, wording: Wording | None, cast: Cast | None
     )
 
 
-def _sampling(config: SimulationConfig) -> Sampling | None:
+def _sampling(config: SimulationConfig) -> LLMSettings | None:
     if config.agent_type != "llm":
         return None
-    return Sampling(
+    return LLMSettings(
         config.model_per_host,
         config.structured_output,
         config.samples_per_request,

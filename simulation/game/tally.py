@@ -192,7 +192,7 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
 CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
 
 
-def told_apart(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
+def top_causes(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
     """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together."""
     most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
     failures = {cause(place): int(often[place]) for place in most if often[place]}
@@ -202,7 +202,7 @@ def told_apart(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
     return failures
 
 
-def counted(units: Units) -> tuple[Units, Units]:
+def value_counts(units: Units) -> tuple[Units, Units]:
     """The distinct units, ascending, and how often there is each."""
     if len(units) and units.max() <= len(units):  # as many counters as answers at most, in a tenth of the time
         counts = np.bincount(units)

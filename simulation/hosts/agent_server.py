@@ -43,7 +43,7 @@ from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.files import ROOT
 from simulation.llm.chat import check_models, load_models
 from simulation.llm.model_configs import ModelConfig, has_models
-from simulation.rpc.channels import MESSAGE_BYTES, use_key
+from simulation.rpc.channels import MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import address_of, run_of, same_run
 from simulation.rpc.messages import (
@@ -56,8 +56,8 @@ from simulation.rpc.messages import (
     NEW_RUN,
     SERVED,
     SERVICE,
-    Beat,
     Handshake,
+    HeartbeatReply,
 )
 from simulation.settings import SimulationConfig
 
@@ -212,7 +212,7 @@ class SimulationServicer(AgentServerServicer):
         names, timeout_s = json.loads(asked)
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
-    def _beat(self, run: str, number: int, wait_s: float) -> Beat:
+    def _beat(self, run: str, number: int, wait_s: float) -> HeartbeatReply:
         """What the run's objects are at, after waiting for so long for those that are at this round to end it."""
         self._renew_lease(run)
         until = time.monotonic() + wait_s
@@ -224,7 +224,7 @@ class SimulationServicer(AgentServerServicer):
         for agent in playing.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
-        return Beat(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
+        return HeartbeatReply(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
 
     def _begin_or_end_runs(self, asked: dict[str, str]) -> None:
         """Do what a handshake asks for."""
@@ -314,7 +314,7 @@ def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[
 
 
 async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
-    use_key(key)  # a moderator is a client of its groups' servers
+    install_tls(key)  # a moderator is a client of its groups' servers
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -98,7 +98,7 @@ class _Server:
         self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._stopping = False
         self._restarts = 0
-        self._in_vain = 0  # deaths in a row before it was ready
+        self._failed_starts = 0  # deaths in a row before it was ready
         self.restart_at: float | None = None  # when to start it again, if it is to wait
         self.given_up = False
         self.start()
@@ -116,7 +116,7 @@ class _Server:
         told.close()  # that is the child's
         try:
             processes.ProcessId.of(self.process.pid).write(processes.pid_file(str(self._port)))
-            processes.note_restarts(self._port, self._restarts)
+            processes.write_restart_count(self._port, self._restarts)
         except OSError:  # nobody would find it
             self.process.kill()
             self.process.join()
@@ -143,14 +143,14 @@ class _Server:
         status = self.process.exitcode
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         was_ready = self._was_ready()
-        self._in_vain = 0 if was_ready else self._in_vain + 1
+        self._failed_starts = 0 if was_ready else self._failed_starts + 1
         if status == 0:
             processes.remove_pid(str(self._port), self.process.pid)
         if status == 0 or self._stopping:
             logger.info(f"the server on port {self._port} {how}")
             self.given_up = True
-        elif not was_ready and (self._restarts == 0 or self._in_vain == DEATHS_IN_VAIN):
-            tries = f" {self._in_vain} times in a row" if self._in_vain > 1 else ""
+        elif not was_ready and (self._restarts == 0 or self._failed_starts == DEATHS_IN_VAIN):
+            tries = f" {self._failed_starts} times in a row" if self._failed_starts > 1 else ""
             logger.error(f"the server on port {self._port} {how} before it was ready{tries}: it is not started again")
             self.given_up = True
         else:

@@ -19,7 +19,7 @@ from simulation.errors import ClusterError, ServerUnreachable
 from simulation.files import ROOT, SERVERS, files_in, is_there
 from simulation.hosts import pid_files as processes
 from simulation.llm.model_configs import has_models, read_models
-from simulation.rpc.channels import all_of, fan_out, handshake, use_key
+from simulation.rpc.channels import call_all, call_all_or_raise, handshake, install_tls
 from simulation.rpc.cluster_key import ClusterKey, load, load_or_make
 from simulation.rpc.endpoints import Endpoint, ranges
 from simulation.rpc.lean_import import add_extra_folders
@@ -51,7 +51,7 @@ class OwnedServers:
             self._launcher.wait(processes.TERM_TIMEOUT_S)
         if processes.own_processes():  # it hangs, or was killed and has left them behind
             with processes.one_at_a_time():
-                processes.end_processes()
+                processes.terminate_all()
         self._launcher.wait()
 
 
@@ -80,8 +80,8 @@ def start(
     key = load_or_make(Path(config.cluster_key_dir))
     models = read_models(config) if has_models(config) else {}
     with processes.one_at_a_time():
-        processes.refuse_borrowed()
-        processes.refuse_elsewhere(SERVERS, STOP)
+        processes.check_not_owned()
+        processes.check_same_host(SERVERS, STOP)
         running = processes.own_processes()
         if running:
             urls = {name: model.base_url for name, model in models.items()}
@@ -92,7 +92,7 @@ def start(
             processes.check_free(config.host_name, port)
             processes.pid_file(str(port)).unlink(missing_ok=True)
             (SERVERS / f"{port}.log").unlink(missing_ok=True)
-            processes.note_restarts(port, 0)
+            processes.write_restart_count(port, 0)
         processes.remove_drafts()
         processes.check_room()
         launcher = None
@@ -115,9 +115,9 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], mod
             f"{len(ports)} agent servers of this host run already, on ports {ranges(ports)}; asked for were "
             f"{len(config.ports)}, on {ranges(list(config.ports))}: {STOP_FIRST}"
         )
-    use_key(key)
+    install_tls(key)
     endpoints = [Endpoint(config.host_name, port) for port in config.ports]
-    shakes = all_of({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
+    shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
         if shake.versions != OWN_VERSIONS:
             raise ClusterError(
@@ -149,7 +149,7 @@ def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
         launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
-        processes.end_processes()
+        processes.terminate_all()
         launcher.wait()
 
 
@@ -177,7 +177,7 @@ def _wait_ready(
     config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
 ) -> None:
     """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
-    use_key(key)
+    install_tls(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
     for ready, port in enumerate(config.ports):
         while True:
@@ -188,13 +188,13 @@ def _wait_ready(
             except ServerUnreachable:
                 pass  # not yet: does it still live?
             if is_there(processes.pid_file(str(port))) and processes.own_process(str(port)) is None:
-                raise ClusterError(f"the agent server on port {port} did not start{processes.end_of_log(str(port))}")
+                raise ClusterError(f"the agent server on port {port} did not start{processes.log_tail(str(port))}")
             if launcher.poll() is not None:
-                raise ClusterError(f"the agent servers did not start{processes.end_of_log(processes.LAUNCHER)}")
+                raise ClusterError(f"the agent servers did not start{processes.log_tail(processes.LAUNCHER)}")
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"the agent server on port {port} does not answer after {READY_TIMEOUT_S:g} s"
-                    f"{processes.end_of_log(str(port))}"
+                    f"{processes.log_tail(str(port))}"
                 )
     progress(len(config.ports), len(config.ports))
 
@@ -205,8 +205,8 @@ def stop() -> int:
     Raises ClusterError if there may be others, which this host cannot see.
     """
     with processes.one_at_a_time():
-        stopped = processes.end_processes()
-        processes.refuse_elsewhere(SERVERS, STOP)
+        stopped = processes.terminate_all()
+        processes.check_same_host(SERVERS, STOP)
     return stopped
 
 
@@ -215,12 +215,12 @@ def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
     ports = [int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit()]
     if not ports:
         return [], True
-    use_key(load(Path(config.cluster_key_dir)))
+    install_tls(load(Path(config.cluster_key_dir)))
     calls = {
         port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})
         for port in sorted(ports)
     }
-    shakes, errors = fan_out(calls)
+    shakes, errors = call_all(calls)
     rows = []
     for port in sorted(ports):
         if port in shakes:

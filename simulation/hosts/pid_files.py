@@ -175,7 +175,7 @@ def remove_ended(folder: Path, is_ours: Callable[[psutil.Process], bool]) -> Non
             path.unlink(missing_ok=True)
 
 
-def refuse_elsewhere(folder: Path, stop: str) -> None:
+def check_same_host(folder: Path, stop: str) -> None:
     """Raise ClusterError if a pid file names a process that this host cannot see.
 
     Args:
@@ -215,7 +215,7 @@ def check_room() -> None:
         probe.unlink(missing_ok=True)
 
 
-def note_restarts(port: int, count: int) -> None:
+def write_restart_count(port: int, count: int) -> None:
     """Write down how often a server was started again."""
     if count == 0:
         (SERVERS / f"{port}.restarts").unlink(missing_ok=True)
@@ -260,7 +260,7 @@ def own_processes() -> dict[str, psutil.Process]:
     return {name: process for name, process in found.items() if process is not None}
 
 
-def refuse_borrowed() -> None:
+def check_not_owned() -> None:
     """Raise ClusterError while this checkout's servers are those of one run, with which they end."""
     launcher = own_process(LAUNCHER)
     if launcher is not None and "--owned" in launcher.cmdline():
@@ -280,7 +280,7 @@ def end(process: psutil.Process, firmly: bool = False) -> None:
         raise ClusterError(f"process {process.pid} runs as {process.username()}: stop it as that user") from None
 
 
-def end_processes() -> int:
+def terminate_all() -> int:
     """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
     servers: set[str] = set()
     for _ in range(TRIES_TO_END):  # a launcher that hangs may have started others meanwhile
@@ -299,7 +299,7 @@ def end_processes() -> int:
     return len(servers)
 
 
-def end_of_log(name: str) -> str:
+def log_tail(name: str) -> str:
     """Where the log of a server is, and how it ends: the rest of an error message."""
     return end_of(SERVERS / f"{name}.log")
 
@@ -334,7 +334,7 @@ def check_free(host_name: str, port: int, setting: str = "BASE_PORT") -> None:
             ) from None
 
 
-def anything_listens(ports: range) -> bool:
+def any_port_in_use(ports: range) -> bool:
     """Whether anything on this host listens on one of the ports, on the loopback address."""
     for port in ports:
         with socket.socket() as probe:

@@ -105,7 +105,7 @@ def servers_per_host(config: SimulationConfig) -> int:
     return max(gpus // config.tensor_parallel, 1)
 
 
-def refuse_by_hand(flags: Iterable[str]) -> None:
+def check_vllm_flags(flags: Iterable[str]) -> None:
     """Raise SettingsError if flags for vLLM hold one that start sets itself, however vLLM lets it be written."""
     for each in flags:
         said = each.partition("=")[0]
@@ -122,7 +122,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
     Raises SettingsError if there are too few GPUs, or there is no such model, or `more`, which are further flags for
     vLLM, are not to be given by hand.
     """
-    refuse_by_hand(more)
+    check_vllm_flags(more)
     _checked_path(config.model_path)
     here = gpus_here()
     wanted = len(here) if config.gpu_num is None else config.gpu_num
@@ -170,7 +170,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     home = _home()
     with processes.one_at_a_time():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        processes.refuse_elsewhere(FOLDER, STOP)
+        processes.check_same_host(FOLDER, STOP)
         running = own_servers()  # those of another model, on other ports, may
         ports = sorted(running.keys() & {each.port for each in plans})
         if ports:
@@ -218,7 +218,7 @@ def stop() -> int:
     with processes.one_at_a_time():
         running = own_servers()
         _end_all()
-        processes.refuse_elsewhere(FOLDER, STOP)
+        processes.check_same_host(FOLDER, STOP)
         LINK.unlink(missing_ok=True)
     return len(running)
 

@@ -1,7 +1,7 @@
 """The chat model as LLM participants use it: equal prompts become one request, and what they cost is counted once.
 
 A group has a `Chat`. Whoever asks the same prompt of the same model in one pass of the event loop goes to the model's
-client as one `Ask`; clients live on one thread of the process, and each model server has one of them.
+client as one `SampleRequest`; clients live on one thread of the process, and each model server has one of them.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import uvloop
 from agentscope.manager import ModelManager
 
 from simulation.errors import Ended, KnownCause, UnusableAnswer, one_line
-from simulation.game.rules import Game, Sampling
+from simulation.game.rules import Game, LLMSettings
 from simulation.llm.model_configs import ModelConfig, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, structured_fields
-from simulation.llm.request_queue import Ask, Outcome
+from simulation.llm.request_queue import ModelClient, Outcome, SampleRequest
 from simulation.llm.responses import CUT_OFF, Tokens
 from simulation.llm.usage import Usage
 from simulation.settings import SimulationConfig
-
-if TYPE_CHECKING:
-    from simulation.llm.request_queue import ModelClient
 
 V = TypeVar("V")
 Waiting = list[asyncio.Future[Any]]
@@ -42,12 +39,12 @@ class Chat:
     def __init__(self, game: Game) -> None:
         assert game.sampling is not None  # participants that ask no model have no chat
         import_client()
-        self.sampling: Sampling = game.sampling
+        self.sampling: LLMSettings = game.sampling
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
         self._game = game
         self._fresh: dict[tuple[str, Prompt, int | None, float | None], Waiting] = {}
         self._tokens_left: float | None = None  # None is no limit
-        self._set_aside = 0.0
+        self._reserved = 0.0
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
         """One participant's number, as `read` makes it of the text; UnusableAnswer of `read` asks again.
@@ -102,26 +99,26 @@ class Chat:
     # --- What the model's client calls, on its thread ----------------------------------------------------------------
 
     @property
-    def owes(self) -> bool:
-        return self._set_aside > 0
+    def has_reservations(self) -> bool:
+        return self._reserved > 0
 
-    def afford(self, ask: Ask, wanted: int) -> int:
+    def reserve(self, ask: SampleRequest, wanted: int) -> int:
         """Set tokens aside for up to `wanted` samples, and return for how many there are some."""
         count = wanted
         if self._tokens_left is not None:
-            left = self._tokens_left - self._set_aside - ask.prompt.tokens
+            left = self._tokens_left - self._reserved - ask.prompt.tokens
             count = max(min(wanted, int(left // _most_tokens(ask))), 0)
         if count:
-            ask.set_aside = self._price(ask, count)
-            self._set_aside += ask.set_aside
+            ask.reserved = self._price(ask, count)
+            self._reserved += ask.reserved
             self.requests += 1
             self.retries += ask.deadline is not None
         return count
 
-    def settle(self, ask: Ask, tokens: Tokens | None, answered: bool) -> None:
+    def commit(self, ask: SampleRequest, tokens: Tokens | None, answered: bool) -> None:
         """Count what a request did cost; one that was answered by a server that tells no tokens, what was set aside."""
-        price, ask.set_aside = ask.set_aside, 0.0
-        self._set_aside -= price
+        price, ask.reserved = ask.reserved, 0.0
+        self._reserved -= price
         if tokens is not None:
             self.prompt_tokens += tokens.prompt
             self.completion_tokens += tokens.completion
@@ -132,7 +129,7 @@ class Chat:
     # --- Inside ------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _price(ask: Ask, count: int) -> float:
+    def _price(ask: SampleRequest, count: int) -> float:
         """The most that a request may cost, the prompt's length being an estimate."""
         return ask.prompt.tokens + count * _most_tokens(ask)
 
@@ -153,7 +150,7 @@ class Chat:
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hand over what was asked in this pass of the event loop."""
         fresh, self._fresh = self._fresh, {}
-        asks: list[tuple[ModelConfig, Ask]] = []
+        asks: list[tuple[ModelConfig, SampleRequest]] = []
 
         def deliver(waiting: Waiting, outcomes: list[Outcome], deadline: float) -> None:
             _in_loop(loop, _set_results, waiting, outcomes, deadline)
@@ -169,7 +166,7 @@ class Chat:
                 _set_failures(waiting, str(error))
                 continue
             fields = _fields(self._game, config, free_tokens)
-            asks.append((config, Ask(self, config, prompt, fields, waiting, deliver, fail, deadline)))
+            asks.append((config, SampleRequest(self, config, prompt, fields, waiting, deliver, fail, deadline)))
         if asks:
             thread = _model_thread()
             thread.loop.call_soon_threadsafe(thread.put, asks)
@@ -192,7 +189,7 @@ def config_of(model: str) -> ModelConfig:
 
 def import_client() -> None:
     """Import what asks models, openai among it, unless that was done: before anything with a deadline waits for it."""
-    import simulation.llm.request_queue  # noqa: F401, PLC0415 - for those alone that ask a model
+    import simulation.llm.http_client  # noqa: F401, PLC0415 - for those alone that ask a model
 
 
 def check_models(names: list[str], timeout_s: float) -> dict[str, str]:
@@ -217,7 +214,7 @@ def _fields(game: Game, config: ModelConfig, free_tokens: int | None) -> dict[st
     return fields | structured_fields(kind, game)
 
 
-def _most_tokens(ask: Ask) -> int:
+def _most_tokens(ask: SampleRequest) -> int:
     """The most tokens that one sample may have."""
     return int(ask.fields.get("max_completion_tokens") or ask.fields["max_tokens"])
 
@@ -247,7 +244,7 @@ class _ModelThread:
         self._clients: dict[tuple[str, str], ModelClient] = {}
         threading.Thread(target=self._serve, name="models", daemon=True).start()
 
-    def put(self, asks: list[tuple[ModelConfig, Ask]]) -> None:
+    def put(self, asks: list[tuple[ModelConfig, SampleRequest]]) -> None:
         for config, ask in asks:
             try:
                 self._client(config).put([ask])
@@ -272,8 +269,6 @@ class _ModelThread:
     def _client(self, config: ModelConfig) -> ModelClient:
         key = (config.base_url, str([config.entry.get(name) for name in ("client_args", "api_key", "organization")]))
         if key not in self._clients:
-            from simulation.llm.request_queue import ModelClient  # noqa: PLC0415 - see import_client
-
             self._clients[key] = ModelClient(config)
         return self._clients[key]
 

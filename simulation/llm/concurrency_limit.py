@@ -36,7 +36,7 @@ WAITING_LOST_NS = 2 * 10**9  # after so long without a word a process does not w
 HOLDING_LOST_NS = 20 * 10**9  # and after so long it holds nothing any more
 
 
-class InFlight:
+class SharedSemaphore:
     """This process's part in the limit of one model server.
 
     Args:

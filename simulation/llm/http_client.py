@@ -21,7 +21,7 @@ import openai
 
 from simulation.errors import one_line
 from simulation.llm.model_configs import ModelConfig, is_within
-from simulation.llm.responses import Reply, Trouble, in_one_line, read_reply
+from simulation.llm.responses import Reply, RequestError, in_one_line, read_reply
 from simulation.llm.usage import MODEL_SERVER
 
 REPLY_BYTES = 256 * 2**20
@@ -116,12 +116,14 @@ class ModelHttp:
             raise
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             cause = _connection_cause(error)
-            raise Trouble(f"{MODEL_SERVER}: {cause}{self._through}", endpoint=True, perhaps_n=cause == LOST) from None
+            raise RequestError(
+                f"{MODEL_SERVER}: {cause}{self._through}", endpoint=True, maybe_unsupported_n=cause == LOST
+            ) from None
         except ValueError:  # of a library that met what no HTTP server sends
-            raise Trouble(f"{MODEL_SERVER}: the reply is not HTTP", garbled=True) from None
+            raise RequestError(f"{MODEL_SERVER}: the reply is not HTTP", malformed=True) from None
         try:
             return read_reply(response.status_code, response.headers, received, time.time())
-        except Trouble as trouble:
+        except RequestError as trouble:
             if response.status_code != 200:  # which may be the proxy's own reply
                 trouble.args = (f"{trouble}{self._through}",)
             raise
@@ -173,9 +175,9 @@ async def _body_of(response: httpx2.Response) -> bytes:
             parts.append(part)
             size += len(part)
             if size > REPLY_BYTES:
-                raise Trouble(f"{MODEL_SERVER}: a reply of more than {REPLY_BYTES >> 20} MB", garbled=True)
+                raise RequestError(f"{MODEL_SERVER}: a reply of more than {REPLY_BYTES >> 20} MB", malformed=True)
     except (httpx2.HTTPError, aiohttp.ClientError, OSError):
-        raise Trouble(f"{MODEL_SERVER}: the reply breaks off", garbled=True) from None
+        raise RequestError(f"{MODEL_SERVER}: the reply breaks off", malformed=True) from None
     finally:
         await response.aclose()
     return b"".join(parts)

@@ -63,7 +63,7 @@ def is_within(url: str, hosts: Sequence[str]) -> bool:
         return False
 
 
-def refuse_elsewhere(config: SimulationConfig, name: str, url: str) -> None:
+def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
     """Raise SettingsError if a model is outside the cluster, and that was not allowed."""
     if not config.allow_remote_model and not is_within(url, config.hosts):
         raise SettingsError(

@@ -17,12 +17,11 @@ from typing import Any, Protocol
 from loguru import logger
 
 from simulation.errors import Ended, one_line
-from simulation.game.rules import Sampling
-from simulation.llm.concurrency_limit import InFlight
-from simulation.llm.http_client import ModelHttp
+from simulation.game.rules import LLMSettings
+from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Prompt
-from simulation.llm.responses import Reply, Tokens, Trouble, pause_s
+from simulation.llm.responses import Reply, RequestError, Tokens, pause_s
 from simulation.llm.usage import MODEL_SERVER, OUT_OF_TOKENS
 
 ANSWERS_IN_FLIGHT = 512  # twice the sequences that vLLM runs at a time (max_num_seqs, 256), so that it never waits
@@ -37,21 +36,23 @@ class ModelClient:
     """The one client of this process for one model server; to be made and used on the event loop that it lives on."""
 
     def __init__(self, config: ModelConfig) -> None:
+        from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - openai, see import_client
+
         self._http = ModelHttp(config)
         self._loop = asyncio.get_running_loop()
-        self._places = InFlight(self._http.url)
-        self._queue: deque[Ask] = deque()
-        self._serving: dict[asyncio.Task[None], Ask] = {}
-        self._one_each: set[Purse] = set()  # for whom this server does not take n
-        self._life = -math.inf  # when it last answered
+        self._places = SharedSemaphore(self._http.url)
+        self._queue: deque[SampleRequest] = deque()
+        self._serving: dict[asyncio.Task[None], SampleRequest] = {}
+        self._n_unsupported: set[TokenBudget] = set()  # for whom this server does not take n
+        self._last_success = -math.inf  # when it last answered
         self._troubles = 0  # in a row
         self._last_cause = NO_ANSWER
-        self._resting_until = -math.inf
+        self._backoff_until = -math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._poll_s = POLL_S
         self._ticking: asyncio.Task[None] | None = None
 
-    def put(self, asks: list[Ask], first: bool = False) -> None:
+    def put(self, asks: list[SampleRequest], first: bool = False) -> None:
         """Queue asks, as the next ones if they have been in the queue before."""
         if first:
             self._queue.extendleft(asks)
@@ -61,10 +62,10 @@ class ModelClient:
             self._ticking = self._loop.create_task(self._tick())
         self._pump()
 
-    def drop(self, purse: Purse) -> None:
+    def drop(self, purse: TokenBudget) -> None:
         """Forget whatever somebody asked: nobody waits for it any more."""
         self._queue = deque(ask for ask in self._queue if ask.purse is not purse)
-        self._one_each.discard(purse)
+        self._n_unsupported.discard(purse)
         for task, ask in self._serving.items():
             if ask.purse is purse:
                 task.cancel()
@@ -80,40 +81,40 @@ class ModelClient:
         broke = 0  # asks in a row whose purse is empty for now
         while broke < max(len(self._queue), 1) and (ask := self._next()) is not None:
             now = time.monotonic()
-            if now < self._resting_until:
-                self._look_again(min(self._resting_until - now, TICK_S))
+            if now < self._backoff_until:
+                self._look_again(min(self._backoff_until - now, TICK_S))
                 return
             batch = ask.cut(self._samples_of(ask))
             if not batch.waiting:
                 continue
             limit, places = self._measure(batch)
             if not self._places.take(limit, places):
-                ask.put_back(batch)
+                ask.requeue(batch)
                 if self._places.holding < limit:  # else the end of one of ours is what we wait for
                     self._look_again(self._poll_s)
                     self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
                 return
             self._poll_s = POLL_S
-            count = batch.purse.afford(batch, len(batch.waiting))
+            count = batch.purse.reserve(batch, len(batch.waiting))
             if count < len(batch.waiting):
-                ask.put_back(batch.cut_rest(count))
+                ask.requeue(batch.split_off(count))
             self._queue.rotate(-1)  # to everyone in turn
             if batch.waiting:
                 broke = 0
                 self._send(batch, places)
                 continue
             self._places.give_back(places)
-            if ask.purse.owes:  # the end of one of its requests may bring some tokens back
+            if ask.purse.has_reservations:  # the end of one of its requests may bring some tokens back
                 broke += 1
             else:
                 ask.give_up(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
 
-    def _measure(self, batch: Ask) -> tuple[int, int]:
+    def _measure(self, batch: SampleRequest) -> tuple[int, int]:
         """The limit, and how much of it a request takes up: counted in requests if it was set, else in answers."""
         limit = batch.purse.sampling.max_in_flight
         return (ANSWERS_IN_FLIGHT, len(batch.waiting)) if limit is None else (limit, 1)
 
-    def _send(self, batch: Ask, places: int) -> None:
+    def _send(self, batch: SampleRequest, places: int) -> None:
         if batch.deadline is None:
             batch.deadline = time.monotonic() + batch.purse.sampling.reply_timeout_s
         count = len(batch.waiting)
@@ -123,12 +124,12 @@ class ModelClient:
         def ended(task: asyncio.Task[None]) -> None:  # also of a task that was cancelled before its first step
             del self._serving[task]
             self._places.give_back(places)
-            batch.purse.settle(batch, None, False)  # does nothing the second time
+            batch.purse.commit(batch, None, False)  # does nothing the second time
             self._pump()
 
         task.add_done_callback(ended)
 
-    def _next(self) -> Ask | None:
+    def _next(self) -> SampleRequest | None:
         """The next ask that somebody waits for; those that have waited too long are given up."""
         while self._queue:
             ask = self._queue[0]
@@ -139,15 +140,15 @@ class ModelClient:
             self._queue.popleft()
         return None
 
-    def _end_of(self, ask: Ask) -> float:
+    def _end_of(self, ask: SampleRequest) -> float:
         """When an ask is given up: for as long as the server answers others, nobody in the queue is."""
         if ask.deadline is not None:
             return ask.deadline
-        return max(ask.asked_at, self._life) + ask.purse.sampling.reply_timeout_s
+        return max(ask.asked_at, self._last_success) + ask.purse.sampling.reply_timeout_s
 
-    def _samples_of(self, ask: Ask) -> int:
+    def _samples_of(self, ask: SampleRequest) -> int:
         greedy = ask.fields.get("temperature") == 0  # vLLM refuses to draw twice where there is no chance in it
-        return 1 if greedy or ask.purse in self._one_each else ask.purse.sampling.samples_per_request
+        return 1 if greedy or ask.purse in self._n_unsupported else ask.purse.sampling.samples_per_request
 
     def _look_again(self, delay_s: float) -> None:
         if self._timer is None:
@@ -166,93 +167,93 @@ class ModelClient:
                 for ask in self._queue:
                     if now >= self._end_of(ask):
                         ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
-                self._places.beat(waiting=bool(self._queue) and now >= self._resting_until)
+                self._places.beat(waiting=bool(self._queue) and now >= self._backoff_until)
                 self._pump()
             self._places.beat(waiting=False)
         finally:
             self._ticking = None
 
-    async def _serve(self, batch: Ask, count: int) -> None:
+    async def _serve(self, batch: SampleRequest, count: int) -> None:
         """One request, and what comes of it; after trouble that n may have brought, one more for a single answer."""
         try:
             reply = await self._request(batch, count)
-            if isinstance(reply, Trouble) and count > 1 and self._doubts_n(batch, reply):
+            if isinstance(reply, RequestError) and count > 1 and self._doubts_n(batch, reply):
                 trouble, count, reply = reply, 1, await self._request(batch, 1)
                 if isinstance(reply, Reply):
-                    if batch.got_one or not trouble.again:
-                        self._ask_one_each(batch, f"has trouble with several answers in one request ({trouble})")
-                    batch.got_one = True
-            if isinstance(reply, Trouble):
+                    if batch.single_worked or not trouble.again:
+                        self._stop_using_n(batch, f"has trouble with several answers in one request ({trouble})")
+                    batch.single_worked = True
+            if isinstance(reply, RequestError):
                 self._trouble(batch, reply)
             else:
                 self._answered(batch, count, reply)
         except Exception as error:  # noqa: BLE001 - whatever it is: the participants must hear of it
             batch.give_up(one_line(error))
 
-    async def _request(self, batch: Ask, count: int) -> Reply | Trouble:
+    async def _request(self, batch: SampleRequest, count: int) -> Reply | RequestError:
         """One attempt, and its price."""
         try:
             reply = await self._post(batch, count)
-        except Trouble as trouble:
-            batch.purse.settle(batch, trouble.tokens, False)
+        except RequestError as trouble:
+            batch.purse.commit(batch, trouble.tokens, False)
             return trouble
-        batch.purse.settle(batch, reply.tokens, True)  # before anybody can ask what was spent
+        batch.purse.commit(batch, reply.tokens, True)  # before anybody can ask what was spent
         return reply
 
-    def _doubts_n(self, batch: Ask, trouble: Trouble) -> bool:
+    def _doubts_n(self, batch: SampleRequest, trouble: RequestError) -> bool:
         """Whether to ask for one answer at once: a refusal is clear, other trouble only if it comes again and again."""
-        clear = not trouble.again or batch.got_one or batch.troubles + 1 >= TROUBLES_WITH_N
-        return trouble.perhaps_n and clear and batch.purse.afford(batch, 1) == 1
+        clear = not trouble.again or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
+        return trouble.maybe_unsupported_n and clear and batch.purse.reserve(batch, 1) == 1
 
-    def _ask_one_each(self, batch: Ask, why: str) -> None:
-        if batch.purse not in self._one_each:
-            self._one_each.add(batch.purse)
+    def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
+        if batch.purse not in self._n_unsupported:
+            self._n_unsupported.add(batch.purse)
             logger.warning(f"{batch.config.address} {why}: asking for one each")
 
-    async def _post(self, batch: Ask, count: int) -> Reply:
+    async def _post(self, batch: SampleRequest, count: int) -> Reply:
         """One attempt. Raises Trouble."""
         attempt_s, left_s = batch.purse.sampling.attempt_timeout_s, self._left_s(batch)
         try:
             return await self._http.post(batch.body(count), min(attempt_s, left_s))
         except TimeoutError:
             # where it was cut short, what was wrong before says more
-            raise Trouble((batch.cause if left_s < attempt_s else None) or NO_ANSWER) from None
+            raise RequestError((batch.cause if left_s < attempt_s else None) or NO_ANSWER) from None
 
-    def _answered(self, batch: Ask, count: int, reply: Reply) -> None:
-        self._life = time.monotonic()
+    def _answered(self, batch: SampleRequest, count: int, reply: Reply) -> None:
+        self._last_success = time.monotonic()
         self._troubles = 0
         self._last_cause = NO_ANSWER
         outcomes = list(reply.texts[:count])
         if count > 1:
-            batch.got_one = False
+            batch.single_worked = False
             if len(outcomes) == 1:
-                self._ask_one_each(batch, f"gives one answer where {count} were asked for")
+                self._stop_using_n(batch, f"gives one answer where {count} were asked for")
         batch.deliver(batch.waiting[: -len(outcomes) - 1 : -1], outcomes, batch.deadline or 0.0)
         del batch.waiting[-len(outcomes) :]
         if batch.waiting:
             batch.troubles, batch.cause = 0, None
             self.put([batch], first=True)
 
-    def _trouble(self, batch: Ask, trouble: Trouble) -> None:
+    def _trouble(self, batch: SampleRequest, trouble: RequestError) -> None:
         """What becomes of a request that brought nothing: once more, now or later, or the end."""
         cause = str(trouble)
         batch.troubles += 1
         batch.cause = self._last_cause = cause
-        if not trouble.again or (trouble.garbled and batch.troubles >= GARBLED_REPLIES):
+        if not trouble.again or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
             same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
             for ask in [batch, *(same if trouble.refused else [])]:  # none of them would fare better
                 ask.give_up(cause, Ended.MODEL_FAILED)
         elif trouble.endpoint:
-            if time.monotonic() >= self._resting_until:  # else it is of the same burst as the one before
+            if time.monotonic() >= self._backoff_until:  # else it is of the same burst as the one before
                 self._troubles += 1
             pause = min(pause_s(max(self._troubles, 1), trouble.retry_after_s, random.random()), self._left_s(batch))
-            self._resting_until = max(self._resting_until, time.monotonic() + pause)
+            self._backoff_until = max(self._backoff_until, time.monotonic() + pause)
             self.put([batch], first=True)
         else:
             pause = min(pause_s(batch.troubles, trouble.retry_after_s, random.random()), self._left_s(batch))
             self._loop.call_later(pause, self.put, [batch], True)
 
-    def _left_s(self, batch: Ask) -> float:
+    def _left_s(self, batch: SampleRequest) -> float:
         """How long somebody may still wait."""
         return max((batch.deadline or math.inf) - time.monotonic(), 0.0)
 
@@ -260,23 +261,23 @@ class ModelClient:
 Outcome = tuple[str | None, str | None]  # a text, and why it cannot be used
 
 
-class Purse(Protocol):
+class TokenBudget(Protocol):
     """Whose requests they are, and what they may cost."""
 
-    sampling: Sampling
+    sampling: LLMSettings
 
-    def afford(self, ask: Ask, wanted: int) -> int:
+    def reserve(self, ask: SampleRequest, wanted: int) -> int:
         """Set tokens aside for up to so many samples, and return for how many."""
 
-    def settle(self, ask: Ask, tokens: Tokens | None, answered: bool) -> None:
+    def commit(self, ask: SampleRequest, tokens: Tokens | None, answered: bool) -> None:
         """Count what a request did cost, if the server says so, and let go of what was set aside for it."""
 
     @property
-    def owes(self) -> bool:
+    def has_reservations(self) -> bool:
         """Whether tokens are set aside that may come back."""
 
 
-class Ask:
+class SampleRequest:
     """So many participants who wait for a sample of the same prompt.
 
     Args:
@@ -292,7 +293,7 @@ class Ask:
 
     def __init__(
         self,
-        purse: Purse,
+        purse: TokenBudget,
         config: ModelConfig,
         prompt: Prompt,
         fields: dict[str, Any],
@@ -312,10 +313,10 @@ class Ask:
         self.asked_at = time.monotonic()
         self.troubles = 0  # in a row
         self.cause: str | None = None  # of the last one
-        self.got_one = False  # one answer alone, when several brought trouble
-        self.set_aside = 0.0  # tokens, by its purse
+        self.single_worked = False  # one answer alone, when several brought trouble
+        self.reserved = 0.0  # tokens, by its purse
 
-    def cut(self, count: int) -> Ask:
+    def cut(self, count: int) -> SampleRequest:
         """Take off the first `count` that still wait."""
         first: list[asyncio.Future[Any]] = []
         while self.waiting and len(first) < count:
@@ -325,22 +326,24 @@ class Ask:
         first.reverse()
         return self.of(first)
 
-    def put_back(self, part: Ask) -> None:
+    def requeue(self, part: SampleRequest) -> None:
         """Let a part that was cut off wait again, as the first."""
         self.waiting += part.waiting
 
-    def cut_rest(self, count: int) -> Ask:
+    def split_off(self, count: int) -> SampleRequest:
         """Take off all but the first `count`."""
         place = len(self.waiting) - count
         rest = self.of(self.waiting[:place])
         self.waiting = self.waiting[place:]
         return rest
 
-    def of(self, waiting: list[asyncio.Future[Any]]) -> Ask:
+    def of(self, waiting: list[asyncio.Future[Any]]) -> SampleRequest:
         """The same for others."""
-        part = Ask(self.purse, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline)
+        part = SampleRequest(
+            self.purse, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline
+        )
         part.asked_at, part.troubles, part.cause = self.asked_at, self.troubles, self.cause
-        part.got_one = self.got_one
+        part.single_worked = self.single_worked
         return part
 
     def give_up(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:

@@ -1,6 +1,6 @@
 """What a model server's reply means, and how long to wait after a bad one; pure.
 
-A reply that is no set of answers becomes a `Trouble`, which says whether asking again may help.
+A reply that is no set of answers becomes a `RequestError`, which says whether asking again may help.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tokens:
     completion: int
 
 
-class Trouble(Exception):
+class RequestError(Exception):
     """A request that brought no answers; the message is the cause of the failures that may come of it.
 
     Attributes:
@@ -52,18 +52,18 @@ class Trouble(Exception):
         *,
         again: bool = True,
         endpoint: bool = False,
-        garbled: bool = False,
+        malformed: bool = False,
         refused: bool = False,
-        perhaps_n: bool = True,
+        maybe_unsupported_n: bool = True,
         retry_after_s: float = 0.0,
         tokens: Tokens | None = None,
     ) -> None:
         super().__init__(cause)
         self.again = again
         self.endpoint = endpoint
-        self.garbled = garbled
+        self.malformed = malformed
         self.refused = refused
-        self.perhaps_n = perhaps_n
+        self.maybe_unsupported_n = maybe_unsupported_n
         self.retry_after_s = retry_after_s
         self.tokens = tokens
 
@@ -83,11 +83,11 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
     try:
         reply = json.loads(body)
     except (ValueError, RecursionError):  # nested too deep
-        raise Trouble(f"{MODEL_SERVER}: the reply is not JSON", garbled=True) from None
+        raise RequestError(f"{MODEL_SERVER}: the reply is not JSON", malformed=True) from None
     choices = reply.get("choices") if isinstance(reply, dict) else None
     tokens = _tokens_of(reply)
     if not isinstance(choices, list) or not choices:
-        raise Trouble(f"{MODEL_SERVER}: no choices in the reply", garbled=True, tokens=tokens)
+        raise RequestError(f"{MODEL_SERVER}: no choices in the reply", malformed=True, tokens=tokens)
     return Reply(tuple(map(_text_of, choices)), tokens)
 
 
@@ -108,17 +108,17 @@ def _tokens_of(reply: Any) -> Tokens | None:
     return None if prompt is None or completion is None else Tokens(prompt, completion)
 
 
-def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Trouble:
+def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> RequestError:
     cause = f"{MODEL_SERVER}: HTTP {status}"
     if status in BUSY:
-        return Trouble(
-            cause, endpoint=True, perhaps_n=False, retry_after_s=retry_after(headers.get("retry-after"), now)
+        return RequestError(
+            cause, endpoint=True, maybe_unsupported_n=False, retry_after_s=retry_after(headers.get("retry-after"), now)
         )
     if (status >= 500 and status != 501) or status in PASSING:
-        return Trouble(cause, retry_after_s=retry_after(headers.get("retry-after"), now))
+        return RequestError(cause, retry_after_s=retry_after(headers.get("retry-after"), now))
     words = _words_of(body)
     said = f"{cause}: {words}" if words else cause
-    return Trouble(said, again=False, refused=status in REFUSED_REQUEST, perhaps_n=status not in DENIED)
+    return RequestError(said, again=False, refused=status in REFUSED_REQUEST, maybe_unsupported_n=status not in DENIED)
 
 
 def _words_of(body: bytes) -> str:

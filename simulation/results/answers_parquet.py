@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simulation.game.answer_sheet import FAILED, Answers
-from simulation.game.tally import Tally, counted, told_apart
+from simulation.game.tally import Tally, top_causes, value_counts
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
@@ -96,7 +96,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 def tally_in(table: pa.Table, scale: int) -> Tally:
     """What was answered in these rows; how their round ended, they do not say."""
     values = table["value"].drop_null().to_numpy()
-    units, counts = counted(np.rint(values * scale).astype(np.int64))
+    units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()
-    failures = told_apart(causes.field("counts").to_numpy(), lambda place: causes[place]["values"].as_py())
+    failures = top_causes(causes.field("counts").to_numpy(), lambda place: causes[place]["values"].as_py())
     return Tally(len(table), units, counts, failures)

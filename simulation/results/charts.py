@@ -32,7 +32,7 @@ from simulation.results.figures import (
     two_parts,
     write_png,
 )
-from simulation.results.reader import PastRun
+from simulation.results.reader import SavedRun
 
 BINS = 101
 PART_BINS = 51
@@ -48,7 +48,7 @@ def selection(count: int, most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def draw_pictures(run: PastRun) -> None:
+def draw_pictures(run: SavedRun) -> None:
     """Draw histogram.png, and rounds.png of a game of several rounds. Raises ResultsError."""
     if run.results:
         write_png(run.path / "histogram.png", _last_round(run))
@@ -117,7 +117,7 @@ def scale_rounds(axes: Axes, rounds: Sequence[int], highest: float) -> None:
 # --- PNG files -------------------------------------------------------------------------------------------------------
 
 
-def _last_round(run: PastRun) -> Figure:
+def _last_round(run: SavedRun) -> Figure:
     result = run.results[-1]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -130,7 +130,7 @@ def _last_round(run: PastRun) -> Figure:
     return figure
 
 
-def _all_rounds(run: PastRun) -> Figure:
+def _all_rounds(run: SavedRun) -> Figure:
     """Small histograms above the way of the average."""
     shown = [run.results[place] for place in selection(len(run.results), SMALL_MULTIPLES)]
     across, down = grid_of(len(shown))
@@ -174,14 +174,14 @@ def answers_picture(game: Game, result: RoundResult, name: str, label: str) -> M
     return svg(figure, name, label)
 
 
-def averages_picture(run: PastRun, label: str) -> Markup:
+def averages_picture(run: SavedRun, label: str) -> Markup:
     """The average by round."""
     figure, axes = page_axes(2.9)
     draw_averages(axes, run.game, run.results)
     return svg(figure, "averages", label)
 
 
-def spread_picture(run: PastRun, label: str) -> Markup:
+def spread_picture(run: SavedRun, label: str) -> Markup:
     """How far apart the answers are, by round."""
     figure, axes = page_axes(2.9)
     spreads = [(each.round, each.tally.std()) for each in run.results]
@@ -235,7 +235,7 @@ def shortened(name: str) -> str:
     return name if len(name) <= NAME_SHOWN else name[: NAME_SHOWN - 1] + "…"
 
 
-def part_lines_picture(run: PastRun, topic: str, label: str) -> Markup:
+def part_lines_picture(run: SavedRun, topic: str, label: str) -> Markup:
     """The averages of the largest parts of the participants by round."""
     rounds = run.groups[topic]
     figure, axes = page_axes(2.6)

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from simulation.errors import ResultsError, SettingsError, printable
 from simulation.files import is_there, real
 from simulation.results.charts import answers_picture, draw_answers, scale_rounds, selection
-from simulation.results.console_report import number_of, table_lines
+from simulation.results.console_report import number_of
 from simulation.results.figures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
-from simulation.results.reader import PastRun, played_whole, runs_in
+from simulation.results.reader import SavedRun, played_whole, runs_in
 from simulation.results.report_page import answers_in_words, render, shown, swatch, whole
 from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, part_of, resume_command, write_whole
+from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
 
 PAGE, PICTURE = COMPARISON
@@ -45,7 +46,7 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
     return found
 
 
-def unfinished_lines(named: Sequence[Path], runs: Sequence[PastRun]) -> list[str]:
+def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
     """Return a line for each experiment of which runs are missing, or were not played to their end."""
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
@@ -66,26 +67,26 @@ def common_folder(paths: Sequence[Path]) -> Path:
     return folder
 
 
-def differing_settings(runs: Sequence[PastRun]) -> list[str]:
+def differing_settings(runs: Sequence[SavedRun]) -> list[str]:
     """The names of the settings in which these runs differ."""
     names = [item.name for item in fields(SimulationConfig) if item.metadata.get("game") or item.name in COMPARED]
     return [name for name in names if len({getattr(run.config, name) for run in runs}) > 1]
 
 
-def _setting(run: PastRun, name: str) -> str:
+def _setting(run: SavedRun, name: str) -> str:
     value = getattr(run.config, name)
     if name == "agent_class" and value is not None:
         value = Path(value).name
     return NO_VALUE if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
 
 
-def folder_names(runs: Sequence[PastRun]) -> list[str]:
+def folder_names(runs: Sequence[SavedRun]) -> list[str]:
     """What each run is called in the table: its folder, as seen from where all of them are."""
     paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
-def labels(runs: Sequence[PastRun]) -> list[str]:
+def labels(runs: Sequence[SavedRun]) -> list[str]:
     """What each run is called beside a line: the settings it differs in, or its folder where that is not enough."""
     names = differing_settings(runs)
     names = [name for name in names if name != "seed"] or names  # which is drawn, so every run has another one
@@ -96,7 +97,7 @@ def labels(runs: Sequence[PastRun]) -> list[str]:
     ]
 
 
-def comparison_rows(runs: Sequence[PastRun]) -> tuple[list[str], list[list[str]]]:
+def comparison_rows(runs: Sequence[SavedRun]) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and a row for each run."""
     names = differing_settings(runs)
     head = ["run", *(name.replace("_", " ") for name in names), "played", "answered", "asked"]
@@ -104,7 +105,7 @@ def comparison_rows(runs: Sequence[PastRun]) -> tuple[list[str], list[list[str]]
     return head, [[name, *_row(run, names)] for run, name in zip(runs, folder_names(runs), strict=True)]
 
 
-def _row(run: PastRun, names: Sequence[str]) -> list[str]:
+def _row(run: SavedRun, names: Sequence[str]) -> list[str]:
     entries, digits = run.summary["rounds"], run.game.decimals + 3
     first, last = (entries[0], entries[-1]) if entries else ({}, {})
     numbers = (first.get("average"), last.get("average"), last.get("winning_number"))
@@ -120,7 +121,7 @@ def _row(run: PastRun, names: Sequence[str]) -> list[str]:
     ]
 
 
-def comparison_lines(runs: list[PastRun]) -> list[str]:
+def comparison_lines(runs: list[SavedRun]) -> list[str]:
     """Several runs as a table for a terminal."""
     head, rows = comparison_rows(runs)
     settings = [name.replace("_", " ") for name in differing_settings(runs)]  # which the folders' names tell, too
@@ -128,7 +129,7 @@ def comparison_lines(runs: list[PastRun]) -> list[str]:
     return table_lines(head, rows, [*dropped, "status", "last average"])
 
 
-def write_comparison(folder: Path, runs: list[PastRun]) -> None:
+def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
     """Draw several runs into comparison.png and comparison.html of a folder. Raises ResultsError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def write_comparison(folder: Path, runs: list[PastRun]) -> None:
     write_whole(folder / PAGE, render(PAGE, page_content(folder, runs)).encode(errors="replace"))
 
 
-def page_content(folder: Path, runs: Sequence[PastRun]) -> dict[str, Any]:
+def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
     """All that the page says, which stands in this folder."""
     head, rows = comparison_rows(runs)
     drawn, called = _drawn(runs)
@@ -159,7 +160,7 @@ def page_content(folder: Path, runs: Sequence[PastRun]) -> dict[str, Any]:
     }
 
 
-def _drawn(runs: Sequence[PastRun]) -> tuple[list[PastRun], list[str]]:
+def _drawn(runs: Sequence[SavedRun]) -> tuple[list[SavedRun], list[str]]:
     """The runs that pictures show, and what each is called there."""
     called = labels(runs)
     played = [place for place, run in enumerate(runs) if run.results]
@@ -167,18 +168,18 @@ def _drawn(runs: Sequence[PastRun]) -> tuple[list[PastRun], list[str]]:
     return [runs[place] for place in places], [called[place] for place in places]
 
 
-def _link(folder: Path, run: PastRun) -> str | None:
+def _link(folder: Path, run: SavedRun) -> str | None:
     """Where a run's own report is, as seen from the folder of the page; None if there is none."""
     report = real(run.path) / REPORT
     return quote(os.path.relpath(report, real(folder))) if is_there(report) else None
 
 
-def _last_answers(run: PastRun, label: str, place: int) -> Markup:
+def _last_answers(run: SavedRun, label: str, place: int) -> Markup:
     result = run.results[-1]
     return answers_picture(run.game, result, f"run-{place}", f"{label}: {answers_in_words(result, run.game)}")
 
 
-def _averages_for_page(runs: Sequence[PastRun], called: Sequence[str]) -> Markup:
+def _averages_for_page(runs: Sequence[SavedRun], called: Sequence[str]) -> Markup:
     figure, axes = page_axes(3.1)
     _draw_averages(axes, runs, called)
     ends = "; ".join(
@@ -188,7 +189,7 @@ def _averages_for_page(runs: Sequence[PastRun], called: Sequence[str]) -> Markup
     return svg(figure, "comparison", f"Average by round of each run. {ends}")
 
 
-def _draw_averages(axes: Axes, runs: Sequence[PastRun], called: Sequence[str]) -> None:
+def _draw_averages(axes: Axes, runs: Sequence[SavedRun], called: Sequence[str]) -> None:
     """The average of each run by round, as a line, and its equilibrium, in its colour."""
     highest, rounds = 0.0, [1]
     for place, (run, label) in enumerate(zip(runs, called, strict=True)):
@@ -206,7 +207,7 @@ def _draw_averages(axes: Axes, runs: Sequence[PastRun], called: Sequence[str]) -
     scale_rounds(axes, sorted(set(rounds)), highest)
 
 
-def _picture(runs: Sequence[PastRun]) -> Figure:
+def _picture(runs: Sequence[SavedRun]) -> Figure:
     """The averages by round above the last round of each run."""
     drawn, called = _drawn(runs)
     shown_places = selection(len(drawn), SMALL_MULTIPLES)

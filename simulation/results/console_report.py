@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -13,8 +12,9 @@ from simulation.errors import printable
 from simulation.game.rules import Announcement, Game
 from simulation.game.tally import RoundResult, Tally, Units, announcement_of
 from simulation.llm.usage import Usage
-from simulation.results.reader import PastRun, part_in, played_whole
+from simulation.results.reader import SavedRun, part_in, played_whole
 from simulation.results.run_directory import most_frequent
+from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
 
 BARS = 15
@@ -120,7 +120,7 @@ def brief(number: float | None) -> str:
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
-def group_lines(run: PastRun) -> list[str]:
+def group_lines(run: SavedRun) -> list[str]:
     """A table for each set of personas, and for the models: who answered what, in the last round."""
     lines: list[str] = []
     for topic, rounds in run.groups.items() if run.results else ():
@@ -135,7 +135,7 @@ def group_lines(run: PastRun) -> list[str]:
     return lines
 
 
-def run_lines(run: PastRun) -> list[str]:
+def run_lines(run: SavedRun) -> list[str]:
     """A run as its moderator told it, what its answers look like, and how it ended."""
     lines: list[str] = []
     for result in run.results:
@@ -147,57 +147,3 @@ def run_lines(run: PastRun) -> list[str]:
     part = part_in(run.path, run.summary)
     whole = f"; it is run {part.run} of {part.runs} of {printable(part.experiment)}" if part is not None else ""
     return [*lines, f"run {run.name} is {run.summary['status']}: {played}{whole}"]
-
-
-INDENT = 2  # some tables are printed with it
-
-
-def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the places of the columns that fit beside each other.
-
-    Args:
-        widths: The width of each column.
-        dropped: The places of those that may be left out, the least important first.
-        room: The width of the terminal.
-        gap: The blanks between two columns.
-    """
-    places = [place for place, width in enumerate(widths) if width]
-    for place in dropped:
-        if sum(widths[each] + gap for each in places) - gap <= room:
-            break
-        places = [each for each in places if each != place]
-    return places
-
-
-def table_lines(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    dropped: Iterable[str] = (),
-    left: Iterable[str] | None = None,
-) -> list[str]:
-    """Return a table for standard output: whole, or in the columns that fit where that is a terminal.
-
-    Args:
-        head: The heads of the columns.
-        rows: A cell for each column, or fewer: then the last one may be as long as it is.
-        dropped: The heads of columns that may be left out, the least important first.
-        left: Those of columns that begin at the left; otherwise it is the first.
-    """
-    from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
-
-    heads, lefts = list(head), head[:1] if left is None else [*left]
-    whole = [row for row in rows if len(row) == len(heads)]
-    widths = [max(map(cell_len, column)) for column in zip(heads, *whole, strict=True)]
-    places = list(range(len(heads)))
-    if sys.stdout.isatty():
-        order = [heads.index(name) for name in dropped if name in heads]
-        places = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
-    lines = []
-    for row in (heads, *rows):
-        cells = []
-        for place in places:
-            if place < len(row) - (len(row) < len(heads)):
-                blanks = " " * (widths[place] - cell_len(row[place]))
-                cells.append(row[place] + blanks if heads[place] in lefts else blanks + row[place])
-        lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
-    return lines

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.files import files_in, is_there, real
-from simulation.game.population import Cast, Parts
-from simulation.game.rules import Game, Wording, game_of
+from simulation.game.population import Grouping, Population
+from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.llm.usage import OUT_OF_TOKENS, Usage
 from simulation.results.answers_parquet import rows_by_round, tally_in
@@ -174,7 +174,7 @@ class _Agents(_Part):
 
 
 @dataclass(frozen=True)
-class Played:
+class ResumeState:
     """What there is of a run that is to be resumed: its finished rounds, and what they took."""
 
     run_id: str
@@ -185,7 +185,7 @@ class Played:
     part_of: PartOf | None = None
 
 
-def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Played]:
+def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, ResumeState]:
     """The settings that a run is to be resumed with, and its finished rounds.
 
     Args:
@@ -206,12 +206,12 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Pl
     told = summary["cluster"].pop("llm_seconds", {"model": 0.0, "client": 0.0})
     usage = Usage(**(summary["llm"] or {}), answering_s=told["model"] + told["client"], client_s=told["client"])
     cluster, seconds = summary["cluster"], summary["seconds"]
-    return config, Played(summary["run_id"], results, usage, cluster, seconds, part_in(path, summary))
+    return config, ResumeState(summary["run_id"], results, usage, cluster, seconds, part_in(path, summary))
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """The settings of a run with others that are given now. Raises SettingsError if one cannot change in mid-game."""
-    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("stays")}
+    staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("fixed_on_resume")}
     anew = replace(config, **given)
     for name in staying & given.keys():
         if getattr(anew, name) != getattr(config, name):  # 0.5 is 1/2
@@ -341,8 +341,8 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
     def made(text: str) -> Game:
         said = json.loads(text)
         _Game.model_validate(said, strict=True)
-        wording = Wording(**said["wording"]) if said["wording"] is not None else None
-        cast = Cast.from_json(said["cast"], config.seed or 0, config.participant_num)
+        wording = PromptTemplate(**said["wording"]) if said["wording"] is not None else None
+        cast = Population.from_json(said["cast"], config.seed or 0, config.participant_num)
         game = game_of(config, wording, cast)
         shares = [[one.share for one in each.personas] for each in cast.persona_sets]
         shares += [[each.share for each in cast.models]] if cast.models else []
@@ -355,7 +355,7 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
 
 
 @dataclass(frozen=True)
-class PastRun:
+class SavedRun:
     """A run as it can be looked at, from its folder alone.
 
     Attributes:
@@ -381,13 +381,13 @@ class PastRun:
         return str(self.summary["run_id"])
 
 
-def read_run(path: Path) -> PastRun:
+def read_run(path: Path) -> SavedRun:
     """Read a run. Raises SettingsError if there is none, or what belongs to it is missing or damaged."""
     config, summary = read_summary(path)
     game = read_game(path, config)
     results = read_rounds(path, config, summary)
     groups = read_groups(path, game, results)
-    return PastRun(path, config, summary, game, _with_teams(results, game, groups), groups)
+    return SavedRun(path, config, summary, game, _with_teams(results, game, groups), groups)
 
 
 def read_results(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
@@ -423,7 +423,7 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
     return groups
 
 
-def tallies_of_parts(rows: pa.Table, game: Game, parts: Parts) -> Iterator[tuple[str, Tally]]:
+def tallies_of_parts(rows: pa.Table, game: Game, parts: Grouping) -> Iterator[tuple[str, Tally]]:
     """The tallies of these rows, which are of consecutive participants, for each part of them."""
     assert game.cast is not None
     places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows))

@@ -30,7 +30,7 @@ from simulation.results.charts import (
 )
 from simulation.results.console_report import brief, number_of
 from simulation.results.figures import DASHES, SERIES
-from simulation.results.reader import PastRun, part_in, played_whole
+from simulation.results.reader import SavedRun, part_in, played_whole
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.settings import SimulationConfig
 
@@ -47,13 +47,13 @@ STATUSES = {
 }
 
 
-def draw_all(run: PastRun) -> None:
+def draw_all(run: SavedRun) -> None:
     """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
     draw_pictures(run)
     write_report(run)
 
 
-def write_report(run: PastRun) -> None:
+def write_report(run: SavedRun) -> None:
     """Write the report of a run into its folder. Raises ResultsError."""
     write_whole(run.path / REPORT, render(REPORT, page_content(run)).encode(errors="replace"))
 
@@ -90,7 +90,7 @@ def seconds(number: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def page_content(run: PastRun) -> dict[str, Any]:
+def page_content(run: SavedRun) -> dict[str, Any]:
     """All that the page says."""
     summary, game = run.summary, run.game
     digits = game.decimals + 3
@@ -124,7 +124,7 @@ def page_content(run: PastRun) -> dict[str, Any]:
     }
 
 
-def _status(run: PastRun) -> str:
+def _status(run: SavedRun) -> str:
     """How the run ended, in words."""
     entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
@@ -134,7 +134,7 @@ def _status(run: PastRun) -> str:
     return STATUSES[status]
 
 
-def _by_round(run: PastRun) -> dict[str, Markup] | None:
+def _by_round(run: SavedRun) -> dict[str, Markup] | None:
     """The way of the average and of the spread, if there are several rounds."""
     entries, digits = run.summary["rounds"], run.game.decimals + 3
     if len(entries) < 2 or all(entry["average"] is None for entry in entries):
@@ -177,7 +177,7 @@ def answers_in_words(result: RoundResult, game: Game) -> str:
     )
 
 
-def facts(run: PastRun) -> list[tuple[str, str]]:
+def facts(run: SavedRun) -> list[tuple[str, str]]:
     """What else a person would ask: names, and what to say."""
     config, game, cluster = run.config, run.game, run.summary["cluster"]
     kind = "whole numbers" if not game.decimals else f"numbers with up to {game.decimals} digits after the point"
@@ -243,7 +243,7 @@ def ranges(numbers: Iterable[int]) -> str:
 # --- By persona and by model -----------------------------------------------------------------------------------------
 
 
-def _topic(run: PastRun, topic: str) -> dict[str, Any]:
+def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """One way to tell participants apart: its pictures and tables."""
     rounds, game = run.groups[topic], run.game
     last = rounds[-1]

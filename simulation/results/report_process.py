@@ -22,7 +22,7 @@ from simulation.errors import SimulationError
 from simulation.files import ROOT
 
 if TYPE_CHECKING:
-    from simulation.results.reader import PastRun
+    from simulation.results.reader import SavedRun
 
 LONGEST_S = 300.0  # a report that takes longer hangs
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,7 +44,7 @@ class ReportProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def draw(self, run: PastRun) -> None:
+    def draw(self, run: SavedRun) -> None:
         """Draw the pictures and the report of a run into its folder, and wait for them.
 
         Args:
@@ -74,7 +74,7 @@ class ReportProcess:
             with contextlib.suppress(OSError):  # a run was left half-sent
                 pipe.close()
 
-    def _ask(self, run: PastRun, told: list[SimulationError | None]) -> None:
+    def _ask(self, run: SavedRun, told: list[SimulationError | None]) -> None:
         """Have the process draw a run, and append what became of it; nothing if the process ends before."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(OSError, EOFError, ValueError):
@@ -94,7 +94,7 @@ def serve() -> None:
 
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            run: PastRun = pickle.load(sys.stdin.buffer)
+            run: SavedRun = pickle.load(sys.stdin.buffer)
             error = None
             try:
                 _draw(run)
@@ -103,7 +103,7 @@ def serve() -> None:
             answers.write(pickle.dumps(error))
 
 
-def _draw(run: PastRun) -> None:
+def _draw(run: SavedRun) -> None:
     from simulation.results.reader import read_groups  # noqa: PLC0415 - where it is drawn alone
     from simulation.results.report_page import draw_all  # noqa: PLC0415
 

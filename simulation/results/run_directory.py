@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, one_line, reason
 from simulation.files import ROOT, is_there, lock, read_text, real, shown, tell_once
 from simulation.game.answer_sheet import TEXTS_KEPT, Answers
-from simulation.game.population import Cast
+from simulation.game.population import Population
 from simulation.game.rules import Game
 from simulation.game.tally import OTHER_CAUSES, RoundResult
 from simulation.llm.usage import Usage
@@ -268,7 +268,7 @@ class RunDirectory:
 
     def write_game(self, game: Game) -> None:
         """Write what the game is played with, as the files it was read from may change. Raises ResultsError."""
-        cast = game.cast if game.cast is not None else Cast(game.seed, 0)
+        cast = game.cast if game.cast is not None else Population(game.seed, 0)
         said = {"wording": asdict(game.wording) if game.wording is not None else None, "cast": cast.to_json()}
         self.write_json(GAME, said)
 

@@ -17,12 +17,12 @@ import grpc
 
 from simulation import errors
 from simulation.errors import (
-    AgentGone,
+    AgentNotFound,
     ClusterError,
     ServerLost,
     ServerUnreachable,
     SimulationError,
-    Stranger,
+    UntrustedServer,
 )
 from simulation.rpc.cluster_key import CLUSTER_NAME, ClusterKey
 from simulation.rpc.endpoints import Endpoint
@@ -35,7 +35,7 @@ MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
 CALLS_AT_ONCE = 32
 ANOTHER_VERSION = "is an agent server, but of another program or version"
 NOBODY_LISTENS = "no server listens there"
-STRANGER = "what listens there does not hold this cluster's key"
+UNTRUSTED = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", CLUSTER_NAME),
@@ -53,7 +53,7 @@ _credentials: list[grpc.ChannelCredentials] = []  # the ones in use, once a key 
 _channels: dict[str, grpc.Channel] = {}
 
 
-def use_key(key: ClusterKey) -> None:
+def install_tls(key: ClusterKey) -> None:
     """Make every channel of this process from now on one between holders of the key."""
     _credentials[:] = [key.channel_credentials()]
     _channels.clear()
@@ -94,7 +94,7 @@ def handshake(
     except grpc.RpcError as error:
         translated = translated_error(error, endpoint)
         if any(sign in (error.details() or "") for sign in CUT_OFF):
-            translated = Stranger(f"{endpoint}: {STRANGER}")
+            translated = UntrustedServer(f"{endpoint}: {UNTRUSTED}")
         raise translated from None
     try:
         return Handshake(**json.loads(reply))
@@ -138,7 +138,7 @@ _given_up: set[Endpoint] = set()
 _calls_lock = threading.Lock()
 
 
-def let_go_of_calls(endpoint: Endpoint) -> None:
+def cancel_calls(endpoint: Endpoint) -> None:
     """End all calls to a server, and those to come until `allow_calls`: they raise ServerUnreachable."""
     with _calls_lock:
         _given_up.add(endpoint)
@@ -170,7 +170,7 @@ def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
             _calls[endpoint].discard(call)
 
 
-def fan_out(
+def call_all(
     calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
 ) -> tuple[dict[K, V], dict[K, SimulationError]]:
     """Make all calls, so many at a time, and return results and errors by key, in the order of the calls."""
@@ -186,9 +186,9 @@ def fan_out(
     return results, failed
 
 
-def all_of(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
+def call_all_or_raise(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
     """Make all calls and return their results by key; raises the first error there is."""
-    results, failed = fan_out(calls)
+    results, failed = call_all(calls)
     for error in failed.values():
         raise error
     return results
@@ -200,7 +200,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
     last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
-            return Stranger(f"{endpoint}: {STRANGER}")
+            return UntrustedServer(f"{endpoint}: {UNTRUSTED}")
         cause = f"cannot be reached ({last.rpartition(': ')[2]})"
         if "refused" in details:
             cause = NOBODY_LISTENS
@@ -212,11 +212,11 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
     if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION):
         return ClusterError(f"{endpoint} {ANOTHER_VERSION}" if code.name == "UNIMPLEMENTED" else f"{endpoint}: {last}")
     if "not exists" in details:
-        return AgentGone(f"{endpoint}: the agent is gone")
-    return told_error(last) or SimulationError(f"{endpoint}: {last}")
+        return AgentNotFound(f"{endpoint}: the agent is gone")
+    return parse_remote_error(last) or SimulationError(f"{endpoint}: {last}")
 
 
-def told_error(text: str) -> ServerLost | None:
+def parse_remote_error(text: str) -> ServerLost | None:
     """What a moderator says of a server that it has lost, as the error that it was; None if it is something else."""
     name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
     kind = getattr(errors, name, None)

@@ -27,7 +27,7 @@ from simulation.rpc.channels import await_call, channel_to, translated_error
 from simulation.rpc.endpoints import Endpoint
 
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
-PATIENT_S = 3600.0  # the deadline of calls that end when heartbeats do
+LONG_CALL_TIMEOUT_S = 3600.0  # the deadline of calls that end when heartbeats do
 SILENT_POLLS = 4  # of AgentScope's 5 s each
 
 

@@ -47,7 +47,7 @@ def same_run(one: str, other: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Seat:
+class GroupAssignment:
     """One group: participants first .. first+count-1.
 
     Attributes:
@@ -60,7 +60,7 @@ class Seat:
     first: int
     count: int
     server: Endpoint | None
-    chair: Endpoint
+    moderator_server: Endpoint
 
 
 def address_of(host_name: str) -> str:

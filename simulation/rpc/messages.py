@@ -35,7 +35,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Beat:
+class HeartbeatReply:
     """What a server says: which process it is, and what the objects of the run there are at, by remote id."""
 
     incarnation: str
@@ -45,7 +45,7 @@ class Beat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Beat | None:
+    def from_json(cls, text: str) -> HeartbeatReply | None:
         """The beat that a text holds; None if it is of another program."""
         try:
             said = json.loads(text)

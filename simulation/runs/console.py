@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loguru import logger
 
 from simulation.files import ROOT
-from simulation.results.console_report import fitting
+from simulation.results.tables import fitting
 
 if TYPE_CHECKING:  # rich is imported where there is a terminal
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     began: float
 
 
-class ProgressWatch:
+class ConsoleProgress:
     """A bar for each stage on a terminal; elsewhere a line every few seconds of a long one."""
 
     def __init__(self) -> None:

@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simulation.game.population import Cast
+from simulation.game.population import Population
 from simulation.settings import SimulationConfig
 from simulation.files import shown
-from simulation.results.console_report import table_lines
+from simulation.results.tables import table_lines
 from simulation.game.rules import Announcement, Game, question_for
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.rpc.endpoints import endpoints
 from simulation.cluster.placement import even_split, place
 from simulation.rpc.endpoints import ranges
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
-from simulation.game.population import quotas
+from simulation.game.population import largest_remainder
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _longest_prompt(game: Game, participants: int, number: int) -> Prompt:
     return prompt_for(system, question_for(game, number, told), numbers, last)
 
 
-def _sharing(config: SimulationConfig, cast: Cast) -> dict[str, Counter[int]]:
+def _sharing(config: SimulationConfig, cast: Population) -> dict[str, Counter[int]]:
     """How many may share requests, as they are of one group and ask one model: by model, how often which count."""
     servers = len(config.hosts) * config.server_per_host
     groups = place(config.participant_num, servers, len(config.hosts) * config.moderator_per_host)
@@ -94,7 +94,7 @@ def _sharing(config: SimulationConfig, cast: Cast) -> dict[str, Counter[int]]:
     found: dict[str, Counter[int]] = {name: Counter() for name in names}
     for group in groups:
         if cast.models:  # about so many; the cast deals them out over all groups
-            counts = quotas(group.count, [each.share for each in cast.models])
+            counts = largest_remainder(group.count, [each.share for each in cast.models])
         else:
             counts = tuple(map(len, even_split(group.count, len(names))))
         for name, count in zip(names, counts, strict=True):

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from loguru import logger
 
-from simulation.runs.console import ProgressWatch
+from simulation.runs.console import ConsoleProgress
 from simulation.errors import Interrupted, SettingsError, one_line
 from simulation.results.run_directory import REPORT
 
 if TYPE_CHECKING:
     from simulation.runs.run import Run
-    from simulation.runs.dashboard_state import RunView
+    from simulation.runs.dashboard_state import DashboardState
 
 PAGE = Path(__file__).with_name("dashboard.html")
 ADDRESS = "127.0.0.1"
@@ -56,7 +56,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Dashboard:
-    """Serves the page from now on, until `close`; follows runs one after another (see `Onlooker`).
+    """Serves the page from now on, until `close`; follows runs one after another (see `RunObserver`).
 
     Args:
         port: Where, on 127.0.0.1; 0 is any that is free.
@@ -66,7 +66,7 @@ class Dashboard:
         SettingsError: The port cannot be had.
     """
 
-    def __init__(self, port: int, watch: ProgressWatch) -> None:
+    def __init__(self, port: int, watch: ConsoleProgress) -> None:
         try:
             self._socket = socket.create_server((ADDRESS, port))
         except OSError as error:
@@ -78,7 +78,7 @@ class Dashboard:
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
         self._instance = secrets.token_hex(4)  # a page of an earlier command on this port finds out so
-        self._view: RunView | None = None
+        self._view: DashboardState | None = None
         self._running: str | None = None  # the run that is followed
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_TOLD)
         self._over = False
@@ -97,9 +97,9 @@ class Dashboard:
     @contextmanager
     def follow(self, run: Run) -> Iterator[None]:
         """Show this run, and from its end on how it ended."""
-        from simulation.runs.dashboard_state import RunView  # noqa: PLC0415 - AgentScope, which the page need not wait for
+        from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - AgentScope, which the page need not wait for
 
-        view = self._view = RunView(run)
+        view = self._view = DashboardState(run)
         self._running = run.run_id
         ended: dict[str, Any] = {"run_id": run.run_id, "path": str(run.directory.path), "error": ""}
         try:
@@ -156,7 +156,7 @@ class Dashboard:
             view = self._view
             with self._heard:
                 looking = bool(self._looking())
-            if view is None or self._over or not looking or time.monotonic() < looked + view.lookout.pause_s:
+            if view is None or self._over or not looking or time.monotonic() < looked + view.sampler.pause_s:
                 continue
             looked = time.monotonic()
             try:

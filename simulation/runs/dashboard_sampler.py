@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from moderator import Moderator
-from simulation.rpc.channels import fan_out
-from simulation.errors import AgentGone, ServerLost, SimulationError
-from simulation.agents.snapshot import Glance
+from simulation.rpc.channels import call_all
+from simulation.errors import AgentNotFound, ServerLost, SimulationError
+from simulation.agents.snapshot import RoundSnapshot
 from simulation.agents.group import ParticipantGroup
-from simulation.cluster.failure_detector import Standing
+from simulation.cluster.failure_detector import ServerStatus
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.client import RemoteObject
 
@@ -36,18 +36,18 @@ class Load:
     cpu: float | None = None
 
 
-class Lookout:
+class DashboardSampler:
     """What glances have shown so far."""
 
     def __init__(self) -> None:
-        self.glances: dict[str, Glance] = {}  # by remote id
+        self.glances: dict[str, RoundSnapshot] = {}  # by remote id
         self.loads: dict[Endpoint, Load] = {}
         self.mute: dict[Endpoint, str] = {}  # servers whose last glance failed, and how
         self.pause_s = LOOK_S  # until the next look
         self._looked: dict[str, float] = {}  # when each was tried last (time.monotonic)
         self._proxies: dict[str, RemoteObject] = {}
 
-    def look(self, standings: dict[Endpoint, tuple[Standing, bool]], numbers: int) -> None:
+    def look(self, statuses: dict[Endpoint, tuple[ServerStatus, bool]], numbers: int) -> None:
         """Glance at those who were not looked at for longest; takes as long as servers that hang make it take.
 
         Args:
@@ -56,9 +56,9 @@ class Lookout:
         """
         where = {
             oid: (endpoint, ParticipantGroup if participants else Moderator)
-            for endpoint, (standing, participants) in standings.items()
-            if standing.plays
-            for oid in standing.beat.objects
+            for endpoint, (status_of, participants) in statuses.items()
+            if status_of.plays
+            for oid in status_of.beat.objects
         }
         chosen = sorted(where, key=lambda oid: self._looked.get(oid, 0.0))[:GLANCES_A_LOOK]
         now = time.monotonic()
@@ -68,27 +68,27 @@ class Lookout:
             if oid not in self._proxies:
                 endpoint, kind = where[oid]
                 self._proxies[oid] = RemoteObject(kind, oid, endpoint, DEADLINE_S)
-        calls = {oid: partial(self._proxies[oid].glance, numbers) for oid in chosen}
-        glances, errors = fan_out(calls, GLANCES_AT_ONCE)
-        costs = dict.fromkeys(standings, 0.0)
-        for oid, glance in glances.items():
+        calls = {oid: partial(self._proxies[oid].snapshot, numbers) for oid in chosen}
+        glances, errors = call_all(calls, GLANCES_AT_ONCE)
+        costs = dict.fromkeys(statuses, 0.0)
+        for oid, snapshot in glances.items():
             endpoint = where[oid][0]
             self.mute.pop(endpoint, None)
-            self._note_load(endpoint, glance)
-            costs[endpoint] += glance.took_s
+            self._note_load(endpoint, snapshot)
+            costs[endpoint] += snapshot.took_s
         for oid, error in errors.items():
-            if not isinstance(error, AgentGone):  # it was replaced meanwhile
+            if not isinstance(error, AgentNotFound):  # it was replaced meanwhile
                 self.mute[where[oid][0]] = _without_address(error)
-        self.glances = {oid: glance for oid, glance in self.glances.items() if oid in where} | glances
+        self.glances = {oid: snapshot for oid, snapshot in self.glances.items() if oid in where} | glances
         self.pause_s = max(LOOK_S, max(costs.values(), default=0.0) / SHARE)
 
-    def _note_load(self, endpoint: Endpoint, glance: Glance) -> None:
+    def _note_load(self, endpoint: Endpoint, snapshot: RoundSnapshot) -> None:
         load = self.loads.get(endpoint)
-        if load is None or glance.cpu_s < load.cpu_s:  # another process
-            self.loads[endpoint] = Load(glance.cpu_s, glance.clock_s, glance.memory_mb)
-        elif glance.clock_s - load.clock_s >= LOOK_S / 2:  # not of the same look, by another group
-            cpu = (glance.cpu_s - load.cpu_s) / (glance.clock_s - load.clock_s)
-            self.loads[endpoint] = Load(glance.cpu_s, glance.clock_s, glance.memory_mb, cpu)
+        if load is None or snapshot.cpu_s < load.cpu_s:  # another process
+            self.loads[endpoint] = Load(snapshot.cpu_s, snapshot.clock_s, snapshot.memory_mb)
+        elif snapshot.clock_s - load.clock_s >= LOOK_S / 2:  # not of the same look, by another group
+            cpu = (snapshot.cpu_s - load.cpu_s) / (snapshot.clock_s - load.clock_s)
+            self.loads[endpoint] = Load(snapshot.cpu_s, snapshot.clock_s, snapshot.memory_mb, cpu)
 
 
 def _without_address(error: SimulationError) -> str:

@@ -12,15 +12,15 @@ from typing import Any
 from simulation.runs.console import Stage
 from simulation.errors import Ended
 from simulation.game.tally import RoundResult
-from simulation.agents.snapshot import BINS, Glance, bins_of
-from simulation.cluster.failure_detector import Standing
-from simulation.runs.dashboard_sampler import Lookout
+from simulation.agents.snapshot import BINS, RoundSnapshot, bins_of
+from simulation.cluster.failure_detector import ServerStatus
+from simulation.runs.dashboard_sampler import DashboardSampler
 from simulation.rpc.endpoints import Endpoint
 from simulation.results.console_report import histogram
 from simulation.results.run_directory import most_frequent
 from simulation.cluster.rounds import Simulation
 from simulation.runs.run import Run
-from simulation.rpc.endpoints import Seat
+from simulation.rpc.endpoints import GroupAssignment
 
 SILENT_S = 3.0  # a server that was not heard of for so long is shown as silent: it says something every second
 RATE_S = 3.0  # what the rate is an average of
@@ -29,7 +29,7 @@ TROUBLED_TOLD = 16
 GRID_CELLS = 4096
 
 
-class RunView:
+class DashboardState:
     """One run, as it is and as it was.
 
     Args:
@@ -38,7 +38,7 @@ class RunView:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.lookout = Lookout()
+        self.sampler = DashboardSampler()
         self._over = False
         self._rounds: list[dict[str, Any]] = []  # those played, as they are told
         self._bars: list[int] = []  # the answers of the last one of them
@@ -53,7 +53,7 @@ class RunView:
         """Glance at the groups; see Lookout."""
         simulation = self.run.simulation
         if simulation is not None and not self._over:
-            self.lookout.look(simulation.cluster.standings(), self.run.game.numbers)
+            self.sampler.look(simulation.cluster.statuses(), self.run.game.numbers)
 
     # --- The state ---------------------------------------------------------------------------------------------------
 
@@ -66,9 +66,9 @@ class RunView:
         if number != self._number:
             self._number = number or 0
             self._done.clear()
-        seats = [seat for seat in simulation.cluster.seats if seat.server is not None] if simulation else []
-        glances = [*self.lookout.glances.items()]  # at once, as `look` goes on in another thread
-        playing = {seat.oid for seat in seats}
+        assignments = [assignment for assignment in simulation.cluster.assignments if assignment.server is not None] if simulation else []
+        glances = [*self.sampler.glances.items()]  # at once, as `look` goes on in another thread
+        playing = {assignment.oid for assignment in assignments}
         current = {oid: each for oid, each in glances if number is not None and each.round == number}
         in_play = {oid: each for oid, each in current.items() if oid in playing or each.counts}
         usage = simulation.usage if simulation is not None and not self._over else run.usage
@@ -78,10 +78,10 @@ class RunView:
             "config": self._settings(),
             "round": self._round(number, stage, in_play, simulation),
             "rounds": self._rounds,
-            "distribution": self._distribution(number, in_play, self._counting(seats)),
+            "distribution": self._distribution(number, in_play, self._counting(assignments)),
             "failures": _failures(results, in_play),
             "llm": _told_usage(usage) if run.config.agent_type == "llm" else None,
-            "servers": self._servers(simulation, seats, current, begun) if simulation is not None else None,
+            "servers": self._servers(simulation, assignments, current, begun) if simulation is not None else None,
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class RunView:
             self._rounds = [*self._rounds, told]
 
     def _round(
-        self, number: int | None, stage: Stage | None, glances: dict[str, Glance], simulation: Simulation | None
+        self, number: int | None, stage: Stage | None, glances: dict[str, RoundSnapshot], simulation: Simulation | None
     ) -> dict[str, Any] | None:
         if number is None or simulation is None:
             return None
@@ -140,56 +140,56 @@ class RunView:
             "reassigned": simulation.reassigned,
         }
 
-    def _distribution(self, number: int | None, glances: dict[str, Glance], groups: int) -> dict[str, Any]:
+    def _distribution(self, number: int | None, glances: dict[str, RoundSnapshot], groups: int) -> dict[str, Any]:
         """The answers in bins: of the round under way, or of the last one where none is."""
         width, bins = bins_of(self.run.game.numbers)
         told = {"width": width, "scale": self.run.game.scale, "top": self.run.game.numbers - 1}
         if number is None:
             return told | {"round": len(self._rounds), "counts": self._bars, "last": [], "glanced": 0, "groups": 0}
-        counted = [each.counts for each in glances.values() if len(each.counts) == bins]
-        counts = [sum(bin_) for bin_ in zip(*counted, strict=True)] if counted else [0] * bins
+        value_counts = [each.counts for each in glances.values() if len(each.counts) == bins]
+        counts = [sum(bin_) for bin_ in zip(*value_counts, strict=True)] if value_counts else [0] * bins
         return told | {
             "round": number,
             "counts": counts,
             "last": self._bars,
-            "glanced": len(counted),
+            "glanced": len(value_counts),
             "groups": groups,
         }
 
-    def _counting(self, seats: list[Seat]) -> int:
+    def _counting(self, assignments: list[GroupAssignment]) -> int:
         """How many objects count answers in a round: groups, or the moderators who ask one by one."""
-        return len({seat.chair for seat in seats}) if self.run.config.dispatch == "agent" else len(seats)
+        return len({assignment.moderator_server for assignment in assignments}) if self.run.config.dispatch == "agent" else len(assignments)
 
     # --- Servers -----------------------------------------------------------------------------------------------------
 
     def _servers(
-        self, simulation: Simulation, seats: list[Seat], glances: dict[str, Glance], number: int
+        self, simulation: Simulation, assignments: list[GroupAssignment], glances: dict[str, RoundSnapshot], number: int
     ) -> dict[str, Any]:
         """A row for each server; a grid, and the rows of some in trouble, where there are very many."""
         hosted: Counter[Endpoint] = Counter()  # by a server, or asked by a moderator
-        for seat in seats:
-            assert seat.server is not None
-            hosted[seat.server] += seat.count
-            hosted[seat.chair] += seat.count
-        standings = simulation.cluster.standings()
+        for assignment in assignments:
+            assert assignment.server is not None
+            hosted[assignment.server] += assignment.count
+            hosted[assignment.moderator_server] += assignment.count
+        statuses = simulation.cluster.statuses()
         counting = {
             oid: max(progress.done if progress.round == number else 0, glances[oid].done if oid in glances else 0)
-            for standing, _ in standings.values()
-            for oid, progress in standing.beat.objects.items()
+            for status_of, _ in statuses.values()
+            for oid, progress in status_of.beat.objects.items()
         }
         answered: Counter[Endpoint] = Counter()
         one_by_one = self.run.config.dispatch == "agent"
-        for seat in seats:
-            assert seat.server is not None
-            answered[seat.server] += counting.get(seat.oid, 0)
-            answered[seat.chair] += counting.get(seat.oid, 0)
+        for assignment in assignments:
+            assert assignment.server is not None
+            answered[assignment.server] += counting.get(assignment.oid, 0)
+            answered[assignment.moderator_server] += counting.get(assignment.oid, 0)
         rows = []
-        for endpoint, (standing, answers) in standings.items():
+        for endpoint, (status_of, answers) in statuses.items():
             if one_by_one:
-                done = None if answers else sum(counting[oid] for oid in standing.beat.objects)
+                done = None if answers else sum(counting[oid] for oid in status_of.beat.objects)
             else:
                 done = answered[endpoint]
-            rows.append(self._row(endpoint, standing, answers, hosted[endpoint], done))
+            rows.append(self._row(endpoint, status_of, answers, hosted[endpoint], done))
         states = Counter(row["state"] for row in rows)
         told: dict[str, Any] = {"number": len(rows), "states": states, "rows": rows, "grid": None}
         if len(rows) > SERVERS_TOLD:
@@ -198,24 +198,24 @@ class RunView:
         return told
 
     def _row(
-        self, endpoint: Endpoint, standing: Standing, participants: bool, hosts: int, answered: int | None
+        self, endpoint: Endpoint, status_of: ServerStatus, participants: bool, hosts: int, answered: int | None
     ) -> dict[str, Any]:
-        mute = self.lookout.mute.get(endpoint, "")
+        mute = self.sampler.mute.get(endpoint, "")
         state, why = "plays", ""
-        if not standing.plays:
-            state, why = ("back" if standing.answers else "lost"), standing.why
-        elif not self._over and standing.silent_s > SILENT_S:
-            state, why = "silent", f"not heard of for {standing.silent_s:.0f} s"
+        if not status_of.plays:
+            state, why = ("back" if status_of.answers else "lost"), status_of.why
+        elif not self._over and status_of.seconds_since_reply > SILENT_S:
+            state, why = "silent", f"not heard of for {status_of.seconds_since_reply:.0f} s"
         elif not self._over and mute:
             state, why = "silent", f"its figures are old: {mute}"
-        load = self.lookout.loads.get(endpoint) if standing.plays else None
+        load = self.sampler.loads.get(endpoint) if status_of.plays else None
         return {
             "host": endpoint.host,
             "port": endpoint.port,
             "participants": participants,
             "state": state,
             "why": why,
-            "losses": standing.losses,
+            "losses": status_of.losses,
             "hosts": hosts,
             "answered": answered,
             "cpu": None if load is None or self._over else load.cpu,
@@ -223,13 +223,13 @@ class RunView:
         }
 
 
-def _failures(results: list[RoundResult], glances: dict[str, Glance]) -> list[tuple[str, int]]:
+def _failures(results: list[RoundResult], glances: dict[str, RoundSnapshot]) -> list[tuple[str, int]]:
     """Failures of all rounds so far, the most frequent causes first."""
     failures: Counter[str] = Counter()
     for result in results:
         failures.update(result.tally.failures)
-    for glance in glances.values():
-        failures.update(glance.failures)
+    for snapshot in glances.values():
+        failures.update(snapshot.failures)
     return list(most_frequent(dict(failures)).items())
 
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from loguru import logger
 
 from simulation.settings import SimulationConfig
-from simulation.runs.console import ProgressWatch
+from simulation.runs.console import ConsoleProgress
 from simulation.errors import (
     ClusterError,
     Ended,
-    GameEnded,
+    RunAborted,
     Interrupted,
     ResultsError,
     ServerLost,
@@ -27,20 +27,20 @@ from simulation.errors import (
 )
 from simulation.game.rules import Game
 from simulation.game.tally import announcement_of
-from simulation.results.reader import PastRun, Played
+from simulation.results.reader import SavedRun, ResumeState
 from simulation.rpc.endpoints import remote_run
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.run_directory import RunDirectory, summarise
 from simulation.cluster.rounds import Simulation
-from simulation.rpc.endpoints import Seat
+from simulation.rpc.endpoints import GroupAssignment
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.llm.usage import Usage
 
 LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
 
-class Onlooker(Protocol):
+class RunObserver(Protocol):
     """Who follows runs, one after another: it reads what it will from each, and neither holds it up nor fails it."""
 
     def follow(self, run: Run) -> AbstractContextManager[None]:
@@ -69,11 +69,11 @@ class Run:
         run_id: str,
         key: ClusterKey,
         directory: RunDirectory,
-        watch: ProgressWatch,
-        draw: Callable[[PastRun], None],
+        watch: ConsoleProgress,
+        draw: Callable[[SavedRun], None],
         game: Game,
-        played: Played | None = None,
-        onlooker: Onlooker | None = None,
+        played: ResumeState | None = None,
+        observer: RunObserver | None = None,
         label: str = "",
     ) -> None:
         self.config = config
@@ -94,7 +94,7 @@ class Run:
         self.label = label
         self._part_of = directory.part_of or (played.part_of if played is not None else None)
         self._draw = draw
-        self._onlooker = onlooker
+        self._onlooker = observer
         self._resumed = played is not None
         if played is not None:
             self.seconds |= played.seconds
@@ -140,10 +140,10 @@ class Run:
                     if self.watch.stop_signal is not None or self.ended_early is not None:
                         break
                 if self.config.keep_agents:
-                    self.directory.write_agents([_agents_in(seat) for seat in simulation.cluster.seated])
+                    self.directory.write_agents([_agents_in(assignment) for assignment in simulation.cluster.active_assignments])
         except SimulationError as error:
             self.usage = simulation.usage
-            if self.results or isinstance(error, (GameEnded, Interrupted)):
+            if self.results or isinstance(error, (RunAborted, Interrupted)):
                 self._write_what_there_is(simulation, error)
             raise
         return self._finish()
@@ -155,7 +155,7 @@ class Run:
             self.directory.join_answers()
             self._report(self._write("interrupted" if isinstance(cause, Interrupted) else "failed"))
         except ResultsError as error:
-            if isinstance(cause, (GameEnded, Interrupted)):
+            if isinstance(cause, (RunAborted, Interrupted)):
                 raise ResultsError(f"{error}; the game had ended: {cause}") from None
             if not isinstance(cause, ResultsError):  # then it is the same disk
                 logger.warning(str(error))
@@ -175,8 +175,8 @@ class Run:
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
             result = simulation.play(number)
-        except GameEnded as error:
-            raise GameEnded(f"round {number} cannot be finished: {error}") from None
+        except RunAborted as error:
+            raise RunAborted(f"round {number} cannot be finished: {error}") from None
         before, self.usage = self.usage, simulation.usage
         for line in announcement_lines(result, self.game):
             say(line)
@@ -229,11 +229,11 @@ class Run:
         logger.info(f"results in {self.directory.path}")
         if self.watch.stop_signal is not None:
             return 128 + self.watch.stop_signal
-        return GameEnded.exit_status if unanswered else 0
+        return RunAborted.exit_status if unanswered else 0
 
     def _report(self, summary: dict[str, Any]) -> None:
         try:
-            self._draw(PastRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
+            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
         except SettingsError as error:  # what was just written cannot be read
             raise ResultsError(str(error)) from None
 
@@ -249,13 +249,13 @@ class Run:
         return summary
 
 
-def _agents_in(seat: Seat) -> dict[str, Any]:
+def _agents_in(assignment: GroupAssignment) -> dict[str, Any]:
     """Where the participants of a group can be spoken to."""
-    assert seat.server is not None
+    assert assignment.server is not None
     return {
-        "oid": seat.oid,
-        "host": seat.server.host,
-        "port": seat.server.port,
-        "first": seat.first,
-        "count": seat.count,
+        "oid": assignment.oid,
+        "host": assignment.server.host,
+        "port": assignment.server.port,
+        "first": assignment.first,
+        "count": assignment.count,
     }

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
-from simulation.game.population import MODEL, Cast, ModelShare, Persona, PersonaSet
-from simulation.game.rules import Game, Wording, game_of
+from simulation.game.population import MODEL, Population, ModelShare, Persona, PersonaSet
+from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import Entry, YamlFile, read_by, read_yaml
 from simulation.settings import FINEST, PATHS, SimulationConfig, check, flag_of, fraction, whole_number
@@ -27,7 +27,7 @@ OF_MODELS = (  # what a setting of these says matters to those alone who ask a m
 SMALLEST_SHARE = Fraction(1, FINEST)
 
 
-def read_wording(config: SimulationConfig) -> Wording | None:
+def read_wording(config: SimulationConfig) -> PromptTemplate | None:
     """The prompt that the settings name; None where nobody asks a model. Raises SettingsError, naming the place."""
     if config.agent_type != "llm":
         _refuse_without_model(config, "prompt")
@@ -37,7 +37,7 @@ def read_wording(config: SimulationConfig) -> Wording | None:
     return prompts[config.prompt]
 
 
-def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Cast:
+def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Population:
     """The personas and models that the settings name. Raises SettingsError, naming the place.
 
     Args:
@@ -47,10 +47,10 @@ def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Ca
     sets = _persona_sets(config)
     if config.agent_type != "llm":
         _refuse_without_model(config, "models")
-        return Cast(config.seed or 0, config.participant_num, sets)
+        return Population(config.seed or 0, config.participant_num, sets)
     if config.models is not None:
-        return Cast(config.seed or 0, config.participant_num, sets, _mixture(config, models))
-    return Cast(config.seed or 0, config.participant_num, sets, turns=turns_of(config, models))
+        return Population(config.seed or 0, config.participant_num, sets, _mixture(config, models))
+    return Population(config.seed or 0, config.participant_num, sets, turns=turns_of(config, models))
 
 
 def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def refuse_unknown_models(config: SimulationConfig, models: Mapping[str, ModelCo
         )
 
 
-def game_to_play(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
+def build_game(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
     """The game that the settings and the files they name describe. Raises SettingsError."""
     game = game_of(config, read_wording(config), read_cast(config, models))
     topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
@@ -166,11 +166,11 @@ class PromptEntry(Entry):
 
 
 @lru_cache(maxsize=8)  # an experiment names the same file in every combination
-def _prompts_in(path: str) -> dict[str, Wording]:
+def _prompts_in(path: str) -> dict[str, PromptTemplate]:
     """All prompts of a file, by name. Raises SettingsError, naming the place."""
     prompts = read_yaml(path, "--prompts-file").read_as(dict[str, PromptEntry])
     return {
-        name: Wording(name, entry.system, entry.instruction, entry.reasoning_tokens) for name, entry in prompts.items()
+        name: PromptTemplate(name, entry.system, entry.instruction, entry.reasoning_tokens) for name, entry in prompts.items()
     }
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loguru import logger
 
-from simulation.errors import GameEnded, ResultsError, SettingsError, printable, say
+from simulation.errors import RunAborted, ResultsError, SettingsError, printable, say
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.rules import Game
-from simulation.llm.model_configs import ModelConfig, asked_models, is_within, read_models, refuse_elsewhere
+from simulation.llm.model_configs import ModelConfig, asked_models, is_within, read_models, check_model_is_local
 from simulation.results.reader import (
-    Played,
+    ResumeState,
     config_to_resume,
     is_spent,
     played_whole,
@@ -30,7 +30,7 @@ from simulation.results.reader import (
 from simulation.results.run_directory import SWEEP, WHOLE, RunDirectory, new_run_id, resume_command
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
-from simulation.runs.console import ProgressWatch
+from simulation.runs.console import ConsoleProgress
 from simulation.runs.cost_estimate import cost_lines, estimate, plan_lines
 from simulation.runs.experiment import (
     Experiment,
@@ -41,14 +41,14 @@ from simulation.runs.experiment import (
     sweep_of,
     tell_comparison,
 )
-from simulation.runs.scenario import game_to_play, refuse_unknown_models, refuse_without_model, turns_of
+from simulation.runs.scenario import build_game, refuse_unknown_models, refuse_without_model, turns_of
 from simulation.settings import SimulationConfig, flag_of
 
 if TYPE_CHECKING:
-    from simulation.results.reader import PastRun
-    from simulation.runs.run import Onlooker
+    from simulation.results.reader import SavedRun
+    from simulation.runs.run import RunObserver
 
-    Draw = Callable[[PastRun], None]
+    Draw = Callable[[SavedRun], None]
 
 PLANS_SHOWN = 10  # of a dry run of several
 
@@ -64,7 +64,7 @@ class Session:
     """
 
     def __init__(
-        self, tasks: list[Task], folder: Path, sweep: Sweep | None = None, directory: RunDirectory | None = None
+        self, tasks: list[RunSpec], folder: Path, sweep: Sweep | None = None, directory: RunDirectory | None = None
     ) -> None:
         self.tasks = tasks
         self.folder = folder
@@ -114,10 +114,10 @@ class Session:
         self._directory.discard_if_empty()
         self._directory.close()
 
-    def play(self, key: ClusterKey, watch: ProgressWatch, draw: Draw, onlooker: Onlooker | None = None) -> int:
+    def play(self, key: ClusterKey, watch: ConsoleProgress, draw: Draw, observer: RunObserver | None = None) -> int:
         """Play what is left, and say how to resume what is left then; returns the exit status. Raises what ended it."""
         assert self._directory is not None
-        play = partial(_play, key=key, watch=watch, draw=draw, onlooker=onlooker)
+        play = partial(_play, key=key, watch=watch, draw=draw, observer=observer)
         watch.how_to_resume = self.how_to_resume
         try:
             if self.sweep is None:
@@ -129,7 +129,7 @@ class Session:
             if hint is not None:
                 logger.warning(hint)
 
-    def _play_all(self, sweep: Sweep, play: Callable[..., int], watch: ProgressWatch) -> int:
+    def _play_all(self, sweep: Sweep, play: Callable[..., int], watch: ConsoleProgress) -> int:
         """Play the runs of an experiment one after another."""
         assert self._directory is not None
         self._directory.write_json(SWEEP, sweep.to_json())
@@ -150,7 +150,7 @@ class Session:
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
-    def _play_one(self, task: Task, play: Callable[[Task, RunDirectory], int]) -> int:
+    def _play_one(self, task: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
         """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
         try:
             directory = RunDirectory(task.folder, resumed=is_there(task.folder), within=self._directory)
@@ -158,10 +158,10 @@ class Session:
             raise ResultsError(str(error)) from None
         if task.status is not None:
             directory.close()
-            return 0 if task.status == "complete" else GameEnded.exit_status
+            return 0 if task.status == "complete" else RunAborted.exit_status
         try:
             return play(task, directory)
-        except GameEnded as error:
+        except RunAborted as error:
             logger.error(str(error))
             return error.exit_status
         finally:
@@ -214,7 +214,7 @@ class _Rest(NamedTuple):
     flags: tuple[str, ...]
 
 
-def _rest_of(task: Task) -> _Rest | None:
+def _rest_of(task: RunSpec) -> _Rest | None:
     """Return what is left of a run as its folder has it; None if nothing is left, or nothing was written."""
     try:
         config, summary = read_summary(task.folder)
@@ -231,23 +231,23 @@ def _rest_of(task: Task) -> _Rest | None:
     return _Rest(f"{played} of {config.rounds} rounds played", flags)
 
 
-def _played_before(task: Task) -> str:
+def _played_before(task: RunSpec) -> str:
     return "" if task.status is None else f", which was played before and is {task.status}"
 
 
 def _play(
-    task: Task,
+    task: RunSpec,
     directory: RunDirectory,
     key: ClusterKey,
-    watch: ProgressWatch,
+    watch: ConsoleProgress,
     draw: Draw,
-    onlooker: Onlooker | None,
+    observer: RunObserver | None,
     label: str = "",
 ) -> int:
     import_agentscope()
     from simulation.runs.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
 
-    return Run(task.config, task.run_id, key, directory, watch, draw, task.game, task.played, onlooker, label).play()
+    return Run(task.config, task.run_id, key, directory, watch, draw, task.game, task.played, observer, label).play()
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
@@ -345,7 +345,7 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
 
 
 @dataclass(frozen=True)
-class Task:
+class RunSpec:
     """A run to play, whose settings, files and models were found to be right.
 
     Attributes:
@@ -364,7 +364,7 @@ class Task:
     game: Game
     folder: Path
     run_id: str = field(default_factory=new_run_id)
-    played: Played | None = None
+    played: ResumeState | None = None
     name: str = ""
     status: str | None = None
 
@@ -397,20 +397,20 @@ class Task:
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
 
-def new_task(config: SimulationConfig) -> Task:
+def new_task(config: SimulationConfig) -> RunSpec:
     """A run of which there is nothing yet; the seed is set. Raises SettingsError."""
     models = _checked(config)
     run_id = new_run_id()
     folder = Path(config.run_dir or ROOT / "runs" / run_id)
-    return Task(config, models, game_to_play(config, models), folder, run_id)
+    return RunSpec(config, models, build_game(config, models), folder, run_id)
 
 
-def resumed_task(path: Path, given: dict[str, Any]) -> Task:
+def resumed_task(path: Path, given: dict[str, Any]) -> RunSpec:
     """The run in a folder, with other settings where they are given. Raises SettingsError."""
     config, played = read_played(path, given)
     models, game = _checked(config), read_game(path, config)
     _refuse_other_models(path, config, game, models)
-    return Task(config, models, game, real(path), played.run_id, played)
+    return RunSpec(config, models, game, real(path), played.run_id, played)
 
 
 def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:
@@ -430,7 +430,7 @@ def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, model
             )
 
 
-def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
+def finished_task(path: Path, given: dict[str, Any]) -> RunSpec | None:
     """The same, if no round of it is left, or no tokens: its answers need not be read again."""
     config, summary = read_summary(path, "--resume ")
     budget = config.max_tokens
@@ -441,19 +441,19 @@ def finished_task(path: Path, given: dict[str, Any]) -> Task | None:
         return None
     if not is_there(path / WHOLE):
         raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
-    return Task(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
+    return RunSpec(config, {}, read_game(path, config), path, summary["run_id"], status=summary["status"])
 
 
 def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
     """The models of a run, if it asks any; raises SettingsError if its participants cannot be made."""
     if config.agent_class is not None:
         import_agentscope()
-        from simulation.agents.agent_class import pack_class  # noqa: PLC0415 - AgentScope, which few refusals need
-        from simulation.cluster.agent_class import load_class  # noqa: PLC0415 - AgentScope, which few refusals need
+        from simulation.agents.agent_class import serialize_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
+        from simulation.cluster.agent_class import load_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
 
         add_extra_folders(config.extra_pythonpath)
         # a mistake in a person's file is found before anything is started
-        pack_class(load_class(config.agent_class, config.agent_type))
+        serialize_agent_class(load_agent_class(config.agent_class, config.agent_type))
     if config.agent_type != "llm":
         return {}
     models = read_models(config)
@@ -461,7 +461,7 @@ def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
     return models
 
 
-def refuse_above_budget(task: Task, name: str) -> None:
+def refuse_above_budget(task: RunSpec, name: str) -> None:
     """Raise SettingsError if a run of an experiment, called so, may cost more than it is allowed to."""
     allowed = task.config.max_tokens
     if allowed is not None and task.tokens > allowed:
@@ -471,7 +471,7 @@ def refuse_above_budget(task: Task, name: str) -> None:
         )
 
 
-def refuse_sum_above_budget(tasks: list[Task], allowed: int | None) -> None:
+def refuse_sum_above_budget(tasks: list[RunSpec], allowed: int | None) -> None:
     """Raise SettingsError if all runs that are left may together cost more than was allowed by hand."""
     if allowed is None:
         return
@@ -483,7 +483,7 @@ def refuse_sum_above_budget(tasks: list[Task], allowed: int | None) -> None:
         )
 
 
-def refuse_costs(tasks: list[Task], plan: Callable[[], list[str]]) -> None:
+def refuse_costs(tasks: list[RunSpec], plan: Callable[[], list[str]]) -> None:
     """Say what models cost that are outside the cluster, and raise SettingsError unless they are allowed.
 
     Args:
@@ -501,4 +501,4 @@ def refuse_costs(tasks: list[Task], plan: Callable[[], list[str]]) -> None:
         lines = tasks[0].costs if len(tasks) == 1 else plan()
         say("\n".join(lines), sys.stderr)
     for config, model in elsewhere:
-        refuse_elsewhere(config, model.name, model.base_url)
+        check_model_is_local(config, model.name, model.base_url)
