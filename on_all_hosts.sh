@@ -37,7 +37,7 @@ OUTPUTS=()  # the process that writes the output of each host
 STATUS="[exit status $$-$RANDOM$RANDOM] " # what a host writes at its end, before the exit status
 
 main() {
-  local what="${1:-}" words="" word
+  local what="${1:-}" words="" word key
   case "$what" in
     -h | --help) show_help && return ;;
     '') fail 2 "a script is missing; usage: $USAGE" ;;
@@ -60,7 +60,8 @@ main() {
   check_hosts
   if [ "$what" = push-key ]; then
     prepare_key
-    on_all "set -- $(quoted_path "${CLUSTER_KEY_DIR:-.cluster}") ${2:-}
+    key="${CLUSTER_KEY_DIR:-.cluster}"
+    on_all "set -- $(quoted_path "${key#"$ROOT/"}") ${2:-}
 $(cat "$ROOT/scripts/receive_key.sh")"
   else
     word="$(quoted "$what")"

@@ -79,6 +79,9 @@ main() {
   else
     need_numbers "$USAGE" "server_per_host participant_num" "$@"
     FLAGS=(--server-per-host "$1" --participant-num "$2")
+    for word in "${@:3}"; do
+      case "$word" in --resume | --resume=* | --experiment | --experiment=*) AGENT_TYPE="" MAX_VALUE="" ;; esac
+    done
   fi
   shift 2
   local hosts

@@ -28,7 +28,7 @@ WORKERS=3 # tests at a time: most wait for processes to start, or for participan
 USAGE="./run_tests.sh [--fast | --all] [pytest arguments]"
 
 main() {
-  local tests=() selection="not slow" folder status=0 argument
+  local tests=() selection="not slow" folder status=0 argument name
   local left_out="real vLLM, new installations, a million participants; ./run_tests.sh --all runs them"
   for argument in "$@"; do # before anything is installed: pytest, which gets the others, is asked last
     case "$argument" in
@@ -45,6 +45,7 @@ main() {
     --all) selection="slow or not slow" left_out="" && shift ;;
   esac
   ensure_venv test
+  for name in $SETTINGS; do [ "$name" = PYTHON ] || unset "$name"; done # whoever runs the tests may have set them
   cd "$ROOT"
   if [ "${#tests[@]}" -eq 0 ]; then
     ensure_debian

@@ -62,9 +62,12 @@ is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *"
 
 # Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
 load_settings() {
-  local file="$ROOT/configs/cluster.env" line key number=0
+  local file="$ROOT/configs/cluster.env" line key number=0 seen=" "
   HOSTS="${HOSTS:-}"
   HOSTS="${HOSTS//[[:space:]]/ }" # scontrol show hostnames ends lines after each
+  for key in CLUSTER_KEY_DIR MODEL_PATH EXTRA_PYTHONPATH REMOTE_DIR SSH_CONFIG PYTHON; do
+    [ -z "${!key:-}" ] || printf -v "$key" '%s' "$(with_tilde "${!key}")"
+  done
   [ -e "$file" ] || return 0
   { [ ! -d "$file" ] && [ -r "$file" ]; } || fail 2 "configs/cluster.env cannot be read: make it a file that you may read"
   while IFS= read -r line || [ -n "$line" ]; do
@@ -77,15 +80,46 @@ load_settings() {
     # shellcheck disable=SC2086
     { [ "$key" != "$line" ] && is_setting "$key"; } ||
       fail 2 "configs/cluster.env, line $number: '$line' is no KEY=value of a setting; $(nearest "$key" $SETTINGS)"
+    case "$seen" in *" $key "*) fail 2 "configs/cluster.env, line $number: $key is set above, too: keep one of them" ;; esac
+    seen="$seen$key "
     case "$key" in # two names of one setting
       MODERATOR_*) [ -z "${MODERATOR_NUM:-}${MODERATOR_PER_HOST:-}" ] || continue ;;
     esac
     line="${line#*=}"
-    case "$line" in \"*\" | \'*\') line="${line:1:${#line}-2}" ;; esac
-    # shellcheck disable=SC2016
-    case "$line" in '$HOME' | '$HOME/'* | '${HOME}' | '${HOME}/'*) line="${line#*HOME}" && line="~${line#\}}" ;; esac
+    case "$line" in
+      \"*\" | \'*\') line="${line:1:${#line}-2}" ;;
+      *' #'*) fail 2 "configs/cluster.env, line $number: '$line': write a comment on a line of its own" ;;
+    esac
+    line="$(with_tilde "$line")"
+    case "$line" in *'$'*) fail 2 "configs/cluster.env, line $number: '$line': of variables, only \$HOME at the start is known" ;; esac
+    case "$key" in # a path of the checkout, wherever the script is started
+      CLUSTER_KEY_DIR | SSH_CONFIG | EXTRA_PYTHONPATH) line="$(from_root "$line")" ;;
+      MODEL_PATH) [ ! -e "$ROOT/$line" ] || line="$(from_root "$line")" ;; # else it is the name of a model
+    esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
+}
+
+# from_root <path>[:<path>...]: these paths, absolute if they are relative to the checkout.
+from_root() {
+  local part rest="$1:" paths=""
+  while [ -n "$rest" ]; do
+    part="${rest%%:*}"
+    rest="${rest#*:}"
+    case "$part" in '' | /* | '~'*) ;; *) part="$ROOT/$part" ;; esac
+    paths="$paths:$part"
+  done
+  printf '%s' "${paths#:}"
+}
+
+# with_tilde <path>: the path with ~ in place of $HOME at its start.
+# shellcheck disable=SC2016
+with_tilde() {
+  case "$1" in
+    '$HOME' | '$HOME/'*) printf '%s' "~${1#'$HOME'}" ;;
+    '${HOME}' | '${HOME}/'*) printf '%s' "~${1#'${HOME}'}" ;;
+    *) printf '%s' "$1" ;;
+  esac
 }
 
 # expand_home <variable>: put the home folder in place of ~ or ~user at its start, which no shell has expanded in a file.

@@ -9,6 +9,7 @@ draft="$(mktemp -d "$1.XXXXXX")" || exit 2
 trap 'rm -rf -- "$draft"' EXIT
 trap 'exit 2' HUP INT TERM
 (cd -- "$draft" && awk '/^$/ { key = 1; next } { print > (key ? "cluster.key" : "cluster.crt") }') || exit 2
+printf '*\n' >"$draft/.gitignore" || exit 2 # in a checkout, git must not take the key
 [ -s "$draft/cluster.crt" ] && [ -s "$draft/cluster.key" ] || exit 2
 same() { cmp -s -- "$draft/$2" "$1/$2"; }
 if [ -e "$1/cluster.crt" ] || [ -e "$1/cluster.key" ]; then
@@ -24,5 +25,5 @@ else
   said='has the cluster key now'
 fi
 mkdir -p -- "$1" && chmod 700 "$1" && chmod 600 "$draft/cluster.key" "$draft/cluster.crt" &&
-  mv -f -- "$draft/cluster.key" "$draft/cluster.crt" "$1/" || exit 2
+  mv -f -- "$draft/cluster.key" "$draft/cluster.crt" "$draft/.gitignore" "$1/" || exit 2
 echo "$said"

@@ -284,7 +284,7 @@ def test_push_key_gives_all_hosts_the_key_of_this_one(hosts, folder):
     done = hosts.run("push-key", **settings)
     assert lines_of(done.stdout, LOOPBACK[0]) == ["has the cluster key already"]
     own = key_files(hosts.here.path, folder)
-    assert set(own) == {"cluster.crt", "cluster.key"}
+    assert set(own) == {".gitignore", "cluster.crt", "cluster.key"}
     for address in hosts.addresses[1:]:
         assert lines_of(done.stdout, address) == ["has the cluster key now"]
         checkout = hosts.checkout(address)

@@ -92,6 +92,8 @@ def test_no_number_is_read_but_the_writers_own():
         "Myra: I go low this time.\nMy number is 47.",
         "(thinking) They go for the middle.\n47",
         "My confidence is rather high.\n47%",
+        "I go a little below 47, with 31.\n\nConfidence (of 100)\n80",
+        "Expected avg.\n47",
     ],
 )
 def test_a_number_that_may_be_another_s_is_refused(text):

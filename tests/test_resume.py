@@ -117,6 +117,31 @@ def test_a_folder_whose_run_came_to_nothing_takes_another_run(checkout, gate):
     assert checkout.summary(checkout.path / "runs/once")["status"] == "complete"
 
 
+def test_a_resume_that_is_killed_while_participants_are_made_can_be_resumed(checkout, gate):
+    """Its last round was cut, so it is played again: the summary says so before the answers go."""
+    (checkout.path / "mine.py").write_text("SECONDS = 0.02\n")
+    (checkout.path / "slowly_made.py").write_text(SLOWLY_MADE.format(gate=str(gate)))
+    own = ("--agent-class", "slowly_made.py:SlowlyMade")
+    flags = ("--rounds", "3", "--sleep-time", "0")
+    checkout.play("2", "50", *flags, *own)
+    run = (checkout.path / "runs/latest").resolve()
+    before = checkout.answers()
+    summary = checkout.summary()
+    summary["status"], summary["rounds"][2]["ended"] = "interrupted", "interrupted"
+    (run / "summary.json").write_text(json.dumps(summary))
+    gate.unlink()
+    Path(f"{gate}.asked").unlink()
+    game = play(checkout, "--resume", str(run))
+    until(Path(f"{gate}.asked").exists, 30, "participants are being made")
+    game.kill()
+    game.communicate(timeout=120)
+    gate.touch()
+    until(lambda: not checkout.processes(), 30, "the servers have ended, too")
+    assert len(checkout.summary()["rounds"]) == 2
+    checkout.play("--resume", str(run))
+    assert checkout.answers() == before and checkout.summary()["status"] == "complete"
+
+
 def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
     assert checkout.run("start_all_server.sh", "3").returncode == 0
     checkout.play("3", "300", *mindful, status=4)

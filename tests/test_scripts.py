@@ -229,6 +229,20 @@ def test_precedence_is_file_environment_flag(shell):
     assert out.endswith("[--hosts][a][b][--base-port][15000][--moderator-per-host][6][--base-port][16000]")
     assert "[--moderator-per-host][3]" in shell("run_simulation.sh", "1", "2", MODERATOR_PER_HOST="3").stdout
     assert "[--base-port][14000]" in shell("start_all_server.sh", "1").stdout
+    game = {"AGENT_TYPE": "llm", "MAX_VALUE": "7"}  # an experiment's file says what it is
+    assert "llm" not in shell("run_simulation.sh", "1", "2", "--experiment=x.yaml", **game).stdout
+    env.write_text("BASE_PORT=14000\n\nBASE_PORT=15000\n")
+    done = shell("run_simulation.sh", "1", "2")
+    assert done.returncode == 2 and "line 3: BASE_PORT is set above" in one_line(done.stderr)
+
+
+def test_paths_in_the_file_are_of_the_checkout(shell):
+    (shell.path / "models/x").mkdir(parents=True)
+    settings = "CLUSTER_KEY_DIR=keys\nEXTRA_PYTHONPATH=one:/two:~/three:four\nMODEL_PATH=models/x\n"
+    (shell.path / "configs/cluster.env").write_text(settings)
+    done = shell("run_simulation.sh", "1", "2")
+    assert f"[--cluster-key-dir][{shell.path}/keys]" in done.stdout, done.stderr
+    assert f"[--extra-pythonpath][{shell.path}/one:/two:~/three:{shell.path}/four]" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -240,6 +254,8 @@ def test_precedence_is_file_environment_flag(shell):
             ("rm -rf /", "known are BASE_"),
         ),
         *(("BASE_PORT", "'BASE_PORT' is no KEY=value"), ("AGENT_TYPE # llm", "is no KEY=value")),
+        ("GPU_NUM=1 # one", "on a line of its own"),
+        *(("CLUSTER_KEY_DIR=$SCRATCH/keys", "only $HOME at the start"), ('REMOTE_DIR="/a/${USER}"', "only $HOME")),
         *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
     ],
 )
@@ -264,7 +280,7 @@ def test_the_settings_may_come_from_any_editor(shell, text):
 @pytest.mark.parametrize("text", ["'a b'", '"a b"', "a b"])
 def test_a_value_may_stand_in_quotes_of_either_kind(shell, text):
     (shell.path / "configs/cluster.env").write_text(f"EXTRA_PYTHONPATH={text}\nHOSTS=''\n")
-    assert shell("run_simulation.sh", "1", "2").stdout.endswith("[--extra-pythonpath][a b]")
+    assert shell("run_simulation.sh", "1", "2").stdout.endswith(f"[--extra-pythonpath][{shell.path}/a b]")
 
 
 def test_settings_that_cannot_be_read_are_no_defaults(shell):

@@ -153,7 +153,8 @@ def _leads_to(before: list[str], last: str) -> bool:
         return False
     if _ITEM.fullmatch(last) and any(_ITEM.match(line) for line in before):
         return False
-    return before[-1].endswith((".", "!", "。", "！", "।", ")", "]")) or _VALUE.fullmatch(before[-1]) is not None
+    ends = before[-1].rstrip(")]").endswith((".", "!", "。", "！", "।")) and not _ABBREVIATED.search(before[-1])
+    return ends or _VALUE.fullmatch(before[-1]) is not None
 
 
 # --- Texts as lines --------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ _ITEM = _Later(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of one, in a list
 _SUPPOSES = _Later(rf"\W*(?:{words.SUPPOSING})|.*(?:가정|仮定)")
 _LEADS = _Later(words.LEADING)
 _SPEAKS = _Later(rf"(?!\W*(?:{words.HEADINGS})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
+_ABBREVIATED = _Later(r"\b(?:avg|approx|no|est|nr|etc)\.\W*$")
 _VALUE = _Later(rf".*=.*\d\W*|\W*(?:{words.HEADINGS})\W*[:=≈→].*\d\W*")  # "target: 33"
 _SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
 _KEY = _Later(rf"{_LABELS}|numero")

@@ -137,6 +137,7 @@ def _make(folder: Path) -> None:
             raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
         _write_private(draft / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
         _write_private(draft / PRIVATE_KEY, private_pem)
+        _write_private(draft / ".gitignore", b"*\n")  # in a checkout, git must not take it
         draft.rename(folder)  # fails if another process was first: then its pair is the cluster's
     except OSError:
         if not is_there(folder / CERTIFICATE):

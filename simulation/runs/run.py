@@ -120,10 +120,11 @@ class Run:
             return self._finish()
         began = time.monotonic()
         servers = check_cluster(self.config, self.key)
-        if self._resumed:  # not before: what there is stays as it is where nothing can be played
-            self.directory.go_back_to(len(self.results))
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
+        if self._resumed:  # not before: what there is stays as it is where nothing can be played
+            self._write("interrupted")  # first, so that the summary never promises answers that are gone
+            self.directory.go_back_to(len(self.results))
         if self.config.agent_type != "llm":  # a model's answers are drawn by its server
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         played = tuple(announcement_of(each, self.game.scale) for each in self.results)
