@@ -262,7 +262,7 @@ def test_nobody_answers(cluster, tmp_path):
         ("Neither", "neither answer nor reply"),
         ("NotAsync", "async def answer"),
         ("AsyncReply", "reply must be an ordinary method"),
-        ("UntrustedServer", "no class Stranger derived from Participant"),
+        ("Stranger", "no class Stranger derived from Participant"),
         ("Missing", "no class Missing derived from Participant"),
     ],
 )

@@ -104,7 +104,8 @@ def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
     summary = game.end()
     first, second = summary["rounds"]
     assert summary["cluster"]["lost"] == [f"node2:{port}"]
-    assert 0 < first["reassigned"] < first["asked"] and second["reassigned"] == 0
+    assert 0 < first["reassigned"] < first["asked"]
+    assert second["reassigned"] in (0, first["reassigned"])  # a server that was started again plays again
     if dispatch == "group":
         check_whole(hosts, summary, 2)
     else:

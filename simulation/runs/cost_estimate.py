@@ -7,17 +7,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simulation.game.population import Population
-from simulation.settings import SimulationConfig
+from simulation.cluster.placement import even_split, place
 from simulation.files import shown
-from simulation.results.tables import table_lines
+from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import Announcement, Game, question_for
 from simulation.llm.model_configs import ModelConfig, asked_models
-from simulation.rpc.endpoints import endpoints
-from simulation.cluster.placement import even_split, place
-from simulation.rpc.endpoints import ranges
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
-from simulation.game.population import largest_remainder
+from simulation.results.tables import table_lines
+from simulation.rpc.endpoints import endpoints, ranges
+from simulation.settings import SimulationConfig
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from loguru import logger
 
-from simulation.runs.console import ConsoleProgress
 from simulation.errors import Interrupted, SettingsError, one_line
 from simulation.results.run_directory import REPORT
+from simulation.runs.console import ConsoleProgress
 
 if TYPE_CHECKING:
-    from simulation.runs.run import Run
     from simulation.runs.dashboard_state import DashboardState
+    from simulation.runs.run import Run
 
 PAGE = Path(__file__).with_name("dashboard.html")
 ADDRESS = "127.0.0.1"

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from moderator import Moderator
-from simulation.rpc.channels import call_all
-from simulation.errors import AgentNotFound, ServerLost, SimulationError
-from simulation.agents.snapshot import RoundSnapshot
 from simulation.agents.group import ParticipantGroup
+from simulation.agents.snapshot import RoundSnapshot
 from simulation.cluster.failure_detector import ServerStatus
-from simulation.rpc.endpoints import Endpoint
+from simulation.errors import AgentNotFound, ServerLost, SimulationError
+from simulation.rpc.channels import call_all
 from simulation.rpc.client import RemoteObject
+from simulation.rpc.endpoints import Endpoint
 
 LOOK_S = 1.0  # between two glances at a group, at least
 GLANCES_AT_ONCE = 8

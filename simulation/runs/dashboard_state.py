@@ -9,18 +9,17 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from simulation.runs.console import Stage
-from simulation.errors import Ended
-from simulation.game.tally import RoundResult
 from simulation.agents.snapshot import BINS, RoundSnapshot, bins_of
 from simulation.cluster.failure_detector import ServerStatus
-from simulation.runs.dashboard_sampler import DashboardSampler
-from simulation.rpc.endpoints import Endpoint
+from simulation.cluster.rounds import Simulation
+from simulation.errors import Ended
+from simulation.game.tally import RoundResult
 from simulation.results.console_report import histogram
 from simulation.results.run_directory import most_frequent
-from simulation.cluster.rounds import Simulation
+from simulation.rpc.endpoints import Endpoint, GroupAssignment
+from simulation.runs.console import Stage
+from simulation.runs.dashboard_sampler import DashboardSampler
 from simulation.runs.run import Run
-from simulation.rpc.endpoints import GroupAssignment
 
 SILENT_S = 3.0  # a server that was not heard of for so long is shown as silent: it says something every second
 RATE_S = 3.0  # what the rate is an average of
@@ -66,7 +65,11 @@ class DashboardState:
         if number != self._number:
             self._number = number or 0
             self._done.clear()
-        assignments = [assignment for assignment in simulation.cluster.assignments if assignment.server is not None] if simulation else []
+        assignments = (
+            [assignment for assignment in simulation.cluster.assignments if assignment.server is not None]
+            if simulation
+            else []
+        )
         glances = [*self.sampler.glances.items()]  # at once, as `look` goes on in another thread
         playing = {assignment.oid for assignment in assignments}
         current = {oid: each for oid, each in glances if number is not None and each.round == number}
@@ -158,7 +161,11 @@ class DashboardState:
 
     def _counting(self, assignments: list[GroupAssignment]) -> int:
         """How many objects count answers in a round: groups, or the moderators who ask one by one."""
-        return len({assignment.moderator_server for assignment in assignments}) if self.run.config.dispatch == "agent" else len(assignments)
+        return (
+            len({assignment.moderator_server for assignment in assignments})
+            if self.run.config.dispatch == "agent"
+            else len(assignments)
+        )
 
     # --- Servers -----------------------------------------------------------------------------------------------------
 

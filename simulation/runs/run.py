@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 from loguru import logger
 
-from simulation.settings import SimulationConfig
-from simulation.runs.console import ConsoleProgress
+from simulation.cluster.preflight import check_cluster, check_models
+from simulation.cluster.rounds import Simulation
 from simulation.errors import (
     ClusterError,
     Ended,
-    RunAborted,
     Interrupted,
     ResultsError,
+    RunAborted,
     ServerLost,
     SettingsError,
     SimulationError,
@@ -27,15 +27,14 @@ from simulation.errors import (
 )
 from simulation.game.rules import Game
 from simulation.game.tally import announcement_of
-from simulation.results.reader import SavedRun, ResumeState
-from simulation.rpc.endpoints import remote_run
-from simulation.cluster.preflight import check_cluster, check_models
-from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
-from simulation.results.run_directory import RunDirectory, summarise
-from simulation.cluster.rounds import Simulation
-from simulation.rpc.endpoints import GroupAssignment
-from simulation.rpc.cluster_key import ClusterKey
 from simulation.llm.usage import Usage
+from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
+from simulation.results.reader import ResumeState, SavedRun
+from simulation.results.run_directory import RunDirectory, summarise
+from simulation.rpc.cluster_key import ClusterKey
+from simulation.rpc.endpoints import GroupAssignment, remote_run
+from simulation.runs.console import ConsoleProgress
+from simulation.settings import SimulationConfig
 
 LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
 
@@ -141,7 +140,9 @@ class Run:
                     if self.watch.stop_signal is not None or self.ended_early is not None:
                         break
                 if self.config.keep_agents:
-                    self.directory.write_agents([_agents_in(assignment) for assignment in simulation.cluster.active_assignments])
+                    self.directory.write_agents(
+                        [_agents_in(assignment) for assignment in simulation.cluster.active_assignments]
+                    )
         except SimulationError as error:
             self.usage = simulation.usage
             if self.results or isinstance(error, (RunAborted, Interrupted)):

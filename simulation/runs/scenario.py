@@ -11,7 +11,7 @@ from typing import Annotated
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
-from simulation.game.population import MODEL, Population, ModelShare, Persona, PersonaSet
+from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import Entry, YamlFile, read_by, read_yaml
@@ -170,7 +170,8 @@ def _prompts_in(path: str) -> dict[str, PromptTemplate]:
     """All prompts of a file, by name. Raises SettingsError, naming the place."""
     prompts = read_yaml(path, "--prompts-file").read_as(dict[str, PromptEntry])
     return {
-        name: PromptTemplate(name, entry.system, entry.instruction, entry.reasoning_tokens) for name, entry in prompts.items()
+        name: PromptTemplate(name, entry.system, entry.instruction, entry.reasoning_tokens)
+        for name, entry in prompts.items()
     }
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loguru import logger
 
-from simulation.errors import RunAborted, ResultsError, SettingsError, printable, say
+from simulation.errors import ResultsError, RunAborted, SettingsError, printable, say
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.rules import Game
-from simulation.llm.model_configs import ModelConfig, asked_models, is_within, read_models, check_model_is_local
+from simulation.llm.model_configs import ModelConfig, asked_models, check_model_is_local, is_within, read_models
 from simulation.results.reader import (
     ResumeState,
     config_to_resume,

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from simulation.files import shown
 from simulation.errors import SettingsError, near_file, nearest, printable, reason
+from simulation.files import shown
 
 Place = tuple[str | int, ...]  # the keys, and positions in lists, that lead to a value
 T = TypeVar("T")
