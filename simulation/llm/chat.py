@@ -1,7 +1,7 @@
-"""The chat model as LLM participants use it: equal prompts become one request, and what they cost is counted once.
+"""Batched access to chat models for LLM participants: equal prompts share one request, and its cost counts once.
 
-A group has a `Chat`. Whoever asks the same prompt of the same model in one pass of the event loop goes to the model's
-client as one `SampleRequest`; clients live on one thread of the process, and each model server has one of them.
+A group has one `Chat`. Equal prompts for the same model in one pass of the event loop become one `SampleRequest`.
+There is one client per model server and credentials; all clients of a process run on one thread.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
 Waiting = list[asyncio.Future[Any]]
-Sampled = tuple[Outcome, float]  # a text or a cause, and the deadline for asking again
+Sampled = tuple[Outcome, float]  # a text or a cause, and the deadline for further attempts
 
 
 class Chat:
-    """What the participants of one group ask their models through. They all live on one event loop.
+    """The model access of one group, whose participants all run on one event loop.
 
     Args:
-        game: The game; its `sampling` says how to ask.
+        game: The game, with its LLM settings (`sampling`).
     """
 
     def __init__(self, game: Game) -> None:
-        assert game.sampling is not None  # participants that ask no model have no chat
+        assert game.sampling is not None  # groups without LLM participants have no Chat
         import_client()
         self.sampling: LLMSettings = game.sampling
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
         self._game = game
         self._fresh: dict[tuple[str, Prompt, int | None, float | None], Waiting] = {}
-        self._tokens_left: float | None = None  # None is no limit
+        self._tokens_left: float | None = None  # None: no limit
         self._reserved = 0.0
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
-        """One participant's number, as `read` makes it of the text; UnusableAnswer of `read` asks again.
+        """Return one participant's answer as parsed by `read`; ask again if `read` raises UnusableAnswer.
 
         Args:
             model: The model's name, such as `model_1`.
-            prompt: What is asked; who asks the same at the same time shares requests, each with a sample of its own.
-            read: Called with the text.
+            prompt: The prompt. Equal prompts at the same time share requests; each participant gets its own sample.
+            read: Parses the text.
 
         Raises:
-            UnusableAnswer: After `max_attempts`, with the last cause and text; or the model does not answer.
+            UnusableAnswer: `max_attempts` failed (with the last cause and text), or the model does not answer.
         """
         deadline: float | None = None
         for _ in range(self.sampling.max_attempts):
@@ -66,13 +66,13 @@ class Chat:
             assert text is not None
             try:
                 return read(text)
-            except UnusableAnswer as error:  # of whatever class: whose words it has stays known
+            except UnusableAnswer as error:  # re-raised as is: failure_of checks its class
                 unusable = error
                 unusable.text = text
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
-        """What one participant says freely, in up to so many tokens, and whether that is all it had to say.
+        """Return free text of up to `tokens` tokens, and whether it is complete (not cut off by that limit).
 
         Raises UnusableAnswer as `ask` does.
         """
@@ -84,15 +84,15 @@ class Chat:
         raise KnownCause(cause or "", text)
 
     def allow(self, tokens: float | None) -> None:
-        """What may be spent from now on, in tokens; None is no limit."""
+        """Set the token budget from now on (None: no limit)."""
         self._tokens_left = tokens
 
     def usage(self) -> Usage:
-        """What was spent so far, but for time."""
+        """Return the usage so far, without times."""
         return Usage(self.requests, self.retries, self.prompt_tokens, self.completion_tokens)
 
     def close(self) -> None:
-        """Take everything back that was asked: nobody waits for it."""
+        """Drop all pending requests; their futures stay unresolved."""
         if _thread is not None:
             _thread.loop.call_soon_threadsafe(_thread.drop, self)
 
@@ -103,7 +103,7 @@ class Chat:
         return self._reserved > 0
 
     def reserve(self, ask: SampleRequest, wanted: int) -> int:
-        """Set tokens aside for up to `wanted` samples, and return for how many there are some."""
+        """Reserve tokens for up to `wanted` samples; return the number of samples that the budget allows."""
         count = wanted
         if self._tokens_left is not None:
             left = self._tokens_left - self._reserved - ask.prompt.tokens
@@ -116,7 +116,7 @@ class Chat:
         return count
 
     def commit(self, ask: SampleRequest, tokens: Tokens | None, answered: bool) -> None:
-        """Count what a request did cost; one that was answered by a server that tells no tokens, what was set aside."""
+        """Replace a reservation by the actual cost; charge it in full if a server answers without token counts."""
         price, ask.reserved = ask.reserved, 0.0
         self._reserved -= price
         if tokens is not None:
@@ -130,15 +130,15 @@ class Chat:
 
     @staticmethod
     def _price(ask: SampleRequest, count: int) -> float:
-        """The most that a request may cost, the prompt's length being an estimate."""
+        """Return the most tokens that a request may cost; the prompt's length is an estimate."""
         return ask.prompt.tokens + count * _most_tokens(ask)
 
     def _sample(
         self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float | None
     ) -> asyncio.Future[Sampled]:
-        """What will come of one request's share; no coroutine of its own, as everybody waits for one at a time.
+        """Return a future for one sample. A plain future suffices: a participant awaits one sample at a time.
 
-        `free_tokens` is how long a free text may be; None where the model is to be held to a number in range.
+        `free_tokens` is the token limit of a free text; None constrains the model to a number in range.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sampled] = loop.create_future()
@@ -148,7 +148,7 @@ class Chat:
         return future
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Hand over what was asked in this pass of the event loop."""
+        """Pass the requests of this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         asks: list[tuple[ModelConfig, SampleRequest]] = []
 
@@ -173,14 +173,14 @@ class Chat:
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Make the models known to AgentScope in this process; returns them. Raises SettingsError."""
+    """Register the models with AgentScope in this process and return them by name. Raises SettingsError."""
     models = read_models(config)
     ModelManager.get_instance().load_model_configs([each.entry for each in models.values()], clear_existing=True)
     return models
 
 
 def config_of(model: str) -> ModelConfig:
-    """What AgentScope in this process knows of a model; raises KnownCause if it knows none of this name."""
+    """Return the model registered with AgentScope in this process; raise KnownCause if there is none of this name."""
     entry = ModelManager.get_instance().get_config_by_name(model)
     if entry is None:
         raise KnownCause(f"this agent server knows no model {model}")
@@ -188,12 +188,12 @@ def config_of(model: str) -> ModelConfig:
 
 
 def import_client() -> None:
-    """Import what asks models, openai among it, unless that was done: before anything with a deadline waits for it."""
+    """Import the model client, and with it openai, early: a call with a deadline must not wait for the import."""
     import simulation.llm.http_client  # noqa: F401, PLC0415 - for those alone that ask a model
 
 
 def check_models(names: list[str], timeout_s: float) -> dict[str, str]:
-    """Ask the servers of these models whether they answer; returns what is wrong, by name, of those that do not."""
+    """Check that the servers of these models answer; return the cause by name for those that do not."""
     import_client()
     thread = _model_thread()
     checks = {name: thread.run(thread.check(config_of(name), timeout_s)) for name in names}
@@ -202,11 +202,11 @@ def check_models(names: list[str], timeout_s: float) -> dict[str, str]:
 
 
 def _fields(game: Game, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
-    """What a request says besides model, messages and n."""
+    """Return the fields of a request besides model, messages and n."""
     assert game.sampling is not None
     kind = game.sampling.structured_output if free_tokens is None else "none"
     fields = config.generate_args
-    if free_tokens is not None:  # a limit in the settings is meant for numbers
+    if free_tokens is not None:  # a limit in the settings applies to numbers only
         fields.pop("max_completion_tokens", None)
         fields["max_tokens"] = free_tokens
     elif not fields.keys() & {"max_tokens", "max_completion_tokens"}:
@@ -215,12 +215,12 @@ def _fields(game: Game, config: ModelConfig, free_tokens: int | None) -> dict[st
 
 
 def _most_tokens(ask: SampleRequest) -> int:
-    """The most tokens that one sample may have."""
+    """Return the token limit of one sample."""
     return int(ask.fields.get("max_completion_tokens") or ask.fields["max_tokens"])
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the group is gone, and nobody waits
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the group was deleted
         loop.call_soon_threadsafe(call, *arguments)
 
 
@@ -237,7 +237,7 @@ def _set_failures(waiting: Waiting, cause: str, ended: Ended = Ended.COMPLETE) -
 
 
 class _ModelThread:
-    """The thread of this process that all model clients live on."""
+    """The thread that runs all model clients of this process."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -263,7 +263,7 @@ class _ModelThread:
         return await client.check(config, timeout_s)
 
     def run(self, work: Coroutine[Any, Any, V]) -> Any:
-        """Do something there; returns a future of another thread's kind."""
+        """Run a coroutine on this thread; return a concurrent.futures.Future."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def _client(self, config: ModelConfig) -> ModelClient:

@@ -1,9 +1,9 @@
-"""How many requests may be in flight to one model server: one limit for all processes of this host, shared fairly.
+"""A fair semaphore for one model server, shared by all processes of this host: limits the requests in flight.
 
-A file that all of them map into memory has a row per process; a lock on the file guards it, and the system lets go of
-that lock when its holder dies. Whoever has least in flight goes first, and among equals whoever has waited longest.
-A process that was not heard of for a while counts for nothing, so a dead one holds up nobody. The file grows when more
-processes come than it has rows for.
+All processes map one file with a row per process. A lock on the file guards it; the kernel releases the lock when its
+holder exits. The process with the fewest permits goes first, and among equals the one that has waited longest. The row
+of a process without recent heartbeats is ignored, so a crashed process blocks no other. The file grows if it runs out
+of rows.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from simulation.files import SERVERS, lock, tell_once
 Row = NDArray[np.int64]
 
 FOLDER = SERVERS / "in-flight"
-ROWS = 4096  # to begin with
-OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, places, and two times in ns
+ROWS = 4096  # initial number
+OWNER, HOLDING, WAITING_SINCE, HEARD = range(4)  # columns, int64: a random number, permits, and two times in ns
 ROW_BYTES = 4 * 8
 NO_LOCK = "--max-in-flight may be exceeded for moments"
-BEAT_S = 1.0  # a process that holds or waits is heard of so often
-WAITING_LOST_NS = 2 * 10**9  # after so long without a word a process does not wait any more,
-HOLDING_LOST_NS = 20 * 10**9  # and after so long it holds nothing any more
+BEAT_S = 1.0  # heartbeat interval of a process that holds or waits for permits
+WAITING_LOST_NS = 2 * 10**9  # without a heartbeat for this long, a process no longer counts as waiting,
+HOLDING_LOST_NS = 20 * 10**9  # and for this long, its permits are free
 
 
 class SharedSemaphore:
-    """This process's part in the limit of one model server.
+    """This process's handle on the semaphore of one model server.
 
     Args:
-        address: Of the model server.
-        folder: Where the file is.
+        address: Address of the model server; names the file.
+        folder: Folder of the file.
     """
 
     def __init__(self, address: str, folder: Path = FOLDER) -> None:
@@ -64,7 +64,7 @@ class SharedSemaphore:
         self.holding = 0
 
     def take(self, limit: int, places: int = 1) -> bool:
-        """Take places if there is one left and nobody is before us; if not, we wait from now on."""
+        """Acquire `places` permits if at least one is free and it is our turn; if not, count as waiting from now on."""
         with self._locked() as (own, now):
             since = int(own[WAITING_SINCE]) or now
             own[WAITING_SINCE] = since
@@ -72,7 +72,7 @@ class SharedSemaphore:
             for owner, holding, waiting_since, heard in self._table[1 : self._used() + 1].tolist():
                 if owner in (0, self._owner):
                     continue
-                if 0 <= now - heard < HOLDING_LOST_NS:  # less than 0 is from before the machine was started
+                if 0 <= now - heard < HOLDING_LOST_NS:  # below 0: written before the last reboot
                     held += holding
                 if waiting_since and 0 <= now - heard < WAITING_LOST_NS:
                     first = first and (self.holding, since) <= (holding, waiting_since)
@@ -83,19 +83,19 @@ class SharedSemaphore:
         return granted
 
     def give_back(self, places: int = 1) -> None:
-        """Give places back."""
+        """Release permits."""
         with self._locked() as (own, _):
             self.holding -= places
             own[HOLDING] = self.holding
 
     def beat(self, waiting: bool) -> None:
-        """Say that this process lives; to be called every BEAT_S seconds while it holds places or waits."""
+        """Record a heartbeat; call every BEAT_S seconds while this process holds permits or waits."""
         with self._locked() as (own, _):
             if not waiting:
                 own[WAITING_SINCE] = 0
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all permits and close the file."""
         with self._locked() as (own, _):
             own[:] = 0
         self._row = -1
@@ -107,26 +107,26 @@ class SharedSemaphore:
         self._file = None
 
     def _with(self, rows: int) -> NDArray[np.int64]:
-        """The table, which has so many rows at least from now on; nobody else may look meanwhile."""
-        if self._file is None:  # this process is alone
+        """Return the table, grown to at least `rows` rows; call only while the file is locked."""
+        if self._file is None:  # no file: the limit is this process's alone
             return np.concatenate([self._table, np.zeros((max(rows - len(self._table), 0), 4), np.int64)])
-        size = max(os.fstat(self._file).st_size, rows * ROW_BYTES)  # others have mapped what there is
+        size = max(os.fstat(self._file).st_size, rows * ROW_BYTES)  # never shrinks: other processes have it mapped
         os.ftruncate(self._file, size)
         return np.frombuffer(mmap.mmap(self._file, size), np.int64).reshape(-1, 4)
 
     def _used(self) -> int:
-        """How many rows have been used; row 0 holds nothing but that."""
+        """Return the number of rows in use, which is all that row 0 holds."""
         return int(self._table[0, 0])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[Row, int]]:
-        """Our row and the time, while nobody else may look."""
+        """Lock the file; yield this process's row and the monotonic time (ns)."""
         locked = self._file is not None and lock(self._file, self._folder, NO_LOCK)
         try:
             now = time.monotonic_ns()
-            if self._used() >= len(self._table):  # another process has made it larger
+            if self._used() >= len(self._table):  # another process has grown the file
                 self._table = self._with(self._used() + 1)
-            if self._row < 0 or self._table[self._row, OWNER] != self._owner:  # new, or given up as lost
+            if self._row < 0 or self._table[self._row, OWNER] != self._owner:  # no row yet, or it expired
                 used = self._table[1 : self._used() + 1]
                 lost = (used[:, OWNER] == 0) | (now - used[:, HEARD] > HOLDING_LOST_NS) | (used[:, HEARD] > now)
                 self._row = int(lost.argmax()) + 1 if lost.any() else len(used) + 1

@@ -1,6 +1,6 @@
-"""The models' settings: AgentScope's own format, with one entry as the template for model_1 .. model_N.
+"""The model configurations file, in AgentScope's format; a single entry can be the template for model_1 .. model_N.
 
-It reads and checks the file, and asks nobody.
+Reads and checks the file, and contacts no server.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ class ModelConfig:
     """One model server.
 
     Attributes:
-        name: What participants know it by, `model_1` and so on.
-        model: What the server calls the model.
-        base_url: The address, up to and with `/v1`.
-        entry: All of its settings, in AgentScope's format.
+        name: Name that participants use, such as `model_1`.
+        model: Name that the server uses.
+        base_url: Base URL, including `/v1`.
+        entry: The full configuration, in AgentScope's format.
     """
 
     name: str
     model: str
     base_url: str
-    entry: dict[str, Any] = field(repr=False, hash=False)  # it may hold a key to an account
+    entry: dict[str, Any] = field(repr=False, hash=False)  # may hold an API key
 
     @property
     def generate_args(self) -> dict[str, Any]:
-        """What every request carries: temperature and so on."""
+        """Return the fields of every request, such as temperature."""
         return dict(self.entry.get("generate_args") or {})
 
     @property
     def address(self) -> str:
-        """Host and port."""
+        """Return host and port."""
         return urlsplit(self.base_url).netloc
 
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
-    """Whether an address is on this very host, or on one of these."""
+    """Return whether a URL points to this host or to one of `hosts`."""
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host in map(str.lower, hosts):  # urlsplit returns it in lower case
+    if host == "localhost" or host in map(str.lower, hosts):  # urlsplit returns host names in lower case
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -64,7 +64,7 @@ def is_within(url: str, hosts: Sequence[str]) -> bool:
 
 
 def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
-    """Raise SettingsError if a model is outside the cluster, and that was not allowed."""
+    """Raise SettingsError if a model is outside the cluster and --allow-remote-model is not set."""
     if not config.allow_remote_model and not is_within(url, config.hosts):
         raise SettingsError(
             f"{name} at {url} is outside this cluster's hosts ({' '.join(config.hosts)}) and may cost money; give "
@@ -73,29 +73,29 @@ def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
 
 
 def model_name(number: int) -> str:
-    """The name of the model that participants number-1, number-1 + N, ... ask."""
+    """Return the name of the model that participants number-1, number-1 + N, ... use."""
     return f"model_{number}"
 
 
 def asked_models(config: SimulationConfig) -> list[str]:
-    """The names of the models that participants ask: those of the mixture, or else those that take turns."""
+    """Return the names of the models in use: those of the mixture (--models), or else model_1 .. model_N."""
     if config.models is None:
         return [model_name(number) for number in range(1, config.model_per_host + 1)]
     return [each.partition("=")[0].strip() for each in config.models.split(",")]
 
 
 def model_of(participant: int, models: int) -> str:
-    """The model that a participant asks; N models take turns."""
+    """Return the name of a participant's model; N models are assigned round-robin."""
     return model_name(participant % models + 1)
 
 
 def has_models(config: SimulationConfig) -> bool:
-    """Whether there is a file of models to read: only the one that nobody named may be missing."""
+    """Return whether there is a model file to read; only the default file may be missing."""
     return config.model_configs != SimulationConfig.model_configs or is_there(Path(config.model_configs))
 
 
 def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """The models by name. Raises SettingsError that names the file, the entry and what is wrong with it."""
+    """Return the models by name. Raises SettingsError with the file, the entry and the cause."""
     path = config.model_configs
     try:
         entries = json.loads(read_text(Path(path)))
@@ -121,7 +121,7 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
 
 
 def _trouble_with(entry: Any) -> str | None:
-    """What is wrong with an entry, if anything is."""
+    """Return the first error in an entry, or None."""
     if not isinstance(entry, dict):
         return "must be an object with config_name, model_type, model_name and client_args"
     generate_args = entry.get("generate_args", {})
@@ -173,7 +173,7 @@ def _url_of(entry: dict[str, Any]) -> str:
 
 
 def _counted_up(template: dict[str, Any], base_port: int, place: int) -> dict[str, Any]:
-    """The entry of the model at a place, of a template whose address has no port."""
+    """Return the entry of the model at index `place` (from 0), from a template whose URL has no port."""
     url = urlsplit(_url_of(template))
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
     placed = url._replace(netloc=f"{host}:{base_port + place}").geturl()

@@ -1,7 +1,7 @@
-"""What LLM participants are told, and how their answers are held to numbers; pure.
+"""Prompts of LLM participants, and the constraints that keep their answers numeric; pure functions.
 
-A prompt names no participant: those who remember the same are asked the same, in one request. What all have in common
-comes first, so that a model server that caches the beginnings of prompts reads it once.
+A prompt names no participant, so participants with the same history share a prompt and a request. The common part
+comes first, so that a model server with prefix caching processes it once.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any, NamedTuple
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question
 
-Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None where it gave none
+Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None: no answer
 
-CHARACTERS_PER_TOKEN = 4  # of English, in the usual tokenizers: for estimates only
-TEMPLATE_TOKENS = 12  # what a chat template adds, about
-FREE_TEXT_TOKENS = 256  # of an answer that nothing holds to a number
-JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models like
+CHARACTERS_PER_TOKEN = 4  # English text, common tokenizers; for estimates only
+TEMPLATE_TOKENS = 12  # added by a chat template, approximately
+FREE_TEXT_TOKENS = 256  # limit of an unconstrained answer
+JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models add
 SPARE_TOKENS = 4
-AVERAGE_DIGITS = 3  # after the point, more than answers have
+AVERAGE_DIGITS = 3  # extra decimal places, beyond those of answers
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The messages of a request; after thinking aloud it holds the thoughts, and asks for the number alone.
+    """The messages of one request; after free-text reasoning, it contains that text and asks for the number alone.
 
     Attributes:
-        system: Who is asked, and the rules.
+        system: Persona and rules.
         user: The question.
-        thoughts: What was thought aloud.
-        thought_tokens: How long that may be at most.
+        thoughts: The reasoning text; None if there is none.
+        thought_tokens: Token limit of the reasoning text.
     """
 
     system: str
@@ -42,14 +42,14 @@ class Prompt(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """An estimate of its length."""
+        """Return the estimated length in tokens."""
         ours = len(self.system) + len(self.user) + (0 if self.thoughts is None else len(EXTRACT))
-        thoughts = 0 if self.thoughts is None else min(len(self.thoughts), self.thought_tokens)  # in any language
+        thoughts = 0 if self.thoughts is None else min(len(self.thoughts), self.thought_tokens)  # any language
         return ours // CHARACTERS_PER_TOKEN + thoughts + TEMPLATE_TOKENS
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """As the chat completions API takes them."""
+        """Return the messages in the format of the chat completions API."""
         said = [("system", self.system), ("user", self.user)]
         if self.thoughts is not None:
             said += [("assistant", self.thoughts), ("user", EXTRACT)]
@@ -57,11 +57,11 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """The system prompt of those who are these personas, and in this team.
+    """Return the system prompt for these personas and this team.
 
-    A persona that has no place in it comes first, a team last.
+    If the template has no `{persona}`, the persona comes first; if it has no `{team}`, the team comes last.
     """
-    assert game.wording is not None  # as in every game in which participants ask models
+    assert game.wording is not None  # set in every game with LLM participants
     text = game.wording.system
     if "{persona}" not in text and any(persona.text for persona in personas):
         text = f"{{persona}} {text}"
@@ -71,7 +71,7 @@ def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None)
 
 
 def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """How to answer in a round."""
+    """Return the instruction on how to answer in a round."""
     assert game.wording is not None
     return _filled(game.wording.instruction, game, personas, team)
 
@@ -83,21 +83,21 @@ def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None
 
 @lru_cache(maxsize=4096)
 def _filled_with(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
-    """A text of the prompts file with its braces filled."""
+    """Return a template of the prompts file with its placeholders filled in."""
     number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
     return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
 
 
 @lru_cache(maxsize=16_384)
 def prompt_for(system: str, question: Question, numbers: Numbers, last: str = "", thoughts: str = "") -> Prompt:
-    """The prompt of a round for those who gave these numbers in the rounds before it.
+    """Return the prompt of a round for participants with these previous answers.
 
     Args:
-        system: Who they are, and the rules.
-        question: What they are asked, and what was announced before.
-        numbers: Their own.
-        last: What is said after the question: how to answer.
-        thoughts: What they thought aloud last time, if they are to remember it.
+        system: The system prompt: persona and rules.
+        question: The question, with previous announcements.
+        numbers: The participant's previous answers.
+        last: Text after the question: how to answer.
+        thoughts: The last reasoning text, if the prompt should repeat it.
     """
     heard = [_heard(told, question.decimals) for told in question.announcements]
     own = [f"Your numbers so far: {', '.join(_shown(each, question.decimals) for each in numbers)}."] if numbers else []
@@ -106,7 +106,7 @@ def prompt_for(system: str, question: Question, numbers: Numbers, last: str = ""
 
 
 def _heard(told: Announcement, decimals: int) -> str:
-    """What was announced after a round."""
+    """Return the text of the announcement after a round."""
     if told.average is None or told.winning_number is None:
         return f"Round {told.round}: nobody answered."
     digits = decimals + AVERAGE_DIGITS
@@ -123,7 +123,7 @@ def _heard(told: Announcement, decimals: int) -> str:
 
 
 def _shown(number: float | None, digits: int) -> str:
-    """A number with up to so many digits after the point."""
+    """Return a number with up to `digits` decimal places; "none" for None."""
     if number is None:
         return "none"
     text = f"{Decimal(repr(round(number, digits))):f}"
@@ -131,7 +131,7 @@ def _shown(number: float | None, digits: int) -> str:
 
 
 def number_pattern(max_value: int, decimals: int) -> str:
-    """A regular expression for the numbers 0..max_value with up to `decimals` digits after the point, and no others."""
+    """Return a regular expression for exactly the numbers 0..max_value with up to `decimals` decimal places."""
     digits = str(max_value)
     below = [] if max_value == 0 else ["0"] if max_value <= 9 else ["[0-9]"]
     below += [f"[1-9][0-9]{{{length - 1}}}" for length in range(2, len(digits))]
@@ -148,7 +148,7 @@ def number_pattern(max_value: int, decimals: int) -> str:
 
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
-    """What holds the model to a number in range, as fields of the request's body; `kind` is the setting's value."""
+    """Return the request fields that constrain a model to a number in range; `kind` is --structured-output."""
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
@@ -169,7 +169,7 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """The most tokens that an answer needs, at one a character, where `kind` holds it to a number."""
+    """Return the token limit of an answer: one token per character if `kind` constrains it, else FREE_TEXT_TOKENS."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

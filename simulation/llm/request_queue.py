@@ -1,6 +1,6 @@
-"""One model server, as this process asks it: one queue, retries, and its part of the common limit.
+"""The request queue of this process for one model server: batching, retries, backoff and the shared semaphore.
 
-It lives on the event loop of the process's one model thread.
+Runs on the event loop of the process's single model thread.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from simulation.llm.prompts import Prompt
 from simulation.llm.responses import Reply, RequestError, Tokens, pause_s
 from simulation.llm.usage import MODEL_SERVER, OUT_OF_TOKENS
 
-ANSWERS_IN_FLIGHT = 512  # twice the sequences that vLLM runs at a time (max_num_seqs, 256), so that it never waits
-POLL_S, LONGEST_POLL_S = 0.005, 0.05  # between two looks at a limit that other processes use up
-TICK_S = 0.25  # between two looks at who has waited too long
-GARBLED_REPLIES = 8  # in a row, for one request
-TROUBLES_WITH_N = 3  # in a row, before one answer is asked for instead of several
+ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
+POLL_S, LONGEST_POLL_S = 0.005, 0.05  # poll interval for a semaphore that other processes hold
+TICK_S = 0.25  # interval between checks for expired requests
+GARBLED_REPLIES = 8  # in a row for one request, then it fails
+TROUBLES_WITH_N = 3  # in a row, before a request asks for one answer instead of several
 NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
 
 
 class ModelClient:
-    """The one client of this process for one model server; to be made and used on the event loop that it lives on."""
+    """This process's only client for one model server; create and use it on the event loop of the model thread."""
 
     def __init__(self, config: ModelConfig) -> None:
         from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - openai, see import_client
@@ -43,8 +43,8 @@ class ModelClient:
         self._places = SharedSemaphore(self._http.url)
         self._queue: deque[SampleRequest] = deque()
         self._serving: dict[asyncio.Task[None], SampleRequest] = {}
-        self._n_unsupported: set[TokenBudget] = set()  # for whom this server does not take n
-        self._last_success = -math.inf  # when it last answered
+        self._n_unsupported: set[TokenBudget] = set()  # groups for which this server does not support n
+        self._last_success = -math.inf  # time.monotonic() of the last answer
         self._troubles = 0  # in a row
         self._last_cause = NO_ANSWER
         self._backoff_until = -math.inf
@@ -53,7 +53,7 @@ class ModelClient:
         self._ticking: asyncio.Task[None] | None = None
 
     def put(self, asks: list[SampleRequest], first: bool = False) -> None:
-        """Queue asks, as the next ones if they have been in the queue before."""
+        """Queue requests: at the end, or at the front if they were queued before (`first`)."""
         if first:
             self._queue.extendleft(asks)
         else:
@@ -63,7 +63,7 @@ class ModelClient:
         self._pump()
 
     def drop(self, purse: TokenBudget) -> None:
-        """Forget whatever somebody asked: nobody waits for it any more."""
+        """Drop all requests of one group; their futures stay unresolved."""
         self._queue = deque(ask for ask in self._queue if ask.purse is not purse)
         self._n_unsupported.discard(purse)
         for task, ask in self._serving.items():
@@ -71,14 +71,14 @@ class ModelClient:
                 task.cancel()
 
     async def check(self, config: ModelConfig, timeout_s: float) -> str | None:
-        """What keeps the server from answering for this model; None if nothing does."""
+        """Return why the server cannot answer for this model; None if it can."""
         return await self._http.check(config.model, timeout_s)
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Send whatever may be sent now."""
-        broke = 0  # asks in a row whose purse is empty for now
+        """Send every request that the backoff, the semaphore and the token budgets allow now."""
+        broke = 0  # requests in a row whose token budget is fully reserved
         while broke < max(len(self._queue), 1) and (ask := self._next()) is not None:
             now = time.monotonic()
             if now < self._backoff_until:
@@ -90,7 +90,7 @@ class ModelClient:
             limit, places = self._measure(batch)
             if not self._places.take(limit, places):
                 ask.requeue(batch)
-                if self._places.holding < limit:  # else the end of one of ours is what we wait for
+                if self._places.holding < limit:  # else we wait for one of our own requests to end
                     self._look_again(self._poll_s)
                     self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
                 return
@@ -98,19 +98,19 @@ class ModelClient:
             count = batch.purse.reserve(batch, len(batch.waiting))
             if count < len(batch.waiting):
                 ask.requeue(batch.split_off(count))
-            self._queue.rotate(-1)  # to everyone in turn
+            self._queue.rotate(-1)  # round-robin
             if batch.waiting:
                 broke = 0
                 self._send(batch, places)
                 continue
             self._places.give_back(places)
-            if ask.purse.has_reservations:  # the end of one of its requests may bring some tokens back
+            if ask.purse.has_reservations:  # a request that ends may return some tokens
                 broke += 1
             else:
                 ask.give_up(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
 
     def _measure(self, batch: SampleRequest) -> tuple[int, int]:
-        """The limit, and how much of it a request takes up: counted in requests if it was set, else in answers."""
+        """Return the limit and the permits a request needs: in requests if --max-in-flight is set, else in answers."""
         limit = batch.purse.sampling.max_in_flight
         return (ANSWERS_IN_FLIGHT, len(batch.waiting)) if limit is None else (limit, 1)
 
@@ -121,16 +121,16 @@ class ModelClient:
         task = self._loop.create_task(self._serve(batch, count))
         self._serving[task] = batch
 
-        def ended(task: asyncio.Task[None]) -> None:  # also of a task that was cancelled before its first step
+        def ended(task: asyncio.Task[None]) -> None:  # also runs for a task cancelled before its first step
             del self._serving[task]
             self._places.give_back(places)
-            batch.purse.commit(batch, None, False)  # does nothing the second time
+            batch.purse.commit(batch, None, False)  # no effect if already committed
             self._pump()
 
         task.add_done_callback(ended)
 
     def _next(self) -> SampleRequest | None:
-        """The next ask that somebody waits for; those that have waited too long are given up."""
+        """Return the next pending request; fail those that have expired."""
         while self._queue:
             ask = self._queue[0]
             if ask.waiting and time.monotonic() >= self._end_of(ask):
@@ -141,13 +141,13 @@ class ModelClient:
         return None
 
     def _end_of(self, ask: SampleRequest) -> float:
-        """When an ask is given up: for as long as the server answers others, nobody in the queue is."""
+        """Return when a request expires; one not sent yet does not expire while the server answers others."""
         if ask.deadline is not None:
             return ask.deadline
         return max(ask.asked_at, self._last_success) + ask.purse.sampling.reply_timeout_s
 
     def _samples_of(self, ask: SampleRequest) -> int:
-        greedy = ask.fields.get("temperature") == 0  # vLLM refuses to draw twice where there is no chance in it
+        greedy = ask.fields.get("temperature") == 0  # vLLM refuses n > 1 at temperature 0
         return 1 if greedy or ask.purse in self._n_unsupported else ask.purse.sampling.samples_per_request
 
     def _look_again(self, delay_s: float) -> None:
@@ -159,7 +159,7 @@ class ModelClient:
         self._pump()
 
     async def _tick(self) -> None:
-        """While there is work: say that we live, and give up on what has waited too long."""
+        """Send heartbeats to the semaphore and fail expired requests, as long as there is work."""
         try:
             while self._queue or self._serving:
                 await asyncio.sleep(TICK_S)
@@ -174,7 +174,7 @@ class ModelClient:
             self._ticking = None
 
     async def _serve(self, batch: SampleRequest, count: int) -> None:
-        """One request, and what comes of it; after trouble that n may have brought, one more for a single answer."""
+        """Send a request and handle its outcome; after an error that `n` may have caused, request a single answer."""
         try:
             reply = await self._request(batch, count)
             if isinstance(reply, RequestError) and count > 1 and self._doubts_n(batch, reply):
@@ -191,17 +191,17 @@ class ModelClient:
             batch.give_up(one_line(error))
 
     async def _request(self, batch: SampleRequest, count: int) -> Reply | RequestError:
-        """One attempt, and its price."""
+        """Make one attempt and commit its cost."""
         try:
             reply = await self._post(batch, count)
         except RequestError as trouble:
             batch.purse.commit(batch, trouble.tokens, False)
             return trouble
-        batch.purse.commit(batch, reply.tokens, True)  # before anybody can ask what was spent
+        batch.purse.commit(batch, reply.tokens, True)  # before usage can be read
         return reply
 
     def _doubts_n(self, batch: SampleRequest, trouble: RequestError) -> bool:
-        """Whether to ask for one answer at once: a refusal is clear, other trouble only if it comes again and again."""
+        """Return whether to retry now for one answer (after a refusal or repeated errors), and reserve its tokens."""
         clear = not trouble.again or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
         return trouble.maybe_unsupported_n and clear and batch.purse.reserve(batch, 1) == 1
 
@@ -211,12 +211,12 @@ class ModelClient:
             logger.warning(f"{batch.config.address} {why}: asking for one each")
 
     async def _post(self, batch: SampleRequest, count: int) -> Reply:
-        """One attempt. Raises Trouble."""
+        """Make one attempt. Raises RequestError."""
         attempt_s, left_s = batch.purse.sampling.attempt_timeout_s, self._left_s(batch)
         try:
             return await self._http.post(batch.body(count), min(attempt_s, left_s))
         except TimeoutError:
-            # where it was cut short, what was wrong before says more
+            # if the deadline cut the attempt short, the previous cause says more
             raise RequestError((batch.cause if left_s < attempt_s else None) or NO_ANSWER) from None
 
     def _answered(self, batch: SampleRequest, count: int, reply: Reply) -> None:
@@ -235,16 +235,16 @@ class ModelClient:
             self.put([batch], first=True)
 
     def _trouble(self, batch: SampleRequest, trouble: RequestError) -> None:
-        """What becomes of a request that brought nothing: once more, now or later, or the end."""
+        """Retry a failed request now or later, or give up."""
         cause = str(trouble)
         batch.troubles += 1
         batch.cause = self._last_cause = cause
         if not trouble.again or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
             same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
-            for ask in [batch, *(same if trouble.refused else [])]:  # none of them would fare better
+            for ask in [batch, *(same if trouble.refused else [])]:  # the server would refuse these too
                 ask.give_up(cause, Ended.MODEL_FAILED)
         elif trouble.endpoint:
-            if time.monotonic() >= self._backoff_until:  # else it is of the same burst as the one before
+            if time.monotonic() >= self._backoff_until:  # else it belongs to the same burst as the previous error
                 self._troubles += 1
             pause = min(pause_s(max(self._troubles, 1), trouble.retry_after_s, random.random()), self._left_s(batch))
             self._backoff_until = max(self._backoff_until, time.monotonic() + pause)
@@ -254,41 +254,41 @@ class ModelClient:
             self._loop.call_later(pause, self.put, [batch], True)
 
     def _left_s(self, batch: SampleRequest) -> float:
-        """How long somebody may still wait."""
+        """Return the seconds left until the deadline."""
         return max((batch.deadline or math.inf) - time.monotonic(), 0.0)
 
 
-Outcome = tuple[str | None, str | None]  # a text, and why it cannot be used
+Outcome = tuple[str | None, str | None]  # a text, and why it is unusable
 
 
 class TokenBudget(Protocol):
-    """Whose requests they are, and what they may cost."""
+    """The owner of requests: its LLM settings and its token budget."""
 
     sampling: LLMSettings
 
     def reserve(self, ask: SampleRequest, wanted: int) -> int:
-        """Set tokens aside for up to so many samples, and return for how many."""
+        """Reserve tokens for up to `wanted` samples; return the number of samples that the budget allows."""
 
     def commit(self, ask: SampleRequest, tokens: Tokens | None, answered: bool) -> None:
-        """Count what a request did cost, if the server says so, and let go of what was set aside for it."""
+        """Count the actual cost of a request, if the server reports it, and release its reservation."""
 
     @property
     def has_reservations(self) -> bool:
-        """Whether tokens are set aside that may come back."""
+        """Return whether tokens are reserved, some of which may be returned."""
 
 
 class SampleRequest:
-    """So many participants who wait for a sample of the same prompt.
+    """A request for samples of one prompt, one for each of several participants.
 
     Args:
-        purse: The group they are in.
+        purse: The token budget of the participants' group.
         config: The model.
-        prompt: What is asked.
-        fields: What else the request says, n excepted.
-        waiting: A future for each, the first one last.
-        deliver: Takes futures and their outcomes, in the thread that waits for them.
-        fail: Takes futures, the cause why they get nothing, and how the round ended by that.
-        deadline: When they are given up, as time.monotonic() tells it; None before the first request.
+        prompt: The prompt.
+        fields: Other fields of the request, except n.
+        waiting: One future per participant, in reverse order (the first is last).
+        deliver: Passes outcomes and the deadline to futures, on their own event loop.
+        fail: Fails futures with a cause and how the round ended for them.
+        deadline: When the request expires (time.monotonic()); None before it is first sent.
     """
 
     def __init__(
@@ -312,12 +312,12 @@ class SampleRequest:
         self.deadline = deadline
         self.asked_at = time.monotonic()
         self.troubles = 0  # in a row
-        self.cause: str | None = None  # of the last one
-        self.single_worked = False  # one answer alone, when several brought trouble
-        self.reserved = 0.0  # tokens, by its purse
+        self.cause: str | None = None  # of the last error
+        self.single_worked = False  # a request for one answer succeeded where several failed
+        self.reserved = 0.0  # tokens, by its token budget
 
     def cut(self, count: int) -> SampleRequest:
-        """Take off the first `count` that still wait."""
+        """Remove the first `count` pending futures and return them as a request."""
         first: list[asyncio.Future[Any]] = []
         while self.waiting and len(first) < count:
             future = self.waiting.pop()
@@ -327,18 +327,18 @@ class SampleRequest:
         return self.of(first)
 
     def requeue(self, part: SampleRequest) -> None:
-        """Let a part that was cut off wait again, as the first."""
+        """Put a part that was cut off back at the front."""
         self.waiting += part.waiting
 
     def split_off(self, count: int) -> SampleRequest:
-        """Take off all but the first `count`."""
+        """Remove all but the first `count` futures and return them as a request."""
         place = len(self.waiting) - count
         rest = self.of(self.waiting[:place])
         self.waiting = self.waiting[place:]
         return rest
 
     def of(self, waiting: list[asyncio.Future[Any]]) -> SampleRequest:
-        """The same for others."""
+        """Return a copy of this request for other futures."""
         part = SampleRequest(
             self.purse, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline
         )
@@ -347,11 +347,11 @@ class SampleRequest:
         return part
 
     def give_up(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
-        """Let all of them know that they get nothing, why, and how the round ended by that."""
+        """Fail all futures with a cause and how the round ended for them."""
         self.fail(self.waiting, cause, ended)
         self.waiting = []
 
     def body(self, count: int) -> bytes:
-        """The request for so many samples."""
+        """Return the JSON body of a request for `count` samples."""
         fields = {"model": self.config.model, "messages": self.prompt.messages, **self.fields}
         return json.dumps(fields | ({"n": count} if count > 1 else {})).encode()

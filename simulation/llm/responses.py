@@ -1,6 +1,6 @@
-"""What a model server's reply means, and how long to wait after a bad one; pure.
+"""Parsing of model server replies, and the backoff after failed requests; pure functions.
 
-A reply that is no set of answers becomes a `RequestError`, which says whether asking again may help.
+A reply without answers becomes a `RequestError`, which says whether a retry may help.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from typing import Any
 from simulation.errors import printable, shortened
 from simulation.llm.usage import MODEL_SERVER
 
-BUSY = (429, 503)  # the server asks everyone to wait
-REFUSED_REQUEST = (400, 422)  # something in the request itself
-DENIED = (401, 403)  # whatever the request says
-PASSING = (408, 409, 425)  # and every 5xx but 501, "not implemented"
+BUSY = (429, 503)  # the server asks all clients to wait
+REFUSED_REQUEST = (400, 422)  # the request itself is invalid
+DENIED = (401, 403)  # regardless of the request's content
+PASSING = (408, 409, 425)  # temporary, as is every 5xx but 501 (not implemented)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "answer withheld by a content filter"}
 NO_TEXT = "no text in the answer"
 WORDS_SHOWN = 120
-MOST_TOKENS = 10**12  # of one request; more is no count
+MOST_TOKENS = 10**12  # of one request; a larger value is not a valid count
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a request cost, as the server counts it."""
+    """The token usage of one request, as counted by the server."""
 
     prompt: int
     completion: int
 
 
 class RequestError(Exception):
-    """A request that brought no answers; the message is the cause of the failures that may come of it.
+    """A request without answers; the message is the cause that failed answers are counted by.
 
     Attributes:
         again: Whether the same request may succeed later.
-        endpoint: Whether the server is in trouble as a whole, so that others had better wait too.
-        garbled: Whether the server did answer, but nothing that can be read.
-        refused: Whether the server refused what the request says.
-        perhaps_n: Whether the server may have no trouble but with n, the number of answers in one request.
-        retry_after_s: How long the server asked us to wait.
-        tokens: What it cost all the same, if the server says so.
+        endpoint: Whether the error concerns the whole server, so that other requests must wait too.
+        malformed: Whether the server sent a reply that cannot be parsed.
+        refused: Whether the server refused the content of the request.
+        maybe_unsupported_n: Whether n (the number of answers in one request) may be the only cause.
+        retry_after_s: Wait requested by the server, in seconds.
+        tokens: Token usage despite the error, if the server reports it.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers of one request: texts, and where there is none, why; and the tokens, None if the server keeps mum."""
+    """The samples of one reply, each a text and why it is unusable, and token usage (None if not reported)."""
 
     texts: tuple[tuple[str | None, str | None], ...]
     tokens: Tokens | None
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
-    """Read a reply of the chat completions API; `now` is the time in seconds since the epoch. Raises Trouble."""
+    """Parse a reply of the chat completions API; `now` is in seconds since the epoch. Raises RequestError."""
     if status != 200:
         raise _refusal(status, headers, body, now)
     try:
         reply = json.loads(body)
-    except (ValueError, RecursionError):  # nested too deep
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
         raise RequestError(f"{MODEL_SERVER}: the reply is not JSON", malformed=True) from None
     choices = reply.get("choices") if isinstance(reply, dict) else None
     tokens = _tokens_of(reply)
@@ -92,7 +92,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def _text_of(choice: Any) -> tuple[str | None, str | None]:
-    """The text of a choice, and why it cannot be used, if it cannot."""
+    """Return the text of a choice, and why it is unusable (None if it is usable)."""
     message = choice.get("message") if isinstance(choice, dict) else None
     text = message.get("content") if isinstance(message, dict) else None
     if not isinstance(text, str):
@@ -122,7 +122,7 @@ def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -
 
 
 def _words_of(body: bytes) -> str:
-    """The server's own words about an error, in one line."""
+    """Return the server's error message in one line; empty if there is none."""
     try:
         reply = json.loads(body)
         error = reply.get("error", reply)
@@ -133,12 +133,12 @@ def _words_of(body: bytes) -> str:
 
 
 def in_one_line(words: Any, limit: int) -> str:
-    """What a stranger says, fit to be printed: one line of at most `limit` characters that steers no terminal."""
+    """Return untrusted text made printable: one line of up to `limit` characters, without terminal control codes."""
     return shortened(printable(str(words)[: 10 * limit]), limit)
 
 
 def retry_after(value: str | None, now: float) -> float:
-    """The seconds that a Retry-After header asks for: a number, or a date (RFC 9110, 10.2.3); 0 if it says neither."""
+    """Return the seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); 0 if it is neither."""
     if not value:
         return 0.0
     try:
@@ -153,6 +153,6 @@ def retry_after(value: str | None, now: float) -> float:
 
 
 def pause_s(troubles: int, retry_after_s: float, chance: float) -> float:
-    """Seconds to wait after so many troubles in a row: doubling, with jitter (`chance` is 0 to 1), or as asked."""
+    """Return the backoff (s) after `troubles` errors: doubling, jitter by `chance` (0 to 1), min. `retry_after_s`."""
     grown = min(FIRST_PAUSE_S * 2 ** min(troubles - 1, 16), LONGEST_PAUSE_S)
     return max(retry_after_s, grown * (0.5 + chance / 2))

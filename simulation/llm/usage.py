@@ -1,24 +1,24 @@
-"""What asking language models has cost, in requests, tokens and seconds; and the causes that say it cannot go on."""
+"""Usage of language models in requests, tokens and seconds, and the failure causes that end their use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MODEL_SERVER = "model server"  # how the causes begin that are no participant's doing
+MODEL_SERVER = "model server"  # prefix of causes that are not a participant's fault
 OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the participants of a group, or of many, have cost so far.
+    """The usage of one or more groups so far.
 
     Attributes:
-        requests: Requests sent, the repeated ones included.
-        retries: Those of them that repeat one that failed, fell short, or brought an unusable answer.
-        prompt_tokens: As the model servers count them, once per request.
+        requests: Requests sent, including retries.
+        retries: Requests that repeat one that failed, returned too few answers, or returned an unusable answer.
+        prompt_tokens: As counted by the model servers, once per request.
         completion_tokens: Likewise.
-        answering_s: Seconds from the questions to the last answers, of the group that took longest.
-        client_s: What its server's own work was of that, in seconds of CPU.
+        answering_s: Seconds from question to last answer, summed over rounds, of the slowest group.
+        client_s: CPU seconds of that group's server process during this time.
     """
 
     requests: int = 0

@@ -1,7 +1,7 @@
-"""Secure channels to agent servers, and the two calls that main makes over and over: handshake and heartbeat.
+"""TLS channels to agent servers, and the two calls that main makes most often: handshake and heartbeat.
 
-Both are plain gRPC calls with JSON in them, which AgentScope's servicer shares its server with: whoever starts servers,
-shows them or waits for them need not import AgentScope. Its own calls are in remote.py.
+Both are plain gRPC calls with JSON payloads, on the same gRPC server as AgentScope's servicer. Commands that start,
+list or wait for servers therefore need not import AgentScope, whose own calls are in client.py.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake
 K = TypeVar("K")
 V = TypeVar("V")
 
-MESSAGE_BYTES = 256 * 2**20  # the largest message either side takes
+MESSAGE_BYTES = 256 * 2**20  # largest message that either side accepts
 CALLS_AT_ONCE = 32
 ANOTHER_VERSION = "is an agent server, but of another program or version"
 NOBODY_LISTENS = "no server listens there"
 UNTRUSTED = "what listens there does not hold this cluster's key"
-CUT_OFF = ("reset", "Socket closed", "End of TCP")  # what becomes of a first call that shows the wrong key
+CUT_OFF = ("reset", "Socket closed", "End of TCP")  # details of a first call made with the wrong key
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", CLUSTER_NAME),
-    ("grpc.enable_http_proxy", 0),  # a proxy of the environment has no business between our hosts
+    ("grpc.enable_http_proxy", 0),  # no proxy from the environment between our hosts
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.keepalive_time_ms", 20_000),  # where a link was down meanwhile, so that the connection is made anew
+    ("grpc.keepalive_time_ms", 20_000),  # detects a connection lost while a link was down, so that gRPC reconnects
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
 
 
-_credentials: list[grpc.ChannelCredentials] = []  # the ones in use, once a key is
+_credentials: list[grpc.ChannelCredentials] = []  # one element, once a key is installed
 _channels: dict[str, grpc.Channel] = {}
 
 
 def install_tls(key: ClusterKey) -> None:
-    """Make every channel of this process from now on one between holders of the key."""
+    """Use mutual TLS with this key for every channel that this process opens from now on."""
     _credentials[:] = [key.channel_credentials()]
     _channels.clear()
     _methods.clear()
 
 
 def channel_to(url: str) -> grpc.Channel:
-    """The channel of this process to a server, `host:port`; made once."""
+    """Return this process's channel to a server (`host:port`), created once."""
     host, _, port = url.rpartition(":")
-    # localhost may resolve to ::1 first, where somebody else may listen; other names only end like it
+    # localhost may resolve to ::1 first, where another program may listen; compare the whole host name
     target = f"127.0.0.1:{port}" if host == "localhost" else url
     if target not in _channels:
         _channels[target] = grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
@@ -73,22 +73,22 @@ def channel_to(url: str) -> grpc.Channel:
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, told: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Ask a server who it is, and tell it something by the way.
+    """Request a server's identity and state, optionally with directives.
 
     Args:
-        endpoint: Its address.
-        timeout_s: How long it may take.
-        starting: Whether to wait so long even where none listens yet.
-        told: NEW_RUN: the run that begins, for which it drops what others kept. KEEP_RUN: the run whose agents stay.
-            END_RUN: the run whose agents go. MEMORY: tell how large it is. SERVED: tell what it was called for so far.
-            CHECK_MODELS: "[names, T]": ask the servers of these models whether they answer, for T seconds.
+        endpoint: Address of the server.
+        timeout_s: Deadline in seconds.
+        starting: Whether to wait until then even if no server listens yet.
+        told: Directives. NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
+            KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report memory use.
+            SERVED: report calls so far. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
 
     Raises:
-        ServerUnreachable: None listens, or it does not answer in time.
-        ClusterError: It is a stranger.
+        ServerUnreachable: No server listens, or it does not answer in time.
+        ClusterError: The server does not hold this cluster's key, or runs another program or version.
     """
     try:
-        # gRPC works on a broken connection only while a call waits for it, hence no loop of quick calls
+        # gRPC reconnects only while a call waits for the connection, hence no loop of short calls
         request = json.dumps(dict(told or {})).encode()
         reply = _method(endpoint, HANDSHAKE)(request, timeout=timeout_s, wait_for_ready=starting)
     except grpc.RpcError as error:
@@ -110,9 +110,9 @@ def heartbeat(
     timeout_s: float,
     done: Callable[[str | SimulationError], None],
 ) -> None:
-    """Ask a server for a sign of life, and for what the objects of a run are at, after up to `wait_s` of this round.
+    """Request a heartbeat with a run's progress; the server waits up to `wait_s` (s) for round `number` to end.
 
-    Returns at once; `done` is called in a thread of gRPC's, with the server's words or with the error.
+    Returns immediately; `done` is called on a gRPC thread with the reply text or the error.
     """
     request = json.dumps([run, number, wait_s]).encode()
     call = _method(endpoint, HEARTBEAT).future(request, timeout=timeout_s)
@@ -125,7 +125,7 @@ def heartbeat(
 
 
 def _method(endpoint: Endpoint, name: str) -> grpc.UnaryUnaryMultiCallable:
-    """A call of ours at a server, from bytes to bytes; made once for each channel, as it is made ten times a second."""
+    """Return one of our calls (bytes to bytes), created once per channel because it is used 10 times a second."""
     channel = channel_to(str(endpoint))
     if (channel, name) not in _methods:
         _methods[channel, name] = channel.unary_unary(f"/{SERVICE}/{name}")
@@ -133,13 +133,13 @@ def _method(endpoint: Endpoint, name: str) -> grpc.UnaryUnaryMultiCallable:
 
 
 _methods: dict[tuple[grpc.Channel, str], grpc.UnaryUnaryMultiCallable] = {}
-_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # under way, by where they go
+_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # in progress, by server
 _given_up: set[Endpoint] = set()
 _calls_lock = threading.Lock()
 
 
 def cancel_calls(endpoint: Endpoint) -> None:
-    """End all calls to a server, and those to come until `allow_calls`: they raise ServerUnreachable."""
+    """Cancel all calls to a server, and further ones until `allow_calls`; they raise ServerUnreachable."""
     with _calls_lock:
         _given_up.add(endpoint)
         under_way = list(_calls[endpoint])
@@ -148,13 +148,13 @@ def cancel_calls(endpoint: Endpoint) -> None:
 
 
 def allow_calls(endpoint: Endpoint) -> None:
-    """Let calls go to a server again."""
+    """Allow calls to a server again."""
     with _calls_lock:
         _given_up.discard(endpoint)
 
 
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
-    """What a call to a server brings; raises one of our errors, also when the server is given up on meanwhile."""
+    """Return the result of a call; raise a SimulationError if it fails or `cancel_calls` cancels it."""
     with _calls_lock:
         _calls[endpoint].add(call)
         if endpoint in _given_up:
@@ -173,7 +173,7 @@ def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
 def call_all(
     calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
 ) -> tuple[dict[K, V], dict[K, SimulationError]]:
-    """Make all calls, so many at a time, and return results and errors by key, in the order of the calls."""
+    """Make all calls, up to `at_once` concurrently; return results and errors by key, in the order of the calls."""
     results: dict[K, V] = {}
     failed: dict[K, SimulationError] = {}
     with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:
@@ -187,7 +187,7 @@ def call_all(
 
 
 def call_all_or_raise(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
-    """Make all calls and return their results by key; raises the first error there is."""
+    """Make all calls and return their results by key; raise the first error if any call fails."""
     results, failed = call_all(calls)
     for error in failed.values():
         raise error
@@ -195,7 +195,7 @@ def call_all_or_raise(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
 
 
 def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
-    """One of our errors for one of gRPC's."""
+    """Return the SimulationError for a gRPC error."""
     code, details = error.code(), error.details() or ""
     last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -217,7 +217,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
 
 
 def parse_remote_error(text: str) -> ServerLost | None:
-    """What a moderator says of a server that it has lost, as the error that it was; None if it is something else."""
+    """Return the ServerLost error that a moderator reports as text; None if the text is another error."""
     name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
     kind = getattr(errors, name, None)
     return kind(message) if isinstance(kind, type) and issubclass(kind, ServerLost) else None

@@ -1,10 +1,10 @@
-"""The only door to AgentScope's RPC client: our channels, deadlines, and errors in our own words.
+"""A wrapper around AgentScope's RPC client, with our channels, deadlines and error messages.
 
-AgentScope's client is touched here in three places, each for a reason:
-- every channel of the process comes from `RpcClient._get_channel`, so that is where the cluster key goes in;
-- its calls wait 300 s or for ever and hide the server's words, so `_Client` sets deadlines, translates errors, and lets
-  go of calls to a server that was given up on;
-- its wait for an asynchronous reply ends after 105 s whatever happens, so `_UntilAnswered` waits on.
+Only this module changes AgentScope's client, in three places:
+- `RpcClient._get_channel` creates every channel of the process, so the cluster key is installed there;
+- its calls wait 300 s or forever and hide the server's error message, so `_Client` sets deadlines, translates errors
+  and cancels calls to a server that is marked down;
+- its wait for an asynchronous reply always ends after 105 s, so `_UntilAnswered` keeps polling.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from simulation.errors import ClusterError, KnownCause
 from simulation.rpc.channels import await_call, channel_to, translated_error
 from simulation.rpc.endpoints import Endpoint
 
-GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer hangs
-LONG_CALL_TIMEOUT_S = 3600.0  # the deadline of calls that end when heartbeats do
+GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer is hanging
+LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
 SILENT_POLLS = 4  # of AgentScope's 5 s each
 
 
@@ -39,9 +39,9 @@ RpcClient._get_channel = classmethod(_secure_channel)
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy, with our deadlines and errors, at an id that the caller chose.
+    """AgentScope's proxy with our deadlines and errors, for an object id chosen by the caller.
 
-    With `kwargs` the object is created there, within the deadline; without, it is expected to exist.
+    With `kwargs`, the object is created on the server within the deadline; without, it must exist.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class RemoteObject(RpcObject):
 
 
 def remove(proxy: RemoteObject) -> None:
-    """Close the remote object and delete it; it is no error if it is gone already."""
+    """Close and delete the remote object; no error if it is already deleted."""
     proxy.client.delete_agent(proxy._oid)
 
 
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
-    """Ask one agent through AgentScope's own asynchronous call, and wait for as long as it takes.
+    """Call one agent through AgentScope's asynchronous call and wait for the reply without a deadline.
 
-    Raises KnownCause with what its server says of it if its `reply` raises, ClusterError if the server does not answer.
+    Raises KnownCause with the server's message if the agent raises, ClusterError if the server does not answer.
     """
     try:
         return getattr(proxy, method)(message).result()
@@ -100,7 +100,7 @@ class _Client(RpcClient):
 
 
 class _UntilAnswered(RetryBase):
-    """Polls on while the agent thinks, for as long as the server says so; SILENT_POLLS without a word are its end."""
+    """Polling while the server reports that the agent is busy; fails after SILENT_POLLS unanswered polls in a row."""
 
     def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         silent = 0
@@ -108,7 +108,7 @@ class _UntilAnswered(RetryBase):
             try:
                 return func(*args, **kwargs)
             except grpc.RpcError as error:
-                still_thinking = error.details() == "Timeout"  # the servicer's own word
+                still_thinking = error.details() == "Timeout"  # set by AgentScope's servicer
                 silent = 0 if still_thinking else silent + 1
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
                     raise
@@ -118,7 +118,7 @@ _stubs: WeakKeyDictionary[grpc.Channel, RpcAgentStub] = WeakKeyDictionary()
 
 
 def _stub(endpoint: Endpoint) -> RpcAgentStub:
-    """AgentScope's calls of a server; made once for each channel."""
+    """Return AgentScope's stub for a server, created once per channel."""
     channel = channel_to(str(endpoint))
     stub = _stubs.get(channel)
     if stub is None:

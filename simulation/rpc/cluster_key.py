@@ -1,7 +1,7 @@
-"""The cluster key: a self-made certificate and its private key, which every server and every client must hold.
+"""The cluster key: a self-signed certificate and its private key, which every server and every client must hold.
 
-AgentScope unpickles what reaches it, so whoever may talk to a server may run code on it; mutual TLS keeps that to the
-holders of this one key. There is no switch that turns it off.
+AgentScope unpickles the messages it receives, so any client that can connect to a server can run code on it. Mutual
+TLS restricts connections to holders of this key, and cannot be turned off.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from simulation.files import is_there, real
 CLUSTER_NAME = "simulation-cluster"
 CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
 VALID_FOR = datetime.timedelta(days=3650)
-CLOCK_SKEW = datetime.timedelta(days=1)  # hosts of a cluster may disagree on the time
+CLOCK_SKEW = datetime.timedelta(days=1)  # clocks of the cluster's hosts may differ
 
 
 @dataclass(frozen=True, repr=False)
 class ClusterKey:
-    """The certificate and its key, both PEM."""
+    """A certificate and its private key, both PEM."""
 
     certificate: bytes
     private_key: bytes
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Let in only clients that show this same certificate."""
+        """Return credentials that accept only clients with this same certificate."""
         return grpc.ssl_server_credentials(
             [(self.private_key, self.certificate)], root_certificates=self.certificate, require_client_auth=True
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Talk only to servers that show this same certificate, and show it to them."""
+        """Return credentials that accept only servers with this same certificate, and present it to them."""
         return grpc.ssl_channel_credentials(self.certificate, self.private_key, self.certificate)
 
 
 def load_or_make(folder: Path) -> ClusterKey:
-    """The cluster key of this folder, made on first use.
+    """Return the cluster key in this folder, created on first use.
 
-    Raises SettingsError if others can read it, if it is no working pair, or if the folder cannot be written.
+    Raises SettingsError if other users can read it, if the pair is invalid, or if the folder cannot be written.
     """
     if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
         try:
@@ -62,7 +62,7 @@ def load_or_make(folder: Path) -> ClusterKey:
 
 
 def load(folder: Path) -> ClusterKey:
-    """Read and check the pair in this folder; raises SettingsError that says how to mend it."""
+    """Read and check the pair in this folder; raise SettingsError that says how to fix it."""
     for path, kind in ((folder, "folder"), (folder / CERTIFICATE, "file"), (folder / PRIVATE_KEY, "file")):
         _check_private(path, kind)
     try:
@@ -110,8 +110,8 @@ def _check_private(path: Path, kind: str) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Write a new pair beside the folder and move it there whole, so that two hosts that start at once agree."""
-    folder = real(folder)  # what is moved there takes the place of a folder, not of a link to one
+    """Write a new pair beside the folder and rename it into place, so that hosts starting together use one pair."""
+    folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
     now = datetime.datetime.now(datetime.UTC)
@@ -137,8 +137,8 @@ def _make(folder: Path) -> None:
             raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
         _write_private(draft / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
         _write_private(draft / PRIVATE_KEY, private_pem)
-        _write_private(draft / ".gitignore", b"*\n")  # in a checkout, git must not take it
-        draft.rename(folder)  # fails if another process was first: then its pair is the cluster's
+        _write_private(draft / ".gitignore", b"*\n")  # git must not add the key if this is in a checkout
+        draft.rename(folder)  # fails if another process was first; its pair is then the cluster's
     except OSError:
         if not is_there(folder / CERTIFICATE):
             raise

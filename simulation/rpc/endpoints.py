@@ -1,4 +1,4 @@
-"""Addresses of agent servers, ids of the objects there, and which group is where."""
+"""Addresses of agent servers, ids of remote objects, and group assignments."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ class Endpoint:
 
 
 def endpoints(hosts: Sequence[str], first_port: int, per_host: int) -> list[Endpoint]:
-    """The servers of all hosts, host by host; every host uses the same ports."""
+    """Return the servers of all hosts, host by host; every host uses the same ports."""
     return [Endpoint(host, first_port + offset) for host in hosts for offset in range(per_host)]
 
 
 def group_id(run_id: str, first: int) -> str:
-    """The remote id of the group that starts with participant `first`; its participants are `<group id>/<index>`."""
+    """Return the id of the group that starts at participant `first`; its participants are `<group id>/<index>`."""
     return f"{run_id}/group-{first}"
 
 
 def run_of(remote_id: str) -> str:
-    """The run that a remote id belongs to."""
+    """Return the run that a remote id belongs to."""
     return remote_id.partition("/")[0]
 
 
 def remote_run(run_id: str, part: str) -> str:
-    """What a run is called on the servers: a run that is resumed is another one there, as the former may still be."""
+    """Return a run's name on the servers; a resumed run gets a new one, as objects of the previous part may remain."""
     return f"{run_id}~{part}"
 
 
 def same_run(one: str, other: str) -> bool:
-    """Whether two names on the servers are of the same run, played in parts."""
+    """Return whether two names on the servers are parts of the same run."""
     return one.partition("~")[0] == other.partition("~")[0]
 
 
 @dataclass(frozen=True)
 class GroupAssignment:
-    """One group: participants first .. first+count-1.
+    """The assignment of one group (participants first .. first+count-1) to servers.
 
     Attributes:
-        oid: Its remote id, which is never used again for another one.
-        server: Its participant server; None where nobody is left to ask them.
-        chair: The server of the moderator who asks it.
+        oid: Remote id of the group; never reused.
+        server: Participant server; None if no server is available.
+        moderator_server: Server of the group's moderator.
     """
 
     oid: str
@@ -64,13 +64,13 @@ class GroupAssignment:
 
 
 def address_of(host_name: str) -> str:
-    """The IPv4 address that a host name stands for, which may be a loopback address for `localhost` alone.
+    """Return the IPv4 address of a host name; only `localhost` may have a loopback address.
 
-    Raises SettingsError if there is none that other hosts could use; its message leaves it to the caller to say who.
+    Raises SettingsError if other hosts cannot use the address; the caller adds the host name to the message.
     """
     try:
         address = socket.gethostbyname(host_name)
-    except (OSError, UnicodeError):  # the latter for what cannot be a name
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         raise SettingsError("no address is known for this name; check /etc/hosts or DNS") from None
     parsed = ipaddress.ip_address(address)
     if host_name != "localhost" and (parsed.is_loopback or parsed.is_unspecified):
@@ -82,7 +82,7 @@ def address_of(host_name: str) -> str:
 
 
 def ranges(ports: list[int]) -> str:
-    """Sorted ports in few words: `12330-12335, 12338`."""
+    """Return sorted ports as ranges: `12330-12335, 12338`."""
     starts = [port for port in ports if port - 1 not in ports]
     ends = [port for port in ports if port + 1 not in ports]
     return ", ".join(

@@ -1,4 +1,4 @@
-"""What agent servers and main tell each other beside the calls of AgentScope: handshake and heartbeat."""
+"""Messages between main and agent servers besides AgentScope's calls: handshake and heartbeat."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from simulation.files import ROOT
 
 @dataclass(frozen=True)
 class Progress:
-    """What an object of a run is at.
+    """The progress of one remote object of a run.
 
     Attributes:
-        done: How many of its participants are built, or have answered.
-        total: Of how many.
-        round: The round that they answer; 0 while they are built.
-        error: Why it cannot go on; empty if it can.
-        usage: What its participants have cost so far (the fields of `Usage`); empty for a moderator.
+        done: Number of its participants that are created, or have answered.
+        total: Number of its participants.
+        round: Current round; 0 while participants are created.
+        error: Why it cannot continue; empty if it can.
+        usage: Usage of its participants so far (the fields of `Usage`); empty for a moderator.
     """
 
     done: int
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """What a server says: which process it is, and what the objects of the run there are at, by remote id."""
+    """A heartbeat reply: the server's incarnation, and the progress of the run's objects by remote id."""
 
     incarnation: str
     objects: dict[str, Progress] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class HeartbeatReply:
 
     @classmethod
     def from_json(cls, text: str) -> HeartbeatReply | None:
-        """The beat that a text holds; None if it is of another program."""
+        """Parse a heartbeat reply; return None if it comes from another program."""
         try:
             said = json.loads(text)
             objects = {
@@ -57,10 +57,10 @@ class HeartbeatReply:
             return None
 
 
-SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # as gRPC calls them
+SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
 
 
-# What a handshake may tell, of a run or about the server
+# Directives of a handshake: about a run, and (below) about the server
 NEW_RUN, KEEP_RUN, END_RUN = "new-run", "keep-run", "end-run"
 
 
@@ -68,7 +68,7 @@ MEMORY, SERVED, CHECK_MODELS = "memory", "served", "check-models"
 
 
 def _code_version() -> str:
-    """A fingerprint of the program as this process imported it; a person's own files are not part of it."""
+    """Return a hash of the program's source files at import time, without user-defined ones."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
     for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
@@ -84,9 +84,9 @@ AGENTSCOPE_VERSION = importlib.metadata.version("agentscope")
 
 @dataclass(frozen=True)
 class Handshake:
-    """Who an agent server is. Two sides work together if `versions` are equal."""
+    """The identity and state of an agent server. Both sides must have equal `versions`."""
 
-    incarnation: str  # random, per process: another one means that all agents of the former are gone
+    incarnation: str  # random per process; if it changes, all previous agents are lost
     pid: int
     role: str  # participant or moderator
     base_port: int
@@ -94,10 +94,10 @@ class Handshake:
     moderator_per_host: int
     started: float  # seconds since the epoch
     agents: int
-    memory_mb: float | None  # told only to those who ask for it, as it takes 5 ms to find out
-    models: dict[str, str]  # the models it knows: name, and address
-    model_troubles: dict[str, str]  # by name, why a model that it was asked to check does not answer
-    # By what was called, if asked for: how often so far, and the bytes of what was said and answered
+    memory_mb: float | None  # only on request, as it takes 5 ms to measure
+    models: dict[str, str]  # known models: base URL by name
+    model_troubles: dict[str, str]  # by name, why a checked model does not answer
+    # By method, on request: number of calls so far, bytes received and bytes sent
     served: dict[str, tuple[int, int, int]]
     code: str = CODE_VERSION
     python: str = platform.python_version()
