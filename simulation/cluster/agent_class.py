@@ -1,4 +1,4 @@
-"""A person's own participant: its class, loaded from a file of theirs."""
+"""Loader of user-defined participant classes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from simulation.rpc.lean_import import append_to_path
 
 @functools.cache
 def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
-    """The class that `my_file.py:MyParticipant` names; for None the one of the agent type, random or llm.
+    """Return the class named by `my_file.py:MyParticipant`; for None, the default of the agent type (random or llm).
 
-    Raises SettingsError that says what is wrong with the file or the class.
+    Raises SettingsError if the file or the class is unusable.
     """
     if spec is None:
         return LLMParticipant if agent_type == "llm" else RandomParticipant
@@ -34,9 +34,9 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
     if not is_there(path, "--agent-class"):
         raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
-    name = OWN + path.stem  # a name of its own: a file random.py must not hide a library
+    name = OWN + path.stem  # prefixed, so that a user file random.py does not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None  # as for every .py file
+    assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     append_to_path(full_path("--agent-class", str(path.parent)))

@@ -1,6 +1,7 @@
-"""Everyone seated on servers that come and go: groups and moderators made where they are missing, and called.
+"""The groups and moderators of a run: created where missing, called, and recreated when their servers fail.
 
-Work on a cluster is done again with what is left until nobody is lost over it, so each step does only what is missing.
+Work is retried on the remaining servers until it completes without a server loss, so every step is idempotent: it does
+only what is missing.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
 
-REMINDED_AT_ONCE = 250_000  # answers in one message
+REMINDED_AT_ONCE = 250_000  # answers per message
 
 
 class Record(Protocol):
-    """Where the answers of finished rounds are kept."""
+    """Storage for the answers of finished rounds."""
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Keep one round's answers, in place of any that were kept of it before."""
+        """Store one round's answers, replacing any stored earlier for that round."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """What participants answered in rounds 1 .. rounds: shape (rounds, count), not a number where there is none."""
+        """Return the answers of rounds 1 .. rounds: shape (rounds, count), NaN where there is no answer."""
 
 
 class Cluster:
-    """The servers of one run, and who sits there; as a context it leaves no agents behind, kept ones excepted.
+    """The servers of one run and the groups on them; on exit, the context manager deletes agents that are not kept.
 
     Args:
         config: The settings.
-        run: What all remote ids of this run begin with.
-        game: What is the same for all participants.
-        participant_class: Their class.
-        watch: Who looks on.
-        record: Where answers are kept; without one, participants who are made anew remember nothing.
+        run: The prefix of all remote ids of this run.
+        game: The part of the game that is the same for all participants.
+        participant_class: The class of the participants.
+        watch: Receives progress and warnings.
+        record: Storage for answers; without it, recreated participants start without memory.
     """
 
     def __init__(
@@ -76,38 +77,38 @@ class Cluster:
         )
         self._membership = Membership(config, run, self._servers + self._moderator_servers, watch, self._evict)
         self._plan = PlacementPlan(run, config.participant_num, self._servers, self._moderator_servers)
-        self._made: set[str] = set()  # the groups there are
-        self._ready: set[str] = set()  # groups whose participants are built, and remember
+        self._made: set[str] = set()  # ids of the groups that exist
+        self._ready: set[str] = set()  # groups whose participants are built and have their memory restored
         self._moderators: dict[Endpoint, RemoteObject] = {}
-        self._asks: dict[Endpoint, list[GroupAssignment]] = {}  # whom each moderator was told to ask
+        self._asks: dict[Endpoint, list[GroupAssignment]] = {}  # the groups assigned to each moderator
 
     @property
     def assignments(self) -> list[GroupAssignment]:
-        """All groups, in the order of their participants; without a server those whom nobody asks any more."""
+        """Return all groups in participant order; a group that is no longer asked has no server."""
         return self._plan.assignments
 
     @property
     def active_assignments(self) -> list[GroupAssignment]:
-        """The groups that there are."""
+        """Return the groups that have a server."""
         return [assignment for assignment in self._plan.assignments if assignment.server is not None]
 
     @property
     def living(self) -> list[Endpoint]:
-        """The participant servers that play."""
+        """Return the participant servers that are up."""
         return self._membership.living(self._servers)
 
     @property
     def lost(self) -> list[Endpoint]:
-        """The servers that were given up on at some time, in that order."""
+        """Return the servers that were ever marked down, in order of their first loss."""
         return self._membership.lost
 
     @property
     def used(self) -> dict[str, Usage]:
-        """What each group has cost, those that are gone included."""
+        """Return the usage of each group, including deleted groups."""
         return self._membership.used
 
     def statuses(self) -> dict[Endpoint, tuple[ServerStatus, bool]]:
-        """How all servers stand, for those who look on, and which are of participants, not of moderators."""
+        """Return the status of each server, and whether it is a participant server rather than a moderator server."""
         pools = ((self._servers, True), (self._moderator_servers, False))
         return {each: (self._membership.status_of(each), answers) for pool, answers in pools for each in pool}
 
@@ -122,19 +123,19 @@ class Cluster:
         self._membership.close(keep)
 
     def all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
-        """Call all moderators who have someone to ask; returns results by server. Raises ServerLost."""
+        """Call all moderators that have groups and return the results by server. Raises ServerLost."""
         return call_all_or_raise(
             {moderator_server: partial(call, self._moderators[moderator_server]) for moderator_server in self._asks}
         )
 
     def moderator_of(self, assignment: GroupAssignment) -> RemoteObject:
-        """Who asks a group."""
+        """Return the moderator of a group."""
         return self._moderators[assignment.moderator_server]
 
     # --- Servers that come and go ------------------------------------------------------------------------------------
 
     def retry_on_server_loss(self, work: Callable[[], V]) -> V:
-        """Do the work; where a server is lost over it, do again with the others what is not done yet."""
+        """Do the work; when it loses a server, retry on the remaining servers."""
         return self._membership.retry_on_server_loss(work)
 
     def _evict(self, endpoint: Endpoint) -> None:
@@ -143,13 +144,13 @@ class Cluster:
         self._asks.pop(endpoint, None)
 
     def begin_round(self, number: int) -> None:
-        """Let servers play again that were lost and answer again, and drop what they, or others, hold in vain."""
+        """Readmit recovered servers, restore preferred placements and delete orphaned objects."""
         self._membership.begin_round(number)
         self._plan.restore_preferred(set(self.living), set(self._membership.living(self._moderator_servers)))
         self._delete_orphans()
 
     def _delete_orphans(self) -> None:
-        """Have servers drop what was made anew elsewhere while they were lost, or has come home."""
+        """Delete objects that no assignment refers to, as they were recreated on, or moved back to, another server."""
         wanted = {assignment.oid for assignment in self._plan.assignments} | {
             each._oid for each in self._moderators.values()
         }
@@ -161,9 +162,9 @@ class Cluster:
         call_all({oid: partial(remove, stray) for oid, stray in strays.items()})
 
     def reconcile(self, rounds: int) -> None:
-        """Bring the cluster to where everyone sits on a living server and is asked by a living moderator.
+        """Place every group on a server that is up, with a moderator that is up; create only what is missing.
 
-        Makes only what is missing. Whoever is made remembers so many rounds. Raises ServerLost, GameEnded, Interrupted.
+        New participants get their answers of the first `rounds` rounds. Raises ServerLost, RunAborted, Interrupted.
         """
         self._membership.note_losses()
         servers = self._membership.players(self._servers, "participant")
@@ -181,7 +182,7 @@ class Cluster:
         self._seat_moderators()
 
     def _make_groups(self, assignments: list[GroupAssignment], rounds: int) -> None:
-        """Create groups, wait until their participants are built, and tell these what they have answered so far."""
+        """Create groups, wait until their participants are built, and restore their memory of `rounds` rounds."""
         packed = serialize_agent_class(self._class)
 
         def make(assignment: GroupAssignment) -> RemoteObject:
@@ -227,7 +228,7 @@ class Cluster:
             group.remember(first, record.values(first, count, rounds))
 
     def _seat_moderators(self) -> None:
-        """Create the moderators that are missing, and tell each whom to ask."""
+        """Create missing moderators, and assign each its groups."""
         asks: dict[Endpoint, list[GroupAssignment]] = {}
         for assignment in self.active_assignments:
             asks.setdefault(assignment.moderator_server, []).append(assignment)
@@ -273,7 +274,7 @@ class Cluster:
     # --- What they are at --------------------------------------------------------------------------------------------
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
-        """Wait until what these groups do in this round is done; an interruption ends a round early, creation at once.
+        """Wait until these groups finish the round (0: creation). An interruption ends a round early, creation at once.
 
         Raises ServerLost, Interrupted.
         """
@@ -285,7 +286,7 @@ class Cluster:
         self._membership.wait(stage, number, self._awaited(number, assignments), total, halt)
 
     def _awaited(self, number: int, assignments: list[GroupAssignment]) -> Awaited:
-        """The objects that must be there, by server, and whether it is they who count the participants."""
+        """Return the objects that must exist, by server, and whether each one's progress counts participants."""
         one_by_one = number > 0 and self.config.dispatch == "agent"
         awaited: Awaited = {}
         for assignment in assignments:

@@ -1,9 +1,9 @@
-"""Heartbeats: which agent servers of a run live, and what its objects there are at. What follows, others decide.
+"""Failure detector: which agent servers of a run are alive, and how far their objects are. Callers decide how to react.
 
-Every server is asked again and again, all at the same time, whatever else main is busy with. A server that works holds
-its answer back until its part of the round is done, so the end of a round is heard at once; a beat also renews the
-lease of the run. A server counts as lost when nothing listens at its port, when it is another process than before, or
-when it was not heard of for the time-out. It is asked on, and may be taken back.
+A background thread polls all servers concurrently. A busy server delays its reply until its part of the round is done,
+so main learns of the end of a round at once. Each heartbeat also renews the lease of the run. A server is marked down
+when nothing listens on its port, when its process was replaced, or when it sends no reply for the timeout. Polling goes
+on, and the server can be marked up again.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from simulation.rpc.channels import NOBODY_LISTENS, allow_calls, cancel_calls, h
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import HeartbeatReply
 
-WAIT_S = 1.0  # how long a server that works holds its answer back
-AGAIN_S = 0.1  # between two tries to reach a server
-SERVERS_A_SECOND = 1000  # beats that main can take
+WAIT_S = 1.0  # longest delay of a busy server's reply
+AGAIN_S = 0.1  # retry interval for an unreachable server
+SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
 BEATS_IN_LEASE = 4
-ASLEEP_S = 1.0  # a deadline that is told so late is no sign of anything but that this process was stopped
+ASLEEP_S = 1.0  # a deadline error that is this late means that this process was suspended
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """How a server stands with a run.
+    """The status of a server in a run.
 
     Attributes:
-        plays: Whether it has not been lost, or was taken back.
-        answers: Whether it answers, lost or not.
-        losses: How often it was lost so far.
-        why: The last time.
-        silent_s: For how long it was not heard of.
-        beat: What it said last.
+        plays: Whether the server is up (never marked down, or marked up again).
+        answers: Whether it answers, whether or not it is marked down.
+        losses: Number of losses so far.
+        why: Cause of the latest loss.
+        seconds_since_reply: Time since its latest reply (seconds).
+        beat: Its latest heartbeat reply.
     """
 
     plays: bool
@@ -50,27 +50,27 @@ class ServerStatus:
 
 @dataclass
 class _ServerState:
-    """What is known of one server."""
+    """Internal state of one server."""
 
     incarnation: str
-    heard: float  # when it last answered
+    heard: float  # time of the latest reply
     beat: HeartbeatReply
-    requested_at: float = 0.0  # when that beat was asked for
+    requested_at: float = 0.0  # when that reply was requested
     lost: bool = False
-    losses: int = 0  # how often it was lost
-    why: str = ""  # the last time
-    back: bool = False  # whether it has answered since
-    asked: float = 0.0  # when the newest beat was asked for, which alone is followed by another one
+    losses: int = 0  # number of losses
+    why: str = ""  # cause of the latest loss
+    back: bool = False  # whether it has answered since the loss
+    asked: float = 0.0  # time of the newest request; only its reply schedules the next one
 
 
 class FailureDetector:
-    """The heartbeats of the servers of one run, from `with` to its end.
+    """The failure detector of one run, a context manager that polls the servers while it is open.
 
     Args:
         run: The run's remote id.
-        incarnations: The servers, and which process each of them is.
-        timeout_s: Silence after which a server is lost.
-        lease_s: The lease to renew.
+        incarnations: The servers, each with the id of its process.
+        timeout_s: Seconds without a reply after which a server is marked down.
+        lease_s: The lease to renew (seconds).
     """
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
@@ -80,9 +80,9 @@ class FailureDetector:
         self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), at_most)
         now = time.monotonic()
         self._states = {each: _ServerState(name, now, HeartbeatReply(name)) for each, name in incarnations.items()}
-        self._due = [(now, endpoint) for endpoint in self._states]  # a heap: when to ask whom
-        self._changed = threading.Condition()  # guards all of this
-        self._number = 0  # the round that is waited for
+        self._due = [(now, endpoint) for endpoint in self._states]  # a heap of request times
+        self._changed = threading.Condition()  # guards all mutable state
+        self._number = 0  # the current round
         self._news = False
         self._ended = False
         self._thread = threading.Thread(target=self._ask_around, name="heartbeats", daemon=True)
@@ -102,39 +102,39 @@ class FailureDetector:
     # --- What is known -----------------------------------------------------------------------------------------------
 
     def alive(self, endpoint: Endpoint) -> bool:
-        """Whether it has not been lost, or was taken back."""
+        """Return whether the server is up (never marked down, or marked up again)."""
         return not self._states[endpoint].lost
 
     def has_recovered(self, endpoint: Endpoint) -> bool:
-        """Whether it was lost, and answers again."""
+        """Return whether a server that is marked down answers again."""
         return self._states[endpoint].back
 
     def seconds_since_reply(self, endpoint: Endpoint) -> float:
-        """For how long it was not heard of."""
+        """Return the seconds since the latest reply."""
         return time.monotonic() - self._states[endpoint].heard
 
     def answers(self, endpoint: Endpoint) -> bool:
-        """Whether it answers, lost or not."""
+        """Return whether the server answers, whether or not it is marked down."""
         state = self._states[endpoint]
         return state.back or not state.lost
 
     def losses(self, endpoint: Endpoint) -> tuple[int, str]:
-        """How often it was lost so far, and why the last time."""
+        """Return the number of losses and the cause of the latest one."""
         state = self._states[endpoint]
         return state.losses, state.why
 
     def last(self, endpoint: Endpoint) -> HeartbeatReply:
-        """What it said last."""
+        """Return the latest heartbeat reply."""
         return self._states[endpoint].beat
 
     def status_of(self, endpoint: Endpoint) -> ServerStatus:
-        """All of this at once, for those who only look on: nobody waits for them."""
+        """Return the whole status of a server, for display; takes no lock."""
         losses, why = self.losses(endpoint)
         seconds_since_reply, beat = self.seconds_since_reply(endpoint), self.last(endpoint)
         return ServerStatus(self.alive(endpoint), self.answers(endpoint), losses, why, seconds_since_reply, beat)
 
     def latest(self, endpoint: Endpoint) -> tuple[HeartbeatReply, float]:
-        """What it said last, and when that was asked for (time.monotonic). Raises ServerUnreachable if it is lost."""
+        """Return the latest reply and its request time (time.monotonic). Raises ServerUnreachable if marked down."""
         with self._changed:
             state = self._states[endpoint]
             if state.lost:
@@ -142,7 +142,7 @@ class FailureDetector:
             return state.beat, state.requested_at
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a server has said something that has not been looked at, or was lost."""
+        """Wait until there is an unseen reply or a new loss, for at most `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, timeout_s)
             self._news = False
@@ -150,7 +150,7 @@ class FailureDetector:
     # --- What is decided elsewhere -----------------------------------------------------------------------------------
 
     def poll_now(self, number: int) -> None:
-        """Ask everyone at once, as they have something new to do: what belongs to this round is waited for."""
+        """Poll all servers now, as new work has started; servers working on this round delay their replies."""
         with self._changed:
             self._number = number
             now = time.monotonic()
@@ -158,7 +158,7 @@ class FailureDetector:
             self._changed.notify_all()
 
     def mark_down(self, endpoint: Endpoint, why: str) -> None:
-        """Count a server as lost, until it is taken back; calls to it that are under way end."""
+        """Mark a server down until `mark_up`, and cancel pending calls to it."""
         with self._changed:
             state = self._states[endpoint]
             if state.lost:
@@ -169,7 +169,7 @@ class FailureDetector:
         cancel_calls(endpoint)
 
     def mark_up(self, endpoint: Endpoint) -> None:
-        """Count on a server again that answers again."""
+        """Mark a recovered server up and allow calls to it."""
         with self._changed:
             state = self._states[endpoint]
             state.lost = state.back = False
@@ -213,7 +213,7 @@ class FailureDetector:
                 if beat.incarnation != state.incarnation:
                     state.incarnation = beat.incarnation
                     why = "has been started anew, without its agents"
-            elif now > requested_at + timeout_s + ASLEEP_S:  # it was this process that was not heard of
+            elif now > requested_at + timeout_s + ASLEEP_S:  # this process was suspended, not the server
                 state.heard, again_s = now, 0.0
             else:
                 state.back = False
@@ -228,7 +228,7 @@ class FailureDetector:
             self.mark_down(endpoint, why)
 
     def _take_in(self, state: _ServerState, beat: HeartbeatReply, requested_at: float, now: float) -> float:
-        """Note what a server says; returns when to ask again: at once where it works."""
+        """Store a reply; return the delay before the next request (seconds; 0 while the server works on the round)."""
         state.beat, state.requested_at, state.heard = beat, requested_at, now
         state.back = state.lost
         self._news = True

@@ -1,6 +1,6 @@
-"""Which servers of a run are there, and how far what they host is: lost ones are given up on, and may be taken back.
+"""Membership: the servers of a run, which of them are up, and how far their objects have progressed.
 
-It knows nothing of what is on a server but its ids: whoever put something there is told when it is gone.
+It knows only the ids of the objects on a server. A callback reports each server whose objects are gone.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from simulation.rpc.messages import END_RUN, KEEP_RUN, NEW_RUN
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
-Awaited = dict[Endpoint, dict[str, bool]]  # by server, the ids that must be there, and which of them count participants
+Awaited = dict[Endpoint, dict[str, bool]]  # by server: the required ids, and whether each counts participants
 
-POLL_S = 1.0  # between two looks at a person's Ctrl-C
-LOOK_S = 5e-5  # between two looks at the heartbeats, for each server
-LOOK_AGAIN_S = 0.1  # between two looks for a server that comes back
-GATHER_S = 2.0  # where all were lost, the first one that is back waits so long for others
-LOSSES_IN_ROUND = 3  # a server that is lost more often is not used again, as something in the game may be what kills it
+POLL_S = 1.0  # interval between checks for Ctrl-C
+LOOK_S = 5e-5  # per server, pause between two scans of the heartbeats
+LOOK_AGAIN_S = 0.1  # interval between checks for a recovered server
+GATHER_S = 2.0  # with all servers down, the wait for others after the first one recovers
+LOSSES_IN_ROUND = 3  # after these, a server is not readmitted in the round: the game may be what crashes it
 HALT_PATIENCE_S = 3.0  # a participant that blocks its event loop cannot be stopped
 
 
 class ProgressListener(Protocol):
-    """How a caller looks on, and interrupts: a signal number in `stop_signal` asks for an early end."""
+    """The caller's interface for progress and interruption: a signal number in `stop_signal` requests an early end."""
 
     stop_signal: int | None
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Called with every heartbeat, and at the end of each stage: "participants created" or "answers in"."""
+        """Receive progress at every heartbeat and at the end of a stage ("participants created" or "answers in")."""
 
     def tell(self, line: str) -> None:
-        """Called when a server is lost, or answers again."""
+        """Receive a message that a server was lost or has recovered."""
 
 
 class Membership:
-    """The servers of one run, from `greet` to `part`.
+    """The servers of one run, from `open` to `close`.
 
     Args:
         config: The settings.
-        run: What all remote ids of this run begin with.
-        servers: All of them.
-        watch: Who looks on.
-        evict: Called with a server that was lost: what was on it is gone.
+        run: The prefix of all remote ids of this run.
+        servers: All servers of the run.
+        watch: Receives progress and warnings.
+        unassign_server: Called with each lost server, whose objects are gone.
     """
 
     def __init__(
@@ -61,18 +61,18 @@ class Membership:
         watch: ProgressListener,
         unassign_server: Callable[[Endpoint], None],
     ) -> None:
-        self.lost: list[Endpoint] = []  # given up on at some time, in that order
-        self.noted: Counter[Endpoint] = Counter()  # losses that were seen to
-        self.used: dict[str, Usage] = {}  # by group, those that are gone included
+        self.lost: list[Endpoint] = []  # every server that was ever lost, by first loss
+        self.noted: Counter[Endpoint] = Counter()  # losses already handled by note_losses
+        self.used: dict[str, Usage] = {}  # by group, including deleted groups
         self._config = config
         self._run = run
         self._servers = servers
         self._watch = watch
         self._evict = unassign_server
-        self._losses: Counter[Endpoint] = Counter()  # those of this round
+        self._losses: Counter[Endpoint] = Counter()  # losses in this round
 
     def open(self) -> None:
-        """Tell all servers that the run begins, and listen to their heartbeats from now on."""
+        """Announce the run to all servers and start the failure detector."""
         shake = partial(handshake, timeout_s=self._config.connect_timeout, told={NEW_RUN: self._run})
         shakes = call_all_or_raise({each: partial(shake, each) for each in self._servers})
         incarnations = {endpoint: shake.incarnation for endpoint, shake in shakes.items()}
@@ -80,29 +80,29 @@ class Membership:
         self._detector.__enter__()
 
     def close(self, keep: bool) -> None:
-        """Tell all servers that the run is over, and whether its agents stay."""
+        """Stop the failure detector and announce the end of the run; `keep` keeps the agents."""
         self._detector.__exit__()
         farewell = {KEEP_RUN if keep else END_RUN: self._run}
         close = partial(handshake, timeout_s=self._config.connect_timeout, told=farewell)
-        # a server that does not hear it drops the agents when their lease is over
+        # a server that misses this call drops the agents when their lease expires
         call_all({each: partial(close, each) for each in self._servers if self._detector.answers(each)})
 
     # --- Servers that come and go ------------------------------------------------------------------------------------
 
     def living(self, pool: list[Endpoint]) -> list[Endpoint]:
-        """Those of the pool that play."""
+        """Return the servers of the pool that are up."""
         return [each for each in pool if self._detector.alive(each)]
 
     def status_of(self, endpoint: Endpoint) -> ServerStatus:
-        """How a server stands, for those who look on."""
+        """Return the status of a server, for display."""
         return self._detector.status_of(endpoint)
 
     def hosted(self) -> dict[str, Endpoint]:
-        """The ids of all that those who play say they hold of this run, and where."""
+        """Return the ids of this run's objects reported by servers that are up, each with its server."""
         return {oid: each for each in self.living(self._servers) for oid in self._detector.last(each).objects}
 
     def retry_on_server_loss(self, work: Callable[[], V]) -> V:
-        """Do the work; where a server is lost over it, do again with the others what is not done yet."""
+        """Do the work; when it loses a server, mark that server down and retry on the others."""
         while True:
             try:
                 return work()
@@ -114,7 +114,7 @@ class Membership:
                 self.note_losses()
 
     def note_losses(self) -> None:
-        """See to the consequences of all losses since the last time: what was on those servers is gone."""
+        """Handle all losses since the previous call: warn, and unassign the lost servers."""
         for endpoint in self._servers:
             losses, why = self._detector.losses(endpoint)
             if losses == self.noted[endpoint]:
@@ -127,7 +127,7 @@ class Membership:
             self._evict(endpoint)
 
     def begin_round(self, number: int) -> None:
-        """Let servers play again that were lost and answer again."""
+        """Reset the losses of the round and readmit recovered servers."""
         self._losses.clear()
         for endpoint in self._servers:
             if self._detector.has_recovered(endpoint):
@@ -139,7 +139,7 @@ class Membership:
         self._detector.mark_up(endpoint)
 
     def players(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
-        """Those of the pool who live; if none does, those that come back. Raises GameEnded if none comes in time."""
+        """Return the pool's servers that are up; if none is, await a recovery. Raises RunAborted, Interrupted."""
         gathered_from: float | None = None
         while True:
             alive = self.living(pool)
@@ -169,16 +169,17 @@ class Membership:
     # --- What they are at --------------------------------------------------------------------------------------------
 
     def wait(self, stage: str, number: int, awaited: Awaited, total: int, halt: Callable[[bool], None]) -> None:
-        """Wait until so many participants are done with this round; an interruption ends it early, creation at once.
+        """Wait until `total` participants finish the round; an interruption ends a round early, creation immediately.
 
-        Heartbeats tell how far they are: however long it takes, slow is not dead. Raises ServerLost, Interrupted.
+        Heartbeats report progress. There is no time limit: a slow server is not a failed one. Raises ServerLost,
+        Interrupted, and the SimulationError that an object reports.
 
         Args:
-            stage: What is told to who looks on.
+            stage: The stage reported to the listener.
             number: The round; 0 while participants are built.
-            awaited: Where they are.
-            total: How many there are.
-            halt: Called to stop the round, with whether to wait for nobody.
+            awaited: The required objects.
+            total: Number of participants.
+            halt: Called to stop the round; True stops it without waiting for pending answers.
         """
         give_up_at: float | None = None
         since = time.monotonic()
@@ -198,19 +199,19 @@ class Membership:
                 elif time.monotonic() > give_up_at:
                     halt(True)
             self._detector.wait(POLL_S)
-            time.sleep(len(awaited) * LOOK_S)  # many servers are looked at less often
+            time.sleep(len(awaited) * LOOK_S)  # the more servers, the fewer scans
 
     def _done(self, awaited: Awaited, number: int, since: float) -> int:
-        """How many participants have answered, or are built in round 0, as was heard since; notes what they cost."""
+        """Return how many participants have finished, from replies requested after `since`; store the groups' usage."""
         done = 0
         gone: AgentNotFound | None = None
         for endpoint, objects in awaited.items():
             beat, sent = self._detector.latest(endpoint)
-            if sent < since:  # it may tell of groups that have been replaced
+            if sent < since:  # may report groups that have been replaced
                 continue
             for oid, counts in objects.items():
                 progress = beat.objects.get(oid)
-                if progress is None:  # as after a pause of this process that was longer than the lease: then all are
+                if progress is None:  # e.g. all have expired, as this process was suspended beyond the lease
                     gone = AgentNotFound(f"{endpoint}: the agent is gone")
                     self._detector.mark_down(endpoint, "the agent is gone")
                     continue

@@ -1,7 +1,7 @@
-"""Who sits where as servers come and go: which groups there are to be, decided without calling anybody.
+"""Placement: which server hosts each group as servers fail and recover. Pure: makes no calls.
 
-Every participant has a home, where it sits as long as its server and its moderator live. When they do not, its group
-goes to others in pieces of about the same size, and comes home when a round begins and its server answers again.
+Every participant has a preferred server and moderator. While one of these is down, others take over; a lost server's
+participants are spread evenly. They move back at the start of a round, once their server answers again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from simulation.rpc.endpoints import Endpoint, GroupAssignment, group_id
 
 
 class PlacementPlan:
-    """All groups of a run.
+    """All groups of a run and their servers.
 
     Args:
         run: The run's remote id.
-        participants: How many there are.
+        participants: Number of participants.
         servers: The participant servers.
-        chairs: The moderator servers.
+        moderator_servers: The moderator servers.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class PlacementPlan:
 
     @property
     def assignments(self) -> list[GroupAssignment]:
-        """The groups as they are to be, in the order of their participants: everyone is in exactly one."""
+        """Return the desired groups in participant order; every participant is in exactly one."""
         return [assignment for pieces in self._pieces for assignment in pieces]
 
     def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
-        """Let those sit at home, and be asked by their own moderator, whose servers are among these again."""
+        """Move groups back to their preferred server and moderator where these are among the given servers."""
         for number, (home, pieces) in enumerate(zip(self._homes, self._pieces, strict=True)):
             if home.server in servers and any(assignment.server != home.server for assignment in pieces):
                 self._pieces[number] = [
@@ -58,7 +58,7 @@ class PlacementPlan:
                 ]
 
     def unassign_server(self, server: Endpoint) -> None:
-        """Let nobody sit on a server that has lost what it held."""
+        """Remove a server, whose objects are gone, from all assignments."""
         self._pieces = [
             [replace(assignment, server=None) if assignment.server == server else assignment for assignment in pieces]
             for pieces in self._pieces
@@ -67,12 +67,12 @@ class PlacementPlan:
     def reassign(
         self, servers: Collection[Endpoint], moderator_servers: Sequence[Endpoint], onto: Sequence[Endpoint]
     ) -> None:
-        """Let only these servers and moderators play: whoever sits elsewhere, or is asked by others, comes to them.
+        """Move all groups to the given servers and moderators.
 
         Args:
-            servers: Where participants may stay.
-            chairs: Whose moderators may go on asking, and take over from the others; at least one.
-            onto: Where those go, in even shares, who cannot stay; if there is none, they sit nowhere.
+            servers: Servers whose groups stay.
+            moderator_servers: Servers whose moderators keep their groups and take over the others; at least one.
+            onto: Servers that receive the displaced participants in even shares; if empty, these get no server.
         """
         servers, chairs_alive = set(servers), set(moderator_servers)
         away = [assignment for assignment in self.assignments if assignment.server not in servers]
@@ -86,7 +86,7 @@ class PlacementPlan:
                     new.append(assignment)
                     continue
                 at, end = assignment.first, assignment.first + assignment.count
-                while at < end:  # cut where one server has its share
+                while at < end:  # split where a server's share ends
                     share = bisect_right(stops, passed)
                     count = min(end - at, stops[share] - passed)
                     server = onto[share] if onto else None
@@ -107,7 +107,7 @@ class PlacementPlan:
 
 @dataclass(frozen=True)
 class GroupPlace:
-    """Participants first .. first+count-1 sit on one server, and one moderator asks them."""
+    """The indices of the server and the moderator of participants first .. first+count-1."""
 
     moderator: int
     server: int
@@ -116,17 +116,17 @@ class GroupPlace:
 
 
 def even_split(total: int, parts: int) -> list[range]:
-    """Split 0..total-1 into `parts` consecutive ranges whose sizes differ by at most one, the longer ones first."""
+    """Split 0 .. total-1 into `parts` consecutive ranges whose sizes differ by at most one, longer ones first."""
     size, longer = divmod(total, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return [range(starts[part], starts[part + 1]) for part in range(parts)]
 
 
 def place(participants: int, servers: int, moderators: int) -> list[GroupPlace]:
-    """Split the participants evenly over all servers, and evenly over all moderators.
+    """Split the participants evenly over all servers and evenly over all moderators.
 
-    A group is where a server's range and a moderator's range meet, so there are fewer than servers + moderators
-    groups, in the order of their participants, and every participant is in exactly one.
+    A group is the intersection of a server's range and a moderator's range, so there are fewer than servers +
+    moderators groups. They are in participant order, and every participant is in exactly one.
     """
     groups: list[GroupPlace] = []
     server_ranges = even_split(participants, servers)

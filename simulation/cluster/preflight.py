@@ -1,4 +1,4 @@
-"""Whether the agent servers of a run are ready: all hosts asked at once; what keeps each from playing, in a line."""
+"""Preflight checks of the agent servers of a run: all hosts concurrently, with one line for each that is not ready."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from simulation.rpc.endpoints import Endpoint, address_of, endpoints
 from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
 from simulation.settings import SimulationConfig
 
-CHECKS_AT_ONCE = 1024  # threads, each for one server that may not answer until the deadline
+CHECKS_AT_ONCE = 1024  # threads; each may wait for one server until the deadline
 
 
 def shake_hands(
     config: SimulationConfig, key: ClusterKey
 ) -> tuple[dict[Endpoint, Handshake], dict[Endpoint, SimulationError]]:
-    """Ask every agent server that the run uses who it is, all at once, with the connect time-out as one deadline.
+    """Do a handshake with every agent server of the run concurrently; the connect timeout is the common deadline.
 
-    Returns who answers, and errors, by address; a SettingsError where a host's name stands for no address.
+    Returns:
+        The handshakes and the errors, by server; a SettingsError if the host name cannot be resolved.
     """
     install_tls(key)
     deadline = time.monotonic() + config.connect_timeout
@@ -49,7 +50,7 @@ def shake_hands(
 
 
 def _look_up(host: str) -> Future[str]:
-    """Look up a host's address in a thread that nobody has to wait for: a name server may take its time."""
+    """Resolve a host name in a daemon thread, as a name server may be slow."""
     found: Future[str] = Future()
 
     def look_up() -> None:
@@ -63,9 +64,10 @@ def _look_up(host: str) -> Future[str]:
 
 
 def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
-    """Shake hands with every agent server that the run uses.
+    """Do a handshake with every agent server of the run, check its models, and return the handshakes.
 
-    Raises ClusterError with a line for each host that is not ready: how many of its servers are, and the first trouble.
+    Raises ClusterError with a line for each host that is not ready (the number of ready servers, the first problem) or
+    if a model is unknown or does not answer, and SettingsError if a model is outside the cluster.
     """
     shakes, errors = shake_hands(config, key)
     troubles = {host: _trouble_at(host, config, shakes, errors) for host in config.hosts}
@@ -84,7 +86,7 @@ def _trouble_at(
     shakes: dict[Endpoint, Handshake],
     errors: dict[Endpoint, SimulationError],
 ) -> str | None:
-    """What keeps a host from playing, and what to do about it; None if it is ready."""
+    """Return why a host is not ready and what to do about it; None if it is ready."""
     ready = {endpoint: shake for endpoint, shake in shakes.items() if endpoint.host == host}
     failed = [error for endpoint, error in errors.items() if endpoint.host == host]
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
@@ -112,7 +114,7 @@ def _trouble_at(
 
 
 def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:
-    """Raise ClusterError if a server does not know a model asked for, SettingsError if one is outside."""
+    """Raise ClusterError if a server lacks a requested model, SettingsError if a model is outside the cluster."""
     names = asked_models(config)
     for endpoint, shake in shakes.items():
         missing = [name for name in names if name not in shake.models]
@@ -130,7 +132,7 @@ def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handsha
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
-    """Let one of these servers on every host ask the host's models whether they answer; raises ClusterError."""
+    """Have one of these servers per host check that the host's models answer; raises ClusterError if one does not."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
     told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
@@ -141,7 +143,7 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
 
 
 def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
-    """Ask model servers from this process, where there are no agent servers yet; raises ClusterError."""
+    """Check model servers from this process, before agent servers exist; raises ClusterError if one does not answer."""
     from simulation.llm.http_client import check_all  # noqa: PLC0415 - openai, for those alone that ask a model
 
     each = list({(model.base_url, model.model): model for model in models}.values())

@@ -1,4 +1,4 @@
-"""The game over the cluster: create, ask, collect, announce, round after round. It returns results and prints nothing.
+"""The rounds of a game on the cluster: create, ask, collect, announce. Returns results and prints nothing.
 
 with Simulation(config, run, key, watch) as simulation:
     simulation.create()
@@ -44,25 +44,25 @@ from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
-FETCHED_AT_ONCE = 250_000  # answers in one message
-FETCHES_AT_ONCE = 4  # messages under way
+FETCHED_AT_ONCE = 250_000  # answers per message
+FETCHES_AT_ONCE = 4  # concurrent messages
 NOTHING_USED = Usage()
 
 
 class Simulation:
-    """A run on servers that are ready; as a context it leaves none of its agents behind, kept ones excepted.
+    """A run on servers that are ready; a context manager that deletes its agents on exit, unless they are kept.
 
-    Servers may die meanwhile: whoever sat there is made anew on others and asked again before the round ends.
+    If a server fails, its participants are recreated on other servers and asked again before the round ends.
 
     Args:
-        config: The settings; its seed is set.
-        game: What is played.
-        run: What all remote ids of this run begin with (see `remote_run`).
+        config: The settings, with a seed.
+        game: The game to play.
+        run: The prefix of all remote ids of this run (see `remote_run`).
         key: The cluster key.
-        watch: Who looks on.
-        record: Where answers are kept; without one, participants who are made anew remember nothing.
-        played: What was announced in rounds that were played before.
-        usage: What those have cost.
+        watch: Receives progress and warnings.
+        record: Storage for answers; without it, recreated participants start without memory.
+        played: Announcements of the rounds played before a resume.
+        usage: Usage of those rounds.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Simulation:
         played: tuple[Announcement, ...] = (),
         usage: Usage = NOTHING_USED,
     ) -> None:
-        assert config.seed is not None  # main draws one where none is given
+        assert config.seed is not None  # main draws one if none is given
         install_tls(key)
         self.config = config
         self.record = record
@@ -84,26 +84,26 @@ class Simulation:
         self.participant_class = load_agent_class(config.agent_class, config.agent_type)
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
-        self._seats_before: set[GroupAssignment] = set()  # when the round began
+        self._seats_before: set[GroupAssignment] = set()  # at the start of the round
         self._used_before = usage
-        self._used_then: dict[str, Usage] = {}  # what each group had cost when the round began
+        self._used_then: dict[str, Usage] = {}  # usage of each group at the start of the round
 
     @property
     def moderator_num(self) -> int:
-        """Moderators that have someone to ask."""
+        """Return the number of moderators that have groups."""
         return len({assignment.moderator_server for assignment in self.cluster.assignments})
 
     @property
     def usage(self) -> Usage:
-        """What all rounds so far have cost."""
-        used = [*self.cluster.used.values()]  # who looks on may come in between
+        """Return the usage of all rounds so far."""
+        used = [*self.cluster.used.values()]  # a copy: observers read it from other threads
         now, before = sum(used, start=NOTHING_USED), self._used_before
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
 
     @property
     def reassigned(self) -> int:
-        """How many participants have gone to another server, or moderator, in this round so far."""
+        """Return how many participants moved to another server or moderator in this round so far."""
         return sum(assignment.count for assignment in self.cluster.assignments if assignment not in self._seats_before)
 
     def __enter__(self) -> Simulation:
@@ -114,15 +114,15 @@ class Simulation:
         self.cluster.__exit__(*error)
 
     def create(self) -> float:
-        """Create moderators, groups and participants; returns the seconds it took. Raises GameEnded, Interrupted."""
+        """Create moderators, groups and participants; return the seconds taken. Raises RunAborted, Interrupted."""
         started = time.monotonic()
         self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
         return time.monotonic() - started
 
     def play(self, number: int) -> RoundResult:
-        """Play one round to its end, or to an interruption, whose missing answers count as failed; and record it.
+        """Play and record one round. After an interruption, missing answers count as failed.
 
-        Raises GameEnded if too few servers are left, and whatever the record raises.
+        Raises RunAborted if too few servers are left, and any error of the record.
         """
         started = time.monotonic()
         self.cluster.begin_round(number)
@@ -139,14 +139,14 @@ class Simulation:
             if self.config.dispatch == "agent" and self.game.sampling is not None:
                 self.cluster.wait(
                     "answers in", number, self.cluster.active_assignments
-                )  # moderators end it, groups tell its cost
+                )  # moderators end the round; a second poll gets its usage from the groups
             result = self._result(number, started)
             teams = Teams(self.game) if self.game.teams is not None else None
             answers = self.answers() if teams is None else teams.watch(self.answers())
             if self.record is not None:
                 self.record.write_answers(number, answers, self.game.scale)
             elif teams is not None:
-                deque(answers, maxlen=0)  # nobody else wants them
+                deque(answers, maxlen=0)  # consume them, to count the teams
             return result if teams is None else replace(result, teams=teams.averages())
 
         result = self.cluster.retry_on_server_loss(play)
@@ -154,7 +154,7 @@ class Simulation:
         return result
 
     def answers(self) -> Iterator[Answers]:
-        """The answers of the round just played, in the order of the participants, a bounded number at a time."""
+        """Yield the answers of the round just played, in participant order, a bounded number at a time."""
         under_way: deque[Future[Answers]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             for assignment in self.cluster.assignments:
@@ -173,7 +173,7 @@ class Simulation:
         return answers
 
     def _result(self, number: int, started: float) -> RoundResult:
-        """Collect what was answered, announce the average and the winning number, and hear who won."""
+        """Collect the tally, announce the average and the winning number, and collect the winners."""
         missing = self.config.participant_num - sum(assignment.count for assignment in self.cluster.active_assignments)
         tally = merge(self.cluster.all(whole_tally).values())
         if missing:
@@ -188,12 +188,12 @@ class Simulation:
         winners = sum(
             self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
         )
-        seconds = round(time.monotonic() - started, 4)  # as it is written, so that a report says the same
+        seconds = round(time.monotonic() - started, 4)  # rounded as in summary.json, so that reports match
         times = self._times(seconds)
         return replace(result, winners=winners, seconds=seconds, reassigned=self.reassigned, times=times)
 
     def _times(self, seconds: float) -> Times | None:
-        """Where the time of this round went; None where the groups did not answer by themselves."""
+        """Return the time breakdown of this round; None with per-agent dispatch or without usage data."""
         used = [
             (self.cluster.used.get(assignment.oid), self._used_then.get(assignment.oid))
             for assignment in self.cluster.active_assignments
@@ -210,11 +210,10 @@ class Simulation:
         return Times(answering_s - client_s, client_s, slowest_s - answering_s, max(seconds - slowest_s, 0.0))
 
     def _tokens_each(self, allowed: dict[str, float]) -> float | None:
-        """What each participant of the groups that begin now may cost in this round; None is no limit.
+        """Return the token budget per participant of the groups that start now; None means no limit.
 
         Args:
-            allowed: What the groups that have begun this round may cost, those that were lost included; those that
-                begin now are added.
+            allowed: Token budgets of the groups that started this round, including lost ones; the new groups are added.
         """
         if self.config.max_tokens is None:
             return None
@@ -229,12 +228,12 @@ class Simulation:
         return each
 
     def _used_now(self, oid: str) -> int:
-        """What a group has cost in this round."""
+        """Return the tokens a group has used in this round."""
         return self.cluster.used.get(oid, NOTHING_USED).tokens - self._used_then.get(oid, NOTHING_USED).tokens
 
 
 class Teams:
-    """What the teams of a game answer on average, counted as their answers pass by."""
+    """Running averages of the teams of a game, counted as the answers stream through."""
 
     def __init__(self, game: Game) -> None:
         assert game.cast is not None
@@ -243,7 +242,7 @@ class Teams:
         self._tallies = [Tally(0)] * len(self._parts.names)
 
     def watch(self, answers: Iterable[Answers]) -> Iterator[Answers]:
-        """The same answers, which are counted on the way."""
+        """Yield the same answers, and count them."""
         waiting: list[tuple[Units, Units]] = []
         for part in answers:
             waiting.append((self._cast.places(self._parts, part.first, len(part.units)), part.units))
@@ -253,7 +252,7 @@ class Teams:
         self._count(waiting)
 
     def _count(self, waiting: list[tuple[Units, Units]]) -> None:
-        """Count what has come in, many small parts at once."""
+        """Count the waiting parts in one batch."""
         if not waiting:
             return
         places, units = (np.concatenate(each) for each in zip(*waiting, strict=True))
@@ -263,22 +262,22 @@ class Teams:
         waiting.clear()
 
     def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
-        """Each team with its average in units; None where nobody of it answered."""
+        """Return each team with its average in units; None for a team without answers."""
         return tuple((name, tally.average()) for name, tally in zip(self._parts.names, self._tallies, strict=True))
 
 
 def ask(server: Endpoint, oid: str, key: ClusterKey, question: Question) -> str:
-    """Ask one participant of a run that kept its agents something beside the game, and return its reply.
+    """Ask one participant of a run with kept agents a question outside the game, and return its reply.
 
     Args:
-        server: Where the participant is.
+        server: The participant's server.
         oid: Its remote id, `<group id>/<index>`.
         key: The cluster key.
-        question: The question, of round 0, with what was announced in the game.
+        question: The question (round 0), with the announcements of the game.
 
     Raises:
-        ClusterError: The participant's server does not answer, or holds it no longer.
-        GameEnded: The participant failed to reply.
+        ClusterError: The server does not answer or no longer holds the participant.
+        RunAborted: The participant failed to reply.
     """
     install_tls(key)
     message = Msg("user", question.text, "user", metadata=asdict(question))

@@ -1,6 +1,6 @@
-"""Answers as rows of Parquet files, a bounded number in memory at a time; it knows nothing of folders.
+"""Parquet files of answers, read and written with a bounded number of rows in memory; knows nothing of folders.
 
-A file holds a row for each participant and round, by round, and in a round by participant.
+A file has one row per participant and round, ordered by round, then by participant.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from simulation.game.tally import Tally, top_causes, value_counts
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
-# Ten million answers take 9 MB so instead of the 60 MB of the library's own choice, in a third of the time: what goes
-# up by one is kept as its differences, and what repeats is kept once.
+# Ten million answers take 9 MB, against 60 MB with the library's defaults, in a third of the time: participants are
+# delta-encoded, and repeated values dictionary-encoded.
 ENCODING: dict[str, Any] = {
     "use_dictionary": ["round", "value", "failure"],
     "column_encoding": {"participant": "DELTA_BINARY_PACKED"},
 }
-ROWS_AT_ONCE = 250_000  # in memory, and about so many in each row group of a file
+ROWS_AT_ONCE = 250_000  # in memory, and approximately per row group of a file
 
 
 def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
-    """The rows of one round's answers; their units are 1 / scale."""
+    """Return the rows of one round's answers, given in units of 1 / scale."""
     count = len(part.units)
     failed = part.units < 0
     causes = pa.array(part.causes, pa.string())
@@ -45,14 +45,14 @@ def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-    """Write a file of these rows, as they come."""
+    """Write the rows to a file as they arrive."""
     with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
         for gathered in _gathered(tables):
             writer.write_table(gathered)
 
 
 def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of ROWS_AT_ONCE or more: a thousand groups of ten make one row group of a file."""
+    """Yield the same rows in tables of ROWS_AT_ONCE or more, so that many small groups share a row group."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -64,7 +64,7 @@ def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
-    """All rows of a file."""
+    """Yield all rows of a file. Raises ArrowInvalid if the columns differ or a round or participant is missing."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
@@ -75,14 +75,14 @@ def rows_in(path: Path) -> Iterator[pa.Table]:
 
 
 def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
-    """All rows of a file with their rounds, in tables of one round each."""
+    """Yield all rows of a file in tables of one round each, with the round."""
     for table in rows_in(path):
         for number in np.unique(table["round"].to_numpy()):
             yield int(number), table.filter(pc.equal(table["round"], number))
 
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
-    """What participants first .. first+count-1 answered, from a file of one round; not a number where nothing."""
+    """Return the answers of participants first .. first+count-1 from a file of one round; NaN where there is none."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         stops = np.cumsum(sizes)
@@ -94,7 +94,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
-    """What was answered in these rows; how their round ended, they do not say."""
+    """Return the tally of these rows; they do not record how their round ended."""
     values = table["value"].drop_null().to_numpy()
     units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()

@@ -1,4 +1,4 @@
-"""Pictures of a run, for a person who would rather look than read: as PNG files, and for its report's page."""
+"""Charts of a run, as PNG files and as SVG for its report page."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from simulation.results.reader import SavedRun
 
 BINS = 101
 PART_BINS = 51
-MARKED_ROUNDS = 25  # more are a line alone
+MARKED_ROUNDS = 25  # more rounds are drawn without markers
 SMALL_MULTIPLES = 6  # histograms in rounds.png
-PARTS_DRAWN, PART_LINES = 24, 8  # of a set of personas, the largest ones
-NAME_SHOWN = 18  # letters
-BEYOND = 1.25  # a winning number that is further out than so many times the range is told, not drawn
+PARTS_DRAWN, PART_LINES = 24, 8  # the largest personas of a set
+NAME_SHOWN = 18  # characters
+BEYOND = 1.25  # a winning number above this multiple of the range is labelled, not drawn
 
 
 def selection(count: int, most: int) -> list[int]:
-    """At most so many of the places 0 .. count-1, evenly spread, the first and the last among them."""
+    """Return at most `most` of the indices 0 .. count-1, evenly spread, including the first and the last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
 def draw_pictures(run: SavedRun) -> None:
-    """Draw histogram.png, and rounds.png of a game of several rounds. Raises ResultsError."""
+    """Draw histogram.png and, for a game of several rounds, rounds.png. Raises ResultsError."""
     if run.results:
         write_png(run.path / "histogram.png", _last_round(run))
     if len(run.results) > 1:
@@ -60,7 +60,7 @@ def draw_pictures(run: SavedRun) -> None:
 
 
 def draw_answers(axes: Axes, game: Game, result: RoundResult, lines: float = 2.0) -> None:
-    """How often each number was answered, the average and the winning number."""
+    """Draw the histogram of the answers, the average and the winning number."""
     _fill(axes, game, result.tally, BINS, game.max_value * game.scale)
     few_marks(axes)
     if result.average is None or result.winning_number is None:
@@ -77,9 +77,9 @@ def draw_answers(axes: Axes, game: Game, result: RoundResult, lines: float = 2.0
 
 
 def _fill(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """The answers from 0 to `top` units."""
+    """Draw the histogram of the answers from 0 to `top` units."""
     edges, counts = histogram(tally.units, tally.counts, top, bins)
-    borders = (edges - 0.5) / game.scale  # a unit reaches half a unit to either side of its number
+    borders = (edges - 0.5) / game.scale  # each unit spans half a unit to either side of its number
     axes.stairs(counts, borders, fill=True, color=BARS, label="answers")
     if not tally.answered:
         axes.set_ylim(0, 1)
@@ -87,7 +87,7 @@ def _fill(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
 
 
 def draw_averages(axes: Axes, game: Game, results: Sequence[RoundResult], markers: float = 5.0) -> None:
-    """The average and the winning number by round, and the equilibrium."""
+    """Draw the average and the winning number by round, and the equilibrium."""
     rounds = [each.round for each in results if each.average is not None]
     averages = [number_of(each.average, game) for each in results if each.average is not None]
     winning = [number_of(each.winning_number, game) for each in results if each.winning_number is not None]
@@ -103,9 +103,9 @@ def draw_averages(axes: Axes, game: Game, results: Sequence[RoundResult], marker
 
 
 def scale_rounds(axes: Axes, rounds: Sequence[int], highest: float) -> None:
-    """Let the axes reach over these rounds, and from 0 to a little more than the highest number."""
+    """Scale the axes to these rounds, and from 0 to slightly above the highest number."""
     few_marks(axes, across=8, whole="x")
-    axes.spines.bottom.set_visible(False)  # an equilibrium of 0 is there
+    axes.spines.bottom.set_visible(False)  # an equilibrium of 0 is drawn there
     margin = max(0.25, (max(rounds) - min(rounds)) / 60)
     axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
     if len(rounds) > MARKED_ROUNDS:
@@ -131,7 +131,7 @@ def _last_round(run: SavedRun) -> Figure:
 
 
 def _all_rounds(run: SavedRun) -> Figure:
-    """Small histograms above the way of the average."""
+    """Draw small histograms above the averages by round."""
     shown = [run.results[place] for place in selection(len(run.results), SMALL_MULTIPLES)]
     across, down = grid_of(len(shown))
     figure = tall_figure(2.3 * down + 4.1)
@@ -168,21 +168,21 @@ def _all_rounds(run: SavedRun) -> Figure:
 
 
 def answers_picture(game: Game, result: RoundResult, name: str, label: str) -> Markup:
-    """The histogram of one round."""
+    """Return the histogram of one round."""
     figure, axes = page_axes(2.3)
     draw_answers(axes, game, result)
     return svg(figure, name, label)
 
 
 def averages_picture(run: SavedRun, label: str) -> Markup:
-    """The average by round."""
+    """Return the chart of the averages by round."""
     figure, axes = page_axes(2.9)
     draw_averages(axes, run.game, run.results)
     return svg(figure, "averages", label)
 
 
 def spread_picture(run: SavedRun, label: str) -> Markup:
-    """How far apart the answers are, by round."""
+    """Return the chart of the standard deviation of the answers by round."""
     figure, axes = page_axes(2.9)
     spreads = [(each.round, each.tally.std()) for each in run.results]
     line = [(number, std / run.game.scale) for number, std in spreads if std is not None]
@@ -192,16 +192,16 @@ def spread_picture(run: SavedRun, label: str) -> Markup:
 
 
 def largest(tallies: dict[str, Tally], most: int) -> list[str]:
-    """The parts with the most participants, in the order they are in."""
+    """Return the `most` parts with the most participants, in their original order."""
     by_size = sorted(tallies, key=lambda name: -tallies[name].asked)[:most]
     return [name for name in tallies if name in by_size]
 
 
 def parts_picture(game: Game, tallies: dict[str, Tally], name: str, label: str) -> Markup:
-    """What each part of the participants answered in one round, one below the other, and its average.
+    """Return stacked histograms of one round, one for each part of the participants, with its average.
 
-    They reach as far as the highest answer. Each part's highest bar is as high as all others', so that small parts can
-    be compared with large ones.
+    The x-axis ends at the highest answer. Each part is scaled to its own highest bar, so that small parts compare with
+    large ones.
     """
     names = largest(tallies, PARTS_DRAWN)
     letters = min(max(map(len, names)), NAME_SHOWN)
@@ -231,12 +231,12 @@ def parts_picture(game: Game, tallies: dict[str, Tally], name: str, label: str) 
 
 
 def shortened(name: str) -> str:
-    """A name where there is little room."""
+    """Return a name of at most NAME_SHOWN characters."""
     return name if len(name) <= NAME_SHOWN else name[: NAME_SHOWN - 1] + "…"
 
 
 def part_lines_picture(run: SavedRun, topic: str, label: str) -> Markup:
-    """The averages of the largest parts of the participants by round."""
+    """Return the chart of the averages of the largest parts by round."""
     rounds = run.groups[topic]
     figure, axes = page_axes(2.6)
     numbers = [each.round for each in run.results]
@@ -252,7 +252,7 @@ def part_lines_picture(run: SavedRun, topic: str, label: str) -> Markup:
 
 
 def times_picture(times: Sequence[dict[str, float]], kinds: Sequence[str], label: str) -> Markup:
-    """Where the seconds of each round went, one kind upon the other."""
+    """Return stacked bars of the time breakdown of each round (seconds)."""
     figure, axes = page_axes(2.3)
     rounds = [each["round"] for each in times]
     below = np.zeros(len(times))

@@ -1,4 +1,4 @@
-"""Several runs beside each other: a table for the terminal, a picture, and a page."""
+"""Comparison of several runs: a table for the terminal, a PNG picture and an HTML page."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
 
 PAGE, PICTURE = COMPARISON
-# Beside the settings of the game, those of the cluster that change how fast it is, not where it is or what it writes
+# Compared in addition to the settings of the game: cluster settings that affect speed, not those of paths or output
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-LINES = 24  # runs that are drawn, evenly spread over all; more colours and dashes cannot be told apart
+LINES = 24  # most runs drawn, evenly spread over all; more line styles are indistinguishable
 SMALL_MULTIPLES = 6  # last rounds in comparison.png
-OPEN_RUNS = 12  # last rounds that the page shows at once
+OPEN_RUNS = 12  # last rounds that the page shows unfolded
 NO_VALUE = "-"
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """The folders of the runs that are meant: a sweep stands for all of its runs. Raises SettingsError."""
+    """Return the run folders, with each sweep expanded to its runs, without duplicates. Raises SettingsError."""
     found: list[Path] = []
     for path in named:
         runs = [path]
@@ -47,7 +47,7 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
 
 
 def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
-    """Return a line for each experiment of which runs are missing, or were not played to their end."""
+    """Return a line for each experiment with missing or unfinished runs."""
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
         of_it = [run for run in runs if real(run.path).parent == path]
@@ -60,7 +60,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
-    """The innermost folder in which all runs are. Raises SettingsError if that is the root of all folders."""
+    """Return the innermost folder that contains all runs. Raises SettingsError if that is the root folder."""
     folder = Path(os.path.commonpath([real(path).parent for path in paths]))
     if folder == folder.parent:
         raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
@@ -68,7 +68,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def differing_settings(runs: Sequence[SavedRun]) -> list[str]:
-    """The names of the settings in which these runs differ."""
+    """Return the names of the settings in which these runs differ."""
     names = [item.name for item in fields(SimulationConfig) if item.metadata.get("game") or item.name in COMPARED]
     return [name for name in names if len({getattr(run.config, name) for run in runs}) > 1]
 
@@ -81,15 +81,15 @@ def _setting(run: SavedRun, name: str) -> str:
 
 
 def folder_names(runs: Sequence[SavedRun]) -> list[str]:
-    """What each run is called in the table: its folder, as seen from where all of them are."""
+    """Return the name of each run in the table: its folder, relative to the common folder."""
     paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
 def labels(runs: Sequence[SavedRun]) -> list[str]:
-    """What each run is called beside a line: the settings it differs in, or its folder where that is not enough."""
+    """Return the label of each run's line: the settings it differs in, with its folder where these are not unique."""
     names = differing_settings(runs)
-    names = [name for name in names if name != "seed"] or names  # which is drawn, so every run has another one
+    names = [name for name in names if name != "seed"] or names  # random by default, so different in every run
     words = [", ".join(f"{name.replace('_', ' ')} {_setting(run, name)}" for name in names) for run in runs]
     return [
         word if word and words.count(word) == 1 else f"{word} ({name})".strip()
@@ -98,7 +98,7 @@ def labels(runs: Sequence[SavedRun]) -> list[str]:
 
 
 def comparison_rows(runs: Sequence[SavedRun]) -> tuple[list[str], list[list[str]]]:
-    """The heads of the columns, and a row for each run."""
+    """Return the column headings and a row for each run."""
     names = differing_settings(runs)
     head = ["run", *(name.replace("_", " ") for name in names), "played", "answered", "asked"]
     head += ["first average", "last average", "winning number", "equilibrium", "status", "seconds"]
@@ -122,15 +122,15 @@ def _row(run: SavedRun, names: Sequence[str]) -> list[str]:
 
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
-    """Several runs as a table for a terminal."""
+    """Return the comparison as a table for a terminal."""
     head, rows = comparison_rows(runs)
-    settings = [name.replace("_", " ") for name in differing_settings(runs)]  # which the folders' names tell, too
+    settings = [name.replace("_", " ") for name in differing_settings(runs)]  # the folder names contain them, too
     dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
     return table_lines(head, rows, [*dropped, "status", "last average"])
 
 
 def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
-    """Draw several runs into comparison.png and comparison.html of a folder. Raises ResultsError."""
+    """Write comparison.png and comparison.html to a folder. Raises ResultsError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +140,7 @@ def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
-    """All that the page says, which stands in this folder."""
+    """Return the template variables of the page, with links relative to its folder."""
     head, rows = comparison_rows(runs)
     drawn, called = _drawn(runs)
     pictures = [
@@ -161,7 +161,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
 
 
 def _drawn(runs: Sequence[SavedRun]) -> tuple[list[SavedRun], list[str]]:
-    """The runs that pictures show, and what each is called there."""
+    """Return the runs to draw, and their labels."""
     called = labels(runs)
     played = [place for place, run in enumerate(runs) if run.results]
     places = [played[place] for place in selection(len(played), LINES)]
@@ -169,7 +169,7 @@ def _drawn(runs: Sequence[SavedRun]) -> tuple[list[SavedRun], list[str]]:
 
 
 def _link(folder: Path, run: SavedRun) -> str | None:
-    """Where a run's own report is, as seen from the folder of the page; None if there is none."""
+    """Return the link to a run's report, relative to the folder of the page; None if there is none."""
     report = real(run.path) / REPORT
     return quote(os.path.relpath(report, real(folder))) if is_there(report) else None
 
@@ -190,7 +190,7 @@ def _averages_for_page(runs: Sequence[SavedRun], called: Sequence[str]) -> Marku
 
 
 def _draw_averages(axes: Axes, runs: Sequence[SavedRun], called: Sequence[str]) -> None:
-    """The average of each run by round, as a line, and its equilibrium, in its colour."""
+    """Draw the averages of each run by round as a line, and its equilibria in the same colour."""
     highest, rounds = 0.0, [1]
     for place, (run, label) in enumerate(zip(runs, called, strict=True)):
         colour, dashes = series_style(place)
@@ -208,7 +208,7 @@ def _draw_averages(axes: Axes, runs: Sequence[SavedRun], called: Sequence[str]) 
 
 
 def _picture(runs: Sequence[SavedRun]) -> Figure:
-    """The averages by round above the last round of each run."""
+    """Draw the averages by round above the last rounds of the runs."""
     drawn, called = _drawn(runs)
     shown_places = selection(len(drawn), SMALL_MULTIPLES)
     across, down = grid_of(len(shown_places))

@@ -1,4 +1,4 @@
-"""Results for people: what the moderator says on the console, and a small picture of text."""
+"""Console output of results: the moderator's lines and a text histogram."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BAR_WIDTH = 50
 
 
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
-    """What the moderator says after a round."""
+    """Return the moderator's lines after a round."""
     scale, decimals = game.scale, game.decimals
     if result.average is None or result.winning_number is None:
         return [
@@ -45,7 +45,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
 
 
 def _team_lines(told: Announcement, decimals: int) -> list[str]:
-    """What the moderator says about teams, where there are some."""
+    """Return the moderator's lines about teams; empty for a game without teams."""
     if not told.closest_teams:
         return []
     averages = (
@@ -58,13 +58,13 @@ def _team_lines(told: Announcement, decimals: int) -> list[str]:
 
 
 def failure_line(tally: Tally) -> str:
-    """How many did not answer, and why."""
+    """Return a line with the number of failed participants and the causes."""
     causes = "; ".join(f"{printable(cause)}: {count}" for cause, count in most_frequent(tally.failures).items())
     return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
-    """What one round cost, and where its time went; `before` and `after` are what the game cost until then."""
+    """Return a line with the usage and time of one round; `before` and `after` are the cumulative usage around it."""
     answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
     return (
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
@@ -75,10 +75,10 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Counts of the answers in at most `bars` bins of equal width over 0..top units.
+    """Count the answers in at most `bars` bins of equal width over 0 .. top units.
 
     Returns:
-        The first unit of each bin with one more at the end, shape (bins + 1,), and the count in each, shape (bins,).
+        The bin edges in units, shape (bins + 1,), and the count in each bin, shape (bins,).
     """
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
@@ -88,7 +88,7 @@ def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, 
 
 
 def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
-    """The answers as a small picture of text, as wide as a terminal likes it."""
+    """Return a text histogram of the answers, fitted to the width of the terminal."""
     if not tally.answered:
         return []
     scale = 10**config.decimals
@@ -99,7 +99,7 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
         labels = [f"{label}-{high / scale:.{config.decimals}f}" for label, high in zip(labels, last, strict=True)]
     label_width = max(len(label) for label in labels)
     longest = max(int(counts.max()), 1)
-    beside = label_width + len(str(longest)) + 5  # with the blanks
+    beside = label_width + len(str(longest)) + 5  # including spaces
     room = min(BAR_WIDTH, max(shutil.get_terminal_size().columns - beside, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     rows = zip(labels, counts, strict=True)
@@ -109,19 +109,19 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
 
 
 def number_of(units: Fraction, game: Game) -> float:
-    """A number that is counted in units, as people say it."""
+    """Convert units to a number of the game."""
     return float(units / game.scale)
 
 
 def brief(number: float | None) -> str:
-    """A number where there is little room: the digits that tell something."""
+    """Format a number with few digits (three decimals; three significant digits below 0.1)."""
     if number is None:
         return "–"
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
 def group_lines(run: SavedRun) -> list[str]:
-    """A table for each set of personas, and for the models: who answered what, in the last round."""
+    """Return a table of the last round's answers for each set of personas, and for the models."""
     lines: list[str] = []
     for topic, rounds in run.groups.items() if run.results else ():
         rows = []
@@ -136,7 +136,7 @@ def group_lines(run: SavedRun) -> list[str]:
 
 
 def run_lines(run: SavedRun) -> list[str]:
-    """A run as its moderator told it, what its answers look like, and how it ended."""
+    """Return a run's announcements, last histogram, group tables and final status."""
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)

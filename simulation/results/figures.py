@@ -1,6 +1,6 @@
-"""What all pictures have in common: colours, sizes, and how a figure becomes a PNG file or a part of a page.
+"""Common parts of all charts: colours, sizes, and the output as a PNG file or as SVG in a page.
 
-A page has its colours as CSS variables, so that one picture is right in light and in dark.
+In a page, colours are CSS variables, so that one picture suits light and dark mode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from simulation.results.run_directory import write_whole
 
-# What a PNG is drawn with; in a page each is the CSS variable of its name. No two may be equal.
+# Colours of a PNG; a page replaces each with the CSS variable of that name. No two may be equal.
 INK, MUTED, GRID = "#1d2733", "#566170", "#e4e8ed"
 BARS, AVERAGE, WINNING, EQUILIBRIUM = "#5b8fc8", "#c8460b", "#1c2632", "#0a7f5f"
 SERIES = ("#1f6fb5", "#d0580e", "#0b7d5c", "#b03a86", "#8a6d00", "#5b56c9", "#3c8d99", "#8c4a3c")
@@ -34,8 +34,8 @@ VARIABLES = {
     EQUILIBRIUM: "equilibrium",
     **{colour: f"series-{place + 1}" for place, colour in enumerate(SERIES)},
 }
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)))  # so many times as many lines can be told apart as there are colours
-WIDTH_INCHES = 4.8  # of a picture in a page: legible on a phone, and two or three beside each other elsewhere
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)))  # each dash style multiplies the number of distinct lines
+WIDTH_INCHES = 4.8  # of a picture in a page: legible on a phone; wider screens show two or three side by side
 STYLE: dict[str, Any] = {
     "font.size": 11,
     "text.color": INK,
@@ -54,19 +54,19 @@ STYLE: dict[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "text.parse_math": False,  # a persona may be called $x$
-    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "svg.fonttype": "none",  # text stays text, in the page's font
 }
-mpl.rcdefaults()  # a file of the user's may ask for what is not installed, such as LaTeX
-mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are but words
+mpl.rcdefaults()  # a user's matplotlibrc may require what is not installed, such as LaTeX
+mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are plain strings
 
 
 def series_style(place: int) -> tuple[str, Any]:
-    """Colour and dashes of one of several lines."""
+    """Return the colour and dash style of a line by its index."""
     return SERIES[place % len(SERIES)], DASHES[place // len(SERIES) % len(DASHES)]
 
 
 def short(number: float, _place: int | None = None) -> str:
-    """A number for the marks of an axis, where there is little room: 950, 12k, 1.5M."""
+    """Format a number for an axis tick: 950, 12k, 1.5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             return f"{number / (1e3 if letter == 'k' else size):.4g}{letter}"
@@ -74,7 +74,7 @@ def short(number: float, _place: int | None = None) -> str:
 
 
 def few_marks(axes: Axes, across: int = 5, up: int = 4, whole: str = "y") -> None:
-    """Let an axis have but a few marks, at whole numbers where only those make sense ("x", "y" or "xy")."""
+    """Limit the number of axis ticks; the axes named in `whole` ("x", "y" or "xy") have them at whole numbers only."""
     for axis, most in ((axes.xaxis, across), (axes.yaxis, up)):
         name = "x" if axis is axes.xaxis else "y"
         axis.set_major_locator(MaxNLocator(most, integer=name in whole, steps=[1, 2, 2.5, 5, 10]))
@@ -82,32 +82,32 @@ def few_marks(axes: Axes, across: int = 5, up: int = 4, whole: str = "y") -> Non
 
 
 def grid_of(count: int) -> tuple[int, int]:
-    """How many small pictures are beside each other, and how many below each other."""
+    """Return the columns and rows of a grid of `count` small pictures."""
     across = count if count <= 3 else 2 if count == 4 else 3
     return across, -(-count // across) if count else 0
 
 
 def tall_figure(height_inches: float) -> Figure:
-    """A figure for a file, with several pictures below each other."""
+    """Return a figure for a file with several pictures below each other."""
     room = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09, hspace=0.05)
     return Figure(figsize=(10, height_inches), layout=room)
 
 
 def page_axes(height_inches: float, left: float = 0.115, bottom: float = 0.12) -> tuple[Figure, Axes]:
-    """A figure for a page, with one pair of axes; it has no title, as the page has a caption."""
+    """Return a figure for a page with one pair of axes; it has no title, as the page has a caption."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     axes = figure.add_axes((left, bottom, 0.965 - left, 0.96 - bottom))
     return figure, axes
 
 
 def two_parts(figure: Figure, above: float, below: float) -> tuple[SubFigure, SubFigure]:
-    """The upper and the lower part of a figure, of these heights."""
+    """Return the upper and the lower part of a figure, with these height ratios."""
     parts: Any = figure.subfigures(2, 1, height_ratios=(above, below))
     return parts[0], parts[1]
 
 
 def write_png(path: Path, figure: Figure) -> None:
-    """Write a figure as it is meant to be seen on white. Raises ResultsError."""
+    """Write a figure as a PNG file for a white background. Raises ResultsError."""
     content = io.BytesIO()
     with _missing_letters_allowed():
         figure.savefig(content, dpi=144, format="png", metadata={"Software": None})
@@ -115,12 +115,12 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def svg(figure: Figure, name: str, label: str) -> Markup:
-    """A figure as a part of a page.
+    """Return a figure as inline SVG for a page.
 
     Args:
-        figure: It.
-        name: What no other picture in the page is called; the same figure under the same name is the same text.
-        label: What it shows, for those who cannot see it.
+        figure: The figure.
+        name: A name unique in the page; the same figure with the same name gives the same text.
+        label: A text description for screen readers.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:
@@ -134,9 +134,9 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
 
 
 def _inside(text: str) -> str:
-    """What is inside an SVG of matplotlib's, without what a page has no use for, and with variables for colours."""
+    """Return the content of a matplotlib SVG without parts unused in a page, and with CSS variables for colours."""
     text = text[text.index("</defs>", text.index("<style")) + len("</defs>") :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # every picture would have the same ones
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids are the same in every picture
     text = re.sub(r'(?<= [dxy]=")[^"]*', _fewer_digits, text)
     text = re.sub(r'(?<= style=")[^"]*', _own_font, text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
@@ -149,7 +149,7 @@ def _fewer_digits(numbers: re.Match[str]) -> str:
 
 
 def _own_colours(tag: re.Match[str]) -> str:
-    """Variables for colours, in a tag; a name may look like one."""
+    """Replace colours by CSS variables, inside a tag only: a name in the text may look like a colour."""
     text = tag[0]
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -157,11 +157,11 @@ def _own_colours(tag: re.Match[str]) -> str:
 
 
 def _own_font(style: re.Match[str]) -> str:
-    """The size of a text alone: in a page it has the page's font."""
+    """Keep only the size of a font: a page sets the family."""
     sized = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;]*", r"font-size: \2px", style[0])
     return re.sub(r"font-family: [^;]*; ", "", sized)
 
 
 def _missing_letters_allowed() -> warnings.catch_warnings:
-    """Names may be in scripts that matplotlib's own font has no letters for."""
+    """Suppress warnings about missing glyphs: names may be in scripts that matplotlib's font lacks."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -1,4 +1,4 @@
-"""Runs that were played, read again from their folders alone: to resume or report them, or to talk to a participant."""
+"""Saved runs, read from their folders alone, to resume them, report them or question a participant."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from simulation.settings import SimulationConfig, flag_of
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
-PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # of names that are shown
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # for names that are displayed
 
 
 class _Part(BaseModel):
@@ -59,7 +59,7 @@ class _Round(_Part):
     answered: int
     failed: int
     failures: dict[str, int]
-    ended: Literal["complete", "model_failed", "out_of_tokens", "interrupted"] | None = None  # older runs have none
+    ended: Literal["complete", "model_failed", "out_of_tokens", "interrupted"] | None = None  # absent in older runs
     reassigned: int
     average: float | None
     median: float | None
@@ -175,7 +175,7 @@ class _Agents(_Part):
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What there is of a run that is to be resumed: its finished rounds, and what they took."""
+    """The saved state of a run to resume: its finished rounds, with their usage and time."""
 
     run_id: str
     results: list[RoundResult]
@@ -186,19 +186,19 @@ class ResumeState:
 
 
 def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, ResumeState]:
-    """The settings that a run is to be resumed with, and its finished rounds.
+    """Return the settings to resume a run with, and its finished rounds.
 
     Args:
-        path: Its folder.
-        given: Settings that are to be others from now on.
+        path: The run's folder.
+        given: New values for some settings.
 
     Raises:
-        SettingsError: The folder holds no run, or a setting cannot change in mid-game.
+        SettingsError: The folder holds no run, or a setting cannot change on resume.
     """
     config, summary = read_summary(path, "--resume ")
     config = replace(config_to_resume(path, config, given), run_dir=str(real(path)))
     results = read_results(path, config, summary)
-    read_failed_answers(path)  # is found to be damaged before anything is started
+    read_failed_answers(path)  # raises if damaged, before anything is started
     cut = (number for number, result in enumerate(results) if result.tally.ended is Ended.INTERRUPTED)
     results = results[: next(cut, len(results))]
     if config.rounds < len(results):
@@ -210,11 +210,11 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Re
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
-    """The settings of a run with others that are given now. Raises SettingsError if one cannot change in mid-game."""
+    """Return the settings of a run, updated with `given`. Raises SettingsError if one cannot change on resume."""
     staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("fixed_on_resume")}
     anew = replace(config, **given)
     for name in staying & given.keys():
-        if getattr(anew, name) != getattr(config, name):  # 0.5 is 1/2
+        if getattr(anew, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2
             raise SettingsError(
                 f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
             )
@@ -222,7 +222,7 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
 
 
 def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
-    """Whether a run has no tokens left to go on with."""
+    """Return whether a run has used up its token budget."""
     if budget_now is None or not summary["rounds"]:
         return False
     last = summary["rounds"][-1]
@@ -231,17 +231,17 @@ def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int |
 
 
 def played_whole(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rounds of a summary that were played to their end."""
+    """Return the rounds of a summary that were not interrupted."""
     return [entry for entry in summary["rounds"] if _ended(entry, entry["failures"]) is not Ended.INTERRUPTED]
 
 
 def tokens_spent(summary: dict[str, Any]) -> int:
-    """How many tokens a run has cost, of prompts and answers."""
+    """Return the number of prompt and completion tokens that a run has used."""
     return sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
 
 
 def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
-    """How a round ended; in a run of an earlier version, which does not say so, as the causes of failures tell it."""
+    """Return how a round ended; for a run of an earlier version without that entry, infer it from failure causes."""
     if entry.get("ended") is not None:
         return Ended[entry["ended"].upper()]
     if INTERRUPTED in causes:
@@ -250,7 +250,7 @@ def _ended(entry: dict[str, Any], causes: Container[str]) -> Ended:
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
-    """The server and the remote id of a participant that was kept. Raises ClusterError if none was."""
+    """Return the server and the remote id of a kept participant. Raises ClusterError if it was not kept."""
     if not is_there(path / AGENTS):
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
     lines = read_written(
@@ -263,7 +263,7 @@ def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
 
 
 def first_winner(path: Path, summary: dict[str, Any]) -> int:
-    """The lowest winner of a run's last round. Raises SettingsError if there is none."""
+    """Return the lowest winner of a run's last round. Raises SettingsError if there is none."""
     winners = summary["rounds"][-1]["winners"]["participants"] if summary["rounds"] else []
     if not winners:
         raise SettingsError(f"--winner: nobody has won the last round of the run in {path}")
@@ -271,7 +271,7 @@ def first_winner(path: Path, summary: dict[str, Any]) -> int:
 
 
 def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
-    """The settings and the summary of the run that a flag names. Raises SettingsError if the folder holds none."""
+    """Return the settings and the summary of the run in a folder. Raises SettingsError if there is none."""
 
     def made(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
         summary = json.loads(text)
@@ -284,28 +284,28 @@ def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str
 
 
 def _refuse_experiment(path: Path, flag: str) -> None:
-    """Raise SettingsError if this is the folder of an experiment where that of one run is needed."""
+    """Raise SettingsError if the folder is an experiment's, where a run's is needed."""
     if not is_there(path / SWEEP):
         return
     runs = runs_in(path)
-    keeping = [run for run in runs if is_there(run / AGENTS)]  # what is asked for, if any is
+    keeping = [run for run in runs if is_there(run / AGENTS)]  # suggest a run with kept agents, if there is one
     name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
     raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the folders of an experiment's runs of which anything was written, in order. Raises SettingsError."""
+    """Return the folders of an experiment's runs that have a summary.json, in order. Raises SettingsError."""
     return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
 
 
 def part_in(path: Path, summary: dict[str, Any]) -> PartOf | None:
-    """Return which run of which experiment a run is, also where its folder was taken out of the experiment's."""
+    """Return the experiment and number of a run, even if its folder was moved out of the experiment's folder."""
     found = part_of(path)
     return PartOf(**summary["part_of"]) if found is None and summary.get("part_of") else found
 
 
 def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
-    """The tallies of a run's rounds, by round, from its answers.parquet. Raises SettingsError if that is missing."""
+    """Return the tally of each round from answers.parquet. Raises SettingsError if it is missing or unreadable."""
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(path, config.participant_num, config.max_value):
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, 10**config.decimals)
@@ -313,9 +313,9 @@ def read_tallies(path: Path, config: SimulationConfig) -> dict[int, Tally]:
 
 
 def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[int, pa.Table]]:
-    """All answers of a run, in tables of one round's consecutive participants. Raises SettingsError."""
+    """Yield all answers of a run in tables of one round's consecutive participants. Raises SettingsError."""
     whole = path / WHOLE
-    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # of a run that was killed
+    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # left by a run that was killed
     try:
         for file in [whole] if is_there(whole) or not parts else parts:
             for number, rows in rows_by_round(file):
@@ -328,7 +328,7 @@ def _rows_of(path: Path, participants: int, max_value: int) -> Iterator[tuple[in
 
 
 def _check_rows(rows: pa.Table, participants: int, max_value: int) -> None:
-    """Raise ArrowInvalid unless these can be answers of a game of so many participants."""
+    """Raise ArrowInvalid if a participant or a value is out of range."""
     for column, low, high in (("participant", 0, participants - 1), ("value", 0, max_value)):
         found = pc.min_max(rows[column]).as_py()
         if found["min"] is not None and not low <= found["min"] <= found["max"] <= high:
@@ -336,7 +336,7 @@ def _check_rows(rows: pa.Table, participants: int, max_value: int) -> None:
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
-    """What a run was played with: its wording and its cast as they were then. Raises SettingsError."""
+    """Return the game of a run, with the prompts and the population as saved in game.json. Raises SettingsError."""
 
     def made(text: str) -> Game:
         said = json.loads(text)
@@ -356,16 +356,16 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as it can be looked at, from its folder alone.
+    """A run as read from its folder.
 
     Attributes:
         path: Its folder.
         config: Its settings.
-        summary: What its summary.json says.
-        game: What it was played with.
+        summary: The content of its summary.json.
+        game: Its game.
         results: Its rounds.
-        groups: For each topic that tells participants apart (a set of personas, or "model"), the rounds, in the order
-            of `results`, each a tally for each name. Topics and names are in the order of `game.cast.groupings`.
+        groups: For each topic that groups participants (a set of personas, or "model"), a list parallel to `results`
+            of tallies by name. Topics and names are in the order of `game.cast.groupings`.
     """
 
     path: Path
@@ -377,12 +377,12 @@ class SavedRun:
 
     @property
     def name(self) -> str:
-        """What it is called where there are several."""
+        """Return the run id."""
         return str(self.summary["run_id"])
 
 
 def read_run(path: Path) -> SavedRun:
-    """Read a run. Raises SettingsError if there is none, or what belongs to it is missing or damaged."""
+    """Read a run. Raises SettingsError if there is none, or one of its files is missing or damaged."""
     config, summary = read_summary(path)
     game = read_game(path, config)
     results = read_rounds(path, config, summary)
@@ -391,7 +391,7 @@ def read_run(path: Path) -> SavedRun:
 
 
 def read_results(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """The rounds of a run as they were played and announced, with the averages of its teams, if it has any."""
+    """Return the rounds of a run as played and announced, with the averages of its teams, if any."""
     results = read_rounds(path, config, summary)
     if config.teams is None:
         return results
@@ -407,7 +407,7 @@ def _with_teams(results: list[RoundResult], game: Game, groups: dict[str, list[d
 
 
 def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str, list[dict[str, Tally]]]:
-    """The tallies of a run's rounds for each part of the participants; see PastRun.groups."""
+    """Return the tallies of a run's rounds for each part of the participants; see SavedRun.groups."""
     groupings = game.cast.groupings if game.cast is not None else ()
     groups: dict[str, list[dict[str, Tally]]] = {
         parts.topic: [{name: Tally(0) for name in parts.names} for _ in results] for parts in groupings
@@ -424,19 +424,19 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
 
 
 def tallies_of_parts(rows: pa.Table, game: Game, parts: Grouping) -> Iterator[tuple[str, Tally]]:
-    """The tallies of these rows, which are of consecutive participants, for each part of them."""
+    """Yield the tally of each part of the participants in these rows, which are of consecutive participants."""
     assert game.cast is not None
     places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows))
-    ordered = rows.take(pa.array(np.argsort(places, kind="stable")))  # once, however many parts there are
+    ordered = rows.take(pa.array(np.argsort(places, kind="stable")))  # sort once for all parts
     stops = np.cumsum(np.bincount(places, minlength=len(parts.names))).tolist()
     for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
         yield name, tally_in(ordered.slice(start, stop - start), game.scale)
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """The rounds of a run as they were played; who won is taken from the summary.
+    """Return the rounds of a run as played; the winners come from the summary.
 
-    Raises SettingsError if the answers are missing, or others than those of the summary.
+    Raises SettingsError if answers are missing or contradict the summary.
     """
     tallies = read_tallies(path, config) if summary["rounds"] else {}
     rule = game_of(config, None, None)

@@ -1,6 +1,6 @@
-"""The report of a run as a page: one file that needs no network, with every figure and picture in it.
+"""The report of a run as an HTML page: one file with all numbers and pictures, which needs no network.
 
-What strangers have written, such as the causes of failures and the names of personas, is text there, and nothing else.
+Untrusted text, such as failure causes and persona names, is escaped.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from simulation.results.run_directory import REPORT, write_whole
 from simulation.settings import SimulationConfig
 
 PAGES = Path(__file__).resolve().parent / "pages"
-OPEN_ROUNDS = 12  # histograms that are shown at once; the others are folded up
-# Of the tables of all rounds and parts together; beyond it they tell of a selection of rounds, and of the largest parts
+OPEN_ROUNDS = 12  # histograms shown unfolded; the others are folded
+# Row limit of all tables of rounds and parts together; beyond it, they show selected rounds and the largest parts
 PART_ROWS = 1500
-NAMED = 8  # hosts
+NAMED = 8  # hosts listed by name
 STATUSES = {
     "complete": "complete: everyone answered",
     "partial": "partial: some gave no usable answer",
@@ -59,7 +59,7 @@ def write_report(run: SavedRun) -> None:
 
 
 def render(template: str, content: dict[str, Any]) -> str:
-    """A page made of its template."""
+    """Render a template of the `pages` folder."""
     return _environment().get_template(template).render(content)
 
 
@@ -73,17 +73,17 @@ def _environment() -> Environment:
 
 
 def shown(number: float | None, digits: int = 3) -> str:
-    """A number for people, with so many digits after the point."""
+    """Format a number with `digits` decimals; None is a dash."""
     return "–" if number is None else f"{number:,.{digits}f}"
 
 
 def whole(number: float | None) -> str:
-    """A whole number for people."""
+    """Format a number without decimals; None is a dash."""
     return "–" if number is None else f"{number:,.0f}"
 
 
 def seconds(number: float) -> str:
-    """How long something took."""
+    """Format a duration given in seconds."""
     if number < 59.995:
         return f"{number:.2f} s"
     minutes, rest = divmod(round(number), 60)
@@ -91,7 +91,7 @@ def seconds(number: float) -> str:
 
 
 def page_content(run: SavedRun) -> dict[str, Any]:
-    """All that the page says."""
+    """Return the template variables of the report."""
     summary, game = run.summary, run.game
     digits = game.decimals + 3
     entries = summary["rounds"]
@@ -125,7 +125,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
 
 
 def _status(run: SavedRun) -> str:
-    """How the run ended, in words."""
+    """Describe how the run ended."""
     entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
         return "partial: nobody gave a usable answer"
@@ -135,7 +135,7 @@ def _status(run: SavedRun) -> str:
 
 
 def _by_round(run: SavedRun) -> dict[str, Markup] | None:
-    """The way of the average and of the spread, if there are several rounds."""
+    """Return the charts of average and spread by round; None if there is nothing to draw or only one round."""
     entries, digits = run.summary["rounds"], run.game.decimals + 3
     if len(entries) < 2 or all(entry["average"] is None for entry in entries):
         return None
@@ -149,24 +149,24 @@ def _by_round(run: SavedRun) -> dict[str, Markup] | None:
 
 
 def title(config: SimulationConfig, game: Game) -> str:
-    """What was played, in a line."""
+    """Describe the game in one line."""
     return f"{config.participant_num:,} {kind_in_words(config)}: closest to {game.target} wins"
 
 
 def kind_in_words(config: SimulationConfig) -> str:
-    """Who the participants are."""
+    """Describe the kind of participants."""
     kind = {"random": "random participants", "llm": "LLM participants"}[config.agent_type]
     return kind if config.agent_class is None else f"participants of {config.agent_class.rpartition(':')[2]}"
 
 
 def equilibrium_in_words(game: Game) -> str:
-    """What nobody would move away from."""
+    """Describe the equilibria of the game."""
     numbers = " and ".join(f"{number:,.6g}" for number in game.equilibria)
     return f"equilibrium {numbers}" if numbers else "equilibrium: any number, if all give it"
 
 
 def answers_in_words(result: RoundResult, game: Game) -> str:
-    """What the histogram of a round shows, for those who cannot see it."""
+    """Describe the histogram of a round for screen readers."""
     tally, digits = result.tally, game.decimals + 3
     if result.average is None or result.winning_number is None:
         return f"Round {result.round}: nobody of {tally.asked:,} answered"
@@ -178,7 +178,7 @@ def answers_in_words(result: RoundResult, game: Game) -> str:
 
 
 def facts(run: SavedRun) -> list[tuple[str, str]]:
-    """What else a person would ask: names, and what to say."""
+    """Return the facts of the run as pairs of name and text."""
     config, game, cluster = run.config, run.game, run.summary["cluster"]
     kind = "whole numbers" if not game.decimals else f"numbers with up to {game.decimals} digits after the point"
     told = [
@@ -220,7 +220,7 @@ def _winners(result: RoundResult, entry: dict[str, Any], game: Game) -> dict[str
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every cause with how many failed by it, the most frequent first, and in which rounds."""
+    """Return each failure cause with its count and rounds, the most frequent first."""
     causes: dict[str, dict[int, int]] = {}
     for entry in entries:
         for cause, count in entry["failures"].items():
@@ -230,7 +230,7 @@ def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers in few words: 1-3, 7."""
+    """Format ascending numbers as ranges: 1–3, 7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -244,7 +244,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
-    """One way to tell participants apart: its pictures and tables."""
+    """Return the pictures and tables of one grouping of the participants."""
     rounds, game = run.groups[topic], run.game
     last = rounds[-1]
     listed = largest(last, max(PART_ROWS // 3 // len(run.groups), 1))
@@ -274,7 +274,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
 
 
 def swatch(place: int) -> tuple[str, str]:
-    """Class and style of the sample of a line that stands beside its name."""
+    """Return the CSS class and the line style of a legend sample."""
     return f"series-{place % len(SERIES) + 1}", ("solid", "dashed", "dotted")[place // len(SERIES) % len(DASHES)]
 
 
@@ -295,7 +295,7 @@ def _part(name: str, tally: Tally, game: Game) -> dict[str, Any]:
 
 
 def _times(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """The seconds of each round told apart, if they were."""
+    """Return the table and chart of the time breakdown by round; None if the run has none."""
     times = summary["cluster"].get("times") or []
     if not times:
         return None

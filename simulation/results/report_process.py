@@ -1,7 +1,7 @@
-"""A process that draws the pictures and the report of runs: it imports what that takes while the first one plays.
+"""A process that draws the pictures and reports of runs; it imports the libraries while the first run plays.
 
-It reads runs from its standard input, and writes on its standard output what became of each, both pickled. It ends
-when its input does, so also with a main that was killed. Signals are for main, which draws itself if the process fails.
+It reads pickled runs from standard input, and writes a pickled error or None for each to standard output. It exits at
+the end of its input, so also when main is killed. It leaves signals to main, which draws itself if the process fails.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from simulation.files import ROOT
 if TYPE_CHECKING:
     from simulation.results.reader import SavedRun
 
-LONGEST_S = 300.0  # a report that takes longer hangs
+LONGEST_S = 300.0  # a report that takes longer is considered hung
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ReportProcess:
-    """The process, as its starter sees it; started at once, and ended by `close`."""
+    """The client side of the process, which `__init__` starts and `close` ends."""
 
     def __init__(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the process has them blocked until it ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited: blocked until the process ignores them
         try:
             self._process = subprocess.Popen(
                 [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"],
@@ -45,14 +45,14 @@ class ReportProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def draw(self, run: SavedRun) -> None:
-        """Draw the pictures and the report of a run into its folder, and wait for them.
+        """Draw the pictures and the report of a run into its folder, and wait for completion.
 
         Args:
-            run: The run; its `groups` are counted where it is drawn.
+            run: The run; its `groups` are computed in the drawing process.
 
         Raises:
             SettingsError: The answers in its folder cannot be read.
-            ResultsError: The folder does not take them.
+            ResultsError: The results cannot be written.
         """
         told: list[SimulationError | None] = []
         asking = threading.Thread(target=self._ask, args=(run, told), daemon=True)
@@ -66,16 +66,16 @@ class ReportProcess:
             raise told[0]
 
     def close(self) -> None:
-        """End the process, which draws nothing by now, but may still be importing."""
+        """Kill the process, which is not drawing but may still be importing."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # a run was left half-sent
+            with contextlib.suppress(OSError):  # a run was sent only in part
                 pipe.close()
 
     def _ask(self, run: SavedRun, told: list[SimulationError | None]) -> None:
-        """Have the process draw a run, and append what became of it; nothing if the process ends before."""
+        """Have the process draw a run, and append the error or None; append nothing if the process exits first."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(OSError, EOFError, ValueError):
             pickle.dump(run, self._process.stdin)
@@ -84,12 +84,12 @@ class ReportProcess:
 
 
 def serve() -> None:
-    """Be that process: draw runs until standard input ends, or nobody reads what became of them."""
+    """Run the process: draw runs until standard input ends or standard output is closed."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     answers: IO[Any] = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep output of libraries out of the answers
     import simulation.results.report_page  # noqa: F401, PLC0415 - what takes long
 
     with contextlib.suppress(EOFError, BrokenPipeError):

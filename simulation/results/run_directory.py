@@ -1,8 +1,7 @@
-"""The run directory: summary.json and answers.parquet, written and read again.
+"""The run directory: writing and reading of summary.json, answers.parquet and its other files.
 
-Whatever is in it is whole: each file is written beside its place, flushed to the disk and renamed. The draft that a
-killed process leaves is removed by the next process that opens the folder for writing. It knows the results, not how
-they came about.
+Every file is complete: it is written to a draft next to its path, flushed to the disk and renamed. The next process
+that opens the folder for writing removes drafts of killed processes. The module knows results, not how they arise.
 """
 
 from __future__ import annotations
@@ -44,28 +43,28 @@ WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
 REPORT = "report.html"
 MADE_OF_IT = (REPORT, "histogram.png", "rounds.png")
-SWEEP = "sweep.json"  # in a folder of several runs
+SWEEP = "sweep.json"  # in the folder of an experiment
 COMPARISON = ("comparison.html", "comparison.png")
-PROBE = ".probe.new"  # left by a process that is killed, it is a draft like others
+PROBE = ".probe.new"  # if left by a killed process, it is a draft like others
 WRITTEN = ("probe", PROBE, "summary.json", WHOLE, PARTS, FAILED_ANSWERS, AGENTS, GAME, *MADE_OF_IT, SWEEP, *COMPARISON)
 DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
-PROBE_BYTES = 256 * 1024  # a disk that does not take these is full, and found out before anything is started
+PROBE_BYTES = 256 * 1024  # detects a full disk before anything is started
 CAUSES_SHOWN = 20
-# What reading a damaged file may raise, be it no text, no JSON or nested too deep, or of other types, keys or numbers
+# Errors from a damaged file: not text, not JSON, nested too deeply, or with wrong types, keys or numbers
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 T = TypeVar("T")
 
 
 def new_run_id() -> str:
-    """A run id that sorts by time and repeats on no host."""
+    """Return a run id that sorts by time and is unique across hosts."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 class PartOf(NamedTuple):
-    """Which run of an experiment a run is.
+    """The position of a run in an experiment.
 
     Attributes:
-        sweep_id: The name of the experiment's folder when it was played.
+        sweep_id: The name of the experiment's folder at the time of the run.
         experiment: The name of the experiment's file.
         run: The number of the run, from 1.
         runs: How many runs the experiment has.
@@ -78,43 +77,43 @@ class PartOf(NamedTuple):
 
 
 def part_of(path: Path) -> PartOf | None:
-    """Return which run of the experiment in the folder around it the run in a folder is; None if there is none."""
+    """Return the position of the run in the experiment of the parent folder; None if there is none."""
     path = real(path)
     try:
         said = json.loads(read_text(path.parent / SWEEP))
         folders = [run["folder"] for run in said["runs"]]
         found = PartOf(said["sweep_id"], said["experiment"], folders.index(path.name) + 1, len(folders))
-    except (OSError, *DAMAGED):  # a damaged file is refused where the experiment is resumed
+    except (OSError, *DAMAGED):  # a damaged file is reported when the experiment is resumed
         return None
     return found if isinstance(found.sweep_id, str) and isinstance(found.experiment, str) else None
 
 
 def resume_command(path: Path, *flags: str) -> str:
-    """Return the command that resumes the run, or the experiment, in a folder with these flags, quoted for a shell."""
+    """Return the shell-quoted command that resumes the run or experiment in a folder with these flags."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
 
 
 class RunDirectory:
-    """The folder of one run, or of an experiment's runs; made, tried for writing, and locked, at once.
+    """The folder of one run or of an experiment's runs; the constructor creates, tests and locks it.
 
     Args:
-        path: Where it is.
-        resumed: Whether it holds the beginning of this run; otherwise it must hold nothing.
-        within: The folder of the experiment that plays this run, if one does.
+        path: The path of the folder.
+        resumed: Whether it holds the beginning of this run; otherwise it must be empty.
+        within: The folder of the experiment that plays this run, if any.
 
     Raises:
-        SettingsError: It holds something already, is being written by another run, or cannot be written.
+        SettingsError: It is not empty, is being written by another run, or cannot be written.
         ResultsError: The disk is full.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
-        self.path = real(path)  # runs/latest may be pointed elsewhere meanwhile
+        self.path = real(path)  # runs/latest may be redirected during the run
         self.part_of = part_of(self.path)
         self._failed: list[dict[str, Any]] = []
         self._locks: list[int] = []
-        self._is_latest = within is not None  # the experiment's folder is
+        self._is_latest = within is not None  # the experiment's folder is the latest
         self._latest_before: str | None = None
         try:
             _check_latest()
@@ -123,7 +122,7 @@ class RunDirectory:
             else:
                 self._made = _make_folder(self.path)
             if self.part_of is not None and within is None:
-                self._locks.append(_lock(self.path.parent, shared=True))  # runs/latest is pointed there
+                self._locks.append(_lock(self.path.parent, shared=True))  # runs/latest points there
             self._locks.append(_lock(self.path))
             probe = self.path / PROBE
             with _on_disk(probe) as file:
@@ -142,28 +141,28 @@ class RunDirectory:
             raise
 
     def discard_if_empty(self) -> None:
-        """Remove what was made for a run that came to nothing."""
+        """Remove the folders created for a run that failed to start, and restore runs/latest."""
         for folder in getattr(self, "_made", []):
             try:
                 folder.rmdir()
             except OSError:
-                break  # something is in it, so it stays
+                break  # not empty: keep it
         if not is_there(self.path) and LATEST.is_symlink() and real(LATEST) == self.path:
-            with suppress(OSError):  # a link to nothing is no worse than what failed before it
+            with suppress(OSError):  # a dangling link is no worse than the original failure
                 LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
 
     def close(self) -> None:
-        """Let others write here."""
+        """Release the locks."""
         while self._locks:
             os.close(self._locks.pop())
 
     def point_latest(self) -> None:
-        """Point runs/latest here; of a run of an experiment, to the experiment's folder. Raises ResultsError."""
+        """Point runs/latest to the run, or to the folder of its experiment. Raises ResultsError."""
         target = self.path if self.part_of is None else self.path.parent
         try:
             if LATEST.is_symlink() and real(LATEST) != target:
                 self._latest_before = str(LATEST.readlink())
-            root = real(LATEST.parent.parent)  # which may be moved, with what is in it
+            root = real(LATEST.parent.parent)  # may be moved as a whole, so links inside it are relative
             inside = target.is_relative_to(root)
             _point_latest(os.path.relpath(target, real(LATEST.parent)) if inside else str(target))
         except OSError as error:
@@ -174,12 +173,12 @@ class RunDirectory:
         self._is_latest = True
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, and point runs/latest to the run at first. Raises ResultsError."""
+        """Write summary.json; the first call points runs/latest to the run. Raises ResultsError."""
         text = json.dumps(summary, indent=2)
         for kept in (5, 1, 0):
             if len(text) < SUMMARY_BYTES:
                 break
-            for entry in summary["rounds"]:  # causes are what can be long; answers.parquet has them all
+            for entry in summary["rounds"]:  # causes can be long; answers.parquet has all of them
                 entry["failures"] = most_frequent(entry["failures"], kept)
             text = json.dumps(summary, indent=2)
         for kept in (500, 100, 0):
@@ -189,13 +188,13 @@ class RunDirectory:
             text = json.dumps(summary, indent=2)
         with _on_disk(self.path / "summary.json") as file:
             file.write((text + "\n").encode())
-        if not self._is_latest:  # once: a run that was begun later stays the last one
+        if not self._is_latest:  # once: a run started later remains the latest
             self.point_latest()
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write one round's answers, as they come, to a file of their own. Raises ResultsError."""
+        """Write one round's answers as they arrive to a separate file. Raises ResultsError."""
         path = self._part(round_number)
-        self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # of a try that broke off
+        self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # from a failed attempt
 
         def rows() -> Iterator[pa.Table]:
             for part in answers:
@@ -215,15 +214,15 @@ class RunDirectory:
                 (self.path / FAILED_ANSWERS).unlink(missing_ok=True)
 
     def _keep_failed(self, round_number: int, part: Answers) -> None:
-        """Keep what those who failed did say, of the first TEXTS_KEPT of a run."""
+        """Keep the texts of failed answers, at most TEXTS_KEPT per run."""
         for participant, text in sorted(part.texts.items())[: TEXTS_KEPT - len(self._failed)]:
             cause = part.cause_of(participant)
             self._failed.append({"round": round_number, "participant": participant, "failure": cause, "text": text})
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """What participants answered in rounds 1 .. rounds.
+        """Return the answers of participants first .. first+count-1 in rounds 1 .. rounds.
 
-        Returns shape (rounds, count), not a number where there is no answer. Raises ResultsError.
+        The shape is (rounds, count), with NaN where there is no answer. Raises ResultsError.
         """
         return np.stack([self._values(self._part(number + 1), first, count) for number in range(rounds)])
 
@@ -237,7 +236,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Have the answers of rounds 1 .. rounds in files of their own again, and no others. Raises ResultsError."""
+        """Split the answers into one file per round, and delete those after `rounds`. Raises ResultsError."""
         whole = self.path / WHOLE
         with _written(self.path):
             if is_there(whole):
@@ -249,13 +248,13 @@ class RunDirectory:
             for part in self.path.glob(PARTS):
                 if part not in [self._part(number + 1) for number in range(rounds)]:
                     part.unlink()
-            for name in MADE_OF_IT:  # of the run as it was
+            for name in MADE_OF_IT:  # outdated by the resume
                 (self.path / name).unlink(missing_ok=True)
         self._failed = [entry for entry in read_failed_answers(self.path) if entry["round"] <= rounds]
         self._write_failed()
 
     def join_answers(self) -> None:
-        """Make answers.parquet of the rounds' files. Raises ResultsError."""
+        """Merge the files of the rounds into answers.parquet. Raises ResultsError."""
         with _written(self.path / WHOLE):
             parts = sorted(self.path.glob(PARTS))
             if len(parts) == 1:
@@ -267,25 +266,25 @@ class RunDirectory:
                     part.unlink()
 
     def write_game(self, game: Game) -> None:
-        """Write what the game is played with, as the files it was read from may change. Raises ResultsError."""
+        """Write prompts and population to game.json, as their source files may change. Raises ResultsError."""
         cast = game.cast if game.cast is not None else Population(game.seed, 0)
         said = {"wording": asdict(game.wording) if game.wording is not None else None, "cast": cast.to_json()}
         self.write_json(GAME, said)
 
     def write_json(self, name: str, said: dict[str, Any]) -> None:
-        """Write a file of the folder. Raises ResultsError."""
+        """Write a JSON file of the folder. Raises ResultsError."""
         with _on_disk(self.path / name) as file:
             file.write((json.dumps(said, indent=2) + "\n").encode())
 
     def write_agents(self, agents: list[dict[str, Any]]) -> None:
-        """Write where the agents are that were kept. Raises ResultsError."""
+        """Write the locations of kept agents to agents.jsonl. Raises ResultsError."""
         with _on_disk(self.path / AGENTS) as file:
             file.writelines((json.dumps(agent) + "\n").encode() for agent in agents)
 
 
 def _point_latest(target: str) -> None:
-    """Have runs/latest be a link to this, in one step. Raises OSError."""
-    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # as DRAFT_OF_LATEST
+    """Point runs/latest to `target` atomically. Raises OSError."""
+    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFT_OF_LATEST
     try:
         draft.symlink_to(target)
         draft.replace(LATEST)
@@ -296,7 +295,7 @@ def _point_latest(target: str) -> None:
 
 
 def _check_latest() -> None:
-    """Raise SettingsError unless runs/latest can be pointed to a run."""
+    """Raise an error unless runs/latest can be updated (ResultsError: disk full; otherwise SettingsError)."""
     try:
         LATEST.parent.mkdir(exist_ok=True)
         _check_writable(LATEST.parent)
@@ -313,11 +312,10 @@ def _check_latest() -> None:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a living run may be writing in this folder.
+    """Return whether an active run may be writing in this folder.
 
-    A draft of runs/latest points to the folder of the run that makes it, or of its experiment, which that run keeps
-    locked while it lives. So the draft that another run is making at this moment stays, and that of a killed one does
-    not.
+    A draft of runs/latest points to the folder of the run that makes it, or of its experiment. That run holds the lock
+    of the folder until it exits, so a draft being made by another run is kept, and one of a killed run is removed.
     """
     try:
         opened = os.open(folder, os.O_RDONLY)
@@ -334,15 +332,15 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _check_writable(folder: Path) -> None:
-    if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):  # root could, but was asked not to
+    if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):  # root could write, but respects the mode
         raise PermissionError(errno.EACCES, f"{folder} is read-only")
 
 
 def _lock(path: Path, shared: bool = False) -> int:
-    """Let no other run write here while this process lives; raises SettingsError if one does.
+    """Lock a folder against other runs until the returned descriptor is closed; raises SettingsError if one holds it.
 
-    Where this process is the only writer, the drafts that are there are those of killed ones: they are removed. A
-    `shared` lock of the folder of an experiment keeps out those who play all of it, not those who play one of its runs.
+    With an exclusive lock, existing drafts are leftovers of killed processes and are removed. A `shared` lock of an
+    experiment's folder excludes processes that play the whole experiment, not those that play one of its runs.
     """
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -353,19 +351,19 @@ def _lock(path: Path, shared: bool = False) -> int:
     except OSError:
         os.close(folder)
         raise
-    for draft in _drafts(path) if alone and not shared else ():  # else they may be another run's
+    for draft in _drafts(path) if alone and not shared else ():  # otherwise they may be another run's
         draft.unlink(missing_ok=True)
     return folder
 
 
 def _drafts(path: Path) -> set[Path]:
-    """Return the half-written files of ours in a run directory; those of earlier versions have no random part."""
+    """Return the drafts in a run directory; those of earlier versions have no random part."""
     patterns = [f".{name}{part}.new" for name in WRITTEN for part in ("", ".*")]
     return {draft for pattern in patterns for draft in path.glob(pattern)}
 
 
 def _make_folder(path: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that are new, the innermost first."""
+    """Create a folder with its parents, and return the new ones, the innermost first. Raises SettingsError."""
     if is_there(path) and {*path.iterdir()} - _drafts(path):
         if not is_there(path / "summary.json") and not is_there(path / SWEEP):
             raise SettingsError(f"--run-dir {path}: is not empty; name a new folder")
@@ -384,8 +382,8 @@ def _make_folder(path: Path) -> list[Path]:
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole, on the disk, or not at all. Raises ResultsError."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # reports are drawn by several at once, too
+    """Open a draft that, flushed to the disk, replaces `path` on success only. Raises ResultsError."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # several processes may draw the same report
     try:
         with _written(path):
             with draft.open("wb") as file:
@@ -395,25 +393,25 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
             draft.replace(path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                _flush(folder)  # the new name is in the folder
+                _flush(folder)  # persists the rename
             finally:
                 os.close(folder)
     finally:
-        with suppress(OSError):  # a disk that takes nothing any more keeps it, until the folder is opened again
+        with suppress(OSError):  # on a failing disk the draft stays until the folder is next opened
             draft.unlink(missing_ok=True)
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """Raise ResultsError, which names the path, in place of whatever keeps it from being written."""
+    """Convert errors of writing into a ResultsError that names the path."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # the latter: what it is made from cannot be read
+    except (OSError, pa.ArrowException) as error:  # the latter: the source files cannot be read
         raise ResultsError(f"cannot write {path}: {reason(error)}") from None
 
 
 def _flush(descriptor: int) -> None:
-    """Flush a file, or a folder, to the disk, as far as its file system does that."""
+    """Flush a file or folder to the disk, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -422,7 +420,7 @@ def _flush(descriptor: int) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole, on the disk, or not at all. Raises ResultsError."""
+    """Write a file atomically and durably. Raises ResultsError."""
     with _on_disk(path) as file:
         file.write(content)
 
@@ -431,13 +429,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def read_written(path: Path, name: str, made: Callable[[str], T], flag: str = "") -> T:
-    """What a file of a run's folder stands for.
+    """Return the parsed content of a file in a run's folder.
 
     Args:
         path: The folder.
-        name: The file.
-        made: Makes it from the text; it may raise what DAMAGED lists.
-        flag: What the folder was named by.
+        name: The name of the file.
+        made: Parses the text; may raise the errors in DAMAGED.
+        flag: The flag that names the folder, as prefix of error messages.
 
     Raises:
         SettingsError: The file cannot be read, or is damaged.
@@ -453,7 +451,7 @@ def read_written(path: Path, name: str, made: Callable[[str], T], flag: str = ""
 
 
 def read_failed_answers(path: Path) -> list[dict[str, Any]]:
-    """What is kept of a run's failed answers, in its folder. Raises SettingsError."""
+    """Return the saved failed answers of a run. Raises SettingsError."""
 
     def entry_of(line: str) -> dict[str, Any]:
         entry: dict[str, Any] = json.loads(line)
@@ -481,7 +479,7 @@ def summarise(
     usage: Usage,
     part_of: PartOf | None = None,
 ) -> dict[str, Any]:
-    """The content of summary.json; `status` is complete, partial, interrupted or failed."""
+    """Return the content of summary.json; `status` is complete, partial, interrupted or failed."""
     llm = config.agent_type == "llm"
     return {
         "run_id": run_id,
@@ -500,7 +498,7 @@ def _llm_summary(usage: Usage) -> dict[str, int]:
 
 
 def _time_told_apart(usage: Usage, rounds_s: float) -> dict[str, float]:
-    """Where the seconds of the rounds went: waiting for the model, work of the slowest agent server, and RPC."""
+    """Return the seconds of the rounds spent waiting for the model, on work of the slowest agent server, and on RPC."""
     parts = (usage.answering_s - usage.client_s, usage.client_s, rounds_s - usage.answering_s)
     return {name: round(max(part, 0.0), 4) for name, part in zip(("model", "client", "rpc"), parts, strict=True)}
 
@@ -528,7 +526,7 @@ def _round_summary(result: RoundResult, scale: int) -> dict[str, Any]:
 
 
 def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
-    """The most frequent causes; what is beyond them is counted together."""
+    """Return the `kept` most frequent causes, with all others counted together."""
     others = failures.get(OTHER_CAUSES, 0)
     ordered = sorted((item for item in failures.items() if item[0] != OTHER_CAUSES), key=lambda i: (-i[1], i[0]))
     others += sum(count for _, count in ordered[kept:])

@@ -1,4 +1,4 @@
-"""Tables for a terminal: the columns that fit, aligned."""
+"""Aligned tables for a terminal, reduced to the columns that fit."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
-INDENT = 2  # some tables are printed with it
+INDENT = 2  # spaces; some tables are printed with it
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the places of the columns that fit beside each other.
+    """Return the indices of the columns that fit side by side.
 
     Args:
         widths: The width of each column.
-        dropped: The places of those that may be left out, the least important first.
+        dropped: The indices of columns that may be dropped, the least important first.
         room: The width of the terminal.
-        gap: The blanks between two columns.
+        gap: The spaces between two columns.
     """
     places = [place for place, width in enumerate(widths) if width]
     for place in dropped:
@@ -32,13 +32,13 @@ def table_lines(
     dropped: Iterable[str] = (),
     left: Iterable[str] | None = None,
 ) -> list[str]:
-    """Return a table for standard output: whole, or in the columns that fit where that is a terminal.
+    """Return a table for standard output; on a terminal, only the columns that fit.
 
     Args:
-        head: The heads of the columns.
-        rows: A cell for each column, or fewer: then the last one may be as long as it is.
-        dropped: The heads of columns that may be left out, the least important first.
-        left: Those of columns that begin at the left; otherwise it is the first.
+        head: The column headings.
+        rows: A cell for each column, or fewer: then the last one may have any length.
+        dropped: The headings of columns that may be dropped, the least important first.
+        left: The headings of left-aligned columns (default: the first column).
     """
     from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
 
