@@ -1,9 +1,9 @@
-"""How long commands take that people wait for, from Enter to the prompt: whole processes, as the scripts start them.
+"""Benchmark of interactive commands: wall time of whole processes, started as the scripts start them.
 
     .venv/bin/python benchmarks/commands.py [--repeats N]
 
-Each line is the median, and the least and the most, of N runs one after another; before them each command runs once, so
-that files are in the system's cache. No agent servers of this checkout may run, as the last command starts its own.
+Each line shows the median, minimum and maximum of N sequential runs (default 5), after one warm-up run of each command
+that fills the file cache. No agent servers of this checkout may be running, as the last command starts its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXIT_STATUS = {"a usage error": 2}
 
 
 def seconds_of(name: str, command: tuple[str, ...]) -> float:
-    """How long a command takes; raises RuntimeError if it ends otherwise than expected."""
+    """Return the seconds a command takes; raises RuntimeError on an unexpected exit status."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     took = time.perf_counter() - began

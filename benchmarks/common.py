@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Shared helpers of the benchmarks: servers, memory sampling and tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
 
 SAMPLE_S = 0.05
-SAMPLED_PART = 0.1  # of the time at most: who looks at pages holds up who asks for more of them
+SAMPLED_PART = 0.1  # maximum share of time spent on sampling: reading page tables delays allocations
 
 
 @contextlib.contextmanager
 def agent_servers(config: SimulationConfig, owned: bool = True) -> Iterator[None]:
-    """Agent servers for as long as they are needed; owned ones are for this process alone, others for any main."""
+    """Run agent servers for the duration of the context; owned servers serve this process only, others any main."""
     assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
     with contextlib.closing(ConsoleProgress()) as watch:
         servers = local_servers.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
@@ -34,7 +34,7 @@ def agent_servers(config: SimulationConfig, owned: bool = True) -> Iterator[None
 
 
 def memory_mb(pids: Iterable[int]) -> float:
-    """Memory of these processes together (PSS): what they share counts once, and who has ended not at all."""
+    """Return the total memory of these processes (PSS, MiB): shared pages count once, exited processes not at all."""
     found = 0
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -43,7 +43,7 @@ def memory_mb(pids: Iterable[int]) -> float:
 
 
 def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
-    """The peak of `memory_mb` while the work is done."""
+    """Return the peak of `memory_mb`, sampled while `work` runs."""
     peak = 0.0
     ended = threading.Event()
 
@@ -66,7 +66,7 @@ def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
 
 
 class Table:
-    """Rows of Markdown: a name, and figures at least as wide as their titles."""
+    """A Markdown table, printed row by row: a name and figures, each at least as wide as its title."""
 
     def __init__(self, title: str, name: str, *figures: str, name_format: str = "<50", width: int = 8) -> None:
         widths = [max(len(figure), width) for figure in figures]

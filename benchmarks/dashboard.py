@@ -1,12 +1,12 @@
-"""What it costs a game to be looked at: rounds of a million, with a dashboard that is polled and with one that is not.
+"""Benchmark of the dashboard overhead: rounds of a million participants with and without polling.
 
     .venv/bin/python benchmarks/dashboard.py
 
-One run on 2 + 1 servers, with 1 s think time, answers and summary.json written as always. Of each pair of rounds one is
-looked at, the first or the second in turn: a process beside it asks for the state every 0.5 s as the page does, so
-every group is glanced at once a second, while a browser's own drawing, which is not the game's, stays out of the
-figure. The cost is the median over all pairs of what the round took that was looked at, against the other; and the same
-for the CPU time of main and all servers, which says more where others use the machine too.
+One run on 2 + 1 servers with 1 s think time; answers and summary.json are written as usual. In each pair of rounds, one
+is polled, alternately the first and the second: a separate process requests the state every 0.5 s as the page does, so
+every group is sampled once a second. Rendering in a browser is not measured. The cost is the median over all pairs of
+the polled round's time relative to the other's. The same is shown for the CPU time of main and all servers, which is
+more reliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ while True:
 
 
 class Alternating(Run):
-    """A run that is looked at in some of its rounds; `used_s` is the CPU time of all processes in each."""
+    """A run that is polled in some of its rounds; `used_s` holds the CPU seconds of all processes by round."""
 
     poller: subprocess.Popen[str]
     pids: list[int]
@@ -92,12 +92,12 @@ class Alternating(Run):
 
 
 def looked_at(number: int) -> bool:
-    """Whether a round is: of four the second and the third."""
+    """Return whether a round is polled: the second and third of every four."""
     return number % 4 in (2, 3)
 
 
 def play(config: SimulationConfig, folder: Path) -> Alternating:
-    """Play the run."""
+    """Play the run with a dashboard and its poller."""
     run_id, watch = new_run_id(), ConsoleProgress()
     dashboard = Dashboard(0, watch)
     key = load_or_make(Path(config.cluster_key_dir))

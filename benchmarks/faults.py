@@ -1,16 +1,15 @@
-"""What it costs to be ready for faults, what a fault costs, and when servers are ready: three tables of medians.
+"""Benchmark of fault tolerance: its overhead, the cost of a fault, and server start-up. Three tables of medians.
 
     .venv/bin/python benchmarks/faults.py
 
-- cost: a round of 64,000 participants with 1 s think time on 10 + 4 servers, three ways in turn. "Bare" hears of each
-  server once, at the end of its part, and records nothing; "heartbeats" is as in every game; "heartbeats and record"
-  also writes the answers and summary.json to the disk (fsync, rename) before the next round could begin.
-- kill: the same round, in which a server is killed (-9) or stopped (-STOP) after 0.5 s. All answers are checked to be
-  those of the undisturbed round, and everyone to be counted once. A stopped server is lost when it was not heard of for
-  --heartbeat-timeout, here 2 s, which is part of the time.
-- ready: ./start_all_server.sh 10, until it returns, on one host and on four at once, which are network namespaces
-  (tests/hosts.py) of this machine and share its cores; beside it, what the import of a server's modules takes alone.
-  Needs root.
+- cost: a round of 64,000 participants with 1 s think time on 10 + 4 servers, in three variants in random order. "Bare"
+  gets one heartbeat reply from each server, at the end of its part, and records nothing. "Heartbeats" is the normal
+  mode. "Heartbeats and record" also writes the answers and summary.json to disk (fsync, rename) before the next round.
+- kill: the same round, in which a server is killed (-9) or stopped (-STOP) after 0.5 s. The answers must equal those of
+  the undisturbed round, and every participant must be counted once. A stopped server is marked down after
+  --heartbeat-timeout (here 2 s) without a reply, which is part of the time.
+- ready: ./start_all_server.sh 10 until it returns, on one host and on four at once. The hosts are network namespaces
+  (tests/hosts.py) of this machine and share its cores. Importing a server's modules is also timed alone. Needs root.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ from simulation.settings import SimulationConfig
 
 PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
 FAULT_AT_S = 0.5
-HELD_S = 60.0  # longer than a round here: a heartbeat that is held back for so long is heard at its end
-PATIENCE_S = 60.0  # with a server that is started again
-IMPORT = "import simulation.hosts.agent_server"  # what the launcher of a host imports once for all its servers
+HELD_S = 60.0  # longer than a round here, so a heartbeat held back this long is answered at its end
+PATIENCE_S = 60.0  # timeout for the restart of a server
+IMPORT = "import simulation.hosts.agent_server"  # imported once by the launcher of a host, for all its servers
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls which server, in a game with which --heartbeat-timeout."""
+    """A fault: the signal sent, the server that gets it, and the --heartbeat-timeout of the run."""
 
     name: str
     signal: int
@@ -87,7 +86,7 @@ FAULTS = (
 
 
 def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, folder: Path | None) -> tuple[float, int]:
-    """Seconds from the question until the next round could begin, and how many heartbeats were asked for meanwhile."""
+    """Play a round; returns the seconds until the next could begin, and the number of heartbeats requested."""
     run_id = new_run_id()
     record = RunDirectory(folder / run_id) if folder is not None else None
     with (
@@ -108,20 +107,20 @@ def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, fol
 
 
 def check(result: RoundResult) -> None:
-    """Everyone was asked, and has answered, once."""
+    """Assert that every participant was asked once and answered once."""
     assert result.tally.asked == result.tally.answered == PARTICIPANTS, result.tally
 
 
 def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
-    """Play the round with more and more readiness, in turn, and print the table."""
+    """Play the round in the three variants, and print the table."""
     table = Table(
         f"{PARTICIPANTS:,} participants, {THINK_S:g} s think time, 10 + 4 servers",
         *("a round", "time", "more than bare", "heartbeats", "runs"),
     )
-    scene = replace(config, heartbeat_timeout=HELD_S)  # else a shorter one would shorten the wait for a heartbeat
+    scene = replace(config, heartbeat_timeout=HELD_S)  # a shorter one would shorten the wait for a heartbeat
     (ROOT / "runs").mkdir(exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="benchmark-") as name,  # on the disk of the real ones
+        tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="benchmark-") as name,  # on the same disk as real results
         patch.object(results, "LATEST", Path(name) / "latest"),
     ):
         ways: dict[str, Callable[[], tuple[float, int]]] = {
@@ -133,7 +132,7 @@ def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
             play()  # warm
         played: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
         for _ in range(repeats):
-            for way in random.sample(list(ways), len(ways)):  # none always comes after the same other one
+            for way in random.sample(list(ways), len(ways)):  # so that no variant always follows the same one
                 played[way].append(ways[way]())
     bare_s = statistics.median(seconds for seconds, _ in played["bare"])
     for way, runs in played.items():
@@ -146,7 +145,7 @@ def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
 
 
 def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> tuple[RoundResult, float, Any]:
-    """Play a round in which the fault happens; returns it, the seconds from the fault to its end, and the answers."""
+    """Play a round with the fault; returns the result, the seconds from the fault to its end, and the answers."""
     port = config.base_port + fault.port_offset
     victim = processes.own_process(str(port))
     assert victim is not None, f"no server runs on port {port}"
@@ -174,7 +173,7 @@ def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> 
 
 
 def restart(config: SimulationConfig, server: psutil.Process) -> None:
-    """Have a server started anew, in whatever state it is, and wait until all answer."""
+    """Kill a server in whatever state it is, so that the launcher restarts it, and wait until all servers answer."""
     with contextlib.suppress(psutil.NoSuchProcess):
         server.kill()
     _, alive = psutil.wait_procs([server], timeout=PATIENCE_S)
@@ -207,7 +206,7 @@ def kill(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
 
 
 def import_at_once(count: int) -> None:
-    """Import what a server imports in so many processes at the same time."""
+    """Import the modules of a server in `count` processes at the same time."""
     started = [subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT) for _ in range(count)]
     statuses = [process.wait() for process in started]
     assert not any(statuses), statuses

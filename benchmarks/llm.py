@@ -1,15 +1,15 @@
-"""Answers per second of LLM participants: rounds 1 and 2 of four programs, on the same servers, in one run.
+"""Benchmark of LLM participants: answers per second of four programs in rounds 1 and 2, on the same servers.
 
     .venv/bin/python benchmarks/llm.py
 
 - this program: equal prompts share requests;
 - one request each: this program with --samples-per-request 1;
-- one object: AgentScope's own pattern, an RPC object per participant, each with a client of its own;
-- the limit: a bare aiohttp loop that posts the very requests of "this program", as many at a time.
+- one object: AgentScope's own pattern, an RPC object per participant, each with its own client;
+- the limit: a bare aiohttp loop that posts the same requests as "this program", with the same concurrency.
 
-First against a real vLLM server on this machine's CPUs with a tiny model of random weights, then against a stand-in
-that answers at once, where all that is left is the program's own work, with all participants on one agent server.
-Figures are medians. Memory is what a fresh agent server has grown by when two rounds are over, and at the peak (PSS).
+The first table uses a real vLLM server on this machine's CPUs, with a tiny model of random weights. The second uses a
+stand-in that answers immediately, and one agent server with all participants: it measures the program's own overhead.
+Figures are medians. Memory is the growth (PSS) of a fresh agent server after two rounds, and at the peak.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ uvloop.run(main())
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Two rounds of so many participants; times in seconds."""
+    """Times of creation and two rounds, in seconds."""
 
     participants: int
     create_s: float
@@ -113,13 +113,13 @@ class ResumeState:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Answers per second in round 1, in round 2, and in round 1 with creation."""
+        """Return answers per second in round 1, in round 2, and in round 1 including creation."""
         one, two = self.rounds_s
         return self.participants / one, self.participants / two, self.participants / (self.create_s + one)
 
 
 class PlainParticipant(AgentBase):
-    """An LLM participant as AgentScope's documentation would have it: a model of its own, and blocking."""
+    """An LLM participant in the style of AgentScope's documentation: with its own model object, and blocking."""
 
     def __init__(self, system: str, fields: dict[str, Any], *_: object) -> None:
         super().__init__(name="participant", sys_prompt=system, model_config_name="model_1", use_memory=False)
@@ -131,7 +131,7 @@ class PlainParticipant(AgentBase):
 
 
 def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
-    """Play two rounds; returns the times, and what was answered in round 1."""
+    """Play two rounds with this program; returns the times and the answers of round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
     key = load_or_make(Path(config.cluster_key_dir))
     with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
@@ -144,10 +144,10 @@ def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
 
 
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
-    """The bodies of the requests that two rounds take: one list for each."""
+    """Return the request bodies of two rounds, one list per round."""
     game = build_game(config, {})
     groups = place(len(first), config.server_per_host, config.moderator_per_host)
-    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # its length is what matters
+    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only its length matters
     rounds: list[list[bytes]] = [[], []]
     for group in groups:
         numbers = first[group.first : group.first + group.count]
@@ -170,7 +170,7 @@ def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) ->
 
 
 def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
-    """Post the requests as fast as one loop can, ANSWERS_IN_FLIGHT answers at a time."""
+    """Post the requests as fast as one event loop can, with ANSWERS_IN_FLIGHT answers in flight."""
     url = f"http://127.0.0.1:{config.vllm_base_port}/v1/chat/completions"
 
     async def post_all(bodies: list[bytes]) -> float:
@@ -196,14 +196,14 @@ def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
 
 
 def one_object(config: SimulationConfig, participants: int) -> ResumeState:
-    """One RPC object per participant, each with a client; their second round is like the first."""
+    """Play two rounds with one RPC object per participant, each with a client; round 2 is the same as round 1."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
     game = build_game(config, {})
     fields = {
         "max_tokens": answer_tokens(config.structured_output, game),
         "extra_body": structured_fields(config.structured_output, game),
     }
-    for port in ports:  # the class travels as an argument, as the servers do not have it
+    for port in ports:  # the class is sent as an argument, as the servers do not have it
         hello = {"args": ("", fields, PlainParticipant), "kwargs": {}, "class_name": "PlainParticipant"}
         assert RpcClient("localhost", port).create_agent(hello, f"hello-{port}-{time.monotonic_ns()}")
     began = time.perf_counter()
@@ -227,7 +227,7 @@ def one_object(config: SimulationConfig, participants: int) -> ResumeState:
 
 
 def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
-    """What an agent server grows by for each participant, in KB: when two rounds are over, and at the peak."""
+    """Return the growth of an agent server per participant, in KB (PSS): after two rounds, and at the peak."""
     server = processes.own_process(str(config.base_port))
     assert server is not None
     key = load_or_make(Path(config.cluster_key_dir))
@@ -262,7 +262,7 @@ def _pss_kb(process: psutil.Process) -> float:
 
 @contextlib.contextmanager
 def real_vllm(config: SimulationConfig) -> Iterator[None]:
-    """A vLLM server on the CPU, with a tiny model that is made for it."""
+    """Run a vLLM server on the CPU with a tiny generated model."""
     python = ROOT / ".venv-vllm/bin/python"
     assert python.exists(), "./start_vllm.sh --install makes the environment first"
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +278,7 @@ def real_vllm(config: SimulationConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stand_in(config: SimulationConfig) -> Iterator[None]:
-    """A model server that answers at once."""
+    """Run a stand-in model server that answers immediately."""
     command = [sys.executable, "-c", STAND_IN, str(config.vllm_base_port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
@@ -289,7 +289,7 @@ def stand_in(config: SimulationConfig) -> Iterator[None]:
 
 
 class Table:
-    """The rates of the programs, row by row."""
+    """A Markdown table of the rates of the programs, printed row by row."""
 
     def __init__(self, title: str) -> None:
         print(f"\n{title}\n")
@@ -299,7 +299,7 @@ class Table:
         print(self._row(":---", *["---:"] * 7))
 
     def add(self, program: str, runs: list[ResumeState], limits: list[ResumeState] | None) -> None:
-        """Print one row: medians of answers per second, and round 1 as a part of the limit's."""
+        """Print one row: median answers per second, and round 1 as a fraction of the limit."""
         create_s = statistics.median(played.create_s for played in runs)
         rates = [statistics.median(played.rates[number] for played in runs) for number in range(3)]
         part = f"{rates[0] / statistics.median(played.rates[0] for played in limits):.2f}" if limits else ""
@@ -308,7 +308,7 @@ class Table:
 
 
 def compare(title: str, config: SimulationConfig, repeats: int, each: int, objects: int) -> None:
-    """Measure all four programs, this one and the limit in turn, and print the table."""
+    """Measure all four programs, this one and the limit alternately, and print the table."""
     table = Table(title)
     ours(replace(config, participant_num=1000))  # warm
     ours_played, limits = [], []

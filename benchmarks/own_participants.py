@@ -1,4 +1,4 @@
-"""Participants as a person would write them, for the table of scale.py that tells what each way of writing costs."""
+"""User-style participant classes, for the table of scale.py that compares the cost of different implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulation.game.rules import Question
 
 
 class Thinks(Participant):
-    """Nothing but `think`."""
+    """A participant that only calls `think`."""
 
     async def answer(self, question: Question) -> float:
         await self.think(self.game.sleep_time_s)
@@ -22,7 +22,7 @@ class Thinks(Participant):
 
 
 class OwnInit(Thinks):
-    """An `__init__` of its own, and two attributes."""
+    """A participant with a custom `__init__` and two attributes."""
 
     def __init__(self, index: int, game: Any) -> None:
         super().__init__(index, game)
@@ -31,7 +31,7 @@ class OwnInit(Thinks):
 
 
 class Sleeps(Participant):
-    """`asyncio.sleep` in place of `think`: a task and a timer for each."""
+    """A participant that uses `asyncio.sleep` instead of `think`, which costs a task and a timer."""
 
     async def answer(self, question: Question) -> float:
         await asyncio.sleep(self.game.sleep_time_s)
@@ -39,7 +39,7 @@ class Sleeps(Participant):
 
 
 class UsesAgentBase(Thinks):
-    """Reads an attribute of AgentBase's own, so that all of these are made."""
+    """A participant that reads an attribute of AgentBase, so that all of these are created."""
 
     async def answer(self, question: Question) -> float:
         assert self.memory is None
@@ -47,21 +47,21 @@ class UsesAgentBase(Thinks):
 
 
 class Blocks(Participant):
-    """An ordinary `reply`, which waits for nothing."""
+    """A participant with a blocking `reply` that returns immediately."""
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         return Msg(self.name, "50", "assistant")
 
 
 class BlocksAWhile(Participant):
-    """An ordinary `reply` that blocks its thread for 10 ms."""
+    """A participant with a blocking `reply` that blocks its thread for 10 ms."""
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         time.sleep(0.01)
         return Msg(self.name, "50", "assistant")
 
 
-CLASSES = (  # how it is written, the class, how many of them, what one thinks in seconds
+CLASSES = (  # description, class, number of participants, think time in seconds
     ("the ready random participant", RandomParticipant, 200_000, 1.0),
     ("`think` alone", Thinks, 200_000, 1.0),
     ("the same with an `__init__` and two attributes", OwnInit, 200_000, 1.0),

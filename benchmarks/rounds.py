@@ -1,18 +1,17 @@
-"""Creation and one round, of three programs in one run on the same machine.
+"""Benchmark of creation and one round: three programs in one run on the same machine.
 
     .venv/bin/python benchmarks/rounds.py
 
-- this program: groups and moderators, on 10 + 4 agent servers that it starts;
-- one object: AgentScope's own pattern, one RPC object per participant, plainly, on the same servers;
-- bare asyncio: a gather over as many coroutines in one process, with no agents and no servers.
+- this program: groups and moderators, on 10 + 4 agent servers that the benchmark starts;
+- one object: AgentScope's own pattern, one RPC object per participant, on the same servers;
+- bare asyncio: `gather` over as many coroutines in one process, without agents or servers.
 
-Times are medians of --repeats runs, the 64,000 of the one-object pattern excepted, which take minutes and run once.
-Memory is the sampled peak of all processes together (PSS), taken in a run of its own that is not timed.
+Times are medians of --repeats runs (default 5; at most 3 for one object). One object with 64,000 participants takes
+minutes and runs once. Memory is the sampled peak of all processes together (PSS), from a separate run without timing.
 
-What the profile shows for 64,000 participants without think time, on two cores: building the agents took 1.2 s
-through AgentScope's metaclass with the collector on, 0.55 s with it off, and 0.08 s by plain construction
-(`ParticipantGroup._build`); a round of 32,000 in one process took 0.43 s with a callback per task, 0.27 s without,
-and 0.16 s with uvloop as well.
+Profile of 64,000 participants without think time, on two cores: building the agents took 1.2 s through AgentScope's
+metaclass with garbage collection on, 0.55 s with it off, and 0.08 s by plain construction (`ParticipantGroup._build`).
+A round of 32,000 in one process took 0.43 s with a callback per task, 0.27 s without, and 0.16 s with uvloop as well.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 SCENES = ((1_000, 1.0), (10_000, 0.0), (64_000, 0.0))  # participants, think time in seconds
-IN_FLIGHT = 2_000  # calls of the one-object pattern at a time: each is a thread, and nothing else bounds them
+IN_FLIGHT = 2_000  # concurrent calls of the one-object pattern: each takes a thread, and nothing else bounds them
 
 
 @dataclass
 class Figures:
-    """Medians in seconds; memory in MB; how many runs the medians are of."""
+    """Median times in seconds, peak memory in MB, and the number of runs."""
 
     create_s: float
     round_s: float
@@ -64,7 +63,7 @@ class Figures:
 
 
 class PlainParticipant(AgentBase):
-    """A participant as AgentScope's documentation would have it."""
+    """A participant in the style of AgentScope's documentation."""
 
     def __init__(self, think_s: float, *_: object) -> None:
         super().__init__(name="participant", use_memory=False)
@@ -76,7 +75,7 @@ class PlainParticipant(AgentBase):
 
 
 def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[float, float]:
-    """Play one round with this program; returns the seconds of creation and round."""
+    """Play one round with this program; returns the seconds for creation and for the round."""
     key = load_or_make(Path(config.cluster_key_dir))
     scene = SimulationConfig(
         base_port=config.base_port, participant_num=participants, sleep_time=think_s, seed=random.getrandbits(32)
@@ -89,9 +88,9 @@ def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[f
 
 
 def one_object(config: SimulationConfig, participants: int, think_s: float) -> tuple[float, float]:
-    """The same with one RPC object per participant; returns the seconds of creation and round."""
+    """Play one round with one RPC object per participant; returns the seconds for creation and for the round."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
-    for port in ports:  # the class travels as an argument, as the servers do not have it
+    for port in ports:  # the class is sent as an argument, as the servers do not have it
         hello = {"args": (0.0, PlainParticipant), "kwargs": {}, "class_name": "PlainParticipant"}
         assert RpcClient("localhost", port).create_agent(hello, f"hello-{port}-{time.monotonic_ns()}")
     began = time.perf_counter()
@@ -142,7 +141,7 @@ print(seconds, peak_mb)
 
 
 def bare(participants: int, think_s: float, runs: int) -> Figures:
-    """A gather over bare coroutines, in processes of its own."""
+    """Run a `gather` over bare coroutines, each time in a new process."""
     command = [sys.executable, "-c", BARE, str(participants), str(think_s)]
     printed = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(runs)]
     seconds, memory = zip(*(map(float, line.split()) for line in printed), strict=True)
@@ -150,7 +149,7 @@ def bare(participants: int, think_s: float, runs: int) -> Figures:
 
 
 def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int]) -> Figures:
-    """Medians of `runs` runs, and the memory of one more; of the same one where it is the only one."""
+    """Return the medians of `runs` runs, and the peak memory of an extra run (of the same run if there is only one)."""
     times: list[tuple[float, float]] = [play() for _ in range(runs)] if runs > 1 else []
     memory = peak_mb((lambda: times.append(play())) if runs == 1 else play, pids)
     return Figures(statistics.median(t[0] for t in times), statistics.median(t[1] for t in times), memory, runs)

@@ -1,36 +1,33 @@
-"""How time, memory and the network grow with the participants: tables, a straight line, and a picture of it.
+"""Benchmark of scaling with the number of participants: time, memory, network traffic, a fitted line and a plot.
 
     .venv/bin/python benchmarks/scale.py
 
-Everyone thinks for 1 s, on 2 participant servers and 1 moderator server, but for `hosts`.
+Unless noted, participants have 1 s think time, on 2 participant servers and 1 moderator server.
 
-- time: creation and one round, and the straight line through what they take past the second of thinking: the line whose
-  largest deviation, in %, is the least that a line can have. Times are medians of --repeats runs. Memory (GB are 10^9
-  bytes) is the sampled peak of all processes together, main included (PSS), while run_simulation.sh plays the same game
-  and writes its results, in a run that is not timed, as looking at it takes time. "Afterwards" is what the servers hold
-  when all agents are gone: Python's allocator keeps what it could not give back for the next run, and does not grow
-  by it.
-- command: ./run_simulation.sh with the servers up, from its start to its end, results on the disk.
-- wire: what a round takes on the network. Calls, and the bytes of their messages, are counted by the servers that serve
-  them (`served` in simulation/rpc/messages.py): of main to moderators, of these to groups, of main's heartbeats to all.
-  "Crossed" is what the kernel saw on the loopback interface meanwhile, with TLS, HTTP and TCP, so nothing else should
-  use it.
-- own: what a participant of one's own costs, by how it is written (own_participants.py); memory is what one adds to the
-  servers at the peak.
-- hosts: rounds of 10 participants on each of very many servers, to see main and moderators keep up (scale_network.py).
+- time: creation and one round, and the straight line that fits their time beyond the think time, with the smallest
+  possible maximum relative deviation. Times are medians of --repeats runs (default 5). Memory (GB = 10^9 bytes) is the
+  sampled peak of all processes together (PSS, main included) while run_simulation.sh plays the same game and writes its
+  results. That run is not timed, as sampling takes time. "Afterwards" is the memory of the servers after all agents are
+  deleted: Python's allocator keeps what it cannot return for the next run, and does not grow further.
+- command: ./run_simulation.sh with running servers, from start to end, results on disk.
+- wire: network traffic of a round. The servers count the calls they serve and the bytes of their messages (`served` in
+  simulation/rpc/messages.py): from main to moderators, from moderators to groups, and main's heartbeats to all.
+  "Crossed" is the kernel's count for the loopback interface, with TLS, HTTP and TCP, so nothing else should use it.
+- own: cost of custom participant classes (own_participants.py); memory is the servers' peak growth per participant.
+- hosts: rounds of 10 participants on each of many servers, to test the load on main and moderators (scale_network.py).
 
-What the profile shows (perf, and each part alone in a loop; microseconds of one core per participant, Python 3.11):
+Profile (perf, and each part alone in a loop; microseconds of one core per participant, Python 3.11):
 
-- Building takes 0.3: an object with index, game and home. The 1.4 KB and 6 us of AgentBase's own attributes are left to
-  who asks for them. Half of the rest was the collector's, until it was made to look at each only once.
-- Until it thinks, a participant takes 1.4, of which its coroutine 0.15, the way to its pause 0.45, the collector 0.1;
-  the wheel and fresh memory were not told apart. `asyncio.sleep`, a task and a timer, takes 25 more.
-- After it, 1.4, of which the draw 0.8 and the end of the coroutine 0.3.
-- The curve bends at about a million: up to there the work after thinking is hidden by the second of thinking, past it
-  both halves count. Whole runs were off the closest line by 10 to 30 %, and one of four by less than 20 %.
-- Tried and dropped: drawing before thinking, which takes 0.6 from after the pause and adds 1.1 before it; SplitMix64
-  written out in one function, 1 %. A `__getattr__` for what AgentBase has took 12 % of a round: no attribute of such a
-  class is read by CPython's fast path.
+- Building takes 0.3: an object with index, game and home. AgentBase's own attributes (1.4 KB, 6 us) are created only on
+  first use. Half of the rest was garbage collection, until each object was scanned only once.
+- Before thinking, a participant takes 1.4: its coroutine 0.15, the path to its sleep 0.45, the collector 0.1; the timer
+  wheel and fresh memory were not measured separately. `asyncio.sleep`, a task and a timer, takes 25 more.
+- After thinking, it takes 1.4: the draw 0.8, the end of the coroutine 0.3.
+- The curve bends at about a million. Below, the think time hides the work after thinking; above, both halves count.
+  Whole runs deviated from the closest line by 10 to 30 %, and one run of four by less than 20 %.
+- Tried and rejected: drawing before thinking, which saves 0.6 after the sleep and adds 1.1 before it; SplitMix64
+  inlined in one function (1 %). A `__getattr__` for AgentBase's attributes took 12 % of a round, as CPython's fast path
+  reads no attribute of such a class.
 """
 
 from __future__ import annotations
@@ -77,19 +74,19 @@ from simulation.settings import SimulationConfig
 THINK_S = 1.0
 SIZES = (64_000, 250_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000)
 COMMAND_SIZE = 1_000_000
-GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # seconds of both, GB
+GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # seconds of creation and round, GB
 COMMAND_GOAL_S = 8.0
 PUBLISHED = {1_000_000: 40.0}  # seconds, on a cluster of machines with 64 cores each (arXiv 2407.17789)
 SECONDS_SHOWN = (1, 2, 5, 10, 20, 40)  # on the axis of the picture
 PICTURE = ROOT / "docs/scaling.png"
 OWN_FILE = ROOT / "benchmarks/own_participants.py"
-GONE_S = 30.0  # how long it may take until the agents of a run are gone
+GONE_S = 30.0  # timeout for the deletion of the agents of a run
 MODES = ("time", "command", "wire", "own", "hosts")
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """One game of one round; times in seconds."""
+    """Times of creation and one round, in seconds."""
 
     create_s: float
     round_s: float
@@ -100,7 +97,7 @@ class ResumeState:
 
 
 def play(config: SimulationConfig, key: ClusterKey, participants: int) -> ResumeState:
-    """Play one round, without writing anything."""
+    """Play one round without writing results."""
     scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
     with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
         create_s = simulation.create()
@@ -113,7 +110,7 @@ def play(config: SimulationConfig, key: ClusterKey, participants: int) -> Resume
 
 
 def times(config: SimulationConfig, key: ClusterKey, up_to: int, repeats: int, picture: Path | None) -> None:
-    """Play ever larger games, and print the table, the line, and the picture."""
+    """Play games of increasing size, print the table and the fitted line, and draw the picture."""
     table = Table(
         f"Creation and a round of {THINK_S:g} s think time, 2 + 1 agent servers",
         *(
@@ -164,7 +161,7 @@ def in_seconds(value: float | None) -> str:
 
 
 def memory_of(config: SimulationConfig, participants: int) -> tuple[float, float]:
-    """The peak of all processes while the whole command plays, and what the servers hold afterwards, in GB."""
+    """Return the peak memory of all processes during the whole command, and of the servers afterwards, in GB."""
     servers = [process.pid for process in processes.own_processes().values()]
     with results_folder() as folder:
         game = start_command(config, participants, folder / "run")
@@ -184,7 +181,7 @@ def wait_until_gone(config: SimulationConfig) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A straight line, and how far the farthest points are off it, as a part of what was measured there."""
+    """A straight line with its maximum deviation from the measured points, relative to the measured values."""
 
     each_s: float
     start_s: float
@@ -192,13 +189,13 @@ class Line:
 
     @classmethod
     def through(cls, points: dict[int, float]) -> Line:
-        """The line whose largest deviation, as a part of what was measured, is the least that a line can have."""
+        """Return the line with the smallest maximum relative deviation from the points (minimax fit)."""
         closest = cls(0.0, 0.0, 0.0)
         for three in combinations(
             sorted(points.items()), 3
-        ):  # it is that of the three points which no line is close to
+        ):  # the fit is the one of the three points that a line fits worst
             x, y = np.array(three).T
-            equations = np.column_stack((x / y, 1 / y, (1, -1, 1)))  # off by as much each, above, below, above
+            equations = np.column_stack((x / y, 1 / y, (1, -1, 1)))  # equal relative deviation, with alternating signs
             each_s, start_s, off = np.linalg.solve(equations, np.ones(3))
             if abs(off) >= closest.deviation:
                 closest = cls(float(each_s), float(start_s), float(abs(off)))
@@ -215,7 +212,7 @@ class Line:
 
 
 def draw(path: Path, medians: dict[int, float], line: Line) -> None:
-    """Draw what was measured, the line and the goals on logarithmic axes, and in small on linear ones."""
+    """Draw the measurements, the line and the goals on logarithmic axes, with an inset on linear axes."""
     from matplotlib import pyplot as plt  # noqa: PLC0415 - half a second, which would be in somebody's figures
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
@@ -263,7 +260,7 @@ def short(size: int) -> str:
 
 @contextlib.contextmanager
 def results_folder() -> Iterator[Path]:
-    """A folder on the disk of the real results; at the end it is gone, and runs/latest is what it was."""
+    """Yield a temporary folder on the disk of the real results; at the end, delete it and restore runs/latest."""
     results.LATEST.parent.mkdir(exist_ok=True)
     latest = results.LATEST.readlink() if results.LATEST.is_symlink() else None
     try:
@@ -276,7 +273,7 @@ def results_folder() -> Iterator[Path]:
 
 
 def start_command(config: SimulationConfig, participants: int, folder: Path) -> subprocess.Popen[bytes]:
-    """What a person would type; its process becomes main's."""
+    """Start ./run_simulation.sh as a user would; its process becomes main (exec)."""
     settings = {
         "BASE_PORT": str(config.base_port),
         "HOSTS": "localhost",
@@ -294,7 +291,7 @@ def start_command(config: SimulationConfig, participants: int, folder: Path) -> 
 
 
 def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path) -> dict[str, float]:
-    """Check that it has ended well, with a row on the disk for each answer; returns what it says of its time."""
+    """Assert that the command succeeded and wrote a row for each answer; returns the seconds from summary.json."""
     assert game.returncode == 0, f"run_simulation.sh ended with exit status {game.returncode}"
     assert pq.read_metadata(folder / "answers.parquet").num_rows == participants
     seconds: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seconds"]
@@ -329,7 +326,7 @@ def command(config: SimulationConfig, participants: int, repeats: int) -> None:
 
 
 def own(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
-    """Play with participants that are written in several ways, and print the table."""
+    """Play with each custom participant class, and print the table."""
     table = Table(
         f"Participants of one's own, {config.server_per_host} participant servers, {config.reply_threads} threads each",
         *("a participant", "participants", "think", "creation", "round", "memory of one", "runs"),
@@ -337,7 +334,7 @@ def own(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
     for name, cls, participants, think_s in CLASSES:
         file = None if cls is RandomParticipant else f"{OWN_FILE}:{cls.__name__}"
         scene = replace(config, agent_class=file, sleep_time=think_s)
-        with agent_servers(config):  # new ones, as what was freed in old ones would be used first
+        with agent_servers(config):  # new servers, as old ones would reuse freed memory first
             play(scene, key, 1000)  # warm
             servers = [process.pid for process in processes.own_processes().values()]
             before = memory_mb(servers)
@@ -367,7 +364,7 @@ def main() -> None:
     )
     if chosen & {"time", "command", "wire"}:
         key = load_or_make(Path(config.cluster_key_dir))
-        with agent_servers(config, owned=False):  # so that run_simulation.sh may use them, too
+        with agent_servers(config, owned=False):  # so that run_simulation.sh can use them too
             play(config, key, 1000)  # warm
             if "time" in chosen:
                 whole = arguments.up_to >= SIZES[-1]

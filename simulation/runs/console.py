@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: log lines and progress, both on standard error, and tables that fit its width."""
+"""Terminal output of the main process: log lines and stage progress, both on standard error."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:  # rich is imported where there is a terminal
     from rich.progress import Progress
 
 LINE_EVERY_S = 5.0
-TOLD_KEPT = 100  # lines about servers, the last ones
-SAME_SIGNAL_S = 1.0  # `timeout` and others signal a process and then its whole group
-SHORTEST_BAR, LONGEST_BAR = 8, 40  # columns of a terminal
+TOLD_KEPT = 100  # most recent messages about servers
+SAME_SIGNAL_S = 1.0  # `timeout` and similar tools signal a process and then its process group
+SHORTEST_BAR, LONGEST_BAR = 8, 40  # terminal columns
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
 
 def log_to_stderr() -> None:
-    """Send the log to standard error, without tracebacks: those of defects go to DEFECT_LOG."""
+    """Send the log to standard error, without tracebacks: `keep_traceback` writes those to DEFECT_LOG."""
     logger.remove()
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}", level="INFO")
 
 
 def keep_traceback() -> str:
-    """Append the traceback of the exception being handled to DEFECT_LOG; returns where it stands now."""
+    """Append the current traceback to DEFECT_LOG; returns its path, or the traceback if the log cannot be written."""
     text = traceback.format_exc()
     try:
         DEFECT_LOG.parent.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def keep_traceback() -> str:
 
 
 class Stage(NamedTuple):
-    """How far something is, and since when (time.monotonic) it is under way."""
+    """Progress of a stage, and its start time (time.monotonic)."""
 
     name: str
     done: int
@@ -57,20 +57,20 @@ class Stage(NamedTuple):
 
 
 class ConsoleProgress:
-    """A bar for each stage on a terminal; elsewhere a line every few seconds of a long one."""
+    """Progress display: a bar for each stage on a terminal, otherwise a log line every LINE_EVERY_S seconds."""
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
-        self.stage: Stage | None = None  # the last one
-        self.told: deque[tuple[float, str]] = deque(maxlen=TOLD_KEPT)  # when (time.time), and what
-        self.how_to_resume: Callable[[], str | None] = lambda: None  # what the second signal prints
+        self.stage: Stage | None = None  # the most recent one
+        self.told: deque[tuple[float, str]] = deque(maxlen=TOLD_KEPT)  # (time.time, message)
+        self.how_to_resume: Callable[[], str | None] = lambda: None  # printed on the second signal
         self._signalled_at = 0.0
         self._stage = ""
         self._bar: Progress | None = None
         self._began = self._last_line = 0.0
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Show how far a stage is, and what there is to note beside it."""
+        """Show the progress of a stage, with an optional note."""
         now = time.monotonic()
         if stage != self._stage:
             self.close()
@@ -91,14 +91,14 @@ class ConsoleProgress:
             self.close()
 
     def tell(self, line: str) -> None:
-        """Say what happened to a server."""
+        """Log a message about a server and keep it for the dashboard."""
         self.told.append((time.time(), line))
         logger.warning(line)
 
     def listen(self) -> None:
-        """From now on the first Ctrl-C, TERM or HUP asks for an early end, and the second ends this process at once."""
+        """Install signal handlers: the first INT, TERM or HUP requests an early stop, the second exits at once."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
@@ -106,7 +106,7 @@ class ConsoleProgress:
             if time.monotonic() < self._signalled_at + SAME_SIGNAL_S:
                 return
             if sys.stderr.isatty():
-                sys.stderr.write("\x1b[?25h")  # the bar had hidden the cursor
+                sys.stderr.write("\x1b[?25h")  # the bar hides the cursor
             try:
                 os.write(2, f"{self.how_to_resume() or 'ended at once'}\n".encode(errors="replace"))
             finally:
@@ -114,15 +114,15 @@ class ConsoleProgress:
         self.stop(number)
 
     def stop(self, number: int) -> None:
-        """Ask for an early end, as the first signal of this number does."""
-        self._signalled_at = time.monotonic()  # first, as the next signal may come before the next line
+        """Request an early stop, as the first signal with this number does."""
+        self._signalled_at = time.monotonic()  # first: another signal may arrive before the next line
         self.stop_signal = number
-        # not the log: its lock may be held by the very code that is interrupted here
+        # not through the log: the interrupted code may hold its lock
         with contextlib.suppress(OSError):  # the terminal is closed
             os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
 
     def close(self) -> None:
-        """End the stage, and take its bar away."""
+        """End the stage and remove its bar."""
         if self._bar is not None:
             with contextlib.suppress(OSError):  # the terminal is closed
                 self._bar.stop()
@@ -139,14 +139,14 @@ def _new_bar() -> Progress:
         RenderableColumn(line),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=False,  # what the moderator says belongs on standard output
+        redirect_stdout=False,  # the moderator's announcements belong on standard output
         redirect_stderr=False,
     )
     return line.progress
 
 
 class _ProgressLine:
-    """How far the stage is, in the columns that fit the terminal as it is now."""
+    """Renderable progress of a stage, limited to the columns that fit the current terminal width."""
 
     progress: Progress
 
@@ -167,7 +167,7 @@ class _ProgressLine:
             name, bar, number, speed, time_left, note = range(len(cells))
             places = fitting(widths, (note, bar, speed, time_left, name), options.max_width, gap=1)
             spare = options.max_width - sum(widths[place] + 1 for place in places) + 1
-            if spare < 0:  # not even the count fits
+            if spare < 0:  # even the count does not fit
                 cells[number] = f"{task.percentage:.0f}%"
             width = min(SHORTEST_BAR + spare, LONGEST_BAR)
             cells[bar] = ProgressBar(total=total, completed=task.completed, width=width, animation_time=task.get_time())

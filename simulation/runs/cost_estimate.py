@@ -1,4 +1,4 @@
-"""What a run would do and cost, from the settings alone; nobody is asked."""
+"""Plan and cost estimate of a run, from the settings alone: no server is contacted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simulation.settings import SimulationConfig
 
 @dataclass(frozen=True)
 class RoundEstimate:
-    """The most that one round may cost, if every answer is usable: prompts at 4 characters a token."""
+    """Upper bound of the cost of one round if every answer is usable. Prompts count 4 characters per token."""
 
     round: int
     requests: int
@@ -35,10 +35,10 @@ class RoundEstimate:
 def estimate(
     config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range
 ) -> list[RoundEstimate]:
-    """These rounds of an LLM run.
+    """Estimate the cost of these rounds of an LLM run.
 
-    In round r a participant may remember any of (values)^(r-1) games, and be one of so many combinations of personas;
-    those who are and remember the same share requests.
+    Participants with the same personas and the same previous answers share requests. In round r there are at most
+    (persona combinations) * (possible numbers)^(r-1) different prompts.
     """
     assert game.wording is not None and game.cast is not None
     asked = _sharing(config, game.cast)
@@ -58,7 +58,7 @@ def estimate(
             requests += first
             prompt_tokens += first * prompt.tokens
             answers += everyone * int(limit or answer_tokens(config.structured_output, game))
-            if aloud is not None:  # a second request for each of them, as no two thought the same
+            if aloud is not None:  # a second request for each participant, as the reasoning texts all differ
                 requests += everyone
                 prompt_tokens += everyone * prompt._replace(thoughts="x" * aloud, thought_tokens=aloud).tokens
                 answers += everyone * aloud
@@ -67,7 +67,7 @@ def estimate(
 
 
 def _longest_prompt(game: Game, participants: int, number: int) -> Prompt:
-    """About the longest prompt of a round: all that was announced, with all the digits there can be."""
+    """Build roughly the longest prompt of a round: all announcements so far, with the maximum number of digits."""
     assert game.cast is not None
     personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in game.cast.persona_sets]
     teams = next((parts.names for parts in game.cast.groupings if parts.topic == game.teams), ())
@@ -85,13 +85,13 @@ def _longest_prompt(game: Game, participants: int, number: int) -> Prompt:
 
 
 def _sharing(config: SimulationConfig, cast: Population) -> dict[str, Counter[int]]:
-    """How many may share requests, as they are of one group and ask one model: by model, how often which count."""
+    """Return for each model: participants of one group that use it, and so share requests -> number of such groups."""
     servers = len(config.hosts) * config.server_per_host
     groups = place(config.participant_num, servers, len(config.hosts) * config.moderator_per_host)
     names = asked_models(config)
     found: dict[str, Counter[int]] = {name: Counter() for name in names}
     for group in groups:
-        if cast.models:  # about so many; the cast deals them out over all groups
+        if cast.models:  # approximate: the shares are exact over all groups, not within each
             counts = largest_remainder(group.count, [each.share for each in cast.models])
         else:
             counts = tuple(map(len, even_split(group.count, len(names))))
@@ -101,13 +101,13 @@ def _sharing(config: SimulationConfig, cast: Population) -> dict[str, Counter[in
 
 
 def _requests(count: int, prompts: int, samples: int) -> int:
-    """The most requests for `count` participants with so many different prompts."""
+    """Return the maximum number of requests of `count` participants with at most `prompts` different prompts."""
     different = min(count, prompts)
     return different + (count - different) // samples
 
 
 def plan_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range) -> list[str]:
-    """The whole plan of the rounds that are left, for people."""
+    """Return the readable plan of the remaining rounds, with costs for an LLM run."""
     servers = endpoints(config.hosts, config.base_port, config.server_per_host)
     groups = place(config.participant_num, len(servers), len(config.hosts) * config.moderator_per_host)
     on_server = Counter[int]()
@@ -137,7 +137,7 @@ def _game_in_words(game: Game) -> str:
 
 
 def cost_lines(config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig], numbers: range) -> list[str]:
-    """What these rounds would cost at most."""
+    """Return the models and the maximum cost of these rounds as lines of text."""
     rounds = estimate(config, game, models, numbers)
     asked = [models[name] for name in asked_models(config) if name in models]
     where = [f"models: {model.name} is {model.model} at {model.base_url}, on each host" for model in asked[:8]]

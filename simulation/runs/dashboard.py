@@ -1,7 +1,7 @@
-"""The page of --dashboard: what runs are doing now, served on this host alone from a thread of its own.
+"""The --dashboard web server: the live status of the runs, served to this host only from a separate thread.
 
-It reads what the runs' own objects hold and calls none that waits; the one thing it does to a game is to ask for its
-early end, as Ctrl-C does. It ends with the process, and lets a page that looks fetch how it ended.
+It reads the state of the run objects and makes no blocking calls to them. Its only effect on a run is to request an
+early stop, as Ctrl-C does. When the process ends, open pages can still fetch the final status.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("dashboard.html")
 ADDRESS = "127.0.0.1"
-NAMES = (ADDRESS, "localhost")  # what the page may be called by; other names may be a stranger's
-LOOKING_S = 3.0  # who has asked within so long is looking
-END_S = 3.0  # how long the end of the process waits for those
-STATE_S = 0.3  # a state is told so long at least: more pages than one cost no more
-SHARE = 0.01  # of the time, at most, goes into states, which take 26 ms for 4096 servers
+NAMES = (ADDRESS, "localhost")  # accepted host names; others may belong to a foreign site (DNS rebinding)
+LOOKING_S = 3.0  # a page counts as open for this long after its last request
+END_S = 3.0  # how long `close` waits for open pages
+STATE_S = 0.3  # minimum cache time of a state, so that several pages cost no more than one
+SHARE = 0.01  # maximum share of time spent on building states (26 ms each for 4096 servers)
 TICK_S = 0.1
 PAGES_KNOWN = 64
 RUNS_TOLD = 50
@@ -56,14 +56,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Dashboard:
-    """Serves the page from now on, until `close`; follows runs one after another (see `RunObserver`).
+    """Web server that runs until `close` and follows runs one after another (see `RunObserver`).
 
     Args:
-        port: Where, on 127.0.0.1; 0 is any that is free.
-        watch: Knows how far stages are and what happened to servers, and takes the wish to stop.
+        port: Port on 127.0.0.1; 0 picks a free one.
+        watch: Provides stage progress and messages about servers, and accepts the stop request.
 
     Raises:
-        SettingsError: The port cannot be had.
+        SettingsError: The port is not available.
     """
 
     def __init__(self, port: int, watch: ConsoleProgress) -> None:
@@ -77,15 +77,15 @@ class Dashboard:
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
-        self._instance = secrets.token_hex(4)  # a page of an earlier command on this port finds out so
+        self._instance = secrets.token_hex(4)  # lets a page detect that another command now uses this port
         self._view: DashboardState | None = None
-        self._running: str | None = None  # the run that is followed
+        self._running: str | None = None  # id of the current run
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_TOLD)
         self._over = False
-        self._troubles: dict[str, str] = {}  # what cannot be shown, by what was tried
-        self._told: tuple[float, dict[str, Any]] = (0.0, {})  # the last state, and until when it is told
-        self._pages: dict[str, float] = {}  # by a page's own name, when it asked last
-        self._heard = threading.Condition()  # guards the pages
+        self._troubles: dict[str, str] = {}  # errors by the part of the page that cannot be shown
+        self._told: tuple[float, dict[str, Any]] = (0.0, {})  # cached state, and when it expires
+        self._pages: dict[str, float] = {}  # time of the last request, by page id
+        self._heard = threading.Condition()  # guards _pages
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
@@ -96,7 +96,7 @@ class Dashboard:
 
     @contextmanager
     def follow(self, run: Run) -> Iterator[None]:
-        """Show this run, and from its end on how it ended."""
+        """Show this run, and its outcome after it ends."""
         from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - AgentScope, which the page need not wait for
 
         view = self._view = DashboardState(run)
@@ -117,11 +117,11 @@ class Dashboard:
             self._running = None
 
     def close(self) -> None:
-        """Serve no more. Whoever looks has `END_S` to fetch how it ended, and says so."""
+        """Stop serving, after open pages have fetched the outcome (waits at most `END_S`)."""
         self._over = True
         with self._heard:
             self._heard.wait_for(lambda: not self._looking(), END_S)
-        with suppress(RuntimeError):  # its thread has ended before, which was told
+        with suppress(RuntimeError):  # the thread has failed already, which was logged
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(END_S)
 
@@ -149,7 +149,7 @@ class Dashboard:
         await runner.cleanup()
 
     async def _look(self) -> None:
-        """Have a glance at the groups as often as is allowed, while a page looks."""
+        """Sample the groups at the allowed rate while a page is open."""
         looked = 0.0
         while True:
             await asyncio.sleep(TICK_S)
@@ -173,7 +173,7 @@ class Dashboard:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Turn away what does not come from our own page, or from a person who opens it."""
+        """Reject requests that come neither from our page nor from a user who opens it."""
         hosts = {f"{name}:{self.port}" for name in NAMES} | ({*NAMES} if self.port == 80 else set())
         own_origin = f"http://{request.host}"
         elsewhere = request.headers.get("Origin", own_origin) != own_origin
@@ -203,7 +203,7 @@ class Dashboard:
         return web.json_response(state)
 
     def _hear(self, page: str, done: bool) -> None:
-        """Note that a page looks, or has all that it will ever get."""
+        """Record that a page is open, or that it has fetched the final state (`done`)."""
         if not page:
             return
         with self._heard:
@@ -231,7 +231,7 @@ class Dashboard:
         return state
 
     async def _report(self, request: web.Request) -> web.Response:
-        """The report of a run that has ended; never to be opened as a page of ours, hence its type."""
+        """Return the report of a finished run, as a download: it must not open as a page of our origin."""
         wanted = request.query.get("run")
         path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == wanted), None)
         if path is None:
@@ -244,7 +244,7 @@ class Dashboard:
         return web.Response(body=body, content_type="application/octet-stream", headers=headers)
 
     async def _stop(self, request: web.Request) -> web.Response:
-        """Do what one Ctrl-C does: end the round under way, keep what there is."""
+        """Request an early stop, as one Ctrl-C does: end the current round and keep the results."""
         said = request.headers.get("X-Token", "").encode(errors="replace")
         if "Origin" not in request.headers or not secrets.compare_digest(said, self._token.encode()):
             raise web.HTTPForbidden
@@ -255,7 +255,7 @@ class Dashboard:
 
 
 def _report_of(ended: dict[str, Any]) -> Path | None:
-    """The report of a run, if there is one that a page could take."""
+    """Return the path of a run's report; None if it is missing or larger than REPORT_BYTES."""
     path = Path(ended["path"]) / REPORT
     try:
         return path if path.stat().st_size <= REPORT_BYTES else None

@@ -1,7 +1,7 @@
-"""Glances at the groups and moderators of a run, over short calls beside the game's: a few at a time, and not often.
+"""Sampling of the groups and moderators of a run for the dashboard, by short calls with bounded concurrency.
 
-How often is decided here: no server spends more than `SHARE` of its time on being looked at. When somebody looks at
-all is decided elsewhere.
+This module limits the rate: no server spends more than `SHARE` of its time on snapshots. The caller decides when to
+sample at all.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from simulation.rpc.channels import call_all
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.endpoints import Endpoint
 
-LOOK_S = 1.0  # between two glances at a group, at least
+LOOK_S = 1.0  # minimum time between two snapshots of a group
 GLANCES_AT_ONCE = 8
-GLANCES_A_LOOK = 24  # of those whose last one is the oldest: a call costs this process half a millisecond
+GLANCES_A_LOOK = 24  # snapshots per `look`, the least recent first; a call costs this process half a millisecond
 DEADLINE_S = 1.0
 SHARE = 0.005
 
 
 @dataclass
 class Load:
-    """What a server's process costs; `cpu` is its share of a core, known from the second glance on."""
+    """CPU and memory use of a server process; `cpu` is its share of a core, known from the second snapshot on."""
 
     cpu_s: float
     clock_s: float
@@ -37,22 +37,22 @@ class Load:
 
 
 class DashboardSampler:
-    """What glances have shown so far."""
+    """Sampler that holds the latest snapshots and loads."""
 
     def __init__(self) -> None:
-        self.glances: dict[str, RoundSnapshot] = {}  # by remote id
+        self.glances: dict[str, RoundSnapshot] = {}  # by remote id of the group or moderator
         self.loads: dict[Endpoint, Load] = {}
-        self.mute: dict[Endpoint, str] = {}  # servers whose last glance failed, and how
-        self.pause_s = LOOK_S  # until the next look
-        self._looked: dict[str, float] = {}  # when each was tried last (time.monotonic)
+        self.mute: dict[Endpoint, str] = {}  # servers whose last snapshot failed, with the error
+        self.pause_s = LOOK_S  # minimum time until the next `look`
+        self._looked: dict[str, float] = {}  # time of the last attempt (time.monotonic), by remote id
         self._proxies: dict[str, RemoteObject] = {}
 
     def look(self, statuses: dict[Endpoint, tuple[ServerStatus, bool]], numbers: int) -> None:
-        """Glance at those who were not looked at for longest; takes as long as servers that hang make it take.
+        """Take snapshots of the least recently sampled groups and moderators; blocks on unresponsive servers.
 
         Args:
-            standings: How all servers stand, and which are of participants.
-            numbers: How many different answers there are.
+            statuses: The status of each server, and whether it is a participant server.
+            numbers: Number of different possible answers.
         """
         where = {
             oid: (endpoint, ParticipantGroup if participants else Moderator)
@@ -77,16 +77,16 @@ class DashboardSampler:
             self._note_load(endpoint, snapshot)
             costs[endpoint] += snapshot.took_s
         for oid, error in errors.items():
-            if not isinstance(error, AgentNotFound):  # it was replaced meanwhile
+            if not isinstance(error, AgentNotFound):  # then it was replaced in the meantime
                 self.mute[where[oid][0]] = _without_address(error)
         self.glances = {oid: snapshot for oid, snapshot in self.glances.items() if oid in where} | glances
         self.pause_s = max(LOOK_S, max(costs.values(), default=0.0) / SHARE)
 
     def _note_load(self, endpoint: Endpoint, snapshot: RoundSnapshot) -> None:
         load = self.loads.get(endpoint)
-        if load is None or snapshot.cpu_s < load.cpu_s:  # another process
+        if load is None or snapshot.cpu_s < load.cpu_s:  # another process: the server was restarted
             self.loads[endpoint] = Load(snapshot.cpu_s, snapshot.clock_s, snapshot.memory_mb)
-        elif snapshot.clock_s - load.clock_s >= LOOK_S / 2:  # not of the same look, by another group
+        elif snapshot.clock_s - load.clock_s >= LOOK_S / 2:  # skip other groups sampled in the same `look`
             cpu = (snapshot.cpu_s - load.cpu_s) / (snapshot.clock_s - load.clock_s)
             self.loads[endpoint] = Load(snapshot.cpu_s, snapshot.clock_s, snapshot.memory_mb, cpu)
 

@@ -1,6 +1,6 @@
-"""What there is to show of a run while it plays: read from what this process holds of it, and from glances at groups.
+"""The state of a run that the dashboard shows, from this process's objects and from snapshots of the groups.
 
-The game waits for nothing here, and nothing here is locked by it: a figure may be a moment older than the next one.
+Nothing here blocks the run or takes its locks, so figures in one state may differ slightly in age.
 """
 
 from __future__ import annotations
@@ -21,35 +21,31 @@ from simulation.runs.console import Stage
 from simulation.runs.dashboard_sampler import DashboardSampler
 from simulation.runs.run import Run
 
-SILENT_S = 3.0  # a server that was not heard of for so long is shown as silent: it says something every second
-RATE_S = 3.0  # what the rate is an average of
-SERVERS_TOLD = 64  # with all that is known of each; of more there is a grid, and a row for some of those in trouble
+SILENT_S = 3.0  # a server without a reply for this long is shown as silent; normally it replies every second
+RATE_S = 3.0  # averaging window of the answer rate
+SERVERS_TOLD = 64  # up to this many servers get a row each; more get a grid, and rows for some of those in trouble
 TROUBLED_TOLD = 16
 GRID_CELLS = 4096
 
 
 class DashboardState:
-    """One run, as it is and as it was.
-
-    Args:
-        run: The run.
-    """
+    """Dashboard state of one run, live and after its end."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sampler = DashboardSampler()
         self._over = False
-        self._rounds: list[dict[str, Any]] = []  # those played, as they are told
-        self._bars: list[int] = []  # the answers of the last one of them
-        self._done: deque[tuple[float, int]] = deque()  # answers that were in at which time, in this round
+        self._rounds: list[dict[str, Any]] = []  # finished rounds, as the page gets them
+        self._bars: list[int] = []  # histogram of the last finished round
+        self._done: deque[tuple[float, int]] = deque()  # (time, answers so far), current round
         self._number = 0
 
     def end(self) -> None:
-        """Nothing changes any more."""
+        """Mark the run as ended: its state no longer changes."""
         self._over = True
 
     def look(self) -> None:
-        """Glance at the groups; see Lookout."""
+        """Sample the groups; see DashboardSampler."""
         simulation = self.run.simulation
         if simulation is not None and not self._over:
             self.sampler.look(simulation.cluster.statuses(), self.run.game.numbers)
@@ -57,9 +53,9 @@ class DashboardState:
     # --- The state ---------------------------------------------------------------------------------------------------
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
-        """All that the page shows of the run, of bounded size; `stage` is what the watch heard last."""
+        """Return everything the page shows of the run, of bounded size; `stage` is the latest progress."""
         run, simulation = self.run, self.run.simulation
-        results, begun = list(run.results), run.under_way[0]  # in this order: one that has ended is not under way
+        results, begun = list(run.results), run.under_way[0]  # in this order: a finished round is not current
         number = None if self._over or begun <= len(results) else begun
         self._tell_rounds(results)
         if number != self._number:
@@ -70,7 +66,7 @@ class DashboardState:
             if simulation
             else []
         )
-        glances = [*self.sampler.glances.items()]  # at once, as `look` goes on in another thread
+        glances = [*self.sampler.glances.items()]  # copied, as `look` runs in another thread
         playing = {assignment.oid for assignment in assignments}
         current = {oid: each for oid, each in glances if number is not None and each.round == number}
         in_play = {oid: each for oid, each in current.items() if oid in playing or each.counts}
@@ -97,11 +93,11 @@ class DashboardState:
             "decimals": config.decimals,
             "kind": kind,
             "target": game.target,
-            "seed": str(config.seed) if config.agent_type != "llm" else None,  # more digits than JavaScript has
+            "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
         }
 
     def _tell_rounds(self, results: list[RoundResult]) -> None:
-        """Note what is told of the rounds that were played since; a result does not change."""
+        """Append the rounds finished since the last call; a finished round does not change."""
         scale = self.run.game.scale
         for result in results[len(self._rounds) :]:
             _, bars = histogram(result.tally.units, result.tally.counts, self.run.game.numbers - 1, BINS)
@@ -128,7 +124,7 @@ class DashboardState:
         now, began = time.monotonic(), self.run.under_way[1]
         heard = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
         done = max(heard, sum(each.done for each in glances.values()))
-        if self._done and done < self._done[-1][1]:  # a server was lost, with the answers that it held
+        if self._done and done < self._done[-1][1]:  # a server was lost together with its answers
             self._done.clear()
         self._done.append((now, done))
         while len(self._done) > 2 and now - self._done[0][0] > RATE_S:
@@ -144,7 +140,7 @@ class DashboardState:
         }
 
     def _distribution(self, number: int | None, glances: dict[str, RoundSnapshot], groups: int) -> dict[str, Any]:
-        """The answers in bins: of the round under way, or of the last one where none is."""
+        """Return the histogram of the current round, or of the last finished round if none is in progress."""
         width, bins = bins_of(self.run.game.numbers)
         told = {"width": width, "scale": self.run.game.scale, "top": self.run.game.numbers - 1}
         if number is None:
@@ -160,7 +156,7 @@ class DashboardState:
         }
 
     def _counting(self, assignments: list[GroupAssignment]) -> int:
-        """How many objects count answers in a round: groups, or the moderators who ask one by one."""
+        """Return how many objects count answers in a round: groups, or moderators with per-agent dispatch."""
         return (
             len({assignment.moderator_server for assignment in assignments})
             if self.run.config.dispatch == "agent"
@@ -172,8 +168,8 @@ class DashboardState:
     def _servers(
         self, simulation: Simulation, assignments: list[GroupAssignment], glances: dict[str, RoundSnapshot], number: int
     ) -> dict[str, Any]:
-        """A row for each server; a grid, and the rows of some in trouble, where there are very many."""
-        hosted: Counter[Endpoint] = Counter()  # by a server, or asked by a moderator
+        """Return a row for each server; above SERVERS_TOLD a grid, and rows for some servers in trouble."""
+        hosted: Counter[Endpoint] = Counter()  # participants by participant server and by moderator server
         for assignment in assignments:
             assert assignment.server is not None
             hosted[assignment.server] += assignment.count
@@ -231,7 +227,7 @@ class DashboardState:
 
 
 def _failures(results: list[RoundResult], glances: dict[str, RoundSnapshot]) -> list[tuple[str, int]]:
-    """Failures of all rounds so far, the most frequent causes first."""
+    """Return the failures of all rounds so far, most frequent causes first."""
     failures: Counter[str] = Counter()
     for result in results:
         failures.update(result.tally.failures)
@@ -241,8 +237,8 @@ def _failures(results: list[RoundResult], glances: dict[str, RoundSnapshot]) -> 
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each host and kind of server what all of them do together, and for each of the first GRID_CELLS servers
-    its state, a letter, and the tenths of its participants that are done.
+    """Return the totals by host and kind of server, and for each of the first GRID_CELLS servers two characters:
+    the first letter of its state, and a digit from 0 to 9 for the share of its participants that are done.
     """
     grid: dict[tuple[str, bool], dict[str, Any]] = {}
     for place, row in enumerate(rows):

@@ -1,6 +1,6 @@
-"""Experiments: a YAML file with settings of the game, of which those with a list of values make a run for each.
+"""Experiments: a YAML file of game settings, in which a list of values runs a sweep.
 
-It reads and checks; nobody is asked, and nothing is written.
+This module validates experiments and sweeps, and compares finished runs. It contacts no server.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Combination:
 
     Attributes:
         config: Its settings.
-        varied: Those that tell it from the other runs, in the order of the file.
-        places: Where in the file the settings come from that do.
+        varied: The settings that differ between the runs, in the order of the file.
+        places: The place in the file of each setting that comes from there.
     """
 
     config: SimulationConfig
@@ -49,12 +49,12 @@ class Combination:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A file as it was read.
+    """A parsed experiment file.
 
     Attributes:
-        file: The file.
-        about: What it is for, as its author says.
-        combinations: The runs, in the order they are played: the first setting of the file varies slowest.
+        file: The YAML file.
+        about: The author's description.
+        combinations: The runs in the order they are played: the first setting of the file varies slowest.
     """
 
     file: YamlFile
@@ -62,7 +62,7 @@ class Experiment:
     combinations: tuple[Combination, ...]
 
     def placed(self, error: SettingsError, combination: Combination) -> SettingsError:
-        """What is wrong with a setting, told of its place in the file, if that is where the setting comes from."""
+        """Return the error with the setting's place in the file, or unchanged if the setting is not from the file."""
         said = re.match(r"--([a-z-]+)(?=[ :])", str(error))
         name = said[1].replace("-", "_") if said else ""
         if name not in combination.places:
@@ -71,14 +71,14 @@ class Experiment:
 
 
 def read_experiment(path: str, given: dict[str, Any]) -> Experiment:
-    """Read an experiment.
+    """Read an experiment file and build its combinations.
 
     Args:
         path: The file.
-        given: Settings given by hand, which win over those of the file.
+        given: Settings from the command line, which override those of the file.
 
     Raises:
-        SettingsError: It cannot be read, or a setting is unknown, not of the game or out of range.
+        SettingsError: The file cannot be read, or a setting is unknown, not a game setting or out of range.
     """
     file = read_yaml(path, "--experiment")
     entry = file.read_as(ExperimentEntry)
@@ -87,7 +87,7 @@ def read_experiment(path: str, given: dict[str, Any]) -> Experiment:
     number = math.prod(len(values) for name, values in settings.items() if name not in given)
     if number > MOST_COMBINATIONS:
         raise file.refused((), f"makes {number:,} combinations, and may make {MOST_COMBINATIONS:,}")
-    if "agent_class" in settings:  # beside the experiment, wherever that is played from
+    if "agent_class" in settings:  # relative to the experiment file, whatever the working directory
         folder = Path(full_path("--experiment", path)).parent
         settings["agent_class"] = [
             each and os.path.normpath(full_path("agent_class", each, folder)) for each in settings["agent_class"]
@@ -105,12 +105,12 @@ def read_experiment(path: str, given: dict[str, Any]) -> Experiment:
 
 
 def in_words(varied: dict[str, Any]) -> str:
-    """What tells a run from the others: `ratio 1/2, prompt basic`."""
+    """Return the settings that distinguish a run from the others, as text: `ratio 1/2, prompt basic`."""
     return ", ".join(f"{name} {value_in_words(name, value)}" for name, value in varied.items())
 
 
 def value_in_words(name: str, value: Any) -> str:
-    """A setting's value as it is told."""
+    """Return the text of a setting's value."""
     if value is None:
         return "none"
     return printable(Path(value).name if name == "agent_class" else str(value))
@@ -127,19 +127,19 @@ def _refuse_twice(file: YamlFile, settings: dict[str, list[Any]]) -> None:
 
 
 def _without_flag(error: SettingsError, name: str) -> str:
-    """The message with the setting's name in place of its flag."""
+    """Return the message with the setting's name in place of its flag."""
     return str(error).replace(flag_of(name), name, 1) if str(error).startswith(flag_of(name)) else str(error)
 
 
 def _read_list(name: str, said: Any) -> list[Any]:
-    """The values of a setting, one or several of which each makes a run."""
+    """Return the values of a setting as a list; raises ValueError if the list is empty."""
     if said == []:
         raise ValueError(f"{name} has an empty list: it must hold a value at least")
     return list(said) if isinstance(said, list) else [said]
 
 
 def _read_value(name: str, said: Any) -> Any:
-    """One value, checked as its flag's is; raises ValueError."""
+    """Return one value, validated like its command-line flag; raises ValueError."""
     if said is None and OF_GAME[name].default is None:
         return None
     if name == "models" and isinstance(said, dict):
@@ -153,7 +153,7 @@ def _read_value(name: str, said: Any) -> Any:
     try:
         value: Any = whole_number(name, said) if int in kinds else real_number(name, said) if float in kinds else said
         made = getattr(SimulationConfig(**{name: value}), name)
-        return value if OF_GAME[name].metadata["path"] else made  # a path starts from the file, see read_experiment
+        return value if OF_GAME[name].metadata["path"] else made  # a path is relative to the file, see read_experiment
     except SettingsError as error:
         raise ValueError(_without_flag(error, name)) from None
 
@@ -163,7 +163,7 @@ class _Game(Entry):
 
     @classmethod
     def trouble_with(cls, name: str) -> str:
-        """Settings of the cluster are known, but do not belong here."""
+        """Return the error text for an unknown key; cluster settings are known but do not belong here."""
         setting = name.replace("-", "_")
         if setting in KINDS and setting not in OF_GAME:
             return f"{name} is no setting of the game: it belongs on the command line, as {flag_of(setting)}"
@@ -171,7 +171,7 @@ class _Game(Entry):
 
 
 def _field_of(name: str) -> Any:
-    """A list of values, which may be written as one value; nothing is said of defaults, which SimulationConfig has."""
+    """Return the pydantic field of a list of values or a single value. Defaults come from SimulationConfig."""
     value = Annotated[Any, BeforeValidator(partial(_read_value, name))]
     return Annotated[Sequence[value], BeforeValidator(partial(_read_list, name))], ()
 
@@ -187,7 +187,7 @@ FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: the name of its folder, and its settings."""
+    """One run of a sweep: the name of its folder, and its settings."""
 
     folder: str
     config: SimulationConfig
@@ -198,11 +198,11 @@ class Sweep:
     """All runs of an experiment.
 
     Attributes:
-        sweep_id: What they are called together.
-        experiment: The name of the experiment's file.
-        about: What it is for.
-        varies: The settings that tell the runs apart, in the order of the file.
-        runs: In the order they are played.
+        sweep_id: The id of the sweep.
+        experiment: The name of the experiment file.
+        about: The author's description.
+        varies: The settings that differ between the runs, in the order of the file.
+        runs: The runs in the order they are played.
     """
 
     sweep_id: str
@@ -212,11 +212,11 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
     def varied(self, run: SweepRun) -> dict[str, Any]:
-        """The settings that tell a run from the others."""
+        """Return the settings that distinguish a run from the others."""
         return {name: getattr(run.config, name) for name in self.varies}
 
     def to_json(self) -> dict[str, Any]:
-        """The content of sweep.json: the settings that all runs share, and for each run its folder and its others."""
+        """Return the content of sweep.json: the shared settings, and the folder and varied settings of each run."""
         shared = {name: value for name, value in self.runs[0].config.to_json().items() if name not in self.varies}
         return {
             "sweep_id": self.sweep_id,
@@ -233,7 +233,7 @@ class Sweep:
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> Sweep:
-        """The sweep that was written so. Raises KeyError, TypeError, ValueError or SettingsError if it was not."""
+        """Build a sweep from sweep.json. Invalid content raises KeyError, TypeError, ValueError or SettingsError."""
         runs = tuple(
             SweepRun(each["folder"], SimulationConfig.from_json({**said["config"], **each["settings"]}))
             for each in said["runs"]
@@ -249,12 +249,12 @@ class Sweep:
 
 
 def sweep_of(experiment: Experiment, configs: Sequence[SimulationConfig], sweep_id: str) -> Sweep:
-    """The sweep that plays an experiment.
+    """Build the sweep that plays an experiment.
 
     Args:
-        experiment: What is played.
-        configs: The settings of its runs, as they are played: with a seed.
-        sweep_id: What they are called together.
+        experiment: The experiment.
+        configs: The settings of its runs, in order, with the seed set.
+        sweep_id: The id of the sweep.
     """
     varies = tuple(experiment.combinations[0].varied)
     digits = max(len(str(len(configs))), 2)
@@ -266,22 +266,22 @@ def sweep_of(experiment: Experiment, configs: Sequence[SimulationConfig], sweep_
 
 
 def _folder_name(varied: dict[str, Any]) -> str:
-    """What varies, in signs that mean nothing to shells and file systems."""
+    """Return the varied settings as text without characters special to shells or file systems."""
     name = ",".join(f"{name}={value_in_words(name, value)}" for name, value in varied.items())
     return re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep in a folder that --resume names. Raises SettingsError."""
+    """Read the sweep in a folder that --resume names. Raises SettingsError."""
     return read_written(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
 
 
 def tell_comparison(folder: Path, sweep: Sweep) -> None:
-    """Say what all runs came to, and draw it in the sweep's folder.
+    """Print the comparison of all runs and write it to the sweep's folder.
 
-    Raises SettingsError if what belongs to a run is missing.
+    Raises SettingsError if a file of a run is missing or damaged.
     """
-    # half a second for pictures, which nobody waits for earlier
+    # imported late, as plotting takes half a second to import
     from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415
 
     paths = [folder / run.folder for run in sweep.runs]

@@ -1,4 +1,4 @@
-"""One run on servers that are ready: play round after round, tell it, and write each before the next begins."""
+"""One run on ready servers: play the rounds, and print and write each before the next begins."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ from simulation.rpc.endpoints import GroupAssignment, remote_run
 from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
 
-LOST_SHOWN = 1000  # servers that were given up on, of those in summary.json
+LOST_SHOWN = 1000  # maximum number of lost servers listed in summary.json
 
 
 class RunObserver(Protocol):
-    """Who follows runs, one after another: it reads what it will from each, and neither holds it up nor fails it."""
+    """Observer of runs, one after another. It only reads from a run, and must not block it or make it fail."""
 
     def follow(self, run: Run) -> AbstractContextManager[None]:
-        """Follow a run for as long as the context lasts; what it raises passes through."""
+        """Return a context manager that observes a run; exceptions of the run propagate through it."""
 
 
 class Run:
-    """A run, its results so far, and where they are written.
+    """A run, its results so far, and its run directory.
 
     Args:
         config: The settings.
-        run_id: Its name.
+        run_id: Id of the run.
         key: The cluster key.
-        directory: Its folder.
-        watch: Who looks on.
-        draw: Draws the pictures and the report of the run, whose `groups` it counts.
-        game: What is played.
-        played: What there is of it, if it is resumed.
-        onlooker: Who follows it beside the watch.
-        label: What tells it from others that are played with it.
+        directory: The run directory.
+        watch: Progress listener; also carries the stop signal.
+        draw: Draws the pictures and the report of the run, and counts its `groups`.
+        game: The game.
+        played: The saved state, if the run is resumed.
+        observer: Additional observer, such as the dashboard.
+        label: Distinguishes the run from others of the same experiment.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class Run:
         self.game = game
         self.results = list(played.results) if played is not None else []
         self.usage = played.usage if played is not None else Usage()
-        self.simulation: Simulation | None = None  # once its servers are heard of
-        self.under_way = (0, 0.0)  # the last round that was begun, and when (time.monotonic)
-        self.status: str | None = None  # as it was written last
-        self.ended_early: str | None = None  # why, other than by a signal
+        self.simulation: Simulation | None = None  # set once the servers are ready
+        self.under_way = (0, 0.0)  # the last started round, and its start (time.monotonic)
+        self.status: str | None = None  # as last written to summary.json
+        self.ended_early: str | None = None  # the reason, if not a signal
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
-        self.cluster["times"] = []  # by round, where they are known
+        self.cluster["times"] = []  # by round, where known
         self.label = label
         self._part_of = directory.part_of or (played.part_of if played is not None else None)
         self._draw = draw
@@ -104,11 +104,11 @@ class Run:
 
     @property
     def to_play(self) -> range:
-        """The rounds that are left."""
+        """Return the numbers of the rounds that remain."""
         return range(len(self.results) + 1, self.config.rounds + 1)
 
     def play(self) -> int:
-        """Play all rounds and write the results; returns the exit status. Raises what ended the run early, written."""
+        """Play the remaining rounds and write the results, also before an error propagates; returns the exit status."""
         with contextlib.nullcontext() if self._onlooker is None else self._onlooker.follow(self):
             return self._play()
 
@@ -121,10 +121,10 @@ class Run:
         servers = check_cluster(self.config, self.key)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
-        if self._resumed:  # not before: what there is stays as it is where nothing can be played
-            self._write("interrupted")  # first, so that the summary never promises answers that are gone
+        if self._resumed:  # not earlier: if no round can be played, the folder stays unchanged
+            self._write("interrupted")  # first, so that the summary never refers to deleted answers
             self.directory.go_back_to(len(self.results))
-        if self.config.agent_type != "llm":  # a model's answers are drawn by its server
+        if self.config.agent_type != "llm":  # the seed does not determine the answers of a model server
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         played = tuple(announcement_of(each, self.game.scale) for each in self.results)
         run = remote_run(self.run_id, secrets.token_hex(2))
@@ -133,7 +133,7 @@ class Run:
             with simulation:
                 self.simulation = simulation
                 self._create(simulation)
-                self._write("interrupted")  # what it is, should this process be killed from now on
+                self._write("interrupted")  # the status if this process is killed from now on
                 for number in self.to_play:
                     self._play_round(simulation, number)
                     self._look_after_models(simulation)
@@ -151,7 +151,7 @@ class Run:
         return self._finish()
 
     def _write_what_there_is(self, simulation: Simulation, cause: SimulationError) -> None:
-        """Write what there is of a game that ended early. Raises ResultsError if its cause promises that."""
+        """Write the results after an early end. Raises ResultsError only if the cause is RunAborted or Interrupted."""
         try:
             self._note_losses(simulation)
             self.directory.join_answers()
@@ -159,7 +159,7 @@ class Run:
         except ResultsError as error:
             if isinstance(cause, (RunAborted, Interrupted)):
                 raise ResultsError(f"{error}; the game had ended: {cause}") from None
-            if not isinstance(cause, ResultsError):  # then it is the same disk
+            if not isinstance(cause, ResultsError):  # otherwise it is the same disk error
                 logger.warning(str(error))
 
     def _create(self, simulation: Simulation) -> None:
@@ -172,7 +172,7 @@ class Run:
         logger.info(f"[init takes {self.seconds['create']:.2f} s]")
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
-        """Play one round, have it written, and tell it. Raises GameEnded if too few servers are left."""
+        """Play, print and write one round. Raises RunAborted if too few servers are left."""
         self.under_way = (number, time.monotonic())
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
@@ -200,7 +200,7 @@ class Run:
         self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
 
     def _look_after_models(self, simulation: Simulation) -> None:
-        """Find out whether the next round, if there is one, makes sense: there are tokens, and models that answer."""
+        """Set `ended_early` if the next round is pointless: no tokens are left, or the models do not answer."""
         if not self.to_play:
             return
         ended = self.results[-1].tally.ended
@@ -211,14 +211,14 @@ class Run:
             try:
                 check_models(self.config, simulation.cluster.living)
             except ServerLost:
-                pass  # the next round sees to that
+                pass  # the next round handles that
             except ClusterError as error:
                 self.ended_early = str(error)
         if self.ended_early is not None:
             logger.warning(f"{self.ended_early}: the game ends after round {len(self.results)} of {self.config.rounds}")
 
     def _finish(self) -> int:
-        """Write the whole run, its pictures and its report; returns the exit status."""
+        """Write the final results, the pictures and the report; returns the exit status."""
         last = self.results[-1]
         for line in histogram_lines(last.tally, self.config):
             say(line)
@@ -236,13 +236,13 @@ class Run:
     def _report(self, summary: dict[str, Any]) -> None:
         try:
             self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
-        except SettingsError as error:  # what was just written cannot be read
+        except SettingsError as error:  # the results just written cannot be read
             raise ResultsError(str(error)) from None
 
     def _write(self, status: str) -> dict[str, Any]:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
-        if self.status is None:  # no sooner: a folder that holds nothing else could not be resumed, nor used again
+        if self.status is None:  # not earlier: a folder with only this file could be neither resumed nor reused
             self.directory.write_game(self.game)
         parts = (self.cluster, self.seconds, self.results, self.usage, self._part_of)
         summary = summarise(self.config, self.run_id, status, *parts)
@@ -252,7 +252,7 @@ class Run:
 
 
 def _agents_in(assignment: GroupAssignment) -> dict[str, Any]:
-    """Where the participants of a group can be spoken to."""
+    """Return the agents.jsonl entry of a group: the address and remote id of its participants."""
     assert assignment.server is not None
     return {
         "oid": assignment.oid,

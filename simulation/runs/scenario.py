@@ -1,4 +1,4 @@
-"""What a game is played with: the prompts and personas that a person keeps in files, by name, and shares of models."""
+"""Scenario of a game: the prompts and personas that the settings select from files, and the shares of models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simulation.settings import FINEST, PATHS, SimulationConfig, check, flag_of,
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
 SETTINGS = [item.name for item in fields(SimulationConfig)]
-OF_MODELS = (  # what a setting of these says matters to those alone who ask a model
+OF_MODELS = (  # settings that only affect participants that use a model
     *("prompt", "prompts_file", "models"),
     *SETTINGS[SETTINGS.index("model_configs") + 1 : SETTINGS.index("vllm_base_port")],
 )
@@ -28,7 +28,7 @@ SMALLEST_SHARE = Fraction(1, FINEST)
 
 
 def read_wording(config: SimulationConfig) -> PromptTemplate | None:
-    """The prompt that the settings name; None where nobody asks a model. Raises SettingsError, naming the place."""
+    """Return the prompt that the settings name; None without models. Raises SettingsError with the place."""
     if config.agent_type != "llm":
         _refuse_without_model(config, "prompt")
         return None
@@ -38,11 +38,11 @@ def read_wording(config: SimulationConfig) -> PromptTemplate | None:
 
 
 def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Population:
-    """The personas and models that the settings name. Raises SettingsError, naming the place.
+    """Return the personas and models that the settings name. Raises SettingsError with the place in the file.
 
     Args:
         config: The settings; the seed is set.
-        models: The models of the models' file, by name.
+        models: The models of the model configuration file, by name.
     """
     sets = _persona_sets(config)
     if config.agent_type != "llm":
@@ -54,14 +54,14 @@ def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Po
 
 
 def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[str, ...]:
-    """What the models are called, by their servers, that participants ask in turn; none in a mixture."""
+    """Return the models, by their names on the model servers, that participants use in turn; empty for a mixture."""
     if config.agent_type != "llm" or config.models is not None:
         return ()
     return tuple(models[name].model for name in asked_models(config) if name in models)
 
 
 def refuse_unknown_models(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> None:
-    """Raise SettingsError unless all models are there that participants take in turn; see _mixture for others."""
+    """Raise SettingsError if a model that participants use in turn is missing; _mixture checks those of a mixture."""
     missing = [name for name in asked_models(config) if name not in models] if config.models is None else []
     if missing:
         raise SettingsError(
@@ -72,7 +72,7 @@ def refuse_unknown_models(config: SimulationConfig, models: Mapping[str, ModelCo
 
 
 def build_game(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
-    """The game that the settings and the files they name describe. Raises SettingsError."""
+    """Build the game from the settings and the files they name. Raises SettingsError."""
     game = game_of(config, read_wording(config), read_cast(config, models))
     topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
     if config.teams is not None and config.teams not in topics:
@@ -91,9 +91,10 @@ def build_game(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> G
 
 
 def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> None:
-    """Raise SettingsError if one of the settings that are given does nothing, as no participant asks a model.
+    """Raise SettingsError if one of the given settings has no effect because no participant uses a model.
 
-    The file of models is part of a cluster, and a class of a person's own may ask its models by itself.
+    The model configuration file is allowed, as it belongs to the cluster. `allow_remote_model` is allowed with a custom
+    agent class, which may call the models itself.
     """
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
@@ -104,13 +105,13 @@ def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> No
 
 
 def _refuse_without_model(config: SimulationConfig, name: str) -> None:
-    """Raise SettingsError if a setting is not its default, and no participant asks a model."""
+    """Raise SettingsError if a setting differs from its default and no participant uses a model."""
     if getattr(config, name) != SimulationConfig.__dataclass_fields__[name].default:
         refuse_without_model(config, (name,))
 
 
 def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], where: str) -> None:
-    """Raise SettingsError if a setting's value names something that its file does not have."""
+    """Raise SettingsError if a setting names an entry that is not in its file."""
     names = list(known)
     if name not in names:
         said = printable(value) if name == value else f"{printable(value)}: {printable(name) or 'an empty name'}"
@@ -131,14 +132,14 @@ def _text(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    """A name, which terminals and pages show."""
+    """Return the name if it is printable in one line on terminals and pages. Raises SettingsError."""
     if _text(text) != printable(text):
         raise SettingsError("must be a name in one line, of signs that can be shown")
     return text
 
 
 def _with_placeholders(text: str) -> str:
-    """A text whose braces hold what is known there."""
+    """Return the text if its placeholders are all known. Raises SettingsError."""
     try:
         fields = list(string.Formatter().parse(_text(text)))
     except ValueError:
@@ -158,7 +159,7 @@ def _reasoning_tokens(text: str) -> int:
 
 
 class PromptEntry(Entry):
-    """A prompt of the prompts file; see Wording."""
+    """A prompt of the prompts file; see PromptTemplate."""
 
     system: Annotated[str, read_by(_with_placeholders)]
     instruction: Annotated[str, read_by(_with_placeholders)]
@@ -167,7 +168,7 @@ class PromptEntry(Entry):
 
 @lru_cache(maxsize=8)  # an experiment names the same file in every combination
 def _prompts_in(path: str) -> dict[str, PromptTemplate]:
-    """All prompts of a file, by name. Raises SettingsError, naming the place."""
+    """Return all prompts of a file, by name. Raises SettingsError with the place in the file."""
     prompts = read_yaml(path, "--prompts-file").read_as(dict[str, PromptEntry])
     return {
         name: PromptTemplate(name, entry.system, entry.instruction, entry.reasoning_tokens)
@@ -191,7 +192,7 @@ class PersonaEntry(Entry):
 
 
 def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
-    """The sets of personas that the settings name."""
+    """Return the persona sets that the settings name. Raises SettingsError."""
     if config.personas is None:
         return ()
     sets = _personas_in(config.personas_file)
@@ -203,9 +204,9 @@ def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
     return tuple(sets[name] for name in names)
 
 
-@lru_cache(maxsize=8)  # likewise
+@lru_cache(maxsize=8)  # as for prompts
 def _personas_in(path: str) -> dict[str, PersonaSet]:
-    """All sets of personas of a file, by name. Raises SettingsError, naming the place."""
+    """Return all persona sets of a file, by name. Raises SettingsError with the place in the file."""
     file = read_yaml(path, "--personas-file")
     entries = file.read_as(dict[str, list[PersonaEntry]])
     for name, personas in entries.items():
@@ -233,7 +234,7 @@ def _refuse_twice(file: YamlFile, name: str, personas: list[PersonaEntry]) -> No
 
 
 def _mixture(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[ModelShare, ...]:
-    """The shares that `model_1=2/3,model_2=1/3` stands for."""
+    """Parse shares of models such as `model_1=2/3,model_2=1/3`. Raises SettingsError."""
     said = f"--models {printable(config.models or '')}"
     shares: dict[str, Fraction] = {}
     for part in (config.models or "").split(","):

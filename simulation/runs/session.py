@@ -1,4 +1,4 @@
-"""What one command plays: a run alone, new or gone on with, or all runs of an experiment on the same servers."""
+"""The runs of one command: one run, new or resumed, or all runs of an experiment on the same servers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     Draw = Callable[[SavedRun], None]
 
-PLANS_SHOWN = 10  # of a dry run of several
+PLANS_SHOWN = 10  # plans shown in a dry run of an experiment
 
 
 class Session:
@@ -58,9 +58,9 @@ class Session:
 
     Args:
         tasks: The runs.
-        folder: What is written: the folder of the run, or the one that those of all runs are in.
-        sweep: What the runs are of, if they are several.
-        directory: The folder, if it is there already, and locked.
+        folder: The folder to write: of the single run, or of the experiment with a folder for each run.
+        sweep: The sweep, if there are several runs.
+        directory: The folder, if it exists already and is locked.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ class Session:
         self.folder = folder
         self.sweep = sweep
         self._directory = directory
-        self._number: int | None = None  # of the run that is played, where there are several
+        self._number: int | None = None  # number of the current run of an experiment
         self._is_new = directory is None
 
     @property
     def config(self) -> SimulationConfig:
-        """The settings of the cluster, which all runs share."""
+        """Return the settings of the first run; all runs share the cluster settings."""
         return self.tasks[0].config
 
     @property
     def needs_servers(self) -> bool:
-        """Whether a round is left to play."""
+        """Return whether any round remains to be played."""
         return any(task.rounds_left for task in self.tasks)
 
     def plan(self) -> list[str]:
-        """What would be played, for people."""
+        """Return a readable plan of the runs."""
         if self.sweep is None:
             return self.tasks[0].plan
         about = printable(self.sweep.about or "")
@@ -100,22 +100,22 @@ class Session:
         return [*lines, total]
 
     def open(self) -> None:
-        """Make the folder, unless it is there. Raises SettingsError or ResultsError."""
+        """Create the folder, unless it exists. Raises SettingsError or ResultsError."""
         if self._directory is None:
             self._directory = RunDirectory(self.folder)
 
     def close(self) -> None:
-        """Let others write, and leave no folder of runs that came to nothing."""
+        """Release the lock, and remove the folder if no results were written."""
         if self._directory is None:
             return
         if self._is_new and self.sweep is not None and not self._has_begun():
-            with contextlib.suppress(OSError):  # then it stays, and so does the folder
+            with contextlib.suppress(OSError):  # if it stays, the folder stays too
                 (self.folder / SWEEP).unlink(missing_ok=True)
         self._directory.discard_if_empty()
         self._directory.close()
 
     def play(self, key: ClusterKey, watch: ConsoleProgress, draw: Draw, observer: RunObserver | None = None) -> int:
-        """Play what is left, and say how to resume what is left then; returns the exit status. Raises what ended it."""
+        """Play the remaining rounds; returns the exit status. Logs how to resume if rounds are left, even on errors."""
         assert self._directory is not None
         play = partial(_play, key=key, watch=watch, draw=draw, observer=observer)
         watch.how_to_resume = self.how_to_resume
@@ -130,7 +130,7 @@ class Session:
                 logger.warning(hint)
 
     def _play_all(self, sweep: Sweep, play: Callable[..., int], watch: ConsoleProgress) -> int:
-        """Play the runs of an experiment one after another."""
+        """Play and compare the runs of an experiment; returns the exit status."""
         assert self._directory is not None
         self._directory.write_json(SWEEP, sweep.to_json())
         self._directory.point_latest()
@@ -145,16 +145,16 @@ class Session:
         self._number = None
         try:
             tell_comparison(self.folder, sweep)
-        except SettingsError as error:  # a run that was played cannot be read
+        except SettingsError as error:  # a finished run cannot be read
             raise ResultsError(f"cannot compare the runs in {self.folder}: {error}") from None
         logger.info(f"results of all {len(self.tasks)} runs in {self.folder}")
         return status
 
     def _play_one(self, task: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Play one of several runs; where participants are left unanswered, that is told, and stops no other run."""
+        """Play one of several runs; returns its exit status. RunAborted is logged and does not stop the other runs."""
         try:
             directory = RunDirectory(task.folder, resumed=is_there(task.folder), within=self._directory)
-        except SettingsError as error:  # the experiment's folder could be written at its beginning
+        except SettingsError as error:  # not a wrong setting: the experiment's folder was writable at the start
             raise ResultsError(str(error)) from None
         if task.status is not None:
             directory.close()
@@ -169,7 +169,7 @@ class Session:
             directory.close()
 
     def check_models(self) -> None:
-        """Ask from here, before agent servers are started here, all models of all runs; raises ClusterError."""
+        """Check all models of all runs from this process, before it starts agent servers; raises ClusterError."""
         models = [model for task in self.tasks if task.rounds_left for model in task.asked_models]
         if models:
             from simulation.cluster.preflight import check_models_here  # noqa: PLC0415 - see _play
@@ -177,7 +177,7 @@ class Session:
             check_models_here(models, self.config.connect_timeout)
 
     def _check_later_models(self, key: ClusterKey) -> None:
-        """Raise ClusterError if the cluster cannot ask a model of a later run: the first run checks its own."""
+        """Raise ClusterError if the cluster cannot reach a model of a later run; the first run checks its own."""
         left = [task for task in self.tasks if task.rounds_left]
         others = {tuple(task.asked_models): task.config for task in left if task.asked_models}
         if left:
@@ -189,10 +189,10 @@ class Session:
                 check_cluster(config, key)
 
     def _has_begun(self) -> bool:
-        return any(is_there(task.folder) for task in self.tasks)  # those that came to nothing are discarded
+        return any(is_there(task.folder) for task in self.tasks)  # folders without results are discarded
 
     def how_to_resume(self) -> str | None:
-        """Return the line that says how to resume what was written and has rounds left; None if nothing has."""
+        """Return a line with the command to resume; None if no rounds are left or nothing was written."""
         if self._number is not None:
             ends = f"the experiment ends in run {self._number} of {len(self.tasks)}"
             return f"{ends}; to go on with it: {resume_command(self.folder)}" if self._has_begun() else None
@@ -208,14 +208,14 @@ class Session:
 
 
 class _Rest(NamedTuple):
-    """How far a run was played whose rounds are not all played, and the flags that playing the rest needs."""
+    """Progress of an unfinished run, and the flags needed to play its remaining rounds."""
 
     progress: str
     flags: tuple[str, ...]
 
 
 def _rest_of(task: RunSpec) -> _Rest | None:
-    """Return what is left of a run as its folder has it; None if nothing is left, or nothing was written."""
+    """Return what is left of a run according to its folder; None if it is finished or nothing was written."""
     try:
         config, summary = read_summary(task.folder)
     except SettingsError:
@@ -251,11 +251,11 @@ def _play(
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
-    """What the settings ask to play. Raises SettingsError if anything about it is wrong.
+    """Build the session that the settings describe. Raises SettingsError if anything in it is invalid.
 
     Args:
         config: The settings.
-        given: Those that were given by hand, which is what counts where others are read from a file.
+        given: Those from the command line, which override settings read from a file.
     """
     if config.resume is not None:
         if config.run_dir is not None:
@@ -285,7 +285,7 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     budget, rounds = (given.get(name, getattr(config, name)) for name in ("max_tokens", "rounds"))
     if len(summary["rounds"]) < rounds and is_spent(summary, config.max_tokens, budget):
         raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
-    directory = RunDirectory(path, resumed=True)  # nobody else writes there from now on
+    directory = RunDirectory(path, resumed=True)  # locks the folder against other writers
     if directory.part_of is not None:
         _, experiment, run, runs = directory.part_of
         logger.warning(
@@ -296,8 +296,8 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
 
 
 def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
-    """All runs of an experiment; of a single combination, a run like any other."""
-    drawn = secrets.randbits(32)  # the same for all, so that they differ in what varies alone
+    """Return a session of all runs of an experiment; a single combination becomes an ordinary run."""
+    drawn = secrets.randbits(32)  # shared, so that the runs differ only in the varied settings
     tasks = []
     for combination in experiment.combinations:
         try:
@@ -322,7 +322,7 @@ def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
 
 
 def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
-    """The runs of a sweep that is gone on with: finished ones are left as they are."""
+    """Return a session that resumes a sweep; finished runs are left unchanged."""
     directory = RunDirectory(path, resumed=True)
     sweep = read_sweep(path)
     for name in sweep.varies:
@@ -336,7 +336,7 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     for run in runs:
         folder = directory.path / run.folder
         if is_there(folder / "summary.json"):
-            settings = asdict(run.config)  # all of them: runs that were played on another cluster go on on this one
+            settings = asdict(run.config)  # all settings: a run begun on another cluster continues on this one
             task = finished_task(folder, settings) or resumed_task(folder, settings)
         else:
             task = new_task(replace(run.config, run_dir=str(folder)))
@@ -346,17 +346,17 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run to play, whose settings, files and models were found to be right.
+    """A run to play, with validated settings, files and models.
 
     Attributes:
         config: Its settings.
-        models: The models there are.
-        game: What is played.
-        folder: Where its results go.
-        run_id: Its name.
-        played: What there is of it, if it is resumed.
-        name: What tells it from the others, in words.
-        status: What it has come to before, if nothing of it is left to play.
+        models: The available models, by name.
+        game: The game.
+        folder: The folder of its results.
+        run_id: Its id.
+        played: The saved state, if it is resumed.
+        name: Text of the settings that distinguish it from the other runs.
+        status: Its final status, if it is finished; None otherwise.
     """
 
     config: SimulationConfig
@@ -370,35 +370,35 @@ class RunSpec:
 
     @property
     def rounds_left(self) -> range:
-        """The rounds that are to be played, for which servers are needed."""
+        """Return the numbers of the rounds to play; empty if the run is finished."""
         played = 0 if self.played is None else len(self.played.results)
         return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
 
     @property
     def tokens(self) -> int:
-        """What they may cost at most."""
+        """Return the maximum number of tokens that the remaining rounds may cost."""
         if self.config.agent_type != "llm" or not self.rounds_left:
             return 0
         return sum(each.tokens for each in estimate(self.config, self.game, self.models, self.rounds_left))
 
     @property
     def plan(self) -> list[str]:
-        """What would be played, for people."""
+        """Return a readable plan of the remaining rounds."""
         return plan_lines(self.config, self.game, self.models, self.rounds_left)
 
     @property
     def costs(self) -> list[str]:
-        """What it would cost, for people."""
+        """Return a readable cost estimate of the remaining rounds."""
         return cost_lines(self.config, self.game, self.models, self.rounds_left)
 
     @property
     def asked_models(self) -> list[ModelConfig]:
-        """Those of its mixture, or those that participants take in turn."""
+        """Return the models of the mixture, or those that participants use in turn."""
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
 
 def new_task(config: SimulationConfig) -> RunSpec:
-    """A run of which there is nothing yet; the seed is set. Raises SettingsError."""
+    """Return the spec of a new run; `config` has a seed. Raises SettingsError."""
     models = _checked(config)
     run_id = new_run_id()
     folder = Path(config.run_dir or ROOT / "runs" / run_id)
@@ -406,7 +406,7 @@ def new_task(config: SimulationConfig) -> RunSpec:
 
 
 def resumed_task(path: Path, given: dict[str, Any]) -> RunSpec:
-    """The run in a folder, with other settings where they are given. Raises SettingsError."""
+    """Return the spec that resumes the run in a folder, with the given settings changed. Raises SettingsError."""
     config, played = read_played(path, given)
     models, game = _checked(config), read_game(path, config)
     _refuse_other_models(path, config, game, models)
@@ -414,7 +414,7 @@ def resumed_task(path: Path, given: dict[str, Any]) -> RunSpec:
 
 
 def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:
-    """Raise SettingsError if participants would ask others than before: who asked which is told from the cast alone."""
+    """Raise SettingsError if participants would use models other than the saved ones: reports rely on those."""
     assert game.cast is not None
     before, now = game.cast.turns, turns_of(config, models)
     if before != now and len({*before, *now}) > 1:
@@ -431,7 +431,7 @@ def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, model
 
 
 def finished_task(path: Path, given: dict[str, Any]) -> RunSpec | None:
-    """The same, if no round of it is left, or no tokens: its answers need not be read again."""
+    """Return the spec of a run with no rounds or tokens left, else None. Reads no answers; raises SettingsError."""
     config, summary = read_summary(path, "--resume ")
     budget = config.max_tokens
     config = config_to_resume(path, config, given)
@@ -445,14 +445,14 @@ def finished_task(path: Path, given: dict[str, Any]) -> RunSpec | None:
 
 
 def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """The models of a run, if it asks any; raises SettingsError if its participants cannot be made."""
+    """Return the models of a run, if it uses any. Raises SettingsError if its participants cannot be created."""
     if config.agent_class is not None:
         import_agentscope()
         from simulation.agents.agent_class import serialize_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
         from simulation.cluster.agent_class import load_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
 
         add_extra_folders(config.extra_pythonpath)
-        # a mistake in a person's file is found before anything is started
+        # find errors in the user's file before anything starts
         serialize_agent_class(load_agent_class(config.agent_class, config.agent_type))
     if config.agent_type != "llm":
         return {}
@@ -462,7 +462,7 @@ def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
 
 
 def refuse_above_budget(task: RunSpec, name: str) -> None:
-    """Raise SettingsError if a run of an experiment, called so, may cost more than it is allowed to."""
+    """Raise SettingsError if a run of an experiment, described by `name`, may exceed its token budget."""
     allowed = task.config.max_tokens
     if allowed is not None and task.tokens > allowed:
         name = f" ({name})" if name else ""
@@ -472,7 +472,7 @@ def refuse_above_budget(task: RunSpec, name: str) -> None:
 
 
 def refuse_sum_above_budget(tasks: list[RunSpec], allowed: int | None) -> None:
-    """Raise SettingsError if all runs that are left may together cost more than was allowed by hand."""
+    """Raise SettingsError if all remaining runs together may exceed the budget given on the command line."""
     if allowed is None:
         return
     tokens = sum(task.tokens for task in tasks)
@@ -484,11 +484,11 @@ def refuse_sum_above_budget(tasks: list[RunSpec], allowed: int | None) -> None:
 
 
 def refuse_costs(tasks: list[RunSpec], plan: Callable[[], list[str]]) -> None:
-    """Say what models cost that are outside the cluster, and raise SettingsError unless they are allowed.
+    """Print the cost if models outside the cluster are used, and raise SettingsError unless they are allowed.
 
     Args:
         tasks: All runs.
-        plan: What is said where there are several.
+        plan: Returns the lines to print if there are several runs.
     """
     elsewhere = [
         (task.config, model)

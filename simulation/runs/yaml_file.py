@@ -1,6 +1,6 @@
-"""Reading YAML files that people write: what is wrong is told in one line, with its place in the file.
+"""Reader of user-written YAML files that reports each error in one line, with its line number.
 
-Every scalar stays the text that was written, so that 2/3 and 0.51 are exact; what it means, a pydantic model says.
+Every scalar stays text, so that 2/3 and 0.51 are exact; pydantic models interpret it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pydantic_core import PydanticCustomError
 from simulation.errors import SettingsError, near_file, nearest, printable, reason
 from simulation.files import shown
 
-Place = tuple[str | int, ...]  # the keys, and positions in lists, that lead to a value
+Place = tuple[str | int, ...]  # path to a value: keys, and positions in lists
 T = TypeVar("T")
 
 LARGEST_BYTES = 2**20
-MOST_VALUES = 50_000  # a few aliases of aliases would stand for more than any memory holds
+MOST_VALUES = 50_000  # a few nested aliases could expand beyond any memory
 DEEPEST = 20
 TROUBLE_SHOWN = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
-MERGE = "<<"  # the key whose value is a mapping, or a list of some, with what is not said beside it
+MERGE = "<<"  # merge key: a mapping, or a list of mappings, with values for keys that are not set explicitly
 NULL = "tag:yaml.org,2002:null"
 TAGS: dict[type[yaml.Node], list[str]] = {
     yaml.ScalarNode: [f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")],
@@ -36,12 +36,12 @@ TAGS: dict[type[yaml.Node], list[str]] = {
 
 @dataclass(frozen=True)
 class YamlFile:
-    """A mapping as it was written: texts, None for null, lists and mappings, and the line of each.
+    """A parsed file: text, None for null, lists and mappings, with the line of each value.
 
     Attributes:
-        name: What the file is called in messages.
-        said: What is in it.
-        lines: Where, counted from 1.
+        name: The name of the file in messages.
+        said: The content.
+        lines: Line numbers, from 1, by place.
     """
 
     name: str
@@ -49,19 +49,19 @@ class YamlFile:
     lines: dict[Place, int] = field(repr=False)
 
     def line(self, place: Place) -> int:
-        """The line of a value, or of the innermost one around it that has a line."""
+        """Return the line of a value, or of the innermost enclosing value that has one."""
         while place not in self.lines:
             place = place[:-1]
         return self.lines[place]
 
     def refused(self, place: Place, trouble: str) -> SettingsError:
-        """The error that says what is wrong there."""
+        """Return an error with the file name and the line of the place."""
         text = printable(trouble)
         text = text if len(text) <= TROUBLE_SHOWN else text[: TROUBLE_SHOWN - 3] + "..."
         return SettingsError(f"{self.name}, line {self.line(place)}: {text}")
 
     def read_as(self, kind: type[T]) -> T:
-        """What is in the file, as a pydantic model or a type made of some. Raises SettingsError."""
+        """Return the content as a pydantic model or a type composed of models. Raises SettingsError."""
         try:
             return TypeAdapter(kind).validate_python(self.said)
         except ValidationError as error:
@@ -70,7 +70,7 @@ class YamlFile:
 
 
 class Entry(BaseModel):
-    """A mapping of which all keys are known: the fields of the subclass."""
+    """A mapping whose keys are the fields of the subclass; other keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,12 +84,12 @@ class Entry(BaseModel):
 
     @classmethod
     def trouble_with(cls, name: str) -> str:
-        """Why there is no such key."""
+        """Return the error text for an unknown key."""
         return f"{name} is not known here; {nearest(name, cls.model_fields)}"
 
 
 def read_by(read: Callable[[str], Any]) -> BeforeValidator:
-    """How pydantic reads a field by a function of its text, which raises SettingsError."""
+    """Return a pydantic validator that parses the text of a field by a function that may raise SettingsError."""
 
     def value(said: Any) -> Any:
         if not isinstance(said, str):
@@ -103,12 +103,12 @@ def read_by(read: Callable[[str], Any]) -> BeforeValidator:
 
 
 def read_yaml(path: str | Path, flag: str) -> YamlFile:
-    """Read the file that a flag names. Raises SettingsError, with the line where there is one."""
+    """Read the file that a flag names. Raises SettingsError, with the line if known."""
     name = printable(shown(path))
     try:
         with Path(path).open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
-    except (OSError, ValueError) as error:  # the latter: a path that can be none
+    except (OSError, ValueError) as error:  # ValueError: an invalid path
         raise SettingsError(f"{flag} {name}: cannot be read: {reason(error)}{near_file(path)}") from None
     if len(content) > LARGEST_BYTES:
         raise SettingsError(f"{flag} {name}: is larger than {LARGEST_BYTES >> 10} kB, too large for settings")
@@ -121,7 +121,7 @@ def read_yaml(path: str | Path, flag: str) -> YamlFile:
 
 
 class _Reading:
-    """One file while it is read."""
+    """Parser state for one file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -132,7 +132,7 @@ class _Reading:
         try:
             node = yaml.compose(text, yaml.BaseLoader)
         except yaml.MarkedYAMLError as error:
-            # what is not ended is found out after it, be it at the end of the file
+            # an unterminated construct is detected only after it, possibly at the end of the file
             after = error.problem in ("could not find expected ':'", "found unexpected end of stream")
             mark = (error.context_mark if after else None) or error.problem_mark or error.context_mark
             if "character '\\t'" in str(error.problem):
@@ -143,7 +143,7 @@ class _Reading:
             raise SettingsError(f"{self.name}, line {line}: is not YAML: {error.reason}") from None
         except RecursionError:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
-        except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is no sign
+        except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is not a valid character
             raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
         if node is None:
             raise SettingsError(f"{self.name}: is empty")
@@ -152,7 +152,7 @@ class _Reading:
         return YamlFile(self.name, self._value(node, ()), self.lines)
 
     def _value(self, node: yaml.Node, place: Place) -> Any:
-        """What a node stands for; notes the lines of all that is in it."""
+        """Return the value of a node, and record the lines of all values in it."""
         self.lines.setdefault(place, node.start_mark.line + 1)
         self.left -= 1
         if self.left < 0 or len(place) > DEEPEST:
@@ -209,7 +209,7 @@ class _Reading:
 
 
 def _place_and_trouble(error: Any) -> tuple[Place, str]:
-    """Where pydantic found something wrong, and what, in words of ours."""
+    """Return the place of a pydantic error, and our own text for it."""
     place = tuple(part for part in error["loc"] if part != "[key]")
     name = next((part for part in reversed(place) if isinstance(part, str)), "it")
     if error["type"] == "unknown":
