@@ -196,8 +196,8 @@ def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Proc
         steps.append(time.perf_counter() - began)
         return result
 
-    cluster, call_all = simulation.cluster.cluster, simulation.cluster.cluster.all
-    calls, _ = served(simulation.settings)
+    cluster, call_all = simulation.cluster, simulation.cluster.all
+    calls, _ = served(simulation.config)
     cpu = {port: cpu_s(process) for port, process in own.items()}
     gc.collect()
     cluster.all = partial(timed, call_all)  # type: ignore[method-assign]
@@ -206,8 +206,8 @@ def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Proc
     main_cpu_s = time.process_time() - began_cpu
     cluster.all = call_all  # type: ignore[method-assign]
     cpu = {port: cpu_s(process) - cpu[port] for port, process in own.items()}
-    calls = served(simulation.settings)[0] - calls
-    assert result.tally.answered == simulation.settings.participant_num and not result.reassigned, result
+    calls = served(simulation.config)[0] - calls
+    assert result.tally.answered == simulation.config.participant_num and not result.reassigned, result
     return Round(
         *steps,
         round_s=result.seconds,
