@@ -84,9 +84,91 @@ class Simulation:
         self.participant_class = load_agent_class(config.agent_class, config.agent_type)
         self.cluster = Cluster(config, run, self.game, self.participant_class, watch, record)
         self._announcements = played
-        self._seats_before: set[GroupAssignment] = set()  # at the start of the round
+        self._assignments_before: set[GroupAssignment] = set()  # at the start of the round
         self._used_before = usage
         self._used_then: dict[str, Usage] = {}  # usage of each group at the start of the round
+
+    def __enter__(self) -> Simulation:
+        self.cluster.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.cluster.__exit__(*error)
+
+    # --- The steps of a game -----------------------------------------------------------------------------------------
+
+    def create(self) -> float:
+        """Create moderators, groups and participants; return the seconds taken. Raises RunAborted, Interrupted."""
+        started = time.monotonic()
+        self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
+        return time.monotonic() - started
+
+    def play(self, number: int) -> RoundResult:
+        """Play and record one round: ask, average, announce. After an interruption, missing answers count as failed.
+
+        Raises RunAborted if too few servers are left, and any error of the record.
+        """
+        started = time.monotonic()
+        self.cluster.begin_round(number)
+        self._assignments_before = set(self.cluster.assignments)
+        self._used_then = dict(self.cluster.used)
+        question = question_for(self.game, number, self._announcements)
+        allowed: dict[str, float] = {}
+
+        def ask_average_announce() -> RoundResult:
+            tally = self._ask(question, allowed)
+            result = self._score(number, tally)
+            winners = self._announce(result)
+            seconds = round(time.monotonic() - started, 4)  # rounded as in summary.json, so that reports match
+            times, reassigned = self._times(seconds), self.reassigned
+            result = replace(result, winners=winners, seconds=seconds, times=times, reassigned=reassigned)
+            return replace(result, teams=self._record(number))
+
+        result = self.cluster.retry_on_server_loss(ask_average_announce)  # each step does only what is missing
+        self._announcements += (announcement_of(result, self.game.scale),)
+        return result
+
+    def _ask(self, question: Question, allowed: dict[str, float]) -> Tally:
+        """Create what is missing, ask all participants, wait for their answers, and return the tally of all."""
+        self.cluster.reconcile(len(self._announcements))
+        tokens_each = self._tokens_each(allowed)
+        self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
+        self.cluster.wait("answers in", question.round, self.cluster.active_assignments)
+        if self.config.dispatch == "agent" and self.game.sampling is not None:
+            # moderators end the round; a second wait gets its usage from the groups
+            self.cluster.wait("answers in", question.round, self.cluster.active_assignments)
+        tally = merge(self.cluster.all(whole_tally).values())
+        missing = self.config.participant_num - sum(each.count for each in self.cluster.active_assignments)
+        if missing:
+            tally += Tally(missing, failures={INTERRUPTED: missing}, ended=Ended.INTERRUPTED)
+        if tally.asked != self.config.participant_num:
+            raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
+        return tally
+
+    def _score(self, number: int, tally: Tally) -> RoundResult:
+        """Return the average, the winning number and the closest answers; winners and times are still missing."""
+        average = tally.average()
+        winning_number = self.game.winning_number(average) if average is not None else None
+        closest = tally.closest(winning_number) if winning_number is not None else ()
+        return RoundResult(number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
+
+    def _announce(self, result: RoundResult) -> Winners:
+        """Announce the result to all participants, and return the winners among them."""
+        announcement = announcement_of(result, self.game.scale)
+        won = self.cluster.all(lambda moderator: moderator.announce(announcement))
+        return sum(won.values(), start=Winners(0, ()))
+
+    def _record(self, number: int) -> tuple[tuple[str, Fraction | None], ...]:
+        """Record every answer of the round, and return the averages of the teams, if the game has any."""
+        teams = Teams(self.game) if self.game.teams is not None else None
+        answers = self.answers() if teams is None else teams.watch(self.answers())
+        if self.record is not None:
+            self.record.write_answers(number, answers, self.game.scale)
+        elif teams is not None:
+            deque(answers, maxlen=0)  # consume them, to count the teams
+        return () if teams is None else teams.averages()
+
+    # --- What the steps need ----------------------------------------------------------------------------------------
 
     @property
     def moderator_num(self) -> int:
@@ -104,54 +186,9 @@ class Simulation:
     @property
     def reassigned(self) -> int:
         """Return how many participants moved to another server or moderator in this round so far."""
-        return sum(assignment.count for assignment in self.cluster.assignments if assignment not in self._seats_before)
-
-    def __enter__(self) -> Simulation:
-        self.cluster.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.cluster.__exit__(*error)
-
-    def create(self) -> float:
-        """Create moderators, groups and participants; return the seconds taken. Raises RunAborted, Interrupted."""
-        started = time.monotonic()
-        self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
-        return time.monotonic() - started
-
-    def play(self, number: int) -> RoundResult:
-        """Play and record one round. After an interruption, missing answers count as failed.
-
-        Raises RunAborted if too few servers are left, and any error of the record.
-        """
-        started = time.monotonic()
-        self.cluster.begin_round(number)
-        self._seats_before = set(self.cluster.assignments)
-        allowed: dict[str, float] = {}
-        self._used_then = dict(self.cluster.used)
-        question = question_for(self.game, number, self._announcements)
-
-        def play() -> RoundResult:
-            self.cluster.reconcile(len(self._announcements))
-            tokens_each = self._tokens_each(allowed)
-            self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
-            self.cluster.wait("answers in", number, self.cluster.active_assignments)
-            if self.config.dispatch == "agent" and self.game.sampling is not None:
-                self.cluster.wait(
-                    "answers in", number, self.cluster.active_assignments
-                )  # moderators end the round; a second poll gets its usage from the groups
-            result = self._result(number, started)
-            teams = Teams(self.game) if self.game.teams is not None else None
-            answers = self.answers() if teams is None else teams.watch(self.answers())
-            if self.record is not None:
-                self.record.write_answers(number, answers, self.game.scale)
-            elif teams is not None:
-                deque(answers, maxlen=0)  # consume them, to count the teams
-            return result if teams is None else replace(result, teams=teams.averages())
-
-        result = self.cluster.retry_on_server_loss(play)
-        self._announcements += (announcement_of(result, self.game.scale),)
-        return result
+        return sum(
+            assignment.count for assignment in self.cluster.assignments if assignment not in self._assignments_before
+        )
 
     def answers(self) -> Iterator[Answers]:
         """Yield the answers of the round just played, in participant order, a bounded number at a time."""
@@ -171,26 +208,6 @@ class Simulation:
             return Answers(first, np.full(count, FAILED), [INTERRUPTED])
         answers: Answers = self.cluster.moderator_of(assignment).answers(first, count)
         return answers
-
-    def _result(self, number: int, started: float) -> RoundResult:
-        """Collect the tally, announce the average and the winning number, and collect the winners."""
-        missing = self.config.participant_num - sum(assignment.count for assignment in self.cluster.active_assignments)
-        tally = merge(self.cluster.all(whole_tally).values())
-        if missing:
-            tally += Tally(missing, failures={INTERRUPTED: missing}, ended=Ended.INTERRUPTED)
-        if tally.asked != self.config.participant_num:
-            raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
-        average = tally.average()
-        winning_number = self.game.winning_number(average) if average is not None else None
-        closest = tally.closest(winning_number) if winning_number is not None else ()
-        result = RoundResult(number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
-        announcement = announcement_of(result, self.game.scale)
-        winners = sum(
-            self.cluster.all(lambda moderator: moderator.announce(announcement)).values(), start=Winners(0, ())
-        )
-        seconds = round(time.monotonic() - started, 4)  # rounded as in summary.json, so that reports match
-        times = self._times(seconds)
-        return replace(result, winners=winners, seconds=seconds, reassigned=self.reassigned, times=times)
 
     def _times(self, seconds: float) -> Times | None:
         """Return the time breakdown of this round; None with per-agent dispatch or without usage data."""
