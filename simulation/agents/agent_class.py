@@ -1,4 +1,4 @@
-"""A participant's class, packed to travel with the groups."""
+"""Serialization of a participant class for transfer to the agent servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWN = "own_"
 
 
 class _Packed:
-    """A class as it travels. Before it is unpickled, the folder of its file joins the path, if the host has it."""
+    """A pickled class. Unpickling it first appends the folder of its file to `sys.path` (ignored if missing)."""
 
     def __init__(self, folder: str, packed: bytes) -> None:
         self._content = (folder, packed)
@@ -42,7 +42,7 @@ def _unpacked(folder: str, packed: bytes) -> Any:
 
 
 def serialize_agent_class(cls: type[Participant]) -> bytes:
-    """The class as it travels: with its file's code if it is a person's own. Raises SettingsError if it cannot."""
+    """Pickle a class, with its file's code if it is user-defined. Raises SettingsError if it cannot or is too large."""
     try:
         packed = cloudpickle.dumps(cls)
         file = getattr(sys.modules[cls.__module__], "__file__", None)
@@ -61,22 +61,22 @@ def serialize_agent_class(cls: type[Participant]) -> bytes:
 _loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
 
 
-_loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  # a lock for each
+_loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  # one lock per class
 
 
 _lock = threading.Lock()
 
 
 def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
-    """The class that `pack_class` packed, loaded once for all groups of a run in this process.
+    """Unpickle a class, once per run in this process, for all groups of the run.
 
-    To load it for each group would set what the class itself keeps back to what it was in main; to keep it for the next
-    run would not.
+    Loading it for each group would reset its class attributes to their values in main. Sharing it with the next run
+    would carry them over.
     """
     key = (run, hashlib.sha256(packed).digest())
     with _lock:
         own_lock = _loading.setdefault(key, threading.Lock())
-    with own_lock:  # of this class alone: what another one imports may take long
+    with own_lock:  # per class: the imports of another class may take long
         cls = _loaded.get(key)
         if cls is None:
             with _unregistered():
@@ -86,13 +86,13 @@ def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
 
 @contextlib.contextmanager
 def _unregistered() -> Iterator[None]:
-    """Have AgentScope forget the names of classes that are made meanwhile.
+    """Remove classes that are created in this context from AgentScope's registry.
 
-    It keeps all classes by their names alone, for ever, and warns of a second one of a name: participants are made by
-    their group, which has their class, and two files may each have a class of the same name.
+    The registry keeps all classes by name only, permanently, and warns about duplicates. Participants do not need it,
+    as their group creates them from its class, and two files may define classes of the same name.
     """
     before = set(RpcMeta._REGISTRY)
-    logger.disable(RpcMeta.__module__)  # which warns of a class that is called like one of the program's
+    logger.disable(RpcMeta.__module__)  # it warns about a class with the name of one of the program's
     try:
         yield
     finally:

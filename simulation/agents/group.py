@@ -1,7 +1,7 @@
-"""A group: the participants of one server that one moderator asks, built by one call and asked together.
+"""A group: participants on one server that one moderator asks, created by one call and asked together.
 
-Its methods are short and may be called from any thread; the participants live on the event loop of a thread of the
-group's own. AgentScope's construction is touched here, because it costs more than the agent: see `_build`.
+Its methods are short and thread-safe; the participants run on the event loop of the group's thread. The group bypasses
+AgentScope's construction of agents, because it costs more than the agent: see `_build`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from simulation.llm.usage import Usage
 from simulation.rpc.endpoints import run_of
 from simulation.rpc.messages import Progress
 
-TURN = 32_768  # participants of a group that wait for a model at the same time
-BUILT_AT_ONCE = 2000  # participants between two looks at what else the event loop has to do
-TALLY_VALUES = 500_000  # distinct values in one message
+TURN = 32_768  # participants of a group that wait for a model concurrently
+BUILT_AT_ONCE = 2000  # participants created before the event loop runs other callbacks
+TALLY_VALUES = 500_000  # maximum number of distinct values in one message
 
 
 class ParticipantGroup(metaclass=RpcMeta):
-    """Participants first .. first+count-1.
+    """A group of participants with the indices first .. first+count-1.
 
     Args:
-        oid: Its remote id; its participants are `<oid>/<index>`.
+        oid: Remote id of the group; its participants are `<oid>/<index>`.
         first: Index of the first participant.
-        count: How many there are.
-        game: What is the same for all of them.
-        participant_class: The pickled class (see `pack_class`).
-        reply_threads: Threads of this server for participants with a blocking `reply`, shared by its groups.
-        lease_s: Seconds of silence after which the server drops the group; None keeps it.
+        count: Number of participants.
+        game: Settings shared by all participants.
+        participant_class: The pickled class (see `serialize_agent_class`).
+        reply_threads: Number of threads for blocking `reply` methods, shared by the run's groups on this server.
+        lease_s: Seconds without calls and heartbeats of the run until the server drops the group; None keeps it.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._class = deserialize_agent_class(participant_class, run_of(oid))
         self._many = answers_many(self._class)
         self._reply_threads = reply_threads
-        self._agents: list[Participant | str] = []  # an agent, or why it could not be built
+        self._agents: list[Participant | str] = []  # an agent, or the reason why it could not be created
         self._round = 0
-        self._allowed = 0  # the last round whose costs were told
+        self._allowed = 0  # the last round with a token budget
         self._sheet: AnswerSheet | None = None
-        self._scheduler: Scheduler | None = None  # of the round that is under way
+        self._scheduler: Scheduler | None = None  # of the current round
         self._halted = self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
-        # Seconds, and of these of CPU, of the rounds so far; and where both clocks stood when the one under way began
+        # Seconds and CPU seconds of the finished rounds, and both clocks at the start of the current round
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
         self._error = ""
-        self._changed = threading.Condition()  # guards what is looked at before it is set: calls come in many threads
-        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # half of asyncio's own time per participant
+        self._changed = threading.Condition()  # guards check-then-set sequences: calls arrive in many threads
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # takes half of asyncio's time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._home = Home(oid, self._loop, self._chat)
         self._thread.start()
@@ -91,12 +91,12 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- What moderators call ----------------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start asking; returns at once. `tokens_each` is what each participant may cost in this round.
+        """Start a round and return immediately; `tokens_each` is the token budget per participant (see `allow`).
 
-        Does nothing if this round has begun, or is over: whoever is not sure whether it was heard says it again.
+        Does nothing if the round has started or is over, so a retry is safe. Raises RuntimeError if closed or busy.
         """
         with self._changed:
-            if question.round <= self._round:  # or it was said by a moderator that had hung meanwhile
+            if question.round <= self._round:  # a retry, or the late call of a moderator that had hung
                 return
             if self._closing:
                 raise RuntimeError(f"group {self.oid} is closed")
@@ -109,9 +109,9 @@ class ParticipantGroup(metaclass=RpcMeta):
             asyncio.run_coroutine_threadsafe(self._guarded(self._ask_all(question, self._sheet)), self._loop)
 
     def allow(self, number: int, tokens_each: float | None) -> None:
-        """What each participant may cost in a round, on average, in tokens; None is no limit.
+        """Set the token budget of a round, as an average per participant; None is no limit.
 
-        Does nothing if that was said of this round, or of a later one: what is spent stays spent.
+        Does nothing if this round or a later one has a budget: a retry must not restore spent tokens.
         """
         with self._changed:
             if self._chat is not None and number > self._allowed:
@@ -119,31 +119,31 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self._chat.allow(None if tokens_each is None else tokens_each * self.count)
 
     def usage(self) -> Usage:
-        """What all rounds have cost so far."""
+        """Return the cost of all rounds so far."""
         spent = Usage() if self._chat is None else self._chat.usage()
         answering_s, client_s = self._time_spent()
         return replace(spent, answering_s=answering_s, client_s=client_s)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        """How far it is, after waiting up to `wait_s` seconds for the end; heartbeats carry this."""
+        """Return the progress after waiting up to `wait_s` seconds for completion; heartbeats carry it."""
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done = self._round, self._done()  # in this order: a new round's number never goes with old answers
+        number, done = self._round, self._done()  # in this order: a new round's number is never paired with old answers
         return Progress(done, self.count, number, self._error, astuple(self.usage()))
 
     def snapshot(self, numbers: int) -> RoundSnapshot:
-        """What is in of the round under way, where there are so many different answers, and what this process costs."""
+        """Return a snapshot of the current round and of this process; `numbers` is the count of possible answers."""
         number, sheet = self._round, self._sheet  # in this order, as above
         return take_snapshot(number, [] if sheet is None else [sheet], numbers)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Tell participants who were made anew what they answered in the rounds so far.
+        """Pass recreated participants their answers of earlier rounds. Raises RuntimeError while the group is built.
 
         Args:
-            first: The first of them.
-            values: Their answers, of shape (rounds, participants); not a number where there is none.
+            first: Index of the first participant.
+            values: Their answers, of shape (rounds, participants); NaN where there is none.
         """
-        agents = self._agents  # once, as `close` may take them away meanwhile
+        agents = self._agents  # read once: `close` may clear it concurrently
         if self._done() < self.count or len(agents) < self.count:
             raise RuntimeError(f"group {self.oid} is still being built")
         for offset, numbers in enumerate(values.T.tolist()):
@@ -156,9 +156,9 @@ class ParticipantGroup(metaclass=RpcMeta):
                     agents[place] = one_line(error)
 
     def halt(self, at_once: bool) -> None:
-        """Stop asking: whoever has not answered counts as failed, interrupted.
+        """Stop the round: participants without an answer fail as interrupted.
 
-        `at_once` is for participants that cannot be stopped, as they block: what they still answer is not heard.
+        `at_once` is for participants that block and cannot be stopped: it ignores their later answers.
         """
         if not at_once:
             with contextlib.suppress(RuntimeError):  # the group is closed
@@ -170,42 +170,42 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """One part of the round's tally, and how many parts there are."""
+        """Return one part of the round's tally, and the number of parts."""
         parts = self._finished_sheet().tally().parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
-        """Hear the result, and say who of this group won."""
+        """Return the winners of this group, given the result of the round."""
         return self._finished_sheet().winners(announcement.winning_units)
 
     def answers(self, first: int, count: int) -> Answers:
-        """The answers of those of participants first .. first+count-1 that are here."""
+        """Return the answers of those participants first .. first+count-1 that are in this group."""
         return self._finished_sheet().answers(first, count)
 
     # --- What the server calls ---------------------------------------------------------------------------------------
 
     @property
     def agents(self) -> int:
-        """How many agents live here."""
+        """Return the number of agents in this group."""
         return len(self._agents)
 
     def participant(self, index: int) -> Participant | FailedParticipant | None:
-        """The agent with this index among all participants; None if it is not here."""
-        place, agents = index - self.first, self._agents  # once, as `close` may take them away meanwhile
+        """Return the agent with this index among all participants; None if it is not in this group."""
+        place, agents = index - self.first, self._agents  # read once: `close` may clear it concurrently
         agent = agents[place] if 0 <= place < len(agents) else None
         return FailedParticipant(agent) if isinstance(agent, str) else agent
 
     def close(self) -> None:
-        """Stop whatever runs, and let go of all participants; does nothing the second time."""
+        """Stop all work and release all participants; does nothing the second time."""
         with self._changed:
             if self._closing:
                 return
             self._closing = True
         if self._chat is not None:
             self._chat.close()
-        with contextlib.suppress(RuntimeError):  # its thread has not begun to run it, and closed it already
+        with contextlib.suppress(RuntimeError):  # its thread closed the loop without running it
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=1)  # a participant that blocks the event loop keeps only its own thread
+        self._thread.join(timeout=1)  # a participant that blocks the event loop holds up only this thread
         with self._changed:
             self._agents = []
             self._scheduler = None
@@ -215,7 +215,7 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- Inside ------------------------------------------------------------------------------------------------------
 
     def _done(self) -> int:
-        sheet = self._sheet  # once, as `close` may take it away meanwhile
+        sheet = self._sheet  # read once: `close` may clear it concurrently
         return sheet.done if sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
@@ -229,7 +229,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         while not self._closing:
             try:
                 self._loop.run_forever()
-            except (SystemExit, KeyboardInterrupt) as error:  # of a task that a person's participant made
+            except (SystemExit, KeyboardInterrupt) as error:  # from a task that a user-defined participant created
                 logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
@@ -237,7 +237,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._loop.close()
 
     async def _guarded(self, work: Any) -> None:
-        """Do the work and tell whoever waits; an error in it is ours, and told to whoever asks next."""
+        """Await `work` and notify waiting calls; an error is a defect of this program, which `progress` reports."""
         try:
             await work
         except BaseException as error:  # noqa: BLE001 - the edge of the thread: heartbeats tell it
@@ -246,11 +246,11 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._changed.notify_all()
 
     async def _build(self) -> None:
-        """Build all participants.
+        """Create all participants.
 
         AgentScope's metaclass draws a random id and keeps the arguments of every agent, and the garbage collector
-        walks all agents again and again meanwhile: 64,000 agents took 1.23 s so, 0.55 s without the collector, and
-        0.08 s with plain construction as well, which leaves nothing out that a hosted agent uses.
+        walks all agents repeatedly. 64,000 agents take 1.23 s this way, 0.55 s without the collector, and 0.08 s with
+        plain construction as well, which omits nothing that a hosted agent uses.
         """
         for start in range(0, self.count, BUILT_AT_ONCE):
             with gc_paused():
@@ -268,7 +268,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask everyone, and return when everyone has answered or failed."""
+        """Ask all participants, and return when each has answered or failed."""
         self._spent = (*self._spent[:2], (time.monotonic(), time.process_time()))
         if self._many:
             await self._schedule(question, sheet)
@@ -277,20 +277,20 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._spent = (*self._time_spent(), None)
 
     def _time_spent(self) -> tuple[float, float]:
-        """The seconds of all rounds, and of these of CPU, up to now: a round counts while it plays."""
-        answering_s, client_s, began = self._spent  # at one stroke, as the loop's thread may end a round meanwhile
+        """Return the seconds and the CPU seconds of all rounds, including the current one."""
+        answering_s, client_s, began = self._spent  # read once: the loop's thread may end a round concurrently
         if began is None:
             return answering_s, client_s
         took_s = time.monotonic() - began[0]
         return answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
 
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask all of them together; whatever one does wrong is its own failure, with its cause.
+        """Ask all participants concurrently; an error of one is recorded as its failure, with the cause.
 
-        Those who wait for a model wait in turns, as each takes 2 KB meanwhile; the next turn begins when half of one
-        has gone, so that the model never waits, and is large, so that equal prompts still meet.
+        The number of participants that wait for a model is limited, as each takes 2 KB. The next batch starts when
+        half of the limit is free, so that the model never idles. Batches are large, so that equal prompts are merged.
         """
-        if question.round > 1:  # as the scheduler keeps it from coming up by itself: cycles that rounds left behind
+        if question.round > 1:  # frees cycles of earlier rounds: the scheduler prevents automatic collection
             gc.collect()
         agents = self._agents
 
@@ -314,8 +314,8 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._scheduler = None
 
     async def _ask_in_threads(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask those whose `reply` may block, in this run's threads on this server."""
-        places = iter(range(self.count))  # of all threads: each takes the next one
+        """Ask participants whose `reply` may block, in this run's threads on this server."""
+        places = iter(range(self.count))  # shared by all threads: each takes the next one
         lock = threading.Lock()
 
         def ask() -> None:
@@ -349,15 +349,15 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._halted = True
             if self._scheduler is not None:
                 self._scheduler.halt()
-            elif self._sheet is not None and not self._many:  # whoever blocks is not heard any more
+            elif self._sheet is not None and not self._many:  # later answers of blocking participants are ignored
                 self._sheet = self._sheet.closed()
                 self._changed.notify_all()
 
 
 class FailedParticipant:
-    """Stands where a participant could not be built: to ask it alone fails with the cause, as in the group."""
+    """A stand-in for a participant that could not be created: asking it fails with the cause, as in the group."""
 
-    _info = Participant._info  # what AgentScope's servicer asks before it calls a method
+    _info = Participant._info  # AgentScope's servicer reads it before it calls a method
 
     def __init__(self, cause: str) -> None:
         self.cause = cause
@@ -368,12 +368,12 @@ class FailedParticipant:
     play = reply
 
 
-_pools: dict[str, tuple[ThreadPoolExecutor, set[str]]] = {}  # by run: its threads, and the groups that use them
+_pools: dict[str, tuple[ThreadPoolExecutor, set[str]]] = {}  # by run: its thread pool, and the groups that use it
 _pools_lock = threading.Lock()
 
 
 def _threads(group: str, count: int) -> ThreadPoolExecutor:
-    """The threads for blocking replies that the groups of one run share on this server."""
+    """Return the thread pool for blocking replies that the groups of one run share on this server."""
     with _pools_lock:
         if run_of(group) not in _pools:
             _pools[run_of(group)] = (ThreadPoolExecutor(count, thread_name_prefix="reply"), set())
@@ -383,7 +383,7 @@ def _threads(group: str, count: int) -> ThreadPoolExecutor:
 
 
 def _release_threads(group: str) -> None:
-    """Let go of a run's threads with its last group; one that is stuck in a reply ends with the reply."""
+    """Shut down a run's thread pool with its last group; a thread that is blocked in a reply ends with the reply."""
     with _pools_lock:
         pool, groups = _pools.get(run_of(group), (None, set()))
         groups.discard(group)

@@ -1,4 +1,4 @@
-"""The base class of all participants, and how one is asked alone."""
+"""The base class of all participants, and functions that ask one individually."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from simulation.llm.prompts import Numbers
 
 @dataclass(frozen=True)
 class Home:
-    """What the participants of a group have in common.
+    """State shared by the participants of a group.
 
     Attributes:
-        oid: The group's remote id.
-        loop: Its event loop.
-        chat: How it asks models, if it does.
-        alone: The round that each participant was last asked alone in, by its `id`, and what it said or will say.
+        oid: Remote id of the group.
+        loop: Event loop of the group.
+        chat: Client for language models; None in a game without them.
+        alone: By `id` of a participant, the last round it was asked individually in, and the future of its outcome.
         lock: Guards `alone`.
     """
 
@@ -42,9 +42,9 @@ class Home:
 
 
 class _Personas:
-    """Who a participant is, by the name of the set: `self.personas["education"].name`; empty without personas.
+    """A participant's personas by name of the set: `self.personas["education"].name`; empty without personas.
 
-    It is worked out whenever it is asked for, and kept nowhere; a class may have something of its own by this name.
+    They are computed on each access and not stored; a subclass may redefine the attribute.
     """
 
     def __get__(self, participant: Participant | None, _: type) -> Any:
@@ -56,14 +56,14 @@ class _Personas:
 
 
 class Participant(AgentBase):
-    """One player: an AgentScope agent that knows its index and the game.
+    """One participant: an AgentScope agent that knows its index and the game.
 
-    What AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) is made when it is first asked
-    for, as most of a million participants never need it. A subclass may rely on all of it. The `__init__` of another
-    base class is the subclass's to call.
+    The attributes that AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) are created on
+    first access, as most of a million participants never need them. A subclass may rely on all of them. A subclass with
+    a further base class has to call the `__init__` of that class.
 
     Args:
-        index: Its number among all participants, from 0.
+        index: Index among all participants, from 0.
         game: Seed, range and think time; the same object for all participants of a group.
     """
 
@@ -86,40 +86,40 @@ class Participant(AgentBase):
     personas = _Personas()
 
     def _played(self) -> tuple[Persona, ...]:
-        """The personas that it plays."""
+        """Return the personas of this participant, one per set."""
         return self.game.cast.personas_of(self.index) if self.game.cast is not None else ()
 
     def think(self, seconds: float) -> Awaitable[None]:
-        """Think for so long: `await self.think(1.5)`; asyncio.sleep does the same for 1.3 KB and 25 us more."""
+        """Pause: `await self.think(1.5)`. asyncio.sleep does the same, but takes 1.3 KB and 25 us more."""
         return Sleep(seconds)
 
     async def answer(self, question: Question) -> float | str:
-        """A number from 0 to `question.max_value`, or a text that holds one."""
+        """Return a number from 0 to `question.max_value`, or a text that contains one."""
         raise NotImplementedError(f"{type(self).__name__} defines neither answer nor reply")
 
     def recall(self, numbers: Numbers) -> None:
-        """Hear its own numbers of rounds 1, 2, ... (None where it gave none), when it was made anew after them.
+        """Receive this participant's numbers of rounds 1, 2, ... (None where it gave none) after it was recreated.
 
-        That is so on the servers that take over from one that was lost, and in a run that is resumed. What else it
-        remembers is gone; what was announced, the next question carries.
+        This happens on servers that replace a lost one, and in a resumed run. All other state of the participant is
+        lost; the next question carries the announcements.
         """
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
-        """Answer one message: plays `answer` once, on the group's event loop where there is one."""
+        """Answer one message: run `answer` once, on the group's event loop if there is one."""
         value = self._run(self.answer(question_in(x, self.game)))
         metadata = {"answer": value} if isinstance(value, (int, float)) else None
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer a question of a round asked alone, as in the group: the metadata holds the units, or the failure.
+        """Answer the question of a round individually, as in the group: the metadata holds the units, or the failure.
 
-        Whoever asks again, as a moderator does that takes over from a lost one, hears what was said the first time.
+        A repeated request, as from a moderator that replaces a lost one, returns the outcome of the first.
         """
         return Msg("participant", "", "assistant", metadata=_said_once(self, question_in(x, self.game), x))
 
     def _run(self, answering: Awaitable[Any]) -> Any:
-        """Wait for an answer in a thread: on the event loop of the group, where there is one."""
+        """Wait in this thread for an answer from the event loop of the group, or from a new one without a group."""
         if self._home is None:
             value = asyncio.run(_outcome(answering))
         else:
@@ -130,10 +130,10 @@ class Participant(AgentBase):
 
 
 class _Later:
-    """An attribute that AgentBase's __init__ sets, for participants who are asked for it: all of these take 1.4 KB.
+    """An attribute that AgentBase's __init__ sets, created on first access: all of these take 1.4 KB.
 
-    It is looked at only where the participant has no such attribute of its own. A `__getattr__` would do the same, and
-    make every other attribute three times as slow to read.
+    Python uses it only if the instance has no such attribute. A `__getattr__` would do the same, but make every other
+    attribute three times as slow to read.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -143,7 +143,7 @@ class _Later:
         if participant is None:
             return self
         for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
-            if isinstance(getattr(type(participant), attribute, None), _Later):  # else it is the class's own
+            if isinstance(getattr(type(participant), attribute, None), _Later):  # otherwise a subclass defines it
                 participant.__dict__.setdefault(attribute, value)
         return participant.__dict__[self._attribute]
 
@@ -153,13 +153,13 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
 
 
 def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
-    """What the participant says in a round, or has said in it; see `play`."""
+    """Return the participant's outcome in a round, computed once per round; see `play`."""
     home = participant._home
-    if home is None or question.round == 0:  # beside the game
+    if home is None or question.round == 0:  # outside the game
         return _said(participant, question, x)
     said: Future[dict[str, Any]] = Future()
     with home.lock:
-        number, before = home.alone.get(id(participant), (0, said))  # its index may be anything by now
+        number, before = home.alone.get(id(participant), (0, said))  # not `index`, which its code may have changed
         if question.round > number:
             home.alone[id(participant)] = (question.round, said)
     if question.round < number:
@@ -182,7 +182,7 @@ def _said(participant: Participant, question: Question, x: Msg) -> dict[str, Any
 
 
 async def _outcome(answering: Awaitable[Any]) -> Any:
-    """The answer, or what was raised: a sys.exit() that left its coroutine would end the event loop of all."""
+    """Return the answer or the exception: a sys.exit() that left the coroutine would end the shared event loop."""
     try:
         return await answering
     except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
@@ -190,17 +190,17 @@ async def _outcome(answering: Awaitable[Any]) -> Any:
 
 
 def answers_many(cls: type[Participant]) -> bool:
-    """Whether the class defines `answer`, which wins over `reply`."""
+    """Return whether the class defines `answer`, which takes precedence over `reply`."""
     return cls.answer is not Participant.answer
 
 
 def message_of(question: Question) -> Msg:
-    """The question as the message that `reply` gets; everything but the words is in its metadata."""
+    """Return the question as a message for `reply`; the metadata holds all fields of the question."""
     return Msg("Moderator", question.text, "user", metadata=asdict(question))
 
 
 def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
-    """The question that a message holds; a message of another sender is a question of round 0."""
+    """Return the question in a message; a message without question metadata is a question of round 0."""
     if isinstance(message, list):
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
@@ -220,7 +220,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
 
 
 def answer_in(message: Any) -> Any:
-    """The answer that a reply holds: the number in its metadata, or else its text."""
+    """Return the answer in a reply: `answer` in its metadata, or else its text; what is no message is the answer."""
     if not isinstance(message, Msg):
         return message
     if isinstance(message.metadata, dict) and "answer" in message.metadata:

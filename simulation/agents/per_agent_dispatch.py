@@ -1,4 +1,4 @@
-"""The asking of each participant through a proxy of its own, as AgentScope's own examples do."""
+"""Dispatch of questions through one proxy per participant, as in AgentScope's examples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from simulation.rpc.client import RemoteObject, reply_of
 from simulation.rpc.endpoints import GroupAssignment
 from simulation.rpc.messages import Progress
 
-ASKED_AT_ONCE = 32  # participants of one group that are asked at the same time when each is asked alone
+ASKED_AT_ONCE = 32  # participants of one group that are asked concurrently when each is asked individually
 
 
 def whole_tally(group: Any) -> Tally:
-    """The tally of a group or a moderator, fetched part by part."""
+    """Fetch the tally of a group or a moderator part by part, and merge it."""
     first_part, parts = group.collect(0)
     return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
 
 
 class OneByOne:
-    """The way AgentScope's own examples ask: each participant through its own proxy. The same face as a group.
+    """A group that is asked as in AgentScope's examples, each participant through a proxy; same interface as a group.
 
-    It is here for comparison: each answer costs three calls and a thread, whatever the participant does.
+    It exists for comparison: each answer costs three calls and a thread, whatever the participant does.
     """
 
     def __init__(self, group: RemoteObject, assignment: GroupAssignment, timeout_s: float) -> None:
@@ -39,10 +39,10 @@ class OneByOne:
         self.sheet: AnswerSheet | None = None
         self._halted = False
         self._error = ""
-        self._changed = threading.Condition()  # guards all of this
+        self._changed = threading.Condition()  # guards all of this state
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        self._group.allow(question.round, tokens_each)  # may be said twice, and takes as long as its server does
+        self._group.allow(question.round, tokens_each)  # outside the lock: idempotent, and waits for the server
         with self._changed:
             if question.round <= self._round:
                 return
@@ -52,7 +52,7 @@ class OneByOne:
             threading.Thread(target=self._ask_all, args=(question, self.sheet), daemon=True).start()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        number, sheet = self._round, self.sheet  # in this order: a new round's number never goes with old answers
+        number, sheet = self._round, self.sheet  # in this order: a new round's number is never paired with old answers
         if sheet is None:
             return Progress(0, 0)
         with self._changed:
@@ -103,7 +103,7 @@ class OneByOne:
                 self._changed.notify_all()
 
     def _ask(self, place: int, question: Question) -> dict[str, Any]:
-        """What one participant says: its answer in `units`, or its `failure`."""
+        """Return the outcome of one participant: its answer in `units`, or its `failure`."""
         if self._halted:
             return {"failure": CUT_SHORT}
         assert self._seat.server is not None
@@ -112,5 +112,5 @@ class OneByOne:
         try:
             said: dict[str, Any] = reply_of(proxy, message_of(question), "play").metadata
             return said
-        except UnusableAnswer as error:  # raised by whatever else its code does
+        except UnusableAnswer as error:  # raised on the server outside of `play`, or by a FailedParticipant
             return {"failure": failure_of(error)}

@@ -1,7 +1,7 @@
-"""Runs very many coroutines on one event loop at the price of a coroutine each; knows nothing of agents.
+"""A scheduler for many coroutines on one event loop, at the cost of a coroutine each; knows nothing of agents.
 
-A coroutine that only pauses waits in a wheel of timers: without a task, a future and a timer of its own, which are four
-times its size. One that awaits anything else goes on as an asyncio task from there, and cannot tell the difference.
+A coroutine that only pauses waits in a timer wheel, without a task, a future and a timer, which are four times its
+size. One that awaits anything else continues as an asyncio task from there, and cannot detect the difference.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from itertools import chain
 from types import CoroutineType, coroutine
 from typing import Any
 
-BATCH = 1000  # coroutines stepped between two looks at what else the event loop has to do
+BATCH = 1000  # coroutines stepped before the event loop runs other callbacks
 TICKS_A_SECOND = 1000
-LONGEST_S = 1e9  # that the wheel counts
-CANCELLED = object()  # in place of what a coroutine awaits: nothing any more
+LONGEST_S = 1e9  # the longest pause in the wheel
+CANCELLED = object()  # in place of the awaited object, for a coroutine that is to be cancelled
 
-Pair = tuple[int, Coroutine[Any, Any, Any]]  # a place, and the coroutine that runs there
+Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index, and its coroutine
 
 
 class Sleep(float):
-    """Seconds to wait for: `await Pause(1.5)`; anywhere, and for little where a `Scheduler` steps the coroutine."""
+    """A pause in seconds: `await Sleep(1.5)` works anywhere, and is cheap where a `Scheduler` steps the coroutine."""
 
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, Any, None]:
         if not 0 < self < LONGEST_S:
-            return asyncio.sleep(max(0.0, self)).__await__()  # of nothing, a pass of the event loop: others go on
+            return asyncio.sleep(max(0.0, self)).__await__()  # zero yields to the event loop once
         if _here.stepping:
-            # an iterator in C, in place of a generator: it waits for as long as the pause lasts
+            # an iterator in C instead of a generator, as it exists for the whole pause
             return iter((self,))  # type: ignore[return-value]
         return asyncio.sleep(self).__await__()
 
 
 class _Here(threading.local):
-    """Whether a scheduler steps a coroutine in this thread at this moment."""
+    """A thread-local flag: whether a scheduler is stepping a coroutine in this thread."""
 
     stepping = False
 
@@ -52,7 +52,7 @@ _here = _Here()
 
 
 class StandInTask(asyncio.Task[Any]):
-    """The task that coroutines are stepped under, and that somebody may have done something to."""
+    """The task that coroutines are stepped under; `touched` records uses that leave no reference."""
 
     __slots__ = ("touched",)
 
@@ -60,7 +60,7 @@ class StandInTask(asyncio.Task[Any]):
         super().__init__(work, loop=loop, context=context)
         self.touched = False
 
-    def __hash__(self) -> int:  # it may be a weak key
+    def __hash__(self) -> int:  # called when it becomes a weak key
         self.touched = True
         return super().__hash__()
 
@@ -78,27 +78,27 @@ class StandInTask(asyncio.Task[Any]):
 
 
 class Raised:
-    """What a coroutine raised, where its value would be."""
+    """The exception of a coroutine, in place of its value."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class Scheduler:
-    """Runs a coroutine for each of the places 0 .. count-1, once.
+    """A runner of one coroutine for each of the indices 0 .. count-1.
 
-    A coroutine is stepped under a task that stands by, and in a context of its own. As long as nobody has kept that
-    task or done something to it, or set a variable of that context, nobody can tell whether it is the same at the next
-    step: so one serves all who only pause, and becomes the task of the first who does more.
+    Coroutines are stepped under a stand-in task and in its context. As long as no code keeps or modifies that task, or
+    sets a variable of that context, no coroutine can detect whether its next step has the same task. So one stand-in
+    serves all coroutines that only pause, and becomes the task of the first one that does more.
 
     Args:
         loop: The event loop of this thread.
-        count: How many places there are.
-        begin: Makes the coroutine of a place; what it raises, that place has failed with.
-        answered: Takes places and what their coroutines returned, many at a time.
-        failed: Takes a place and what its coroutine raised.
-        at_once: How many may be under way together. Others begin when half of those have ended, all in one pass of the
-            event loop; None lets all be under way, and begin little by little.
+        count: Number of coroutines.
+        begin: Creates the coroutine of an index; if it raises, that index fails with the exception.
+        answered: Called with a list of indices and the list of values that their coroutines returned.
+        failed: Called with an index and the exception of its coroutine.
+        at_once: Maximum number of concurrent coroutines. When half of them have ended, others start, all in one pass
+            of the event loop. None has no maximum, and starts BATCH per pass.
     """
 
     def __init__(
@@ -119,24 +119,24 @@ class Scheduler:
         self._batch = at_once or BATCH
         self._begun = self._ended = 0
         self._halted = False
-        self._places: list[int] = []  # those who have returned something since it was last told
+        self._places: list[int] = []  # coroutines that have returned since the last `_tell`
         self._values: list[Any] = []
-        self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # who waits, by the tick that they wait for
-        self._due: list[tuple[int, int, array[int], list[Any]]] = []  # the same as a heap, and those that are full
+        self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines, by the tick when they resume
+        self._due: list[tuple[int, int, array[int], list[Any]]] = []  # a heap of the same buckets, and of full ones
         self._buckets_made = 0
         self._to_cancel: list[tuple[array[int], list[Any]]] = []
-        self._tasks: dict[asyncio.Task[Any], Pair] = {}  # those who have a task
+        self._tasks: dict[asyncio.Task[Any], Pair] = {}  # coroutines that have a task
         self._next_pass: asyncio.Handle | None = None
-        self._is_soon = False  # that pass
+        self._is_soon = False  # whether that pass is in the next iteration
         self._everyone_ended: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
-        """Run them all; returns when the last one has ended. What `answered` and `failed` raise comes out here."""
+        """Run all coroutines, and return when the last one has ended. Raises what `answered` and `failed` raise."""
         self._pass_at_once()
         await self._everyone_ended
 
     def halt(self) -> None:
-        """Begin no more, and cancel all that are under way, as a task is cancelled."""
+        """Start no more coroutines, and cancel the running ones as asyncio cancels a task."""
         self._halted = True
         self._to_cancel += [(places, coroutines) for _, _, places, coroutines in self._due]
         self._due.clear()
@@ -155,7 +155,7 @@ class Scheduler:
             self._is_soon = True
 
     def _pass(self) -> None:
-        """Step those whose pause is over, then begin more."""
+        """Step the coroutines whose pause is over, then start more."""
         self._next_pass, self._is_soon = None, False
         if self._everyone_ended.done():
             return
@@ -195,7 +195,7 @@ class Scheduler:
             self._next_pass = self._loop.call_later(max(wait_s, 0.0), self._pass)
 
     def _may_begin(self) -> int:
-        """How many may begin now."""
+        """Return how many coroutines may start now."""
         left = self._count - self._begun
         room = self._at_once - (self._begun - self._ended)
         return min(left, room) if room >= min(left, self._at_once // 2) else 0
@@ -227,12 +227,12 @@ class Scheduler:
     # --- Steps -------------------------------------------------------------------------------------------------------
 
     def _step_all(self, pairs: Iterator[Pair], cancel: bool = False) -> None:
-        """Step each of them to where it waits, or ends; with `cancel`, by a CancelledError."""
-        for first in pairs:  # of those that the next stand-by can serve
+        """Step each coroutine until it waits or ends; with `cancel`, throw a CancelledError into it."""
+        for first in pairs:  # the first one that the next stand-in serves
             context = Context()
             adopted: list[tuple[Pair, Any]] = []
             standby = self._standby(adopted, context)
-            asyncio.tasks._enter_task(self._loop, standby)  # asyncio's documented door for schedulers
+            asyncio.tasks._enter_task(self._loop, standby)  # asyncio's documented hook for schedulers
             _here.stepping = True
             try:
                 last = context.run(self._step_until_known, context, standby, first, pairs, cancel)
@@ -240,7 +240,7 @@ class Scheduler:
                 _here.stepping = False
                 asyncio.tasks._leave_task(self._loop, standby)
             if last is not None:
-                if asyncio.isfuture(last[1]):  # the mark of who awaits it is to be seen by its task alone
+                if asyncio.isfuture(last[1]):  # only the awaiting task may see this flag set
                     last[1]._asyncio_future_blocking = False
                 adopted.append(last)
                 self._adopt(standby, last[0])
@@ -248,7 +248,7 @@ class Scheduler:
     def _step_until_known(
         self, context: Context, standby: StandInTask, first: Pair, others: Iterator[Pair], cancel: bool
     ) -> tuple[Pair, Any] | None:
-        """Step one after the other until somebody may know the stand-by; returns who needs it, and what it awaits."""
+        """Step coroutines until one may know the stand-in; return the one that needs it and what it awaits, or None."""
         references, buckets, now = sys.getrefcount, self._buckets, time.monotonic
         places, values = self._places, self._values
         unknown = references(standby)
@@ -289,13 +289,13 @@ class Scheduler:
 
     def _standby(self, adopted: list[tuple[Pair, Any]], context: Context) -> StandInTask:
         work = self._go_on(adopted)
-        work.send(None)  # up to _is_cancelled: a task that is cancelled before its first step hears nothing of it
+        work.send(None)  # up to _is_cancelled: a coroutine that has not started cannot catch a cancellation
         standby = StandInTask(work, self._loop, context)
-        standby.touched = False  # by asyncio itself
+        standby.touched = False  # asyncio itself has set it
         return standby
 
     async def _go_on(self, adopted: list[tuple[Pair, Any]]) -> Any:
-        """The stand-by: goes on with the coroutine that was given to it, if one was."""
+        """Continue the adopted coroutine, if there is one: the body of a stand-in."""
         cancelled = await _is_cancelled()
         if not adopted:
             return None
@@ -322,7 +322,7 @@ class Scheduler:
 
 @coroutine
 def _is_cancelled() -> Generator[Any, Any, bool]:
-    """Whether the task is cancelled before its first step; a coroutine that waits here has begun."""
+    """Return whether the task is cancelled before its first step; a coroutine that waits here has started."""
     try:
         yield
     except asyncio.CancelledError:
@@ -332,7 +332,7 @@ def _is_cancelled() -> Generator[Any, Any, bool]:
 
 @coroutine
 def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, Any]:
-    """What is left of a coroutine that waits for something."""
+    """Run the rest of a coroutine that waits for `awaited`."""
     while True:
         try:
             if awaited is CANCELLED:
@@ -354,7 +354,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
 
 
 async def _awaiting(awaitable: Any) -> Any:
-    """A coroutine for what is none; raises TypeError if it cannot be awaited."""
+    """Wrap an awaitable that is no coroutine in one; raises TypeError if it cannot be awaited."""
     return await awaitable
 
 
@@ -366,7 +366,7 @@ _paused_lock = threading.Lock()
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No garbage collection meanwhile, in this process; may be entered by several threads at once."""
+    """Pause garbage collection in this process; several threads may enter this context concurrently."""
     global _paused  # noqa: PLW0603 - the collector is global, too
     with _paused_lock:
         _paused += 1
@@ -381,9 +381,9 @@ def gc_paused() -> Iterator[None]:
 
 
 def collect_young() -> None:
-    """Have the collector look at what was just made, once; to be said now and then while very much is made.
+    """Run the garbage collector on new objects, once; call it regularly while many objects are created.
 
-    Else it walks all of it again whenever its number has grown by a quarter: half of what building 500,000 agents
-    takes, a quarter of what asking them takes.
+    Otherwise the collector walks all objects again whenever their number has grown by a quarter, which takes half of
+    the time to build 500,000 agents, and a quarter of the time to ask them.
     """
     gc.collect(1)

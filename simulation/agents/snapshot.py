@@ -1,4 +1,4 @@
-"""What is in of a round before it is over, for those who look on: bounded, and cheap for a million participants."""
+"""Snapshots of a round in progress, for observers: of bounded size, and cheap for a million participants."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import psutil
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.tally import Units
 
-BINS = 101  # at most
+BINS = 101  # maximum
 
 
 @dataclass(frozen=True)
 class RoundSnapshot:
-    """What is in of a round already, and the process that hosts it.
+    """The answers of a round so far, and the resource use of the process that hosts it.
 
     Attributes:
-        round: Which one; 0 before the first.
-        counts: Answers in bins of equal width (see `bins_of`); empty where nobody counts here.
-        failures: Failures by cause.
-        cpu_s: The CPU time that the process has used.
-        clock_s: When that was, by the process's own clock.
-        memory_mb: Its resident memory.
-        took_s: The CPU time that it took to find all this out.
+        round: Number of the round; 0 before the first.
+        counts: Number of answers in bins of equal width (see `bins_of`); empty without an answer sheet.
+        failures: Number of failures by cause.
+        cpu_s: CPU time that the process has used.
+        clock_s: Monotonic clock of the process at that time.
+        memory_mb: Resident memory of the process.
+        took_s: CPU time that this snapshot took.
     """
 
     round: int
@@ -39,18 +39,18 @@ class RoundSnapshot:
 
     @property
     def done(self) -> int:
-        """How many have answered, or failed."""
+        """Return the number of participants that have answered or failed."""
         return sum(self.counts) + sum(self.failures.values())
 
 
 def bins_of(numbers: int) -> tuple[int, int]:
-    """How wide the bins are, in units, and how many there are of them, for so many different answers from 0 on."""
+    """Return the width of the bins in units, and their number, for `numbers` possible answers from 0 on."""
     width = -(-numbers // BINS)
     return width, -(-numbers // width)
 
 
 def take_snapshot(number: int, sheets: Iterable[AnswerSheet], numbers: int) -> RoundSnapshot:
-    """Glance at sheets of a round that may be filling meanwhile, where there are so many different answers."""
+    """Summarize sheets of a round, which may be filling concurrently; `numbers` is the count of possible answers."""
     began = time.thread_time()
     width, bins = bins_of(numbers)
     counts: Units | None = None

@@ -1,14 +1,13 @@
-"""One agent server: AgentScope's servicer behind mutual TLS, with handshake, leases and a prompt end.
+"""One agent server: AgentScope's servicer behind mutual TLS, with handshake, leases and immediate shutdown.
 
-AgentScope's servicer is touched here, each time for a reason:
-- participants are found in their group by arithmetic, as a million entries in its pool are not needed;
-- an object that is created twice, as the first answer was lost, is one object;
-- deleting an object closes it first, so that its event loop and its participants are let go of;
-- its pool forgets replies after two hours, or when 8192 others have come, while some may still think: ours does not;
-- what an agent raises comes back as one line, not as a traceback, and always comes back;
-- whoever calls an object of a run, or asks for a heartbeat, renews the run's lease, and the objects of a silent run are
-  dropped;
-- calls are counted, with their bytes: what a round costs the network can be told from the processes that bear it.
+It changes AgentScope's servicer as follows:
+- Participants are found in their group by arithmetic, so that its pool does not need a million entries.
+- Creating an object again, because the first reply was lost, returns the same object.
+- Deleting an object closes it first, which releases its event loop and its participants.
+- AgentScope's pool drops replies after two hours or 8192 newer ones, even of agents that still think; ours does not.
+- The exception of an agent is always returned, as one line instead of a traceback.
+- A call to an object, or a heartbeat, renews the lease of its run. Objects of a run whose lease expires are dropped.
+- Calls and their bytes are counted, so that the servers can report the network traffic of a round.
 """
 
 from __future__ import annotations
@@ -61,17 +60,17 @@ from simulation.rpc.messages import (
 )
 from simulation.settings import SimulationConfig
 
-RPC_THREADS = 1024  # calls served at the same time, each thread made when it is needed; most are short, but those who
-# ask one by one hold one for each participant, and a heartbeat must never wait for them
-REPLIES_AT_ONCE = 32  # participants asked alone that think at the same time
-POLL_S = 2  # how long a poll for one participant's reply is held; the client's deadline is 5
+RPC_THREADS = 1024  # concurrent calls, with threads created on demand; most are short, but per-agent dispatch holds
+# a thread for each participant, and a heartbeat must never wait for one
+REPLIES_AT_ONCE = 32  # participants asked individually that think concurrently
+POLL_S = 2  # how long a poll for one participant's reply blocks; the client's deadline is 5 s
 STOP_GRACE_S = 0.5
-SWEEP_S = 1.0  # between two looks at the leases
-FORGET_S = 3600.0  # a run without agents is remembered for so long
-REPLIES_KEPT = 4096  # of those that were fetched, in case one was lost on its way
+SWEEP_S = 1.0  # interval between checks of the leases
+FORGET_S = 3600.0  # how long a run without agents is remembered
+REPLIES_KEPT = 4096  # fetched replies that are kept, in case one is lost in transit
 SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients ask every 20 s whether the connection lives
+    ("grpc.so_reuseport", 0),  # otherwise two servers could share a port unnoticed
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send a keepalive ping every 20 s
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
@@ -81,10 +80,10 @@ class SimulationServicer(AgentServerServicer):
     """AgentScope's servicer for groups and moderators.
 
     Args:
-        config: How this host's servers were started.
-        port: The port of this one.
-        models: The models that its participants may ask.
-        stop: Called when a client asks the server to stop.
+        config: Settings that this host's servers were started with.
+        port: Port of this server.
+        models: Models that its participants may use.
+        stop: Called when a client requests a stop.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class SimulationServicer(AgentServerServicer):
         return beat
 
     def handshake(self, request: bytes, context: Any) -> bytes:
-        if not Path(__file__).exists():  # then what is imported later is not found, either
+        if not Path(__file__).exists():  # later imports would fail, too
             restart = "stop all agent servers of this host, and start them again"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
         asked = json.loads(request)
@@ -160,7 +159,7 @@ class SimulationServicer(AgentServerServicer):
         with self._creating:
             self._creating.wait_for(lambda: request.agent_id not in self._being_created)
             if super().get_agent(request.agent_id) is not None:
-                return GeneralResponse(ok=True)  # AgentScope would make another one first, and leave it behind
+                return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
             self._being_created.add(request.agent_id)
         try:
             return super().create_agent(request, context)
@@ -189,7 +188,7 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=True)
 
     def drop_silent(self) -> None:
-        """Drop the agents of runs that were not heard of for as long as their lease."""
+        """Drop the agents of runs whose lease has expired."""
         now = time.monotonic()
         hosted = self._hosted()
         runs = {run_of(agent_id) for agent_id in hosted}
@@ -201,19 +200,19 @@ class SimulationServicer(AgentServerServicer):
                 logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
 
     def _is_leased(self, run: str, agent: Any) -> bool:
-        """Whether an object of a run is to stay, as the run was heard of, or the object is kept."""
+        """Return whether an object stays: it has no lease, or the lease of its run has not expired."""
         lease_s, heard = getattr(agent, "lease_s", None), self._heard.get(run)
         return lease_s is None or heard is None or time.monotonic() - heard <= lease_s
 
     def _model_troubles(self, asked: str) -> dict[str, str]:
-        """What is wrong with those models that we know; asked are their names, and for how many seconds, as JSON."""
+        """Return the problems of requested models that this server knows; `asked` is JSON: names and a timeout (s)."""
         if not asked:
             return {}
         names, timeout_s = json.loads(asked)
         return check_models([name for name in names if name in self._models], float(timeout_s))
 
     def _beat(self, run: str, number: int, wait_s: float) -> HeartbeatReply:
-        """What the run's objects are at, after waiting for so long for those that are at this round to end it."""
+        """Return the progress of the run's objects, after waiting up to `wait_s` for those in round `number`."""
         self._renew_lease(run)
         until = time.monotonic() + wait_s
         playing = {
@@ -227,19 +226,19 @@ class SimulationServicer(AgentServerServicer):
         return HeartbeatReply(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
 
     def _begin_or_end_runs(self, asked: dict[str, str]) -> None:
-        """Do what a handshake asks for."""
+        """Keep or drop the objects of runs, as a handshake requests."""
         for oid, agent in self._hosted().items():
             run, kept = run_of(oid), getattr(agent, "lease_s", 0) is None
             if run == asked.get(KEEP_RUN):
-                with self.agent_id_lock:  # as it may be about to be dropped
+                with self.agent_id_lock:  # `drop_silent` may be about to drop it
                     agent.lease_s = None
             elif run == asked.get(END_RUN):
                 self._drop(oid)
             elif NEW_RUN in asked and run != asked[NEW_RUN] and (kept or same_run(run, asked[NEW_RUN])):
-                self._drop(oid)  # kept until the next run, or left by the main that this one continues
+                self._drop(oid)  # kept until the next run, or left by an earlier part of this run
 
     def _hear(self, agent_id: str) -> None:
-        """Renew the lease of the run that an id belongs to, if it is one of ours."""
+        """Renew the lease of the run that an id belongs to, if the id names a run."""
         run, ours, _ = agent_id.partition("/")
         if ours:
             self._renew_lease(run)
@@ -249,7 +248,7 @@ class SimulationServicer(AgentServerServicer):
             self._heard[run] = time.monotonic()
 
     def _note_served(self, name: str, said: int, answered: int) -> None:
-        """Count a call, and the bytes of its message each way: a microsecond, where gRPC takes hundreds."""
+        """Count a call and its bytes in each direction: takes 1 us, while gRPC takes hundreds."""
         with self._served_lock:
             calls, all_said, all_answered = self._served.get(name, (0, 0, 0))
             self._served[name] = (calls + 1, all_said + said, all_answered + answered)
@@ -259,7 +258,7 @@ class SimulationServicer(AgentServerServicer):
             return dict(self.agent_pool)
 
     def _drop(self, agent_id: str, unless: Callable[[Any], bool] | None = None) -> bool:
-        """Close an object, if it is there and there is nothing against it; returns whether it was dropped."""
+        """Remove and close an object, if it exists and `unless` is false for it; return whether it was dropped."""
         with self.agent_id_lock:
             agent = self.agent_pool.get(agent_id)
             if agent is None or (unless is not None and unless(agent)):
@@ -267,7 +266,7 @@ class SimulationServicer(AgentServerServicer):
             del self.agent_pool[agent_id]
         if hasattr(agent, "close"):
             agent.close()
-        # AgentScope hung a method of its own on the instance: a cycle that would wait for the collector
+        # AgentScope has set a bound method on the instance: a cycle that only the collector would free
         agent.__dict__.pop("__reduce_ex__", None)
         return True
 
@@ -283,11 +282,11 @@ class SimulationServicer(AgentServerServicer):
 
 
 class _Results(LocalPool):
-    """The replies of participants asked alone: each stays until it was fetched, and for a while after."""
+    """Replies of participants asked individually: each stays until REPLIES_KEPT others were fetched after it."""
 
     def __init__(self) -> None:
         super().__init__(1, 1)
-        self.pool: dict[int, Any] = {}  # in place of one that forgets
+        self.pool: dict[int, Any] = {}  # in place of one whose entries expire
         self._fetched: deque[int] = deque()
 
     def get(self, key: int, timeout: int = POLL_S) -> Any:
@@ -299,13 +298,13 @@ class _Results(LocalPool):
 
 
 def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
-    """Serve until TERM, INT or a `stop` call, then end this process at once, whatever its participants do.
+    """Serve until TERM, INT or a `stop` call, then end this process immediately, even if participants are busy.
 
     Args:
-        config: How this host's servers were started.
-        port: The port of this one.
+        config: Settings that this host's servers were started with.
+        port: Port of this server.
         key: The cluster key.
-        ready: Called when it serves.
+        ready: Called when the server accepts calls.
     """
     try:
         asyncio.run(_serve(config, port, key, ready))
@@ -341,7 +340,7 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     sweeping = asyncio.create_task(_sweep(servicer))
     await asyncio.wait([sweeping, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
     if sweeping.done():
-        sweeping.result()  # an error in it is a defect: to the log, and end
+        sweeping.result()  # an error is a defect: it goes to the log and ends the process
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
     _end("stopped", 0)
@@ -354,7 +353,7 @@ async def _sweep(servicer: SimulationServicer) -> None:
 
 
 def _end(message: str, status: int) -> None:
-    """End without waiting for threads: participants may think for hours."""
+    """End the process without waiting for threads: participants may think for hours."""
     logger.log("INFO" if status == 0 else "ERROR", message)
     logger.complete()
     sys.stdout.flush()
@@ -363,6 +362,6 @@ def _end(message: str, status: int) -> None:
 
 
 def _memory_mb() -> float:
-    """Memory of this process; what is shared with the other servers counts in parts where the system tells."""
+    """Return the memory of this process (MB); if the system reports it, with its share of the shared memory."""
     info = psutil.Process().memory_full_info()
     return round(float(getattr(info, "pss", 0) or info.uss) / 2**20, 1)

@@ -1,7 +1,7 @@
-"""The process that forks the agent servers of this host, and again those that die.
+"""The process that forks the agent servers of this host and restarts those that fail.
 
 It imports AgentScope once and forks a server per port; importing it in each server would take a second of CPU and
-125 MB. Where forking is unsafe (macOS) the servers are spawned instead.
+125 MB. Where forking is unsafe (macOS), it spawns the servers instead.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from simulation.rpc.cluster_key import ClusterKey, load
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.settings import SimulationConfig
 
-DEATHS_IN_VAIN = 3  # in a row, before it was ready: then a server is not started again
-RESTART_EVERY_S = 1.0  # one that dies at once is not started more often
+DEATHS_IN_VAIN = 3  # consecutive failed starts after which a server is not restarted
+RESTART_EVERY_S = 1.0  # minimum interval between starts of a server
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
-    """Be the launcher: fork a server per port, and again when it dies; pass TERM on; return when all have ended.
+    """Fork a server per port, restart those that fail, pass TERM on, and return when all servers have ended.
 
     Args:
         config: Host name, ports and key.
-        owned: Whether the end of standard input, which our starter holds open, means stop.
+        owned: Whether to stop at the end of standard input, which the parent process holds open.
     """
     processes.ProcessId.of(os.getpid()).write(processes.pid_file(processes.LAUNCHER))
     key = load(Path(config.cluster_key_dir))
@@ -46,12 +46,12 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     if config.agent_type == "llm":
         from simulation.llm.chat import import_client
 
-        import_client()  # likewise; else each server does, when it first has participants that ask a model
+        import_client()  # likewise; otherwise each server imports it for its first participants that ask a model
 
     gc.collect()
-    gc.freeze()  # what is imported stays in pages shared by all servers
+    gc.freeze()  # all servers keep sharing the memory pages of the imports
     wake, woken = os.pipe()
-    for number in ENDING:  # before the first fork: a launcher that dies of a signal leaves its servers behind
+    for number in ENDING:  # before the first fork: a signal that ends the launcher would leave its servers running
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
     servers = _start_all(config, key, lambda: bool(multiprocessing.connection.wait(stop_signs, 0)))
@@ -75,14 +75,14 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
 
 def _start_all(config: SimulationConfig, key: ClusterKey, stopped: Callable[[], bool]) -> dict[int, _Server]:
-    """Start a server per port, and no more once all are to stop."""
+    """Start a server per port, until `stopped` returns True."""
     servers: dict[int, _Server] = {}
     try:
         for port in config.ports:
             if stopped():
                 break
             servers[port] = _Server(config, port, key)
-    except OSError:  # no memory, no room: whoever waits for us reads why in our log
+    except OSError:  # no memory or disk space: the parent process finds the reason in the log
         for server in servers.values():
             server.process.kill()
         raise
@@ -90,7 +90,7 @@ def _start_all(config: SimulationConfig, key: ClusterKey, stopped: Callable[[], 
 
 
 class _Server:
-    """One agent server as its parent sees it: started, and started again when it dies, unless that is in vain."""
+    """One agent server from its parent's side: restarted when it fails, unless its starts keep failing."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments = (config, port, key)
@@ -98,32 +98,32 @@ class _Server:
         self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._stopping = False
         self._restarts = 0
-        self._failed_starts = 0  # deaths in a row before it was ready
-        self.restart_at: float | None = None  # when to start it again, if it is to wait
+        self._failed_starts = 0  # consecutive failures before it was ready
+        self.restart_at: float | None = None  # time of the pending restart
         self.given_up = False
         self.start()
 
     def start(self) -> None:
         self._ready, told = self._context.Pipe(duplex=False)
         self.process = self._context.Process(target=_child, args=(*self._arguments, told))
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has handlers of its own
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has set its handlers
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self._started = time.monotonic()
         self.restart_at = None
-        told.close()  # that is the child's
+        told.close()  # the child's end of the pipe
         try:
             processes.ProcessId.of(self.process.pid).write(processes.pid_file(str(self._port)))
             processes.write_restart_count(self._port, self._restarts)
-        except OSError:  # nobody would find it
+        except OSError:  # without a pid file no command could find it
             self.process.kill()
             self.process.join()
             raise
 
     def start_again(self) -> None:
-        """Start it, or try later where there is no memory or room."""
+        """Start the server, or retry later if there is no memory or disk space."""
         try:
             self.start()
         except OSError as error:
@@ -138,7 +138,7 @@ class _Server:
             self.given_up = True
 
     def see_to_its_end(self) -> None:
-        """Say how it ended, and start it again if it died."""
+        """Log how the server ended, and schedule a restart if it failed."""
         self.process.join()
         status = self.process.exitcode
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
@@ -159,7 +159,7 @@ class _Server:
             self.restart_at = max(self._started + RESTART_EVERY_S, time.monotonic())
 
     def _was_ready(self) -> bool:
-        """Whether it said so before its end."""
+        """Return whether the server reported that it was ready before it ended."""
         try:
             return bool(self._ready.poll() and self._ready.recv())
         except EOFError:
@@ -169,7 +169,7 @@ class _Server:
 
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
-    """Be the agent server of one port, with a log of its own, and say so when it is ready."""
+    """Run the agent server of one port with its log file, and report when it is ready."""
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

@@ -1,6 +1,6 @@
-"""The agent servers of this host, from outside: start, show and stop them.
+"""Commands that start, show and stop the agent servers of this host.
 
-They are forked by a process of their own (simulation/hosts/launcher.py), which is started here.
+This module starts a separate process, the launcher (simulation/hosts/launcher.py), which forks the servers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from simulation.settings import SimulationConfig, flag_of
 
 READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
-HANDED_ON = (  # the settings of the servers
+HANDED_ON = (  # settings passed to the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
 )
@@ -38,18 +38,18 @@ STOP_FIRST = f"stop them with {STOP} first"
 
 
 class OwnedServers:
-    """Servers that end with this process, however it ends: their launcher reads a pipe that we hold open."""
+    """Servers that end with this process, however it ends: their launcher reads a pipe that this process holds open."""
 
     def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
         self._launcher = launcher
 
     def stop(self) -> None:
-        """Stop them, and wait for their end: firmly, if a server hangs."""
+        """Stop the servers and wait until they have ended; kill those that hang."""
         if self._launcher.stdin is not None:
             self._launcher.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._launcher.wait(processes.TERM_TIMEOUT_S)
-        if processes.own_processes():  # it hangs, or was killed and has left them behind
+        if processes.own_processes():  # the launcher hangs, or was killed and left servers running
             with processes.one_at_a_time():
                 processes.terminate_all()
         self._launcher.wait()
@@ -61,22 +61,22 @@ def start(
     progress: Callable[[int, int], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> OwnedServers | None:
-    """Start this host's agent servers, and return when every one answers.
+    """Start this host's agent servers, and return when all of them answer.
 
     Args:
         config: Host name, ports and key of the servers.
-        owned: Whether they are to end with this process.
-        progress: Called with how many servers are ready, of how many.
-        meanwhile: Called while their launcher imports what it needs, which takes about a second.
+        owned: Whether the servers end with this process.
+        progress: Called with the number of ready servers and their total.
+        meanwhile: Called while the launcher imports its modules (about 1 s).
 
     Returns:
-        The servers if they are owned; None if not, or if exactly these run already.
+        The servers if they are owned; None if not, or if exactly these servers are already running.
 
     Raises:
-        ClusterError: A port is taken, other servers run, or one did not start; nothing is left running.
-        SettingsError: The key, the models' settings or the folder for pid files and logs is unusable.
+        ClusterError: A port is taken, other servers run, or one did not start; no new server is left running.
+        SettingsError: The key, the model settings or the folder for pid files and logs is unusable.
     """
-    add_extra_folders(config.extra_pythonpath)  # which the launcher does, too: here it refuses in one line
+    add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
     key = load_or_make(Path(config.cluster_key_dir))
     models = read_models(config) if has_models(config) else {}
     with processes.one_at_a_time():
@@ -97,7 +97,7 @@ def start(
         processes.check_room()
         launcher = None
         try:
-            with processes.signals_later():  # one before the assignment would leave it running
+            with processes.signals_later():  # a signal before the assignment would leave it running
                 launcher = _spawn_launcher(config, owned)
             meanwhile()
             _wait_ready(config, key, launcher, progress)
@@ -109,7 +109,7 @@ def start(
 
 
 def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], models: dict[str, str]) -> None:
-    """Raise ClusterError unless the servers that run are the ones asked for, and answer."""
+    """Raise ClusterError unless the running servers are the requested ones, and answer."""
     if ports != list(config.ports):
         raise ClusterError(
             f"{len(ports)} agent servers of this host run already, on ports {ranges(ports)}; asked for were "
@@ -136,7 +136,7 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], mod
 
 
 def _listed(models: dict[str, str]) -> str:
-    """The models in few words."""
+    """Return a short list of the models and their addresses."""
     return (
         ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
         or "no model"
@@ -144,17 +144,17 @@ def _listed(models: dict[str, str]) -> str:
 
 
 def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its servers, also those whose pid files it has not written yet."""
-    with processes.signals_later():  # the second Ctrl-C of somebody in a hurry would leave servers running
+    """End the launcher and its servers, including those whose pid files it has not written yet."""
+    with processes.signals_later():  # a second Ctrl-C would leave servers running
         launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for all that it has forked
+            launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for its servers
         processes.terminate_all()
         launcher.wait()
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
-    # -P is for servers that are spawned, not forked: their Python would look into the current folder first
+    # -P is for servers that are spawned, not forked: their Python would search the current folder first
     command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
     for name in HANDED_ON:
@@ -166,17 +166,17 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
             stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # OpenBLAS would start threads, and a fork wants one; what computes here is not numpy
+            # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             cwd=ROOT,
-            start_new_session=True,  # a Ctrl-C in the terminal is main's, not theirs
+            start_new_session=True,  # a Ctrl-C in the terminal reaches main only
         )
 
 
 def _wait_ready(
     config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
 ) -> None:
-    """Return when all answer; raise ClusterError with the end of the log of the first one that died."""
+    """Return when all servers answer; raise ClusterError with the log tail of the first one that failed."""
     install_tls(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
     for ready, port in enumerate(config.ports):
@@ -186,7 +186,7 @@ def _wait_ready(
                 handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
                 break
             except ServerUnreachable:
-                pass  # not yet: does it still live?
+                pass  # not ready yet; check that it still runs
             if is_there(processes.pid_file(str(port))) and processes.own_process(str(port)) is None:
                 raise ClusterError(f"the agent server on port {port} did not start{processes.log_tail(str(port))}")
             if launcher.poll() is not None:
@@ -200,9 +200,9 @@ def _wait_ready(
 
 
 def stop() -> int:
-    """Stop all agent servers of this checkout, firmly after five seconds; returns how many ran.
+    """Stop all agent servers of this checkout (KILL after 5 s), and return how many were running.
 
-    Raises ClusterError if there may be others, which this host cannot see.
+    Raises ClusterError if there may be others that this host cannot see.
     """
     with processes.one_at_a_time():
         stopped = processes.terminate_all()
@@ -211,7 +211,7 @@ def stop() -> int:
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """The cells of STATUS for each agent server of this host, or its port and what is wrong; whether all answer."""
+    """Return the cells of STATUS for each agent server of this host, or its port and error; and whether all answer."""
     ports = [int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit()]
     if not ports:
         return [], True

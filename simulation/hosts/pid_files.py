@@ -1,6 +1,6 @@
-"""Processes and ports of this host: pid files, logs, what is ours, what is taken. It knows nothing of agents.
+"""Processes and ports of this host: pid files, logs, own processes, ports in use. It knows nothing about agents.
 
-Files in run/servers/: `<port>.pid`, `<port>.log` and, if it was started again, `<port>.restarts` per agent server;
+Files in run/servers/: `<port>.pid`, `<port>.log` and, after a restart, `<port>.restarts` per agent server;
 `launcher.pid` and `launcher.log`; `lock`. The first line of a pid file is the pid.
 """
 
@@ -33,9 +33,9 @@ DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock of this checkout: servers are started or stopped by one process at a time.
+    """Hold the lock of this checkout, so that only one process at a time starts or stops servers.
 
-    Raises SettingsError if the files of servers cannot be written meanwhile, either.
+    Raises SettingsError if the lock, or in this context a file of the servers, cannot be written.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -60,7 +60,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Handle the signals that come meanwhile at the end, when the context has done all that it does."""
+    """Defer TERM, HUP and INT signals that arrive in this context until its end."""
     came: list[int] = []
     numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
@@ -75,17 +75,17 @@ def signals_later() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A pid, and what distinguishes its process from all others that have or had the same pid.
+    """A pid, and the data that distinguishes its process from all others that have or had the same pid.
 
-    No clock is part of it: clocks are set while processes run, and those of two machines differ. Where there is no
-    /proc, and in pid files of earlier versions, the pid is all there is.
+    It contains no clock time: clocks are set while processes run, and those of two machines differ. Without /proc, and
+    in pid files of earlier versions, only the pid is known.
 
     Attributes:
         pid: The pid.
         host: Name of the host.
-        boot: Id of the host's boot, in which `namespace` and `start` count; empty if the pid is all there is.
+        boot: Boot id of the host, in which `namespace` and `start` are valid; empty if only the pid is known.
         namespace: The pid namespace in which the process has this pid.
-        start: Ticks from the boot to the start of the process.
+        start: Clock ticks from the boot to the start of the process.
     """
 
     pid: int
@@ -96,7 +96,7 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """Identify a process of this host, dead ones included as far as they can be seen."""
+        """Identify a process of this host; one that has ended, as long as it is visible."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
@@ -107,7 +107,7 @@ class ProcessId:
 
     @classmethod
     def read(cls, path: Path) -> ProcessId | None:
-        """Read a pid file; None if there is none, or it holds no pid."""
+        """Read a pid file; return None if it is missing or holds no pid. Raises SettingsError if it is unreadable."""
         try:
             pid, *rest = path.read_text(encoding="utf-8").split()
             parts = rest[0].rsplit(":", 3) if rest else []
@@ -118,9 +118,9 @@ class ProcessId:
             raise SettingsError(f"cannot read {path}: {reason(error)}") from None
 
     def write(self, path: Path) -> None:
-        """Write a pid file; readers see all of it, or what was there before."""
+        """Write a pid file atomically: readers see the old content or the new."""
         draft = path.with_name(f"{path.name}.new")
-        # one word, and no number: a script that passes the whole file to kill signals no other process
+        # line 2 is one word, and no number: a script that passes the whole file to kill signals no other process
         lines = [str(self.pid), ":".join((self.host, self.boot, self.namespace, self.start))]
         try:
             draft.write_text("".join(f"{line}\n" for line in (lines if self.boot else lines[:1])), encoding="utf-8")
@@ -130,16 +130,16 @@ class ProcessId:
 
     @property
     def elsewhere(self) -> str:
-        """Where the process is, if this host and pid namespace cannot see it; else empty."""
+        """Return where the process runs, if this host and pid namespace cannot see it; otherwise an empty text."""
         here = ProcessId.of(os.getpid())
         if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
             return ""
         if self.boot == here.boot:
             return "a container or other pid namespace of this host"
-        return "" if self.host == socket.gethostname() else f"host {self.host}"  # this host was booted again
+        return "" if self.host == socket.gethostname() else f"host {self.host}"  # this host was rebooted
 
     def process(self) -> psutil.Process | None:
-        """Return the process, which may be a zombie; None if it has ended, or cannot be seen from here."""
+        """Return the process, which may be a zombie; None if it has ended or is not visible from here."""
         try:
             process = psutil.Process(self.pid)
         except (psutil.NoSuchProcess, ValueError):
@@ -150,12 +150,12 @@ class ProcessId:
 
 
 def live_process(path: Path, is_ours: Callable[[psutil.Process], bool]) -> psutil.Process | None:
-    """Return the process of a pid file; None if it has ended, even if another program has its pid now.
+    """Return the running process of a pid file; None if it has ended, even if another program has its pid now.
 
     Args:
         path: The pid file.
-        is_ours: Whether a process is one that this checkout starts, judged by what it runs; asked where the pid is all
-            there is.
+        is_ours: Returns whether this checkout starts such a process, judged by its command; called if only the pid is
+            known.
     """
     noted = ProcessId.read(path)
     process = noted.process() if noted is not None else None
@@ -179,8 +179,8 @@ def check_same_host(folder: Path, stop: str) -> None:
     """Raise ClusterError if a pid file names a process that this host cannot see.
 
     Args:
-        folder: Of the pid files.
-        stop: The command that stops these processes.
+        folder: Folder of the pid files.
+        stop: Command that stops these processes.
     """
     for path in sorted(files_in(folder, ".pid")):
         noted = ProcessId.read(path)
@@ -192,14 +192,14 @@ def check_same_host(folder: Path, stop: str) -> None:
 
 
 def pid_file(name: str) -> Path:
-    """The pid file of a server, by its port, or of the launcher."""
+    """Return the pid file of a server, by its port, or of the launcher."""
     return SERVERS / f"{name}.pid"
 
 
 def remove_drafts() -> None:
-    """Remove the drafts of pid files that a killed launcher left; to be called with the lock held.
+    """Remove the drafts of pid files that a killed launcher left; call it with the lock held.
 
-    Only the launcher writes pid files, and it is started with the lock held: while none lives, nobody writes a draft.
+    Only the launcher writes pid files, and it is started with the lock held. If none runs, no draft is in use.
     """
     if own_process(LAUNCHER) is None:
         for draft in SERVERS.glob("*.pid.new"):
@@ -207,7 +207,7 @@ def remove_drafts() -> None:
 
 
 def check_room() -> None:
-    """Raise OSError unless the disk takes pid files and logs, without which servers fail and no log says why."""
+    """Raise OSError unless pid files and logs can be written; without them, servers fail and no log has the cause."""
     probe = SERVERS / "probe"
     try:
         probe.write_bytes(os.urandom(PROBE_BYTES))
@@ -216,7 +216,7 @@ def check_room() -> None:
 
 
 def write_restart_count(port: int, count: int) -> None:
-    """Write down how often a server was started again."""
+    """Record how often a server was restarted."""
     if count == 0:
         (SERVERS / f"{port}.restarts").unlink(missing_ok=True)
     else:
@@ -224,27 +224,27 @@ def write_restart_count(port: int, count: int) -> None:
 
 
 def restarts(port: int) -> int:
-    """How often a server was started again."""
+    """Return how often a server was restarted."""
     try:
         return int(read_text(SERVERS / f"{port}.restarts"))
-    except (OSError, ValueError):  # never, or this moment
+    except (OSError, ValueError):  # never, or the file is being written
         return 0
 
 
 def remove_pid(name: str, pid: int) -> None:
-    """Remove a pid file, unless it names another process by now."""
+    """Remove a pid file, unless it now names another process."""
     noted = ProcessId.read(pid_file(name))
     if noted is not None and noted.pid == pid:
         pid_file(name).unlink(missing_ok=True)
 
 
 def own_process(name: str) -> psutil.Process | None:
-    """The live process of a pid file; None if it has ended, even if its pid is another program's now."""
+    """Return the running process of a server or the launcher; see `live_process`."""
     return live_process(pid_file(name), _is_ours)
 
 
 def _is_ours(process: psutil.Process) -> bool:
-    """Whether a process is a launcher of this checkout, or one of its servers."""
+    """Return whether a process is a launcher of this checkout, or one of its servers."""
     seen = process.as_dict(["cmdline", "cwd"])
     command = seen["cmdline"] or []
     launched = "--launch" in command and str(ROOT / "main.py") in command
@@ -253,7 +253,7 @@ def _is_ours(process: psutil.Process) -> bool:
 
 
 def own_processes() -> dict[str, psutil.Process]:
-    """All live processes of this checkout's pid files, the launcher first, then the servers by port."""
+    """Return all running processes of this checkout's pid files, the launcher first, then the servers by port."""
     ports = sorted(int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit())
     names = [LAUNCHER, *map(str, ports)]
     found = {name: own_process(name) for name in names}
@@ -261,7 +261,7 @@ def own_processes() -> dict[str, psutil.Process]:
 
 
 def check_not_owned() -> None:
-    """Raise ClusterError while this checkout's servers are those of one run, with which they end."""
+    """Raise ClusterError if this checkout's servers belong to one run and end with it."""
     launcher = own_process(LAUNCHER)
     if launcher is not None and "--owned" in launcher.cmdline():
         raise ClusterError(
@@ -271,7 +271,7 @@ def check_not_owned() -> None:
 
 
 def end(process: psutil.Process, firmly: bool = False) -> None:
-    """Send TERM to a process, or KILL if `firmly`; raises ClusterError if it is another user's."""
+    """Send TERM to a process, or KILL if `firmly`. Raises ClusterError if it belongs to another user."""
     try:
         process.kill() if firmly else process.terminate()
     except psutil.NoSuchProcess:
@@ -281,12 +281,12 @@ def end(process: psutil.Process, firmly: bool = False) -> None:
 
 
 def terminate_all() -> int:
-    """End all of them, TERM first, KILL after TERM_TIMEOUT_S; returns how many servers."""
+    """End the launcher and all servers, by TERM, then KILL after TERM_TIMEOUT_S; return the number of servers."""
     servers: set[str] = set()
-    for _ in range(TRIES_TO_END):  # a launcher that hangs may have started others meanwhile
+    for _ in range(TRIES_TO_END):  # a hanging launcher may have started more servers
         running = own_processes()
         servers |= running.keys() - {LAUNCHER}
-        for process in running.values():  # the launcher first: it passes the signal on, and starts nothing any more
+        for process in running.values():  # the launcher first: it passes the signal on, and starts no more servers
             end(process)
         _, alive = psutil.wait_procs(running.values(), timeout=TERM_TIMEOUT_S)
         for process in alive:
@@ -300,12 +300,12 @@ def terminate_all() -> int:
 
 
 def log_tail(name: str) -> str:
-    """Where the log of a server is, and how it ends: the rest of an error message."""
+    """Return the log path of a server and the last lines, to complete an error message."""
     return end_of(SERVERS / f"{name}.log")
 
 
 def end_of(log: Path) -> str:
-    """Likewise, of any log."""
+    """Return the path of a log and its last lines, to complete an error message; empty if there is no log."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     except OSError:
@@ -314,7 +314,7 @@ def end_of(log: Path) -> str:
 
 
 def check_free(host_name: str, port: int, setting: str = "BASE_PORT") -> None:
-    """Raise ClusterError if another program has the port, SettingsError if it can never be ours."""
+    """Raise ClusterError if another program has the port, SettingsError if this program can never bind it."""
     try:
         address = address_of(host_name)
     except SettingsError as error:
@@ -335,7 +335,7 @@ def check_free(host_name: str, port: int, setting: str = "BASE_PORT") -> None:
 
 
 def any_port_in_use(ports: range) -> bool:
-    """Whether anything on this host listens on one of the ports, on the loopback address."""
+    """Return whether any process listens on one of the ports, on the loopback address."""
     for port in ports:
         with socket.socket() as probe:
             probe.settimeout(1.0)

@@ -1,6 +1,6 @@
-"""The vLLM servers of this host: start, show and stop them. It knows nothing of agents.
+"""Commands that start, show and stop the vLLM servers of this host. They know nothing about agents.
 
-They run in an environment of their own, .venv-vllm, as vLLM and AgentScope need protobufs that exclude each other.
+The servers run in a separate environment, .venv-vllm, as vLLM and AgentScope need conflicting versions of protobuf.
 Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 """
 
@@ -33,7 +33,7 @@ STARTED, STATUS = ("port", "on", "pid", "model", "ready after"), ("port", "pid",
 LOOK_S = 0.5
 STOP = "./stop_vllm.sh"
 BY_HTTP = "agent servers reach vLLM by HTTP, at its port"
-NOT_BY_HAND = {  # flags of vLLM, and why they are not given by hand
+NOT_BY_HAND = {  # flags of vLLM that users must not pass, and the reason
     "--model": "MODEL_PATH sets it",
     "--port": "VLLM_BASE_PORT sets it",
     "--host": "servers listen on the loopback address",
@@ -43,13 +43,13 @@ NOT_BY_HAND = {  # flags of vLLM, and why they are not given by hand
     "--config": "flags in a file would not be seen here",
     **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
 }
-TERM_TIMEOUT_S = 15.0  # vLLM finishes what it has begun
-KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's own default is nine tenths of the memory, and often fails
+TERM_TIMEOUT_S = 15.0  # vLLM finishes running requests
+KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's default is nine tenths of the memory, and often fails
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One vLLM server: its port, its GPUs (none is the CPU), and the name of its model."""
+    """One planned vLLM server: its port, its GPUs (empty: the CPU), and the name of its model."""
 
     port: int
     gpus: tuple[str, ...]
@@ -61,7 +61,7 @@ class Plan:
 
 
 def gpus_here() -> tuple[str, ...]:
-    """The GPUs of this machine that we may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the usable GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -70,22 +70,22 @@ def gpus_here() -> tuple[str, ...]:
 
 
 def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
-    """Names of the GPUs that CUDA shows to a program.
+    """Return the names of the GPUs that CUDA shows to a program.
 
-    CUDA takes numbers, or the unique beginnings of ids, and no mixture of both. The first name that is no GPU, such as
-    -1 or Slurm's NoDevFiles, hides the rest; with one GPU named twice there is none.
+    CUDA takes numbers or unique prefixes of ids, and no mixture of both. The first name that is no GPU, such as -1 or
+    Slurm's NoDevFiles, hides the rest. A GPU that is named twice hides all.
 
     Args:
-        listed: What `nvidia-smi -L` prints: GPUs, and parts of them (MIG) in lines of their own.
-        visible: CUDA_VISIBLE_DEVICES, if it is set.
+        listed: Output of `nvidia-smi -L`: GPUs, and MIG partitions of them on separate lines.
+        visible: Value of CUDA_VISIBLE_DEVICES, if it is set.
     """
     count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
     if visible is None:
         return tuple(map(str, range(count)))
     names = [name.strip() for name in visible.split(",")]
     known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", listed)
-    kind = names[0][:4]  # of all ids: GPU- or MIG-
-    found: dict[str, str] = {}  # names by what they stand for
+    kind = names[0][:4]  # prefix of all ids: GPU- or MIG-
+    found: dict[str, str] = {}  # names by the GPU that they denote
     for name in names:
         if kind in ("GPU-", "MIG-"):
             matches = [each for each in known if name.startswith(kind) and each.startswith(name)]
@@ -100,27 +100,26 @@ def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
 
 
 def servers_per_host(config: SimulationConfig) -> int:
-    """How many servers a host gets: one per GPU, or per --tensor-parallel GPUs; one on the CPU where there is none."""
+    """Return the number of servers per host: one per --tensor-parallel GPUs, or one on the CPU without GPUs."""
     gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
     return max(gpus // config.tensor_parallel, 1)
 
 
 def check_vllm_flags(flags: Iterable[str]) -> None:
-    """Raise SettingsError if flags for vLLM hold one that start sets itself, however vLLM lets it be written."""
+    """Raise SettingsError if flags for vLLM include one of NOT_BY_HAND, in any spelling that vLLM accepts."""
     for each in flags:
         said = each.partition("=")[0]
         if said.startswith("--"):
             said = said.partition(".")[0].replace("_", "-")
         for flag, why in NOT_BY_HAND.items():
-            if len(said) > said.count("-") and flag.startswith(said):  # vLLM takes abbreviations, too
+            if len(said) > said.count("-") and flag.startswith(said):  # vLLM accepts abbreviations, too
                 raise SettingsError(f"-- {each}: {flag} cannot be given to vLLM here: {why}")
 
 
 def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
-    """The servers to start, one per GPU or per --tensor-parallel GPUs.
+    """Return the servers to start, one per --tensor-parallel GPUs; `more` are further flags for vLLM.
 
-    Raises SettingsError if there are too few GPUs, or there is no such model, or `more`, which are further flags for
-    vLLM, are not to be given by hand.
+    Raises SettingsError if there are too few GPUs, the model does not exist, or users must not pass one of the flags.
     """
     check_vllm_flags(more)
     _checked_path(config.model_path)
@@ -148,22 +147,22 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
 
 def _served(models: list[ModelConfig], port: int, number: int) -> str:
-    """What the server on a port calls its model: as the entry with this port says, or else the one at its place."""
+    """Return the model name of the server on a port: of the entry with this port, or else of the entry at its index."""
     of_port = (each.model for each in models if each.address.endswith(f":{port}"))
     return next(of_port, models[min(number, len(models) - 1)].model)
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
-    """Start the servers and return when every one is healthy: the cells of STARTED for each.
+    """Start the servers and wait until all are healthy; return the cells of STARTED for each.
 
     Args:
-        config: The settings; `model_path` is what they serve.
+        config: The settings; `model_path` is the model to serve.
         more: Further flags for vLLM.
-        progress: Called with how many are ready, of how many, and what is waited for.
+        progress: Called with the number of ready servers, their total, and a text about the one that is awaited.
 
     Raises:
-        SettingsError: There is no such model, or too few GPUs, or a flag is set here.
-        ClusterError: A port is taken, servers run already, or one did not start; nothing is left running.
+        SettingsError: The model does not exist, there are too few GPUs, or users must not pass one of the flags.
+        ClusterError: A port is taken, servers run already, or one did not start; no new server is left running.
     """
     plans = plan(config, more)
     model_path = _checked_path(config.model_path)
@@ -171,21 +170,21 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     with processes.one_at_a_time():
         FOLDER.mkdir(parents=True, exist_ok=True)
         processes.check_same_host(FOLDER, STOP)
-        running = own_servers()  # those of another model, on other ports, may
+        running = own_servers()  # servers of another model may run on other ports
         ports = sorted(running.keys() & {each.port for each in plans})
         if ports:
             raise ClusterError(
                 f"vLLM servers of this checkout run already, on ports {', '.join(map(str, ports))}: {STOP} "
                 "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
-        _end_all(but=running)  # what servers that were killed have left
+        _end_all(but=running)  # leftovers of killed servers
         for each in plans:
             processes.check_free("localhost", each.port, "VLLM_BASE_PORT")
         started: dict[int, subprocess.Popen[bytes]] = {}
         began = time.monotonic()
         try:
             for each in plans:
-                with processes.signals_later():  # one before the assignment would leave it running
+                with processes.signals_later():  # a signal before the assignment would leave it running
                     started[each.port] = _spawn(home, each, model_path, more)
             took = {}
             for number, each in enumerate(plans):
@@ -196,7 +195,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                     time.sleep(LOOK_S)
                 took[each.port] = time.monotonic() - began
         except BaseException:
-            with processes.signals_later():  # the second one of somebody in a hurry would leave servers running
+            with processes.signals_later():  # a second signal would leave servers running
                 _end({process.pid for process in started.values()})
                 for process in started.values():
                     process.wait()
@@ -211,9 +210,9 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
 
 
 def stop() -> int:
-    """Stop all vLLM servers of this checkout, firmly after TERM_TIMEOUT_S; returns how many ran.
+    """Stop all vLLM servers of this checkout (KILL after TERM_TIMEOUT_S), and return how many were running.
 
-    Raises ClusterError if there may be others, which this host cannot see.
+    Raises ClusterError if there may be others that this host cannot see.
     """
     with processes.one_at_a_time():
         running = own_servers()
@@ -224,7 +223,7 @@ def stop() -> int:
 
 
 def status() -> tuple[list[list[str]], bool]:
-    """The cells of STATUS for each vLLM server of this host, and whether all are healthy."""
+    """Return the cells of STATUS for each vLLM server of this host, and whether all are healthy."""
     running = own_servers()
     ports = sorted(int(path.stem) for path in files_in(FOLDER, ".pid") if path.stem.isdigit())
     states = {port: "healthy" if port in running and _is_healthy(port) else _ailing(port, running) for port in ports}
@@ -233,13 +232,13 @@ def status() -> tuple[list[list[str]], bool]:
 
 
 def own_servers() -> dict[int, psutil.Process]:
-    """The live processes of our pid files, by port."""
+    """Return the running processes of the pid files, by port."""
     found = {path: processes.live_process(path, _is_server) for path in files_in(FOLDER, ".pid") if path.stem.isdigit()}
     return {int(path.stem): process for path, process in found.items() if process is not None}
 
 
 def _checked_path(model_path: str | None) -> str:
-    """The model as vLLM takes it. Raises SettingsError if it is a path to nothing."""
+    """Return the model as vLLM takes it. Raises SettingsError if it is a path but not the folder of a model."""
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
     path = Path(full_path("--model-path", model_path))
@@ -248,15 +247,15 @@ def _checked_path(model_path: str | None) -> str:
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
         return str(path)
     parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # else it may name one on a hub
+    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # otherwise it may be a name on a hub
         raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 
 
 def _home() -> Path:
-    """Where vLLM is run from: it hands its own path to compilers and to LD_PRELOAD, which break at a space.
+    """Return a path of VENV without spaces: vLLM passes it to compilers and to LD_PRELOAD, which break at a space.
 
-    Raises SettingsError if there is no place for a link without one.
+    Raises SettingsError if no link without a space can be made.
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
@@ -278,12 +277,12 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
     if each.gpus:
         command = [str(home / "bin/python"), str(home / "bin/vllm"), "serve", model_path]
         command += ["--tensor-parallel-size", str(len(each.gpus))] if len(each.gpus) > 1 else []
-    else:  # the command looks for a package vllm, which the wheel for CPUs does not call itself
+    else:  # the vllm command looks for a package named vllm, but the wheel for CPUs has another name
         command = [str(home / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
     command += ["--host", HOST, "--port", str(each.port), "--served-model-name", each.model, *more]
-    # VLLM_PORT would be a port between vLLM's own processes, the same for all servers
+    # VLLM_PORT would be the port between the processes of a server, the same for all servers
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
-    env["PYTHONSAFEPATH"] = "1"  # else vLLM and its workers would import what lies in the current folder
+    env["PYTHONSAFEPATH"] = "1"  # otherwise vLLM and its workers would import modules from the current folder
     if each.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(each.gpus)
     else:
@@ -294,7 +293,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
         )
     try:
         processes.ProcessId.of(process.pid).write(_pid_file(each.port))
-    except OSError:  # no command could find it
+    except OSError:  # without a pid file no command could find it
         process.kill()
         process.wait()
         raise
@@ -302,7 +301,7 @@ def _spawn(home: Path, each: Plan, model_path: str, more: list[str]) -> subproce
 
 
 def _refuse_dead(started: dict[int, subprocess.Popen[bytes]]) -> None:
-    """Raise ClusterError when one of them has died."""
+    """Raise ClusterError if one of the servers has exited."""
     for port, process in started.items():
         if process.poll() is not None:
             log = _log(port)
@@ -310,7 +309,7 @@ def _refuse_dead(started: dict[int, subprocess.Popen[bytes]]) -> None:
 
 
 def _cause(log: Path) -> str:
-    """The first error that vLLM wrote about, which the later ones come of; in one line."""
+    """Return the first error in the log, which causes the later ones, as one line; empty if there is none."""
     lines = (
         line
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -321,7 +320,7 @@ def _cause(log: Path) -> str:
 
 
 def _is_healthy(port: int) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and this host
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this host: use no proxy
     try:
         with opener.open(f"http://{HOST}:{port}/health", timeout=5) as reply:
             return bool(reply.status == 200)
@@ -345,16 +344,16 @@ def _log(port: int) -> Path:
 
 
 def _end_all(but: Mapping[int, psutil.Process] | None = None) -> None:
-    """End all servers of our pid files, and what those that died have left, but for those on some ports."""
+    """End all servers of the pid files, and leftovers of those that exited, except on the ports in `but`."""
     paths = [path for path in files_in(FOLDER, ".pid") if path.stem not in map(str, but or ())]
     _end({pid for path in paths if (pid := _session_named_by(path)) is not None})
     processes.remove_ended(FOLDER, _is_server)
-    for draft in FOLDER.glob("*.pid.new"):  # whoever writes pid files here holds the lock, as we do
+    for draft in FOLDER.glob("*.pid.new"):  # unused: writers of pid files here hold the lock, as this process does
         draft.unlink(missing_ok=True)
 
 
 def _session_named_by(path: Path) -> int | None:
-    """The session of a pid file's server, alive or dead; None if the pid is another program's."""
+    """Return the session id of a pid file's server, running or not; None if another program has the pid."""
     noted = processes.ProcessId.read(path)
     if noted is None or noted.elsewhere:
         return None
@@ -366,13 +365,13 @@ def _session_named_by(path: Path) -> int | None:
 
 
 def _end(leaders: Collection[int]) -> None:
-    """TERM to each server, which ends its workers; KILL to what is left of its session, at once where it is dead."""
+    """Send TERM to each server, which ends its workers, then KILL to the rest. KILL leftovers of exited servers."""
     sessions = {process: _session_of(process) for process in psutil.process_iter()}
     living = {process.pid for process, session in sessions.items() if session is not None} & set(leaders)
     everyone = [
         process
         for process, session in sessions.items()
-        if session in leaders and (session in living or _is_vllm(process))  # a dead one's session may be a stranger's
+        if session in leaders and (session in living or _is_vllm(process))  # an ended one's id may be reused
     ]
     for process in everyone:
         if process.pid in leaders:
@@ -386,7 +385,7 @@ def _end(leaders: Collection[int]) -> None:
 
 
 def _session_of(process: psutil.Process) -> int | None:
-    """The session of a process, of which each server is the leader; None if the process has ended."""
+    """Return the session id of a process; each server leads its session. None if the process has ended."""
     try:
         return os.getsid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError):
@@ -394,7 +393,7 @@ def _session_of(process: psutil.Process) -> int | None:
 
 
 def _is_vllm(process: psutil.Process) -> bool:
-    """Whether a process is one of vLLM's."""
+    """Return whether a process belongs to vLLM."""
     try:
         here = (str(VENV), str(LINK))
         return process.name().startswith("VLLM") or any(part.startswith(here) for part in process.cmdline())
