@@ -1,41 +1,41 @@
-"""The command line: reads settings, starts what is missing, plays, and ends with the status the README lists.
+"""The command line: parses flags, starts missing servers, plays the game, and exits with a status listed in README.md.
 
-What needs AgentScope is imported inside the functions, so that --help, a mistyped flag and stop answer at once.
+Modules that need AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
 """
 
 import os
 import sys
 
-MODULES = ("simulation", "moderator", "participant")  # the program's own, at the top level
+MODULES = ("simulation", "moderator", "participant")  # the program's own top-level modules
 
-if __name__ != "main":  # the program, not a module that a test imports
-    # Before any other import: files beside this one and in the current folder, such as random.py, must not stand
-    # in for modules of Python and the libraries, or for those that a library tries to import and can do without.
+if __name__ != "main":  # run as a program, not imported by a test
+    # Before any other import: files in this folder or the working directory, such as random.py, must not shadow
+    # modules of Python and the libraries, or optional modules that a library tries to import.
     HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
     sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
     from importlib.machinery import ModuleSpec
     from importlib.util import spec_from_file_location
 
     class Own:
-        """Finds the program's own modules, and nothing else, beside this file."""
+        """The import finder for the program's own modules beside this file, and no others."""
 
         @staticmethod
         def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-            """Return where one of them is."""
+            """Return the spec of one of these modules, or None for any other."""
             if name not in MODULES:
                 return None
             file = f"{HERE}/{name}.py" if name != "simulation" else f"{HERE}/simulation/__init__.py"
-            return spec_from_file_location(name, file)  # and not a folder of the same name
+            return spec_from_file_location(name, file)  # not a folder of the same name
 
     sys.meta_path.insert(0, Own)
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: no traceback of an import
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is told by us, in one line
-os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # its own asks DNS for what /etc/hosts tells
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: exit without a traceback
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # we report a refused handshake ourselves, in one line
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS for names in /etc/hosts
 for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
-    del os.environ[name]  # set for other programs, with values that may not suit the libraries here
+    del os.environ[name]  # set for other programs; the values may not suit the libraries here
 
 import argparse
 import contextlib
@@ -75,12 +75,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Action:
-    """What a role does in place of what it is for.
+    """An alternative to a role's normal work, such as --status or --stop.
 
     Attributes:
-        help: What it does.
-        roles: The roles that can.
-        settings: Those of the role's settings that it uses; None is all of them.
+        help: Help text of its flag.
+        roles: The roles that support it.
+        settings: The role's settings that it uses (default: none); None means all.
     """
 
     help: str
@@ -95,15 +95,15 @@ ACTIONS = {
         ("host_name", "cluster_key_dir", "connect_timeout"),
     ),
     "stop": Action("stop the servers of this host", ("participant", "vllm")),
-    "print_gpu_count": Action(argparse.SUPPRESS, ("vllm",)),  # what is installed depends on it; --gpus is a mistake
+    "print_gpu_count": Action(argparse.SUPPRESS, ("vllm",)),  # for start_vllm.sh; --gpus stays an error
     "make_key": Action(
         "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
     ),
-    # what the launcher process is started with, and the process that draws reports
+    # internal: flags that start the launcher process and the report process
     "launch": Action(argparse.SUPPRESS, ("participant",), None),
     "draw_for_main": Action(argparse.SUPPRESS, ("report",)),
 }
-HELP_WIDTH = 100  # columns, where the terminal has them
+HELP_WIDTH = 100  # columns; fewer on a narrower terminal
 ROLE_HELP = {
     "main": "Play the game",
     "participant": "Start, stop or show the agent servers of this host",
@@ -120,12 +120,12 @@ USAGES = {
 }
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
 HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
-VERY_LIKE = 0.8  # a flag of the same role is meant sooner than one of another role
-DASHES = tuple("-–—−")  # the last three are what programs for texts make of it
+VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
+DASHES = tuple("-–—−")  # word processors turn the first into the others
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others, and that takes -1/2 for a number, not a flag."""
+    """An argument parser that raises SettingsError with one line, and parses -1/2 as a number, not a flag."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(role: str | None = None) -> Parser:
-    """Return a parser with the flags of a role, in groups, with a help for people; or of all roles, to parse with."""
+    """Return a parser for one role, with grouped flags and a help page; or for all roles (None), to parse with."""
     about = {"description": f"{ROLE_HELP[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role is not None else {}
     parser = Parser(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=_formatter, **about)
     group = parser.add_argument_group("what to do")
@@ -150,7 +150,7 @@ def make_parser(role: str | None = None) -> Parser:
                     hidden = action.help == argparse.SUPPRESS
                     text = action.help if hidden else f"{action.help} (default: off)"
                     group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
-            if role is not None:  # else -hosts would be -h
+            if role is not None:  # otherwise -hosts would be parsed as -h
                 group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
     parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     runs = "folders of runs, or of experiments (default: that of --run-dir)"
@@ -164,7 +164,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _options_of(item: Field[Any]) -> dict[str, Any]:
-    """Return what argparse is to know of a setting."""
+    """Return the `add_argument` options of a setting."""
     flag, kind = flag_of(item.name), typing.get_type_hints(SimulationConfig)[item.name]
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(item).replace("%", "%%")}
     if isinstance(kind, types.UnionType):
@@ -185,7 +185,7 @@ def _options_of(item: Field[Any]) -> dict[str, Any]:
 
 
 def help_of(item: Field[Any]) -> str:
-    """Return what a setting is, which values it may have, and which it has without its flag."""
+    """Return the help text of a setting: its description, range and default."""
     default, low = item.default, item.metadata["low"]
     if item.metadata["without"]:
         default = item.metadata["without"]
@@ -202,9 +202,9 @@ def help_of(item: Field[Any]) -> str:
 
 
 def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings and actions that are given, and folders of runs. Raises SettingsError.
+    """Return the given settings and actions, and the run folders. Raises SettingsError.
 
-    A flag that the role, or what it is to do, does not use is refused: nothing that was asked for is left out silently.
+    Unknown flags are errors here; `_refuse_unused` rejects flags the role or action does not use. No flag is ignored.
     """
     if len(roles := list(dict.fromkeys(_roles_in(flags)))) > 1:
         raise SettingsError(f"--role {' and --role '.join(roles)}: do not go together; give one of them")
@@ -217,14 +217,14 @@ def _parsed(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     role = given.get("role", SimulationConfig.role)
     unknown += [folder for folder in folders if folder.startswith(DASHES)]
     if unknown:
-        if role != "report":  # in --colour red the folder is no folder
+        if role != "report":  # in --colour red, "red" is not a run folder
             unknown = [flag for flag in flags if flag in {*unknown, *folders}]
         _refuse_flags(unknown, role)
     return given, folders
 
 
 def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
-    """Raise SettingsError with what may have been meant by the first flag: one of the role's, or else of another's."""
+    """Raise SettingsError with a suggestion for the first unknown flag: a flag of the role, or else of another role."""
     flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
     guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
         flag, [each for other in ROLES for each in flags_of(other)]
@@ -234,7 +234,7 @@ def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
 
 
 def flags_of(role: str) -> list[str]:
-    """Return the flags of a role."""
+    """Return the visible flags of a role."""
     settings = [item.name for item in fields(SimulationConfig) if role in item.metadata["roles"]]
     actions = [name for name, each in ACTIONS.items() if role in each.roles and each.help != argparse.SUPPRESS]
     return [*map(flag_of, settings + actions), "--help"]
@@ -244,9 +244,9 @@ def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None
     """Raise SettingsError if a flag is given that the role, or its action, does not use.
 
     Args:
-        role: The role, which may be none that there is.
-        actions: The actions that are given.
-        given: The settings that are given.
+        role: The role as given; it may be invalid.
+        actions: The given actions.
+        given: The given settings.
     """
     settings = {item.name: item.metadata for item in fields(SimulationConfig)}
     check("--role", role, settings["role"])
@@ -264,7 +264,7 @@ def _refuse_unused(role: str, actions: list[str], given: dict[str, Any]) -> None
 
 
 def _in_utf8(text: str) -> str:
-    """A word of the command line in UTF-8, in which it was written, whatever the locale had it read as."""
+    """Return a command-line argument decoded as UTF-8, whatever the locale; unchanged if it is not UTF-8."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
@@ -272,7 +272,7 @@ def _in_utf8(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one role; returns the exit status. Every error is one line on standard error."""
+    """Run one role and return the exit status. Each error is one line on standard error."""
     try:
         flags, for_vllm = _split(sys.argv[1:] if arguments is None else arguments)
         if {"-h", "--help"} & {*flags}:
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the traceback where it can be found
+    except Exception as error:  # noqa: BLE001 - a bug in this program: one line, and the traceback in a file
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
             say(f"error: {_damage(error)}", sys.stderr)
             return SettingsError.exit_status
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _damage(error: ImportError) -> str:
-    """Say what is wrong with the environment; if it is the checkout's, have the next script install it again."""
+    """Return an error text for a damaged environment; if it is .venv, make the next script reinstall it."""
     for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
@@ -337,19 +337,19 @@ def _damage(error: ImportError) -> str:
 
 
 def _needs_model_count(config: SimulationConfig) -> bool:
-    """Whether it matters how many models there are, which takes a look for GPUs; a run that is resumed knows."""
+    """Return whether to count the models, which requires a GPU query; a resumed run has the count in its settings."""
     may_ask = config.agent_type == "llm" or config.experiment is not None
     return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
 
 
 def _roles_in(flags: list[str]) -> list[str]:
-    """Return the roles that are given, whatever is wrong with the other flags."""
+    """Return the roles given by --role, even if other flags are invalid."""
     words = itertools.pairwise([*flags, ""])
     return [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our flags, and those after --, which are for vLLM."""
+    """Split the arguments into our flags and, after --, the flags for vLLM."""
     if "--" not in arguments:
         return arguments, []
     place = arguments.index("--")
@@ -357,14 +357,17 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _ask_without_proxy(*hosts: str) -> None:
-    """Keep all requests of this process, and of those that it starts, to these hosts and this one from any proxy."""
+    """Bypass proxies for requests to these hosts and localhost, in this process and its children.
+
+    Raises SettingsError if the file named by SSLKEYLOGFILE cannot be written.
+    """
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
-    if named == "*":  # all hosts, where it stands alone
+    if named == "*":  # means all hosts only if it is the whole value
         excepted = named
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
     keys = os.environ.get("SSLKEYLOGFILE")
-    if keys:  # TLS writes there, also where nothing is encrypted
+    if keys:  # the TLS library opens this file even if nothing is encrypted
         try:
             Path(keys).open("a", encoding="utf-8").close()
         except OSError as error:
@@ -376,14 +379,14 @@ def _give_up(number: int, _frame: types.FrameType | None) -> NoReturn:
 
 
 def _interruptible() -> None:
-    """Raise Interrupted on a signal, so that what was started so far is stopped."""
+    """Make TERM, HUP and INT raise Interrupted, so that processes started so far are stopped."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has HUP ignored
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
             signal.signal(number, _give_up)
 
 
 def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
-    """Role participant: the agent servers of this host."""
+    """Run role participant: start, stop or show the agent servers of this host. Return the exit status."""
     from simulation.hosts import local_cluster as local_servers
     from simulation.rpc.cluster_key import load_or_make
 
@@ -393,7 +396,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
         launcher.launch(config, owned)
     elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
-        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for programs, whatever is in it
+        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for scripts, whatever bytes it has
     elif action == "stop":
         stopped = local_servers.stop()
         say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
@@ -422,7 +425,7 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
 
 
 def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[str]) -> int:
-    """Role vllm: the vLLM servers of this host."""
+    """Run role vllm: start, stop or show the vLLM servers of this host. Return the exit status."""
     from simulation.hosts import vllm_servers as inference
 
     if action == "stop":
@@ -451,11 +454,11 @@ def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[st
 
 
 def play(config: SimulationConfig, given: dict[str, Any]) -> int:
-    """Role main: check everything, start what is missing, play, and leave nothing behind but the results.
+    """Run role main: check everything, start missing servers, play, and clean up all but the results.
 
     Args:
         config: The settings.
-        given: Those that were given by hand, which is what counts where others are read from a file.
+        given: The settings given on the command line; others may be read from a file.
     """
     from loguru import logger
 
@@ -471,13 +474,13 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
         return 0
     folder = session.config.cluster_key_dir
     named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
-    # where a folder is gone that only a resumed run names, a new key would not be the one of its servers
+    # if only the resumed run names the folder and it is missing, a new key would not match that run's servers
     key = load_or_make(Path(folder)) if named else load(Path(folder))
     watch = ConsoleProgress()
     watch.listen()
     dashboard = None
-    if config.dashboard is not None:  # of this command, not of the run that it resumes
-        from simulation.runs.dashboard import Dashboard  # what is not asked for is not imported
+    if config.dashboard is not None:  # from this command, not from the resumed run
+        from simulation.runs.dashboard import Dashboard  # imported only on request
 
         dashboard = Dashboard(config.dashboard, watch)
     servers = reports = None
@@ -504,7 +507,7 @@ def play(config: SimulationConfig, given: dict[str, Any]) -> int:
 
 
 def start_servers(config: SimulationConfig, watch: "ConsoleProgress") -> "OwnedServers | None":
-    """Start agent servers here, for this run; returns them. Raises Interrupted."""
+    """Start agent servers on this host for this run, and return them. Raises Interrupted on a stop signal."""
     from loguru import logger
 
     from simulation.hosts import local_cluster as local_servers
@@ -525,7 +528,7 @@ def start_servers(config: SimulationConfig, watch: "ConsoleProgress") -> "OwnedS
 
 
 def import_what_plays() -> None:
-    """Import AgentScope, and what plays a run with it."""
+    """Import AgentScope and the modules that play a run."""
     from simulation.rpc.lean_import import import_agentscope
 
     import_agentscope()
@@ -533,21 +536,21 @@ def import_what_plays() -> None:
 
 
 def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
-    """Whether this is the only host, and no agent server that this run could use is up."""
+    """Return whether localhost is the only host and runs no agent server that this run could use."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):
         return False
     check_not_owned()
     if not any_port_in_use(config.ports):
-        return True  # the usual case on a laptop, told without waiting for AgentScope
+        return True  # the usual case on a laptop, decided without importing AgentScope
     from simulation.cluster.preflight import shake_hands
 
     return not shake_hands(config, key)[0]
 
 
 def ask(config: SimulationConfig) -> int:
-    """Role ask: one message to one participant."""
+    """Run role ask: send one message to one participant and print its answer. Return the exit status."""
     from simulation.game.rules import Question
     from simulation.game.tally import announcement_of
     from simulation.results.reader import first_winner, read_agents, read_results, read_summary
@@ -568,12 +571,12 @@ def ask(config: SimulationConfig) -> int:
     question = Question(0, str(config.text), played.max_value, told, played.decimals)
     server, oid = read_agents(path, participant)
     said = ask_participant(server, oid, key, question)
-    say("\n".join(map(printable, said.splitlines())))  # a model may say anything
+    say("\n".join(map(printable, said.splitlines())))  # a model may return any characters
     return 0
 
 
 def draw_reports() -> int:
-    """Role report, for a run that plays: draw the reports that main asks for."""
+    """Draw the reports that main requests, in the report process of a run."""
     from simulation.results.report_process import serve
 
     serve()
@@ -581,7 +584,7 @@ def draw_reports() -> int:
 
 
 def report(config: SimulationConfig, folders: list[str]) -> int:
-    """Role report: what one run came to, or several runs beside each other, from their folders alone."""
+    """Run role report: show one run, or compare several, from their folders alone. Return the exit status."""
     from simulation.results.comparison import (
         common_folder,
         comparison_lines,
@@ -617,13 +620,13 @@ def report(config: SimulationConfig, folders: list[str]) -> int:
 
 if __name__ == "__main__":
     for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:  # it was closed, and the next file that is opened would take its number
+        if getattr(sys, name) is None:  # it is closed; the next file opened would get its descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # half a character, which models do say, or one the terminal has not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for lone surrogates from models, or an encoding without a character
         sys.stdout.reconfigure(errors="backslashreplace")
     status = main()
-    for stream in (sys.stdout, sys.stderr):  # here, as Python would end with status 120 where it cannot write the rest
+    for stream in (sys.stdout, sys.stderr):  # here, because a failed flush at exit makes Python exit with 120
         try:
             stream.flush()
         except OSError:

@@ -1,7 +1,7 @@
 """The moderator: one agent per moderator server, between main and its share of the groups.
 
-It has the same face as a group: main begins a round on its moderators, they on their groups, and what comes back up is
-merged on the way. It remembers nothing that another moderator could not do without.
+It has the interface of a group: main starts a round on the moderators, and they start it on their groups and merge the
+results on the way back. It holds no state that another moderator would need to take over.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ V = TypeVar("V")
 
 
 class Moderator(AgentBase):
-    """Asks its groups, and merges what they answer.
+    """The agent that asks its groups and merges their tallies.
 
     Args:
-        name: Its name.
-        timeout_s: How long a group's server may take to answer a call.
-        lease_s: Seconds of silence after which the server drops it; None keeps it.
+        name: The agent's name.
+        timeout_s: Deadline for a call to a group's server (seconds).
+        lease_s: Seconds without contact after which the server deletes the moderator; None keeps it.
     """
 
     def __init__(self, name: str, timeout_s: float, lease_s: float | None) -> None:
@@ -43,10 +43,10 @@ class Moderator(AgentBase):
         self._groups: dict[GroupAssignment, Any] = {}
         self._tally = Tally(0)
         self._round = 0
-        self._lock = threading.Lock()  # guards what is looked at before it is set: calls come in many threads
+        self._lock = threading.Lock()  # guards check-then-set updates: calls arrive on many threads
 
     def assign(self, assignments: list[GroupAssignment], one_by_one: bool) -> None:
-        """Ask these groups from now on, which are there already, and no others."""
+        """Replace the groups to ask; these groups must already exist."""
         with self._lock:
             before = self._groups
             self._groups = {
@@ -57,19 +57,19 @@ class Moderator(AgentBase):
                 before[assignment].halt(at_once=True)
 
     def _group(self, assignment: GroupAssignment, one_by_one: bool) -> Any:
-        assert assignment.server is not None  # those whom nobody asks are seated with no moderator
+        assert assignment.server is not None  # a group without a server is assigned to no moderator
         group = RemoteObject(ParticipantGroup, assignment.oid, assignment.server, self._timeout_s)
         return OneByOne(group, assignment, self._timeout_s) if one_by_one else group
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start the round on all groups; returns at once. `tokens_each` is what each participant may cost."""
+        """Start the round on all groups and return at once. `tokens_each` is the mean token budget per participant."""
         self._all(lambda group: group.begin(question, tokens_each))
         with self._lock:
             self._round = max(self._round, question.round)
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        """How far those are whom it asks one by one; groups that ask together are heard of from their own servers."""
-        number = self._round  # first: a new round's number never goes with old answers
+        """Return the progress of groups asked one by one, waiting up to `wait_s` seconds; heartbeats cover others."""
+        number = self._round  # read first, so that a new round's number is never paired with old answers
         alone = [group for group in self._groups.values() if isinstance(group, OneByOne)]
         waiting = next((group for group in alone if not group.progress().finished), None)
         if waiting is not None:
@@ -80,28 +80,28 @@ class Moderator(AgentBase):
         return Progress(done, total, number, error)
 
     def snapshot(self, numbers: int) -> RoundSnapshot:
-        """The same as a group's, of those whom it asks one by one; see ParticipantGroup."""
+        """Return the snapshot of groups asked one by one; see ParticipantGroup.snapshot."""
         number = self._round
         alone = [group for group in list(self._groups.values()) if isinstance(group, OneByOne)]
         return take_snapshot(number, [group.sheet for group in alone if group.sheet is not None], numbers)
 
     def halt(self, at_once: bool) -> None:
-        """Stop the round: whoever has not answered counts as failed; `at_once` waits for nobody."""
+        """Stop the round; missing answers count as failed. `at_once` does not wait for participants that block."""
         self._all(lambda group: group.halt(at_once))
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """One part of the round's tally, merged over the groups, and how many parts there are."""
+        """Return one part of the round's merged tally, and the number of parts. Request part 0 first."""
         if part == 0:
             self._tally = merge(self._all(whole_tally).values())
         parts = self._tally.parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
-        """Tell all groups the result, and say who of them won."""
+        """Send the result to all groups and return their winners."""
         return sum(self._all(lambda group: group.announce(announcement)).values(), start=Winners(0, ()))
 
     def answers(self, first: int, count: int) -> Answers:
-        """The answers of participants first .. first+count-1, all of one group."""
+        """Return the answers of participants first .. first+count-1, all of one group."""
         assignment = next(
             assignment for assignment in self._groups if assignment.first <= first < assignment.first + assignment.count
         )
@@ -109,7 +109,7 @@ class Moderator(AgentBase):
         return answers
 
     def close(self) -> None:
-        """Ask nobody any more."""
+        """Drop all groups."""
         self.assign([], one_by_one=False)
 
     def _all(self, call: Callable[[Any], V]) -> dict[GroupAssignment, V]:

@@ -1,13 +1,13 @@
-"""The participants: what people edit, or copy from, first. `RandomParticipant` and `LLMParticipant` are the ready ones.
+"""The built-in participants, `RandomParticipant` and `LLMParticipant`: the classes to edit or copy first.
 
-A participant of your own is a subclass of `Participant` that defines one of
+To write your own participant, subclass `Participant` and define one of
 
     async def answer(self, question: Question) -> float | str
     def reply(self, x: Msg) -> Msg
 
-The first answers many participants at once on one event loop, so it must not block, and thinks with `await
-self.think(seconds)`; the second is AgentScope's ordinary method, which may block and runs in a bounded pool of threads.
-`answer` wins where both are defined.
+`answer` runs for many participants concurrently on one event loop: it must not block, and it waits with
+`await self.think(seconds)`. `reply` is AgentScope's own method: it may block, and runs in a bounded thread pool.
+If both are defined, `answer` is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from simulation.llm.chat import Chat
 from simulation.llm.model_configs import model_of
 from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
 
-TALK_TOKENS = 512  # of what a participant says when a person asks it something
+TALK_TOKENS = 512  # limit of a participant's reply to a user's question
 
 
 class RandomParticipant(Participant):
-    """Thinks for the game's think time, then gives the number that seed, round and index stand for."""
+    """A participant that waits for the think time, then returns the number determined by seed, round and index."""
 
     async def answer(self, question: Question) -> float:
         game = self.game
@@ -35,33 +35,33 @@ class RandomParticipant(Participant):
 
 
 class LLMParticipant(Participant):
-    """Asks its model for the number, and remembers its own numbers; what was announced, the question carries.
+    """A participant that asks its model for the number and stores its own numbers; the question has the announcements.
 
-    Everybody with the same memory has the same prompt, and shares requests with the others of its group.
+    Participants of a group with the same history have the same prompt and share requests.
     """
 
     def __init__(self, index: int, game: Game) -> None:
         super().__init__(index, game)
-        self.numbers: Numbers = ()  # in rounds 1, 2, ...; None where it gave none
-        self.thoughts = ""  # what it thought aloud before the last of them, where the prompt has it do so
+        self.numbers: Numbers = ()  # in rounds 1, 2, ...; None for a round without a number
+        self.thoughts = ""  # the reasoning before the last number, if the prompt asks for reasoning
 
     def recall(self, numbers: Numbers) -> None:
         self.numbers = numbers
 
     def system(self) -> str:
-        """The system prompt; override it for a character of your own."""
+        """Return the system prompt; override this to define your own character."""
         return rules(self.game, self._played(), self._team())
 
     def prompt(self, question: Question) -> Prompt:
-        """What is asked of the model in a round; or, in round 0, when a person asks it about what it did."""
+        """Return the model's prompt for a round, or, in round 0, for a user's question about the game."""
         if question.round == 0:
-            missing = len(question.announcements) - len(self.numbers)  # it gave none in the last ones
+            missing = len(question.announcements) - len(self.numbers)  # rounds at the end without a number
             numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
             return prompt_for(self.system(), question, numbers, thoughts=thoughts)
         return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played(), self._team()))
 
     async def answer(self, question: Question) -> float | str:
-        """The model's number; to a message that is no question of a round, the model's words."""
+        """Return the model's number, or, in round 0, the model's text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         model = self._model(chat)
         if question.round == 0:
@@ -76,25 +76,25 @@ class LLMParticipant(Participant):
         else:
             units, thoughts = await chat.ask(model, prompt, self._units), ""
         number = units / self.game.scale
-        self.numbers, self.thoughts = (*known, number), thoughts  # one for each round, also where it is asked twice
+        self.numbers, self.thoughts = (*known, number), thoughts  # one per round, even if a round is asked twice
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Reason freely, and give the number at the end; where it is not certain, in a second answer."""
+        """Return the number in units, and the reasoning before it; request the number again if it is uncertain."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
-        if whole:  # else the last line may be half a thought
+        if whole:  # otherwise the last line may be truncated
             with contextlib.suppress(UnusableAnswer):
                 return self._units(thoughts), thoughts
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
         return await chat.ask(model, extracting, self._units), thoughts
 
     def _team(self) -> str | None:
-        """The team that it plays in, if any do."""
+        """Return its team, or None in a game without teams."""
         cast, teams = self.game.cast, self.game.teams
         return None if cast is None or teams is None else cast.part_of(teams, self.index)
 
     def _model(self, chat: Chat) -> str:
-        """The name of the model that it asks."""
+        """Return the name of its model."""
         mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
         return mixed or model_of(self.index, chat.sampling.models)
 

@@ -1,19 +1,19 @@
-"""Every error this program raises on purpose, each with the exit status that main ends with.
+"""All errors that this program raises on purpose, with the exit status of main for each.
 
-    SimulationError          1   a defect of ours
+    SimulationError          1   a bug in this program
     ├── SettingsError        2   bad usage, settings or files: nothing was started
-    ├── ClusterError         3   the cluster is not ready, or not ours
-    │   └── ServerLost           a server that a game may go on without
+    ├── ClusterError         3   the cluster is not ready, or does not hold our key
+    │   └── ServerLost           one server is lost; the game may continue without it
     │       ├── ServerUnreachable    nothing answers at the address
-    │       ├── Stranger             what answers does not hold our key
-    │       └── AgentGone            the server answers, but no longer holds the agent
-    ├── GameEnded            4   the game ended with participants unanswered
+    │       ├── UntrustedServer      the process that answers does not hold our key
+    │       └── AgentNotFound        the server answers, but no longer holds the agent
+    ├── RunAborted           4   the game ended with participants unanswered
     ├── ResultsError         5   results could not be written
     └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
-`UnusableAnswer` stands apart: it is one participant's failure, counted by its cause, and ends nothing. A participant
-may raise it with any words, which decide nothing: how a round ended is told by `Ended` alone. What the program itself
-raises of that kind is a `KnownCause`.
+`UnusableAnswer` is separate: it is one participant's failure, counted by cause, and does not end the game. A custom
+participant may raise it with any text. No decision depends on that text, because only `Ended` states how a round ended.
+The program itself raises `KnownCause`.
 """
 
 from __future__ import annotations
@@ -26,70 +26,70 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-LIKENESS = 0.65  # of a name that may have been meant, by difflib
-SHORTEST_BEGINNING = 3  # of a name that is unlike in length only
+LIKENESS = 0.65  # difflib ratio from which a name is suggested
+SHORTEST_BEGINNING = 3  # characters of a prefix for which a longer name is suggested
 NAMES_SHOWN = 12
 
-# What a file system says of what it cannot do: locks, links, flushing a folder
+# Errors of file systems for unsupported operations: locks, links, flushing a folder
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 class SimulationError(Exception):
-    """The root: its message is one line that says what, where and what to do."""
+    """The root class; its message is one line that states what failed, where, and what to do."""
 
     exit_status = 1
 
 
 class SettingsError(SimulationError):
-    """A flag, a setting or a file that this program cannot start with."""
+    """An invalid flag, setting or file that prevents the start."""
 
     exit_status = 2
 
 
 class ClusterError(SimulationError):
-    """Agent servers are missing, unreachable or strangers."""
+    """A failure of the cluster: agent servers are missing, unreachable or untrusted."""
 
     exit_status = 3
 
 
 class ServerLost(ClusterError):
-    """One agent server is of no use any more; its address begins the message."""
+    """The loss of one agent server; the message starts with its address."""
 
     @property
     def address(self) -> str:
-        """`host:port` of the server."""
+        """Return `host:port` of the server."""
         return str(self).partition(": ")[0]
 
 
 class ServerUnreachable(ServerLost):
-    """The agent server does not answer."""
+    """An agent server that does not answer."""
 
 
 class UntrustedServer(ServerLost):
-    """What listens there does not hold our key, or hangs before it can show it."""
+    """A listening process that does not hold our key, or hangs before it proves that it does."""
 
 
 class AgentNotFound(ServerLost):
-    """The agent server answers, but the agent is not there."""
+    """An agent that is missing from a server that answers."""
 
 
 class RunAborted(SimulationError):
-    """The game cannot go on; the rounds finished so far are written."""
+    """The end of a game that cannot continue; the rounds finished so far are written."""
 
     exit_status = 4
 
 
 class ResultsError(SimulationError):
-    """The run directory does not take the results."""
+    """A failure to write results to the run directory."""
 
     exit_status = 5
 
 
 class Interrupted(SimulationError):
-    """A person or the system asked us to stop.
+    """A stop request from the user or the system.
 
     Args:
-        signal_number: The signal that asked; the exit status is 128 plus this number.
+        signal_number: The signal received; the exit status is 128 plus this number.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -98,11 +98,11 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """An answer that is no number in range; participants of one's own may raise it, too.
+    """An answer that is not a number in range; custom participants may raise it too.
 
     Args:
-        cause: Why.
-        text: What was answered, where there was a text.
+        cause: The reason.
+        text: The text of the answer, if there was one.
     """
 
     def __init__(self, cause: str, text: str | None = None) -> None:
@@ -111,21 +111,21 @@ class UnusableAnswer(Exception):
 
 
 class Ended(IntEnum):
-    """How a round ended for some of its participants; for all of them together, as the last of these."""
+    """The way a round ended for some of its participants; over all participants, the highest value applies."""
 
-    COMPLETE = 0  # everyone was asked to the end, whatever they answered
-    MODEL_FAILED = 1  # a model server gave no answer
-    OUT_OF_TOKENS = 2  # the budget did not suffice
-    INTERRUPTED = 3  # a person ended it
+    COMPLETE = 0  # no participant was cut off, whatever the answers
+    MODEL_FAILED = 1  # a model server did not answer
+    OUT_OF_TOKENS = 2  # the token budget was too small
+    INTERRUPTED = 3  # the user ended it
 
 
 class KnownCause(UnusableAnswer):
-    """An unusable answer for a reason that the program itself gives: its words are counted as they are.
+    """An unusable answer whose cause is worded by this program, and counted verbatim.
 
     Args:
-        cause: Why.
-        text: What was answered, where there was a text.
-        ended: How the round ended by that.
+        cause: The reason.
+        text: The text of the answer, if there was one.
+        ended: How the round ended because of it.
     """
 
     def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
@@ -134,7 +134,7 @@ class KnownCause(UnusableAnswer):
 
 
 class Failure(NamedTuple):
-    """What is kept of a participant's failure: the words it is counted by, what it said, and how its round ended."""
+    """The record of a participant's failure: the cause it is counted by, its text, and how its round ended."""
 
     cause: str
     text: str | None = None
@@ -142,38 +142,37 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What is kept of whatever a participant raised; never raises."""
-    text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a class of theirs may have none
+    """Return the record of any exception that a participant raised; never raises."""
+    text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may lack it
     ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
     return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The cause of a failure in one line of at most `limit` characters, `ValueError: what it said`; never raises.
+    """Return the cause of a failure in one line of at most `limit` characters, as `ValueError: text`; never raises.
 
-    The program's own words stand alone; those of others come after the name of what was raised, so that nobody takes
-    the one for the other.
+    The text of a KnownCause has no prefix; any other text follows the class name, so the two cannot be confused.
     """
     try:
         text = str(error)
-    except BaseException:  # noqa: BLE001 - a person's own exception may fail at this, too
+    except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
         text = "(its text cannot be shown)"
     text = printable(text[: 10 * limit])
     name = type(error).__name__
-    if not name.isidentifier():  # so can a class be named that is made by a call
+    if not name.isidentifier():  # type() accepts any text as a class name
         name = "Exception"
-    if type(error) is KnownCause:  # a class derived from it is theirs
+    if type(error) is KnownCause:  # a derived class is a user's own
         return shortened(text, limit)
     return shortened(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", limit)
 
 
 def shortened(line: str, limit: int) -> str:
-    """The line in at most `limit` characters."""
+    """Return the line, truncated to `limit` characters."""
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read or written, in a few words."""
+    """Return a short reason why a file cannot be read or written."""
     if isinstance(error, UnicodeDecodeError):
         return "is no text in UTF-8"
     if isinstance(error, UnicodeEncodeError):
@@ -182,22 +181,22 @@ def reason(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line, of signs that can be shown."""
+    """Return the text in one line, with unprintable characters escaped."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return what may have been meant by a name that is not known; otherwise what is known."""
+    """Return a suggestion for an unknown name, or else the list of known names."""
     names = list(known)
     return meant_by(name, names) or f"known are {listed(names)}"
 
 
 def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Return "did you mean ...?" with the known name that is most like this one; nothing where none is.
+    """Return "did you mean ...?" with the most similar known name; an empty string if none is similar.
 
-    Names are compared without the dashes of flags, and neither capitals nor _ in place of - make a difference.
+    The comparison ignores leading dashes and case, and treats _ as -.
     """
-    import difflib  # noqa: PLC0415 - only mistakes need it
+    import difflib  # noqa: PLC0415 - needed only after a mistake
 
     plain, wanted = {_plain(each): each for each in known}, _plain(name)
     begin = [each for each in plain if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
@@ -210,7 +209,7 @@ def _plain(name: str) -> str:
 
 
 def near_file(path: str | Path) -> str:
-    """Return "; did you mean ...?" with a file of a similar name beside a path that is missing; nothing else."""
+    """Return "; did you mean ...?" with a similarly named file beside a missing path, or an empty string."""
     wanted = Path(path)
     try:
         if os.path.exists(wanted):  # noqa: PTH110 - it raises less
@@ -223,14 +222,14 @@ def near_file(path: str | Path) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names one after another, never too many."""
+    """Return the names joined by commas, at most NAMES_SHOWN of them."""
     all_names = list(names)
     more = len(all_names) - NAMES_SHOWN
     return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """Print on standard output, or another stream; a reader that has gone away, or a full disk, stops nothing."""
+    """Print to standard output or another stream; a closed pipe or a full disk is not an error."""
     stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)

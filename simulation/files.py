@@ -1,4 +1,4 @@
-"""Paths that users give, and locks on files."""
+"""User-supplied paths, file access with plain errors, and file locks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SERVERS = ROOT / "run" / "servers"
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
-    """Lock an open file, or folder, for this process alone, until it is closed.
+    """Lock an open file or folder for this process until it is closed.
 
     Args:
-        descriptor: Of the file.
-        folder: Where it is.
-        advice: What people have to see to where nothing can be locked.
-        wait: Whether to wait for a process that has it locked.
-        shared: Whether other processes may lock it so, too.
+        descriptor: The file descriptor.
+        folder: The folder of the file, for the warning.
+        advice: What the user must ensure if locks are not supported.
+        wait: Whether to wait while another process holds the lock (default: yes).
+        shared: Whether to take a shared instead of an exclusive lock (default: no).
 
     Returns:
-        Whether it is locked; if not, its file system has no locks, which is told once.
+        Whether the file is locked; False if its file system has no locks, which is logged once.
 
     Raises:
-        BlockingIOError: Another process has it locked, and is not waited for.
-        OSError: It cannot be locked for another reason.
+        BlockingIOError: Another process holds the lock, and `wait` is False.
+        OSError: The file cannot be locked for another reason.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -45,26 +45,26 @@ def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: 
 
 @functools.cache
 def tell_once(warning: str) -> None:
-    """Log a warning the first time."""
-    from loguru import logger  # noqa: PLC0415 - what stops servers has nothing else to log
+    """Log each distinct warning once."""
+    from loguru import logger  # noqa: PLC0415 - commands that stop servers log nothing else
 
     logger.warning(warning)
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """The absolute path that a person means by a text; `~`, `~user` and `$HOME` at its start are home folders.
+    """Return a user's path as an absolute path; a leading `~`, `~user` or `$HOME` is expanded.
 
     Args:
-        flag: The flag that it was given by.
-        text: What was given.
-        folder: What a relative path starts from (default: the working directory).
+        flag: The flag of the path, for errors.
+        text: The path as given.
+        folder: The base of a relative path (default: the working directory).
 
     Raises:
-        SettingsError: It can be no path.
+        SettingsError: The text is not a valid path, or the home folder or working directory is unknown.
     """
     if not text or "\0" in text:
         raise SettingsError(f"{flag} {printable(text)!r}: must be a path, and is {'none' if text else 'empty'}")
-    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # from a file, which no shell has read
+    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # in a file, no shell has expanded it
     path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
     if text.startswith("~") and str(path).startswith("~"):
         name = Path(text).parts[0]
@@ -79,7 +79,7 @@ def full_path(flag: str, text: str, folder: Path | None = None) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path as people know it: from where they are, if it is below."""
+    """Return a path for display: relative if it is below the working directory."""
     try:
         return str(Path(path).absolute().relative_to(Path.cwd()))
     except (ValueError, OSError):  # elsewhere, or the working directory is gone
@@ -87,9 +87,9 @@ def shown(path: str | Path) -> str:
 
 
 def is_there(path: Path, flag: str = "") -> bool:
-    """Whether there is such a file or folder. Raises SettingsError, which names the flag, where that is not known.
+    """Return whether a file or folder exists. Raises SettingsError with the flag if that cannot be determined.
 
-    Path.exists() and its like raise what the system says instead, such as PermissionError.
+    Path.exists() and similar methods raise the system's error instead, such as PermissionError.
     """
     try:
         path.stat()
@@ -103,11 +103,9 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """The files of a folder with this suffix, in order; none if there is no folder.
+    """Return the files of a folder with this suffix, sorted; an empty list if the folder does not exist.
 
-    Raises SettingsError if it cannot be read.
-
-    Path.glob() finds nothing in a folder that is closed to us.
+    Raises SettingsError if the folder cannot be read; Path.glob() would find nothing instead.
     """
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
@@ -118,13 +116,13 @@ def files_in(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, whatever the locale says, with or without a byte order mark, its lines ended by LF.
+    """Return the text of a UTF-8 file, whatever the locale, without a byte order mark and with LF line ends.
 
-    Raises OSError, or UnicodeDecodeError.
+    Raises OSError or UnicodeDecodeError.
     """
     return path.read_text(encoding="utf-8-sig")
 
 
 def real(path: str | Path) -> Path:
-    """The path with all links followed; unlike Path.resolve() it does not raise where they lead in circles."""
+    """Return the path with all links resolved; unlike Path.resolve(), it does not raise on a link loop."""
     return Path(os.path.realpath(path))

@@ -1,6 +1,6 @@
-"""Every setting once, with its default, its range and its help; checked before anything is started.
+"""All settings, each defined once with default, range and help, and checked before anything starts.
 
-The command line is made from these fields (`main.py`), so a setting added here is a flag at once.
+`main.py` builds the command line from these fields, so a setting added here is also a flag.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DASHBOARD_PORT = 8050
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
 FINEST = 10**9  # the largest denominator
 ROLES = ("main", "participant", "ask", "report", "vllm")
-SERVERS = ("main", "participant")  # the roles that know which agent servers there are
-MODELS = ("main", "participant", "vllm")  # and those that know which models
-COMMAS_FROM = 100_000  # ports have none
-GROUPS = {  # of settings, by the first of each
+SERVERS = ("main", "participant")  # roles with the settings of agent servers
+MODELS = ("main", "participant", "vllm")  # roles with the settings of models
+COMMAS_FROM = 100_000  # smaller numbers, such as ports, have no commas
+GROUPS = {  # the heading of each group of settings, by its first setting
     "experiment": "the game",
     "hosts": "the cluster",
     "model_per_host": "participants that ask a language model",
@@ -49,9 +49,9 @@ def setting(
     game: bool = False,
     path: bool = False,
 ) -> Any:
-    """A field with what its flag needs: help, the allowed range or choices, and the roles that use it; one that `stays`
-    cannot be resumed with another value, and one that is a `path` is made absolute (see full_path). `without` says what
-    happens without the flag, where the default does not.
+    """Return a field with its flag's help, range or choices, and roles. A resumed run cannot change a `fixed_on_resume`
+    setting, and a `path` is made absolute (see full_path). `without` describes the behavior without the flag, where the
+    default value does not.
     """
     allowed = {"low": low, "high": high, "choices": choices, "roles": roles}
     told = {"help": help_text, "without": without}
@@ -61,13 +61,13 @@ def setting(
 
 
 def game_setting(default: Any, help_text: str, *allowed: Any, fixed_on_resume: bool = True, **options: Any) -> Any:
-    """A setting of the game, which an experiment file may hold."""
+    """Return a setting of the game, which an experiment file may contain."""
     return setting(default, help_text, *allowed, fixed_on_resume=fixed_on_resume, game=True, **options)
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What a person can choose. Raises SettingsError, naming flag, value and range, if a value is off."""
+    """The settings of one command. Raises SettingsError with flag, value and range if a value is invalid."""
 
     role: str = setting(
         "main",
@@ -253,7 +253,7 @@ class SimulationConfig:
     text: str | None = setting(None, "what to say to it", roles=("ask",), without="none; it must be given")
 
     def __post_init__(self) -> None:
-        for name in PATHS:  # also read by servers, whose working directory is another
+        for name in PATHS:  # servers read them too, from another working directory
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, full_path(flag_of(name), getattr(self, name)))
         if self.extra_pythonpath is not None:
@@ -298,7 +298,7 @@ class SimulationConfig:
             raise SettingsError("--experiment: does not go with --resume")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as a run folder holds them: paths inside the checkout are relative to it, as it may be moved."""
+        """Return the settings as stored in a run folder; paths inside the checkout are relative, as it may be moved."""
         said = asdict(self)
         paths = {name: _from_root(said[name]) for name in PATHS if said[name] is not None}
         folders = filter(None, (said["extra_pythonpath"] or "").split(":"))
@@ -306,7 +306,7 @@ class SimulationConfig:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> SimulationConfig:
-        """The settings that were written so. Raises KeyError, TypeError or SettingsError if they were not."""
+        """Return settings stored by `to_json`. Raises KeyError, TypeError or SettingsError if they are malformed."""
         for name in said.keys() & KINDS.keys() - {"hosts"}:
             kinds = typing.get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
             if type(said[name]) not in (*kinds, *([int] if float in kinds else [])):
@@ -321,7 +321,7 @@ class SimulationConfig:
 
     @property
     def ports(self) -> range:
-        """The ports of one host: participant servers first, then moderator servers."""
+        """Return the ports of one host: participant servers first, then moderator servers."""
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
 
 
@@ -338,7 +338,7 @@ DEFAULT_PATHS = {  # relative to the checkout
 
 
 def _from_root(path: str) -> str:
-    """A path as it is written down: relative if it is inside the checkout, by its name or once links are followed."""
+    """Return a path as stored: relative if it is inside the checkout, as given or with links resolved."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:
             return str(form.relative_to(ROOT))
@@ -346,16 +346,16 @@ def _from_root(path: str) -> str:
 
 
 def _from_here(path: str, moved_from: Path | None) -> str:
-    """The absolute path that was written down, in this checkout if it was in the one that wrote it."""
+    """Return the absolute form of a stored path; a path inside `moved_from` is mapped to this checkout."""
     if moved_from is not None and Path(path).is_relative_to(moved_from):
         path = str(Path(path).relative_to(moved_from))
     return str(ROOT / path)
 
 
 def _root_of(said: Mapping[str, Any]) -> Path | None:
-    """The checkout of earlier versions that wrote these settings with absolute paths; None if they are of this one.
+    """Return the checkout in which an earlier version stored absolute paths; None if a path is relative.
 
-    It is what most of the paths start with that end as their defaults do.
+    It is the most frequent prefix of the paths that end like their defaults.
     """
     paths = {name: Path(said[name]) for name in DEFAULT_PATHS if name in said}
     if not all(path.is_absolute() for path in paths.values()):
@@ -386,18 +386,18 @@ def check(flag: str, value: Any, allowed: Any) -> None:
 
 
 def as_written(number: float) -> str:
-    """A bound or a default as people write it: 1000, 0.1, 1,000,000."""
+    """Return a bound or a default for display: 1000, 0.1 or 1,000,000."""
     number = int(number) if number == int(number) else number
     return f"{number:,}" if abs(number) >= COMMAS_FROM else str(number)
 
 
 def flag_of(name: str) -> str:
-    """The flag of a setting: `max_value` is `--max-value`."""
+    """Return the flag of a setting: `--max-value` for `max_value`."""
     return "--" + name.replace("_", "-")
 
 
 def whole_number(flag: str, text: str) -> int:
-    """Read a whole number as a person writes it on a command line; raises SettingsError."""
+    """Parse an integer from the command line. Raises SettingsError."""
     try:
         return int(text)
     except ValueError:
@@ -405,7 +405,7 @@ def whole_number(flag: str, text: str) -> int:
 
 
 def real_number(flag: str, text: str) -> float:
-    """Read a number such as 0.5; raises SettingsError."""
+    """Parse a number such as 0.5. Raises SettingsError."""
     try:
         return float(text)
     except ValueError:
@@ -413,10 +413,10 @@ def real_number(flag: str, text: str) -> float:
 
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
-    """Read an exact number such as 2/3 or 0.51, to 10^-9 at most; raises SettingsError."""
+    """Parse an exact number such as 2/3 or 0.51, with a denominator of at most 10^9. Raises SettingsError."""
     text = str(text)
     try:
-        if not FRACTION.fullmatch(text):  # an exponent may stand for more digits than there is memory for
+        if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
             raise ValueError
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):

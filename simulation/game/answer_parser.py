@@ -1,9 +1,8 @@
-"""Reading the number that a text answers with, pure: it knows neither the game nor the range of its numbers.
+"""The parser that reads the number in an answer text. Pure: it knows neither the game nor the range of its numbers.
 
-A text is read only where its writer's own number is certain: where all of it is one statement, such as "33", "I choose
-33" or "Answer: 33" (answer_words.py has these in many languages), or where its last line does nothing but give the
-answer, and no line before may make it another one's. All other texts are refused: it is better to ask again than to
-count somebody else's number.
+A text is accepted only if the author's own number is certain. Either the whole text is one statement, such as "33",
+"I choose 33" or "Answer: 33" (answer_words.py has these in many languages), or the last line only gives the answer and
+no earlier line hints that it is another player's. All other texts are rejected: a retry is better than a wrong number.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from typing import Any
 from simulation.errors import KnownCause
 from simulation.game import answer_words as words
 
-TEXT_READ = 20_000  # characters of an answer at most
-SHORT = 64  # characters of an answer that is worth remembering
-LINE_READ = 1_000  # characters of a line that states a number
+TEXT_READ = 20_000  # maximum characters of an answer
+SHORT = 64  # maximum characters of an answer whose result is cached
+LINE_READ = 1_000  # maximum characters of a line that states a number
 NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
 TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
 class _Later:
-    """A regular expression that is compiled when it is used: most answers are a number alone, and need none of them."""
+    """A regular expression that is compiled on first use: most answers are a bare number, and need none of them."""
 
     def __init__(self, source: str, flags: int = 0) -> None:
         self._source, self._flags = source, flags
@@ -38,19 +37,19 @@ class _Later:
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
-# Bounded, as is the text, and atomic: a participant that answers a million digits must not hold up its server.
+# Atomic, and bounded like the text: an answer of a million digits must not stall the server.
 _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
 )
 _BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
-_LEFT_OUT = _Later(  # ranges, totals, and what is said not to be the number
+_LEFT_OUT = _Later(  # ranges, totals and negated numbers
     rf"(?:between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
     rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d))(?! \d)"
-    r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is no total
+    r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is not a total
     rf"|(?:, ?)?\bnot {_NUMBER}(?:,? (?:or|nor|and|&) {_NUMBER}|, {_NUMBER})*(?:,? but\b)?"
 )
-# A number that may stand for another one, as in "10 million", "P17", "minus 5", "√2" or "33-ish", is not read.
-_SURE = (  # the writing systems without blanks between words, from U+2E80 on, may have a letter before a number
+# A number that may be part of an expression, as in "10 million", "P17", "minus 5", "√2" or "33-ish", is not read.
+_SURE = (  # in scripts without spaces between words, from U+2E80 on, a letter may precede a number
     r"(?!0,\d)(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![负負点點第№])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])"
     r"(?<![-‐‑‒–﹣－√∛±≤≥~≈<>№] )(?<![<>]=)(?<![<>]= )(?<!(?<!\w)—)(?<!(?<!\.)\.)(?<!\d[:/])"
     rf"{_NUMBER}(?![^\W_\u2e80-\ud7ff]|[万萬千百亿億兆点點分半만천백억割第回番号號人名位]|-\w|[.,٫٬:]\d| ?[¼-¾⅐-⅞‰²³¹]"
@@ -70,7 +69,7 @@ _OPENING = rf"\W*(?:(?:{words.OPENING})(?!\w)[\s,:;.!…—-]*)*"
 
 
 def _statement(each: words.Words) -> str:
-    """A pattern of a line that states a number in one language; `formal` where it does nothing else."""
+    """Return a pattern for a line that states a number in one language; group `formal` marks a formal answer."""
     number = _COMMA_NUMBER if each.comma else _SURE
     before, after = each.around
     return (
@@ -90,14 +89,14 @@ _ALONE = _Later(
 
 
 def parse_number(text: str) -> float:
-    """Read the number that is its writer's own: "I choose 37.", "**37**" and "37 of 100" are 37.
+    """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
-    Thoughts (<think>...</think>), ranges, totals and what is negated are left out.
+    Reasoning (<think>...</think>), ranges, totals and negated numbers are ignored.
 
     Raises:
-        KnownCause: There is no number, or it is not certain which one is the writer's: somebody else may have given
-            it, or may give it, it may be of an earlier round, be part of another one as in "10 million", or be taken
-            back.
+        KnownCause: The text is too long, has no number, or it is not certain which number is the author's: a number
+            may belong to another player or an earlier round, be part of an expression such as "10 million", or be
+            withdrawn.
     """
     if len(text) > TEXT_READ:
         raise KnownCause(TOO_LONG, text)
@@ -117,15 +116,15 @@ def _read(text: str) -> float:
     return number
 
 
-_read_short = lru_cache(maxsize=4096)(_read)  # models say the same few things again and again
+_read_short = lru_cache(maxsize=4096)(_read)  # models repeat the same few answers
 
 
 def _stated(line: str, only_formal: bool = False) -> float | None:
-    """The number that a line states, if it does nothing else.
+    """Return the number that a line states; None if the line contains anything else.
 
     Args:
         line: The line.
-        only_formal: Whether it has to give the answer as such: the number alone, or with a label as in "Answer: 33".
+        only_formal: Whether to accept only a bare number or a formal answer, such as "Answer: 33" (default: no).
     """
     if len(line) > LINE_READ:
         return None
@@ -138,7 +137,7 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
 
 
 def _leaves(number: float, line: str) -> bool:
-    """Whether the number on the last line may be its writer's own after this line, in which nobody else may speak."""
+    """Return whether an earlier line permits the number: it has no quote, speaker, supposition or other number."""
     if _QUOTES.search(line) or _SPEAKS.match(line):
         return False
     sentences = [each for each in _SENTENCE_ENDS.split(_ITEM.sub("", line, count=1)) if each]
@@ -146,7 +145,7 @@ def _leaves(number: float, line: str) -> bool:
 
 
 def _leads_to(before: list[str], last: str) -> bool:
-    """Whether the lines before the last one are whole sentences, or figures, that it does not belong to."""
+    """Return whether the last line stands alone: the line before it is a full sentence or a value, not a lead-in."""
     if not before:
         return True
     if last.startswith("=") or last.endswith("%") or _LEADS.match(before[-1]) or _ASKS.match(before[-1]):
@@ -170,7 +169,7 @@ _ELEMENT = _Later(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
 _BOXED = _Later(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
 _STRUCK = _Later(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
 _EMPHASIS = _Later(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
-# What may say in other ways whose words a text holds: markup, objects, quotations, tables, thoughts
+# Other signs of text that is not the answer itself: markup, objects, quotations, tables, reasoning
 _FOREIGN = _Later(
     r"<[^\W\d_][^<>]{0,60}>|<[!/|][^<>]{0,60}>|[‹〈《【]|\[/?[a-z]+\]|[{}]|^[ \t]*[>|]"
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
@@ -180,7 +179,7 @@ _QUOTES = _Later(r"[\"“”„«»「」『』]")
 _NUMBER_QUOTED = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
 _ASKS = _Later(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
 _LABEL_LINE = _Later(rf"\W*(?:{_LABELS}|{'|'.join(each.owns for each in words.LANGUAGES.values())})\W*")
-_ITEM = _Later(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of one, in a list
+_ITEM = _Later(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of a list item
 _SUPPOSES = _Later(rf"\W*(?:{words.SUPPOSING})|.*(?:가정|仮定)")
 _LEADS = _Later(words.LEADING)
 _SPEAKS = _Later(rf"(?!\W*(?:{words.HEADINGS})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
@@ -193,7 +192,7 @@ _JSON = _Later(r"\s*(\{.*\})\s*", re.S)
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text that say something; a label on a line of its own is joined to the line after it."""
+    """Return the non-empty lines, without ranges and totals; join a line that is only a label to the next line."""
     lines: list[str] = []
     for line in filter(None, (_one_blank(_LEFT_OUT.sub(" ", _one_blank(each))) for each in text.splitlines())):
         if lines and (lines[-1].endswith(":") or _LABEL_LINE.fullmatch(lines[-1])):
@@ -205,7 +204,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A text in lower case, with ASCII digits, without thoughts and marks; empty where nobody knows what it says."""
+    """Return the text in lower case with ASCII digits, without reasoning and markup; empty if reasoning is cut off."""
     said = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     said = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in said)
     said = _STRUCK.sub(_struck, _TOKEN.sub(" ", said)).strip()
@@ -215,19 +214,19 @@ def _plain(text: str) -> str:
 
 
 def _struck(found: re.Match[str]) -> str:
-    """What stands for something struck out; next to a digit nobody knows what is left of the number."""
+    """Return a space for struck-out text; next to a digit return " n0 ", as the number is then uncertain."""
     beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
     return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 
 
 def _without_thoughts(text: str) -> str:
-    """What is said outside of <think>...</think> and the like, also where it began in the prompt; empty if cut off."""
+    """Remove <think>...</think> and similar, even if the opening tag is in the prompt; return "" if it is cut off."""
     said, depth, at = "", 0, 0
     for tag in _TAG.finditer(text):
         if depth == 0:
             said += text[at : tag.start()]
         closes = any(tag.groups())
-        if closes and depth == 0:  # it began in the prompt
+        if closes and depth == 0:  # the opening tag is in the prompt
             said = ""
         depth = max(depth - 1, 0) if closes else depth + 1
         at = tag.end()
@@ -235,7 +234,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _object(text: str) -> str:
-    """A text that is a JSON object as the lines it stands for, if the answer comes last, after what explains it."""
+    """Convert a JSON object to lines if its last key is the answer, after explanations; return other texts as is."""
     if (match := _JSON.fullmatch(text)) is None:
         return text
     try:
@@ -254,7 +253,7 @@ def _object(text: str) -> str:
 
 
 def _one_blank(text: str) -> str:
-    """The text with one blank wherever there is white space, which keeps the patterns short and fast."""
+    """Collapse white space to single spaces, which keeps the patterns short and fast."""
     return " ".join(text.split())
 
 

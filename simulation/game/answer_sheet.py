@@ -1,6 +1,7 @@
-"""One round's answers of consecutive participants, filled in as they come: a number for each, whatever became of it.
+"""The answers of consecutive participants in one round, recorded as they arrive: one integer per participant.
 
-Ten million may fail at once, each in its own words: a failure is a code beside the answers, and its cause is kept once.
+Ten million participants may fail with as many different texts: a failure is a code among the answers, and each
+distinct cause is stored once.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from simulation.game.tally import (
     value_counts,
 )
 
-PIECE = 65_536  # places that are counted at a time, as they and their copies fit a processor's cache
-TEXTS_KEPT, TEXT_KEPT = 20, 2000  # of those who failed, the first so many, and so many characters each
+PIECE = 65_536  # entries counted at a time; they and their copies fit a CPU cache
+TEXTS_KEPT, TEXT_KEPT = 20, 2000  # texts of failures: the first 20, of up to 2000 characters each
 CUT_SHORT = Failure(INTERRUPTED, ended=Ended.INTERRUPTED)
 UNDECIDED = -1
-FAILED = -2  # with the first cause on a sheet; FAILED - k with cause k
+FAILED = -2  # the code of the first cause on a sheet; FAILED - k is cause k
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of participants first .. first+len(units)-1: units, or FAILED - k for who failed with causes[k].
+    """The answers of participants first .. first+len(units)-1: units, or FAILED - k for a failure with causes[k].
 
-    `texts` holds what some of those who failed did say.
+    `texts` holds the answer texts of some failed participants, by index.
     """
 
     first: int
@@ -48,13 +49,13 @@ class Answers:
     texts: dict[int, str] = field(default_factory=dict)
 
     def cause_of(self, participant: int) -> str | None:
-        """Why there is no answer of this participant; None if there is one."""
+        """Return why this participant has no answer; None if it has one."""
         units = int(self.units[participant - self.first])
         return None if units >= 0 else self.causes[FAILED - units]
 
 
 class AnswerSheet:
-    """What became of each of `count` participants; each place is filled once."""
+    """The outcomes of `count` participants; each is recorded once."""
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -62,11 +63,11 @@ class AnswerSheet:
         self.done = 0
         self.texts: dict[int, str] = {}
         self.ended = Ended.COMPLETE
-        self._causes: dict[str, int] = {}  # and the code of each
+        self._causes: dict[str, int] = {}  # the code of each cause
         self._fill(array("q", [UNDECIDED]) * count)
 
     def _fill(self, places: array[int]) -> None:
-        self._places = places  # the same memory twice: an array takes one number in a third of numpy's time
+        self._places = places  # two views of one buffer: array stores one number in a third of numpy's time
         self._units: Units = np.frombuffer(places, np.int64)
 
     def put(self, place: int, units: int) -> None:
@@ -77,9 +78,9 @@ class AnswerSheet:
         self.done += 1
 
     def put_all(self, places: Sequence[int], answers: Sequence[Any], game: Game) -> None:
-        """Record what the participants at these places, each another one, did return; an unusable answer is a failure.
+        """Record the answers of the participants at these distinct places; an unusable answer is a failure.
 
-        Plain numbers are read all at once: 0.1 us each, and 1.2 us one by one.
+        Plain numbers are converted together (0.1 us each), because one by one they take 1.2 us each.
         """
         if len(places) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(places)} places")
@@ -88,7 +89,7 @@ class AnswerSheet:
             for place, answer in zip(places, answers, strict=True):
                 self._put_any(place, answer, game)
             return
-        usable = (numbers >= 0) & (numbers <= game.max_value)  # not a number is in no range
+        usable = (numbers >= 0) & (numbers <= game.max_value)  # NaN is in no range
         units = np.rint(np.where(usable, numbers, 0) * game.scale).astype(np.int64)
         if not usable.all():
             units[~usable] = self._code(OUT_OF_RANGE)
@@ -98,11 +99,11 @@ class AnswerSheet:
     def _put_any(self, place: int, answer: Any, game: Game) -> None:
         try:
             self.put(place, to_units(answer, game))
-        except BaseException as error:  # noqa: BLE001 - a person's own kind of number may raise anything
+        except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
             self.fail(place, *failure_of(error))
 
     def fail(self, place: int, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
-        """Record that participant first + place gave no usable answer, and what it said, of the first who failed."""
+        """Record that participant first + place failed, and keep its text if it is one of the first TEXTS_KEPT."""
         if text is not None and len(self.texts) < TEXTS_KEPT:
             self.texts[place] = text[:TEXT_KEPT]
         self._places[place] = self._code(cause)
@@ -113,9 +114,9 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def closed(self) -> AnswerSheet:
-        """A copy on which everyone who is undecided was interrupted; the original may go on filling."""
+        """Return a copy with undecided participants recorded as interrupted; the original may still receive answers."""
         copy = AnswerSheet(self.first, 0)
-        copy._fill(self._places[:])  # before the causes, which are there first
+        copy._fill(self._places[:])  # before the causes: a cause is stored before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
         undecided = copy._units == UNDECIDED
         copy._units[undecided] = copy._code(CUT_SHORT.cause)
@@ -124,15 +125,16 @@ class AnswerSheet:
         return copy
 
     def tally(self) -> Tally:
-        """Count what was answered; raises ValueError while a participant is still undecided."""
+        """Count the answers and failures. Raises ValueError while a participant is undecided."""
         distinct, counts = value_counts(self._units[self._units >= 0])
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
         return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
 
     def so_far(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
-        """What is in already, while more may come: answers in bins of `width` units from 0 on, and failures by cause.
+        """Return a partial histogram of a round in progress: int64 of shape (bins,), and failures by cause.
 
-        Of the causes it tells apart those that came first, as there may be as many as participants.
+        Bins are `width` units wide and start at 0. Only the first CAUSES_TOLD_APART causes are counted separately, as
+        there may be as many causes as participants.
         """
         answered = np.zeros(bins, np.int64)
         failed = np.zeros(CAUSES_TOLD_APART + 1, np.int64)
@@ -144,21 +146,21 @@ class AnswerSheet:
             if any_failed:
                 codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_TOLD_APART)
                 failed += np.bincount(codes, minlength=len(failed))
-        causes = [*islice(self._causes, CAUSES_TOLD_APART), OTHER_CAUSES]  # after the codes, which have their causes
+        causes = [*islice(self._causes, CAUSES_TOLD_APART), OTHER_CAUSES]  # after the codes: each has its cause by now
         return answered, {cause: often for cause, often in zip(causes, failed.tolist(), strict=False) if often}
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
-        """Who answered one of the winning numbers."""
+        """Return the participants who answered one of the winning numbers."""
         places = np.flatnonzero(np.isin(self._units, winning_units))
         return Winners(len(places), tuple(self.first + int(place) for place in places[:WINNERS_NAMED]))
 
     def answers(self, first: int, count: int) -> Answers:
-        """The answers of those participants of first .. first+count-1 that are on this sheet."""
+        """Return the answers of those participants of first .. first+count-1 that are on this sheet."""
         start = max(first, self.first) - self.first
         stop = max(start, min(first + count - self.first, self.count))
         units = self._units[start:stop].copy()
         failed = units <= FAILED
-        used = np.unique(FAILED - units[failed])  # of all causes, those that go with these answers
+        used = np.unique(FAILED - units[failed])  # the causes of these answers
         units[failed] = FAILED - np.searchsorted(used, FAILED - units[failed])
         causes = list(self._causes) if len(used) else []
         texts = {self.first + place: text for place, text in self.texts.items() if start <= place < stop}
@@ -166,7 +168,7 @@ class AnswerSheet:
 
 
 def _plain_numbers(answers: Sequence[Any]) -> NDArray[np.float64] | None:
-    """All of them as an array, if they are plain numbers: where they are in range it holds them to the last digit."""
+    """Return the answers as float64 if all are plain int or float, otherwise None; numbers in range are exact."""
     if not set(map(type, answers)) <= {int, float}:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The words that a text states its writer's number with, by language; reading.py says what each list is for.
+"""The words with which a text states its author's number, by language, for answer_parser.py.
 
 Every entry is a regular expression of alternatives, in lower case.
 """
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """What is looked for in one language.
+    """The patterns of one language.
 
     Attributes:
-        labels: What stands before a colon and the writer's number: "answer", "my final choice".
-        owns: What states it in a sentence that does nothing else: "my number is".
-        states: What states it where it is all that a text says: "i choose".
-        around: What does so before and after the number: "을 선택합니다".
-        comma: Whether 33,5 is a number.
+        labels: Labels before a colon and the author's number: "answer", "my final choice".
+        owns: Beginnings of a sentence that only states the number: "my number is".
+        states: Beginnings that are accepted only if the statement is the whole text: "i choose".
+        around: Patterns before and after the number, accepted like `states`: "을 선택합니다".
+        comma: Whether 33,5 is a number (default: yes).
     """
 
     labels: str
@@ -159,7 +159,7 @@ LANGUAGES = {
         comma=False,
     ),
 }
-OPENING = (  # what may stand before a statement without changing it
+OPENING = (  # words allowed before a statement that do not change it
     "so|therefore|thus|hence|ok(?:ay)?|well|sure|alright|all right|yes|great|and|now|this time|finally|ultimately"
     r"|again|in conclusion|(?:in |for )?this round|(?:in|for) (?:round \d{1,4}|the \d{1,4}(?:st|nd|rd|th) round)"
     "|assistant|me|gerne|bien sûr|claro|хорошо|also|daher|deshalb|diesmal|jetzt|donc|bon|maintenant|por eso|bueno"
@@ -168,7 +168,7 @@ OPENING = (  # what may stand before a statement without changing it
     "|vì vậy|所以|因此|好的?"
     "|だから|よって|では|그래서|따라서|لذلك|इसलिए"
 )
-SUPPOSING = (  # what a sentence begins with after which the next one may be another one's, or supposed
+SUPPOSING = (  # beginnings of a sentence that may introduce a supposition or another player's answer
     "here is (?:how|what)|suppos|imagin|pretend|let us|let's|let me|consider\\b|for (?:example|instance)|e\\.g|assum"
     "|say\\b|what if|in the case|put your|picture|if\\b|(?:mal )?angenommen|stell|nehmen wir|zum beispiel|z\\.b"
     "|versetz"
@@ -178,7 +178,7 @@ SUPPOSING = (  # what a sentence begins with after which the next one may be ano
     "|misal|andai|jika|giả sử|hãy|ví dụ|nếu|假设|假設|假如|假定|设想|想象|如果|例如|もし|仮に|例えば|만약|가정|예를"
     "|لنفترض|تخيل|إذا|मान ल|अगर"
 )
-HEADINGS = (  # what may stand before a colon and words that are the writer's own
+HEADINGS = (  # headings before a colon and the author's own words
     r"(?:step|level|schritt|étape|paso|passo|etap|шаг|步骤|ステップ) ?\d*|\d+|reason(?:ing|s)?|explanation|analysis"
     r"|conclusion"
     "|calculation|strategy|note|begründung|raisonnement|explication|razonamiento|explicación|ragionamento|spiegazione"
@@ -188,7 +188,7 @@ HEADINGS = (  # what may stand before a colon and words that are the writer's ow
     "|ziel|moyenne|cible|promedio|objetivo|media|obiettivo|média|alvo|gemiddelde|doel|średnia|среднее|平均|目标)"
     r"(?: \([^:()]*\))?"
 )
-LEADING = (  # what a line says or ends with after which a number is somebody else's, or a template's
+LEADING = (  # lines after which a number may belong to another player or a template
     r".*\b(?:example|sample|format|like this|as follows|following|below|statement|answers?|says|replies|turn"
     r"|announced"
     r"|result|smiles|final number)\W*$|.*(?:player|spieler|joueur|jugador|giocatore|jogador|speler|gracz|игрок"
@@ -197,14 +197,14 @@ LEADING = (  # what a line says or ends with after which a number is somebody el
     r"|.*\b(?:winning|winner|solve|compute|has to|please|you (?:can|should|must))\b"
     r"|.*(?:average|mean|durchschnitt|moyenne|promedio|media|média|gemiddelde|średni\w*|среднее|平均数?)\W*$"
 )
-THE_NUMBER = (  # what may stand between a statement and its number
+THE_NUMBER = (  # words allowed between a statement and its number
     "(?:the |a )?(?:whole )?(?:number|value|integer)|the|(?:die )?zahl|die|le(?: nombre| chiffre)?|nombre"
     "|el(?: número)?"
     "|número|il(?: numero)?|numero|o(?: número)?|het(?: getal)?|getal|liczbę|число|số|angka|talet|tallet"
     "|(?:ال)?(?:عدد|رقم)|数字|數字"
 )
 UNITS = r"(?: ?(?:%|points?|percent|€|\$|punkte|puntos|punti|pontos|点|分))?"
-CLOSING = (  # what may stand after a number that was stated
+CLOSING = (  # words allowed after a stated number
     "(?:です|だ|にします|とします| ?(?:입니다|이다|예요|이에요)| है"
     "|,? (?:i think|i guess|please|for this round|this (?:round|time))"
     r"| \(final\))?"

@@ -1,6 +1,6 @@
-"""Who the participants are: their personas and their models, by exact shares and by the seed; pure.
+"""The assignment of personas and models to participants, by exact shares and by the seed. Pure.
 
-A cast is the same wherever participants sit, and whoever knows it can tell for each of them alone.
+It does not depend on placement, and it can be computed for a single participant.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MODEL = "model"  # the topic of a mixture, beside the names of persona sets
+MODEL = "model"  # the topic of the model mixture; other topics are names of persona sets
 
 
 @dataclass(frozen=True)
 class Persona:
-    """What a share of the participants are, and how an LLM participant is told so."""
+    """A persona with its share of the participants and its text for LLM prompts."""
 
     name: str
     share: Fraction
@@ -30,7 +30,7 @@ class Persona:
 
 @dataclass(frozen=True)
 class PersonaSet:
-    """Personas of which everyone is one; their shares add up to 1."""
+    """A set of personas, one for each participant; their shares add up to 1."""
 
     name: str
     personas: tuple[Persona, ...]
@@ -38,7 +38,7 @@ class PersonaSet:
 
 @dataclass(frozen=True)
 class ModelShare:
-    """What share of the participants ask a model: its name in the models' file, and what its server calls it."""
+    """A model in a mixture: its name in the models file, its share of the participants, and its server's name."""
 
     name: str
     share: Fraction
@@ -47,7 +47,7 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class Grouping:
-    """One way to tell the participants apart: the names of the parts, and how many are in each."""
+    """One partition of the participants: the names of the parts, and the number of participants in each."""
 
     topic: str
     names: tuple[str, ...]
@@ -56,14 +56,14 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Population:
-    """Who all participants are.
+    """The personas and models of all participants.
 
     Attributes:
-        seed: The game's.
-        total: How many participants there are.
-        persona_sets: Everyone is one persona of each.
-        models: The mixture of models; without one they take turns.
-        turns: What the models are called, by their servers, that participants ask in turn; none without models.
+        seed: The game's seed.
+        total: The number of participants.
+        persona_sets: Each participant has one persona of each set.
+        models: The mixture of models; if empty, participants use the models in turn.
+        turns: The servers' names of the models that participants use in turn; empty without models.
     """
 
     seed: int
@@ -73,21 +73,21 @@ class Population:
     turns: tuple[str, ...] = ()
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
-        """One persona of each set, in their order."""
+        """Return the participant's persona of each set, in the order of the sets."""
         return tuple(
             each.personas[assign_one(self.seed, each.name, parts.counts, participant)]
             for each, parts in zip(self.persona_sets, self._persona_parts, strict=True)
         )
 
     def model_of(self, participant: int) -> str | None:
-        """The name of the model that it asks; None where they take turns."""
+        """Return the name of the participant's model in the mixture; None without a mixture."""
         if not self.models:
             return None
         return self.models[assign_one(self.seed, MODEL, self._model_counts, participant)].name
 
     @property
     def groupings(self) -> tuple[Grouping, ...]:
-        """All ways to tell the participants apart: by each set of personas, and by model where there are several."""
+        """Return all partitions of the participants: by each persona set, and by model if there are several names."""
         called = self.called
         names = tuple(dict.fromkeys(called))
         counts = (
@@ -99,7 +99,7 @@ class Population:
         return self._persona_parts + ((Grouping(MODEL, names, each),) if len(names) > 1 else ())
 
     def places(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """In which of the parts participants first .. first+count-1 are: int64 of shape (count,)."""
+        """Return the part index of participants first .. first+count-1: int64 of shape (count,)."""
         if parts.topic != MODEL:
             return assign_many(self.seed, parts.topic, parts.counts, first, count)
         if self.models:
@@ -109,7 +109,7 @@ class Population:
         return np.array([parts.names.index(name) for name in self.called])[place]
 
     def part_of(self, topic: str, participant: int) -> str:
-        """In which part one participant is; the same as `places` says, without its arrays. `topic` is one there is."""
+        """Return the name of one participant's part, like `places` but without arrays. `topic` must exist."""
         if topic != MODEL:
             named = zip(self.persona_sets, self.personas_of(participant), strict=True)
             return next(persona.name for each, persona in named if each.name == topic)
@@ -134,17 +134,17 @@ class Population:
 
     @cached_property
     def called(self) -> tuple[str, ...]:
-        """What the models are called in results: as their servers call them, several of which may serve the same one.
+        """Return the names of the models in results: their servers' names, which several servers may share.
 
-        Those of a mixture that share such a name, as with several temperatures, are told apart by their names in the
-        models' file.
+        Models of a mixture that share a name, for example with different temperatures, get their names in the models
+        file instead.
         """
         called = [each.model for each in self.models]
         apart = (each.name if called.count(each.model) > 1 else each.model for each in self.models)
         return tuple(apart) or self.turns
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written to a run's folder; seed and total are among the run's settings."""
+        """Return the data for the run folder; seed and total are part of the run's settings."""
         return {
             "personas": {
                 each.name: [{"name": one.name, "share": str(one.share), "text": one.text} for one in each.personas]
@@ -156,7 +156,7 @@ class Population:
 
     @classmethod
     def from_json(cls, said: dict[str, Any], seed: int, total: int) -> Population:
-        """The cast that was written so. Raises KeyError, TypeError or ValueError if it was not."""
+        """Return a population stored by `to_json`. Raises KeyError, TypeError or ValueError if it is malformed."""
         sets = (
             PersonaSet(name, tuple(Persona(one["name"], Fraction(one["share"]), one["text"]) for one in personas))
             for name, personas in said["personas"].items()
@@ -165,7 +165,7 @@ class Population:
         return cls(seed, total, tuple(sets), tuple(models), tuple(said["turns"]))
 
 
-STEPS = 4  # of the Feistel network; three make a permutation that cannot be told from a random one (Luby, Rackoff 1988)
+STEPS = 4  # of the Feistel network; three give a pseudorandom permutation (Luby, Rackoff 1988)
 
 
 MASK = 2**64 - 1
@@ -175,7 +175,7 @@ GAMMA = 0x9E3779B97F4A7C15
 
 
 def mix(z: Any) -> Any:
-    """The SplitMix64 finaliser, of a number or a uint64 array.
+    """Apply the SplitMix64 finaliser to a number or a uint64 array.
 
     Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
     """
@@ -185,9 +185,9 @@ def mix(z: Any) -> Any:
 
 
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """How many of `total` each share comes to: all of them, each at most one off, the largest remainders rounded up.
+    """Split `total` by shares that add up to 1: counts sum to `total`, and the largest remainders are rounded up.
 
-    The shares add up to 1.
+    Each count differs from its exact share by less than 1.
     """
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
@@ -198,24 +198,24 @@ def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]
 
 
 def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int) -> NDArray[np.int64]:
-    """Which of the parts, of these sizes, participants first .. first+count-1 are in: int64 of shape (count,).
+    """Assign participants first .. first+count-1 to parts of these sizes: part indices, int64 of shape (count,).
 
-    What is dealt for one topic says nothing about another one.
+    Assignments of different topics are independent. Raises ValueError if a participant is not in 0 .. sum(counts)-1.
     """
     total = sum(counts)
-    if first < 0 or first + count > total:  # of others there is no end to the walk below
+    if first < 0 or first + count > total:  # otherwise the loop below may not end
         raise ValueError(f"participants {first} to {first + count - 1} are not among {total}")
     half_bits, keys = _network(seed, topic, total)
     places = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
     beyond = np.flatnonzero(places >= total)
-    while len(beyond):  # walked on within the larger range until it is inside: a permutation of 0 .. total-1
+    while len(beyond):  # cycle walking: permute until inside, which is a permutation of 0 .. total-1
         places[beyond] = _permuted(places[beyond], half_bits, keys)
         beyond = beyond[places[beyond] >= total]
     return np.searchsorted(np.cumsum(counts), places.astype(np.int64), side="right").astype(np.int64)
 
 
 def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
-    """Which of the parts one participant is in; the same as `dealt` says, without its arrays."""
+    """Return the part index of one participant, like `assign_many` but without arrays."""
     total = sum(counts)
     half_bits, keys = _network(seed, topic, total)
     place = _permuted(participant, half_bits, keys)
@@ -226,7 +226,7 @@ def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int)
 
 @lru_cache(maxsize=256)
 def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
-    """Half the bits of the smallest network that holds `total` numbers, and the key of each of its steps."""
+    """Return half the bits of the smallest network for `total` numbers, and the key of each step."""
     key = seed
     for byte in topic.encode():
         key = mix((key + byte + 1) & MASK)
@@ -235,7 +235,7 @@ def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _permuted(numbers, half_bits: int, keys: tuple[int, ...]):  # type: ignore[no-untyped-def]  # int, or a uint64 array
-    """A permutation of 0 .. 4^half_bits - 1, made of the draw's own hash by a balanced Feistel network."""
+    """Permute 0 .. 4^half_bits - 1 by a balanced Feistel network, with `mix` as the round function."""
     low = (1 << half_bits) - 1
     left, right = numbers >> half_bits, numbers & low
     for key in keys:

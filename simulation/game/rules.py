@@ -1,6 +1,6 @@
-"""The rules of the game, pure: what is asked, what is announced, and what an answer is in units.
+"""The rules of the game: the question, the announcement, and the conversion of an answer to units.
 
-It knows nothing of agents, servers or clocks.
+Pure: it does not depend on agents, servers or clocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 @dataclass(frozen=True)
 class LLMSettings:
-    """How LLM participants ask their models: the settings of the same names."""
+    """The request settings of LLM participants, named like the command line settings."""
 
     models: int  # participant i asks model_{i mod models + 1}
     structured_output: str
@@ -40,13 +40,13 @@ class LLMSettings:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What LLM participants are told: a prompt of the prompts file, its braces not yet filled in (see prompts.py).
+    """A prompt for LLM participants from the prompts file, with unfilled placeholders in braces (see prompts.py).
 
     Attributes:
-        name: What it is called.
-        system: Who they are and what the rules are.
-        instruction: How to answer; said last in every round, and not where they are asked about something else.
-        reasoning_tokens: How long they may think aloud before the number; None where they say the number at once.
+        name: Its name in the file.
+        system: The participant's role and the rules.
+        instruction: How to answer; ends the prompt of every round, and is left out of other questions.
+        reasoning_tokens: Token limit of the reasoning before the number; None if the number comes without reasoning.
     """
 
     name: str
@@ -57,61 +57,61 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class Game:
-    """What is the same for all participants in all rounds: whoever is closest to offset + ratio * average wins."""
+    """The parameters shared by all participants and rounds; the answers closest to offset + ratio * average win."""
 
     seed: int
     max_value: int
     decimals: int
     sleep_time_s: float
-    sampling: LLMSettings | None = None  # None where no participant asks a model
+    sampling: LLMSettings | None = None  # None if no participant asks a model
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
     wording: PromptTemplate | None = None  # likewise
-    cast: Population | None = None  # who they are, where that matters
-    teams: str | None = None  # the topic of the cast that makes teams, if anything does
+    cast: Population | None = None  # personas and models, if any
+    teams: str | None = None  # the topic of the cast that defines teams, if any
 
     @cached_property
     def scale(self) -> int:
-        """Units in 1: 10^decimals."""
+        """Return the units per 1: 10^decimals."""
         return 10**self.decimals
 
     @cached_property
     def numbers(self) -> int:
-        """How many different answers there are, in units."""
+        """Return the number of possible distinct answers."""
         return self.max_value * self.scale + 1
 
     @property
     def target(self) -> str:
-        """What to be closest to, in words: "the average", "2/3 of the average" or "5 plus 1/2 of the average"."""
+        """Return the target in words: "the average", "2/3 of the average" or "5 plus 1/2 of the average"."""
         return target_in_words(self.ratio, self.offset)
 
     @property
     def target_or_it(self) -> str:
-        """The same where the average was spoken of just before."""
+        """Return the target in words right after a mention of the average."""
         return "it" if self.ratio == 1 and not self.offset else self.target
 
     @property
     def equilibria(self) -> tuple[float, ...]:
-        """The numbers that nobody would move away from if all gave them, ascending; empty where that is any number."""
+        """Return the symmetric Nash equilibria of the game, ascending; empty if every number is an equilibrium."""
         return equilibria(self.ratio, self.offset, self.max_value)
 
     def winning_number(self, average: Fraction) -> Fraction:
-        """What to be closest to, in units, as the average is."""
+        """Return the target in units for an average in units."""
         return self.offset * self.scale + self.ratio * average
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What everyone hears after a round.
+    """The result of a round, as sent to all participants.
 
     Attributes:
-        round: Which one.
-        average: Of all answers; None if there was none.
-        winning_number: What to be closest to.
-        winning_units: The answers that are closest, all of them.
-        winners: How many gave them; None before they are counted.
-        teams: Each team with its average, in a game with teams; None where nobody of it answered.
-        closest_teams: Those whose averages are closest to the winning number, all of them.
+        round: The round number.
+        average: The mean of all answers; None without answers.
+        winning_number: The target; None without answers.
+        winning_units: All answers closest to the target, in units.
+        winners: The number of participants who gave them; None before they are counted.
+        teams: Each team with its average, in a game with teams; None for a team without answers.
+        closest_teams: All teams whose averages are closest to the winning number.
     """
 
     round: int
@@ -125,9 +125,9 @@ class Announcement:
 
 @dataclass(frozen=True)
 class Question:
-    """What a participant is asked: the round (from 1), the words, the range, and what was announced so far.
+    """A question to a participant: the round (from 1), the text, the range, and the announcements so far.
 
-    Round 0 is a question of a person's, beside the game.
+    Round 0 is a user's question outside the game.
     """
 
     round: int
@@ -138,7 +138,7 @@ class Question:
 
 
 def question_for(game: Game, round_number: int, announcements: tuple[Announcement, ...]) -> Question:
-    """The moderator's question of one round."""
+    """Return the moderator's question for one round."""
     text = (
         f"Round {round_number}: give a number from 0 to {game.max_value}. "
         f"The average of all answers is announced, and whoever is closest to {game.target_or_it} wins."
@@ -156,9 +156,9 @@ def _round_key(seed: int, round_number: int) -> int:
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
-    """The random answer, in units from 0 to max_value, that (seed, round, participant) stands for.
+    """Return the random answer, in units from 0 to max_value, determined by (seed, round, participant).
 
-    A change here changes every seed's game: the known answers are held by a test.
+    A change here changes the game of every seed; a test checks known answers.
     """
     z = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
     units: int = (mix(z) * game.numbers) >> 64
@@ -169,7 +169,7 @@ def draw(game: Game, round_number: int, participant: int) -> int:
 
 
 def to_units(answer: Any, game: Game) -> int:
-    """An answer in units, rounded half to even. Raises UnusableAnswer unless it is a number from 0 to max_value."""
+    """Convert an answer to units, rounded half to even. Raises UnusableAnswer unless it is a number in 0..max_value."""
     text = answer if isinstance(answer, str) else None
     if text is not None:
         answer = parse_number(text)
@@ -178,17 +178,17 @@ def to_units(answer: Any, game: Game) -> int:
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise KnownCause(NO_NUMBER)
     number: Any = answer
-    if not 0 <= number <= game.max_value:  # not a number is in no range
+    if not 0 <= number <= game.max_value:  # NaN is in no range
         raise KnownCause(OUT_OF_RANGE, text)
     if isinstance(number, Integral):
-        number = int(number)  # of numpy's there are some that overflow
+        number = int(number)  # some numpy integers would overflow
     elif not isinstance(number, (Rational, Decimal)):
         number = float(number)
     return round(number * game.scale)
 
 
 def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Population | None) -> Game:
-    """The game that the settings describe."""
+    """Return the game described by the settings."""
     return Game(
         config.seed or 0,
         config.max_value,

@@ -1,6 +1,6 @@
-"""How answers are counted, pure: tallies, which merge in any order, and what a round comes to.
+"""The counting of answers: tallies, which merge in any order, and the result of a round. Pure.
 
-Answers are counted in units, whole multiples of 10^-decimals, so every sum is exact.
+Answers are counted in units, integer multiples of 10^-decimals, so every sum is exact.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from simulation.game.rules import Announcement
 Units = NDArray[np.int64]
 
 
-WINNERS_NAMED = 10  # of all winners, the lowest so many are named
+WINNERS_NAMED = 10  # the winners with the lowest indices are named
 
 
 OTHER_CAUSES = "other causes"
 
 
-INTERRUPTED = "interrupted"  # the cause where a person ended the round
+INTERRUPTED = "interrupted"  # the cause if the user ended the round
 
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """How often each value was answered, and why answers are missing. Tallies merge with `+`, in any order.
+    """The count of each answer and of each cause of failure. Tallies merge with `+`, in any order.
 
     Attributes:
         asked: Participants asked; always answered + failed.
         units: The distinct answers, ascending, int64 of shape (distinct,).
-        counts: How often each of them was given, int64 of shape (distinct,).
+        counts: The number of times each was given, int64 of shape (distinct,).
         failures: Participants without a usable answer, by cause.
-        ended: How the round ended for them; words of causes say nothing about that.
+        ended: How the round ended for these participants; independent of the texts of causes.
     """
 
     asked: int
@@ -60,7 +60,7 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """The exact sum of all answers, in units; in two halves, as it may pass 64 bits."""
+        """Return the exact sum of all answers in units, computed in two halves, as it may exceed 64 bits."""
         high = int(np.dot(self.units >> 32, self.counts))
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
@@ -77,11 +77,11 @@ class Tally:
         return self.asked == other.asked and same_answers and same_failures
 
     def average(self) -> Fraction | None:
-        """The exact mean in units; None when nobody answered."""
+        """Return the exact mean in units; None without answers."""
         return Fraction(self.total, self.answered) if self.answered else None
 
     def median(self) -> Fraction | None:
-        """The middle answer in units, or the mean of the two in the middle; None when nobody answered."""
+        """Return the middle answer in units, or the mean of the two middle answers; None without answers."""
         if not self.answered:
             return None
         up_to = np.cumsum(self.counts)
@@ -89,21 +89,21 @@ class Tally:
         return Fraction(int(self.units[low]) + int(self.units[high]), 2)
 
     def std(self) -> float | None:
-        """The population standard deviation in units; None when nobody answered."""
+        """Return the population standard deviation in units; None without answers."""
         average = self.average()
         if average is None:
             return None
         return float(np.sqrt(np.dot((self.units - float(average)) ** 2, self.counts) / self.answered))
 
     def closest(self, target: Fraction) -> tuple[int, ...]:
-        """The answers, in units, that are nearest to the target: none, one, or two on either side of it."""
+        """Return the answers nearest to the target, in units: none, one, or one on each side of it."""
         after = int(np.searchsorted(self.units, target.__floor__(), side="right"))
         near = [int(unit) for unit in self.units[max(after - 1, 0) : after + 1]]
         best = min((abs(unit - target) for unit in near), default=None)
         return tuple(unit for unit in near if abs(unit - target) == best)
 
     def parts(self, distinct: int) -> list[Tally]:
-        """The same tally as several of at most `distinct` values each, for messages of bounded size."""
+        """Split the tally into tallies of at most `distinct` values each, for messages of bounded size."""
         pieces = [slice(at, at + distinct) for at in range(0, len(self.units), distinct)]
         parts = [Tally(int(self.counts[piece].sum()), self.units[piece], self.counts[piece]) for piece in pieces]
         if self.failures or not parts:
@@ -112,11 +112,11 @@ class Tally:
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """All tallies as one; none at all is the tally of nobody."""
+    """Merge all tallies into one; without any, return the empty tally."""
     every = [Tally(0), *tallies]
     units = np.concatenate([tally.units for tally in every])
     counts = np.concatenate([tally.counts for tally in every])
-    if not (np.diff(units) > 0).all():  # as the parts of one tally are
+    if not (np.diff(units) > 0).all():  # parts of one tally are in order already
         units, place = np.unique(units, return_inverse=True)
         counts, each = np.zeros(len(units), np.int64), counts
         np.add.at(counts, place, each)
@@ -129,7 +129,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass(frozen=True)
 class Winners:
-    """How many participants are closest, and the lowest WINNERS_NAMED of them, ascending."""
+    """The number of closest participants, and the lowest WINNERS_NAMED indices of them, ascending."""
 
     count: int
     lowest: tuple[int, ...]
@@ -140,14 +140,13 @@ class Winners:
 
 @dataclass(frozen=True)
 class Times:
-    """Where the seconds of a round went; they add up to it.
+    """The duration of a round in seconds, by activity; the fields add up to it.
 
     Attributes:
-        model_s: Participants waited for their models, or thought; the mean over the groups.
-        client_s: Their servers worked, in seconds of CPU; likewise.
-        slowest_s: The others were done, and the slowest group was not; likewise.
-        rpc_s: Nobody was asked any more, or yet: the question, the tally and the announcement; and what was asked in
-            vain, of servers that were lost.
+        model_s: Waiting for models, or think time; mean over the groups.
+        client_s: CPU time of the agent servers; mean over the groups.
+        slowest_s: Waiting for the slowest group; mean over the groups.
+        rpc_s: Time outside answering: question, tally and announcement, and requests to servers that were lost.
     """
 
     model_s: float
@@ -158,7 +157,7 @@ class Times:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One round. Values are in units of 10^-decimals; `closest` are those nearest to the winning number."""
+    """The result of one round, in units of 10^-decimals; `closest` are the answers nearest to the winning number."""
 
     round: int
     tally: Tally
@@ -167,13 +166,13 @@ class RoundResult:
     closest: tuple[int, ...]
     winners: Winners
     seconds: float
-    reassigned: int = 0  # participants who went to another server, or moderator, meanwhile
-    times: Times | None = None  # None where it is not known, as in a run that is read again
+    reassigned: int = 0  # participants moved to another server or moderator meanwhile
+    times: Times | None = None  # None if unknown, as in a saved run
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # with their averages, in a game with teams
 
     @property
     def closest_teams(self) -> tuple[str, ...]:
-        """The teams whose averages are closest to the winning number, all of them."""
+        """Return all teams whose averages are closest to the winning number."""
         if self.winning_number is None:
             return ()
         off = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
@@ -181,7 +180,7 @@ class RoundResult:
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
-    """What everyone hears of a round that was counted, in units of 1 / scale."""
+    """Return the announcement of a counted round, whose values are in units of 1 / scale."""
     average = None if result.average is None else float(result.average / scale)
     winning_number = None if result.winning_number is None else float(result.winning_number / scale)
     teams = tuple((name, None if each is None else float(each / scale)) for name, each in result.teams)
@@ -189,11 +188,11 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
     return Announcement(result.round, average, winning_number, result.closest, winners, teams, closest_teams)
 
 
-CAUSES_TOLD_APART = 100  # of the causes of failure in one group; the rest are counted together
+CAUSES_TOLD_APART = 100  # causes of failure counted separately per group; the rest are counted together
 
 
 def top_causes(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """The most frequent of some causes, of which cause(k) led to often[k] failures; the rest are counted together."""
+    """Return the most frequent causes with counts; cause(k) has often[k] failures. The rest are counted together."""
     most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
     failures = {cause(place): int(often[place]) for place in most if often[place]}
     others = int(often.sum()) - sum(failures.values())
@@ -203,8 +202,8 @@ def top_causes(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
 
 
 def value_counts(units: Units) -> tuple[Units, Units]:
-    """The distinct units, ascending, and how often there is each."""
-    if len(units) and units.max() <= len(units):  # as many counters as answers at most, in a tenth of the time
+    """Return the distinct units, ascending, and the count of each."""
+    if len(units) and units.max() <= len(units):  # at most one counter per answer; a tenth of the time
         counts = np.bincount(units)
         distinct = np.flatnonzero(counts)
         return distinct, counts[distinct]
