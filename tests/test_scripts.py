@@ -320,7 +320,7 @@ def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path, 
     (shell.path / ".venv/bin/python").write_text(f"#!/bin/sh\n{fake_key}\n")
     done = shell("on_all_hosts.sh", "push-key", echo=False, **env | {"CLUSTER_KEY_DIR": ""})
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (remote / "keys").iterdir()) == ["cluster.crt", "cluster.key"]
+    assert sorted(path.name for path in (remote / "keys").iterdir()) == [".gitignore", "cluster.crt", "cluster.key"]
 
 
 def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
