@@ -190,9 +190,7 @@ class SimulationConfig:
     samples_per_request: int = game_setting(
         100, "participants with the same prompt that share a request, by n", 1, 10_000, fixed_on_resume=False
     )
-    max_attempts: int = game_setting(
-        3, "answers of one participant until one is a number in range", 1, 100, fixed_on_resume=False
-    )
+    max_attempts: int = game_setting(3, "attempts per participant to get a valid number", 1, 100, fixed_on_resume=False)
     max_in_flight: int | None = setting(
         None,
         "requests in flight per model and host, of all its agent servers",
@@ -241,7 +239,7 @@ class SimulationConfig:
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
         None,
-        f"serve a page on this host that shows what the run is at; without a port it is {DASHBOARD_PORT}",
+        f"serve a live status page for the run on this host (port {DASHBOARD_PORT} unless given)",
         0,
         65_535,
         without="no page",

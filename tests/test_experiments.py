@@ -137,7 +137,7 @@ def test_a_bad_experiment_is_told_in_one_line_with_its_place(refused, tmp_path, 
 
 BAD_PERSONAS = {
     "sum": ("education:\n- {name: a, share: 1/2}\n- {name: b, share: 0.49}\n",
-        "p.yaml, line 1: the shares of education add up to 99/100, and must to exactly 1"),
+        "p.yaml, line 1: the shares of education add up to 99/100; they must add up to exactly 1"),
     "twice": ("a:\n- {name: x, share: 1/2}\n- share: 1/2\n  name: x\n", "p.yaml, line 4: a has a persona x already"),
     "share 0": ("a:\n- name: x\n  share: 0\n", "p.yaml, line 3: share 0: must be from 1/1000000000 to 1"),
     "no share": ("a:\n- name: x\n", "p.yaml, line 2: share is missing"),
@@ -398,7 +398,9 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
         refused.stderr
     )
     refused = cluster.run("run_simulation.sh", "--resume", str(cut), "--seed", "8")
-    assert refused.returncode == 2 and "begun with 7, which stays" in one_line(refused.stderr)
+    assert refused.returncode == 2 and "started with 7; this setting cannot be changed on resume" in one_line(
+        refused.stderr
+    )
     resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--server-per-host", "3", "--sleep-time", "0")
     assert resumed.returncode == 0, resumed.stderr
     assert "has played 1 of 2 rounds" in resumed.stderr and resumed.stderr.count(": asking") == 5
@@ -504,7 +506,7 @@ def test_a_run_that_cannot_go_on_keeps_what_there_is(checkout):
     assert done.returncode == 3, done.stderr
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     done = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3", "--prompts-file", "other.yaml")
-    assert done.returncode == 2 and "which stays" in one_line(done.stderr)
+    assert done.returncode == 2 and "cannot be changed on resume" in one_line(done.stderr)
 
 
 def test_models_in_turn_that_are_not_in_the_file_are_refused_before_anything_starts(checkout):

@@ -122,12 +122,12 @@ def test_a_server_that_hangs_and_comes_back(hosts, play, tmp_path, port):
     game = play("--rounds", "6", *gates.flags, *SOON)
     game.logged("round 1: asking")
     with stopped(hosts["node3"].pid_at(port)):
-        game.logged(f"node3:{port} is lost: was not heard of for ")
+        game.logged(f"node3:{port} is lost: sent no heartbeat for ")
         gates.open(0)
         game.logged("round 2: asking")
     game.all_answer()
     gates.open(1)
-    game.logged(f"node3:{port} answers again, and plays from round 3 on")
+    game.logged(f"node3:{port} answers again, and is used from round 3 on")
     summary = game.end()
     assert summary["cluster"]["lost"] == [f"node3:{port}"]
     assert summary["rounds"][0]["reassigned"] > 0 and summary["rounds"][5]["reassigned"] == 0
@@ -148,7 +148,7 @@ def test_a_host_that_is_cut_off_and_comes_back(hosts, play, tmp_path):
         hosts.mend("node4")
     game.all_answer()
     gates.open(1)
-    game.logged(f"node4:{BASE_PORT} answers again, and plays from round 3 on")
+    game.logged(f"node4:{BASE_PORT} answers again, and is used from round 3 on")
     summary = game.end()
     assert {name.partition(":")[0] for name in summary["cluster"]["lost"]} == {"node4"}
     assert len(summary["cluster"]["lost"]) == SERVER_PER_HOST + 1

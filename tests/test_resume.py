@@ -215,8 +215,13 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
     run = checkout.path / "runs" / summary["run_id"]
     files = {path.name: path.read_bytes() for path in run.iterdir()}
     refused = {
-        ("--resume", "runs/latest", "--seed", "8"): "--seed 8: the run in runs/latest was begun with 7, which stays",
-        ("--resume", "runs/latest", "--participant-num", "51"): "was begun with 50",
+        (
+            "--resume",
+            "runs/latest",
+            "--seed",
+            "8",
+        ): "--seed 8: the run in runs/latest was started with 7; this setting cannot be changed on resume",
+        ("--resume", "runs/latest", "--participant-num", "51"): "was started with 50",
         ("--resume", "runs/latest", "--run-dir", "elsewhere"): "--run-dir: does not go with --resume",
         ("--resume", "runs/none"): "cannot read its summary.json",
         ("--resume",): "--resume needs the folder of a run",

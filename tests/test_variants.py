@@ -203,7 +203,7 @@ def test_a_resumed_game_keeps_its_ratio(cluster):
     alike = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--ratio", "4/6")
     assert alike.returncode == 0, alike.stderr
     changed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--ratio", "1/2")
-    assert changed.returncode == 2 and "which stays" in one_line(changed.stderr)
+    assert changed.returncode == 2 and "cannot be changed on resume" in one_line(changed.stderr)
     assert {entry["round"] for entry in cluster.summary()["cluster"]["times"]} == {1, 2, 3}
 
 
@@ -343,7 +343,7 @@ def test_models_that_take_turns_stay_the_same_in_a_run(checkout):
         assert [len(fake.texts) for fake in fakes] == [20, 20]
         resume = ("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2", "--model-per-host")
         other = checkout.run(*resume, "1")
-        assert other.returncode == 2 and "asked llama, qwen in turn, which stays" in one_line(other.stderr)
+        assert other.returncode == 2 and "asked llama, qwen in turn; this cannot be changed" in one_line(other.stderr)
         again = checkout.run(*resume, "2")
         assert again.returncode == 0 and [len(fake.texts) for fake in fakes] == [40, 40], again.stderr
     finally:

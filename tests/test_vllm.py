@@ -164,7 +164,7 @@ def test_without_structured_output_a_model_of_random_numbers_fails_with_causes(v
 @pytest.mark.timeout(REAL_S)
 def test_starting_twice_is_refused(vllm, tiny_model):
     done = start_vllm(vllm, tiny_model)
-    assert done.returncode == 3 and "run already" in one_line(done.stderr)
+    assert done.returncode == 3 and "already running" in one_line(done.stderr)
     status = vllm.run("start_vllm.sh", "--status")
     assert status.returncode == 0 and "healthy" in status.stdout
 

@@ -212,7 +212,7 @@ class FailureDetector:
                 again_s = self._take_in(state, beat, requested_at, now)
                 if beat.incarnation != state.incarnation:
                     state.incarnation = beat.incarnation
-                    why = "has been started anew, without its agents"
+                    why = "was restarted without its agents"
             elif now > requested_at + timeout_s + ASLEEP_S:  # this process was suspended, not the server
                 state.heard, again_s = now, 0.0
             else:
@@ -221,7 +221,7 @@ class FailureDetector:
                 if str(said).endswith(NOBODY_LISTENS) or not isinstance(said, ServerUnreachable):
                     why = str(said).partition(": ")[2]
                 elif now - state.heard >= self._timeout_s:
-                    why = f"was not heard of for {now - state.heard:.1f} s"
+                    why = f"sent no heartbeat for {now - state.heard:.1f} s"
             heapq.heappush(self._due, (now + again_s, endpoint))
             self._changed.notify_all()
         if why:

@@ -123,7 +123,7 @@ class Membership:
             self.noted[endpoint] = losses
             if endpoint not in self.lost:
                 self.lost.append(endpoint)
-            self._watch.tell(f"{endpoint} is lost: {why}; going on without it")
+            self._watch.tell(f"{endpoint} is lost: {why}; continuing without it")
             self._evict(endpoint)
 
     def begin_round(self, number: int) -> None:
@@ -132,7 +132,7 @@ class Membership:
         for endpoint in self._servers:
             if self._detector.has_recovered(endpoint):
                 self._take_back(endpoint)
-                self._watch.tell(f"{endpoint} answers again, and plays from round {number} on")
+                self._watch.tell(f"{endpoint} answers again, and is used from round {number} on")
 
     def _take_back(self, endpoint: Endpoint) -> None:
         self.note_losses()

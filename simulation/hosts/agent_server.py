@@ -197,7 +197,7 @@ class SimulationServicer(AgentServerServicer):
         for agent_id, agent in hosted.items():
             lease_s = getattr(agent, "lease_s", None)
             if self._drop(agent_id, unless=partial(self._is_leased, run_of(agent_id))):
-                logger.warning(f"dropping {agent_id}: its run was not heard of for {lease_s:g} s")
+                logger.warning(f"dropping {agent_id}: its run sent no heartbeat for {lease_s:g} s")
 
     def _is_leased(self, run: str, agent: Any) -> bool:
         """Return whether an object stays: it has no lease, or the lease of its run has not expired."""

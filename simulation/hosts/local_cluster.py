@@ -34,7 +34,7 @@ HANDED_ON = (  # settings passed to the servers
 )
 STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
 STOP = "./stop_all_server.sh"
-STOP_FIRST = f"stop them with {STOP} first"
+STOP_FIRST = f"run {STOP} first"
 
 
 class OwnedServers:
@@ -112,25 +112,23 @@ def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], mod
     """Raise ClusterError unless the running servers are the requested ones, and answer."""
     if ports != list(config.ports):
         raise ClusterError(
-            f"{len(ports)} agent servers of this host run already, on ports {ranges(ports)}; asked for were "
-            f"{len(config.ports)}, on {ranges(list(config.ports))}: {STOP_FIRST}"
+            f"{len(ports)} agent servers are already running on ports {ranges(ports)}, but {len(config.ports)} were "
+            f"requested on {ranges(list(config.ports))}; {STOP_FIRST}"
         )
     install_tls(key)
     endpoints = [Endpoint(config.host_name, port) for port in config.ports]
     shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
         if shake.versions != OWN_VERSIONS:
-            raise ClusterError(
-                f"the agent servers that run already are of another version of the program: {STOP_FIRST}"
-            )
+            raise ClusterError(f"the running agent servers are of another version of the program; {STOP_FIRST}")
         if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
             raise ClusterError(
-                f"the agent servers that run already are {shake.server_per_host} for participants and "
-                f"{shake.moderator_per_host} for moderators: {STOP_FIRST}"
+                f"the running agent servers are {shake.server_per_host} for participants and "
+                f"{shake.moderator_per_host} for moderators; {STOP_FIRST}"
             )
         if shake.models != models:
             raise ClusterError(
-                f"the agent servers that run already know {_listed(shake.models)}; asked for were {_listed(models)}: "
+                f"the running agent servers know {_listed(shake.models)}, but {_listed(models)} were requested; "
                 f"{STOP_FIRST}"
             )
 

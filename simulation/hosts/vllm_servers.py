@@ -174,7 +174,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
         ports = sorted(running.keys() & {each.port for each in plans})
         if ports:
             raise ClusterError(
-                f"vLLM servers of this checkout run already, on ports {', '.join(map(str, ports))}: {STOP} "
+                f"vLLM servers of this checkout are already running on ports {', '.join(map(str, ports))}: {STOP} "
                 "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
         _end_all(but=running)  # leftovers of killed servers

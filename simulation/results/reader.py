@@ -216,7 +216,8 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     for name in staying & given.keys():
         if getattr(anew, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2
             raise SettingsError(
-                f"{flag_of(name)} {given[name]}: the run in {path} was begun with {getattr(config, name)}, which stays"
+                f"{flag_of(name)} {given[name]}: the run in {path} was started with {getattr(config, name)}; this "
+                "setting cannot be changed on resume"
             )
     return anew
 

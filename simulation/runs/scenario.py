@@ -76,9 +76,9 @@ def build_game(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> G
     game = game_of(config, read_wording(config), read_cast(config, models))
     topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
     if config.teams is not None and config.teams not in topics:
-        known = f"it has {listed(topics)}" if topics else "it has none: give --personas, or several models"
+        known = f"it has {listed(topics)}" if topics else "add --personas, or use several models"
         guess = meant_by(config.teams, topics)
-        said = f"--teams {printable(config.teams)}: nobody in this game is told apart so; {known}"
+        said = f"--teams {printable(config.teams)}: this game has no such grouping; {known}"
         raise SettingsError(f"{said}; {guess}" if guess else said)
     if game.wording is not None:
         said = game.wording.system + game.wording.instruction
@@ -215,7 +215,7 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
         _refuse_twice(file, name, personas)
         total = sum(each.share for each in personas)
         if total != 1:
-            raise file.refused((name,), f"the shares of {name} add up to {total}, and must to exactly 1")
+            raise file.refused((name,), f"the shares of {name} add up to {total}; they must add up to exactly 1")
     return {
         name: PersonaSet(name, tuple(Persona(each.name, each.share, each.text) for each in personas))
         for name, personas in entries.items()
@@ -247,5 +247,5 @@ def _mixture(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tup
         shares[name] = fraction(f"{said}: the share of {name},", share, SMALLEST_SHARE, 1)
     total = sum(shares.values())
     if total != 1:
-        raise SettingsError(f"{said}: the shares add up to {total}, and must to exactly 1")
+        raise SettingsError(f"{said}: the shares add up to {total}; they must add up to exactly 1")
     return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())

@@ -420,13 +420,13 @@ def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, model
     if before != now and len({*before, *now}) > 1:
         raise SettingsError(
             f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
-            f"turn, which stays, and would ask {', '.join(now)}"
+            f"turn; this cannot be changed on resume, and they would ask {', '.join(now)}"
         )
     for share in game.cast.models:
         if models[share.name].model != share.model:
             raise SettingsError(
                 f"--model-configs {shown(config.model_configs)}: {share.name} was {share.model} when the run in {path} "
-                f"was begun, which stays, and is {models[share.name].model}"
+                f"was started; this cannot be changed on resume, and it is now {models[share.name].model}"
             )
 
 
