@@ -47,7 +47,7 @@ SPARE_MB = 2000.0  # memory left free for other processes
 def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
     """Return the number of calls served by all servers so far, and their bytes (requests and replies), by method."""
     servers = endpoints(config.hosts, config.base_port, len(config.ports))
-    shakes = call_all_or_raise({each: partial(handshake, each, ANSWER_S, told={SERVED: ""}) for each in servers})
+    shakes = call_all_or_raise({each: partial(handshake, each, ANSWER_S, directives={SERVED: ""}) for each in servers})
     calls: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for shake in shakes.values():

@@ -214,7 +214,7 @@ def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
     servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
 
     def served() -> dict[str, list[int]]:
-        told = [handshake(server, 60, told={SERVED: ""}).served for server in servers]
+        told = [handshake(server, 60, directives={SERVED: ""}).served for server in servers]
         return {
             name: [sum(each) for each in zip(*(one.get(name, (0, 0, 0)) for one in told), strict=True)]
             for name in STEPS

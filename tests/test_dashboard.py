@@ -274,7 +274,7 @@ def test_a_glance_counts_what_the_tally_counts(max_value, decimals):
     draws = np.random.default_rng(7)
     sheet = AnswerSheet(5, 200_000)
     for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
-        sheet.put(place, units)
+        sheet.record(place, units)
     early = take_snapshot(3, [sheet], game.numbers)
     assert (early.round, early.done, sum(early.counts), early.failures) == (3, 150_000, 150_000, {})
     for place in range(150_000, 200_000):

@@ -130,7 +130,7 @@ def test_every_other_reply_is_a_trouble(status, body, again, endpoint, malformed
     with pytest.raises(RequestError) as caught:
         read_reply(status, {}, body, 0.0)
     trouble = caught.value
-    assert (trouble.again, trouble.endpoint, trouble.malformed) == (again, endpoint, malformed)
+    assert (trouble.retryable, trouble.server_wide, trouble.malformed) == (again, endpoint, malformed)
     assert trouble.refused == (status == 400) and str(trouble).startswith("model server: ")
     assert trouble.maybe_unsupported_n == (status not in (401, 403, 429, 503))
 
@@ -290,55 +290,55 @@ def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
 
 def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
     one, two = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
-    assert [one.take(3) for _ in range(4)] == [True, True, True, False]
-    assert not two.take(3)
-    one.give_back()
-    assert not one.take(3)  # the other waits, and has less
-    assert two.take(3)
-    two.give_back()
-    assert not two.take(3) or two.holding == 1
-    assert SharedSemaphore("b", tmp_path).take(1)
+    assert [one.acquire(3) for _ in range(4)] == [True, True, True, False]
+    assert not two.acquire(3)
+    one.release()
+    assert not one.acquire(3)  # the other waits, and has less
+    assert two.acquire(3)
+    two.release()
+    assert not two.acquire(3) or two.held == 1
+    assert SharedSemaphore("b", tmp_path).acquire(1)
 
 
 def test_who_has_waited_longest_is_first_among_equals(tmp_path):
     one, two, three = (SharedSemaphore("a", tmp_path) for _ in range(3))
-    assert one.take(1) and not two.take(1) and not three.take(1)
-    one.give_back()
-    assert not one.take(1) and not three.take(1) and two.take(1)
+    assert one.acquire(1) and not two.acquire(1) and not three.acquire(1)
+    one.release()
+    assert not one.acquire(1) and not three.acquire(1) and two.acquire(1)
 
 
 def test_more_processes_than_the_table_had_room_for_keep_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(in_flight, "ROWS", 3)
     everyone = [SharedSemaphore("a", tmp_path) for _ in range(8)]
-    assert [each.take(7) for each in everyone] == [True] * 7 + [False]
+    assert [each.acquire(7) for each in everyone] == [True] * 7 + [False]
     monkeypatch.setattr(in_flight, "ROWS", 2)
     late = SharedSemaphore("a", tmp_path)  # its file stays as large as it is
-    assert not late.take(7)
-    everyone[0].give_back()
-    assert not everyone[1].take(7) and everyone[7].take(7)  # also the first ones know of the last ones
-    assert [each.holding for each in everyone] == [0, *[1] * 7]
+    assert not late.acquire(7)
+    everyone[0].release()
+    assert not everyone[1].acquire(7) and everyone[7].acquire(7)  # also the first ones know of the last ones
+    assert [each.held for each in everyone] == [0, *[1] * 7]
 
 
 def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
     gone, one = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
-    assert gone.take(1) and not one.take(1)
+    assert gone.acquire(1) and not one.acquire(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**8)
     time.sleep(0.15)
-    assert one.take(1)
+    assert one.acquire(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**12)
-    gone.give_back()  # it was only slow: its row is its own, or another one
-    assert gone.holding == 0 and one.holding == 1
+    gone.release()  # it was only slow: its row is its own, or another one
+    assert gone.held == 0 and one.held == 1
 
 
 def use_places(folder, limit, everyone, enough, taken, number, results):
     places, most = SharedSemaphore("a", folder), 0
     everyone.wait(60)
     while not enough.is_set():
-        if places.take(limit):
+        if places.acquire(limit):
             taken[number] += 1
             most = max(most, int(places._table[1:, in_flight.HOLDING].sum()))
             time.sleep(0.002)
-            places.give_back()
+            places.release()
         else:
             time.sleep(0.0005)
     results.put(most)

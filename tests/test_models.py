@@ -412,9 +412,9 @@ def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
         group.close()
     assert tally_of(play(fake, 60, samples_per_request=1, max_in_flight=20)).answered == 60
     places = [
-        client._places for client in simulation.llm.chat._thread._clients.values() if fake.url in client._http.url
+        client._semaphore for client in simulation.llm.chat._thread._clients.values() if fake.url in client._http.url
     ]
-    until(lambda: [each.holding for each in places] == [0], 5, "all places are given back")
+    until(lambda: [each.held for each in places] == [0], 5, "all places are given back")
 
 
 def test_an_empty_purse_holds_up_nobody_else(play, fake_of):

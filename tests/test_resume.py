@@ -578,7 +578,7 @@ ANSWERS = "tests/data/old_runs/killed/answers-00001.parquet"
 def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, fcntl, "flock", number)
     places = SharedSemaphore("a", tmp_path / "in-flight")
-    assert [places.take(2) for _ in range(3)] == [True, True, False]
+    assert [places.acquire(2) for _ in range(3)] == [True, True, False]
     places.close()
     for name in ("one", "another"):
         RunDirectory(tmp_path / name).close()
@@ -621,7 +621,7 @@ def test_a_limit_that_cannot_be_shared_is_kept_by_each(tmp_path, monkeypatch, to
     failing(monkeypatch, os, "ftruncate", number)
     for _ in range(2):
         places = SharedSemaphore("a", tmp_path)
-        assert [places.take(1), places.take(1)] == [True, False]
+        assert [places.acquire(1), places.acquire(1)] == [True, False]
         places.close()
     assert [os.strerror(number) in line for line in told] == [True]
 

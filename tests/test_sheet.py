@@ -27,7 +27,7 @@ def sheet_of(entries: list[int | str], first: int = 0) -> AnswerSheet:
         if isinstance(entry, str):
             sheet.fail(place, entry)
         else:
-            sheet.put(place, entry)
+            sheet.record(place, entry)
     return sheet
 
 
@@ -100,8 +100,8 @@ def test_how_a_round_ended_goes_with_any_number_of_causes(ended):
 
 
 def test_a_round_that_everyone_has_finished_cannot_be_interrupted():
-    assert sheet_of([3, "interrupted"]).closed().tally().ended is Ended.COMPLETE
-    assert AnswerSheet(0, 1).closed().tally().ended is Ended.INTERRUPTED
+    assert sheet_of([3, "interrupted"]).with_missing_failed().tally().ended is Ended.COMPLETE
+    assert AnswerSheet(0, 1).with_missing_failed().tally().ended is Ended.INTERRUPTED
 
 
 class Rude(UnusableAnswer):
@@ -152,8 +152,8 @@ def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
         if isinstance(entry, str):
             sheet.fail(place, entry)
         elif entry is not None:
-            sheet.put(place, entry)
-    closed = sheet.closed()
+            sheet.record(place, entry)
+    closed = sheet.with_missing_failed()
     assert list(said_in(closed.answers(0, len(entries))).values()) == [
         INTERRUPTED if entry is None else entry for entry in entries
     ]
@@ -164,7 +164,7 @@ def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
 
 def test_no_answer_is_taken_for_a_failure():
     with pytest.raises(ValueError, match="-3 units"):
-        AnswerSheet(0, 1).put(0, -3)
+        AnswerSheet(0, 1).record(0, -3)
 
 
 class Odd(float):
@@ -198,19 +198,19 @@ def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbour
     one, together = (AnswerSheet(5, 2 * len(said) + 2) for _ in range(2))
     for place, answer in zip(places, said, strict=True):
         try:
-            one.put(place, to_units(answer, game))
+            one.record(place, to_units(answer, game))
         except (UnusableAnswer, KeyError) as error:
             one.fail(place, *failure_of(error))
-    together.put_all(places, said, game)
+    together.record_many(places, said, game)
     assert together.done == one.done == len(said)
     assert together.texts == one.texts
-    everyone = [sheet.closed().answers(0, 1000) for sheet in (one, together)]
+    everyone = [sheet.with_missing_failed().answers(0, 1000) for sheet in (one, together)]
     assert said_in(everyone[0]) == said_in(everyone[1])
 
 
 def test_answers_and_places_go_together():
     with pytest.raises(ValueError, match="1 answers for 2 places"):
-        AnswerSheet(0, 2).put_all([0, 1], [5], Game(7, 100, 0, 0.0))
+        AnswerSheet(0, 2).record_many([0, 1], [5], Game(7, 100, 0, 0.0))
 
 
 def test_causes_as_different_as_the_participants_are_kept():

@@ -166,7 +166,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             return
         with self._changed:
             if self._sheet is not None:
-                self._sheet = self._sheet.closed()
+                self._sheet = self._sheet.with_missing_failed()
             self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
@@ -301,7 +301,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             return agent.answer(question)
 
         def answered(places: list[int], answers: list[Any]) -> None:
-            sheet.put_all(places, answers, self.game)
+            sheet.record_many(places, answers, self.game)
 
         def failed(place: int, error: BaseException) -> None:
             self._fail(sheet, place, error)
@@ -323,7 +323,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 try:
                     units = to_units(self._reply(place, question), self.game)
                     with lock:
-                        sheet.put(place, units)
+                        sheet.record(place, units)
                 except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything, and fails alone
                     with lock:
                         self._fail(sheet, place, error)
@@ -350,7 +350,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             if self._scheduler is not None:
                 self._scheduler.halt()
             elif self._sheet is not None and not self._many:  # later answers of blocking participants are ignored
-                self._sheet = self._sheet.closed()
+                self._sheet = self._sheet.with_missing_failed()
                 self._changed.notify_all()
 
 

@@ -63,7 +63,7 @@ class OneByOne:
         with self._changed:
             self._halted = True
             if at_once and self.sheet is not None:
-                self.sheet = self.sheet.closed()
+                self.sheet = self.sheet.with_missing_failed()
             self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
@@ -92,7 +92,7 @@ class OneByOne:
             outcome = self._ask(place, question)
             with self._changed:
                 if "units" in outcome:
-                    sheet.put(place, outcome["units"])
+                    sheet.record(place, outcome["units"])
                 else:
                     sheet.fail(place, *outcome["failure"])
                 if sheet.done == sheet.count:

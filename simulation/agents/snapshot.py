@@ -56,7 +56,7 @@ def take_snapshot(number: int, sheets: Iterable[AnswerSheet], numbers: int) -> R
     counts: Units | None = None
     failures: dict[str, int] = {}
     for sheet in sheets:
-        answered, failed = sheet.so_far(width, bins)
+        answered, failed = sheet.partial_histogram(width, bins)
         counts = answered if counts is None else counts + answered
         for cause, often in failed.items():
             failures[cause] = failures.get(cause, 0) + often

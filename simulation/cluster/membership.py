@@ -73,7 +73,7 @@ class Membership:
 
     def open(self) -> None:
         """Announce the run to all servers and start the failure detector."""
-        shake = partial(handshake, timeout_s=self._config.connect_timeout, told={NEW_RUN: self._run})
+        shake = partial(handshake, timeout_s=self._config.connect_timeout, directives={NEW_RUN: self._run})
         shakes = call_all_or_raise({each: partial(shake, each) for each in self._servers})
         incarnations = {endpoint: shake.incarnation for endpoint, shake in shakes.items()}
         self._detector = FailureDetector(self._run, incarnations, self._config.heartbeat_timeout, self._config.lease)
@@ -83,7 +83,7 @@ class Membership:
         """Stop the failure detector and announce the end of the run; `keep` keeps the agents."""
         self._detector.__exit__()
         farewell = {KEEP_RUN if keep else END_RUN: self._run}
-        close = partial(handshake, timeout_s=self._config.connect_timeout, told=farewell)
+        close = partial(handshake, timeout_s=self._config.connect_timeout, directives=farewell)
         # a server that misses this call drops the agents when their lease expires
         call_all({each: partial(close, each) for each in self._servers if self._detector.answers(each)})
 

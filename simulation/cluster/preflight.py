@@ -136,7 +136,7 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
     told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
-    ask = partial(handshake, timeout_s=timeout_s, told=told)
+    ask = partial(handshake, timeout_s=timeout_s, directives=told)
     for endpoint, shake in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():
             raise _no_answer(endpoint.host, name, shake.models[name], trouble)

@@ -70,14 +70,14 @@ class AnswerSheet:
         self._places = places  # two views of one buffer: array stores one number in a third of numpy's time
         self._units: Units = np.frombuffer(places, np.int64)
 
-    def put(self, place: int, units: int) -> None:
+    def record(self, place: int, units: int) -> None:
         """Record the answer of participant first + place."""
         if units < 0:
             raise ValueError(f"an answer of {units} units")
         self._places[place] = units
         self.done += 1
 
-    def put_all(self, places: Sequence[int], answers: Sequence[Any], game: Game) -> None:
+    def record_many(self, places: Sequence[int], answers: Sequence[Any], game: Game) -> None:
         """Record the answers of the participants at these distinct places; an unusable answer is a failure.
 
         Plain numbers are converted together (0.1 us each), because one by one they take 1.2 us each.
@@ -98,7 +98,7 @@ class AnswerSheet:
 
     def _put_any(self, place: int, answer: Any, game: Game) -> None:
         try:
-            self.put(place, to_units(answer, game))
+            self.record(place, to_units(answer, game))
         except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
             self.fail(place, *failure_of(error))
 
@@ -113,7 +113,7 @@ class AnswerSheet:
     def _code(self, cause: str) -> int:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
-    def closed(self) -> AnswerSheet:
+    def with_missing_failed(self) -> AnswerSheet:
         """Return a copy with undecided participants recorded as interrupted; the original may still receive answers."""
         copy = AnswerSheet(self.first, 0)
         copy._fill(self._places[:])  # before the causes: a cause is stored before its code
@@ -130,7 +130,7 @@ class AnswerSheet:
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
         return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
 
-    def so_far(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
+    def partial_histogram(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
         """Return a partial histogram of a round in progress: int64 of shape (bins,), and failures by cause.
 
         Bins are `width` units wide and start at 0. Only the first CAUSES_TOLD_APART causes are counted separately, as

@@ -215,7 +215,7 @@ def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
         return [], True
     install_tls(load(Path(config.cluster_key_dir)))
     calls = {
-        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, told={MEMORY: ""})
+        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, directives={MEMORY: ""})
         for port in sorted(ports)
     }
     shakes, errors = call_all(calls)

@@ -61,32 +61,32 @@ class SharedSemaphore:
             self._table = np.zeros((ROWS, 4), np.int64)
         self._owner = secrets.randbits(62) + 1
         self._row = -1
-        self.holding = 0
+        self.held = 0
 
-    def take(self, limit: int, places: int = 1) -> bool:
-        """Acquire `places` permits if at least one is free and it is our turn; if not, count as waiting from now on."""
+    def acquire(self, limit: int, slots: int = 1) -> bool:
+        """Acquire `slots` permits if at least one is free and it is our turn; if not, count as waiting from now on."""
         with self._locked() as (own, now):
             since = int(own[WAITING_SINCE]) or now
             own[WAITING_SINCE] = since
-            held, first = self.holding, True
+            held, first = self.held, True
             for owner, holding, waiting_since, heard in self._table[1 : self._used() + 1].tolist():
                 if owner in (0, self._owner):
                     continue
                 if 0 <= now - heard < HOLDING_LOST_NS:  # below 0: written before the last reboot
                     held += holding
                 if waiting_since and 0 <= now - heard < WAITING_LOST_NS:
-                    first = first and (self.holding, since) <= (holding, waiting_since)
+                    first = first and (self.held, since) <= (holding, waiting_since)
             granted = first and held < limit
             if granted:
-                self.holding += places
-                own[HOLDING], own[WAITING_SINCE] = self.holding, 0
+                self.held += slots
+                own[HOLDING], own[WAITING_SINCE] = self.held, 0
         return granted
 
-    def give_back(self, places: int = 1) -> None:
+    def release(self, slots: int = 1) -> None:
         """Release permits."""
         with self._locked() as (own, _):
-            self.holding -= places
-            own[HOLDING] = self.holding
+            self.held -= slots
+            own[HOLDING] = self.held
 
     def beat(self, waiting: bool) -> None:
         """Record a heartbeat; call every BEAT_S seconds while this process holds permits or waits."""
@@ -133,7 +133,7 @@ class SharedSemaphore:
                 if self._row == len(self._table):
                     self._table = self._with(2 * len(self._table))
                 self._table[0, 0] = max(len(used), self._row)
-                self._table[self._row] = (self._owner, self.holding, 0, now)
+                self._table[self._row] = (self._owner, self.held, 0, now)
             own = self._table[self._row]
             own[HEARD] = now
             yield own, now

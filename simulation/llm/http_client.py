@@ -117,7 +117,7 @@ class ModelHttp:
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             cause = _connection_cause(error)
             raise RequestError(
-                f"{MODEL_SERVER}: {cause}{self._through}", endpoint=True, maybe_unsupported_n=cause == LOST
+                f"{MODEL_SERVER}: {cause}{self._through}", server_wide=True, maybe_unsupported_n=cause == LOST
             ) from None
         except ValueError:  # raised by a library if the reply is not valid HTTP
             raise RequestError(f"{MODEL_SERVER}: the reply is not HTTP", malformed=True) from None

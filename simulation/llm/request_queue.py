@@ -40,7 +40,7 @@ class ModelClient:
 
         self._http = ModelHttp(config)
         self._loop = asyncio.get_running_loop()
-        self._places = SharedSemaphore(self._http.url)
+        self._semaphore = SharedSemaphore(self._http.url)
         self._queue: deque[SampleRequest] = deque()
         self._serving: dict[asyncio.Task[None], SampleRequest] = {}
         self._n_unsupported: set[TokenBudget] = set()  # groups for which this server does not support n
@@ -87,10 +87,10 @@ class ModelClient:
             batch = ask.cut(self._samples_of(ask))
             if not batch.waiting:
                 continue
-            limit, places = self._measure(batch)
-            if not self._places.take(limit, places):
+            limit, slots = self._measure(batch)
+            if not self._semaphore.acquire(limit, slots):
                 ask.requeue(batch)
-                if self._places.holding < limit:  # else we wait for one of our own requests to end
+                if self._semaphore.held < limit:  # else we wait for one of our own requests to end
                     self._look_again(self._poll_s)
                     self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
                 return
@@ -101,9 +101,9 @@ class ModelClient:
             self._queue.rotate(-1)  # round-robin
             if batch.waiting:
                 broke = 0
-                self._send(batch, places)
+                self._send(batch, slots)
                 continue
-            self._places.give_back(places)
+            self._semaphore.release(slots)
             if ask.purse.has_reservations:  # a request that ends may return some tokens
                 broke += 1
             else:
@@ -114,7 +114,7 @@ class ModelClient:
         limit = batch.purse.sampling.max_in_flight
         return (ANSWERS_IN_FLIGHT, len(batch.waiting)) if limit is None else (limit, 1)
 
-    def _send(self, batch: SampleRequest, places: int) -> None:
+    def _send(self, batch: SampleRequest, slots: int) -> None:
         if batch.deadline is None:
             batch.deadline = time.monotonic() + batch.purse.sampling.reply_timeout_s
         count = len(batch.waiting)
@@ -123,7 +123,7 @@ class ModelClient:
 
         def ended(task: asyncio.Task[None]) -> None:  # also runs for a task cancelled before its first step
             del self._serving[task]
-            self._places.give_back(places)
+            self._semaphore.release(slots)
             batch.purse.commit(batch, None, False)  # no effect if already committed
             self._pump()
 
@@ -167,9 +167,9 @@ class ModelClient:
                 for ask in self._queue:
                     if now >= self._end_of(ask):
                         ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
-                self._places.beat(waiting=bool(self._queue) and now >= self._backoff_until)
+                self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
                 self._pump()
-            self._places.beat(waiting=False)
+            self._semaphore.beat(waiting=False)
         finally:
             self._ticking = None
 
@@ -180,7 +180,7 @@ class ModelClient:
             if isinstance(reply, RequestError) and count > 1 and self._doubts_n(batch, reply):
                 trouble, count, reply = reply, 1, await self._request(batch, 1)
                 if isinstance(reply, Reply):
-                    if batch.single_worked or not trouble.again:
+                    if batch.single_worked or not trouble.retryable:
                         self._stop_using_n(batch, f"has trouble with several answers in one request ({trouble})")
                     batch.single_worked = True
             if isinstance(reply, RequestError):
@@ -202,7 +202,7 @@ class ModelClient:
 
     def _doubts_n(self, batch: SampleRequest, trouble: RequestError) -> bool:
         """Return whether to retry now for one answer (after a refusal or repeated errors), and reserve its tokens."""
-        clear = not trouble.again or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
+        clear = not trouble.retryable or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
         return trouble.maybe_unsupported_n and clear and batch.purse.reserve(batch, 1) == 1
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
@@ -239,11 +239,11 @@ class ModelClient:
         cause = str(trouble)
         batch.troubles += 1
         batch.cause = self._last_cause = cause
-        if not trouble.again or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
+        if not trouble.retryable or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
             same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
             for ask in [batch, *(same if trouble.refused else [])]:  # the server would refuse these too
                 ask.give_up(cause, Ended.MODEL_FAILED)
-        elif trouble.endpoint:
+        elif trouble.server_wide:
             if time.monotonic() >= self._backoff_until:  # else it belongs to the same burst as the previous error
                 self._troubles += 1
             pause = min(pause_s(max(self._troubles, 1), trouble.retry_after_s, random.random()), self._left_s(batch))

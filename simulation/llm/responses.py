@@ -37,8 +37,8 @@ class RequestError(Exception):
     """A request without answers; the message is the cause that failed answers are counted by.
 
     Attributes:
-        again: Whether the same request may succeed later.
-        endpoint: Whether the error concerns the whole server, so that other requests must wait too.
+        retryable: Whether the same request may succeed later.
+        server_wide: Whether the error concerns the whole server, so that other requests must wait too.
         malformed: Whether the server sent a reply that cannot be parsed.
         refused: Whether the server refused the content of the request.
         maybe_unsupported_n: Whether n (the number of answers in one request) may be the only cause.
@@ -50,8 +50,8 @@ class RequestError(Exception):
         self,
         cause: str,
         *,
-        again: bool = True,
-        endpoint: bool = False,
+        retryable: bool = True,
+        server_wide: bool = False,
         malformed: bool = False,
         refused: bool = False,
         maybe_unsupported_n: bool = True,
@@ -59,8 +59,8 @@ class RequestError(Exception):
         tokens: Tokens | None = None,
     ) -> None:
         super().__init__(cause)
-        self.again = again
-        self.endpoint = endpoint
+        self.retryable = retryable
+        self.server_wide = server_wide
         self.malformed = malformed
         self.refused = refused
         self.maybe_unsupported_n = maybe_unsupported_n
@@ -112,13 +112,18 @@ def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -
     cause = f"{MODEL_SERVER}: HTTP {status}"
     if status in BUSY:
         return RequestError(
-            cause, endpoint=True, maybe_unsupported_n=False, retry_after_s=retry_after(headers.get("retry-after"), now)
+            cause,
+            server_wide=True,
+            maybe_unsupported_n=False,
+            retry_after_s=retry_after(headers.get("retry-after"), now),
         )
     if (status >= 500 and status != 501) or status in PASSING:
         return RequestError(cause, retry_after_s=retry_after(headers.get("retry-after"), now))
     words = _words_of(body)
     said = f"{cause}: {words}" if words else cause
-    return RequestError(said, again=False, refused=status in REFUSED_REQUEST, maybe_unsupported_n=status not in DENIED)
+    return RequestError(
+        said, retryable=False, refused=status in REFUSED_REQUEST, maybe_unsupported_n=status not in DENIED
+    )
 
 
 def _words_of(body: bytes) -> str:

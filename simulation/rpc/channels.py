@@ -71,7 +71,7 @@ def channel_to(url: str) -> grpc.Channel:
 
 
 def handshake(
-    endpoint: Endpoint, timeout_s: float, starting: bool = False, told: Mapping[str, str] | None = None
+    endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
     """Request a server's identity and state, optionally with directives.
 
@@ -79,7 +79,7 @@ def handshake(
         endpoint: Address of the server.
         timeout_s: Deadline in seconds.
         starting: Whether to wait until then even if no server listens yet.
-        told: Directives. NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
+        directives: Orders and questions. NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
             KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report memory use.
             SERVED: report calls so far. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
 
@@ -89,7 +89,7 @@ def handshake(
     """
     try:
         # gRPC reconnects only while a call waits for the connection, hence no loop of short calls
-        request = json.dumps(dict(told or {})).encode()
+        request = json.dumps(dict(directives or {})).encode()
         reply = _method(endpoint, HANDSHAKE)(request, timeout=timeout_s, wait_for_ready=starting)
     except grpc.RpcError as error:
         translated = translated_error(error, endpoint)
