@@ -20,6 +20,7 @@ import pytest
 from conftest import MODELS, NO_UTF8, ROOT, one_line
 
 import main
+from simulation import cli
 from simulation import settings as config
 from simulation.errors import SettingsError, meant_by, nearest
 from simulation.files import files_in, shown
@@ -129,7 +130,7 @@ def test_bad_settings_are_one_line_and_status_2(arguments, expected):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_mistyped_flag_of_any_role_is_recognised(role):
-    flags = main.flags_of(role)
+    flags = cli.flags_of(role)
     for flag in set(flags) - {"--help"}:
         middle = len(flag) // 2
         for mistyped in (
@@ -174,12 +175,12 @@ def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
 
 @pytest.mark.parametrize("text", ["-why so low?", "-how come?", "- 5 or 6?", "--really, why?", "—and now?"])
 def test_a_text_of_several_words_may_begin_with_a_dash(text):
-    given, folders = main._parsed(["--role", "ask", "--text", text, "--winner"])
+    given, folders = cli.parse_flags(["--role", "ask", "--text", text, "--winner"])
     assert given == {"role": "ask", "text": text, "winner": True} and folders == []
 
 
 @pytest.mark.parametrize("role", ["participant", "vllm", "report", "main"])
-@pytest.mark.parametrize("pair", list(itertools.combinations(main.ACTIONS, 2)))
+@pytest.mark.parametrize("pair", list(itertools.combinations(cli.ACTIONS, 2)))
 def test_each_pair_of_actions_is_refused(role, pair, capsys):
     assert main.main(["--role", role, *map(flag_of, pair)]) == 2
     assert one_line(capsys.readouterr().err)
@@ -199,7 +200,7 @@ def test_help_lists_every_flag_of_a_role_with_what_holds_without_it(role, capsys
         assert max(map(len, told.splitlines()[1:])) <= min(columns, 100)
     blocks = re.split(r"\n(?=  -|\n)", told)
     texts = {re.search(r"--[a-z-]+", each)[0]: " ".join(each.split()) for each in blocks if each.startswith("  -")}
-    assert sorted(texts) == sorted(main.flags_of(role))
+    assert sorted(texts) == sorted(cli.flags_of(role))
     settings = {flag_of(item.name): item for item in fields(SimulationConfig)}
     for flag, text in texts.items():
         assert text.count("(default: ") == 1 and text.endswith(")"), text
@@ -223,7 +224,7 @@ def test_help_shows_defaults_and_bounds_as_people_write_them():
         "model_configs": " (default: configs/model_configs.json)",
         "hosts": " (default: localhost)",
     }.items():
-        assert main.help_of(settings[name]).endswith(end), name
+        assert cli.help_of(settings[name]).endswith(end), name
     done = main_py("--help")
     assert done.returncode == 0 and done.stderr == "" and "--seed N " in done.stdout
     assert "--role --help: must be one of main" in one_line(main_py("--role", "--help").stderr)
@@ -306,8 +307,8 @@ def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp
         prefix.mkdir()
         (prefix / "installed-run").touch()
         monkeypatch.setattr(sys, "prefix", str(prefix))
-        monkeypatch.setattr(main, "ROOT", tmp_path)
-        assert f"{prefix} has no module x: " in main._damage(ModuleNotFoundError(name="x"))
+        monkeypatch.setattr(cli, "ROOT", tmp_path)
+        assert f"{prefix} has no module x: " in cli.describe_damage(ModuleNotFoundError(name="x"))
         assert (prefix / "installed-run").exists() is fixed_on_resume
 
 
@@ -440,5 +441,5 @@ def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monke
 
     monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))
     for malformed, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
-        given, _ = main._parsed(["--prompt", malformed, "--hosts", "a", malformed])
+        given, _ = cli.parse_flags(["--prompt", malformed, "--hosts", "a", malformed])
         assert (given["prompt"], given["hosts"]) == (meant, ["a", meant])

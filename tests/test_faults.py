@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, is_free, one_line, open_again, until
 from waiting import Gates
 
-import main
+from simulation import cli
 from simulation.errors import ClusterError
 from simulation.hosts import pid_files as processes
 from simulation.runs import console
@@ -315,7 +315,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
 
 
-@pytest.mark.parametrize("listen", [lambda: console.ConsoleProgress().listen(), main._interruptible])
+@pytest.mark.parametrize("listen", [lambda: console.ConsoleProgress().listen(), cli.raise_on_signals])
 def test_a_signal_that_is_ignored_stays_so(listen):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}

@@ -79,7 +79,7 @@ def handshake(
         endpoint: Address of the server.
         timeout_s: Deadline in seconds.
         starting: Whether to wait until then even if no server listens yet.
-        directives: Orders and questions. NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
+        directives: NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
             KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report memory use.
             SERVED: report calls so far. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
 
