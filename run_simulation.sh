@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Play the game: ask participants for a number, announce the average, name whoever is closest.
+# Play the game: ask participants for a number, announce the average, name the closest.
 #
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
 #   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]

@@ -45,7 +45,7 @@ main() {
     --all) selection="slow or not slow" left_out="" && shift ;;
   esac
   ensure_venv test
-  for name in $SETTINGS; do [ "$name" = PYTHON ] || unset "$name"; done # whoever runs the tests may have set them
+  for name in $SETTINGS; do [ "$name" = PYTHON ] || unset "$name"; done # of the user who runs the tests
   cd "$ROOT"
   if [ "${#tests[@]}" -eq 0 ]; then
     ensure_debian

@@ -93,14 +93,15 @@ load_settings() {
     line="$(with_tilde "$line")"
     case "$line" in *'$'*) fail 2 "configs/cluster.env, line $number: '$line': of variables, only \$HOME at the start is known" ;; esac
     case "$key" in # a path of the checkout, wherever the script is started
-      CLUSTER_KEY_DIR | SSH_CONFIG | EXTRA_PYTHONPATH) line="$(from_root "$line")" ;;
-      MODEL_PATH) [ ! -e "$ROOT/$line" ] || line="$(from_root "$line")" ;; # else it is the name of a model
+      CLUSTER_KEY_DIR | SSH_CONFIG) case "$line" in '' | /* | '~'*) ;; *) line="$ROOT/$line" ;; esac ;;
+      EXTRA_PYTHONPATH) line="$(from_root "$line")" ;;
+      MODEL_PATH) [ -z "$line" ] || [ ! -e "$ROOT/$line" ] || line="$ROOT/$line" ;; # else the name of a model
     esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }
 
-# from_root <path>[:<path>...]: these paths, absolute if they are relative to the checkout.
+# from_root <path>[:<path>...]: these paths, in the folder of the checkout where they are relative.
 from_root() {
   local part rest="$1:" paths=""
   while [ -n "$rest" ]; do

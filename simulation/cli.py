@@ -391,8 +391,8 @@ def ask(config: SimulationConfig) -> int:
     import_agentscope()
     from simulation.cluster.rounds import ask as ask_participant
 
-    told = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
-    question = Question(0, str(config.text), played.max_value, told, played.decimals)
+    announcements = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
+    question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
     server, oid = read_agents(path, participant)
     said = ask_participant(server, oid, key, question)
     say("\n".join(map(printable, said.splitlines())))  # a model may return any characters

@@ -323,7 +323,7 @@ def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
     gone, one = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
     assert gone.acquire(1) and not one.acquire(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**8)
-    time.sleep(0.15)
+    time.sleep(0.15)  # longer than that: a process that stays silent counts as dead
     assert one.acquire(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**12)
     gone.release()  # it was only slow: its row is its own, or another one

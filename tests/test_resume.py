@@ -432,7 +432,7 @@ def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkou
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
     os.kill(checkout.pid_in("servers/launcher"), signal.SIGKILL)
     status = checkout.run("start_all_server.sh", "--status")
-    assert status.returncode == 0 and "their launcher has died" in status.stdout
+    assert status.returncode == 0 and "the launcher has exited" in status.stdout
     gates.open()
     game.communicate(timeout=120)
     assert game.returncode == 0, log_of(checkout)

@@ -242,6 +242,8 @@ def test_paths_in_the_file_are_of_the_checkout(shell):
     (shell.path / "configs/cluster.env").write_text(settings)
     done = shell("run_simulation.sh", "1", "2")
     assert f"[--cluster-key-dir][{shell.path}/keys]" in done.stdout, done.stderr
+    (shell.path / "configs/cluster.env").write_text("CLUSTER_KEY_DIR=/a:b\nMODEL_PATH=\n")
+    assert "[--cluster-key-dir][/a:b]" in shell("run_simulation.sh", "1", "2").stdout
     assert f"[--extra-pythonpath][{shell.path}/one:/two:~/three:{shell.path}/four]" in done.stdout
 
 

@@ -205,7 +205,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
     if isinstance(metadata, dict) and "announcements" in metadata:
-        told = [
+        announcements = [
             {
                 **each,
                 "winning_units": tuple(each["winning_units"]),
@@ -214,7 +214,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
             }
             for each in metadata["announcements"]
         ]
-        return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in told)})
+        return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in announcements)})
     text = (message.get_text_content() or "") if message is not None else ""
     return Question(0, text, game.max_value)
 

@@ -97,7 +97,7 @@ class OneByOne:
                     sheet.fail(place, *outcome["failure"])
                 if sheet.done == sheet.count:
                     self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: told to whoever asks next
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: reported by the next call
             with self._changed:
                 self._error = one_line(error)
                 self._changed.notify_all()

@@ -169,7 +169,7 @@ class Scheduler:
                 self._tell()
                 if self._begun > begun:
                     collect_young()
-        except BaseException as error:  # noqa: BLE001 - a defect of ours: whoever awaits run() hears of it
+        except BaseException as error:  # noqa: BLE001 - a bug in this program: raised where run() is awaited
             self._everyone_ended.set_exception(error)
         else:
             self._plan_next()

@@ -259,13 +259,13 @@ class Cluster:
             for moderator_server in self._moderators
             if asks.get(moderator_server) != self._asks.get(moderator_server)
         }
-        told, errors = call_all(
+        assigned, errors = call_all(
             {
                 moderator_server: partial(self._moderators[moderator_server].assign, assignments, one_by_one)
                 for moderator_server, assignments in changed.items()
             }
         )
-        for moderator_server in told:
+        for moderator_server in assigned:
             self._asks[moderator_server] = changed[moderator_server]
         for error in errors.values():
             raise error

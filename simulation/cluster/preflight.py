@@ -135,8 +135,8 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     """Have one of these servers per host check that the host's models answer; raises ClusterError if one does not."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
-    told = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
-    ask = partial(handshake, timeout_s=timeout_s, directives=told)
+    directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
+    ask = partial(handshake, timeout_s=timeout_s, directives=directives)
     for endpoint, shake in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, trouble in shake.model_troubles.items():
             raise _no_answer(endpoint.host, name, shake.models[name], trouble)

@@ -231,6 +231,6 @@ def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
     launcher = processes.ProcessId.read(processes.pid_file(processes.LAUNCHER))
     if processes.own_process(processes.LAUNCHER) is None and not (launcher and launcher.elsewhere):
         rows.append(
-            ["their launcher has died: nobody starts them again when they do; ./stop_all_server.sh, then start anew"]
+            [f"the launcher has exited: servers that exit are not restarted; run {STOP}, then start them again"]
         )
     return rows, not errors

@@ -258,7 +258,7 @@ class _ModelThread:
     async def check(self, config: ModelConfig, timeout_s: float) -> str | None:
         try:
             client = self._client(config)
-        except Exception as error:  # noqa: BLE001 - told to whoever asks
+        except Exception as error:  # noqa: BLE001 - returned to the caller
             return f"cannot be asked with these settings: {one_line(error)}"
         return await client.check(config, timeout_s)
 

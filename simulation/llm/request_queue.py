@@ -62,12 +62,12 @@ class ModelClient:
             self._ticking = self._loop.create_task(self._tick())
         self._pump()
 
-    def drop(self, purse: TokenBudget) -> None:
+    def drop(self, budget: TokenBudget) -> None:
         """Drop all requests of one group; their futures stay unresolved."""
-        self._queue = deque(ask for ask in self._queue if ask.purse is not purse)
-        self._n_unsupported.discard(purse)
+        self._queue = deque(ask for ask in self._queue if ask.budget is not budget)
+        self._n_unsupported.discard(budget)
         for task, ask in self._serving.items():
-            if ask.purse is purse:
+            if ask.budget is budget:
                 task.cancel()
 
     async def check(self, config: ModelConfig, timeout_s: float) -> str | None:
@@ -95,7 +95,7 @@ class ModelClient:
                     self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
                 return
             self._poll_s = POLL_S
-            count = batch.purse.reserve(batch, len(batch.waiting))
+            count = batch.budget.reserve(batch, len(batch.waiting))
             if count < len(batch.waiting):
                 ask.requeue(batch.split_off(count))
             self._queue.rotate(-1)  # round-robin
@@ -104,19 +104,19 @@ class ModelClient:
                 self._send(batch, slots)
                 continue
             self._semaphore.release(slots)
-            if ask.purse.has_reservations:  # a request that ends may return some tokens
+            if ask.budget.has_reservations:  # a request that ends may return some tokens
                 broke += 1
             else:
                 ask.give_up(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
 
     def _measure(self, batch: SampleRequest) -> tuple[int, int]:
         """Return the limit and the permits a request needs: in requests if --max-in-flight is set, else in answers."""
-        limit = batch.purse.sampling.max_in_flight
+        limit = batch.budget.sampling.max_in_flight
         return (ANSWERS_IN_FLIGHT, len(batch.waiting)) if limit is None else (limit, 1)
 
     def _send(self, batch: SampleRequest, slots: int) -> None:
         if batch.deadline is None:
-            batch.deadline = time.monotonic() + batch.purse.sampling.reply_timeout_s
+            batch.deadline = time.monotonic() + batch.budget.sampling.reply_timeout_s
         count = len(batch.waiting)
         task = self._loop.create_task(self._serve(batch, count))
         self._serving[task] = batch
@@ -124,7 +124,7 @@ class ModelClient:
         def ended(task: asyncio.Task[None]) -> None:  # also runs for a task cancelled before its first step
             del self._serving[task]
             self._semaphore.release(slots)
-            batch.purse.commit(batch, None, False)  # no effect if already committed
+            batch.budget.commit(batch, None, False)  # no effect if already committed
             self._pump()
 
         task.add_done_callback(ended)
@@ -144,11 +144,11 @@ class ModelClient:
         """Return when a request expires; one not sent yet does not expire while the server answers others."""
         if ask.deadline is not None:
             return ask.deadline
-        return max(ask.asked_at, self._last_success) + ask.purse.sampling.reply_timeout_s
+        return max(ask.asked_at, self._last_success) + ask.budget.sampling.reply_timeout_s
 
     def _samples_of(self, ask: SampleRequest) -> int:
         greedy = ask.fields.get("temperature") == 0  # vLLM refuses n > 1 at temperature 0
-        return 1 if greedy or ask.purse in self._n_unsupported else ask.purse.sampling.samples_per_request
+        return 1 if greedy or ask.budget in self._n_unsupported else ask.budget.sampling.samples_per_request
 
     def _look_again(self, delay_s: float) -> None:
         if self._timer is None:
@@ -195,24 +195,24 @@ class ModelClient:
         try:
             reply = await self._post(batch, count)
         except RequestError as trouble:
-            batch.purse.commit(batch, trouble.tokens, False)
+            batch.budget.commit(batch, trouble.tokens, False)
             return trouble
-        batch.purse.commit(batch, reply.tokens, True)  # before usage can be read
+        batch.budget.commit(batch, reply.tokens, True)  # before usage can be read
         return reply
 
     def _doubts_n(self, batch: SampleRequest, trouble: RequestError) -> bool:
         """Return whether to retry now for one answer (after a refusal or repeated errors), and reserve its tokens."""
         clear = not trouble.retryable or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
-        return trouble.maybe_unsupported_n and clear and batch.purse.reserve(batch, 1) == 1
+        return trouble.maybe_unsupported_n and clear and batch.budget.reserve(batch, 1) == 1
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
-        if batch.purse not in self._n_unsupported:
-            self._n_unsupported.add(batch.purse)
+        if batch.budget not in self._n_unsupported:
+            self._n_unsupported.add(batch.budget)
             logger.warning(f"{batch.config.address} {why}: asking for one each")
 
     async def _post(self, batch: SampleRequest, count: int) -> Reply:
         """Make one attempt. Raises RequestError."""
-        attempt_s, left_s = batch.purse.sampling.attempt_timeout_s, self._left_s(batch)
+        attempt_s, left_s = batch.budget.sampling.attempt_timeout_s, self._left_s(batch)
         try:
             return await self._http.post(batch.body(count), min(attempt_s, left_s))
         except TimeoutError:
@@ -240,7 +240,7 @@ class ModelClient:
         batch.troubles += 1
         batch.cause = self._last_cause = cause
         if not trouble.retryable or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
-            same = [ask for ask in self._queue if (ask.purse, ask.prompt) == (batch.purse, batch.prompt)]
+            same = [ask for ask in self._queue if (ask.budget, ask.prompt) == (batch.budget, batch.prompt)]
             for ask in [batch, *(same if trouble.refused else [])]:  # the server would refuse these too
                 ask.give_up(cause, Ended.MODEL_FAILED)
         elif trouble.server_wide:
@@ -281,7 +281,7 @@ class SampleRequest:
     """A request for samples of one prompt, one for each of several participants.
 
     Args:
-        purse: The token budget of the participants' group.
+        budget: The token budget of the participants' group.
         config: The model.
         prompt: The prompt.
         fields: Other fields of the request, except n.
@@ -293,7 +293,7 @@ class SampleRequest:
 
     def __init__(
         self,
-        purse: TokenBudget,
+        budget: TokenBudget,
         config: ModelConfig,
         prompt: Prompt,
         fields: dict[str, Any],
@@ -302,7 +302,7 @@ class SampleRequest:
         fail: Callable[[list[asyncio.Future[Any]], str, Ended], None],
         deadline: float | None,
     ) -> None:
-        self.purse = purse
+        self.budget = budget
         self.config = config
         self.prompt = prompt
         self.fields = fields
@@ -340,7 +340,7 @@ class SampleRequest:
     def of(self, waiting: list[asyncio.Future[Any]]) -> SampleRequest:
         """Return a copy of this request for other futures."""
         part = SampleRequest(
-            self.purse, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline
+            self.budget, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline
         )
         part.asked_at, part.troubles, part.cause = self.asked_at, self.troubles, self.cause
         part.single_worked = self.single_worked

@@ -212,14 +212,14 @@ def read_played(path: Path, given: dict[str, Any]) -> tuple[SimulationConfig, Re
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """Return the settings of a run, updated with `given`. Raises SettingsError if one cannot change on resume."""
     staying = {item.name for item in fields(SimulationConfig) if item.metadata.get("fixed_on_resume")}
-    anew = replace(config, **given)
+    changed = replace(config, **given)
     for name in staying & given.keys():
-        if getattr(anew, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2
+        if getattr(changed, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2
             raise SettingsError(
                 f"{flag_of(name)} {given[name]}: the run in {path} was started with {getattr(config, name)}; this "
                 "setting cannot be changed on resume"
             )
-    return anew
+    return changed
 
 
 def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:

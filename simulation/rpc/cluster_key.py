@@ -77,7 +77,7 @@ def load(folder: Path) -> ClusterKey:
         fits = False
     if not fits:
         raise SettingsError(
-            f"the cluster key in {folder} is damaged: remove the folder, or copy it anew from another host"
+            f"the cluster key in {folder} is damaged: remove the folder, or copy it again from another host"
         )
     now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
     if now < begins:

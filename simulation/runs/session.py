@@ -261,8 +261,8 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         if config.run_dir is not None:
             raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
         path = Path(shown(config.resume))
-        anew = {name: given[name] for name in given.keys() - {"resume"}}
-        session = _resumed_sweep(path, anew) if is_there(path / SWEEP) else _resumed_run(path, anew)
+        changed = {name: given[name] for name in given.keys() - {"resume"}}
+        session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
     elif config.experiment is not None:
         session = _experiment(read_experiment(config.experiment, given), given)
     else:
