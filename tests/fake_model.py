@@ -89,9 +89,10 @@ class FakeModel:
         self._loop.run_until_complete(self._start())
         self._ready.set()
         self._loop.run_forever()
+        self._loop.run_until_complete(self._runner.cleanup())  # first, so that connections being accepted are closed
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
-        self._loop.run_until_complete(self._runner.cleanup())
+        self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
 
     async def _start(self) -> None:
