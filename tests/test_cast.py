@@ -68,10 +68,12 @@ def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
     assert [parts.topic for parts in sets] == ["set 0", "set 1"] and models.topic == MODEL
     participant = total - 1
     for place, parts in enumerate(sets):
-        there = cast.places(parts, participant, 1)[0]
+        there = cast.part_indices(parts, participant, 1)[0]
         assert cast.personas_of(participant)[place].name == parts.names[there] == cast.part_of(parts.topic, participant)
-        assert np.bincount(cast.places(parts, 0, total), minlength=len(parts.names)).tolist() == list(parts.counts)
-    called = models.names[cast.places(models, participant, 1)[0]]
+        assert np.bincount(cast.part_indices(parts, 0, total), minlength=len(parts.names)).tolist() == list(
+            parts.counts
+        )
+    called = models.names[cast.part_indices(models, participant, 1)[0]]
     assert f"model {cast.model_of(participant)[1:]}" == called == cast.part_of(MODEL, participant)
 
 
@@ -91,18 +93,18 @@ def test_topics_say_nothing_about_each_other():
     assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.02  # neighbours sit on the same server
 
 
-def test_models_that_take_turns_are_told_apart_by_what_they_are():
+def test_round_robin_models_are_grouped_by_their_server_name():
     cast = cast_of(7, 11, turns=("llama", "qwen", "llama"))
     (parts,) = cast.groupings
     assert parts.names == ("llama", "qwen") and cast.model_of(3) is None
-    assert cast.places(parts, 3, 3).tolist() == [0, 1, 0]
+    assert cast.part_indices(parts, 3, 3).tolist() == [0, 1, 0]
     assert [cast.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
-    assert np.bincount(cast.places(parts, 0, 11)).tolist() == list(parts.counts)
+    assert np.bincount(cast.part_indices(parts, 0, 11)).tolist() == list(parts.counts)
     assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
     alike = Population(
         7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
     )
-    assert alike.groupings[0].names == ("cold", "hot") and alike.places(alike.groupings[0], 0, 10).sum() == 5
+    assert alike.groupings[0].names == ("cold", "hot") and alike.part_indices(alike.groupings[0], 0, 10).sum() == 5
     other = ModelShare("other", Fraction(1, 2), "qwen")
     mixed = Population(7, 20, models=(*(replace(each, share=Fraction(1, 4)) for each in alike.models), other))
     (parts,) = mixed.groupings

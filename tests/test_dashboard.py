@@ -27,7 +27,7 @@ from simulation.agents.snapshot import BINS, bins_of, take_snapshot
 from simulation.cluster.failure_detector import ServerStatus
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game
-from simulation.game.tally import CAUSES_TOLD_APART, RoundResult, Tally, Winners
+from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.llm.usage import Usage
 from simulation.results.console_report import histogram
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
@@ -278,11 +278,11 @@ def test_a_glance_counts_what_the_tally_counts(max_value, decimals):
     early = take_snapshot(3, [sheet], game.numbers)
     assert (early.round, early.done, sum(early.counts), early.failures) == (3, 150_000, 150_000, {})
     for place in range(150_000, 200_000):
-        sheet.fail(place, f"cause {place % (2 * CAUSES_TOLD_APART)}")
+        sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
     late, tally = take_snapshot(3, [sheet, sheet], game.numbers), sheet.tally()
     _, counts = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
     assert late.counts == tuple(2 * counts) and len(late.counts) == bins_of(game.numbers)[1] <= BINS
-    assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_TOLD_APART + 1
+    assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_COUNTED + 1
     assert take_snapshot(0, [], game.numbers).counts == ()
 
 

@@ -281,7 +281,9 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
     wording = read_wording(config)
     assert (wording.name, wording.system, wording.reasoning_tokens) == ("free", "From {{0}} to {max_value}.", 9)
     cast = read_cast(config, read_models(config))
-    assert [each.name for each in cast.persona_sets] == ["b", "a"] and cast.turns == ("participant-model",) * 2
+    assert [each.name for each in cast.persona_sets] == ["b", "a"] and cast.round_robin_models == (
+        "participant-model",
+    ) * 2
     assert [(each.share, each.text) for each in cast.persona_sets[1].personas] == [
         (Fraction(1, 3), ""),
         (Fraction(2, 3), "Why?"),

@@ -56,7 +56,7 @@ def test_with_those_who_do_not_think_it_is_the_draw_that_adds(cluster):
     summary = cluster.play("3", str(COUNT), *flags)
     run = read_run(cluster.path / "runs/latest")
     (parts,) = run.game.cast.groupings
-    levels = [int(parts.names[place].removeprefix("level ")) for place in run.game.cast.places(parts, 0, COUNT)]
+    levels = [int(parts.names[place].removeprefix("level ")) for place in run.game.cast.part_indices(parts, 0, COUNT)]
     game, heard = Game(7, 100, DECIMALS, 0.0), Fraction(50)
     for entry in summary["rounds"]:
         units = [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
 from simulation.game.answer_sheet import TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
 from simulation.game.rules import Game, to_units
-from simulation.game.tally import CAUSES_TOLD_APART, INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Tally, Winners, merge
+from simulation.game.tally import CAUSES_COUNTED, INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Tally, Winners, merge
 from simulation.results.answers_parquet import rows_of, tally_in
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
@@ -81,14 +81,14 @@ def test_an_undecided_participant_is_not_counted():
 
 
 def test_causes_are_bounded_and_nobody_is_lost():
-    sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_TOLD_APART)])
-    assert len(sheet.tally().failures) == CAUSES_TOLD_APART + 1
-    assert sheet.tally().failed == 3 * CAUSES_TOLD_APART
+    sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_COUNTED)])
+    assert len(sheet.tally().failures) == CAUSES_COUNTED + 1
+    assert sheet.tally().failed == 3 * CAUSES_COUNTED
 
 
 @pytest.mark.parametrize("ended", Ended)
 def test_how_a_round_ended_goes_with_any_number_of_causes(ended):
-    often = [f"cause {place}" for place in range(CAUSES_TOLD_APART + 50)] * 2
+    often = [f"cause {place}" for place in range(CAUSES_COUNTED + 50)] * 2
     sheet = AnswerSheet(0, len(often) + 1)
     for place, cause in enumerate(often):
         sheet.fail(place, cause)
@@ -220,5 +220,5 @@ def test_causes_as_different_as_the_participants_are_kept():
     part = sheet.answers(70_000, 10)
     assert part.causes == [part.cause_of(place) for place in range(70_000, 70_010)]
     assert part.causes[0] == "cause 70000"
-    assert sheet.tally().failures[OTHER_CAUSES] == 100_000 - CAUSES_TOLD_APART
+    assert sheet.tally().failures[OTHER_CAUSES] == 100_000 - CAUSES_COUNTED
     assert list(sheet.texts) == list(range(TEXTS_KEPT))

@@ -262,7 +262,7 @@ class Teams:
         """Yield the same answers, and count them."""
         waiting: list[tuple[Units, Units]] = []
         for part in answers:
-            waiting.append((self._cast.places(self._parts, part.first, len(part.units)), part.units))
+            waiting.append((self._cast.part_indices(self._parts, part.first, len(part.units)), part.units))
             if sum(len(units) for _, units in waiting) >= FETCHED_AT_ONCE:
                 self._count(waiting)
             yield part

@@ -1,8 +1,8 @@
 """The parser that reads the number in an answer text. Pure: it knows neither the game nor the range of its numbers.
 
 A text is accepted only if the author's own number is certain. Either the whole text is one statement, such as "33",
-"I choose 33" or "Answer: 33" (answer_words.py has these in many languages), or the last line only gives the answer and
-no earlier line hints that it is another player's. All other texts are rejected: a retry is better than a wrong number.
+"I choose 33" or "Answer: 33" (answer_words.yaml has these in many languages), or the last line only gives the answer
+and no earlier line hints that it is another player's. Other texts are rejected: a retry is better than a wrong number.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import html
 import json
 import re
 import unicodedata
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from simulation.errors import KnownCause
-from simulation.game import answer_words as words
 
 TEXT_READ = 20_000  # maximum characters of an answer
 SHORT = 64  # maximum characters of an answer whose result is cached
@@ -24,15 +27,31 @@ NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is t
 TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
-class _Later:
-    """A regular expression that is compiled on first use: most answers are a bare number, and need none of them."""
+class _Lazy:
+    """A regular expression, or a function that returns one, compiled on first use: bare numbers need none of them."""
 
-    def __init__(self, source: str, flags: int = 0) -> None:
+    def __init__(self, source: str | Callable[[], str], flags: int = 0) -> None:
         self._source, self._flags = source, flags
 
     def __getattr__(self, name: str) -> Any:
-        vars(self)["_pattern"] = pattern = vars(self).get("_pattern") or re.compile(self._source, self._flags)
-        return getattr(pattern, name)
+        if "_pattern" not in vars(self):
+            source = self._source if isinstance(self._source, str) else self._source()
+            self._pattern = re.compile(source, self._flags)
+        return getattr(self._pattern, name)
+
+
+@cache
+def _words() -> dict[str, Any]:
+    """Return the content of answer_words.yaml, with each list of alternatives as one pattern."""
+
+    def joined(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {key: joined(value) for key, value in entry.items()}
+        return "|".join(entry) if isinstance(entry, list) else entry
+
+    text = Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8")
+    words: dict[str, Any] = joined(yaml.safe_load(text))
+    return words
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -42,7 +61,7 @@ _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
 )
 _BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
-_LEFT_OUT = _Later(  # ranges, totals and negated numbers
+_LEFT_OUT = _Lazy(  # ranges, totals and negated numbers
     rf"(?:between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
     rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d))(?! \d)"
     r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is not a total
@@ -64,28 +83,36 @@ _DIGITS = re.compile(r"[\d²³¹¼-¾⅐-⅞]")
 
 _AROUND = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•=—]"  # marks beside a number
 _END = r"[.!。！।]*"
-_LABELS = "|".join(each.labels for each in words.LANGUAGES.values())
-_OPENING = rf"\W*(?:(?:{words.OPENING})(?!\w)[\s,:;.!…—-]*)*"
 
 
-def _statement(each: words.Words) -> str:
-    """Return a pattern for a line that states a number in one language; group `formal` marks a formal answer."""
-    number = _COMMA_NUMBER if each.comma else _SURE
-    before, after = each.around
-    return (
-        rf"{_OPENING}(?:(?:(?P<formal>(?:{each.labels})(?: ?\( ?\))? ?[:=—]"
-        rf"|(?:{each.owns})(?![^\W\d\u2e80-\ud7ff]))|(?:{each.states}))"
-        rf"(?: ?(?:{words.THE_NUMBER})(?!\w))?[ :=—]{{0,2}}(?:boxed: )?{_AROUND}{{0,4}}(?P<number>{number})"
-        rf"|(?:{before})(?P<before>{number})(?:{after}))"
-        rf"{words.UNITS}{words.CLOSING}{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
-    )
+def _line(statement: str) -> str:
+    """Return the pattern of a whole line with a statement, the words around it included."""
+    words = _words()
+    opening = rf"\W*(?:(?:{words['opening']})(?!\w)[\s,:;.!…—-]*)*"
+    closing = rf"(?: ?(?:{words['units']}))?(?:{words['closing']})?"
+    return rf"{opening}{statement}{closing}{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
 
 
-_STATEMENTS = tuple(_Later(_statement(each)) for each in words.LANGUAGES.values())
-_ALONE = _Later(
-    rf"{_OPENING}(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}}(?:and |again )+\1)*{words.UNITS}{words.CLOSING}"
-    rf"{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
-)
+@cache
+def _statements() -> list[_Lazy]:
+    """Return the pattern of a line that states a number, per language; group `formal` marks a formal answer."""
+    patterns = []
+    for each in _words()["languages"].values():
+        number = _COMMA_NUMBER if each.get("comma", True) else _SURE
+        patterns.append(
+            rf"(?:(?:(?P<formal>(?:{each['labels']})(?: ?\( ?\))? ?[:=—]"
+            rf"|(?:{each['owns']})(?![^\W\d\u2e80-\ud7ff]))|(?:{each['states']}))"
+            rf"(?: ?(?:{_words()['the_number']})(?!\w))?[ :=—]{{0,2}}(?:boxed: )?{_AROUND}{{0,4}}(?P<number>{number})"
+            rf"|(?:{each.get('before', '(?!)')})(?P<before>{number})(?:{each.get('after', '')}))"
+        )
+    return [_Lazy(_line(each)) for each in patterns]
+
+
+def _all_languages(key: str) -> str:
+    return "|".join(each[key] for each in _words()["languages"].values())
+
+
+_ALONE = _Lazy(lambda: _line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}}(?:and |again )+\1)*"))
 
 
 def parse_number(text: str) -> float:
@@ -106,11 +133,11 @@ def parse_number(text: str) -> float:
 
 
 def _read(text: str) -> float:
-    said = _plain(text)
-    if not _DIGITS.search(said):
+    plain = _plain(text)
+    if not _DIGITS.search(plain):
         raise KnownCause(NO_NUMBER, text)
-    *before, last = _lines(_NUMBER_QUOTED.sub("", said)) or [""]
-    number = None if _FOREIGN.search(said) else _stated(last, only_formal=bool(before))
+    *before, last = _lines(_NUMBER_QUOTED.sub("", plain)) or [""]
+    number = None if _FOREIGN.search(plain) else _stated(last, only_formal=bool(before))
     if number is None or not (all(_leaves(number, line) for line in before) and _leads_to(before, last)):
         raise KnownCause(UNCERTAIN, text)
     return number
@@ -130,7 +157,7 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
         return None
     if match := _ALONE.fullmatch(line):
         return _to_float(match[1])
-    for pattern in _STATEMENTS:
+    for pattern in _statements():
         if (match := pattern.fullmatch(line)) and (match["formal"] or not only_formal):
             return _to_float(match["number"] or match["before"])
     return None
@@ -163,32 +190,32 @@ _THOUGHTS = (
     "think(?:ing)?|thoughts?|thought_process|reason(?:ing)?|analysis|reflection|scratch_?pad|inner_monologue|cot|plan"
     "|rationale"
 )
-_TAG = _Later(rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]")
-_TOKEN = _Later(r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>")
-_ELEMENT = _Later(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
-_BOXED = _Later(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
-_STRUCK = _Later(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
-_EMPHASIS = _Later(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
+_TAG = _Lazy(rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]")
+_TOKEN = _Lazy(r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>")
+_ELEMENT = _Lazy(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
+_BOXED = _Lazy(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
+_STRUCK = _Lazy(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
+_EMPHASIS = _Lazy(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
 # Other signs of text that is not the answer itself: markup, objects, quotations, tables, reasoning
-_FOREIGN = _Later(
+_FOREIGN = _Lazy(
     r"<[^\W\d_][^<>]{0,60}>|<[!/|][^<>]{0,60}>|[‹〈《【]|\[/?[a-z]+\]|[{}]|^[ \t]*[>|]"
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
     re.M,
 )
-_QUOTES = _Later(r"[\"“”„«»「」『』]")
-_NUMBER_QUOTED = _Later(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
-_ASKS = _Later(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
-_LABEL_LINE = _Later(rf"\W*(?:{_LABELS}|{'|'.join(each.owns for each in words.LANGUAGES.values())})\W*")
-_ITEM = _Later(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of a list item
-_SUPPOSES = _Later(rf"\W*(?:{words.SUPPOSING})|.*(?:가정|仮定)")
-_LEADS = _Later(words.LEADING)
-_SPEAKS = _Later(rf"(?!\W*(?:{words.HEADINGS})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
-_ABBREVIATED = _Later(r"\b(?:avg|approx|no|est|nr|etc)\.\W*$")
-_VALUE = _Later(rf".*=.*\d\W*|\W*(?:{words.HEADINGS})\W*[:=≈→].*\d\W*")  # "target: 33"
-_SENTENCE_ENDS = _Later(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_KEY = _Later(rf"{_LABELS}|numero")
-_BESIDE = _Later(rf"{words.HEADINGS}|rationale|thoughts?|thinking|confidence|round|思考")
-_JSON = _Later(r"\s*(\{.*\})\s*", re.S)
+_QUOTES = _Lazy(r"[\"“”„«»「」『』]")
+_NUMBER_QUOTED = _Lazy(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
+_ASKS = _Lazy(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
+_LABEL_LINE = _Lazy(lambda: rf"\W*(?:{_all_languages('labels')}|{_all_languages('owns')})\W*")
+_ITEM = _Lazy(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of a list item
+_SUPPOSES = _Lazy(lambda: rf"\W*(?:{_words()['supposing']})|.*(?:가정|仮定)")
+_LEADS = _Lazy(lambda: _words()["leading"])
+_SPEAKS = _Lazy(lambda: rf"(?!\W*(?:{_words()['headings']})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
+_ABBREVIATED = _Lazy(r"\b(?:avg|approx|no|est|nr|etc)\.\W*$")
+_VALUE = _Lazy(lambda: rf".*=.*\d\W*|\W*(?:{_words()['headings']})\W*[:=≈→].*\d\W*")  # "target: 33"
+_SENTENCE_ENDS = _Lazy(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
+_KEY = _Lazy(lambda: rf"{_all_languages('labels')}|numero")
+_BESIDE = _Lazy(lambda: rf"{_words()['headings']}|rationale|thoughts?|thinking|confidence|round|思考")
+_JSON = _Lazy(r"\s*(\{.*\})\s*", re.S)
 
 
 def _lines(text: str) -> list[str]:

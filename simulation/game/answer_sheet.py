@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simulation.errors import Ended, Failure, failure_of
 from simulation.game.rules import OUT_OF_RANGE, Game, to_units
 from simulation.game.tally import (
-    CAUSES_TOLD_APART,
+    CAUSES_COUNTED,
     INTERRUPTED,
     OTHER_CAUSES,
     WINNERS_NAMED,
@@ -133,20 +133,20 @@ class AnswerSheet:
     def partial_histogram(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
         """Return a partial histogram of a round in progress: int64 of shape (bins,), and failures by cause.
 
-        Bins are `width` units wide and start at 0. Only the first CAUSES_TOLD_APART causes are counted separately, as
+        Bins are `width` units wide and start at 0. Only the first CAUSES_COUNTED causes are counted separately, as
         there may be as many causes as participants.
         """
         answered = np.zeros(bins, np.int64)
-        failed = np.zeros(CAUSES_TOLD_APART + 1, np.int64)
+        failed = np.zeros(CAUSES_COUNTED + 1, np.int64)
         units, any_failed = self._units, bool(self._causes)
         for at in range(0, len(units), PIECE):
             piece = units[at : at + PIECE]
             usable = piece[piece >= 0]
             answered += np.bincount(usable if width == 1 else usable // width, minlength=bins)
             if any_failed:
-                codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_TOLD_APART)
+                codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_COUNTED)
                 failed += np.bincount(codes, minlength=len(failed))
-        causes = [*islice(self._causes, CAUSES_TOLD_APART), OTHER_CAUSES]  # after the codes: each has its cause by now
+        causes = [*islice(self._causes, CAUSES_COUNTED), OTHER_CAUSES]  # after the codes: each has its cause by now
         return answered, {cause: often for cause, often in zip(causes, failed.tolist(), strict=False) if often}
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:

@@ -6,6 +6,7 @@ It does not depend on placement, and it can be computed for a single participant
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,114 +64,100 @@ class Population:
         total: The number of participants.
         persona_sets: Each participant has one persona of each set.
         models: The mixture of models; if empty, participants use the models in turn.
-        turns: The servers' names of the models that participants use in turn; empty without models.
+        round_robin_models: The servers' names of the models that participants use in turn; empty without models.
     """
 
     seed: int
     total: int
     persona_sets: tuple[PersonaSet, ...] = ()
     models: tuple[ModelShare, ...] = ()
-    turns: tuple[str, ...] = ()
+    round_robin_models: tuple[str, ...] = ()
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """Return the participant's persona of each set, in the order of the sets."""
-        return tuple(
-            each.personas[assign_one(self.seed, each.name, parts.counts, participant)]
-            for each, parts in zip(self.persona_sets, self._persona_parts, strict=True)
-        )
+        return tuple(each.personas[self._part_index(each.name, participant)] for each in self.persona_sets)
 
     def model_of(self, participant: int) -> str | None:
         """Return the name of the participant's model in the mixture; None without a mixture."""
-        if not self.models:
-            return None
-        return self.models[assign_one(self.seed, MODEL, self._model_counts, participant)].name
-
-    @property
-    def groupings(self) -> tuple[Grouping, ...]:
-        """Return all partitions of the participants: by each persona set, and by model if there are several names."""
-        called = self.called
-        names = tuple(dict.fromkeys(called))
-        counts = (
-            self._model_counts
-            if self.models
-            else largest_remainder(self.total, [Fraction(1, len(called) or 1)] * len(called))
-        )
-        each = tuple(sum(count for name, count in zip(called, counts, strict=True) if name == one) for one in names)
-        return self._persona_parts + ((Grouping(MODEL, names, each),) if len(names) > 1 else ())
-
-    def places(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """Return the part index of participants first .. first+count-1: int64 of shape (count,)."""
-        if parts.topic != MODEL:
-            return assign_many(self.seed, parts.topic, parts.counts, first, count)
-        if self.models:
-            place = assign_many(self.seed, MODEL, self._model_counts, first, count)
-        else:
-            place = np.arange(first, first + count) % len(self.turns)
-        return np.array([parts.names.index(name) for name in self.called])[place]
+        return self.models[self._part_index(MODEL, participant)].name if self.models else None
 
     def part_of(self, topic: str, participant: int) -> str:
-        """Return the name of one participant's part, like `places` but without arrays. `topic` must exist."""
-        if topic != MODEL:
-            named = zip(self.persona_sets, self.personas_of(participant), strict=True)
-            return next(persona.name for each, persona in named if each.name == topic)
-        if self.models:
-            return self.called[assign_one(self.seed, MODEL, self._model_counts, participant)]
-        return self.called[participant % len(self.turns)]
+        """Return the name of a participant's persona in the set `topic`, or the label of its model."""
+        return self._labels[topic][self._part_index(topic, participant)]
+
+    def part_indices(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
+        """Return the part index of participants first .. first+count-1: int64 of shape (count,)."""
+        counts = self._counts[parts.topic]
+        if parts.topic == MODEL and not self.models:
+            indices = np.arange(first, first + count) % len(counts)
+        else:
+            indices = assign_many(self.seed, parts.topic, counts, first, count)
+        return np.array([parts.names.index(label) for label in self._labels[parts.topic]])[indices]
+
+    @property
+    def model_labels(self) -> tuple[str, ...]:
+        """Return the name of each model in results, which several models may share."""
+        return self._labels[MODEL]
+
+    def _part_index(self, topic: str, participant: int) -> int:
+        if topic == MODEL and not self.models:
+            return participant % len(self.round_robin_models)
+        return assign_one(self.seed, topic, self._counts[topic], participant)
 
     @cached_property
-    def _persona_parts(self) -> tuple[Grouping, ...]:
-        return tuple(
-            Grouping(
-                each.name,
-                tuple(persona.name for persona in each.personas),
-                largest_remainder(self.total, [persona.share for persona in each.personas]),
-            )
-            for each in self.persona_sets
-        )
+    def groupings(self) -> tuple[Grouping, ...]:
+        """Return all partitions of the participants: by each persona set, and by model if there are several labels."""
+        groupings = []
+        for topic, labels in self._labels.items():
+            counts: Counter[str] = Counter()  # several models may share a label
+            for label, count in zip(labels, self._counts[topic], strict=True):
+                counts[label] += count
+            if topic != MODEL or len(counts) > 1:
+                groupings.append(Grouping(topic, tuple(counts), tuple(counts.values())))
+        return tuple(groupings)
 
     @cached_property
-    def _model_counts(self) -> tuple[int, ...]:
-        return largest_remainder(self.total, [each.share for each in self.models])
+    def _counts(self) -> dict[str, tuple[int, ...]]:
+        """Return the number of participants with each persona, by set, and with each model."""
+        shares = {each.name: [persona.share for persona in each.personas] for each in self.persona_sets}
+        equal = [Fraction(1, len(self.round_robin_models) or 1)] * len(self.round_robin_models)
+        shares[MODEL] = [each.share for each in self.models] or equal
+        return {topic: largest_remainder(self.total, each) for topic, each in shares.items()}
 
     @cached_property
-    def called(self) -> tuple[str, ...]:
-        """Return the names of the models in results: their servers' names, which several servers may share.
+    def _labels(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the personas, by set, and of the models in results.
 
-        Models of a mixture that share a name, for example with different temperatures, get their names in the models
-        file instead.
+        A model is called by its server's name for it, which several servers may share. Models of a mixture that share
+        that name, for example with different temperatures, are called by their names in the models file.
         """
-        called = [each.model for each in self.models]
-        apart = (each.name if called.count(each.model) > 1 else each.model for each in self.models)
-        return tuple(apart) or self.turns
+        labels = {each.name: tuple(persona.name for persona in each.personas) for each in self.persona_sets}
+        names = [each.model for each in self.models]
+        mixed = tuple(each.name if names.count(each.model) > 1 else each.model for each in self.models)
+        return labels | {MODEL: mixed or self.round_robin_models}
 
     def to_json(self) -> dict[str, Any]:
         """Return the data for the run folder; seed and total are part of the run's settings."""
-        return {
-            "personas": {
-                each.name: [{"name": one.name, "share": str(one.share), "text": one.text} for one in each.personas]
-                for each in self.persona_sets
-            },
-            "models": [{"name": one.name, "share": str(one.share), "model": one.model} for one in self.models],
-            "turns": list(self.turns),
+        personas = {
+            each.name: [{"name": one.name, "share": str(one.share), "text": one.text} for one in each.personas]
+            for each in self.persona_sets
         }
+        models = [{"name": each.name, "share": str(each.share), "model": each.model} for each in self.models]
+        return {"personas": personas, "models": models, "turns": list(self.round_robin_models)}
 
     @classmethod
-    def from_json(cls, said: dict[str, Any], seed: int, total: int) -> Population:
+    def from_json(cls, data: dict[str, Any], seed: int, total: int) -> Population:
         """Return a population stored by `to_json`. Raises KeyError, TypeError or ValueError if it is malformed."""
         sets = (
             PersonaSet(name, tuple(Persona(one["name"], Fraction(one["share"]), one["text"]) for one in personas))
-            for name, personas in said["personas"].items()
+            for name, personas in data["personas"].items()
         )
-        models = (ModelShare(one["name"], Fraction(one["share"]), one["model"]) for one in said["models"])
-        return cls(seed, total, tuple(sets), tuple(models), tuple(said["turns"]))
+        models = (ModelShare(one["name"], Fraction(one["share"]), one["model"]) for one in data["models"])
+        return cls(seed, total, tuple(sets), tuple(models), tuple(data["turns"]))
 
 
 STEPS = 4  # of the Feistel network; three give a pseudorandom permutation (Luby, Rackoff 1988)
-
-
 MASK = 2**64 - 1
-
-
 GAMMA = 0x9E3779B97F4A7C15
 
 
@@ -191,9 +178,9 @@ def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]
     """
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: (counts[place] - exact[place], place))
-    for place in by_remainder[: total - sum(counts)]:
-        counts[place] += 1
+    by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
     return tuple(counts)
 
 
@@ -206,22 +193,22 @@ def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, coun
     if first < 0 or first + count > total:  # otherwise the loop below may not end
         raise ValueError(f"participants {first} to {first + count - 1} are not among {total}")
     half_bits, keys = _network(seed, topic, total)
-    places = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
-    beyond = np.flatnonzero(places >= total)
+    ranks = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
+    beyond = np.flatnonzero(ranks >= total)
     while len(beyond):  # cycle walking: permute until inside, which is a permutation of 0 .. total-1
-        places[beyond] = _permuted(places[beyond], half_bits, keys)
-        beyond = beyond[places[beyond] >= total]
-    return np.searchsorted(np.cumsum(counts), places.astype(np.int64), side="right").astype(np.int64)
+        ranks[beyond] = _permuted(ranks[beyond], half_bits, keys)
+        beyond = beyond[ranks[beyond] >= total]
+    return np.searchsorted(np.cumsum(counts), ranks.astype(np.int64), side="right").astype(np.int64)
 
 
 def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
     """Return the part index of one participant, like `assign_many` but without arrays."""
     total = sum(counts)
     half_bits, keys = _network(seed, topic, total)
-    place = _permuted(participant, half_bits, keys)
-    while place >= total:
-        place = _permuted(place, half_bits, keys)
-    return next(part for part, stop in enumerate(accumulate(counts)) if place < stop)
+    rank = _permuted(participant, half_bits, keys)
+    while rank >= total:
+        rank = _permuted(rank, half_bits, keys)
+    return next(part for part, stop in enumerate(accumulate(counts)) if rank < stop)
 
 
 @lru_cache(maxsize=256)

@@ -146,9 +146,6 @@ def question_for(game: Game, round_number: int, announcements: tuple[Announcemen
     return Question(round_number, text, game.max_value, announcements, game.decimals)
 
 
-# --- The seeded draw -------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1024)
 def _round_key(seed: int, round_number: int) -> int:
     key: int = mix((mix((seed + GAMMA) & MASK) + round_number * GAMMA) & MASK) + GAMMA
@@ -160,12 +157,8 @@ def draw(game: Game, round_number: int, participant: int) -> int:
 
     A change here changes the game of every seed; a test checks known answers.
     """
-    z = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
-    units: int = (mix(z) * game.numbers) >> 64
-    return units
-
-
-# --- An answer in units ----------------------------------------------------------------------------------------------
+    key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
+    return int((mix(key) * game.numbers) >> 64)
 
 
 def to_units(answer: Any, game: Game) -> int:
@@ -189,29 +182,24 @@ def to_units(answer: Any, game: Game) -> int:
 
 def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Population | None) -> Game:
     """Return the game described by the settings."""
-    return Game(
-        config.seed or 0,
-        config.max_value,
-        config.decimals,
-        config.sleep_time,
-        _sampling(config),
-        Fraction(config.ratio),
-        Fraction(config.offset),
-        wording,
-        cast,
-        config.teams,
+    llm = LLMSettings(
+        models=config.model_per_host,
+        structured_output=config.structured_output,
+        samples_per_request=config.samples_per_request,
+        max_attempts=config.max_attempts,
+        max_in_flight=config.max_in_flight,
+        attempt_timeout_s=config.attempt_timeout,
+        reply_timeout_s=config.reply_timeout,
     )
-
-
-def _sampling(config: SimulationConfig) -> LLMSettings | None:
-    if config.agent_type != "llm":
-        return None
-    return LLMSettings(
-        config.model_per_host,
-        config.structured_output,
-        config.samples_per_request,
-        config.max_attempts,
-        config.max_in_flight,
-        config.attempt_timeout,
-        config.reply_timeout,
+    return Game(
+        seed=config.seed or 0,
+        max_value=config.max_value,
+        decimals=config.decimals,
+        sleep_time_s=config.sleep_time,
+        sampling=llm if config.agent_type == "llm" else None,
+        ratio=Fraction(config.ratio),
+        offset=Fraction(config.offset),
+        wording=wording,
+        cast=cast,
+        teams=config.teams,
     )

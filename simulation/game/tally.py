@@ -18,13 +18,9 @@ from simulation.game.rules import Announcement
 
 Units = NDArray[np.int64]
 
-
 WINNERS_NAMED = 10  # the winners with the lowest indices are named
-
-
+CAUSES_COUNTED = 100  # causes of failure counted separately per group; the rest are counted as OTHER_CAUSES
 OTHER_CAUSES = "other causes"
-
-
 INTERRUPTED = "interrupted"  # the cause if the user ended the round
 
 
@@ -117,12 +113,10 @@ def merge(tallies: Iterable[Tally]) -> Tally:
     units = np.concatenate([tally.units for tally in every])
     counts = np.concatenate([tally.counts for tally in every])
     if not (np.diff(units) > 0).all():  # parts of one tally are in order already
-        units, place = np.unique(units, return_inverse=True)
+        units, index = np.unique(units, return_inverse=True)
         counts, each = np.zeros(len(units), np.int64), counts
-        np.add.at(counts, place, each)
-    failures: Counter[str] = Counter()
-    for tally in every:
-        failures.update(tally.failures)
+        np.add.at(counts, index, each)
+    failures = sum((Counter(tally.failures) for tally in every), Counter())
     ended = max(tally.ended for tally in every)
     return Tally(sum(tally.asked for tally in every), units, counts, dict(failures), ended)
 
@@ -181,20 +175,19 @@ class RoundResult:
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
     """Return the announcement of a counted round, whose values are in units of 1 / scale."""
-    average = None if result.average is None else float(result.average / scale)
-    winning_number = None if result.winning_number is None else float(result.winning_number / scale)
-    teams = tuple((name, None if each is None else float(each / scale)) for name, each in result.teams)
-    winners, closest_teams = result.winners.count, result.closest_teams
-    return Announcement(result.round, average, winning_number, result.closest, winners, teams, closest_teams)
 
+    def number(units: Fraction | None) -> float | None:
+        return None if units is None else float(units / scale)
 
-CAUSES_TOLD_APART = 100  # causes of failure counted separately per group; the rest are counted together
+    teams = tuple((name, number(average)) for name, average in result.teams)
+    figures = number(result.average), number(result.winning_number), result.closest, result.winners.count
+    return Announcement(result.round, *figures, teams, result.closest_teams)
 
 
 def top_causes(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
     """Return the most frequent causes with counts; cause(k) has often[k] failures. The rest are counted together."""
-    most = np.argsort(-often, kind="stable")[:CAUSES_TOLD_APART].tolist()
-    failures = {cause(place): int(often[place]) for place in most if often[place]}
+    most = np.argsort(-often, kind="stable")[:CAUSES_COUNTED].tolist()
+    failures = {cause(code): int(often[code]) for code in most if often[code]}
     others = int(often.sum()) - sum(failures.values())
     if others:
         failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others

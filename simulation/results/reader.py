@@ -427,7 +427,7 @@ def read_groups(path: Path, game: Game, results: list[RoundResult]) -> dict[str,
 def tallies_of_parts(rows: pa.Table, game: Game, parts: Grouping) -> Iterator[tuple[str, Tally]]:
     """Yield the tally of each part of the participants in these rows, which are of consecutive participants."""
     assert game.cast is not None
-    places = game.cast.places(parts, rows["participant"][0].as_py(), len(rows))
+    places = game.cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
     ordered = rows.take(pa.array(np.argsort(places, kind="stable")))  # sort once for all parts
     stops = np.cumsum(np.bincount(places, minlength=len(parts.names))).tolist()
     for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):

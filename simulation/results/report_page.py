@@ -192,9 +192,9 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     cast = game.cast
     if cast is not None and cast.persona_sets:
         told.append(("Personas", ", ".join(f"{each.name} ({len(each.personas)})" for each in cast.persona_sets)))
-    if cast is not None and (cast.models or cast.turns):
-        mixed = [f"{name} ({each.share})" for name, each in zip(cast.called, cast.models, strict=False)]
-        called = mixed or dict.fromkeys(cast.turns)
+    if cast is not None and (cast.models or cast.round_robin_models):
+        mixed = [f"{name} ({each.share})" for name, each in zip(cast.model_labels, cast.models, strict=False)]
+        called = mixed or dict.fromkeys(cast.round_robin_models)
         told.append(("Models", ", ".join(called)))
     if config.agent_class is not None:
         told.append(("Participants' class", Path(config.agent_class).name))

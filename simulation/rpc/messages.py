@@ -71,7 +71,7 @@ def _code_version() -> str:
     """Return a hash of the program's source files at import time, without user-defined ones."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
-    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
+    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py")), ROOT / "simulation/game/answer_words.yaml"):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

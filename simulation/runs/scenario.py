@@ -50,7 +50,7 @@ def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Po
         return Population(config.seed or 0, config.participant_num, sets)
     if config.models is not None:
         return Population(config.seed or 0, config.participant_num, sets, _mixture(config, models))
-    return Population(config.seed or 0, config.participant_num, sets, turns=turns_of(config, models))
+    return Population(config.seed or 0, config.participant_num, sets, round_robin_models=turns_of(config, models))
 
 
 def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[str, ...]:

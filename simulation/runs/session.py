@@ -416,7 +416,7 @@ def resumed_task(path: Path, given: dict[str, Any]) -> RunSpec:
 def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:
     """Raise SettingsError if participants would use models other than the saved ones: reports rely on those."""
     assert game.cast is not None
-    before, now = game.cast.turns, turns_of(config, models)
+    before, now = game.cast.round_robin_models, turns_of(config, models)
     if before != now and len({*before, *now}) > 1:
         raise SettingsError(
             f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
