@@ -15,8 +15,8 @@ set -euo pipefail +o posix
 
 # The program's own files: a checkout may also hold files of the researcher who works in it, in examples/ for instance
 CODE=(main.py moderator.py participant.py scripts simulation tests examples/level_k.py examples/read_answers.py
-  benchmarks/commands.py benchmarks/common.py benchmarks/dashboard.py benchmarks/faults.py benchmarks/llm.py
-  benchmarks/own_participants.py benchmarks/rounds.py benchmarks/scale.py benchmarks/scale_network.py)
+  benchmarks/call_counter/sitecustomize.py benchmarks/commands.py benchmarks/common.py benchmarks/dashboard.py benchmarks/faults.py
+  benchmarks/llm.py benchmarks/own_participants.py benchmarks/rounds.py benchmarks/scale.py benchmarks/scale_network.py)
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh on_all_hosts.sh run_tests.sh
   scripts/lib.sh scripts/receive_key.sh tests/record_exec.sh examples/slurm/simulation.sbatch examples/slurm/node.sh
   .ci/run)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -14,15 +17,23 @@ from simulation.hosts import pid_files as processes
 from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
 
+CALL_COUNTER = str(Path(__file__).parent / "call_counter")  # see sitecustomize.py there
 SAMPLE_S = 0.05
 SAMPLED_PART = 0.1  # maximum share of time spent on sampling: reading page tables delays allocations
 
 
 @contextlib.contextmanager
-def agent_servers(config: SimulationConfig, owned: bool = True) -> Iterator[None]:
-    """Run agent servers for the duration of the context; owned servers serve this process only, others any main."""
+def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = False) -> Iterator[None]:
+    """Run agent servers for the duration of the context.
+
+    Args:
+        config: Their settings.
+        owned: Whether they serve this process only (default), or any main.
+        counted: Whether they count the calls they serve.
+    """
     assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
-    with contextlib.closing(ConsoleProgress()) as watch:
+    counter = {"PYTHONPATH": CALL_COUNTER} if counted else {}
+    with contextlib.closing(ConsoleProgress()) as watch, patch.dict(os.environ, counter):
         servers = local_servers.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
     try:
         yield

@@ -10,8 +10,8 @@ Unless noted, participants have 1 s think time, on 2 participant servers and 1 m
   results. That run is not timed, as sampling takes time. "Afterwards" is the memory of the servers after all agents are
   deleted: Python's allocator keeps what it cannot return for the next run, and does not grow further.
 - command: ./run_simulation.sh with running servers, from start to end, results on disk.
-- wire: network traffic of a round. The servers count the calls they serve and the bytes of their messages (`served` in
-  simulation/rpc/messages.py): from main to moderators, from moderators to groups, and main's heartbeats to all.
+- wire: network traffic of a round. The servers count the calls they serve and the bytes of their messages, with the
+  interceptor in call_counter/: from main to moderators, from moderators to groups, and main's heartbeats to all.
   "Crossed" is the kernel's count for the loopback interface, with TLS, HTTP and TCP, so nothing else should use it.
 - own: cost of custom participant classes (own_participants.py); memory is the servers' peak growth per participant.
 - hosts: rounds of 10 participants on each of many servers, to test the load on main and moderators (scale_network.py).
@@ -362,7 +362,7 @@ def main() -> None:
     config = SimulationConfig(
         base_port=arguments.base_port, server_per_host=2, moderator_per_host=1, sleep_time=THINK_S
     )
-    if chosen & {"time", "command", "wire"}:
+    if chosen & {"time", "command"}:
         key = load_or_make(Path(config.cluster_key_dir))
         with agent_servers(config, owned=False):  # so that run_simulation.sh can use them too
             play(config, key, 1000)  # warm
@@ -373,8 +373,9 @@ def main() -> None:
                 )
             if "command" in chosen:
                 command(config, min(arguments.up_to, COMMAND_SIZE), arguments.repeats)
-            if "wire" in chosen:
-                wire(config, arguments.up_to)
+    if "wire" in chosen:
+        with agent_servers(config, counted=True):
+            wire(config, arguments.up_to)
     if "own" in chosen:
         own(config, load_or_make(Path(config.cluster_key_dir)), arguments.repeats)
     if "hosts" in chosen:

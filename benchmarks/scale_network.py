@@ -8,6 +8,7 @@ share two cores. Therefore the CPU time of main and of the moderators is reporte
 from __future__ import annotations
 
 import gc
+import json
 import random
 import statistics
 import time
@@ -26,10 +27,10 @@ from simulation.cluster.rounds import Simulation
 from simulation.hosts import local_cluster as local_servers
 from simulation.hosts import pid_files as processes
 from simulation.results.run_directory import new_run_id
-from simulation.rpc.channels import call_all_or_raise, handshake
+from simulation.rpc.channels import channel_to
 from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import endpoints
-from simulation.rpc.messages import HEARTBEAT, SERVED
+from simulation.rpc.messages import HEARTBEAT
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
@@ -39,21 +40,22 @@ SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # participant serve
 EACH = 10  # participants per server
 ROUNDS = 4  # the first is a warm-up
 READY_S = 600.0  # start-up timeout, for as many servers as 64 hosts would run
-ANSWER_S = 30.0  # timeout of the handshake that returns the call counts
+ANSWER_S = 30.0  # timeout of the call that returns the call counts
+SERVED = "/benchmark/served"  # that call: see call_counter/sitecustomize.py
 SERVER_MB = 20.0  # assumed memory of a server until one is measured
 SPARE_MB = 2000.0  # memory left free for other processes
 
 
 def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
     """Return the number of calls served by all servers so far, and their bytes (requests and replies), by method."""
-    servers = endpoints(config.hosts, config.base_port, len(config.ports))
-    shakes = call_all_or_raise({each: partial(handshake, each, ANSWER_S, directives={SERVED: ""}) for each in servers})
+    channels = [channel_to(str(server)) for server in endpoints(config.hosts, config.base_port, len(config.ports))]
+    requests = [channel.unary_unary(SERVED).future(b"", timeout=ANSWER_S) for channel in channels]
     calls: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for shake in shakes.values():
-        for name, (number, said, answered) in shake.served.items():
+    for request in requests:
+        for name, (number, received, sent) in json.loads(request.result()).items():
             calls[name] += number
-            size[name] += said + answered
+            size[name] += received + sent
     return calls, size
 
 
@@ -157,7 +159,7 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
             rounds=ROUNDS,
         )
         began = time.perf_counter()
-        with patch.object(local_servers, "READY_TIMEOUT_S", READY_S), agent_servers(scene):
+        with patch.object(local_servers, "READY_TIMEOUT_S", READY_S), agent_servers(scene, counted=True):
             ready_s = time.perf_counter() - began
             create_s, rounds = rounds_on(scene)
             everyone = [process.pid for process in processes.own_processes().values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -10,12 +11,10 @@ import statistics
 
 import psutil
 import pytest
-from conftest import open_again, until
+from conftest import ROOT, open_again, until
 
-from simulation.rpc.channels import handshake, install_tls
+from simulation.rpc.channels import channel_to, install_tls
 from simulation.rpc.cluster_key import load
-from simulation.rpc.endpoints import Endpoint
-from simulation.rpc.messages import SERVED
 
 STEPS = ("assign", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
 
@@ -209,21 +208,27 @@ def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
     assert agents(cluster) == [0] * 7
 
 
-def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
-    install_tls(load(cluster.path / ".cluster"))
-    servers = [Endpoint("localhost", cluster.base_port + offset) for offset in range(7)]
+def test_what_crosses_the_wire_does_not_grow_with_the_participants(checkout):
+    checkout.cold = True  # Python starts anew, and imports what counts the calls
+    layout = ("--server-per-host", "3", "--moderator-per-host", "4", "--base-port", str(checkout.base_port))
+    counter = {"PYTHONPATH": str(ROOT / "benchmarks/call_counter")}
+    started = checkout.run("main.py", "--role", "participant", *layout, env=counter)  # scripts ignore the variable
+    assert started.returncode == 0, started.stderr
+    checkout.cold = False
+    install_tls(load(checkout.path / ".cluster"))
+    channels = [channel_to(f"localhost:{checkout.base_port + offset}") for offset in range(7)]
 
     def served() -> dict[str, list[int]]:
-        told = [handshake(server, 60, directives={SERVED: ""}).served for server in servers]
+        counts = [json.loads(channel.unary_unary("/benchmark/served")(b"", timeout=60)) for channel in channels]
         return {
-            name: [sum(each) for each in zip(*(one.get(name, (0, 0, 0)) for one in told), strict=True)]
+            name: [sum(each) for each in zip(*(one.get(name, (0, 0, 0)) for one in counts), strict=True)]
             for name in STEPS
         }
 
     crossed = []
     for participants in ("1000", "100000"):
         before = served()
-        cluster.play("3", participants, "--sleep-time", "0", "--seed", "7")
+        checkout.play("3", participants, "--sleep-time", "0", "--seed", "7")
         crossed.append(
             {name: [b - a for a, b in zip(before[name], after, strict=True)] for name, after in served().items()}
         )
@@ -233,6 +238,7 @@ def test_what_crosses_the_wire_does_not_grow_with_the_participants(cluster):
         assert few[name][0] == many[name][0] == groups * (name != "assign") + moderators
         assert min(few[name][1:]) > 0
         assert sum(many[name][1:]) < 1.2 * sum(few[name][1:])  # larger numbers take a few more bytes
+    assert checkout.run("stop_all_server.sh").returncode == 0
 
 
 def test_status_shows_a_row_per_server(cluster):

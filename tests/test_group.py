@@ -316,7 +316,7 @@ def test_a_group_that_is_closed_begins_nothing(group_of):
 
 
 def test_an_object_that_is_created_twice_at_once_is_one():
-    servicer = SimulationServicer(SimulationConfig(), 1, {}, lambda: None)
+    servicer = SimulationServicer(SimulationConfig(), 1, {}, threading.Event())
     request = SimpleNamespace(agent_id="run/twice", agent_init_args=b"")
     request.agent_init_args = cloudpickle.dumps({"class_name": "Hosted", "args": (), "kwargs": {}})
     said = []

@@ -7,30 +7,29 @@ It changes AgentScope's servicer as follows:
 - AgentScope's pool drops replies after two hours or 8192 newer ones, even of agents that still think; ours does not.
 - The exception of an agent is always returned, as one line instead of a traceback.
 - A call to an object, or a heartbeat, renews the lease of its run. Objects of a run whose lease expires are dropped.
-- Calls and their bytes are counted, so that the servers can report the network traffic of a round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import grpc
 import psutil
-from agentscope.rpc.rpc_agent_pb2 import CallFuncResponse, GeneralResponse
+from agentscope.rpc.rpc_agent_pb2 import GeneralResponse
 from agentscope.rpc.rpc_agent_pb2_grpc import add_RpcAgentServicer_to_server
 from agentscope.server.async_result_pool import LocalPool
 from agentscope.server.servicer import MAGIC_PREFIX, AgentServerServicer
@@ -42,22 +41,11 @@ from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.files import ROOT
 from simulation.llm.chat import check_models, load_models
 from simulation.llm.model_configs import ModelConfig, has_models
+from simulation.rpc import messages
 from simulation.rpc.channels import MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import address_of, run_of, same_run
-from simulation.rpc.messages import (
-    CHECK_MODELS,
-    END_RUN,
-    HANDSHAKE,
-    HEARTBEAT,
-    KEEP_RUN,
-    MEMORY,
-    NEW_RUN,
-    SERVED,
-    SERVICE,
-    Handshake,
-    HeartbeatReply,
-)
+from simulation.rpc.messages import Handshake, HeartbeatReply
 from simulation.settings import SimulationConfig
 
 RPC_THREADS = 1024  # concurrent calls, with threads created on demand; most are short, but per-agent dispatch holds
@@ -77,20 +65,13 @@ SERVER_OPTIONS = (
 
 
 class SimulationServicer(AgentServerServicer):
-    """AgentScope's servicer for groups and moderators.
-
-    Args:
-        config: Settings that this host's servers were started with.
-        port: Port of this server.
-        models: Models that its participants may use.
-        stop: Called when a client requests a stop.
-    """
+    """AgentScope's servicer for groups and moderators; `stop` is set when a client requests it."""
 
     def __init__(
-        self, config: SimulationConfig, port: int, models: dict[str, ModelConfig], stop: Callable[[], None]
+        self, config: SimulationConfig, port: int, models: dict[str, ModelConfig], stop: threading.Event
     ) -> None:
         super().__init__(
-            stop_event=None,
+            stop_event=stop,
             host=config.host_name,
             port=port,
             server_id=str(port),
@@ -100,120 +81,15 @@ class SimulationServicer(AgentServerServicer):
         self.result_pool = _Results()
         self._config = config
         self._models = models
-        self._stop = stop
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
-        self._heard: dict[str, float] = {}  # run id -> time.monotonic() of the last call
-        self._heard_lock = threading.Lock()
-        self._being_created: set[str] = set()
-        self._creating = threading.Condition()
-        self._served: dict[str, tuple[int, int, int]] = {}  # see Handshake
-        self._served_lock = threading.Lock()
-
-    def stop(self, request: Any, context: Any) -> GeneralResponse:
-        self._stop()
-        return GeneralResponse(ok=True)
+        self._renewed: dict[str, float] = {}  # by run, time.monotonic() of the last call
+        self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by object
 
     def heartbeat(self, request: bytes, context: Any) -> bytes:
-        beat = self._beat(*json.loads(request)).to_json().encode()
-        self._note_served(HEARTBEAT, len(request), len(beat))
-        return beat
-
-    def handshake(self, request: bytes, context: Any) -> bytes:
-        if not Path(__file__).exists():  # later imports would fail, too
-            restart = "stop all agent servers of this host, and start them again"
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
-        asked = json.loads(request)
-        self._begin_or_end_runs(asked)
-        first_moderator = self._config.base_port + self._config.server_per_host
-        hosted = self._hosted()
-        shake = Handshake(
-            incarnation=self._incarnation,
-            pid=os.getpid(),
-            role="participant" if self.port < first_moderator else "moderator",
-            base_port=self._config.base_port,
-            server_per_host=self._config.server_per_host,
-            moderator_per_host=self._config.moderator_per_host,
-            started=self._started,
-            agents=sum(getattr(agent, "agents", 1) for agent in hosted.values()),
-            memory_mb=_memory_mb() if MEMORY in asked else None,
-            models={name: model.base_url for name, model in self._models.items()},
-            model_troubles=self._model_troubles(asked.get(CHECK_MODELS, "")),
-            served=dict(self._served) if SERVED in asked else {},
-        )
-        return shake.to_json().encode()
-
-    def get_agent(self, agent_id: str) -> Any:
-        self._hear(agent_id)
-        agent = super().get_agent(agent_id)
-        if agent is None:
-            group, _, index = agent_id.rpartition("/")
-            found = super().get_agent(group)
-            if isinstance(found, ParticipantGroup) and index.isdecimal():
-                return found.participant(int(index))
-        return agent
-
-    def create_agent(self, request: Any, context: Any) -> GeneralResponse:
-        self._hear(request.agent_id)
-        self._note_served("create", len(request.agent_init_args), 0)
-        with self._creating:
-            self._creating.wait_for(lambda: request.agent_id not in self._being_created)
-            if super().get_agent(request.agent_id) is not None:
-                return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
-            self._being_created.add(request.agent_id)
-        try:
-            return super().create_agent(request, context)
-        finally:
-            with self._creating:
-                self._being_created.remove(request.agent_id)
-                self._creating.notify_all()
-
-    def call_agent_func(self, request: Any, context: Any) -> CallFuncResponse:
-        reply = super().call_agent_func(request, context)
-        self._note_served(request.target_func, len(request.value), len(reply.value))
-        return reply
-
-    def update_placeholder(self, request: Any, context: Any) -> CallFuncResponse:
-        reply = super().update_placeholder(request, context)
-        self._note_served("poll", 0, len(reply.value))
-        return reply
-
-    def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
-        self._note_served("delete", 0, 0)
-        return GeneralResponse(ok=self._drop(request.value))
-
-    def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
-        for agent_id in self._hosted():
-            self._drop(agent_id)
-        return GeneralResponse(ok=True)
-
-    def drop_silent(self) -> None:
-        """Drop the agents of runs whose lease has expired."""
-        now = time.monotonic()
-        hosted = self._hosted()
-        runs = {run_of(agent_id) for agent_id in hosted}
-        with self._heard_lock:
-            self._heard = {run: heard for run, heard in self._heard.items() if run in runs or now - heard < FORGET_S}
-        for agent_id, agent in hosted.items():
-            lease_s = getattr(agent, "lease_s", None)
-            if self._drop(agent_id, unless=partial(self._is_leased, run_of(agent_id))):
-                logger.warning(f"dropping {agent_id}: its run sent no heartbeat for {lease_s:g} s")
-
-    def _is_leased(self, run: str, agent: Any) -> bool:
-        """Return whether an object stays: it has no lease, or the lease of its run has not expired."""
-        lease_s, heard = getattr(agent, "lease_s", None), self._heard.get(run)
-        return lease_s is None or heard is None or time.monotonic() - heard <= lease_s
-
-    def _model_troubles(self, asked: str) -> dict[str, str]:
-        """Return the problems of requested models that this server knows; `asked` is JSON: names and a timeout (s)."""
-        if not asked:
-            return {}
-        names, timeout_s = json.loads(asked)
-        return check_models([name for name in names if name in self._models], float(timeout_s))
-
-    def _beat(self, run: str, number: int, wait_s: float) -> HeartbeatReply:
-        """Return the progress of the run's objects, after waiting up to `wait_s` for those in round `number`."""
-        self._renew_lease(run)
+        """Return the progress of a run's objects; wait up to `wait_s` for those in round `number` to finish it."""
+        run, number, wait_s = json.loads(request)
+        self._renewed[run] = time.monotonic()
         until = time.monotonic() + wait_s
         playing = {
             oid: agent
@@ -223,47 +99,102 @@ class SimulationServicer(AgentServerServicer):
         for agent in playing.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
-        return HeartbeatReply(self._incarnation, {oid: agent.progress() for oid, agent in playing.items()})
+        progress = {oid: agent.progress() for oid, agent in playing.items()}
+        return HeartbeatReply(self._incarnation, progress).to_json().encode()
 
-    def _begin_or_end_runs(self, asked: dict[str, str]) -> None:
+    def handshake(self, request: bytes, context: Any) -> bytes:
+        """Return the identity and state of this server, after following the directives of the request."""
+        if not Path(__file__).exists():  # later imports would fail, too
+            restart = "stop all agent servers of this host, and start them again"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
+        directives = json.loads(request)
+        self._begin_or_end_runs(directives)
+        first_moderator = self._config.base_port + self._config.server_per_host
+        model_troubles = {}
+        if messages.CHECK_MODELS in directives:
+            names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
+            model_troubles = check_models([name for name in names if name in self._models], float(timeout_s))
+        shake = Handshake(
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            role="participant" if self.port < first_moderator else "moderator",
+            base_port=self._config.base_port,
+            server_per_host=self._config.server_per_host,
+            moderator_per_host=self._config.moderator_per_host,
+            started=self._started,
+            agents=sum(getattr(agent, "agents", 1) for agent in self._hosted().values()),
+            memory_mb=_memory_mb() if messages.MEMORY in directives else None,
+            models={name: model.base_url for name, model in self._models.items()},
+            model_troubles=model_troubles,
+        )
+        return shake.to_json().encode()
+
+    def get_agent(self, agent_id: str) -> Any:
+        self._renewed[run_of(agent_id)] = time.monotonic()
+        agent = super().get_agent(agent_id)
+        if agent is None:
+            group, _, index = agent_id.rpartition("/")
+            found = super().get_agent(group)
+            if isinstance(found, ParticipantGroup) and index.isdecimal():
+                return found.participant(int(index))
+        return agent
+
+    def create_agent(self, request: Any, context: Any) -> GeneralResponse:
+        with self._creating[request.agent_id]:
+            if self.get_agent(request.agent_id) is not None:
+                return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
+            return super().create_agent(request, context)
+
+    def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
+        return GeneralResponse(ok=self._drop(request.value))
+
+    def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
+        for agent_id in self._hosted():
+            self._drop(agent_id)
+        return GeneralResponse(ok=True)
+
+    def drop_expired(self) -> None:
+        """Drop the objects of runs whose lease has expired."""
+        hosted = self._hosted()
+        for oid, agent in hosted.items():
+            lease_s = getattr(agent, "lease_s", None)
+            if self._drop(oid, unless=self._is_leased):
+                logger.warning(f"dropping {oid}: its run sent no heartbeat for {lease_s:g} s")
+        runs = {run_of(oid) for oid in hosted}
+        for run, renewed in list(self._renewed.items()):
+            if run not in runs and time.monotonic() - renewed > FORGET_S:
+                del self._renewed[run]
+
+    def _is_leased(self, oid: str, agent: Any) -> bool:
+        """Return whether an object stays: it has no lease, or the lease of its run has not expired."""
+        lease_s = getattr(agent, "lease_s", None)
+        return lease_s is None or time.monotonic() - self._renewed.get(run_of(oid), math.inf) <= lease_s
+
+    def _begin_or_end_runs(self, directives: dict[str, str]) -> None:
         """Keep or drop the objects of runs, as a handshake requests."""
+        new_run = directives.get(messages.NEW_RUN)
         for oid, agent in self._hosted().items():
             run, kept = run_of(oid), getattr(agent, "lease_s", 0) is None
-            if run == asked.get(KEEP_RUN):
-                with self.agent_id_lock:  # `drop_silent` may be about to drop it
+            if run == directives.get(messages.KEEP_RUN):
+                with self.agent_id_lock:  # `drop_expired` may be about to drop it
                     agent.lease_s = None
-            elif run == asked.get(END_RUN):
+            elif run == directives.get(messages.END_RUN):
                 self._drop(oid)
-            elif NEW_RUN in asked and run != asked[NEW_RUN] and (kept or same_run(run, asked[NEW_RUN])):
+            elif new_run is not None and run != new_run and (kept or same_run(run, new_run)):
                 self._drop(oid)  # kept until the next run, or left by an earlier part of this run
-
-    def _hear(self, agent_id: str) -> None:
-        """Renew the lease of the run that an id belongs to, if the id names a run."""
-        run, ours, _ = agent_id.partition("/")
-        if ours:
-            self._renew_lease(run)
-
-    def _renew_lease(self, run: str) -> None:
-        with self._heard_lock:
-            self._heard[run] = time.monotonic()
-
-    def _note_served(self, name: str, said: int, answered: int) -> None:
-        """Count a call and its bytes in each direction: takes 1 us, while gRPC takes hundreds."""
-        with self._served_lock:
-            calls, all_said, all_answered = self._served.get(name, (0, 0, 0))
-            self._served[name] = (calls + 1, all_said + said, all_answered + answered)
 
     def _hosted(self) -> dict[str, Any]:
         with self.agent_id_lock:
             return dict(self.agent_pool)
 
-    def _drop(self, agent_id: str, unless: Callable[[Any], bool] | None = None) -> bool:
+    def _drop(self, oid: str, unless: Callable[[str, Any], bool] | None = None) -> bool:
         """Remove and close an object, if it exists and `unless` is false for it; return whether it was dropped."""
         with self.agent_id_lock:
-            agent = self.agent_pool.get(agent_id)
-            if agent is None or (unless is not None and unless(agent)):
+            agent = self.agent_pool.get(oid)
+            if agent is None or (unless is not None and unless(oid, agent)):
                 return False
-            del self.agent_pool[agent_id]
+            del self.agent_pool[oid]
+            self._creating.pop(oid, None)
         if hasattr(agent, "close"):
             agent.close()
         # AgentScope has set a bound method on the instance: a cycle that only the collector would free
@@ -276,7 +207,7 @@ class SimulationServicer(AgentServerServicer):
             if agent is None:
                 raise KnownCause("the agent is gone")
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
-        except BaseException as error:  # noqa: BLE001 - a person's own reply may raise anything; it must come back
+        except BaseException as error:  # noqa: BLE001 - a user's own reply may raise anything; it must come back
             result = MAGIC_PREFIX + one_line(error).encode()
         self.result_pool.set(task_id, result)
 
@@ -314,21 +245,15 @@ def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[
 
 async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
     install_tls(key)  # a moderator is a client of its groups' servers
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-
-    def stop() -> None:
-        loop.call_soon_threadsafe(stopping.set)
-
-    models = load_models(config) if has_models(config) else {}
-    servicer = SimulationServicer(config, port, models, stop)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    servicer = SimulationServicer(config, port, load_models(config) if has_models(config) else {}, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
-    calls = {HANDSHAKE: servicer.handshake, HEARTBEAT: servicer.heartbeat}  # from bytes to bytes
+    calls = {messages.HANDSHAKE: servicer.handshake, messages.HEARTBEAT: servicer.heartbeat}  # from bytes to bytes
     handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(messages.SERVICE, handlers),))
     address = f"{address_of(config.host_name)}:{port}"
     try:
         server.add_secure_port(address, key.server_credentials())
@@ -337,25 +262,16 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     await server.start()
     logger.info(f"serving at {address}, pid {os.getpid()}")
     ready()
-    sweeping = asyncio.create_task(_sweep(servicer))
-    await asyncio.wait([sweeping, asyncio.create_task(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
-    if sweeping.done():
-        sweeping.result()  # an error is a defect: it goes to the log and ends the process
+    while not await asyncio.to_thread(stop.wait, SWEEP_S):
+        await asyncio.to_thread(servicer.drop_expired)
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
     _end("stopped", 0)
 
 
-async def _sweep(servicer: SimulationServicer) -> None:
-    while True:
-        await asyncio.sleep(SWEEP_S)
-        await asyncio.to_thread(servicer.drop_silent)
-
-
 def _end(message: str, status: int) -> None:
     """End the process without waiting for threads: participants may think for hours."""
     logger.log("INFO" if status == 0 else "ERROR", message)
-    logger.complete()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -81,7 +81,7 @@ def handshake(
         starting: Whether to wait until then even if no server listens yet.
         directives: NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
             KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report memory use.
-            SERVED: report calls so far. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
+            CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
 
     Raises:
         ServerUnreachable: No server listens, or it does not answer in time.

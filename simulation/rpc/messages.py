@@ -64,7 +64,7 @@ SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbea
 NEW_RUN, KEEP_RUN, END_RUN = "new-run", "keep-run", "end-run"
 
 
-MEMORY, SERVED, CHECK_MODELS = "memory", "served", "check-models"
+MEMORY, CHECK_MODELS = "memory", "check-models"
 
 
 def _code_version() -> str:
@@ -97,8 +97,6 @@ class Handshake:
     memory_mb: float | None  # only on request, as it takes 5 ms to measure
     models: dict[str, str]  # known models: base URL by name
     model_troubles: dict[str, str]  # by name, why a checked model does not answer
-    # By method, on request: number of calls so far, bytes received and bytes sent
-    served: dict[str, tuple[int, int, int]]
     code: str = CODE_VERSION
     python: str = platform.python_version()
     agentscope: str = AGENTSCOPE_VERSION
