@@ -69,6 +69,19 @@ def test_files_that_an_editor_makes_are_none_of_the_program(checkout, monkeypatc
     assert _code_version() == CODE_VERSION
 
 
+def test_a_changed_file_in_any_folder_changes_the_version(checkout, monkeypatch):
+    monkeypatch.setattr("simulation.rpc.messages.ROOT", checkout.path)
+    folders = {path.parent for path in checkout.path.glob("simulation/**/*.py")} | {checkout.path}
+    assert len(folders) >= 9  # the top level, simulation/ and its folders
+    for folder in folders:
+        path = next(folder.glob("[a-z]*.py"))
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert _code_version() != CODE_VERSION, path
+        path.write_text(text)
+    assert _code_version() == CODE_VERSION
+
+
 def test_a_user_without_a_home_folder_plays(checkout):
     no_home = "import os, pwd\npwd.getpwuid = {}.__getitem__\nos.environ.pop('HOME', None)\n"  # no entry for the user
     (checkout.path / "homeless.py").write_text(no_home + RUN)
