@@ -77,8 +77,8 @@ FAULTS = (
     Fault("none", 0),
     Fault("kill -9 of a participant server", signal.SIGKILL),
     Fault("kill -9 of a moderator server", signal.SIGKILL, 11),
-    Fault("kill -STOP of a participant server, time-out 2 s", signal.SIGSTOP, 5, 2.0),
-    Fault("kill -STOP of a moderator server, time-out 2 s", signal.SIGSTOP, 11, 2.0),
+    Fault("kill -STOP of a participant server, timeout 2 s", signal.SIGSTOP, 5, 2.0),
+    Fault("kill -STOP of a moderator server, timeout 2 s", signal.SIGSTOP, 11, 2.0),
 )
 
 
@@ -186,7 +186,7 @@ def kill(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
     """Play the round with each fault, in turn, and print the table."""
     table = Table(
         f"The same round, with a fault {FAULT_AT_S:g} s after it began",
-        *("fault", "round", "from then to the end", "reassigned", "runs"),
+        *("fault", "round", "from fault to end", "reassigned", "runs"),
     )
     _, _, expected = disturbed_round(config, key, FAULTS[0])  # warm
     played: dict[Fault, list[tuple[RoundResult, float]]] = {fault: [] for fault in FAULTS}
