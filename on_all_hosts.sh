@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Run one of these scripts on all hosts at once over ssh, or give all hosts the cluster key of this one.
+# Run a script of the checkout on all hosts in parallel over ssh, or copy the cluster key of this host to all hosts.
 #
 #   ./on_all_hosts.sh <script> [arguments]      such as ./on_all_hosts.sh start_all_server.sh 10
 #   ./on_all_hosts.sh push-key [--force]
 #
-# Every host needs a checkout of its own, in the same folder as here. There the script runs, with HOST_NAME set to the
-# host's name in HOSTS and with the settings that the environment holds here. Lines of output come as they are written,
-# after their host's name. push-key makes the cluster key here if there is none, and copies it to every host; a host
-# that has another one keeps it, unless --force is given.
+# Every host needs its own checkout, in the same folder as here. The script runs there with HOST_NAME set to the host's
+# name in HOSTS, and with the settings of the environment here. Each line of output starts with the name of its host.
+# push-key creates the cluster key here if there is none, and copies it to every host; a host that has another key keeps
+# it, unless --force is given.
 #
-# ssh asks nothing: it has to get in with a key. A host's own key is accepted the first time and checked from then on.
-# Ctrl-C ends the ssh sessions; a host may still finish what it has begun.
+# ssh must log in without a password. A host's key is accepted the first time and checked afterwards. Ctrl-C ends the
+# ssh sessions; a script that has started may still finish on its host.
 #
 # Settings, from the environment or configs/cluster.env:
 #   HOSTS            the hosts, separated by spaces (required)
-#   REMOTE_DIR       folder of the checkout on every host (that of this one)
-#   SSH_CONFIG       configuration of ssh to use in place of your own: ports, users, identities
+#   REMOTE_DIR       folder of the checkout on every host (the folder of this one)
+#   SSH_CONFIG       ssh configuration to use instead of your own: ports, users, identities
 #   CLUSTER_KEY_DIR  folder of the cluster key (.cluster)
 #
 # Exit status: 0 every host succeeded, 2 bad usage or settings, 130 interrupted, 143 terminated; otherwise the highest
-# of the hosts' own, where a host that ssh does not reach, or loses, or whose login shell does not run it, counts as 3.
+# of all hosts. A host that ssh cannot reach or loses, or whose login shell does not run the script, counts as 3.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh on_all_hosts.sh
 ! (return 0 2>/dev/null) || { echo "error: on_all_hosts.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -30,11 +30,11 @@ set -euo pipefail +o posix
 USAGE="./on_all_hosts.sh <script> [arguments], or push-key [--force], or --help"
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh run_tests.sh)
 SSH=(ssh -T -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=10)
-INPUT="</dev/null" # where what runs on a host reads from, as sh says it
+INPUT="</dev/null" # standard input of the script on a host, in sh syntax
 HOST_LIST=()
 SESSIONS=() # the process of ssh to each host
 OUTPUTS=()  # the process that writes the output of each host
-STATUS="[exit status $$-$RANDOM$RANDOM] " # what a host writes at its end, before the exit status
+STATUS="[exit status $$-$RANDOM$RANDOM] " # marks the line with a host's exit status
 
 main() {
   local what="${1:-}" words="" word key
@@ -51,7 +51,7 @@ main() {
       esac || refuse_unknown "$1" "$USAGE" push-key --help "${SCRIPTS[@]}"
       ;;
   esac
-  for word in $SETTINGS; do # before configs/cluster.env is read, as each host has its own
+  for word in $SETTINGS; do # before configs/cluster.env is read: each host has its own
     case "$word" in HOST_NAME | REMOTE_DIR | SSH_CONFIG) continue ;; esac
     [ -z "${!word:-}" ] || words="$words $word=$(quoted "${!word}")"
   done
@@ -70,10 +70,10 @@ exec env$words"
   fi
 }
 
-# A word as sh understands it.
+# Quote a word for sh.
 quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/"; }
 
-# A path on a host, as every shell understands it; ~ or ~user at its start is a home folder there.
+# Quote a path on a host for any shell; ~ or ~user at its start is a home folder there.
 quoted_path() {
   local start="${1%%/*}"
   case "${start#\~}" in
@@ -96,7 +96,7 @@ check_hosts() {
   [ -z "${SSH_CONFIG:-}" ] || SSH+=(-F "$SSH_CONFIG")
 }
 
-# The certificate, an empty line and the key are what each host reads.
+# Set the input of each host: the certificate, an empty line and the key.
 prepare_key() {
   local folder
   flag --cluster-key-dir "${CLUSTER_KEY_DIR:-}"
@@ -106,9 +106,9 @@ prepare_key() {
 END OF THE KEY"
 }
 
-# All that a host is to do goes through ssh's input to a /bin/sh there: the command line can be read by every user of a
-# host, and each login shell has rules of its own for what is special in it.
-on_all() { # on_all <what sh runs in the folder of the checkout>
+# Run commands on all hosts. They go through ssh's input to /bin/sh: all users of a host can read command lines, and each
+# login shell has different rules for special characters.
+on_all() { # on_all <commands for sh in the folder of the checkout>
   local folder="${REMOTE_DIR:-$ROOT}" enter host index status highest=0 failures=0 failed=""
   enter="$(quoted "error: there is no folder $folder: clone the checkout there, or set REMOTE_DIR")"
   enter="cd $(quoted_path "$folder") 2>/dev/null || { echo $enter >&2; exit 2; }"
@@ -118,7 +118,7 @@ on_all() { # on_all <what sh runs in the folder of the checkout>
   trap 'interrupted 143' TERM HUP
   for host in "${HOST_LIST[@]}"; do
     mkfifo "$WORK/$host.out" "$WORK/$host.err"
-    # sh runs nothing of what is in braces before it has read all of it
+    # sh runs the commands in braces only after it has read all of them
     printf '{\n(\n%s\n) %s\necho %s $?\n}\n' \
       "$enter; HOST_NAME=$host; export HOST_NAME; $1" "$INPUT" "$(quoted "$STATUS")" |
       "${SSH[@]}" "$host" /bin/sh >"$WORK/$host.out" 2>"$WORK/$host.err" &
@@ -132,7 +132,7 @@ on_all() { # on_all <what sh runs in the folder of the checkout>
     status=0
     wait "${SESSIONS[index]}" || status=$?
     wait "${OUTPUTS[index]}" || true
-    if [ -s "$WORK/$host.status" ]; then # sh has run there, to the end
+    if [ -s "$WORK/$host.status" ]; then # sh ran there to the end
       read -r status <"$WORK/$host.status"
       [ "$status" -ne 0 ] || continue
       failed="$failed; $host failed with exit status $status"
@@ -151,7 +151,7 @@ on_all() { # on_all <what sh runs in the folder of the checkout>
   return "$highest"
 }
 
-# Every line of a host with its name, but for the one with the exit status, which goes into a file.
+# Print every line of a host after its name; write the exit status to a file.
 named() { # named <host> <file>
   local line
   while IFS= read -r line || [ -n "$line" ]; do

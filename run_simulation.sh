@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Play the game: ask participants for a number, announce the average, name the closest.
+# Play the game: ask participants for a number, announce the average, and name the closest participants.
 #
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
 #   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]
@@ -9,12 +9,12 @@
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
 # ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py; --help-all lists them.
-# --resume goes on with a run after its last finished round, with its own settings but for those given here, also on other
-# hosts and servers. --experiment plays the settings of the game in a YAML file, and a run for each of their combinations
-# where there are lists; a flag wins over the file.
+# --resume continues a run after its last finished round, also on other hosts and servers; settings given here replace
+# those of the run. --experiment plays the settings of a YAML file, one run for each combination of the values in lists;
+# a flag overrides the file.
 #
-# The first run installs into .venv. --install-only does that and no more, on a machine that reaches a package index for
-# those that share the checkout and reach none.
+# The first run installs into .venv. --install-only does only that, for example on a machine with access to a package
+# index for others that share the checkout and have none.
 #
 # Settings, from the environment or configs/cluster.env:
 #   BASE_PORT           first port of the agent servers on every host (12330)
@@ -25,12 +25,12 @@
 #   VLLM_BASE_PORT      their first port (8010)
 #   MAX_VALUE           upper bound of the numbers (100)
 #   CLUSTER_KEY_DIR     folder of the cluster key (.cluster)
-#   EXTRA_PYTHONPATH    folders, separated by colons, of what your own participants import, on every host
+#   EXTRA_PYTHONPATH    folders, separated by colons, of modules that your own participants import, on every host
 #   PYTHON              the Python to install with, 3.11 or 3.12
-# Other variables of Python's, such as PYTHONPATH, are ignored by all of these scripts.
+# All scripts ignore other variables of Python, such as PYTHONPATH.
 #
 # Exit status: 0 every participant answered, 2 bad usage, settings or files, 3 cluster not ready,
-# 4 participants unanswered, 5 results not written, 130 interrupted, 129 hung up or 143 terminated, 1 a defect.
+# 4 participants unanswered, 5 results not written, 130 interrupted, 129 hangup, 143 terminated, 1 a defect.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_simulation.sh
 ! (return 0 2>/dev/null) || { echo "error: run_simulation.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -71,11 +71,11 @@ main() {
   if [ "${1:-}" = --resume ]; then
     [ -n "${2:-}" ] || fail 2 "--resume needs the folder of a run, such as runs/latest"
     FLAGS=(--resume "$2")
-    AGENT_TYPE="" MAX_VALUE="" # it is the same game
+    AGENT_TYPE="" MAX_VALUE="" # the game is the same
   elif [ "${1:-}" = --experiment ]; then
     [ -n "${2:-}" ] || fail 2 "--experiment needs a YAML file, such as those in configs/experiments"
     FLAGS=(--experiment "$2")
-    AGENT_TYPE="" MAX_VALUE="" # the file says what the game is
+    AGENT_TYPE="" MAX_VALUE="" # the file defines the game
   else
     need_numbers "$USAGE" "server_per_host participant_num" "$@"
     FLAGS=(--server-per-host "$1" --participant-num "$2")

@@ -52,7 +52,7 @@ main() {
     [ -n "$left_out" ] || "$ROOT/start_vllm.sh" --install || say "tests that need vLLM will be skipped"
     lint
   fi
-  # in a folder of their own: pytest's shared one may hold what it cannot remove (a disk that a killed run left mounted)
+  # not pytest's shared folder, which may contain a disk that a killed run left mounted
   folder="$(mktemp -d)"
   "$VENV/bin/python" -P -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" --confcutdir "$ROOT/tests" -n "$WORKERS" --dist load --basetemp "$folder/tests" \
     -m "$selection" ${tests[@]+"${tests[@]}"} "$@" || status=$?

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Start the vLLM servers of this host, one per GPU, and return when every one is healthy.
+# Start the vLLM servers of this host, one per GPU, and return when all are healthy.
 #
 #   MODEL_PATH=<folder of a model> ./start_vllm.sh [-- flags for vLLM]
 #   ./start_vllm.sh --install
 #   ./start_vllm.sh --status
 #
-# Server i listens on port VLLM_BASE_PORT + i of the loopback address and has GPU i; a machine without GPUs gets one
-# server on its CPUs. They serve under the model_name of configs/model_configs.json, and stay until ./stop_vllm.sh.
-# Flags of vLLM that the script sets itself, such as --port, are refused. A row per server is printed; pids and logs are
-# in run/vllm/. The first start, or --install, puts vLLM into .venv-vllm, apart from the agents' .venv, because vLLM and
-# AgentScope need versions of protobuf that exclude each other.
+# Server i listens on port VLLM_BASE_PORT + i of the loopback address and uses GPU i; a machine without GPUs gets one
+# server on its CPUs. They serve the model under the model_name of configs/model_configs.json, until ./stop_vllm.sh.
+# Flags of vLLM that the script sets itself, such as --port, are refused. It prints a row per server; pids and logs are in
+# run/vllm/. The first start, or --install, installs vLLM into .venv-vllm, separate from the agents' .venv, because vLLM
+# and AgentScope need incompatible versions of protobuf.
 #
 # Settings, from the environment or configs/cluster.env:
 #   MODEL_PATH       the model: a folder, or its name on a hub (required)
-#   GPU_NUM          GPUs to use (all there are); 0 is one server on the CPU
+#   GPU_NUM          GPUs to use (all of this host); 0 is one server on the CPU
 #   VLLM_BASE_PORT   first port (8010)
 #   TENSOR_PARALLEL  GPUs of each server (1)
 #   PYTHON           the Python to install with, 3.11 or 3.12
@@ -39,7 +39,7 @@ main() {
   load_settings
   ensure_venv run
   [ "${1:-}" != --status ] || exec "$VENV/bin/python" "$ROOT/main.py" --role vllm --status
-  if [ "${1:-}" != --install ]; then # what cannot work is told before anything large is installed
+  if [ "${1:-}" != --install ]; then # report errors before a large installation
     flag --model-path "${MODEL_PATH:-}"
     flag --gpu-num "${GPU_NUM:-}"
     flag --vllm-base-port "${VLLM_BASE_PORT:-}"

