@@ -15,7 +15,7 @@ from agentscope.agents import AgentBase
 
 from simulation.agents.group import TALLY_VALUES, ParticipantGroup
 from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
-from simulation.agents.snapshot import RoundSnapshot, take_snapshot
+from simulation.agents.snapshot import with_histogram
 from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
@@ -67,8 +67,11 @@ class Moderator(AgentBase):
         with self._lock:
             self._round = max(self._round, question.round)
 
-    def progress(self, wait_s: float = 0.0) -> Progress:
-        """Return the progress of groups asked one by one, waiting up to `wait_s` seconds; heartbeats cover others."""
+    def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
+        """Return the progress of groups asked one by one, waiting up to `wait_s` seconds; heartbeats cover others.
+
+        If `numbers`, the count of possible answers, is not 0, it includes a partial histogram.
+        """
         number = self._round  # read first, so that a new round's number is never paired with old answers
         alone = [group for group in self._groups.values() if isinstance(group, OneByOne)]
         waiting = next((group for group in alone if not group.progress().finished), None)
@@ -77,13 +80,9 @@ class Moderator(AgentBase):
         each = [group.progress() for group in alone]
         error = next((progress.error for progress in each if progress.error), "")
         done, total = sum(progress.done for progress in each), sum(progress.total for progress in each)
-        return Progress(done, total, number, error)
-
-    def snapshot(self, numbers: int) -> RoundSnapshot:
-        """Return the snapshot of groups asked one by one; see ParticipantGroup.snapshot."""
-        number = self._round
-        alone = [group for group in list(self._groups.values()) if isinstance(group, OneByOne)]
-        return take_snapshot(number, [group.sheet for group in alone if group.sheet is not None], numbers)
+        progress = Progress(done, total, number, error)
+        sheets = [group.sheet for group in alone if group.sheet is not None]
+        return with_histogram(progress, sheets, numbers) if numbers and sheets else progress
 
     def halt(self, at_once: bool) -> None:
         """Stop the round; missing answers count as failed. `at_once` does not wait for participants that block."""

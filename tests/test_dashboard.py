@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,19 +24,19 @@ import pytest
 from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
-from simulation.agents.snapshot import BINS, bins_of, take_snapshot
+from simulation.agents.snapshot import BINS, bins_of, with_histogram
 from simulation.cluster.failure_detector import ServerStatus
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
+from simulation.hosts import agent_server
 from simulation.llm.usage import Usage
 from simulation.results.console_report import histogram
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.rpc.messages import HeartbeatReply, Progress
 from simulation.runs.console import Stage
 from simulation.runs.dashboard import PAGE
-from simulation.runs.dashboard_sampler import DashboardSampler, Load
-from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_TOLD, TROUBLED_TOLD, DashboardState
+from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_LISTED, TROUBLED_LISTED, DashboardState
 from simulation.settings import SimulationConfig
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -110,7 +111,7 @@ def test_a_page_shows_a_round_a_lost_server_and_the_end(cluster, page, tmp_path,
     until(lambda: seen.append(number_in(page, "#done")) or seen[-1] > 2000, 10, "answers come in")
     os.kill(cluster.pid(1), signal.SIGKILL)
     lost = f"localhost:{cluster.base_port + 1} is lost"
-    page.locator("#told").get_by_text(lost).wait_for(timeout=90_000)
+    page.locator("#messages").get_by_text(lost).wait_for(timeout=90_000)
     page.locator(".cells li.lost, .cells li.back").wait_for(timeout=90_000)
     until(lambda: "reassigned4,000" in page.locator("#facts").text_content(), 15, "who was reassigned is shown")
     until(lambda: seen.append(number_in(page, "#done")) or seen[-1] >= 6000, 15, "answers come in after the loss")
@@ -153,7 +154,7 @@ def test_the_button_stops_the_run_and_keeps_results(cluster, page, tmp_path):
     page.goto(run.url)
     until(lambda: page.locator("#played tr").count() >= 1, 20, "a round is played")
     page.get_by_role("button", name="Stop and keep results").click()
-    page.get_by_role("button", name="Go on playing").click()
+    page.get_by_role("button", name="Continue the run").click()
     assert run.state()["stopping"] is False
     page.get_by_role("button", name="Stop and keep results").click()
     page.get_by_role("button", name="Stop the run").click()
@@ -215,10 +216,10 @@ def test_a_report_is_offered(cluster, page, tmp_path):
     run = Run(cluster, tmp_path / "stderr", "3", "300", *gates.flags, "--run-dir", str(folder))
     page.goto(run.url)
     page.get_by_role("heading", name="Round 1 of 1", exact=True).wait_for()
-    assert page.get_by_role("link", name="save its report").count() == 0
+    assert page.get_by_role("link", name="save the report").count() == 0
     gates.open()
     run.end(0)
-    link = page.get_by_role("link", name="save its report")
+    link = page.get_by_role("link", name="save the report")
     link.wait_for(timeout=90_000)
     with page.expect_download() as download:
         link.click()
@@ -230,7 +231,7 @@ def test_a_taken_port_is_one_line(checkout):
         port = taken.getsockname()[1]
         done = checkout.run("run_simulation.sh", "2", "100", "--dashboard", str(port))
     assert done.returncode == 2
-    assert f"--dashboard {port}: port {port} of 127.0.0.1 cannot be had" in one_line(done.stderr)
+    assert f"--dashboard {port}: port {port} of 127.0.0.1 is not available" in one_line(done.stderr)
     assert checkout.runs() == set() and checkout.processes() == []
 
 
@@ -244,12 +245,7 @@ def test_only_a_run_that_is_asked_to_imports_it(cluster, asked):
     modules = done.stdout.splitlines()[-1].split()
     assert "simulation.runs.run" in modules, done.stderr
     assert ({"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} <= set(modules)) == asked
-    assert asked or not {
-        "simulation.runs.dashboard",
-        "simulation.runs.dashboard_state",
-        "simulation.runs.dashboard_sampler",
-        "aiohttp.web",
-    } & set(modules)
+    assert asked or not {"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} & set(modules)
 
 
 def test_a_participant_asked_alone_is_seen_as_well(cluster, tmp_path):
@@ -269,63 +265,56 @@ def test_a_participant_asked_alone_is_seen_as_well(cluster, tmp_path):
 
 
 @pytest.mark.parametrize(("max_value", "decimals"), [(1, 0), (10, 0), (100, 0), (101, 0), (1000, 2), (10**9, 6)])
-def test_a_glance_counts_what_the_tally_counts(max_value, decimals):
+def test_a_partial_histogram_counts_what_the_tally_counts(max_value, decimals):
     game = Game(7, max_value, decimals, 0.0)
     draws = np.random.default_rng(7)
     sheet = AnswerSheet(5, 200_000)
     for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
         sheet.record(place, units)
-    early = take_snapshot(3, [sheet], game.numbers)
-    assert (early.round, early.done, sum(early.counts), early.failures) == (3, 150_000, 150_000, {})
+    progress = Progress(150_000, 200_000, 3)
+    early = with_histogram(progress, [sheet], game.numbers)
+    assert replace(early, counts=()) == progress and sum(early.counts) == 150_000
     for place in range(150_000, 200_000):
         sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
-    late, tally = take_snapshot(3, [sheet, sheet], game.numbers), sheet.tally()
+    late, tally = with_histogram(progress, [sheet, sheet], game.numbers), sheet.tally()
     _, counts = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
     assert late.counts == tuple(2 * counts) and len(late.counts) == bins_of(game.numbers)[1] <= BINS
     assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_COUNTED + 1
-    assert take_snapshot(0, [], game.numbers).counts == ()
 
 
-def test_a_lookout_knows_the_load_of_a_process_and_of_the_one_that_replaces_it():
-    sampler, sheet = DashboardSampler(), AnswerSheet(0, 1)
+def test_heartbeats_carry_histograms_and_the_load_of_the_server_when_asked(monkeypatch):
+    servicer = agent_server.SimulationServicer(SimulationConfig(), 12330, {}, threading.Event())
+    clock, used = [100.0], [5.0]
+    monkeypatch.setattr(agent_server.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(agent_server.time, "process_time", lambda: used[0])
+    monkeypatch.setattr(servicer, "_cpu", (100.0, 5.0, 0.0))
 
-    def seen(cpu_s: float, clock_s: float) -> Load:
-        snapshot = take_snapshot(1, [sheet], 101)
-        object.__setattr__(snapshot, "cpu_s", cpu_s)
-        object.__setattr__(snapshot, "clock_s", clock_s)
-        sampler._note_load("here", snapshot)
-        return sampler.loads["here"]
+    def seen(cpu_s: float, clock_s: float, numbers: int = 101) -> HeartbeatReply:
+        clock[0], used[0] = clock_s, cpu_s
+        beat = HeartbeatReply.from_json(servicer.heartbeat(json.dumps(["run", 1, 0.0, numbers]).encode(), None))
+        assert beat is not None
+        return beat
 
-    assert seen(5.0, 100.0).cpu is None
-    assert seen(5.5, 101.0).cpu == 0.5
-    assert seen(5.6, 101.1).cpu == 0.5  # another group of the same look
-    assert seen(0.1, 102.0).cpu is None  # another process
+    assert (seen(5.5, 101.0, numbers=0).cpu, seen(5.5, 101.0, numbers=0).memory_mb) == (None, None)
+    assert seen(5.5, 101.0).cpu == 0.5 and seen(5.5, 101.0).memory_mb > 1
+    assert seen(5.6, 101.1).cpu == 0.5  # too soon after the last measurement
+    assert seen(5.6, 102.0).cpu == pytest.approx(0.1)
 
 
 def run_on(servers: int, lost: int) -> Any:
     """A run in its first round, as the view sees it, on so many servers of which the first ones are lost."""
-    config = SimulationConfig(participant_num=10 * servers)
+    config = SimulationConfig(participant_num=10 * servers, server_per_host=1000)
     ends = [Endpoint(f"node{number // 1000}", 12330 + number % 1000) for number in range(servers)]
     assignments = [
         GroupAssignment(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1])
         for n, each in enumerate(ends)
     ]
+    beats = [HeartbeatReply("it", {each.oid: Progress(n % 11, 10, 1)}, 0.5, 20.0) for n, each in enumerate(assignments)]
     statuses = {
-        each: (
-            ServerStatus(
-                n >= lost,
-                n >= lost,
-                int(n < lost),
-                "is gone" * (n < lost),
-                0.1,
-                HeartbeatReply("it", {assignments[n].oid: beat}),
-            ),
-            True,
-        )
+        each: ServerStatus(n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost), 0.1, beats[n])
         for n, each in enumerate(ends)
-        for beat in [Progress(n % 11, 10, 1)]
     }
-    cluster = SimpleNamespace(assignments=assignments, statuses=lambda: statuses)
+    cluster = SimpleNamespace(active_assignments=assignments[lost:], observe=lambda: statuses)
     simulation = SimpleNamespace(cluster=cluster, usage=Usage(), reassigned=10 * lost)
     return SimpleNamespace(
         config=config,
@@ -358,11 +347,10 @@ def show(page, state: dict[str, Any]) -> None:
     page.locator("#status").get_by_text("connecting").wait_for(state="hidden")
 
 
-@pytest.mark.parametrize("servers", [SERVERS_TOLD, SERVERS_TOLD + 1, 600, 9000])
+@pytest.mark.parametrize("servers", [SERVERS_LISTED, SERVERS_LISTED + 1, 600, 9000])
 def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
     view = DashboardState(run_on(servers, lost=30))
     stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
-    view.sampler.loads = {end: Load(1.0, 1.0, 20.0, 0.5) for end in view.run.simulation.cluster.statuses()}
     run = view.state(stage)
     told = run["servers"]
     assert told["number"] == servers and told["states"] == {"plays": servers - 30, "lost": 30}
@@ -370,10 +358,10 @@ def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
     state = state_of(run, stage)
     assert len(json.dumps(state)) < 20_000
     show(page, state)
-    page.get_by_text(f"{servers:,} servers: 30 lost, {servers - 30:,} play").wait_for()
-    squares = 0 if servers == SERVERS_TOLD else min(servers, GRID_CELLS)
+    page.get_by_text(f"{servers:,} servers: 30 lost, {servers - 30:,} active").wait_for()
+    squares = 0 if servers == SERVERS_LISTED else min(servers, GRID_CELLS)
     assert page.locator(".grid i").count() == squares
-    assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_TOLD)
+    assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_LISTED)
     assert page.locator(".grid i.l").count() == min(squares, 30)
     if squares:  # what a host's servers do together is told all the same; the last server asks all groups, too
         playing = min(servers, 1000) - 30
@@ -415,7 +403,7 @@ def test_the_live_page_can_be_read_at_any_size_and_light(page, width, height, sc
         "th",
         ".cells .state",
         ".cells .why",
-        "#told span",
+        "#messages span",
         "svg text",
     ):
         assert page.locator(words).first.evaluate(CONTRAST) >= 4.5, words

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from simulation.agents.agent_class import deserialize_agent_class
 from simulation.agents.participant import Home, Participant, answer_in, answers_many, message_of
 from simulation.agents.scheduler import Scheduler, collect_young, gc_paused
-from simulation.agents.snapshot import RoundSnapshot, take_snapshot
+from simulation.agents.snapshot import with_histogram
 from simulation.errors import KnownCause, failure_of, one_line
 from simulation.game.answer_sheet import CUT_SHORT, Answers, AnswerSheet
 from simulation.game.rules import Announcement, Game, Question, to_units
@@ -124,17 +124,16 @@ class ParticipantGroup(metaclass=RpcMeta):
         answering_s, client_s = self._time_spent()
         return replace(spent, answering_s=answering_s, client_s=client_s)
 
-    def progress(self, wait_s: float = 0.0) -> Progress:
-        """Return the progress after waiting up to `wait_s` seconds for completion; heartbeats carry it."""
+    def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
+        """Return the progress after waiting up to `wait_s` seconds for completion; heartbeats carry it.
+
+        If `numbers`, the count of possible answers, is not 0, it includes a partial histogram.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done = self._round, self._done()  # in this order: a new round's number is never paired with old answers
-        return Progress(done, self.count, number, self._error, astuple(self.usage()))
-
-    def snapshot(self, numbers: int) -> RoundSnapshot:
-        """Return a snapshot of the current round and of this process; `numbers` is the count of possible answers."""
-        number, sheet = self._round, self._sheet  # in this order, as above
-        return take_snapshot(number, [] if sheet is None else [sheet], numbers)
+        number = self._round  # read first, so that a new round's number is never paired with old answers
+        progress, sheet = Progress(self._done(), self.count, number, self._error, astuple(self.usage())), self._sheet
+        return with_histogram(progress, [sheet], numbers) if numbers and sheet is not None else progress
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Pass recreated participants their answers of earlier rounds. Raises RuntimeError while the group is built.

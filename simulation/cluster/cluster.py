@@ -107,10 +107,12 @@ class Cluster:
         """Return the usage of each group, including deleted groups."""
         return self._membership.used
 
-    def statuses(self) -> dict[Endpoint, tuple[ServerStatus, bool]]:
-        """Return the status of each server, and whether it is a participant server rather than a moderator server."""
-        pools = ((self._servers, True), (self._moderator_servers, False))
-        return {each: (self._membership.status_of(each), answers) for pool, answers in pools for each in pool}
+    def observe(self) -> dict[Endpoint, ServerStatus]:
+        """Return the status of each server, participant servers first, and keep their heartbeats detailed for a while.
+
+        Until OBSERVED_S after the last call, heartbeats carry partial histograms and the load of the server.
+        """
+        return self._membership.observe(self._game.numbers)
 
     def __enter__(self) -> Cluster:
         self._membership.open()

@@ -24,6 +24,7 @@ WAIT_S = 1.0  # longest delay of a busy server's reply
 AGAIN_S = 0.1  # retry interval for an unreachable server
 SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
 BEATS_IN_LEASE = 4
+OBSERVED_S = 5.0  # how long heartbeats carry histograms after `observe`; a dashboard is refreshed more often
 ASLEEP_S = 1.0  # a deadline error that is this late means that this process was suspended
 
 
@@ -83,6 +84,7 @@ class FailureDetector:
         self._due = [(now, endpoint) for endpoint in self._states]  # a heap of request times
         self._changed = threading.Condition()  # guards all mutable state
         self._number = 0  # the current round
+        self._observed = (0, 0.0)  # number of possible answers, and until when heartbeats carry histograms
         self._news = False
         self._ended = False
         self._thread = threading.Thread(target=self._ask_around, name="heartbeats", daemon=True)
@@ -147,6 +149,10 @@ class FailureDetector:
             self._changed.wait_for(lambda: self._news, timeout_s)
             self._news = False
 
+    def observe(self, numbers: int) -> None:
+        """Request partial histograms with all heartbeats of the next OBSERVED_S; `numbers` is the possible answers."""
+        self._observed = (numbers, time.monotonic() + OBSERVED_S)
+
     # --- What is decided elsewhere -----------------------------------------------------------------------------------
 
     def poll_now(self, number: int) -> None:
@@ -196,7 +202,9 @@ class FailureDetector:
         def hear(said: str | SimulationError) -> None:
             self._hear(endpoint, requested_at, timeout_s, said)
 
-        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, hear)
+        numbers, until = self._observed
+        numbers = numbers if requested_at < until else 0
+        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, numbers, hear)
 
     def _hear(self, endpoint: Endpoint, requested_at: float, timeout_s: float, said: str | SimulationError) -> None:
         why = ""

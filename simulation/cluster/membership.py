@@ -93,9 +93,10 @@ class Membership:
         """Return the servers of the pool that are up."""
         return [each for each in pool if self._detector.alive(each)]
 
-    def status_of(self, endpoint: Endpoint) -> ServerStatus:
-        """Return the status of a server, for display."""
-        return self._detector.status_of(endpoint)
+    def observe(self, numbers: int) -> dict[Endpoint, ServerStatus]:
+        """Return the status of each server, for display; see FailureDetector.observe."""
+        self._detector.observe(numbers)
+        return {each: self._detector.status_of(each) for each in self._servers}
 
     def hosted(self) -> dict[str, Endpoint]:
         """Return the ids of this run's objects reported by servers that are up, each with its server."""

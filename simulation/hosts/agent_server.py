@@ -54,6 +54,8 @@ REPLIES_AT_ONCE = 32  # participants asked individually that think concurrently
 POLL_S = 2  # how long a poll for one participant's reply blocks; the client's deadline is 5 s
 STOP_GRACE_S = 0.5
 SWEEP_S = 1.0  # interval between checks of the leases
+HISTOGRAM_SHARE = 0.005  # most of a server's time that partial histograms may take
+LOAD_S = 0.5  # shortest time over which the CPU load is measured
 FORGET_S = 3600.0  # how long a run without agents is remembered
 REPLIES_KEPT = 4096  # fetched replies that are kept, in case one is lost in transit
 SERVER_OPTIONS = (
@@ -85,10 +87,15 @@ class SimulationServicer(AgentServerServicer):
         self._started = time.time()
         self._renewed: dict[str, float] = {}  # by run, time.monotonic() of the last call
         self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by object
+        self._histogram_due = 0.0  # when the next partial histogram may be taken (time.monotonic)
+        self._cpu = (time.monotonic(), time.process_time(), 0.0)  # the last measurement, and the share of a core
 
     def heartbeat(self, request: bytes, context: Any) -> bytes:
-        """Return the progress of a run's objects; wait up to `wait_s` for those in round `number` to finish it."""
-        run, number, wait_s = json.loads(request)
+        """Return the progress of a run's objects; wait up to `wait_s` for those in round `number` to finish it.
+
+        If `numbers`, the count of possible answers, is not 0, add the load and, when due, partial histograms.
+        """
+        run, number, wait_s, numbers = json.loads(request)
         self._renewed[run] = time.monotonic()
         until = time.monotonic() + wait_s
         playing = {
@@ -99,8 +106,19 @@ class SimulationServicer(AgentServerServicer):
         for agent in playing.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
-        progress = {oid: agent.progress() for oid, agent in playing.items()}
-        return HeartbeatReply(self._incarnation, progress).to_json().encode()
+        began, counted = time.thread_time(), numbers if time.monotonic() >= self._histogram_due else 0
+        progress = {oid: agent.progress(numbers=counted) for oid, agent in playing.items()}
+        if counted:
+            self._histogram_due = time.monotonic() + (time.thread_time() - began) / HISTOGRAM_SHARE
+        load = self._load() if numbers else (None, None)
+        return HeartbeatReply(self._incarnation, progress, *load).to_json().encode()
+
+    def _load(self) -> tuple[float, float]:
+        """Return the share of a core that this process used lately, and its resident memory (MB)."""
+        (since, used_before_s, _), now, used_s = self._cpu, time.monotonic(), time.process_time()
+        if now - since >= LOAD_S:
+            self._cpu = (now, used_s, (used_s - used_before_s) / (now - since))
+        return self._cpu[2], round(psutil.Process().memory_info().rss / 2**20, 1)
 
     def handshake(self, request: bytes, context: Any) -> bytes:
         """Return the identity and state of this server, after following the directives of the request."""

@@ -108,13 +108,15 @@ def heartbeat(
     number: int,
     wait_s: float,
     timeout_s: float,
+    numbers: int,
     done: Callable[[str | SimulationError], None],
 ) -> None:
     """Request a heartbeat with a run's progress; the server waits up to `wait_s` (s) for round `number` to end.
 
+    If `numbers`, the count of possible answers, is not 0, the reply carries partial histograms.
     Returns immediately; `done` is called on a gRPC thread with the reply text or the error.
     """
-    request = json.dumps([run, number, wait_s]).encode()
+    request = json.dumps([run, number, wait_s, numbers]).encode()
     call = _method(endpoint, HEARTBEAT).future(request, timeout=timeout_s)
 
     def heard(call: Any) -> None:

@@ -21,6 +21,8 @@ class Progress:
         round: Current round; 0 while participants are created.
         error: Why it cannot continue; empty if it can.
         usage: Usage of its participants so far (the fields of `Usage`); empty for a moderator.
+        counts: Partial histogram of the round, on request only.
+        failures: Number of failures by cause, with the histogram.
     """
 
     done: int
@@ -28,6 +30,8 @@ class Progress:
     round: int = 0
     error: str = ""
     usage: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
+    failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -36,10 +40,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """A heartbeat reply: the server's incarnation, and the progress of the run's objects by remote id."""
+    """A heartbeat reply: the server's incarnation, and the progress of the run's objects by remote id.
+
+    With histograms, also the share of a core that the process uses and its resident memory.
+    """
 
     incarnation: str
     objects: dict[str, Progress] = field(default_factory=dict)
+    cpu: float | None = None
+    memory_mb: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,11 +57,12 @@ class HeartbeatReply:
     def from_json(cls, text: str) -> HeartbeatReply | None:
         """Parse a heartbeat reply; return None if it comes from another program."""
         try:
-            said = json.loads(text)
-            objects = {
-                oid: Progress(**{**each, "usage": tuple(each["usage"])}) for oid, each in said["objects"].items()
+            data = json.loads(text)
+            data["objects"] = {
+                oid: Progress(**{**each, "usage": tuple(each["usage"]), "counts": tuple(each["counts"])})
+                for oid, each in data["objects"].items()
             }
-            return cls(said["incarnation"], objects)
+            return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 

@@ -42,7 +42,7 @@ LOST_SHOWN = 1000  # maximum number of lost servers listed in summary.json
 class RunObserver(Protocol):
     """Observer of runs, one after another. It only reads from a run, and must not block it or make it fail."""
 
-    def follow(self, run: Run) -> AbstractContextManager[None]:
+    def observe(self, run: Run) -> AbstractContextManager[None]:
         """Return a context manager that observes a run; exceptions of the run propagate through it."""
 
 
@@ -109,7 +109,7 @@ class Run:
 
     def play(self) -> int:
         """Play the remaining rounds and write the results, also before an error propagates; returns the exit status."""
-        with contextlib.nullcontext() if self._onlooker is None else self._onlooker.follow(self):
+        with contextlib.nullcontext() if self._onlooker is None else self._onlooker.observe(self):
             return self._play()
 
     def _play(self) -> int:
