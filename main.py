@@ -15,19 +15,14 @@ if __name__ != "main":  # run as a program, not imported by a test
     sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
     from importlib.machinery import ModuleSpec
     from importlib.util import spec_from_file_location
+    from types import SimpleNamespace
 
-    class Own:
-        """The import finder for the program's own modules beside this file, and no others."""
+    def find_own(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+        """Return the spec of a module of the program, which is beside this file; None for any other."""
+        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # not a folder of the same name
+        return spec_from_file_location(name, f"{HERE}/{file}") if name in MODULES else None
 
-        @staticmethod
-        def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-            """Return the spec of one of these modules, or None for any other."""
-            if name not in MODULES:
-                return None
-            file = f"{HERE}/{name}.py" if name != "simulation" else f"{HERE}/simulation/__init__.py"
-            return spec_from_file_location(name, file)  # not a folder of the same name
-
-    sys.meta_path.insert(0, Own)
+    sys.meta_path.insert(0, SimpleNamespace(find_spec=find_own))
 
 import signal
 
@@ -39,35 +34,15 @@ for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACK
 
 import io
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from simulation.cli import (
-    ACTIONS,
-    ask,
-    check_used,
-    describe_damage,
-    draw_reports,
-    exclude_from_proxy,
-    make_parser,
-    needs_model_count,
-    parse_flags,
-    report,
-    roles_in,
-    serve,
-    serve_models,
-    split_vllm_flags,
-)
+from simulation.cli import OTHER_ROLES, Command, describe_damage, exclude_from_proxy, parse, with_model_count
 from simulation.errors import Interrupted, SettingsError, SimulationError, say
-from simulation.settings import (
-    SimulationConfig,
-    check,
-    flag_of,
-)
+from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
-    from simulation.hosts.local_cluster import OwnedServers
     from simulation.rpc.cluster_key import ClusterKey
     from simulation.runs.console import ConsoleProgress
 
@@ -75,42 +50,11 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run one role and return the exit status. Each error is one line on standard error."""
     try:
-        flags, for_vllm = split_vllm_flags(sys.argv[1:] if arguments is None else arguments)
-        if {"-h", "--help"} & {*flags}:
-            role = (roles_in(flags) or [SimulationConfig.role])[-1]
-            check("--role", role, SimulationConfig.__dataclass_fields__["role"].metadata)
-            say(make_parser(role).format_help().rstrip("\n"))
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        if command is None:  # a help page was asked for
             return 0
-        given, folders = parse_flags(flags)
-        actions = [name for name in ACTIONS if given.pop(name, False)]
-        owned = given.pop("owned", False)
-        check_used(given.get("role", SimulationConfig.role), actions, given)
-        action = actions[0] if actions else None
-        if folders and given.get("role") != "report":
-            raise SettingsError(f"unrecognized arguments: {' '.join(folders)} (folders of runs go with --role report)")
-        if "hosts" in given:
-            given["hosts"] = tuple(given["hosts"])
-        config = SimulationConfig(**given)
-        exclude_from_proxy(*config.hosts, config.host_name)
-        if action is None and "model_per_host" not in given and needs_model_count(config):
-            from simulation.hosts.vllm_servers import servers_per_host
-
-            given["model_per_host"] = servers_per_host(config)
-            config = SimulationConfig(**given)
-        if for_vllm and (config.role != "vllm" or actions):
-            raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
-        if folders and actions:
-            raise SettingsError(f"{folders[0]}: does not go with {flag_of(actions[0])}")
-        if owned and action != "launch":
-            raise SettingsError("--owned: goes with --launch")
-        roles: dict[str, Callable[[], int]] = {
-            "main": lambda: play(config, given),
-            "participant": lambda: serve(config, action, owned),
-            "ask": lambda: ask(config),
-            "report": lambda: draw_reports() if action else report(config, folders),
-            "vllm": lambda: serve_models(config, action, for_vllm),
-        }
-        return roles[config.role]()
+        exclude_from_proxy(*command.config.hosts, command.config.host_name)
+        return OTHER_ROLES.get(command.config.role, play)(with_model_count(command))
     except SimulationError as error:
         say(f"error: {error}", sys.stderr)
         return error.exit_status
@@ -122,91 +66,49 @@ def main(arguments: list[str] | None = None) -> int:
             return SettingsError.exit_status
         from simulation.runs.console import keep_traceback
 
-        where = keep_traceback()
-        say(f"error: a defect of the program: {type(error).__name__}: {error}; see {where}", sys.stderr)
+        say(f"error: a defect of the program: {type(error).__name__}: {error}; see {keep_traceback()}", sys.stderr)
         return 1
 
 
-def play(config: SimulationConfig, given: dict[str, Any]) -> int:
-    """Run role main: check everything, start missing servers, play, and clean up all but the results.
-
-    Args:
-        config: The settings.
-        given: The settings given on the command line; others may be read from a file.
-    """
-    from loguru import logger
-
+def play(command: Command) -> int:
+    """Check everything, start missing servers, play, and clean up all but the results. Return the exit status."""
     from simulation.results.report_process import ReportProcess
     from simulation.rpc.cluster_key import load, load_or_make
     from simulation.runs.console import ConsoleProgress, log_to_stderr
     from simulation.runs.session import session_of
 
     log_to_stderr()
-    session = session_of(config, given)
-    if config.dry_run:
+    session = session_of(command.config, command.given)
+    if command.config.dry_run:
         say("\n".join(session.plan()))
         return 0
     folder = session.config.cluster_key_dir
-    named = folder in (config.cluster_key_dir, SimulationConfig.cluster_key_dir)
     # if only the resumed run names the folder and it is missing, a new key would not match that run's servers
-    key = load_or_make(Path(folder)) if named else load(Path(folder))
-    watch = ConsoleProgress()
-    watch.listen()
+    named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
+    key = (load_or_make if named else load)(Path(folder))
+    progress = ConsoleProgress()
+    progress.listen()
     dashboard = None
-    if config.dashboard is not None:  # from this command, not from the resumed run
-        from simulation.runs.dashboard import Dashboard  # imported only on request
+    with ExitStack() as cleanup:
+        if command.config.dashboard is not None:  # from this command, not from the resumed run
+            from simulation.runs.dashboard import Dashboard
 
-        dashboard = Dashboard(config.dashboard, watch)
-    servers = reports = None
-    try:
-        starts_servers = session.needs_servers and none_here(session.config, key)
-        if starts_servers:
-            if "keep_agents" in given:
-                raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
+            dashboard = Dashboard(command.config.dashboard, progress)
+            cleanup.callback(dashboard.close)
+        cleanup.callback(session.close)
+        cleanup.callback(progress.close)
+        needs_servers = session.needs_servers and none_here(session.config, key)
+        if needs_servers and "keep_agents" in command.given:
+            raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
+        if needs_servers:
             session.check_models()
         session.open()
-        servers = start_servers(session.config, watch) if starts_servers else None
+        if needs_servers:
+            start_servers(session.config, progress, cleanup)
         reports = ReportProcess()
-        return session.play(key, watch, reports.draw, dashboard)
-    finally:
-        watch.close()
-        if reports is not None:
-            reports.close()
-        if servers is not None:
-            servers.stop()
-            logger.info(f"stopped the {len(session.config.ports)} agent servers of this run")
-        session.close()
-        if dashboard is not None:
-            dashboard.close()
-
-
-def start_servers(config: SimulationConfig, watch: "ConsoleProgress") -> "OwnedServers | None":
-    """Start agent servers on this host for this run, and return them. Raises Interrupted on a stop signal."""
-    from loguru import logger
-
-    from simulation.hosts import local_cluster as local_servers
-
-    def servers_ready(done: int, total: int) -> None:
-        watch.progress("agent servers ready", done, total)
-        if watch.stop_signal is not None:
-            raise Interrupted(watch.stop_signal)
-
-    logger.info(
-        f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
-        f"{config.moderator_per_host} for moderators, for this run"
-    )
-    started = time.monotonic()
-    servers = local_servers.start(config, True, servers_ready, meanwhile=import_what_plays)
-    logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
-    return servers
-
-
-def import_what_plays() -> None:
-    """Import AgentScope and the modules that play a run."""
-    from simulation.rpc.lean_import import import_agentscope
-
-    import_agentscope()
-    import simulation.runs.run  # noqa: F401
+        cleanup.callback(reports.close)
+        cleanup.callback(progress.close)  # before all others: it removes the bar
+        return session.play(key, progress, reports.draw, dashboard)
 
 
 def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
@@ -221,6 +123,35 @@ def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
     from simulation.cluster.preflight import shake_hands
 
     return not shake_hands(config, key)[0]
+
+
+def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
+    """Start agent servers on this host, which `cleanup` stops. Raises Interrupted on a stop signal."""
+    from loguru import logger
+
+    from simulation.hosts import local_cluster
+
+    def show_ready(done: int, total: int) -> None:
+        progress.progress("agent servers ready", done, total)
+        if progress.stop_signal is not None:
+            raise Interrupted(progress.stop_signal)
+
+    def import_meanwhile() -> None:
+        from simulation.rpc.lean_import import import_agentscope
+
+        import_agentscope()
+        import simulation.runs.run  # noqa: F401
+
+    logger.info(
+        f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
+        f"{config.moderator_per_host} for moderators, for this run"
+    )
+    started = time.monotonic()
+    servers = local_cluster.start(config, True, show_ready, import_meanwhile)
+    if servers is not None:
+        cleanup.callback(logger.info, f"stopped the {len(config.ports)} agent servers of this run")
+        cleanup.callback(servers.stop)
+    logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: flags of each role, and the roles other than playing. Imports of AgentScope are in functions."""
+"""The command line: the flags of each role, and the roles other than main. Imports of AgentScope are in functions."""
 
 from __future__ import annotations
 
@@ -11,73 +11,29 @@ import shutil
 import signal
 import sys
 import time
-import types
-import typing
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from simulation.errors import ClusterError, Interrupted, SettingsError, meant_by, printable, say
 from simulation.files import ROOT, full_path, shown
 from simulation.settings import (
     DASHBOARD_PORT,
-    GROUPS,
+    KINDS,
     PATHS,
     ROLES,
+    SETTINGS,
     SimulationConfig,
     as_written,
     check,
     flag_of,
-    real_number,
-    whole_number,
+    number,
 )
 
-
-@dataclass(frozen=True)
-class Action:
-    """An alternative to a role's normal work, such as --status or --stop.
-
-    Attributes:
-        help: Help text of its flag.
-        roles: The roles that support it.
-        settings: The role's settings that it uses (default: none); None means all.
-    """
-
-    help: str
-    roles: tuple[str, ...]
-    settings: tuple[str, ...] | None = ()
-
-
-ACTIONS = {
-    "status": Action(
-        "show a row per server of this host",
-        ("participant", "vllm"),
-        ("host_name", "cluster_key_dir", "connect_timeout"),
-    ),
-    "stop": Action("stop the servers of this host", ("participant", "vllm")),
-    "print_gpu_count": Action(argparse.SUPPRESS, ("vllm",)),  # for start_vllm.sh; --gpus stays an error
-    "make_key": Action(
-        "make the cluster key unless there is one, and print its folder", ("participant",), ("cluster_key_dir",)
-    ),
-    # internal: flags that start the launcher process and the report process
-    "launch": Action(argparse.SUPPRESS, ("participant",), None),
-    "draw_for_main": Action(argparse.SUPPRESS, ("report",)),
-}
-
-
 HELP_WIDTH = 100  # columns; fewer on a narrower terminal
-
-
-ROLE_HELP = {
-    "main": "Play the game",
-    "participant": "Start, stop or show the agent servers of this host",
-    "ask": "Ask one participant of a run that kept its agents",
-    "report": "Show a finished run again, or compare several",
-    "vllm": "Start, stop or show the vLLM servers of this host",
-}
-
-
+VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
+DASHES = tuple("-–—−")  # word processors turn the first into the others
 USAGES = {
     "main": "main.py [flags]",
     "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
@@ -85,25 +41,55 @@ USAGES = {
     "report": "main.py --role report [RUN ...] [--run-dir DIR]",
     "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
 }
-
-
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
+INTERNAL = argparse.SUPPRESS
 
 
-HELP_OF_HELP = "show this, or with --role the flags of another role (default: off)"
+class Action(NamedTuple):
+    """What a flag such as --status does in place of the role's usual work, and the settings that it uses."""
+
+    help: str
+    roles: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
 
-VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
+KEY_DIR = "cluster_key_dir"
+ACTIONS = {
+    "status": Action(
+        "show the servers of this host (default: off)",
+        ("participant", "vllm"),
+        ("host_name", KEY_DIR, "connect_timeout"),
+    ),
+    "stop": Action("stop the servers of this host (default: off)", ("participant", "vllm")),
+    "make_key": Action(
+        "make the cluster key unless it exists, and print its folder (default: off)", ("participant",), (KEY_DIR,)
+    ),
+    "print_gpu_count": Action(INTERNAL, ("vllm",)),  # for start_vllm.sh
+    "launch": Action(INTERNAL, ("participant",), tuple(SETTINGS)),  # run as the launcher process
+    "owned": Action(
+        INTERNAL, ("participant",), tuple(SETTINGS)
+    ),  # run as the launcher process, until standard input ends
+    "draw_for_main": Action(INTERNAL, ("report",)),  # run as the report process
+}
 
 
-DASHES = tuple("-–—−")  # word processors turn the first into the others
+class Command(NamedTuple):
+    """A parsed command line: settings, those given by flags, an action, folders of runs, and flags for vLLM."""
+
+    config: SimulationConfig
+    given: dict[str, Any]
+    action: str | None
+    runs: list[str]
+    for_vllm: list[str]
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises SettingsError with one line, and parses -1/2 as a number, not a flag."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
+        layout = partial(argparse.HelpFormatter, max_help_position=30, width=width)
+        super().__init__(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=layout, **options)
         self._negative_number_matcher = re.compile(r"-[0-9.]")
 
     def error(self, message: str) -> NoReturn:
@@ -111,131 +97,39 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(role: str | None = None) -> Parser:
-    """Return a parser for one role, with grouped flags and a help page; or for all roles (None), to parse with."""
-    about = {"description": f"{ROLE_HELP[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role is not None else {}
-    parser = Parser(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=_formatter, **about)
+    """Return the parser for the flags of all roles, or (for a help page) of one role."""
+    about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role else {}
+    parser = Parser(**about)
     group = parser.add_argument_group("what to do")
-    for item in fields(SimulationConfig):
-        group = parser.add_argument_group(GROUPS[item.name]) if item.name in GROUPS else group
-        if role is None or role in item.metadata["roles"]:
-            group.add_argument(flag_of(item.name), **_options_of(item))
-        if item.name == "role":
-            for name, action in ACTIONS.items():
-                if role is None or role in action.roles:
-                    hidden = action.help == argparse.SUPPRESS
-                    text = action.help if hidden else f"{action.help} (default: off)"
-                    group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=text)
-            if role is not None:  # otherwise -hosts would be parsed as -h
-                group.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help=HELP_OF_HELP)
-    parser.add_argument("--owned", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    runs = "folders of runs, or of experiments (default: that of --run-dir)"
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs if role == "report" else argparse.SUPPRESS)
+    for name, action in ACTIONS.items():
+        if role in (None, *action.roles):
+            group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=action.help)
+    if role is not None:  # otherwise -hosts would be parsed as -h
+        text = "show this page, or with --role that of another role (default: off)"
+        group.add_argument("-h", "--help", action="store_true", help=text)
+    for name, item in SETTINGS.items():
+        if item.metadata["group"]:
+            group = parser.add_argument_group(item.metadata["group"])
+        if role in (None, *item.metadata["roles"]):
+            group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=help_of(item), **_options_of(item))
+    runs = "folders of runs or experiments (default: that of --run-dir)" if role == "report" else INTERNAL
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
     return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
-    return argparse.HelpFormatter(prog, max_help_position=min(30, width // 2), width=width)
 
 
 def _options_of(item: Field[Any]) -> dict[str, Any]:
     """Return the `add_argument` options of a setting."""
-    flag, kind = flag_of(item.name), typing.get_type_hints(SimulationConfig)[item.name]
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_of(item).replace("%", "%%")}
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
+    flag, kind = flag_of(item.name), KINDS[item.name][0]
     if kind is bool:
-        options["action"] = "store_true"
-    elif kind in (int, float):
-        read = whole_number if kind is int else real_number
-        options["type"] = lambda text: read(flag, text)
-        options["metavar"] = "N" if kind is int else "X"
-    else:
-        options["metavar"] = "|".join(item.metadata["choices"]) or item.name.rpartition("_")[2].upper()
+        return {"action": "store_true"}
+    if item.name == "dashboard":
+        return {"type": partial(number, int, flag), "metavar": "PORT", "nargs": "?", "const": DASHBOARD_PORT}
+    if kind in (int, float):
+        return {"type": partial(number, kind, flag), "metavar": "N" if kind is int else "X"}
+    read = str if item.name in (*PATHS, "model_path", "extra_pythonpath") else _in_utf8
     if item.name == "hosts":
-        options |= {"nargs": "+", "metavar": "HOST"}
-    elif item.name == "dashboard":
-        options |= {"nargs": "?", "const": DASHBOARD_PORT, "metavar": "PORT"}
-    return options
-
-
-def help_of(item: Field[Any]) -> str:
-    """Return the help text of a setting: its description, range and default."""
-    default, low = item.default, item.metadata["low"]
-    if item.metadata["without"]:
-        default = item.metadata["without"]
-    elif isinstance(default, bool):
-        default = "on" if default else "off"
-    elif isinstance(default, tuple):
-        default = " ".join(default)
-    elif isinstance(default, int | float):
-        default = as_written(default)
-    elif str(default).startswith(f"{ROOT}/"):
-        default = str(default).removeprefix(f"{ROOT}/")
-    bounds = f"; from {as_written(low)} to {as_written(item.metadata['high'])}" if low is not None else ""
-    return f"{item.metadata['help']}{bounds} (default: {default})"
-
-
-def parse_flags(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the given settings and actions, and the run folders. Raises SettingsError.
-
-    Unknown flags are errors here; `check_used` rejects flags the role or action does not use. No flag is ignored.
-    """
-    if len(roles := list(dict.fromkeys(roles_in(flags)))) > 1:
-        raise SettingsError(f"--role {' and --role '.join(roles)}: do not go together; give one of them")
-    known, unknown = make_parser().parse_known_intermixed_args(flags)
-    given = vars(known)
-    for name, value in given.items():
-        if name not in (*PATHS, "model_path", "extra_pythonpath", "runs") and isinstance(value, str | list):
-            given[name] = _in_utf8(value) if isinstance(value, str) else list(map(_in_utf8, value))
-    folders: list[str] = given.pop("runs")
-    role = given.get("role", SimulationConfig.role)
-    unknown += [folder for folder in folders if folder.startswith(DASHES)]
-    if unknown:
-        if role != "report":  # in --colour red, "red" is not a run folder
-            unknown = [flag for flag in flags if flag in {*unknown, *folders}]
-        _refuse_flags(unknown, role)
-    return given, folders
-
-
-def _refuse_flags(unknown: list[str], role: str) -> NoReturn:
-    """Raise SettingsError with a suggestion for the first unknown flag: a flag of the role, or else of another role."""
-    flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
-    guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(
-        flag, [each for other in ROLES for each in flags_of(other)]
-    )
-    hint = f"{guess} " * bool(guess) + "--help lists all flags"
-    raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
-
-
-def flags_of(role: str) -> list[str]:
-    """Return the visible flags of a role."""
-    settings = [item.name for item in fields(SimulationConfig) if role in item.metadata["roles"]]
-    actions = [name for name, each in ACTIONS.items() if role in each.roles and each.help != argparse.SUPPRESS]
-    return [*map(flag_of, settings + actions), "--help"]
-
-
-def check_used(role: str, actions: list[str], given: dict[str, Any]) -> None:
-    """Raise SettingsError if a flag is given that the role, or its action, does not use.
-
-    Args:
-        role: The role as given; it may be invalid.
-        actions: The given actions.
-        given: The given settings.
-    """
-    settings = {item.name: item.metadata for item in fields(SimulationConfig)}
-    check("--role", role, settings["role"])
-    roles_of = {name: ACTIONS[name].roles for name in actions}
-    roles_of |= {name: settings[name]["roles"] for name in settings if name in given}
-    for name, roles in roles_of.items():
-        if role not in roles:
-            raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
-    if len(actions) > 1:
-        raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
-    used = ACTIONS[actions[0]].settings if actions else None
-    for name in given:
-        if used is not None and name not in ("role", *used):
-            raise SettingsError(f"{flag_of(name)}: does not go with {flag_of(actions[0])}")
+        return {"type": read, "metavar": "HOST", "nargs": "+"}
+    return {"type": read, "metavar": "|".join(item.metadata["choices"]) or item.name.rpartition("_")[2].upper()}
 
 
 def _in_utf8(text: str) -> str:
@@ -244,6 +138,119 @@ def _in_utf8(text: str) -> str:
         return os.fsencode(text).decode()
     except UnicodeError:
         return text
+
+
+def help_of(item: Field[Any]) -> str:
+    """Return the help text of a setting: its description, range and default."""
+    default, low = item.default, item.metadata["low"]
+    if item.metadata["without"]:
+        default = item.metadata["without"]
+    elif default is None or default is False:
+        default = "none" if default is None else "off"
+    elif isinstance(default, int | float):
+        default = as_written(default)
+    bounds = f"; from {as_written(low)} to {as_written(item.metadata['high'])}" if low is not None else ""
+    return f"{item.metadata['help_text']}{bounds} (default: {str(default).removeprefix(f'{ROOT}/')})"
+
+
+def parse(arguments: list[str]) -> Command | None:
+    """Return the checked command; None after printing a help page. No flag is ignored. Raises SettingsError."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags, for_vllm = arguments[:end], arguments[end + 1 :]
+    *others, role = list(dict.fromkeys(_roles_in(flags))) or [SimulationConfig.role]
+    check("--role", role, SETTINGS["role"].metadata)
+    if {"-h", "--help"} & {*flags}:
+        say(make_parser(role).format_help().rstrip("\n"))
+        return None
+    if others:
+        raise SettingsError(f"--role {' and --role '.join([*others, role])}: do not go together; give one of them")
+    given, runs = parse_flags(flags, role)
+    actions = [name for name in ACTIONS if given.pop(name, False)]
+    action = next(iter(actions), None)
+    _check_used(role, actions, given)
+    if runs and role != "report":
+        raise SettingsError(f"unrecognized arguments: {' '.join(runs)} (folders of runs go with --role report)")
+    if runs and action is not None:
+        raise SettingsError(f"{runs[0]}: does not go with {flag_of(action)}")
+    if for_vllm and (role != "vllm" or action is not None):
+        raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
+    if "hosts" in given:
+        given["hosts"] = tuple(given["hosts"])
+    return Command(SimulationConfig(**given), given, action, runs, for_vllm)
+
+
+def _roles_in(flags: list[str]) -> list[str]:
+    """Return the roles given by --role, even if other flags are invalid."""
+    words = itertools.pairwise([*flags, ""])
+    return [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
+
+
+def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the given settings and actions, of any role, and the run folders. Raises SettingsError."""
+    known, unknown = make_parser().parse_known_intermixed_args(flags)
+    given = vars(known)
+    runs: list[str] = given.pop("runs")
+    unknown += [folder for folder in runs if folder.startswith(DASHES)]
+    if unknown:
+        if role != "report":  # in --colour red, "red" is not a run folder
+            unknown = [flag for flag in flags if flag in {*unknown, *runs}]
+        flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
+        every = [each for other in ROLES for each in flags_of(other)]
+        guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(flag, every)
+        raise SettingsError(
+            f"unrecognized arguments: {' '.join(unknown)} ({f'{guess} '.lstrip()}--help lists all flags)"
+        )
+    return given, runs
+
+
+def flags_of(role: str) -> list[str]:
+    """Return the visible flags of a role."""
+    names = [name for name, item in SETTINGS.items() if role in item.metadata["roles"]]
+    names += [name for name, action in ACTIONS.items() if role in action.roles and action.help != INTERNAL]
+    return [*map(flag_of, names), "--help"]
+
+
+def _check_used(role: str, actions: list[str], given: dict[str, Any]) -> None:
+    """Raise SettingsError if a flag is given that the role, or its action, does not use."""
+    for name in (*actions, *given):
+        roles = ACTIONS[name].roles if name in ACTIONS else SETTINGS[name].metadata["roles"]
+        if role not in roles:
+            raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
+    if len(actions) > 1:
+        raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
+    for action in actions:
+        if unused := [name for name in given if name not in ("role", *ACTIONS[action].settings)]:
+            raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
+
+
+def with_model_count(command: Command) -> Command:
+    """Return the command with --model-per-host set to the vLLM servers of this host, if models may be asked."""
+    config, given = command.config, command.given
+    may_ask = config.role == "main" and (config.agent_type == "llm" or config.experiment is not None)
+    needed = config.role == "participant" or (may_ask and config.resume is None)  # a resumed run has the number
+    if command.action is not None or "model_per_host" in given or not needed:
+        return command
+    from simulation.hosts.vllm_servers import servers_per_host
+
+    given = given | {"model_per_host": servers_per_host(config)}
+    return command._replace(config=SimulationConfig(**given), given=given)
+
+
+def exclude_from_proxy(*hosts: str) -> None:
+    """Bypass proxies for requests to these hosts and localhost, in this process and its children.
+
+    Raises SettingsError if the file named by SSLKEYLOGFILE cannot be written: the TLS library always opens it.
+    """
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    if named != "*":  # which means all hosts only if it is the whole value
+        named = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = named
+    keys = os.environ.get("SSLKEYLOGFILE")
+    try:
+        if keys:
+            Path(keys).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise SettingsError(f"SSLKEYLOGFILE={keys}: cannot be written: {error.strerror}; unset it") from None
 
 
 def describe_damage(error: ImportError) -> str:
@@ -256,76 +263,41 @@ def describe_damage(error: ImportError) -> str:
     return f"{sys.prefix} {what}: {repair}"
 
 
-def needs_model_count(config: SimulationConfig) -> bool:
-    """Return whether to count the models, which requires a GPU query; a resumed run has the count in its settings."""
-    may_ask = config.agent_type == "llm" or config.experiment is not None
-    return config.role == "participant" or (config.role == "main" and may_ask and config.resume is None)
-
-
-def roles_in(flags: list[str]) -> list[str]:
-    """Return the roles given by --role, even if other flags are invalid."""
-    words = itertools.pairwise([*flags, ""])
-    return [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
-
-
-def split_vllm_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into our flags and, after --, the flags for vLLM."""
-    if "--" not in arguments:
-        return arguments, []
-    place = arguments.index("--")
-    return arguments[:place], arguments[place + 1 :]
-
-
-def exclude_from_proxy(*hosts: str) -> None:
-    """Bypass proxies for requests to these hosts and localhost, in this process and its children.
-
-    Raises SettingsError if the file named by SSLKEYLOGFILE cannot be written.
-    """
-    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    excepted = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
-    if named == "*":  # means all hosts only if it is the whole value
-        excepted = named
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
-    keys = os.environ.get("SSLKEYLOGFILE")
-    if keys:  # the TLS library opens this file even if nothing is encrypted
-        try:
-            Path(keys).open("a", encoding="utf-8").close()
-        except OSError as error:
-            raise SettingsError(f"SSLKEYLOGFILE={keys}: cannot be written: {error.strerror}; unset it") from None
-
-
-def _raise_interrupted(number: int, _frame: types.FrameType | None) -> NoReturn:
-    raise Interrupted(number)
-
-
 def raise_on_signals() -> None:
     """Make TERM, HUP and INT raise Interrupted, so that processes started so far are stopped."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
-            signal.signal(number, _raise_interrupted)
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup ignores HUP
+            signal.signal(each, interrupt)
 
 
-def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
-    """Run role participant: start, stop or show the agent servers of this host. Return the exit status."""
-    from simulation.hosts import local_cluster as local_servers
+# --- The roles other than main ---------------------------------------------------------------------------------------
+
+
+def serve(command: Command) -> int:
+    """Start, stop or show the agent servers of this host. Return the exit status."""
+    from simulation.hosts import local_cluster
     from simulation.rpc.cluster_key import load_or_make
 
-    if action == "launch":
-        from simulation.hosts import launcher
+    config, action = command.config, command.action
+    if action in ("launch", "owned"):
+        from simulation.hosts.launcher import launch
 
-        launcher.launch(config, owned)
+        launch(config, action == "owned")
     elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
         sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for scripts, whatever bytes it has
     elif action == "stop":
-        stopped = local_servers.stop()
-        say(f"stopped {stopped} agent servers" if stopped else "no agent servers were running")
+        say_stopped(local_cluster.stop(), "agent servers")
     elif action == "status":
         from simulation.results.tables import table_lines
 
-        rows, all_answer = local_servers.status(config)
+        rows, all_answer = local_cluster.status(config)
         dropped = ("up since", "restarts", "pid", "memory", "agents")
-        table = table_lines(local_servers.STATUS, rows, dropped, left=("role", "up since"))
+        table = table_lines(local_cluster.STATUS, rows, dropped, left=("role", "up since"))
         say("\n".join(table) if rows else "no agent servers are running")
         return 0 if all_answer else ClusterError.exit_status
     else:
@@ -333,9 +305,8 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
 
         raise_on_signals()
         started = time.monotonic()
-        watch = ConsoleProgress()
-        with contextlib.closing(watch):
-            local_servers.start(config, False, lambda done, total: watch.progress("agent servers ready", done, total))
+        with contextlib.closing(ConsoleProgress()) as watch:
+            local_cluster.start(config, False, partial(watch.progress, "agent servers ready"))
         say(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
             f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
@@ -344,99 +315,94 @@ def serve(config: SimulationConfig, action: str | None, owned: bool) -> int:
     return 0
 
 
-def serve_models(config: SimulationConfig, action: str | None, for_vllm: list[str]) -> int:
-    """Run role vllm: start, stop or show the vLLM servers of this host. Return the exit status."""
-    from simulation.hosts import vllm_servers as inference
+def say_stopped(number: int, what: str) -> None:
+    say(f"stopped {number} {what}" if number else f"no {what} were running")
 
+
+def serve_models(command: Command) -> int:
+    """Start, stop or show the vLLM servers of this host. Return the exit status."""
+    from simulation.hosts import vllm_servers
+    from simulation.results.tables import table_lines
+
+    config, action = command.config, command.action
     if action == "stop":
-        stopped = inference.stop()
-        say(f"stopped {stopped} vLLM servers" if stopped else "no vLLM servers were running")
+        say_stopped(vllm_servers.stop(), "vLLM servers")
     elif action == "print_gpu_count":
-        say(str(len(inference.gpus_here())))
+        say(str(len(vllm_servers.gpus_here())))
     elif action == "status":
-        from simulation.results.tables import table_lines
-
-        rows, all_healthy = inference.status()
-        table = table_lines(inference.STATUS, rows, ("pid",), left=("state",))
+        rows, all_healthy = vllm_servers.status()
+        table = table_lines(vllm_servers.STATUS, rows, ("pid",), left=("state",))
         say("\n".join(table) if rows else "no vLLM servers are running")
         return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
-        say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in inference.plan(config, for_vllm)))
+        servers = vllm_servers.plan(config, command.for_vllm)
+        say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in servers))
     else:
-        from simulation.results.tables import table_lines
         from simulation.runs.console import ConsoleProgress
 
         raise_on_signals()
         with contextlib.closing(ConsoleProgress()) as watch:
-            rows = inference.start(config, for_vllm, partial(watch.progress, "vLLM servers ready"))
-        say("\n".join(table_lines(inference.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
+            rows = vllm_servers.start(config, command.for_vllm, partial(watch.progress, "vLLM servers ready"))
+        say("\n".join(table_lines(vllm_servers.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 
-def ask(config: SimulationConfig) -> int:
-    """Run role ask: send one message to one participant and print its answer. Return the exit status."""
+def ask(command: Command) -> int:
+    """Send one message to one participant and print its answer. Return the exit status."""
     from simulation.game.rules import Question
     from simulation.game.tally import announcement_of
     from simulation.results.reader import first_winner, read_agents, read_results, read_summary
     from simulation.rpc.cluster_key import load
     from simulation.rpc.lean_import import import_agentscope
 
+    config = command.config
     path = Path(shown(str(config.run_dir)))
     played, summary = read_summary(path)
     participant = config.participant if config.participant is not None else first_winner(path, summary)
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
-    given = config.cluster_key_dir != SimulationConfig().cluster_key_dir
-    key = load(Path(config.cluster_key_dir if given else played.cluster_key_dir))
+    key = load(Path((config if "cluster_key_dir" in command.given else played).cluster_key_dir))
     import_agentscope()
     from simulation.cluster.rounds import ask as ask_participant
 
     announcements = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
     question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
-    server, oid = read_agents(path, participant)
-    said = ask_participant(server, oid, key, question)
-    say("\n".join(map(printable, said.splitlines())))  # a model may return any characters
+    answer = ask_participant(*read_agents(path, participant), key, question)
+    say("\n".join(map(printable, answer.splitlines())))  # a model may return any characters
     return 0
 
 
-def draw_reports() -> int:
-    """Draw the reports that main requests, in the report process of a run."""
-    from simulation.results.report_process import serve
+def report(command: Command) -> int:
+    """Show one run, or compare several, from their folders alone. Return the exit status."""
+    if command.action is not None:
+        from simulation.results.report_process import serve as draw_for_main
 
-    serve()
-    return 0
-
-
-def report(config: SimulationConfig, folders: list[str]) -> int:
-    """Run role report: show one run, or compare several, from their folders alone. Return the exit status."""
-    from simulation.results.comparison import (
-        common_folder,
-        comparison_lines,
-        run_folders,
-        unfinished_lines,
-        write_comparison,
-    )
+        draw_for_main()
+        return 0
+    from simulation.results import comparison
     from simulation.results.console_report import run_lines
     from simulation.results.reader import read_run
     from simulation.results.report_page import draw_all
 
-    given = [full_path("RUN", folder) for folder in folders] or list(filter(None, [config.run_dir]))
-    named = [Path(shown(folder)) for folder in given]
+    run_dir = command.config.run_dir
+    named = [Path(shown(full_path("RUN", run))) for run in command.runs or filter(None, [run_dir])]
     if not named:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
-    paths = run_folders(named)
-    if paths == named[:1]:
-        if folders and config.run_dir is not None:
-            raise SettingsError(
-                f"--run-dir {shown(config.run_dir)}: where several runs are compared; {paths[0]} is one"
-            )
+    paths = comparison.run_folders(named)
+    target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # of the comparison
+    if paths != named[:1]:
+        target = target or comparison.common_folder(paths)
+        runs = [read_run(path) for path in paths]
+        say("\n".join([*comparison.comparison_lines(runs), *comparison.unfinished_lines(named, runs)]))
+        comparison.write_comparison(target, runs)
+        say(f"compared in {target / 'comparison.html'}")
+    elif target is not None:
+        raise SettingsError(f"--run-dir {target}: is for a comparison of several runs; {paths[0]} is a single run")
+    else:
         run = read_run(paths[0])
         say("\n".join(run_lines(run)))
         draw_all(run)
-        return 0
-    folder = Path(shown(config.run_dir)) if folders and config.run_dir is not None else common_folder(paths)
-    runs = [read_run(path) for path in paths]
-    say("\n".join([*comparison_lines(runs), *unfinished_lines(named, runs)]))
-    write_comparison(folder, runs)
-    say(f"compared in {folder / 'comparison.html'}")
     return 0
+
+
+OTHER_ROLES = {"participant": serve, "vllm": serve_models, "ask": ask, "report": report}

@@ -1,19 +1,18 @@
-"""All errors that this program raises on purpose, with the exit status of main for each.
+"""The errors that this program raises on purpose: one line each, and the exit status of main.
 
-    SimulationError          1   a bug in this program
-    ├── SettingsError        2   bad usage, settings or files: nothing was started
-    ├── ClusterError         3   the cluster is not ready, or does not hold our key
-    │   └── ServerLost           one server is lost; the game may continue without it
-    │       ├── ServerUnreachable    nothing answers at the address
-    │       ├── UntrustedServer      the process that answers does not hold our key
-    │       └── AgentNotFound        the server answers, but no longer holds the agent
-    ├── RunAborted           4   the game ended with participants unanswered
-    ├── ResultsError         5   results could not be written
-    └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
+SimulationError          1   a bug in this program
+├── SettingsError        2   bad usage, settings or files: nothing was started
+├── ClusterError         3   the cluster is not ready, or does not hold our key
+│   └── ServerLost           one server is lost; the game may continue without it
+│       ├── ServerUnreachable    nothing answers at the address
+│       ├── UntrustedServer      the process that answers does not hold our key, or hangs before it proves it
+│       └── AgentNotFound        the server answers, but no longer holds the agent
+├── RunAborted           4   the game ended with participants unanswered; finished rounds are written
+├── ResultsError         5   results could not be written
+└── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
-`UnusableAnswer` is separate: it is one participant's failure, counted by cause, and does not end the game. A custom
-participant may raise it with any text. No decision depends on that text, because only `Ended` states how a round ended.
-The program itself raises `KnownCause`.
+UnusableAnswer               the failure of one participant, counted by cause; the game continues
+└── KnownCause               with a cause in the words of this program
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import NamedTuple, TextIO
 LIKENESS = 0.65  # difflib ratio from which a name is suggested
 SHORTEST_BEGINNING = 3  # characters of a prefix for which a longer name is suggested
 NAMES_SHOWN = 12
+CAUSE_LENGTH = 200  # characters
 
 # Errors of file systems for unsupported operations: locks, links, flushing a folder
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
@@ -41,19 +41,15 @@ class SimulationError(Exception):
 
 
 class SettingsError(SimulationError):
-    """An invalid flag, setting or file that prevents the start."""
-
     exit_status = 2
 
 
 class ClusterError(SimulationError):
-    """A failure of the cluster: agent servers are missing, unreachable or untrusted."""
-
     exit_status = 3
 
 
 class ServerLost(ClusterError):
-    """The loss of one agent server; the message starts with its address."""
+    """The message starts with the address of the server."""
 
     @property
     def address(self) -> str:
@@ -61,49 +57,31 @@ class ServerLost(ClusterError):
         return str(self).partition(": ")[0]
 
 
-class ServerUnreachable(ServerLost):
-    """An agent server that does not answer."""
+class ServerUnreachable(ServerLost): ...
 
 
-class UntrustedServer(ServerLost):
-    """A listening process that does not hold our key, or hangs before it proves that it does."""
+class UntrustedServer(ServerLost): ...
 
 
-class AgentNotFound(ServerLost):
-    """An agent that is missing from a server that answers."""
+class AgentNotFound(ServerLost): ...
 
 
 class RunAborted(SimulationError):
-    """The end of a game that cannot continue; the rounds finished so far are written."""
-
     exit_status = 4
 
 
 class ResultsError(SimulationError):
-    """A failure to write results to the run directory."""
-
     exit_status = 5
 
 
 class Interrupted(SimulationError):
-    """A stop request from the user or the system.
-
-    Args:
-        signal_number: The signal received; the exit status is 128 plus this number.
-    """
-
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted")
         self.exit_status = 128 + signal_number
 
 
 class UnusableAnswer(Exception):
-    """An answer that is not a number in range; custom participants may raise it too.
-
-    Args:
-        cause: The reason.
-        text: The text of the answer, if there was one.
-    """
+    """An answer that is not a number in range, with its cause and text. Custom participants may raise it too."""
 
     def __init__(self, cause: str, text: str | None = None) -> None:
         super().__init__(cause)
@@ -120,13 +98,7 @@ class Ended(IntEnum):
 
 
 class KnownCause(UnusableAnswer):
-    """An unusable answer whose cause is worded by this program, and counted verbatim.
-
-    Args:
-        cause: The reason.
-        text: The text of the answer, if there was one.
-        ended: How the round ended because of it.
-    """
+    """An unusable answer whose cause is counted verbatim. Only `ended`, not the text, affects the run."""
 
     def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
         super().__init__(cause, text)
@@ -148,27 +120,17 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the cause of a failure in one line of at most `limit` characters, as `ValueError: text`; never raises.
-
-    The text of a KnownCause has no prefix; any other text follows the class name, so the two cannot be confused.
-    """
+def one_line(error: BaseException) -> str:
+    """Return the cause of a failure as `ValueError: text`, or the text alone of a KnownCause; never raises."""
     try:
-        text = str(error)
+        text = printable(str(error), CAUSE_LENGTH)
     except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
         text = "(its text cannot be shown)"
-    text = printable(text[: 10 * limit])
-    name = type(error).__name__
-    if not name.isidentifier():  # type() accepts any text as a class name
-        name = "Exception"
     if type(error) is KnownCause:  # a derived class is a user's own
-        return shortened(text, limit)
-    return shortened(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", limit)
-
-
-def shortened(line: str, limit: int) -> str:
-    """Return the line, truncated to `limit` characters."""
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+        return text
+    name = type(error).__name__
+    name = name if name.isidentifier() else "Exception"  # type() accepts any text as a class name
+    return printable(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", CAUSE_LENGTH)
 
 
 def reason(error: Exception) -> str:
@@ -176,13 +138,15 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "is no text in UTF-8"
     if isinstance(error, UnicodeEncodeError):
-        return "the locale has no such letters in names of files; set LC_ALL=C.UTF-8"
+        return "the locale cannot encode this file name; set LC_ALL=C.UTF-8"
     return getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
 
 
-def printable(text: str) -> str:
-    """Return the text in one line, with unprintable characters escaped."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))
+def printable(text: str, limit: int | None = None) -> str:
+    """Return the text in one line of at most `limit` characters, with unprintable characters escaped."""
+    words = " ".join((text if limit is None else text[: 10 * limit]).split())
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
+    return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -198,14 +162,13 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
     """
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
-    plain, wanted = {_plain(each): each for each in known}, _plain(name)
-    begin = [each for each in plain if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
-    meant = [*sorted(begin, key=len), *difflib.get_close_matches(wanted, plain, 1, likeness)]
-    return f"did you mean {plain[meant[0]]}?" if meant else ""
+    def plain(name: str) -> str:
+        return name.lstrip("-").casefold().replace("_", "-")
 
-
-def _plain(name: str) -> str:
-    return name.lstrip("-").casefold().replace("_", "-")
+    names, wanted = {plain(each): each for each in known}, plain(name)
+    longer = [each for each in names if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
+    meant = [*sorted(longer, key=len), *difflib.get_close_matches(wanted, names, 1, likeness)]
+    return f"did you mean {names[meant[0]]}?" if meant else ""
 
 
 def near_file(path: str | Path) -> str:
@@ -224,8 +187,8 @@ def near_file(path: str | Path) -> str:
 def listed(names: Iterable[str]) -> str:
     """Return the names joined by commas, at most NAMES_SHOWN of them."""
     all_names = list(names)
-    more = len(all_names) - NAMES_SHOWN
-    return (", ".join(all_names[:NAMES_SHOWN]) or "none") + (f" and {more} more" if more > 0 else "")
+    more = f" and {len(all_names) - NAMES_SHOWN} more" if len(all_names) > NAMES_SHOWN else ""
+    return (", ".join(all_names[:NAMES_SHOWN]) or "none") + more
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

@@ -56,7 +56,7 @@ BAD = [
     ("--offset -0.5", "--offset -0.5: must be from 0 to 1,000,000,000,"),
     ("--max-tokens 0", "must be from 1"),
     ("--reply-timeout 0", "must be from 0.1"),
-    ("--vllm-base-port 65535 --model-per-host 2", "would end beyond port 65535"),
+    ("--vllm-base-port 65535 --model-per-host 2", "would end at port 65536, beyond port 65535"),
     ("--max-attempts 2", "--max-attempts 2: does nothing with --agent-type random"),
     ("--prompts-file /nope.yaml", "--prompts-file /nope.yaml: does nothing with --agent-type random"),
     ("--allow-remote-model", "--allow-remote-model: does nothing with --agent-type random"),
@@ -159,7 +159,6 @@ UNUSED = [
     ("--role participant --make-key --host-name a", "--host-name: does not go with --make-key"),
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
-    ("--role participant --owned", "--owned: goes with --launch"),
     ("--role report --draw-for-main x", "x: does not go with --draw-for-main"),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
@@ -175,7 +174,7 @@ def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
 
 @pytest.mark.parametrize("text", ["-why so low?", "-how come?", "- 5 or 6?", "--really, why?", "—and now?"])
 def test_a_text_of_several_words_may_begin_with_a_dash(text):
-    given, folders = cli.parse_flags(["--role", "ask", "--text", text, "--winner"])
+    given, folders = cli.parse_flags(["--role", "ask", "--text", text, "--winner"], "ask")
     assert given == {"role": "ask", "text": text, "winner": True} and folders == []
 
 
@@ -441,5 +440,5 @@ def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monke
 
     monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))
     for malformed, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
-        given, _ = cli.parse_flags(["--prompt", malformed, "--hosts", "a", malformed])
+        given, _ = cli.parse_flags(["--prompt", malformed, "--hosts", "a", malformed], "main")
         assert (given["prompt"], given["hosts"]) == (meant, ["a", meant])

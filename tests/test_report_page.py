@@ -344,7 +344,7 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
         ([str(damaged)], "game.json is damaged"),
         ([str(run), str(damaged)], "game.json is damaged"),
         ([str(empty)], "no run was played"),
-        ([str(run), "--run-dir", str(tmp_path / "new")], "where several runs are compared"),
+        ([str(run), "--run-dir", str(tmp_path / "new")], "is for a comparison of several runs"),
     ):
         done = cluster.run("main.py", "--role", "report", *folders)
         assert done.returncode == 2 and done.stdout == ""

@@ -22,7 +22,7 @@ from conftest import ROOT, drafts_in, one_line, until
 from waiting import Gates
 
 from simulation.errors import ClusterError, Interrupted, ResultsError, RunAborted, SettingsError
-from simulation.files import tell_once
+from simulation.files import warn_once
 from simulation.game.rules import game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.hosts import pid_files as processes
@@ -542,7 +542,7 @@ def told(tmp_path, monkeypatch):
 
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
     monkeypatch.setattr(processes, "SERVERS", tmp_path / "servers")
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     lines = []
     number = logger.add(lines.append, format="{message}", level="WARNING")
     yield lines

@@ -6,16 +6,15 @@ from fractions import Fraction
 
 
 def target_in_words(ratio: Fraction, offset: Fraction) -> str:
-    """Return the target in words; see Game.target."""
-    share = "the average" if ratio == 1 else f"{in_words(ratio)} {'of' if ratio < 1 else 'times'} the average"
-    return f"{in_words(offset)} plus {share}" if offset else share
+    """Return the target as text, such as `5 plus 2/3 of the average`; see Game.target."""
+    share = "the average" if ratio == 1 else f"{_number(ratio)} {'of' if ratio < 1 else 'times'} the average"
+    return f"{_number(offset)} plus {share}" if offset else share
 
 
-def in_words(number: Fraction) -> str:
-    """Return the number as text: a decimal if that is exact and the denominator exceeds 10, otherwise 3 or 2/3."""
-    if number.denominator == 1 or (number.denominator > 10 and Fraction(f"{float(number):.6g}") == number):
-        return f"{float(number):.6g}" if number.denominator > 1 else str(number)
-    return str(number)
+def _number(number: Fraction) -> str:
+    """Return 3, 2/3, or a decimal if it is exact and the denominator exceeds 10."""
+    decimal = f"{float(number):.6g}"
+    return decimal if number.denominator > 10 and Fraction(decimal) == number else str(number)
 
 
 def equilibria(ratio: Fraction, offset: Fraction, max_value: int) -> tuple[float, ...]:
@@ -26,7 +25,6 @@ def equilibria(ratio: Fraction, offset: Fraction, max_value: int) -> tuple[float
     """
     if ratio == 1:
         return (float(max_value),) if offset else ()
-    inner = offset / (1 - ratio)
     if ratio < 1:
-        return (min(float(inner), float(max_value)),)
-    return (0.0, float(max_value)) if offset == 0 else (float(max_value),)
+        return (min(float(offset / (1 - ratio)), float(max_value)),)
+    return (float(max_value),) if offset else (0.0, float(max_value))

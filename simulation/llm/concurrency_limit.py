@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulation.errors import reason
-from simulation.files import SERVERS, lock, tell_once
+from simulation.files import SERVERS, lock, warn_once
 
 Row = NDArray[np.int64]
 
@@ -56,7 +56,7 @@ class SharedSemaphore:
             if locked:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
         except OSError as error:
-            tell_once(f"agent servers cannot share a limit through {path}: {reason(error)}; each keeps to its own")
+            warn_once(f"agent servers cannot share a limit through {path}: {reason(error)}; each keeps to its own")
             self._forget_file()
             self._table = np.zeros((ROWS, 4), np.int64)
         self._owner = secrets.randbits(62) + 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simulation.errors import printable, shortened
+from simulation.errors import printable
 from simulation.llm.usage import MODEL_SERVER
 
 BUSY = (429, 503)  # the server asks all clients to wait
@@ -139,7 +139,7 @@ def _words_of(body: bytes) -> str:
 
 def in_one_line(words: Any, limit: int) -> str:
     """Return untrusted text made printable: one line of up to `limit` characters, without terminal control codes."""
-    return shortened(printable(str(words)[: 10 * limit]), limit)
+    return printable(str(words), limit)
 
 
 def retry_after(value: str | None, now: float) -> float:

@@ -27,7 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, one_line, reason
-from simulation.files import ROOT, is_there, lock, read_text, real, shown, tell_once
+from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import TEXTS_KEPT, Answers
 from simulation.game.population import Population
 from simulation.game.rules import Game
@@ -169,7 +169,7 @@ class RunDirectory:
             trouble = f"cannot point {LATEST} to {target}: {reason(error)}"
             if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EPROTO):
                 raise ResultsError(trouble) from None
-            tell_once(f"{trouble}; that file system has no links: name the run by its folder")
+            warn_once(f"{trouble}; that file system has no links: name the run by its folder")
         self._is_latest = True
 
     def write_summary(self, summary: dict[str, Any]) -> None:

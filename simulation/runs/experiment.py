@@ -10,12 +10,10 @@ import json
 import math
 import os
 import re
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, create_model
@@ -25,11 +23,10 @@ from simulation.files import full_path, is_there
 from simulation.results.reader import read_run
 from simulation.results.run_directory import SWEEP, read_written
 from simulation.runs.yaml_file import Entry, Place, YamlFile, read_yaml
-from simulation.settings import SimulationConfig, flag_of, real_number, whole_number
+from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, number
 
 MOST_COMBINATIONS = 1000
-OF_GAME = {item.name: item for item in fields(SimulationConfig) if item.metadata.get("game")}
-KINDS = typing.get_type_hints(SimulationConfig)
+OF_GAME = {name: item for name, item in SETTINGS.items() if item.metadata["game"]}
 
 
 @dataclass(frozen=True)
@@ -149,9 +146,9 @@ def _read_value(name: str, said: Any) -> Any:
     if not isinstance(said, str):
         what = "a list inside a list" if isinstance(said, list) else "a mapping" if said is not None else "null"
         raise ValueError(f"{name} must be a value, or a list of values, and is {what}")
-    kinds = typing.get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
+    kind = KINDS[name][0]
     try:
-        value: Any = whole_number(name, said) if int in kinds else real_number(name, said) if float in kinds else said
+        value: Any = number(kind, name, said) if kind in (int, float) else said
         made = getattr(SimulationConfig(**{name: value}), name)
         return value if OF_GAME[name].metadata["path"] else made  # a path is relative to the file, see read_experiment
     except SettingsError as error:

@@ -15,7 +15,7 @@ from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, P
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import Entry, YamlFile, read_by, read_yaml
-from simulation.settings import FINEST, PATHS, SimulationConfig, check, flag_of, fraction, whole_number
+from simulation.settings import FINEST, PATHS, SimulationConfig, check, flag_of, fraction, number
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
@@ -153,7 +153,7 @@ def _with_placeholders(text: str) -> str:
 
 
 def _reasoning_tokens(text: str) -> int:
-    tokens = whole_number("reasoning_tokens", text)
+    tokens = number(int, "reasoning_tokens", text)
     check("reasoning_tokens", tokens, {"choices": (), "low": 1, "high": MOST_REASONING_TOKENS})
     return tokens
 
