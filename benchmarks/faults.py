@@ -48,7 +48,8 @@ from simulation.game.tally import RoundResult
 from simulation.hosts import pid_files as processes
 from simulation.llm.usage import Usage
 from simulation.results import run_directory as results
-from simulation.results.run_directory import RunDirectory, new_run_id, summarise
+from simulation.results.run_directory import RunDirectory, new_run_id
+from simulation.results.run_files import summarise
 from simulation.rpc.channels import call_all_or_raise, handshake
 from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import Endpoint

@@ -351,21 +351,22 @@ def ask(command: Command) -> int:
     """Send one message to one participant and print its answer. Return the exit status."""
     from simulation.game.rules import Question
     from simulation.game.tally import announcement_of
-    from simulation.results.reader import first_winner, read_agents, read_results, read_summary
+    from simulation.results.reader import first_winner, read_agents, read_run
     from simulation.rpc.cluster_key import load
     from simulation.rpc.lean_import import import_agentscope
 
     config = command.config
     path = Path(shown(str(config.run_dir)))
-    played, summary = read_summary(path)
-    participant = config.participant if config.participant is not None else first_winner(path, summary)
+    run = read_run(path)
+    played = run.config
+    participant = config.participant if config.participant is not None else first_winner(run)
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     key = load(Path((config if "cluster_key_dir" in command.given else played).cluster_key_dir))
     import_agentscope()
     from simulation.cluster.rounds import ask as ask_participant
 
-    announcements = tuple(announcement_of(each, 10**played.decimals) for each in read_results(path, played, summary))
+    announcements = tuple(announcement_of(each, run.game.scale) for each in run.results)
     question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
     answer = ask_participant(*read_agents(path, participant), key, question)
     say("\n".join(map(printable, answer.splitlines())))  # a model may return any characters

@@ -65,7 +65,7 @@ def test_with_those_who_do_not_think_it_is_the_draw_that_adds(cluster):
         ]
         assert entry["average"] == float(Fraction(sum(units), COUNT * 10**DECIMALS))
         heard = Fraction(entry["average"])
-        tallies = run.groups["levels"][entry["round"] - 1]
+        tallies = run.tallies_by_part["levels"][entry["round"] - 1]
         assert {name: tally.asked for name, tally in tallies.items()} == dict(
             zip(parts.names, parts.counts, strict=True)
         )
@@ -101,7 +101,7 @@ def test_teams_hear_their_averages(cluster):
     run = read_run(cluster.path / "runs/latest")
     lines = [line for line in done.stdout.splitlines() if "teams' averages" in line]
     assert len(lines) == 2
-    for result, line, tallies in zip(run.results, lines, run.groups["levels"], strict=True):
+    for result, line, tallies in zip(run.results, lines, run.tallies_by_part["levels"], strict=True):
         averages = {name: tally.average() for name, tally in tallies.items()}
         assert dict(result.teams) == averages
         assert all(f"{name} {float(average) / 100:.5f}" in line for name, average in averages.items())

@@ -99,13 +99,15 @@ def test_an_old_run_is_read(name: str, tmp_path: Path):
         distance = [abs(row["value"] - winning_number) if row["value"] is not None else 1e9 for row in rows]
         winners = [row["participant"] for row, off in zip(rows, distance, strict=True) if off < min(distance) + 1e-9]
         assert entry["winners"] == {"count": len(winners), "participants": [f"P{each}" for each in winners[:10]]}
-    for rounds in run.groups.values():
+    for rounds in run.tallies_by_part.values():
         assert [sum(tally.asked for tally in tallies.values()) for tallies in rounds] == [
             entry["asked"] for entry in entries
         ]
-    assert set(run.groups) == {"level_k": {"levels"}, "two_thirds": {"levels"}, "language_model": {"education"}}.get(
-        name, set()
-    )
+    assert set(run.tallies_by_part) == {
+        "level_k": {"levels"},
+        "two_thirds": {"levels"},
+        "language_model": {"education"},
+    }.get(name, set())
 
 
 def test_causes_tell_how_a_round_ended_in_old_runs_alone(tmp_path: Path):

@@ -218,7 +218,7 @@ def test_dark_and_light_differ_and_both_can_be_read(page, told_apart):
 
 def test_participants_are_told_apart(page, told_apart):
     show(page, told_apart.path / "report.html")
-    for topic, rounds in told_apart.groups.items():
+    for topic, rounds in told_apart.tallies_by_part.items():
         section = page.locator(f'section[data-topic="{topic}"]')
         rows = section.locator("tr[data-part]")
         assert rows.count() == len(rounds[-1])
@@ -230,8 +230,8 @@ def test_participants_are_told_apart(page, told_apart):
             assert row.locator('[data-key="average"]').inner_text() == f"{float(average):.3f}"
         assert section.locator("svg[role=img]").count() == 2
         assert section.locator("details tbody tr").count() == 3 * len(rounds[-1])
-    assert set(told_apart.groups) == {"education", "job", "model"}
-    assert sum(tally.asked for tally in told_apart.groups["job"][0].values()) == 300
+    assert set(told_apart.tallies_by_part) == {"education", "job", "model"}
+    assert sum(tally.asked for tally in told_apart.tallies_by_part["job"][0].values()) == 300
     words = page.locator("body").inner_text()
     for expected in (
         "the 24 largest of 30",
@@ -480,7 +480,7 @@ def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):
 
 def test_of_very_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     folders = [tmp_path / f"{number:02}" for number in range(60)]
-    runs = [replace(told_apart, path=folder, groups={}) for folder in folders]
+    runs = [replace(told_apart, path=folder) for folder in folders]
     content = comparison_content(tmp_path, runs)
     assert len(content["rows"]) == 60 and len(content["keys"]) == len(content["open"]) + len(content["folded"]) == 24
     assert [row[0] for row, _, _ in content["rows"]] == [folder.name for folder in folders]

@@ -28,7 +28,8 @@ from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.hosts import pid_files as processes
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.usage import Usage
-from simulation.results.run_directory import RunDirectory, _on_disk, part_of, summarise, write_whole
+from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
+from simulation.results.run_files import summarise
 from simulation.runs.run import Run
 from simulation.runs.session import RunSpec, Session
 from simulation.settings import SimulationConfig
@@ -344,7 +345,8 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
     first = RunDirectory(tmp_path / "a b/01-x", within=whole)
     for directory in (first, alone):  # the latter was begun before
         directory.write_summary(nothing)
-    assert str((tmp_path / "latest").readlink()) == "a b" and first.part_of == ("a b", "x.yaml", 1, 2)
+    assert str((tmp_path / "latest").readlink()) == "a b"
+    assert first.position == {"sweep_id": "a b", "experiment": "x.yaml", "run": 1, "runs": 2}
     with pytest.raises(SettingsError, match="a b is being written by another run"):
         RunDirectory(tmp_path / "a b/02-y")
     for directory in (first, whole, alone):
@@ -360,14 +362,14 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
     (tmp_path / "a b/03-z").mkdir()
     other = RunDirectory(tmp_path / "a b/03-z")  # of which the experiment does not know
     other.write_summary(nothing)
-    assert other.part_of is None and str((tmp_path / "latest").readlink()) == "a b/03-z"
+    assert other.position is None and str((tmp_path / "latest").readlink()) == "a b/03-z"
 
 
 @pytest.mark.parametrize("text", ['{"sweep_id": [], "experiment": "e", "runs": [{"folder": "run"}]}', "[" * 50_000])
 def test_a_run_beside_a_damaged_file_of_an_experiment_is_a_run_alone(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     (tmp_path / "run").mkdir()
-    assert part_of(tmp_path / "run") is None
+    assert sweep_position(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("before", [None, "the one before"])

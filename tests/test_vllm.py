@@ -188,14 +188,14 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
     first = summary["rounds"][0]
     assert first["winning_number"] == pytest.approx(first["average"] * 2 / 3)
     run = read_run(vllm.path / "runs/latest")
-    assert {name: tally.asked for name, tally in run.groups["model"][0].items()} == {
+    assert {name: tally.asked for name, tally in run.tallies_by_part["model"][0].items()} == {
         "participant-model": 100,
         "other-model": 200,
     }
     counts = {parts.topic: parts.counts for parts in run.game.cast.groupings}
-    assert [tally.asked for tally in run.groups["education"][1].values()] == list(counts["education"])
+    assert [tally.asked for tally in run.tallies_by_part["education"][1].values()] == list(counts["education"])
     page = (vllm.path / "runs/latest/report.html").read_text()
-    for told in ("2/3 of the average", "other-model", "participant-model", *run.groups["education"][0]):
+    for told in ("2/3 of the average", "other-model", "participant-model", *run.tallies_by_part["education"][0]):
         assert html.escape(told) in page
     least = 2 * len(counts["education"])
     assert len(fake.bodies) >= least and {body["model"] for body in fake.bodies} == {"other-model"}

@@ -237,7 +237,7 @@ def shortened(name: str) -> str:
 
 def part_lines_picture(run: SavedRun, topic: str, label: str) -> Markup:
     """Return the chart of the averages of the largest parts by round."""
-    rounds = run.groups[topic]
+    rounds = run.tallies_by_part[topic]
     figure, axes = page_axes(2.6)
     numbers = [each.round for each in run.results]
     highest = 0.0

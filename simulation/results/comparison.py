@@ -18,9 +18,9 @@ from simulation.files import is_there, real
 from simulation.results.charts import answers_picture, draw_answers, scale_rounds, selection
 from simulation.results.console_report import number_of
 from simulation.results.figures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
-from simulation.results.reader import SavedRun, played_whole, runs_in
+from simulation.results.reader import SavedRun, rounds_finished, runs_in
 from simulation.results.report_page import answers_in_words, render, shown, swatch, whole
-from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, part_of, resume_command, write_whole
+from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, resume_command, sweep_position, write_whole
 from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
 
@@ -51,10 +51,11 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
         of_it = [run for run in runs if real(run.path).parent == path]
-        part = part_of(of_it[0].path)
-        finished = sum(len(played_whole(run.summary)) >= run.config.rounds for run in of_it)
-        if part is not None and finished < part.runs:
-            left = f"{part.runs - finished} of {part.runs} runs of {printable(part.experiment)} have rounds left"
+        position = sweep_position(of_it[0].path)
+        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in of_it)
+        if position is not None and finished < position["runs"]:
+            runs_left = f"{position['runs'] - finished} of {position['runs']} runs"
+            left = f"{runs_left} of {printable(position['experiment'])} have rounds left"
             lines.append(f"{left}; to go on with them: {resume_command(path)}")
     return lines
 

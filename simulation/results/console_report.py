@@ -12,8 +12,8 @@ from simulation.errors import printable
 from simulation.game.rules import Announcement, Game
 from simulation.game.tally import RoundResult, Tally, Units, announcement_of
 from simulation.llm.usage import Usage
-from simulation.results.reader import SavedRun, part_in, played_whole
-from simulation.results.run_directory import most_frequent
+from simulation.results.reader import SavedRun, rounds_finished
+from simulation.results.run_files import most_frequent, position_in_words
 from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
 
@@ -123,7 +123,7 @@ def brief(number: float | None) -> str:
 def group_lines(run: SavedRun) -> list[str]:
     """Return a table of the last round's answers for each set of personas, and for the models."""
     lines: list[str] = []
-    for topic, rounds in run.groups.items() if run.results else ():
+    for topic, rounds in run.tallies_by_part.items() if run.results else ():
         rows = []
         for name, tally in rounds[-1].items():
             average, std = tally.average(), tally.std()
@@ -143,7 +143,6 @@ def run_lines(run: SavedRun) -> list[str]:
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
-    played = f"{len(played_whole(run.summary))} of {run.config.rounds} rounds"
-    part = part_in(run.path, run.summary)
-    whole = f"; it is run {part.run} of {part.runs} of {printable(part.experiment)}" if part is not None else ""
-    return [*lines, f"run {run.name} is {run.summary['status']}: {played}{whole}"]
+    played = f"{rounds_finished(run.summary)} of {run.config.rounds} rounds"
+    experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
+    return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

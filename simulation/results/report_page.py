@@ -30,8 +30,9 @@ from simulation.results.charts import (
 )
 from simulation.results.console_report import brief, number_of
 from simulation.results.figures import DASHES, SERIES
-from simulation.results.reader import SavedRun, part_in, played_whole
+from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_directory import REPORT, write_whole
+from simulation.results.run_files import position_in_words
 from simulation.settings import SimulationConfig
 
 PAGES = Path(__file__).resolve().parent / "pages"
@@ -49,8 +50,8 @@ STATUSES = {
 
 def draw_all(run: SavedRun) -> None:
     """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
-    draw_pictures(run)
     write_report(run)
+    draw_pictures(run)
 
 
 def write_report(run: SavedRun) -> None:
@@ -108,7 +109,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "summary": summary,
         "digits": digits,
         "status": _status(run),
-        "played": len(played_whole(run.summary)),
+        "played": rounds_finished(run.summary),
         "last": next(
             (each for each in reversed(entries) if each["average"] is not None), entries[-1] if entries else None
         ),
@@ -117,7 +118,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "open": [pictures[place] for place in at_once],
         "folded": [each for place, each in enumerate(pictures) if place not in at_once],
         "by_round": _by_round(run),
-        "topics": [_topic(run, topic) for topic in run.groups] if entries else [],
+        "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
         "winners": [_winners(result, entry, game) for result, entry in zip(run.results, entries, strict=True)],
         "failures": failures_by_cause(entries),
         "times": _times(summary),
@@ -129,7 +130,7 @@ def _status(run: SavedRun) -> str:
     entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
         return "partial: nobody gave a usable answer"
-    if status == "interrupted" and len(played_whole(run.summary)) < len(entries):
+    if status == "interrupted" and rounds_finished(run.summary) < len(entries):
         return f"interrupted in round {entries[-1]['round']}"
     return STATUSES[status]
 
@@ -202,10 +203,9 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     others = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
     told.append(("Hosts", ", ".join(hosts[:NAMED]) + others))
     told.append(("Agent servers", f"{cluster['servers']:,} for participants, {cluster['moderators']:,} moderators"))
-    told.append(("Run", run.name))
-    part = part_in(run.path, run.summary)
-    if part is not None:
-        told.append(("Experiment", f"run {part.run} of {part.runs} of {part.experiment}"))
+    told.append(("Run", run.run_id))
+    if run.position is not None:
+        told.append(("Experiment", position_in_words(run.position)))
     return told
 
 
@@ -245,10 +245,10 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the pictures and tables of one grouping of the participants."""
-    rounds, game = run.groups[topic], run.game
+    rounds, game = run.tallies_by_part[topic], run.game
     last = rounds[-1]
-    listed = largest(last, max(PART_ROWS // 3 // len(run.groups), 1))
-    told = selection(len(rounds), max(PART_ROWS // len(run.groups) // len(listed), 1))
+    listed = largest(last, max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
+    told = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
     lined = largest(last, PART_LINES)
     digits = game.decimals + 3
     label = "; ".join(f"{name}: {shown(_part('', last[name], game)['average'], digits)}" for name in lined)

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 from loguru import logger
@@ -48,7 +47,7 @@ class ReportProcess:
         """Draw the pictures and the report of a run into its folder, and wait for completion.
 
         Args:
-            run: The run; its `groups` are computed in the drawing process.
+            run: The run; its answers are read in the drawing process.
 
         Raises:
             SettingsError: The answers in its folder cannot be read.
@@ -104,7 +103,6 @@ def serve() -> None:
 
 
 def _draw(run: SavedRun) -> None:
-    from simulation.results.reader import read_groups  # noqa: PLC0415 - where it is drawn alone
-    from simulation.results.report_page import draw_all  # noqa: PLC0415
+    from simulation.results.report_page import draw_all  # noqa: PLC0415 - where it is drawn alone
 
-    draw_all(replace(run, groups=read_groups(run.path, run.game, run.results)))
+    draw_all(run)

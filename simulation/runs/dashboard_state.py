@@ -15,7 +15,7 @@ from simulation.cluster.failure_detector import ServerStatus
 from simulation.errors import Ended
 from simulation.game.tally import RoundResult
 from simulation.results.console_report import histogram
-from simulation.results.run_directory import most_frequent
+from simulation.results.run_files import most_frequent
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.rpc.messages import Progress
 from simulation.runs.console import Stage

@@ -21,7 +21,8 @@ from pydantic import BeforeValidator, create_model
 from simulation.errors import SettingsError, printable, say
 from simulation.files import full_path, is_there
 from simulation.results.reader import read_run
-from simulation.results.run_directory import SWEEP, read_written
+from simulation.results.run_directory import SWEEP
+from simulation.results.run_files import read_run_file
 from simulation.runs.yaml_file import Entry, Place, YamlFile, read_yaml
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, number
 
@@ -270,7 +271,7 @@ def _folder_name(varied: dict[str, Any]) -> str:
 
 def read_sweep(path: Path) -> Sweep:
     """Read the sweep in a folder that --resume names. Raises SettingsError."""
-    return read_written(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
+    return read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
 
 
 def tell_comparison(folder: Path, sweep: Sweep) -> None:

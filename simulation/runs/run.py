@@ -29,8 +29,9 @@ from simulation.game.rules import Game
 from simulation.game.tally import announcement_of
 from simulation.llm.usage import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
-from simulation.results.reader import ResumeState, SavedRun
-from simulation.results.run_directory import RunDirectory, summarise
+from simulation.results.reader import SavedRun
+from simulation.results.run_directory import RunDirectory
+from simulation.results.run_files import summarise
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import GroupAssignment, remote_run
 from simulation.runs.console import ConsoleProgress
@@ -55,9 +56,9 @@ class Run:
         key: The cluster key.
         directory: The run directory.
         watch: Progress listener; also carries the stop signal.
-        draw: Draws the pictures and the report of the run, and counts its `groups`.
+        draw: Draws the pictures and the report of the run.
         game: The game.
-        played: The saved state, if the run is resumed.
+        played: The run as saved, if it is resumed.
         observer: Additional observer, such as the dashboard.
         label: Distinguishes the run from others of the same experiment.
     """
@@ -71,7 +72,7 @@ class Run:
         watch: ConsoleProgress,
         draw: Callable[[SavedRun], None],
         game: Game,
-        played: ResumeState | None = None,
+        played: SavedRun | None = None,
         observer: RunObserver | None = None,
         label: str = "",
     ) -> None:
@@ -91,14 +92,14 @@ class Run:
         self.cluster: dict[str, Any] = {"hosts": list(config.hosts), "servers": 0, "moderators": 0, "lost": []}
         self.cluster["times"] = []  # by round, where known
         self.label = label
-        self._part_of = directory.part_of or (played.part_of if played is not None else None)
+        self._position = played.position if played is not None else directory.position
         self._draw = draw
         self._onlooker = observer
         self._resumed = played is not None
         if played is not None:
-            self.seconds |= played.seconds
-            self.cluster = played.cluster | {"hosts": list(config.hosts)}
-            self.cluster["times"] = [each for each in played.cluster["times"] if each["round"] <= len(self.results)]
+            self.seconds |= played.summary["seconds"]
+            self.cluster = played.summary["cluster"] | {"hosts": list(config.hosts)}
+            self.cluster["times"] = [each for each in self.cluster["times"] if each["round"] <= len(self.results)]
         self._lost_before: list[str] = self.cluster["lost"]
         self._began = time.monotonic() - self.seconds["total"]
 
@@ -235,7 +236,7 @@ class Run:
 
     def _report(self, summary: dict[str, Any]) -> None:
         try:
-            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results, groups={}))
+            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results))
         except SettingsError as error:  # the results just written cannot be read
             raise ResultsError(str(error)) from None
 
@@ -244,7 +245,7 @@ class Run:
         self.seconds["total"] = time.monotonic() - self._began
         if self.status is None:  # not earlier: a folder with only this file could be neither resumed nor reused
             self.directory.write_game(self.game)
-        parts = (self.cluster, self.seconds, self.results, self.usage, self._part_of)
+        parts = (self.cluster, self.seconds, self.results, self.usage, self._position)
         summary = summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)
         self.status = status

@@ -18,16 +18,17 @@ from simulation.files import ROOT, is_there, real, shown
 from simulation.game.rules import Game
 from simulation.llm.model_configs import ModelConfig, asked_models, check_model_is_local, is_within, read_models
 from simulation.results.reader import (
-    ResumeState,
+    SavedRun,
     config_to_resume,
     is_spent,
-    played_whole,
     read_game,
-    read_played,
+    read_run_to_resume,
     read_summary,
+    rounds_finished,
     tokens_spent,
 )
 from simulation.results.run_directory import SWEEP, WHOLE, RunDirectory, new_run_id, resume_command
+from simulation.results.run_files import position_in_words
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.console import ConsoleProgress
@@ -45,7 +46,6 @@ from simulation.runs.scenario import build_game, refuse_unknown_models, refuse_w
 from simulation.settings import SimulationConfig, flag_of
 
 if TYPE_CHECKING:
-    from simulation.results.reader import SavedRun
     from simulation.runs.run import RunObserver
 
     Draw = Callable[[SavedRun], None]
@@ -220,7 +220,7 @@ def _rest_of(task: RunSpec) -> _Rest | None:
         config, summary = read_summary(task.folder)
     except SettingsError:
         return None
-    played = len(played_whole(summary))
+    played = rounds_finished(summary)
     if played >= config.rounds:
         return None
     flags: tuple[str, ...] = ()
@@ -286,11 +286,10 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     if len(summary["rounds"]) < rounds and is_spent(summary, config.max_tokens, budget):
         raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
     directory = RunDirectory(path, resumed=True)  # locks the folder against other writers
-    if directory.part_of is not None:
-        _, experiment, run, runs = directory.part_of
+    if directory.position is not None:
         logger.warning(
-            f"this run is one of an experiment's, run {run} of {runs} of {printable(experiment)}; to go on with all of "
-            f"them: {resume_command(directory.path.parent)}"
+            f"this run is one of an experiment's, {position_in_words(directory.position)}; to go on with all of them: "
+            f"{resume_command(directory.path.parent)}"
         )
     return Session([resumed_task(path, given)], directory.path, directory=directory)
 
@@ -354,7 +353,7 @@ class RunSpec:
         game: The game.
         folder: The folder of its results.
         run_id: Its id.
-        played: The saved state, if it is resumed.
+        played: The run as saved, if it is resumed.
         name: Text of the settings that distinguish it from the other runs.
         status: Its final status, if it is finished; None otherwise.
     """
@@ -364,7 +363,7 @@ class RunSpec:
     game: Game
     folder: Path
     run_id: str = field(default_factory=new_run_id)
-    played: ResumeState | None = None
+    played: SavedRun | None = None
     name: str = ""
     status: str | None = None
 
@@ -407,10 +406,10 @@ def new_task(config: SimulationConfig) -> RunSpec:
 
 def resumed_task(path: Path, given: dict[str, Any]) -> RunSpec:
     """Return the spec that resumes the run in a folder, with the given settings changed. Raises SettingsError."""
-    config, played = read_played(path, given)
-    models, game = _checked(config), read_game(path, config)
-    _refuse_other_models(path, config, game, models)
-    return RunSpec(config, models, game, real(path), played.run_id, played)
+    played = read_run_to_resume(path, given)
+    models = _checked(played.config)
+    _refuse_other_models(path, played.config, played.game, models)
+    return RunSpec(played.config, models, played.game, real(path), played.run_id, played)
 
 
 def _refuse_other_models(path: Path, config: SimulationConfig, game: Game, models: Mapping[str, ModelConfig]) -> None:

@@ -1,0 +1,266 @@
+"""The JSON files of a run: the shape of each, how its content is made, and how it is read with one-line errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypeVar, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from simulation.errors import SettingsError, printable, reason
+from simulation.files import read_text
+from simulation.game.population import ModelShare, Persona, PersonaSet, Population
+from simulation.game.rules import Game, PromptTemplate, game_of
+from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, RoundResult
+from simulation.llm.usage import OUT_OF_TOKENS, Usage
+from simulation.settings import SimulationConfig
+
+CAUSES_SHOWN = 20
+# Errors from a damaged file: not text, not JSON, nested too deeply, or with wrong types, keys or numbers
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Printable = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+LLMCounts = Literal["requests", "prompt_tokens", "completion_tokens", "retries"]
+T = TypeVar("T")
+
+
+def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
+    """Return the parsed content of a file in a run's folder. Raises SettingsError if it is unreadable or damaged.
+
+    Args:
+        path: The folder.
+        name: The name of the file.
+        parse: Parses the text; may raise SettingsError or an error in DAMAGED.
+        flag: The flag that names the folder, as prefix of error messages.
+    """
+    try:
+        return parse(read_text(path / name))
+    except OSError as error:
+        raise SettingsError(f"{flag}{path}: cannot read its {name}: {reason(error)}") from None
+    except (SettingsError, *DAMAGED) as error:
+        detail = f": {error}" if isinstance(error, SettingsError) else ""
+        raise SettingsError(f"{flag}{path}: its {name} is damaged, or of another version{detail}") from None
+
+
+# --- summary.json ----------------------------------------------------------------------------------------------------
+
+
+class SweepPosition(TypedDict):
+    """The experiment that a run belongs to: its id and the name of its file, and the number of the run, from 1."""
+
+    sweep_id: str
+    experiment: str
+    run: int
+    runs: int
+
+
+def position_in_words(position: SweepPosition) -> str:
+    """Return the position as text: `run 2 of 4 of x.yaml`."""
+    return f"run {position['run']} of {position['runs']} of {printable(position['experiment'])}"
+
+
+class WinnersEntry(TypedDict):
+    count: int
+    participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
+
+
+class RoundEntry(TypedDict):
+    round: int
+    asked: int
+    answered: int
+    failed: int
+    failures: dict[str, int]
+    ended: NotRequired[Literal["complete", "model_failed", "out_of_tokens", "interrupted"]]  # absent in old runs
+    reassigned: int
+    average: float | None
+    median: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    winning_number: float | None
+    winners: WinnersEntry
+    seconds: Seconds
+
+
+class TimesEntry(TypedDict):
+    round: int
+    model_s: Seconds
+    client_s: Seconds
+    rpc_s: Seconds
+    slowest_s: Seconds
+
+
+class ClusterEntry(TypedDict):
+    hosts: list[str]
+    servers: int
+    moderators: int
+    lost: list[str]
+    times: list[TimesEntry]
+    llm_seconds: NotRequired[Annotated[dict[Literal["model", "client", "rpc"], Seconds], Field(min_length=3)]]
+
+
+@with_config(SHAPE)
+class Summary(TypedDict):
+    """The content of summary.json."""
+
+    run_id: str
+    part_of: NotRequired[SweepPosition]
+    status: Literal["complete", "partial", "interrupted", "failed"]
+    config: dict[str, Any]
+    cluster: ClusterEntry
+    seconds: Annotated[dict[Literal["connect", "create", "rounds", "total"], Seconds], Field(min_length=4)]
+    rounds: list[RoundEntry]
+    llm: Annotated[dict[LLMCounts, int], Field(min_length=4)] | None
+
+
+SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
+
+
+def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
+    """Return the settings and the content of a summary.json; old runs get the entries that they lack."""
+    summary = SUMMARY.validate_python(json.loads(text))
+    if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
+        raise ValueError("its rounds are not 1, 2, ...")
+    for entry in summary["rounds"]:
+        causes = entry["failures"]
+        ended = "interrupted" if INTERRUPTED in causes else "out_of_tokens" if OUT_OF_TOKENS in causes else "complete"
+        entry.setdefault("ended", ended)
+    return SimulationConfig.from_json(summary["config"]), summary
+
+
+def summarise(
+    config: SimulationConfig,
+    run_id: str,
+    status: str,
+    cluster: dict[str, Any],
+    seconds: dict[str, float],
+    rounds: list[RoundResult],
+    usage: Usage,
+    position: SweepPosition | None = None,
+) -> dict[str, Any]:
+    """Return the content of summary.json; `status` is complete, partial, interrupted or failed."""
+    llm = config.agent_type == "llm"
+    rpc_s = seconds["rounds"] - usage.answering_s  # the other two are of the slowest agent server
+    llm_seconds = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
+    llm_seconds = {name: round(max(value, 0.0), 4) for name, value in llm_seconds.items()}
+    return {
+        "run_id": run_id,
+        **({"part_of": position} if position is not None else {}),
+        "status": status,
+        "config": config.to_json(),
+        "cluster": cluster | ({"llm_seconds": llm_seconds} if llm else {}),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "rounds": [_round_entry(result, 10**config.decimals) for result in rounds],
+        "llm": {name: getattr(usage, name) for name in get_args(LLMCounts)} if llm else None,
+    }
+
+
+def _round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
+    tally = result.tally
+    lowest, highest = tally.units[[0, -1]].tolist() if tally.answered else (None, None)
+    numbers = {"average": result.average, "median": tally.median(), "std": tally.std(), "min": lowest, "max": highest}
+    numbers["winning_number"] = result.winning_number
+    return {
+        "round": result.round,
+        "asked": tally.asked,
+        "answered": tally.answered,
+        "failed": tally.failed,
+        "failures": most_frequent(tally.failures),
+        "ended": tally.ended.name.lower(),
+        "reassigned": result.reassigned,
+        **{name: None if units is None else float(units / scale) for name, units in numbers.items()},
+        "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
+        "seconds": round(result.seconds, 4),
+    }
+
+
+def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
+    """Return the `kept` most frequent causes, with all others counted together."""
+    named = [(cause, count) for cause, count in failures.items() if cause != OTHER_CAUSES]
+    first = dict(sorted(named, key=lambda item: (-item[1], item[0]))[:kept])
+    others = sum(failures.values()) - sum(first.values())
+    return first | ({OTHER_CAUSES: others} if others else {})
+
+
+# --- game.json, agents.jsonl and failed_answers.jsonl ----------------------------------------------------------------
+
+
+class PopulationEntry(TypedDict):
+    personas: dict[str, Annotated[tuple[Persona, ...], Field(min_length=1)]]
+    models: tuple[ModelShare, ...]
+    turns: tuple[str, ...]
+
+
+@with_config(SHAPE)
+class GameFile(TypedDict):
+    """The content of game.json: what the game takes from files that may change after the run."""
+
+    wording: PromptTemplate | None
+    cast: PopulationEntry
+
+
+GAME_FILE = TypeAdapter(GameFile)
+
+
+def game_to_json(game: Game) -> dict[str, Any]:
+    """Return the content of game.json."""
+    cast = game.cast if game.cast is not None else Population(game.seed, 0)
+    personas = {each.name: each.personas for each in cast.persona_sets}
+    content: GameFile = {
+        "wording": game.wording,
+        "cast": {"personas": personas, "models": cast.models, "turns": cast.round_robin_models},
+    }
+    json_content: dict[str, Any] = GAME_FILE.dump_python(content, mode="json")
+    return json_content
+
+
+def parse_game(text: str, config: SimulationConfig) -> Game:
+    """Return the game with these settings and the content of a game.json."""
+    content = GAME_FILE.validate_json(text)
+    cast = content["cast"]
+    sets = tuple(PersonaSet(name, personas) for name, personas in cast["personas"].items())
+    population = Population(config.seed or 0, config.participant_num, sets, cast["models"], cast["turns"])
+    shares = [[one.share for one in personas] for personas in cast["personas"].values()]
+    shares += [[one.share for one in cast["models"]]] if cast["models"] else []
+    if any(sum(each) != 1 for each in shares):
+        raise ValueError("shares do not add up to 1")
+    names = [name for parts in population.groupings for name in (parts.topic, *parts.names)]
+    if any(name != printable(name) for name in names):
+        raise ValueError("a name cannot be displayed")
+    return game_of(config, content["wording"], population)
+
+
+class KeptGroup(TypedDict):
+    """A line of agents.jsonl: the address and remote id of a group of participants."""
+
+    oid: Printable
+    host: Printable
+    port: Annotated[int, Field(ge=1, le=65_535)]
+    first: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=0)]
+
+
+class FailedAnswer(TypedDict):
+    """A line of failed_answers.jsonl."""
+
+    round: int
+    participant: int
+    failure: str | None
+    text: str
+
+
+KEPT_GROUP_LINES = TypeAdapter(list[KeptGroup], config=SHAPE)
+FAILED_ANSWER_LINES = TypeAdapter(list[FailedAnswer], config=SHAPE)
+
+
+def read_json_lines(path: Path, name: str, shape: TypeAdapter[T]) -> T:
+    """Return the lines of a JSON lines file in a run's folder. Raises SettingsError."""
+
+    def parse(text: str) -> T:
+        return shape.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
+
+    return read_run_file(path, name, parse)
