@@ -38,7 +38,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simulation.cli import OTHER_ROLES, Command, describe_damage, exclude_from_proxy, parse, with_model_count
+from simulation.cli import OTHER_ROLES, Command, describe_damage, exclude_from_proxy, parse
 from simulation.errors import Interrupted, SettingsError, SimulationError, say
 from simulation.settings import SimulationConfig
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command is None:  # a help page was asked for
             return 0
         exclude_from_proxy(*command.config.hosts, command.config.host_name)
-        return OTHER_ROLES.get(command.config.role, play)(with_model_count(command))
+        return OTHER_ROLES.get(command.config.role, play)(command)
     except SimulationError as error:
         say(f"error: {error}", sys.stderr)
         return error.exit_status

@@ -11,25 +11,13 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import Field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from simulation.errors import ClusterError, Interrupted, SettingsError, meant_by, printable, say
 from simulation.files import ROOT, full_path, shown
-from simulation.settings import (
-    DASHBOARD_PORT,
-    KINDS,
-    PATHS,
-    ROLES,
-    SETTINGS,
-    SimulationConfig,
-    as_written,
-    check,
-    flag_of,
-    number,
-)
+from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, number
 
 HELP_WIDTH = 100  # columns; fewer on a narrower terminal
 VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
@@ -42,35 +30,23 @@ USAGES = {
     "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
 }
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
-INTERNAL = argparse.SUPPRESS
-
-
-class Action(NamedTuple):
-    """What a flag such as --status does in place of the role's usual work, and the settings that it uses."""
-
-    help: str
-    roles: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-
-
-KEY_DIR = "cluster_key_dir"
-ACTIONS = {
-    "status": Action(
-        "show the servers of this host (default: off)",
-        ("participant", "vllm"),
-        ("host_name", KEY_DIR, "connect_timeout"),
-    ),
-    "stop": Action("stop the servers of this host (default: off)", ("participant", "vllm")),
-    "make_key": Action(
-        "make the cluster key unless it exists, and print its folder (default: off)", ("participant",), (KEY_DIR,)
-    ),
-    "print_gpu_count": Action(INTERNAL, ("vllm",)),  # for start_vllm.sh
-    "launch": Action(INTERNAL, ("participant",), tuple(SETTINGS)),  # run as the launcher process
-    "owned": Action(
-        INTERNAL, ("participant",), tuple(SETTINGS)
-    ),  # run as the launcher process, until standard input ends
-    "draw_for_main": Action(INTERNAL, ("report",)),  # run as the report process
+ACTIONS = {  # what a flag does in place of the usual work of its roles; those without a help text are internal
+    "status": Setting(False, "show the servers of this host", roles=("participant", "vllm")),
+    "stop": Setting(False, "stop the servers of this host", roles=("participant", "vllm")),
+    "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
+    "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
+    "launch": Setting(False, "", roles=("participant",)),  # run as the launcher process
+    "owned": Setting(False, "", roles=("participant",)),  # the same, until standard input ends
+    "draw_for_main": Setting(False, "", roles=("report",)),  # run as the report process
 }
+USED_BY = {  # settings that actions use
+    "status": ("host_name", "cluster_key_dir", "connect_timeout"),
+    "make_key": ("cluster_key_dir",),
+    "launch": tuple(SETTINGS),
+    "owned": tuple(SETTINGS),
+}
+HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
+FLAGS = {"help": HELP, **ACTIONS, **SETTINGS}
 
 
 class Command(NamedTuple):
@@ -83,53 +59,45 @@ class Command(NamedTuple):
     for_vllm: list[str]
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises SettingsError with one line, and parses -1/2 as a number, not a flag."""
-
-    def __init__(self, **options: Any) -> None:
-        width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
-        layout = partial(argparse.HelpFormatter, max_help_position=30, width=width)
-        super().__init__(prog="main.py", allow_abbrev=False, add_help=False, formatter_class=layout, **options)
-        self._negative_number_matcher = re.compile(r"-[0-9.]")
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (--help lists all flags)")
-
-
-def make_parser(role: str | None = None) -> Parser:
+def make_parser(role: str | None = None) -> argparse.ArgumentParser:
     """Return the parser for the flags of all roles, or (for a help page) of one role."""
-    about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG} if role else {}
-    parser = Parser(**about)
+    about: dict[str, Any] = {}
+    if role is not None:
+        about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG}
+    width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
+    layout = partial(argparse.HelpFormatter, max_help_position=30, width=width)
+    parser = argparse.ArgumentParser(
+        **about, formatter_class=layout, allow_abbrev=False, add_help=False, exit_on_error=False
+    )
+    parser._negative_number_matcher = re.compile(r"-[0-9.]")  # -1/2 is a number, not a flag
     group = parser.add_argument_group("what to do")
-    for name, action in ACTIONS.items():
-        if role in (None, *action.roles):
-            group.add_argument(flag_of(name), action="store_true", default=argparse.SUPPRESS, help=action.help)
-    if role is not None:  # otherwise -hosts would be parsed as -h
-        text = "show this page, or with --role that of another role (default: off)"
-        group.add_argument("-h", "--help", action="store_true", help=text)
-    for name, item in SETTINGS.items():
-        if item.metadata["group"]:
-            group = parser.add_argument_group(item.metadata["group"])
-        if role in (None, *item.metadata["roles"]):
-            group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=help_of(item), **_options_of(item))
-    runs = "folders of runs or experiments (default: that of --run-dir)" if role == "report" else INTERNAL
+    for name, flag in FLAGS.items():
+        group = parser.add_argument_group(flag.group) if flag.group else group
+        if role in (None, *flag.roles):
+            text = flag.help if flag.about else argparse.SUPPRESS
+            group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **_options_of(name))
+    runs = "folders of runs or experiments (default: that of --run-dir)" if role == "report" else argparse.SUPPRESS
     parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
     return parser
 
 
-def _options_of(item: Field[Any]) -> dict[str, Any]:
-    """Return the `add_argument` options of a setting."""
-    flag, kind = flag_of(item.name), KINDS[item.name][0]
+def _options_of(name: str) -> dict[str, Any]:
+    """Return the `add_argument` options of a flag that follow from its type."""
+    flag, kind = FLAGS[name], KINDS.get(name, (bool,))[0]
     if kind is bool:
         return {"action": "store_true"}
-    if item.name == "dashboard":
-        return {"type": partial(number, int, flag), "metavar": "PORT", "nargs": "?", "const": DASHBOARD_PORT}
+    options: dict[str, Any]
     if kind in (int, float):
-        return {"type": partial(number, kind, flag), "metavar": "N" if kind is int else "X"}
-    read = str if item.name in (*PATHS, "model_path", "extra_pythonpath") else _in_utf8
-    if item.name == "hosts":
-        return {"type": read, "metavar": "HOST", "nargs": "+"}
-    return {"type": read, "metavar": "|".join(item.metadata["choices"]) or item.name.rpartition("_")[2].upper()}
+        options = {"type": partial(number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
+    else:
+        is_path = flag.path or name in ("model_path", "extra_pythonpath")
+        metavar = "|".join(flag.choices) or name.rpartition("_")[2].upper()
+        options = {"type": str if is_path else _in_utf8, "metavar": metavar}
+    if name == "hosts":
+        options |= {"nargs": "+", "metavar": "HOST"}
+    elif name == "dashboard":
+        options |= {"nargs": "?", "metavar": "PORT", "const": DASHBOARD_PORT}
+    return options
 
 
 def _in_utf8(text: str) -> str:
@@ -140,55 +108,44 @@ def _in_utf8(text: str) -> str:
         return text
 
 
-def help_of(item: Field[Any]) -> str:
-    """Return the help text of a setting: its description, range and default."""
-    default, low = item.default, item.metadata["low"]
-    if item.metadata["without"]:
-        default = item.metadata["without"]
-    elif default is None or default is False:
-        default = "none" if default is None else "off"
-    elif isinstance(default, int | float):
-        default = as_written(default)
-    bounds = f"; from {as_written(low)} to {as_written(item.metadata['high'])}" if low is not None else ""
-    return f"{item.metadata['help_text']}{bounds} (default: {str(default).removeprefix(f'{ROOT}/')})"
-
-
 def parse(arguments: list[str]) -> Command | None:
     """Return the checked command; None after printing a help page. No flag is ignored. Raises SettingsError."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
-    *others, role = list(dict.fromkeys(_roles_in(flags))) or [SimulationConfig.role]
-    check("--role", role, SETTINGS["role"].metadata)
+    words = itertools.pairwise([*flags, ""])  # not parsed, as other flags may be invalid
+    roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
+    *others, role = list(dict.fromkeys(roles)) or [SimulationConfig.role]
+    SETTINGS["role"].check("--role", role)
     if {"-h", "--help"} & {*flags}:
         say(make_parser(role).format_help().rstrip("\n"))
         return None
     if others:
         raise SettingsError(f"--role {' and --role '.join([*others, role])}: do not go together; give one of them")
     given, runs = parse_flags(flags, role)
-    actions = [name for name in ACTIONS if given.pop(name, False)]
-    action = next(iter(actions), None)
-    _check_used(role, actions, given)
-    if runs and role != "report":
+    action = _check_used(role, given)
+    if runs and (role != "report" or action is not None):
         raise SettingsError(f"unrecognized arguments: {' '.join(runs)} (folders of runs go with --role report)")
-    if runs and action is not None:
-        raise SettingsError(f"{runs[0]}: does not go with {flag_of(action)}")
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
-    if "hosts" in given:
-        given["hosts"] = tuple(given["hosts"])
+    config = SimulationConfig(**given)
+    may_ask = role == "main" and (config.agent_type == "llm" or config.experiment is not None)
+    asks = role == "participant" or (may_ask and config.resume is None)  # a resumed run has the number of models
+    if action is None and asks and "model_per_host" not in given:
+        from simulation.hosts.vllm_servers import servers_per_host
+
+        given["model_per_host"] = servers_per_host(config)
     return Command(SimulationConfig(**given), given, action, runs, for_vllm)
-
-
-def _roles_in(flags: list[str]) -> list[str]:
-    """Return the roles given by --role, even if other flags are invalid."""
-    words = itertools.pairwise([*flags, ""])
-    return [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
     """Return the given settings and actions, of any role, and the run folders. Raises SettingsError."""
-    known, unknown = make_parser().parse_known_intermixed_args(flags)
+    try:
+        known, unknown = make_parser().parse_known_intermixed_args(flags)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"{error} (--help lists all flags)") from None
     given = vars(known)
+    if "hosts" in given:
+        given["hosts"] = tuple(given["hosts"])
     runs: list[str] = given.pop("runs")
     unknown += [folder for folder in runs if folder.startswith(DASHES)]
     if unknown:
@@ -197,43 +154,28 @@ def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]
         flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
         every = [each for other in ROLES for each in flags_of(other)]
         guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(flag, every)
-        raise SettingsError(
-            f"unrecognized arguments: {' '.join(unknown)} ({f'{guess} '.lstrip()}--help lists all flags)"
-        )
+        hint = f"{guess} --help lists all flags".lstrip()
+        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
     return given, runs
 
 
 def flags_of(role: str) -> list[str]:
     """Return the visible flags of a role."""
-    names = [name for name, item in SETTINGS.items() if role in item.metadata["roles"]]
-    names += [name for name, action in ACTIONS.items() if role in action.roles and action.help != INTERNAL]
-    return [*map(flag_of, names), "--help"]
+    return [flag_of(name) for name, flag in FLAGS.items() if role in flag.roles and flag.about]
 
 
-def _check_used(role: str, actions: list[str], given: dict[str, Any]) -> None:
-    """Raise SettingsError if a flag is given that the role, or its action, does not use."""
-    for name in (*actions, *given):
-        roles = ACTIONS[name].roles if name in ACTIONS else SETTINGS[name].metadata["roles"]
-        if role not in roles:
+def _check_used(role: str, given: dict[str, Any]) -> str | None:
+    """Remove the action from `given` and return it. Raises SettingsError if the role or action does not use a flag."""
+    for name in given:
+        if role not in (roles := FLAGS[name].roles):
             raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
+    actions = [name for name in ACTIONS if given.pop(name, False)]
     if len(actions) > 1:
         raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
     for action in actions:
-        if unused := [name for name in given if name not in ("role", *ACTIONS[action].settings)]:
+        if unused := [name for name in given if name not in ("role", *USED_BY.get(action, ()))]:
             raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
-
-
-def with_model_count(command: Command) -> Command:
-    """Return the command with --model-per-host set to the vLLM servers of this host, if models may be asked."""
-    config, given = command.config, command.given
-    may_ask = config.role == "main" and (config.agent_type == "llm" or config.experiment is not None)
-    needed = config.role == "participant" or (may_ask and config.resume is None)  # a resumed run has the number
-    if command.action is not None or "model_per_host" in given or not needed:
-        return command
-    from simulation.hosts.vllm_servers import servers_per_host
-
-    given = given | {"model_per_host": servers_per_host(config)}
-    return command._replace(config=SimulationConfig(**given), given=given)
+    return actions[0] if actions else None
 
 
 def exclude_from_proxy(*hosts: str) -> None:
@@ -243,7 +185,7 @@ def exclude_from_proxy(*hosts: str) -> None:
     """
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     if named != "*":  # which means all hosts only if it is the whole value
-        named = ",".join(filter(None, dict.fromkeys([named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"])))
+        named = ",".join(filter(None, [named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = named
     keys = os.environ.get("SSLKEYLOGFILE")
     try:

@@ -34,30 +34,46 @@ SERVERS = ("main", "participant")  # roles with the settings of agent servers
 MODELS = ("main", "participant", "vllm")  # roles with the settings of models
 
 
-def setting(
-    default: Any,
-    help_text: str,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    choices: tuple[str, ...] = (),
-    without: str = "",
-    roles: tuple[str, ...] = ("main",),
-    group: str = "",
-    game: bool = False,
-    fixed_on_resume: bool = False,
-    path: bool = False,
-) -> Any:
-    """Declare a setting with its default, help (with unit), range or choices, and the roles that use it.
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of a setting."""
 
-    `without` describes the default where the value does not, and `group` heads the help from this setting on. A `game`
-    setting may be in an experiment file, a resumed run cannot change a `fixed_on_resume` setting, and a `path` is made
-    absolute (see full_path).
-    """
-    return field(default=default, metadata=locals())
+    default: Any
+    about: str  # what it is, with its unit
+    low: float | None = None
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    without: str = ""  # describes the default, where its value does not
+    roles: tuple[str, ...] = ("main",)  # that use it
+    group: str = ""  # heads the help from this setting on
+    game: bool = False  # whether an experiment file may contain it
+    fixed_on_resume: bool = False
+    path: bool = False  # made absolute, see full_path
+
+    def check(self, flag: str, value: Any) -> None:
+        """Raise SettingsError unless the value is in the range, among the choices, or None."""
+        if self.choices and value not in self.choices:
+            guess = f"; {meant_by(str(value), self.choices)}".rstrip("; ")
+            raise SettingsError(f"{flag} {value}: must be one of {', '.join(self.choices)}{guess}")
+        if self.low is not None and value is not None and not self.low <= value <= self.high:
+            raise SettingsError(f"{flag} {value}: must be from {as_written(self.low)} to {as_written(self.high)}")
+
+    @property
+    def help(self) -> str:
+        """Return the help text: what it is, its range and default."""
+        default = self.without or ("off" if self.default is False else self.default)
+        if isinstance(default, int | float):
+            default = as_written(default)
+        bounds = f"; from {as_written(self.low)} to {as_written(self.high)}" if self.low is not None else ""
+        return f"{self.about}{bounds} (default: {str(default or 'none').removeprefix(f'{ROOT}/')})"
 
 
-fixed_game_setting = partial(setting, game=True, fixed_on_resume=True)
+def setting(*declaration: Any, **options: Any) -> Any:
+    """Return a dataclass field with a Setting of these arguments as its metadata."""
+    return field(default=declaration[0], metadata={"setting": Setting(*declaration, **options)})
+
+
+rule = partial(setting, game=True, fixed_on_resume=True)  # of the game, which a resumed run cannot change
 
 
 @dataclass(frozen=True)
@@ -67,42 +83,26 @@ class SimulationConfig:
     role: str = setting("main", "; ".join(map(": ".join, ROLES.items())), choices=tuple(ROLES), roles=tuple(ROLES))
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
 
-    experiment: str | None = setting(
-        None, "YAML file with settings of the game; a list of values runs a sweep", path=True, group="the game"
-    )
-    agent_type: str = fixed_game_setting(
-        "random", "source of the numbers: random, or a language model", choices=("random", "llm"), roles=SERVERS
-    )
-    agent_class: str | None = fixed_game_setting(None, "your own participant, as my_file.py:MyParticipant", path=True)
-    extra_pythonpath: str | None = setting(
-        None, "folders that your own participant imports from, besides its own, separated by colons", roles=SERVERS
-    )
-    participant_num: int = fixed_game_setting(1000, "number of participants", 1, 10**9)
-    max_value: int = fixed_game_setting(100, "upper bound of the numbers, which start at 0", 1, 10**9)
-    decimals: int = fixed_game_setting(0, "decimal places of the numbers", 0, 6)
+    experiment: str | None = setting(None, "YAML file of settings; a list runs a sweep", path=True, group="the game")
+    agent_type: str = rule("random", "random numbers or a language model", choices=("random", "llm"), roles=SERVERS)
+    agent_class: str | None = rule(None, "your own participant, as my_file.py:MyParticipant", path=True)
+    extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS)
+    participant_num: int = rule(1000, "number of participants", 1, 10**9)
+    max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)
+    decimals: int = rule(0, "decimal places of the numbers", 0, 6)
     rounds: int = setting(1, "number of rounds", 1, 100, game=True)
-    ratio: str = fixed_game_setting("1", "the number closest to offset + ratio * average wins; such as 2/3 or 0.51")
-    offset: str = fixed_game_setting("0", "see --ratio; such as 5, or 1/2")
+    ratio: str = rule("1", "the number closest to offset + ratio * average wins; such as 2/3 or 0.51")
+    offset: str = rule("0", "see --ratio; such as 5, or 1/2")
     sleep_time: float = setting(1.0, "think time of a random participant, in seconds", 0, 86_400, game=True)
-    seed: int | None = fixed_game_setting(
-        None, "seed of all random draws, which repeats a game exactly", 0, 2**64 - 1, without="drawn, and printed"
-    )
-    prompt: str = fixed_game_setting("basic", "prompt of LLM participants: a name in the prompts file")
-    personas: str | None = fixed_game_setting(
-        None, "set of personas in the personas file, or several: education+occupation"
-    )
-    models: str | None = fixed_game_setting(
-        None, "shares of models, as model_1=2/3,model_2=1/3", without="all models of a host in turn"
-    )
-    teams: str | None = fixed_game_setting(None, "teams, whose averages are announced too: a set of personas, or model")
-    prompts_file: str = setting(f"{ROOT}/configs/prompts.yaml", "YAML file of prompts", fixed_on_resume=True, path=True)
-    personas_file: str = setting(
-        f"{ROOT}/configs/personas.yaml", "YAML file of sets of personas", fixed_on_resume=True, path=True
-    )
+    seed: int | None = rule(None, "seed of random draws, to repeat a game", 0, 2**64 - 1, without="drawn, and printed")
+    prompt: str = rule("basic", "prompt of LLM participants: a name in the prompts file")
+    personas: str | None = rule(None, "set of personas in the personas file, or several: education+occupation")
+    models: str | None = rule(None, "shares of models, as model_1=2/3,model_2=1/3", without="all of a host in turn")
+    teams: str | None = rule(None, "teams, whose averages are announced too: a set of personas, or model")
+    prompts_file: str = setting(f"{ROOT}/configs/prompts.yaml", "prompts, in YAML", fixed_on_resume=True, path=True)
+    personas_file: str = setting(f"{ROOT}/configs/personas.yaml", "personas, in YAML", fixed_on_resume=True, path=True)
     dispatch: str = setting(
-        "group",
-        "group asks the participants of a server together; agent asks each through its own AgentScope proxy",
-        choices=("group", "agent"),
+        "group", "ask participants in groups, or each through its AgentScope proxy", choices=("group", "agent")
     )
 
     hosts: tuple[str, ...] = setting(
@@ -114,23 +114,19 @@ class SimulationConfig:
     moderator_per_host: int = setting(4, "moderator servers per host, on the next ports", 1, 4096, roles=SERVERS)
     cluster_key_dir: str = setting(f"{ROOT}/.cluster", "folder of the cluster key", roles=(*SERVERS, "ask"), path=True)
     connect_timeout: float = setting(5.0, "seconds to wait for all agent servers to answer", 0.1, 3600, roles=SERVERS)
-    heartbeat_timeout: float = setting(
-        10.0, "seconds without a heartbeat until a server is dropped and its participants move to others", 0.5, 3600
-    )
-    min_servers: int | None = setting(
-        None, "end the game when fewer participant servers are left", 1, 10**6, without="when none is left"
-    )
+    heartbeat_timeout: float = setting(10.0, "seconds without a heartbeat until a server is dropped", 0.5, 3600)
+    min_servers: int | None = setting(None, "end the game when fewer participant servers are left", 1, 10**6)
     lease: float = setting(60.0, "seconds without contact until a server deletes the agents of a run", 2, 86_400)
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
 
     model_per_host: int = setting(
         None,
-        "model servers per host, which participants use in turn",
+        "model servers per host",
         1,
         1024,
-        without="as many as ./start_vllm.sh starts here",
+        without="set by start_vllm.sh",
         roles=SERVERS,
-        group="participants that ask a language model",
+        group="LLM participants",
     )
     model_configs: str = setting(
         f"{ROOT}/configs/model_configs.json", "the models, in AgentScope's format", roles=MODELS, path=True
@@ -142,9 +138,7 @@ class SimulationConfig:
         choices=("structured_outputs", "response_format", "none"),
         game=True,
     )
-    samples_per_request: int = setting(
-        100, "maximum answers per request, for participants with the same prompt", 1, 10_000, game=True
-    )
+    samples_per_request: int = setting(100, "maximum answers per request (n), for equal prompts", 1, 10_000, game=True)
     max_attempts: int = setting(3, "attempts per participant to get a valid number", 1, 100, game=True)
     max_in_flight: int | None = setting(
         None, "concurrent requests per model and host", 1, 10**6, without="enough for 512 answers"
@@ -154,33 +148,25 @@ class SimulationConfig:
     max_tokens: int | None = setting(None, "token budget of the game, for prompts and answers", 1, 10**15, game=True)
     price_per_million_tokens: float | None = setting(None, "price of 1,000,000 tokens, for the estimate", 0, 10**9)
 
-    vllm_base_port: int = setting(
-        8010, "first port of the vLLM servers on each host", 1, LAST_PORT, roles=MODELS, group="the vLLM servers"
-    )
-    gpu_num: int | None = setting(
-        None, "GPUs of this host; 0 starts one server on the CPU", 0, 1024, roles=MODELS, without="all GPUs found"
-    )
+    vllm_base_port: int = setting(8010, "first port of vLLM servers", 1, LAST_PORT, roles=MODELS, group="vLLM servers")
+    gpu_num: int | None = setting(None, "GPUs to use; 0: one server on the CPU", 0, 1024, roles=MODELS, without="all")
     tensor_parallel: int = setting(1, "GPUs per vLLM server", 1, 1024, roles=MODELS)
     model_path: str | None = setting(None, "folder of the model, or its name on a hub; required", roles=("vllm",))
 
-    resume: str | None = setting(
-        None, "folder of a run or an experiment to continue after its last round", path=True, group="the results"
-    )
+    resume: str | None = setting(None, "folder of a run or experiment to continue", path=True, group="the results")
     run_dir: str | None = setting(
         None,
-        "folder of the results of a run; with several runs to report, folder for their comparison",
-        without="runs/<run id> for a new run, the folder around several runs",
+        "folder of a run or comparison",
+        without="a new one in runs/",
         roles=("main", "ask", "report"),
         path=True,
     )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(
-        None, f"serve a live status page for the run on this host (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT
+        None, f"serve a live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT
     )
 
-    participant: int | None = setting(
-        None, "index of the participant to question", 0, 10**9, roles=("ask",), group="a question"
-    )
+    participant: int | None = setting(None, "participant to question", 0, 10**9, roles=("ask",), group="a question")
     winner: bool = setting(False, "question the first winner of the last round", roles=("ask",))
     text: str | None = setting(None, "the question; required", roles=("ask",))
 
@@ -191,8 +177,8 @@ class SimulationConfig:
             changed[name] = str(fraction(flag_of(name), getattr(self, name), low, high))
         for name, value in changed.items():
             object.__setattr__(self, name, value)  # as the class is frozen
-        for item in fields(self):
-            check(flag_of(item.name), getattr(self, item.name), item.metadata)
+        for name, declared in SETTINGS.items():
+            declared.check(flag_of(name), getattr(self, name))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -240,12 +226,12 @@ class SimulationConfig:
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
 
 
-SETTINGS = {item.name: item for item in fields(SimulationConfig)}
+SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in fields(SimulationConfig)}
 KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int, NoneType)
     name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SimulationConfig).items()
 }
-PATHS = tuple(name for name, item in SETTINGS.items() if item.metadata["path"])
-DEFAULT_PATHS = {name: Path(str(SETTINGS[name].default)).relative_to(ROOT) for name in PATHS if SETTINGS[name].default}
+PATHS = tuple(name for name, each in SETTINGS.items() if each.path)
+DEFAULT_PATHS = {name: Path(SETTINGS[name].default).relative_to(ROOT) for name in PATHS if SETTINGS[name].default}
 
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
@@ -291,20 +277,6 @@ def _checkout_of(data: Mapping[str, Any]) -> Path | None:
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------
-
-
-def check(flag: str, value: Any, allowed: Mapping[str, Any]) -> None:
-    """Raise SettingsError unless the value lies in the allowed range or choices."""
-    if value is None:
-        return
-    if allowed["choices"] and value not in allowed["choices"]:
-        guess = meant_by(str(value), allowed["choices"])
-        raise SettingsError(
-            f"{flag} {value}: must be one of {', '.join(allowed['choices'])}" + f"; {guess}" * bool(guess)
-        )
-    if allowed["low"] is not None and not allowed["low"] <= value <= allowed["high"]:
-        low, high = as_written(allowed["low"]), as_written(allowed["high"])
-        raise SettingsError(f"{flag} {value}: must be from {low} to {high}")
 
 
 def as_written(number: float) -> str:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from simulation.errors import SettingsError, meant_by, nearest
 from simulation.files import files_in, shown
 from simulation.hosts.pid_files import ProcessId
 from simulation.rpc.lean_import import add_extra_folders
-from simulation.settings import PATHS, ROLES, SimulationConfig, flag_of
+from simulation.settings import PATHS, ROLES, SETTINGS, SimulationConfig, flag_of
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1,000,000,000"),
@@ -159,7 +158,7 @@ UNUSED = [
     ("--role participant --make-key --host-name a", "--host-name: does not go with --make-key"),
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
-    ("--role report --draw-for-main x", "x: does not go with --draw-for-main"),
+    ("--role report --draw-for-main x", "unrecognized arguments: x ("),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
     ("--role boss --status", "must be one of main, participant"),
@@ -200,18 +199,17 @@ def test_help_lists_every_flag_of_a_role_with_what_holds_without_it(role, capsys
     blocks = re.split(r"\n(?=  -|\n)", told)
     texts = {re.search(r"--[a-z-]+", each)[0]: " ".join(each.split()) for each in blocks if each.startswith("  -")}
     assert sorted(texts) == sorted(cli.flags_of(role))
-    settings = {flag_of(item.name): item for item in fields(SimulationConfig)}
+    settings = {flag_of(name): setting for name, setting in SETTINGS.items()}
     for flag, text in texts.items():
         assert text.count("(default: ") == 1 and text.endswith(")"), text
         assert "None" not in text and not re.search(r"\.0\b|e\+|[0-9]{6}", text.partition(" ")[2]), text
-        if flag in settings and settings[flag].default is not None and not settings[flag].metadata["without"]:
+        if flag in settings and settings[flag].default is not None and not settings[flag].without:
             assert "(default: )" not in text
     for title in ("what to do:", *(["the game:", "the cluster:", "the results:"] if role == "main" else [])):
         assert title in told.splitlines()
 
 
 def test_help_shows_defaults_and_bounds_as_people_write_them():
-    settings = {item.name: item for item in fields(SimulationConfig)}
     for name, end in {
         "decimals": "; from 0 to 6 (default: 0)",
         "offset": " (default: 0)",
@@ -223,7 +221,7 @@ def test_help_shows_defaults_and_bounds_as_people_write_them():
         "model_configs": " (default: configs/model_configs.json)",
         "hosts": " (default: localhost)",
     }.items():
-        assert cli.help_of(settings[name]).endswith(end), name
+        assert SETTINGS[name].help.endswith(end), name
     done = main_py("--help")
     assert done.returncode == 0 and done.stderr == "" and "--seed N " in done.stdout
     assert "--role --help: must be one of main" in one_line(main_py("--role", "--help").stderr)
@@ -441,4 +439,4 @@ def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monke
     monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))
     for malformed, meant in (("模型".encode().decode("latin-1"), "模型"), ("caf\xe9", "caf\xe9"), ("plain", "plain")):
         given, _ = cli.parse_flags(["--prompt", malformed, "--hosts", "a", malformed], "main")
-        assert (given["prompt"], given["hosts"]) == (meant, ["a", meant])
+        assert (given["prompt"], given["hosts"]) == (meant, ("a", meant))

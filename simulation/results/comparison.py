@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,7 +21,7 @@ from simulation.results.reader import SavedRun, rounds_finished, runs_in
 from simulation.results.report_page import answers_in_words, render, shown, swatch, whole
 from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, resume_command, sweep_position, write_whole
 from simulation.results.tables import table_lines
-from simulation.settings import SimulationConfig
+from simulation.settings import SETTINGS
 
 PAGE, PICTURE = COMPARISON
 # Compared in addition to the settings of the game: cluster settings that affect speed, not those of paths or output
@@ -70,7 +69,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 def differing_settings(runs: Sequence[SavedRun]) -> list[str]:
     """Return the names of the settings in which these runs differ."""
-    names = [item.name for item in fields(SimulationConfig) if item.metadata.get("game") or item.name in COMPARED]
+    names = [name for name, each in SETTINGS.items() if each.game or name in COMPARED]
     return [name for name in names if len({getattr(run.config, name) for run in runs}) > 1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -31,7 +31,7 @@ from simulation.results.run_files import (
     read_run_file,
 )
 from simulation.rpc.endpoints import Endpoint
-from simulation.settings import SimulationConfig, flag_of
+from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """Return the settings of a run, updated with `given`. Raises SettingsError if one cannot change on resume."""
-    fixed = {item.name for item in fields(SimulationConfig) if item.metadata.get("fixed_on_resume")}
+    fixed = {name for name, each in SETTINGS.items() if each.fixed_on_resume}
     changed = replace(config, **given)
     for name in fixed & given.keys():
         if getattr(changed, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2

@@ -27,7 +27,7 @@ from simulation.runs.yaml_file import Entry, Place, YamlFile, read_yaml
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, number
 
 MOST_COMBINATIONS = 1000
-OF_GAME = {name: item for name, item in SETTINGS.items() if item.metadata["game"]}
+OF_GAME = {name: each for name, each in SETTINGS.items() if each.game}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _read_value(name: str, said: Any) -> Any:
     try:
         value: Any = number(kind, name, said) if kind in (int, float) else said
         made = getattr(SimulationConfig(**{name: value}), name)
-        return value if OF_GAME[name].metadata["path"] else made  # a path is relative to the file, see read_experiment
+        return value if OF_GAME[name].path else made  # a path is relative to the file, see read_experiment
     except SettingsError as error:
         raise ValueError(_without_flag(error, name)) from None
 

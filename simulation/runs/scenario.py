@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated
@@ -15,14 +14,14 @@ from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, P
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import Entry, YamlFile, read_by, read_yaml
-from simulation.settings import FINEST, PATHS, SimulationConfig, check, flag_of, fraction, number
+from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, number
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
-SETTINGS = [item.name for item in fields(SimulationConfig)]
+NAMES = list(SETTINGS)
 OF_MODELS = (  # settings that only affect participants that use a model
     *("prompt", "prompts_file", "models"),
-    *SETTINGS[SETTINGS.index("model_configs") + 1 : SETTINGS.index("vllm_base_port")],
+    *NAMES[NAMES.index("model_configs") + 1 : NAMES.index("vllm_base_port")],
 )
 SMALLEST_SHARE = Fraction(1, FINEST)
 
@@ -154,7 +153,7 @@ def _with_placeholders(text: str) -> str:
 
 def _reasoning_tokens(text: str) -> int:
     tokens = number(int, "reasoning_tokens", text)
-    check("reasoning_tokens", tokens, {"choices": (), "low": 1, "high": MOST_REASONING_TOKENS})
+    Setting(None, "", 1, MOST_REASONING_TOKENS).check("reasoning_tokens", tokens)
     return tokens
 
 
