@@ -43,7 +43,6 @@ from simulation.errors import Interrupted, SettingsError, SimulationError, say
 from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
-    from simulation.rpc.cluster_key import ClusterKey
     from simulation.runs.console import ConsoleProgress
 
 
@@ -73,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 def play(command: Command) -> int:
     """Check everything, start missing servers, play, and clean up all but the results. Return the exit status."""
     from simulation.results.report_process import ReportProcess
+    from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
     from simulation.runs.console import ConsoleProgress, log_to_stderr
     from simulation.runs.session import session_of
@@ -85,7 +85,7 @@ def play(command: Command) -> int:
     folder = session.config.cluster_key_dir
     # if only the resumed run names the folder and it is missing, a new key would not match that run's servers
     named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
-    key = (load_or_make if named else load)(Path(folder))
+    install_tls((load_or_make if named else load)(Path(folder)))
     progress = ConsoleProgress()
     progress.listen()
     dashboard = None
@@ -97,7 +97,7 @@ def play(command: Command) -> int:
             cleanup.callback(dashboard.close)
         cleanup.callback(session.close)
         cleanup.callback(progress.close)
-        needs_servers = session.needs_servers and none_here(session.config, key)
+        needs_servers = session.needs_servers and has_no_servers(session.config)
         if needs_servers and "keep_agents" in command.given:
             raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
         if needs_servers:
@@ -108,10 +108,10 @@ def play(command: Command) -> int:
         reports = ReportProcess()
         cleanup.callback(reports.close)
         cleanup.callback(progress.close)  # before all others: it removes the bar
-        return session.play(key, progress, reports.draw, dashboard)
+        return session.play(progress, reports.draw, dashboard)
 
 
-def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
+def has_no_servers(config: SimulationConfig) -> bool:
     """Return whether localhost is the only host and runs no agent server that this run could use."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
@@ -120,9 +120,9 @@ def none_here(config: SimulationConfig, key: "ClusterKey") -> bool:
     check_not_owned()
     if not any_port_in_use(config.ports):
         return True  # the usual case on a laptop, decided without importing AgentScope
-    from simulation.cluster.preflight import shake_hands
+    from simulation.cluster.preflight import identify_all
 
-    return not shake_hands(config, key)[0]
+    return not identify_all(config)[0]
 
 
 def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:

@@ -14,6 +14,8 @@ import psutil
 
 from simulation.hosts import local_cluster as local_servers
 from simulation.hosts import pid_files as processes
+from simulation.rpc.channels import install_tls
+from simulation.rpc.cluster_key import load_or_make
 from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
 
@@ -32,6 +34,7 @@ def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = 
         counted: Whether they count the calls they serve.
     """
     assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
+    install_tls(load_or_make(Path(config.cluster_key_dir)))
     counter = {"PYTHONPATH": CALL_COUNTER} if counted else {}
     with contextlib.closing(ConsoleProgress()) as watch, patch.dict(os.environ, counter):
         servers = local_servers.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))

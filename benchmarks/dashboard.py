@@ -36,7 +36,6 @@ from simulation.game.rules import game_of
 from simulation.hosts import pid_files as processes
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
-from simulation.rpc.cluster_key import load_or_make
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.dashboard import Dashboard
 from simulation.runs.run import Run
@@ -100,9 +99,8 @@ def play(config: SimulationConfig, folder: Path) -> Alternating:
     """Play the run with a dashboard and its poller."""
     run_id, watch = new_run_id(), ConsoleProgress()
     dashboard = Dashboard(0, watch)
-    key = load_or_make(Path(config.cluster_key_dir))
     directory, game = RunDirectory(folder / run_id), game_of(config, None, None)
-    run = Alternating(config, run_id, key, directory, watch, lambda _: None, game, observer=dashboard)
+    run = Alternating(config, run_id, directory, watch, lambda _: None, game, observer=dashboard)
     run.pids = [os.getpid(), *(process.pid for process in processes.own_processes().values())]
     command = [sys.executable, "-c", POLL, str(dashboard.port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run.poller:

@@ -51,7 +51,6 @@ from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
 from simulation.results.run_files import summarise
 from simulation.rpc.channels import call_all_or_raise, handshake
-from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import Endpoint
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
@@ -86,14 +85,14 @@ FAULTS = (
 # --- The cost of being ready -----------------------------------------------------------------------------------------
 
 
-def recorded_round(config: SimulationConfig, key: ClusterKey, held_s: float, folder: Path | None) -> tuple[float, int]:
+def recorded_round(config: SimulationConfig, held_s: float, folder: Path | None) -> tuple[float, int]:
     """Play a round; returns the seconds until the next could begin, and the number of heartbeats requested."""
     run_id = new_run_id()
     record = RunDirectory(folder / run_id) if folder is not None else None
     with (
         patch.object(heartbeat, "WAIT_S", held_s),
         patch.object(heartbeat, "heartbeat", wraps=heartbeat.heartbeat) as beats,
-        Simulation(config, build_game(config, {}), run_id, key, ConsoleProgress(), record) as simulation,
+        Simulation(config, build_game(config, {}), run_id, ConsoleProgress(), record) as simulation,
     ):
         simulation.create()
         beats_before, began = beats.call_count, time.perf_counter()
@@ -112,7 +111,7 @@ def check(result: RoundResult) -> None:
     assert result.tally.asked == result.tally.answered == PARTICIPANTS, result.tally
 
 
-def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
+def cost(config: SimulationConfig, repeats: int) -> None:
     """Play the round in the three variants, and print the table."""
     table = Table(
         f"{PARTICIPANTS:,} participants, {THINK_S:g} s think time, 10 + 4 servers",
@@ -125,9 +124,9 @@ def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
         patch.object(results, "LATEST", Path(name) / "latest"),
     ):
         ways: dict[str, Callable[[], tuple[float, int]]] = {
-            "bare": partial(recorded_round, scene, key, HELD_S, None),
-            "heartbeats": partial(recorded_round, scene, key, heartbeat.WAIT_S, None),
-            "heartbeats and record": partial(recorded_round, scene, key, heartbeat.WAIT_S, Path(name)),
+            "bare": partial(recorded_round, scene, HELD_S, None),
+            "heartbeats": partial(recorded_round, scene, heartbeat.WAIT_S, None),
+            "heartbeats and record": partial(recorded_round, scene, heartbeat.WAIT_S, Path(name)),
         }
         for play in ways.values():
             play()  # warm
@@ -145,7 +144,7 @@ def cost(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
 # --- What a fault costs ----------------------------------------------------------------------------------------------
 
 
-def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> tuple[RoundResult, float, Any]:
+def disturbed_round(config: SimulationConfig, fault: Fault) -> tuple[RoundResult, float, Any]:
     """Play a round with the fault; returns the result, the seconds from the fault to its end, and the answers."""
     port = config.base_port + fault.port_offset
     victim = processes.own_process(str(port))
@@ -159,7 +158,7 @@ def disturbed_round(config: SimulationConfig, key: ClusterKey, fault: Fault) -> 
     timer = threading.Timer(FAULT_AT_S, strike)
     scene = replace(config, heartbeat_timeout=fault.timeout_s)
     try:
-        with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+        with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
             simulation.create()
             began = time.monotonic()
             timer.start()
@@ -183,17 +182,17 @@ def restart(config: SimulationConfig, server: psutil.Process) -> None:
     call_all_or_raise({each: partial(handshake, each, PATIENCE_S, starting=True) for each in servers})
 
 
-def kill(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
+def kill(config: SimulationConfig, repeats: int) -> None:
     """Play the round with each fault, in turn, and print the table."""
     table = Table(
         f"The same round, with a fault {FAULT_AT_S:g} s after it began",
         *("fault", "round", "from fault to end", "reassigned", "runs"),
     )
-    _, _, expected = disturbed_round(config, key, FAULTS[0])  # warm
+    _, _, expected = disturbed_round(config, FAULTS[0])  # warm
     played: dict[Fault, list[tuple[RoundResult, float]]] = {fault: [] for fault in FAULTS}
     for _ in range(repeats):
         for fault, runs in played.items():
-            result, after_s, answers = disturbed_round(config, key, fault)
+            result, after_s, answers = disturbed_round(config, fault)
             assert np.array_equal(answers, expected), f"{fault.name}: other answers than undisturbed"
             runs.append((result, after_s))
     for fault, runs in played.items():
@@ -260,12 +259,11 @@ def main() -> None:
         base_port=arguments.base_port, participant_num=PARTICIPANTS, sleep_time=THINK_S, seed=SEED
     )
     if chosen & {"cost", "kill"}:
-        key = load_or_make(Path(config.cluster_key_dir))
         with agent_servers(config):
             if "cost" in chosen:
-                cost(config, key, arguments.repeats)
+                cost(config, arguments.repeats)
             if "kill" in chosen:
-                kill(config, key, arguments.repeats)
+                kill(config, arguments.repeats)
     if "ready" in chosen:
         ready(config, arguments.repeats)
 

@@ -56,7 +56,6 @@ from simulation.llm.model_configs import model_name, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
 from simulation.results.run_directory import new_run_id
-from simulation.rpc.cluster_key import load_or_make
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
@@ -133,8 +132,7 @@ class PlainParticipant(AgentBase):
 def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
     """Play two rounds with this program; returns the times and the answers of round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
-    key = load_or_make(Path(config.cluster_key_dir))
-    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         one = simulation.play(1)
         first = [int(unit) for part in simulation.answers() for unit in part.units]
@@ -230,7 +228,6 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
     """Return the growth of an agent server per participant, in KB (PSS): after two rounds, and at the peak."""
     server = processes.own_process(str(config.base_port))
     assert server is not None
-    key = load_or_make(Path(config.cluster_key_dir))
     seen = [_pss_kb(server)]
     ended = threading.Event()
 
@@ -243,7 +240,6 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
         replace(config, rounds=2, seed=1),
         build_game(replace(config, rounds=2, seed=1), {}),
         new_run_id(),
-        key,
         ConsoleProgress(),
     ) as simulation:
         sampler.start()

@@ -39,7 +39,6 @@ from loguru import logger
 from simulation.cluster.rounds import Simulation
 from simulation.hosts import pid_files as processes
 from simulation.results.run_directory import new_run_id
-from simulation.rpc.cluster_key import load_or_make
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
@@ -76,11 +75,10 @@ class PlainParticipant(AgentBase):
 
 def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[float, float]:
     """Play one round with this program; returns the seconds for creation and for the round."""
-    key = load_or_make(Path(config.cluster_key_dir))
     scene = SimulationConfig(
         base_port=config.base_port, participant_num=participants, sleep_time=think_s, seed=random.getrandbits(32)
     )
-    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.answered == participants

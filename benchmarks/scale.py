@@ -65,7 +65,6 @@ from simulation.hosts import pid_files as processes
 from simulation.results import run_directory as results
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.channels import handshake
-from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import endpoints
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
@@ -96,10 +95,10 @@ class ResumeState:
         return self.create_s + self.round_s
 
 
-def play(config: SimulationConfig, key: ClusterKey, participants: int) -> ResumeState:
+def play(config: SimulationConfig, participants: int) -> ResumeState:
     """Play one round without writing results."""
     scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.asked == result.tally.answered == participants, result.tally
@@ -109,7 +108,7 @@ def play(config: SimulationConfig, key: ClusterKey, participants: int) -> Resume
 # --- Time and memory -------------------------------------------------------------------------------------------------
 
 
-def times(config: SimulationConfig, key: ClusterKey, up_to: int, repeats: int, picture: Path | None) -> None:
+def times(config: SimulationConfig, up_to: int, repeats: int, picture: Path | None) -> None:
     """Play games of increasing size, print the table and the fitted line, and draw the picture."""
     table = Table(
         f"Creation and a round of {THINK_S:g} s think time, 2 + 1 agent servers",
@@ -131,7 +130,7 @@ def times(config: SimulationConfig, key: ClusterKey, up_to: int, repeats: int, p
     for participants in (size for size in SIZES if size <= up_to):
         runs = []
         for _ in range(repeats):
-            runs.append(play(config, key, participants))
+            runs.append(play(config, participants))
             wait_until_gone(config)
         peak_gb, afterwards_gb = memory_of(config, participants)
         create_s, round_s, both_s = (
@@ -325,7 +324,7 @@ def command(config: SimulationConfig, participants: int, repeats: int) -> None:
 # --- Participants of one's own ----------------------------------------------------------------------------------------
 
 
-def own(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
+def own(config: SimulationConfig, repeats: int) -> None:
     """Play with each custom participant class, and print the table."""
     table = Table(
         f"Participants of one's own, {config.server_per_host} participant servers, {config.reply_threads} threads each",
@@ -335,11 +334,11 @@ def own(config: SimulationConfig, key: ClusterKey, repeats: int) -> None:
         file = None if cls is RandomParticipant else f"{OWN_FILE}:{cls.__name__}"
         scene = replace(config, agent_class=file, sleep_time=think_s)
         with agent_servers(config):  # new servers, as old ones would reuse freed memory first
-            play(scene, key, 1000)  # warm
+            play(scene, 1000)  # warm
             servers = [process.pid for process in processes.own_processes().values()]
             before = memory_mb(servers)
-            each_b = (peak_mb(lambda: play(scene, key, participants), servers) - before) * 2**20 / participants  # noqa: B023
-            runs = [play(scene, key, participants) for _ in range(repeats)]
+            each_b = (peak_mb(lambda: play(scene, participants), servers) - before) * 2**20 / participants  # noqa: B023
+            runs = [play(scene, participants) for _ in range(repeats)]
         create_s, round_s = (statistics.median(getattr(run, step) for run in runs) for step in ("create_s", "round_s"))
         figures = (in_seconds(create_s), in_seconds(round_s), f"{each_b / 1e3:.2f} KB", repeats)
         table.add(name, f"{participants:,}", f"{think_s:g} s", *figures)
@@ -363,21 +362,18 @@ def main() -> None:
         base_port=arguments.base_port, server_per_host=2, moderator_per_host=1, sleep_time=THINK_S
     )
     if chosen & {"time", "command"}:
-        key = load_or_make(Path(config.cluster_key_dir))
         with agent_servers(config, owned=False):  # so that run_simulation.sh can use them too
-            play(config, key, 1000)  # warm
+            play(config, 1000)  # warm
             if "time" in chosen:
                 whole = arguments.up_to >= SIZES[-1]
-                times(
-                    config, key, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None)
-                )
+                times(config, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None))
             if "command" in chosen:
                 command(config, min(arguments.up_to, COMMAND_SIZE), arguments.repeats)
     if "wire" in chosen:
         with agent_servers(config, counted=True):
             wire(config, arguments.up_to)
     if "own" in chosen:
-        own(config, load_or_make(Path(config.cluster_key_dir)), arguments.repeats)
+        own(config, arguments.repeats)
     if "hosts" in chosen:
         hosts(config, arguments.servers)
 

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +27,6 @@ from simulation.hosts import local_cluster as local_servers
 from simulation.hosts import pid_files as processes
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.channels import channel_to
-from simulation.rpc.cluster_key import ClusterKey, load_or_make
 from simulation.rpc.endpoints import endpoints
 from simulation.rpc.messages import HEARTBEAT
 from simulation.runs.console import ConsoleProgress
@@ -77,10 +75,9 @@ def wire(config: SimulationConfig, up_to: int) -> None:
         name_format=">12",
         width=17,
     )
-    key = load_or_make(Path(config.cluster_key_dir))
     for participants in (size for size in WIRE_SIZES if size <= up_to):
         scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
-        with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+        with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
             simulation.create()
             before, crossed_before = served(config), crossed()
             simulation.play(1)
@@ -177,11 +174,10 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
 
 def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
     """Play the rounds; returns the seconds for creation, and the measurements of each round after the first."""
-    key: ClusterKey = load_or_make(Path(config.cluster_key_dir))
     scene = replace(config, seed=random.getrandbits(32))
     own = {int(name): each for name, each in processes.own_processes().items() if name != processes.LAUNCHER}
     first_moderator = config.base_port + config.server_per_host
-    with Simulation(scene, build_game(scene, {}), new_run_id(), key, ConsoleProgress()) as simulation:
+    with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         simulation.play(1)  # warm
         played = [played_round(simulation, number, own, first_moderator) for number in range(2, config.rounds + 1)]

@@ -222,6 +222,7 @@ def raise_on_signals() -> None:
 def serve(command: Command) -> int:
     """Start, stop or show the agent servers of this host. Return the exit status."""
     from simulation.hosts import local_cluster
+    from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load_or_make
 
     config, action = command.config, command.action
@@ -247,6 +248,7 @@ def serve(command: Command) -> int:
 
         raise_on_signals()
         started = time.monotonic()
+        install_tls(load_or_make(Path(config.cluster_key_dir)))
         with contextlib.closing(ConsoleProgress()) as watch:
             local_cluster.start(config, False, partial(watch.progress, "agent servers ready"))
         say(
@@ -294,6 +296,7 @@ def ask(command: Command) -> int:
     from simulation.game.rules import Question
     from simulation.game.tally import announcement_of
     from simulation.results.reader import first_winner, read_agents, read_run
+    from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load
     from simulation.rpc.lean_import import import_agentscope
 
@@ -304,13 +307,13 @@ def ask(command: Command) -> int:
     participant = config.participant if config.participant is not None else first_winner(run)
     if participant >= played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
-    key = load(Path((config if "cluster_key_dir" in command.given else played).cluster_key_dir))
+    install_tls(load(Path((config if "cluster_key_dir" in command.given else played).cluster_key_dir)))
     import_agentscope()
     from simulation.cluster.rounds import ask as ask_participant
 
     announcements = tuple(announcement_of(each, run.game.scale) for each in run.results)
     question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
-    answer = ask_participant(*read_agents(path, participant), key, question)
+    answer = ask_participant(*read_agents(path, participant), question)
     say("\n".join(map(printable, answer.splitlines())))  # a model may return any characters
     return 0
 

@@ -16,6 +16,48 @@ from conftest import ROOT, open_again, until
 from simulation.rpc.channels import channel_to, install_tls
 from simulation.rpc.cluster_key import load
 
+# Counts in main's own process what it does once per run: Python imports this at its start if PYTHONPATH says so
+COUNTER = """
+import atexit, json, os, pathlib, sys
+os.environ.update(GRPC_VERBOSITY="NONE", GRPC_DNS_RESOLVER="native")
+import cloudpickle, grpc
+counts = {"handshakes": {}, "others": {}, "credentials": 0, "keys": 0, "classes": 0}
+
+class Calls(grpc.UnaryUnaryClientInterceptor):
+    def __init__(self, target):
+        self.target = target
+    def intercept_unary_unary(self, continuation, details, request):
+        call = continuation(details, request)
+        if details.method.endswith("/handshake") and call.exception() is None:  # else no server listens yet
+            kind = "others" if json.loads(request) else "handshakes"
+            counts[kind][self.target] = counts[kind].get(self.target, 0) + 1
+        return call
+
+def counted(module, name, count):
+    function = getattr(module, name)
+    def call(*arguments, **more):
+        count(*arguments)
+        return function(*arguments, **more)
+    setattr(module, name, call)
+
+def add(name, amount=1):
+    counts[name] += amount
+
+secure_channel = grpc.secure_channel
+grpc.secure_channel = lambda target, *rest, **more: grpc.intercept_channel(
+    secure_channel(target, *rest, **more), Calls(target)
+)
+counted(grpc, "ssl_channel_credentials", lambda *_: add("credentials"))
+counted(cloudpickle, "dumps", lambda value, *_: add("classes", getattr(value, "__name__", "") == "Mine"))
+def audit(event, args):
+    if event == "open" and str(args[0]).endswith("cluster.key") and not args[2] & os.O_CREAT:
+        add("keys")
+
+sys.addaudithook(audit)
+if "--launch" not in sys.argv:
+    atexit.register(lambda: pathlib.Path(__file__).with_name("counts.json").write_text(json.dumps(counts)))
+"""
+
 STEPS = ("assign", "begin", "collect", "announce")  # what is called in each round, but for heartbeats and answers
 
 
@@ -239,6 +281,29 @@ def test_what_crosses_the_wire_does_not_grow_with_the_participants(checkout):
         assert min(few[name][1:]) > 0
         assert sum(many[name][1:]) < 1.2 * sum(few[name][1:])  # larger numbers take a few more bytes
     assert checkout.run("stop_all_server.sh").returncode == 0
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["servers that run", "servers of the run"])
+def test_a_run_greets_each_server_once_and_prepares_everything_once(cluster, checkout, tmp_path, running):
+    own = cluster if running else checkout
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from participant import Participant\nclass Mine(Participant):\n"
+        "    async def answer(self, question):\n        return 50\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(COUNTER)
+    flags = ("--server-per-host", "3", "--base-port", str(own.base_port), "--agent-class", f"{mine}:Mine")
+    own.cold = True
+    try:
+        done = own.run("main.py", *flags, "--rounds", "3", env={"PYTHONPATH": str(tmp_path)})
+    finally:
+        own.cold = False
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    each = {f"127.0.0.1:{own.base_port + offset}": 1 for offset in range(7)}
+    assert counts.pop("handshakes") == each
+    assert counts.pop("others") == each  # the end of the run
+    assert counts == {"credentials": 1, "keys": 1, "classes": 1}
 
 
 def test_status_shows_a_row_per_server(cluster):

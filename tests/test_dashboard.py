@@ -291,9 +291,9 @@ def test_heartbeats_carry_histograms_and_the_load_of_the_server_when_asked(monke
 
     def seen(cpu_s: float, clock_s: float, numbers: int = 101) -> HeartbeatReply:
         clock[0], used[0] = clock_s, cpu_s
-        beat = HeartbeatReply.from_json(servicer.heartbeat(json.dumps(["run", 1, 0.0, numbers]).encode(), None))
-        assert beat is not None
-        return beat
+        reply = HeartbeatReply.from_json(servicer.heartbeat(json.dumps(["run", 1, 0.0, numbers]).encode(), None))
+        assert reply is not None
+        return reply
 
     assert (seen(5.5, 101.0, numbers=0).cpu, seen(5.5, 101.0, numbers=0).memory_mb) == (None, None)
     assert seen(5.5, 101.0).cpu == 0.5 and seen(5.5, 101.0).memory_mb > 1
@@ -309,9 +309,13 @@ def run_on(servers: int, lost: int) -> Any:
         GroupAssignment(f"run/group-{n}", 10 * n, 10, each if n >= lost else None, ends[-1])
         for n, each in enumerate(ends)
     ]
-    beats = [HeartbeatReply("it", {each.oid: Progress(n % 11, 10, 1)}, 0.5, 20.0) for n, each in enumerate(assignments)]
+    replies = [
+        HeartbeatReply("it", {each.oid: Progress(n % 11, 10, 1)}, 0.5, 20.0) for n, each in enumerate(assignments)
+    ]
     statuses = {
-        each: ServerStatus(n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost), 0.1, beats[n])
+        each: ServerStatus(
+            replies[n], time.monotonic(), 0.0, n >= lost, n >= lost, int(n < lost), "is gone" * (n < lost)
+        )
         for n, each in enumerate(ends)
     }
     cluster = SimpleNamespace(active_assignments=assignments[lost:], observe=lambda: statuses)

@@ -1,8 +1,9 @@
-"""Heartbeats against real agent servers in this process's reach, and what a group makes of late words."""
+"""The failure detector on real agent servers, and calls that a group receives late."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -39,12 +40,12 @@ def server(cluster):
 
 
 @pytest.fixture
-def beats(server):
+def detector(server):
     endpoint, _ = server
-    with FailureDetector("run~1", {endpoint: handshake(endpoint, 5).incarnation}, TIMEOUT_S, 60) as heartbeats:
-        heartbeats.poll_now(0)
-        until(lambda: heartbeats.latest(endpoint)[1] > 0, 5, "the first beat")
-        yield heartbeats
+    with FailureDetector("run~1", {endpoint: handshake(endpoint, 5).incarnation}, TIMEOUT_S, 60) as made:
+        made.poll_now(0)
+        until(lambda: made.statuses[endpoint].requested_at > 0, 5, "the first reply")
+        yield made
 
 
 def group_on(endpoint: Endpoint, oid: str) -> RemoteObject:
@@ -65,19 +66,19 @@ def without_cost(progress: Progress) -> Progress:
     return replace(progress, usage=())
 
 
-def test_a_beat_tells_what_the_objects_of_the_run_are_at(server, beats):
+def test_a_heartbeat_reports_the_progress_of_the_objects_of_the_run(server, detector):
     endpoint, _ = server
     group = group_on(endpoint, "run~1/group-0")
 
-    def heard() -> dict[str, Progress]:
-        return {oid: without_cost(progress) for oid, progress in beats.last(endpoint).objects.items()}
+    def progress() -> dict[str, Progress]:
+        return {oid: without_cost(each) for oid, each in detector.statuses[endpoint].reply.objects.items()}
 
-    beats.poll_now(0)
-    until(lambda: heard() == {"run~1/group-0": Progress(10, 10)}, 5, "the group is heard of")
+    detector.poll_now(0)
+    until(lambda: progress() == {"run~1/group-0": Progress(10, 10)}, 5, "the group is reported")
     group.begin(question_for(GAME, 1, ()))
-    beats.poll_now(1)
-    until(lambda: heard() == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
-    used = Usage(*beats.last(endpoint).objects["run~1/group-0"].usage)
+    detector.poll_now(1)
+    until(lambda: progress() == {"run~1/group-0": Progress(10, 10, 1)}, 5, "the round is over")
+    used = Usage(*detector.statuses[endpoint].reply.objects["run~1/group-0"].usage)
     assert used.answering_s > 0 and used == Usage(answering_s=used.answering_s, client_s=used.client_s)
     group.begin(question_for(GAME, 2, ()))
     until(lambda: without_cost(group.progress(1.0)) == Progress(10, 10, 2), 5, "round 2 is over")
@@ -87,7 +88,7 @@ def test_a_beat_tells_what_the_objects_of_the_run_are_at(server, beats):
     assert group.client.delete_agent("run~1/group-0")
 
 
-def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, beats):
+def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, detector):
     endpoint, pid = server
     group = group_on(endpoint, "run~1/group-1")
     os.kill(pid, signal.SIGSTOP)
@@ -95,15 +96,15 @@ def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, beats):
         for _ in range(2):  # one that waits when the server is given up on, and one that is made later
             with pytest.raises(ServerUnreachable, match="was given up on"):
                 group.progress(0.0)
-        with pytest.raises(ServerUnreachable, match=r"sent no heartbeat for \d+\.\d s"):
-            beats.latest(endpoint)
-        assert not beats.alive(endpoint) and not beats.has_recovered(endpoint) and beats.losses(endpoint)[0] == 1
+        status = detector.statuses[endpoint]
+        assert re.fullmatch(r"sent no heartbeat for \d+\.\d s", status.why)
+        assert not status.up and not status.has_recovered and status.losses == 1
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: beats.has_recovered(endpoint), 10, "it answers again")
-    assert not beats.alive(endpoint)
-    beats.mark_up(endpoint)
-    assert beats.alive(endpoint) and without_cost(group.progress(0.0)) == Progress(10, 10)
+    until(lambda: detector.statuses[endpoint].has_recovered, 10, "it answers again")
+    assert not detector.statuses[endpoint].up
+    detector.mark_up(endpoint)
+    assert detector.statuses[endpoint].up and without_cost(group.progress(0.0)) == Progress(10, 10)
     assert group.client.delete_agent("run~1/group-1")
 
 
@@ -143,9 +144,9 @@ def test_a_main_that_was_stopped_for_longer_than_its_lease_makes_everyone_anew(c
     assert cluster.summary()["rounds"][0]["average"] == played["average"]
 
 
-def test_what_is_no_beat_of_ours_is_told_apart():
-    beat = HeartbeatReply("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
-    assert HeartbeatReply.from_json(beat.to_json()) == beat
+def test_a_reply_of_another_program_is_recognised():
+    reply = HeartbeatReply("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
+    assert HeartbeatReply.from_json(reply.to_json()) == reply
     for text in ("", "[]", "{}", '{"incarnation": "a", "objects": {"x": {}}}', '{"incarnation": "a", "objects": 5}'):
         assert HeartbeatReply.from_json(text) is None
 

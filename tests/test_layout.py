@@ -35,7 +35,6 @@ AGENTSCOPE = {
     *("moderator.py", "simulation/agents/participant.py", "simulation/agents/group.py"),
     *("simulation/agents/agent_class.py", "simulation/hosts/agent_server.py", "simulation/rpc/client.py"),
     *("simulation/rpc/lean_import.py", "simulation/llm/chat.py", "simulation/cluster/rounds.py"),
-    "simulation/cluster/cluster.py",
 }
 VERSION_ONLY = {"simulation/rpc/messages.py"}
 # Attributes of AgentScope's classes that are not its interface

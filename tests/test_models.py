@@ -25,7 +25,7 @@ from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
 from simulation.agents.participant import message_of
 from simulation.agents.per_agent_dispatch import whole_tally
-from simulation.cluster.preflight import _check_models_known
+from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
 from simulation.game.rules import Announcement, Game, LLMSettings, question_for
@@ -358,7 +358,7 @@ def test_what_a_server_knows_instead_of_a_model_is_named():
         ({}, "knows no model, and model_1"),
     ):
         with pytest.raises(ClusterError, match=re.escape(words)):
-            _check_models_known(config, {Endpoint("localhost", 1): SimpleNamespace(models=known)})
+            check_models_known(config, {Endpoint("localhost", 1): SimpleNamespace(models=known)})
 
 
 def test_check_names_what_is_wrong(play, fake_of):

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from participant import LLMParticipant, RandomParticipant
-from simulation.agents.agent_class import OWN, _unregistered
+from simulation.agents.agent_class import OWN, _unregistered, serialize_agent_class
 from simulation.agents.participant import Participant, answers_many
 from simulation.errors import SettingsError, meant_by, near_file, one_line
 from simulation.files import full_path, is_there, shown
@@ -30,34 +30,42 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     spec = shown(spec)
     file_name, colon, class_name = spec.rpartition(":")
     path = Path(file_name)
+
+    def refuse(problem: str) -> SettingsError:
+        return SettingsError(f"--agent-class {spec}: {problem}")
+
     if not colon or path.suffix != ".py":
-        raise SettingsError(f"--agent-class {spec}: write it as my_file.py:MyParticipant")
+        raise refuse("write it as my_file.py:MyParticipant")
     if not is_there(path, "--agent-class"):
-        raise SettingsError(f"--agent-class {spec}: there is no file {path}{near_file(path)}")
+        raise refuse(f"there is no file {path}{near_file(path)}")
     name = OWN + path.stem  # prefixed, so that a user file random.py does not hide a library
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
     append_to_path(full_path("--agent-class", str(path.parent)))
     try:
         with _unregistered():
             module_spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
-        raise SettingsError(f"--agent-class {spec}: {path} cannot be imported: {one_line(error)}") from None
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Participant)):
+        raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
+    cls: Any = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Participant)):
         own = [name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
         guess = f"; {meant}" if (meant := meant_by(class_name, own)) else ""
-        raise SettingsError(f"--agent-class {spec}: {path} has no class {class_name} derived from Participant{guess}")
-    cls: Any = found
+        raise refuse(f"{path} has no class {class_name} derived from Participant{guess}")
     if issubclass(cls, LLMParticipant) and agent_type != "llm":
-        raise SettingsError(f"--agent-class {spec}: {class_name} asks a model: give --agent-type llm, too")
+        raise refuse(f"{class_name} asks a model: give --agent-type llm, too")
     if not answers_many(cls) and cls.reply is Participant.reply:
-        raise SettingsError(f"--agent-class {spec}: {class_name} defines neither answer nor reply")
+        raise refuse(f"{class_name} defines neither answer nor reply")
     if not inspect.iscoroutinefunction(cls.answer):
-        raise SettingsError(f"--agent-class {spec}: answer must be written as 'async def answer(self, question)'")
+        raise refuse("answer must be written as 'async def answer(self, question)'")
     if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
-        raise SettingsError(f"--agent-class {spec}: reply must be an ordinary method; its async kind is called answer")
+        raise refuse("reply must be an ordinary method; its async kind is called answer")
     cloudpickle.register_pickle_by_value(module)
     return cls
+
+
+@functools.cache
+def pickled_agent_class(spec: str | None, agent_type: str) -> bytes:
+    """Return the class as it is sent to the servers. Raises SettingsError as `load_agent_class`."""
+    return serialize_agent_class(load_agent_class(spec, agent_type))

@@ -12,7 +12,7 @@ import heapq
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simulation.errors import ServerUnreachable, SimulationError
@@ -23,45 +23,40 @@ from simulation.rpc.messages import HeartbeatReply
 WAIT_S = 1.0  # longest delay of a busy server's reply
 AGAIN_S = 0.1  # retry interval for an unreachable server
 SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
-BEATS_IN_LEASE = 4
+POLLS_IN_LEASE = 4
 OBSERVED_S = 5.0  # how long heartbeats carry histograms after `observe`; a dashboard is refreshed more often
 ASLEEP_S = 1.0  # a deadline error that is this late means that this process was suspended
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """The status of a server in a run.
+    """The status of a server in a run; changes replace the whole object, so readers need no lock.
 
     Attributes:
-        plays: Whether the server is up (never marked down, or marked up again).
+        reply: The latest heartbeat reply.
+        replied_at: Time of the latest reply (time.monotonic).
+        requested_at: When `reply` was requested (time.monotonic).
+        up: Whether the server was never marked down, or was marked up again.
         answers: Whether it answers, whether or not it is marked down.
         losses: Number of losses so far.
         why: Cause of the latest loss.
-        seconds_since_reply: Time since its latest reply (seconds).
-        beat: Its latest heartbeat reply.
     """
 
-    plays: bool
-    answers: bool
-    losses: int
-    why: str
-    seconds_since_reply: float
-    beat: HeartbeatReply
+    reply: HeartbeatReply
+    replied_at: float
+    requested_at: float = 0.0
+    up: bool = True
+    answers: bool = True
+    losses: int = 0
+    why: str = ""
 
+    @property
+    def has_recovered(self) -> bool:
+        return self.answers and not self.up
 
-@dataclass
-class _ServerState:
-    """Internal state of one server."""
-
-    incarnation: str
-    heard: float  # time of the latest reply
-    beat: HeartbeatReply
-    requested_at: float = 0.0  # when that reply was requested
-    lost: bool = False
-    losses: int = 0  # number of losses
-    why: str = ""  # cause of the latest loss
-    back: bool = False  # whether it has answered since the loss
-    asked: float = 0.0  # time of the newest request; only its reply schedules the next one
+    @property
+    def seconds_since_reply(self) -> float:
+        return time.monotonic() - self.replied_at
 
 
 class FailureDetector:
@@ -77,20 +72,19 @@ class FailureDetector:
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
         self._run = run
         self._timeout_s = timeout_s
-        at_most = min(timeout_s, lease_s) / BEATS_IN_LEASE
-        self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), at_most)
+        self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), min(timeout_s, lease_s) / POLLS_IN_LEASE)
         now = time.monotonic()
-        self._states = {each: _ServerState(name, now, HeartbeatReply(name)) for each, name in incarnations.items()}
-        self._due = [(now, endpoint) for endpoint in self._states]  # a heap of request times
+        self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
+        self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of request times
+        self._newest = dict.fromkeys(incarnations, 0.0)  # time of the newest request; only its reply schedules the next
         self._changed = threading.Condition()  # guards all mutable state
-        self._number = 0  # the current round
+        self._round = 0
         self._observed = (0, 0.0)  # number of possible answers, and until when heartbeats carry histograms
-        self._news = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._ask_around, name="heartbeats", daemon=True)
+        self._news = self._ended = False
+        self._thread = threading.Thread(target=self._poll, name="heartbeats", daemon=True)
 
     def __enter__(self) -> FailureDetector:
-        for endpoint in self._states:
+        for endpoint in self.statuses:
             allow_calls(endpoint)
         self._thread.start()
         return self
@@ -100,48 +94,6 @@ class FailureDetector:
             self._ended = True
             self._changed.notify_all()
         self._thread.join()
-
-    # --- What is known -----------------------------------------------------------------------------------------------
-
-    def alive(self, endpoint: Endpoint) -> bool:
-        """Return whether the server is up (never marked down, or marked up again)."""
-        return not self._states[endpoint].lost
-
-    def has_recovered(self, endpoint: Endpoint) -> bool:
-        """Return whether a server that is marked down answers again."""
-        return self._states[endpoint].back
-
-    def seconds_since_reply(self, endpoint: Endpoint) -> float:
-        """Return the seconds since the latest reply."""
-        return time.monotonic() - self._states[endpoint].heard
-
-    def answers(self, endpoint: Endpoint) -> bool:
-        """Return whether the server answers, whether or not it is marked down."""
-        state = self._states[endpoint]
-        return state.back or not state.lost
-
-    def losses(self, endpoint: Endpoint) -> tuple[int, str]:
-        """Return the number of losses and the cause of the latest one."""
-        state = self._states[endpoint]
-        return state.losses, state.why
-
-    def last(self, endpoint: Endpoint) -> HeartbeatReply:
-        """Return the latest heartbeat reply."""
-        return self._states[endpoint].beat
-
-    def status_of(self, endpoint: Endpoint) -> ServerStatus:
-        """Return the whole status of a server, for display; takes no lock."""
-        losses, why = self.losses(endpoint)
-        seconds_since_reply, beat = self.seconds_since_reply(endpoint), self.last(endpoint)
-        return ServerStatus(self.alive(endpoint), self.answers(endpoint), losses, why, seconds_since_reply, beat)
-
-    def latest(self, endpoint: Endpoint) -> tuple[HeartbeatReply, float]:
-        """Return the latest reply and its request time (time.monotonic). Raises ServerUnreachable if marked down."""
-        with self._changed:
-            state = self._states[endpoint]
-            if state.lost:
-                raise ServerUnreachable(f"{endpoint}: {state.why}")
-            return state.beat, state.requested_at
 
     def wait(self, timeout_s: float) -> None:
         """Wait until there is an unseen reply or a new loss, for at most `timeout_s`."""
@@ -153,23 +105,20 @@ class FailureDetector:
         """Request partial histograms with all heartbeats of the next OBSERVED_S; `numbers` is the possible answers."""
         self._observed = (numbers, time.monotonic() + OBSERVED_S)
 
-    # --- What is decided elsewhere -----------------------------------------------------------------------------------
-
     def poll_now(self, number: int) -> None:
         """Poll all servers now, as new work has started; servers working on this round delay their replies."""
         with self._changed:
-            self._number = number
-            now = time.monotonic()
-            self._due = [(now, endpoint) for endpoint in self._states]
+            self._round = number
+            self._due = [(time.monotonic(), endpoint) for endpoint in self.statuses]
             self._changed.notify_all()
 
     def mark_down(self, endpoint: Endpoint, why: str) -> None:
         """Mark a server down until `mark_up`, and cancel pending calls to it."""
         with self._changed:
-            state = self._states[endpoint]
-            if state.lost:
+            status = self.statuses[endpoint]
+            if not status.up:
                 return
-            state.lost, state.losses, state.why, state.back = True, state.losses + 1, why, False
+            self.statuses[endpoint] = replace(status, up=False, answers=False, losses=status.losses + 1, why=why)
             self._news = True
             self._changed.notify_all()
         cancel_calls(endpoint)
@@ -177,13 +126,10 @@ class FailureDetector:
     def mark_up(self, endpoint: Endpoint) -> None:
         """Mark a recovered server up and allow calls to it."""
         with self._changed:
-            state = self._states[endpoint]
-            state.lost = state.back = False
+            self.statuses[endpoint] = replace(self.statuses[endpoint], up=True, answers=True)
         allow_calls(endpoint)
 
-    # --- Inside ------------------------------------------------------------------------------------------------------
-
-    def _ask_around(self) -> None:
+    def _poll(self) -> None:
         while True:
             with self._changed:
                 now = time.monotonic()
@@ -193,52 +139,46 @@ class FailureDetector:
                 if self._ended:
                     return
                 _, endpoint = heapq.heappop(self._due)
-                state = self._states[endpoint]
-                state.asked, number = now, self._number
-                left_s = self._timeout_s if state.lost else state.heard + self._timeout_s - now
-            self._ask(endpoint, number, now, max(left_s, self._wait_s + AGAIN_S))
+                status, number = self.statuses[endpoint], self._round
+                self._newest[endpoint] = now
+                left_s = status.replied_at + self._timeout_s - now if status.up else self._timeout_s
+            self._request(endpoint, number, now, max(left_s, self._wait_s + AGAIN_S))
 
-    def _ask(self, endpoint: Endpoint, number: int, requested_at: float, timeout_s: float) -> None:
-        def hear(said: str | SimulationError) -> None:
-            self._hear(endpoint, requested_at, timeout_s, said)
+    def _request(self, endpoint: Endpoint, number: int, requested_at: float, timeout_s: float) -> None:
+        def receive(reply: HeartbeatReply | SimulationError) -> None:
+            self._receive(endpoint, requested_at, timeout_s, reply)
 
         numbers, until = self._observed
         numbers = numbers if requested_at < until else 0
-        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, numbers, hear)
+        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, numbers, receive)
 
-    def _hear(self, endpoint: Endpoint, requested_at: float, timeout_s: float, said: str | SimulationError) -> None:
-        why = ""
+    def _receive(
+        self, endpoint: Endpoint, requested_at: float, timeout_s: float, reply: HeartbeatReply | SimulationError
+    ) -> None:
+        why, again_s = "", self._wait_s
         with self._changed:
-            state, now = self._states[endpoint], time.monotonic()
-            if requested_at != state.asked:
-                state.heard = max(state.heard, now if isinstance(said, str) else 0.0)
-                return
-            beat = HeartbeatReply.from_json(said) if isinstance(said, str) else None
-            if isinstance(said, str) and beat is None:
-                again_s, why = self._wait_s, "says something that this program does not understand"
-            elif beat is not None:
-                again_s = self._take_in(state, beat, requested_at, now)
-                if beat.incarnation != state.incarnation:
-                    state.incarnation = beat.incarnation
-                    why = "was restarted without its agents"
-            elif now > requested_at + timeout_s + ASLEEP_S:  # this process was suspended, not the server
-                state.heard, again_s = now, 0.0
-            else:
-                state.back = False
-                again_s = self._wait_s if state.lost else AGAIN_S
-                if str(said).endswith(NOBODY_LISTENS) or not isinstance(said, ServerUnreachable):
-                    why = str(said).partition(": ")[2]
-                elif now - state.heard >= self._timeout_s:
-                    why = f"sent no heartbeat for {now - state.heard:.1f} s"
-            heapq.heappush(self._due, (now + again_s, endpoint))
-            self._changed.notify_all()
+            status, now = self.statuses[endpoint], time.monotonic()
+            is_newest = requested_at == self._newest[endpoint]
+            if isinstance(reply, HeartbeatReply):
+                if is_newest:
+                    if reply.incarnation != status.reply.incarnation:
+                        why = "was restarted without its agents"
+                    if reply.is_working_on(self._round):
+                        again_s = 0.0
+                    status = replace(status, reply=reply, requested_at=requested_at, answers=True)
+                    self._news = True
+                status = replace(status, replied_at=now)
+            elif is_newest and now > requested_at + timeout_s + ASLEEP_S:  # this process was suspended, not the server
+                status, again_s = replace(status, replied_at=now), 0.0
+            elif is_newest:
+                status, again_s = replace(status, answers=status.up), AGAIN_S if status.up else self._wait_s
+                if str(reply).endswith(NOBODY_LISTENS) or not isinstance(reply, ServerUnreachable):
+                    why = str(reply).partition(": ")[2]
+                elif status.seconds_since_reply >= self._timeout_s:
+                    why = f"sent no heartbeat for {status.seconds_since_reply:.1f} s"
+            self.statuses[endpoint] = status
+            if is_newest:
+                heapq.heappush(self._due, (now + again_s, endpoint))
+                self._changed.notify_all()
         if why:
             self.mark_down(endpoint, why)
-
-    def _take_in(self, state: _ServerState, beat: HeartbeatReply, requested_at: float, now: float) -> float:
-        """Store a reply; return the delay before the next request (seconds; 0 while the server works on the round)."""
-        state.beat, state.requested_at, state.heard = beat, requested_at, now
-        state.back = state.lost
-        self._news = True
-        at_work = (each for each in beat.objects.values() if each.round == self._number and not each.finished)
-        return 0.0 if any(not each.error for each in at_work) else self._wait_s

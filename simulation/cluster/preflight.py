@@ -12,100 +12,94 @@ from functools import partial
 
 from simulation.errors import ClusterError, SettingsError, SimulationError
 from simulation.llm.model_configs import ModelConfig, asked_models, check_model_is_local
-from simulation.rpc.channels import NOBODY_LISTENS, UNTRUSTED, call_all, call_all_or_raise, handshake, install_tls
-from simulation.rpc.cluster_key import ClusterKey
+from simulation.rpc.channels import NOBODY_LISTENS, UNTRUSTED, call_all, call_all_or_raise, handshake, identify
 from simulation.rpc.endpoints import Endpoint, address_of, endpoints
 from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
 from simulation.settings import SimulationConfig
 
 CHECKS_AT_ONCE = 1024  # threads; each may wait for one server until the deadline
 
+Identities = dict[Endpoint, Handshake]
+Errors = dict[Endpoint, SimulationError]
 
-def shake_hands(
-    config: SimulationConfig, key: ClusterKey
-) -> tuple[dict[Endpoint, Handshake], dict[Endpoint, SimulationError]]:
-    """Do a handshake with every agent server of the run concurrently; the connect timeout is the common deadline.
 
-    Returns:
-        The handshakes and the errors, by server; a SettingsError if the host name cannot be resolved.
+def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
+    """Return the handshakes and the errors of all agent servers of the run; the connect timeout is a common deadline.
+
+    The error of a host name that cannot be resolved is a SettingsError.
     """
-    install_tls(key)
     deadline = time.monotonic() + config.connect_timeout
     addresses = {host: _look_up(host) for host in config.hosts}
 
-    def left_s() -> float:
-        return max(deadline - time.monotonic(), 0.0)
-
-    def shake(server: Endpoint) -> Handshake:
+    def identify_one(server: Endpoint) -> Handshake:
         try:
-            addresses[server.host].result(left_s())
+            addresses[server.host].result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
             raise SettingsError(
                 f"no address is known for this name after {config.connect_timeout:g} s; check /etc/hosts or DNS"
             ) from None
-        return handshake(server, left_s())
+        return identify(server, max(deadline - time.monotonic(), 0.0))
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
-    return call_all({each: partial(shake, each) for each in servers}, CHECKS_AT_ONCE)
+    return call_all({each: partial(identify_one, each) for each in servers}, CHECKS_AT_ONCE)
 
 
 def _look_up(host: str) -> Future[str]:
     """Resolve a host name in a daemon thread, as a name server may be slow."""
-    found: Future[str] = Future()
+    address: Future[str] = Future()
 
     def look_up() -> None:
         try:
-            found.set_result(address_of(host))
+            address.set_result(address_of(host))
         except SettingsError as error:
-            found.set_exception(error)
+            address.set_exception(error)
 
     threading.Thread(target=look_up, daemon=True).start()
-    return found
+    return address
 
 
-def check_cluster(config: SimulationConfig, key: ClusterKey) -> dict[Endpoint, Handshake]:
-    """Do a handshake with every agent server of the run, check its models, and return the handshakes.
+def check_cluster(config: SimulationConfig) -> Identities:
+    """Check every agent server of the run and its models, and return the handshakes.
 
     Raises ClusterError with a line for each host that is not ready (the number of ready servers, the first problem) or
     if a model is unknown or does not answer, and SettingsError if a model is outside the cluster.
     """
-    shakes, errors = shake_hands(config, key)
-    troubles = {host: _trouble_at(host, config, shakes, errors) for host in config.hosts}
-    lines = [f"{host}: {trouble}" for host, trouble in troubles.items() if trouble is not None]
+    identities, errors = identify_all(config)
+    problems = {host: _problem_of(host, config, identities, errors) for host in config.hosts}
+    lines = [f"{host}: {problem}" for host, problem in problems.items() if problem]
     if lines:
         raise ClusterError("\nerror: ".join(lines))
     if config.agent_type == "llm":
-        _check_models_known(config, shakes)
-        check_models(config, endpoints(config.hosts, config.base_port, config.server_per_host))
-    return shakes
+        check_models_known(config, identities)
+        check_models(config, list(identities))
+    return identities
 
 
-def _trouble_at(
-    host: str,
-    config: SimulationConfig,
-    shakes: dict[Endpoint, Handshake],
-    errors: dict[Endpoint, SimulationError],
-) -> str | None:
-    """Return why a host is not ready and what to do about it; None if it is ready."""
-    ready = {endpoint: shake for endpoint, shake in shakes.items() if endpoint.host == host}
+def _problem_of(host: str, config: SimulationConfig, identities: Identities, errors: Errors) -> str:
+    """Return why a host is not ready and what to do about it; empty if it is ready."""
+    ready = {endpoint: each for endpoint, each in identities.items() if endpoint.host == host}
     failed = [error for endpoint, error in errors.items() if endpoint.host == host]
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
     layout = (config.base_port, config.server_per_host, config.moderator_per_host)
-    for endpoint, shake in ready.items():
-        versions = zip(("the program", "Python", "AgentScope"), shake.versions, OWN_VERSIONS, strict=True)
-        others = [f"{name} ({there} there, {here} here)" for name, there, here in versions if there != here]
+    for endpoint, each in ready.items():
+        own = OWN_VERSIONS.items()
+        others = [
+            f"{name} ({each.versions.get(name)} there, {here} here)"
+            for name, here in own
+            if each.versions.get(name) != here
+        ]
         if others:
             return f"{endpoint} runs another version of {', '.join(others)}; make the host like this one, and {restart}"
-        if (shake.base_port, shake.server_per_host, shake.moderator_per_host) != layout:
+        if (each.base_port, each.server_per_host, each.moderator_per_host) != layout:
             return (
-                f"it has {shake.server_per_host} participant and {shake.moderator_per_host} moderator servers from "
-                f"port {shake.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}; {restart}"
+                f"it has {each.server_per_host} participant and {each.moderator_per_host} moderator servers from "
+                f"port {each.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}; {restart}"
             )
     if not failed:
-        return None
-    if isinstance(failed[0], SettingsError):
-        return str(failed[0])
+        return ""
     first, advice = str(failed[0]), restart
+    if isinstance(failed[0], SettingsError):
+        return first
     if UNTRUSTED in first:
         advice = f"copy the folder of the cluster key there, and {restart}"
     elif not ready and NOBODY_LISTENS not in first:
@@ -113,14 +107,14 @@ def _trouble_at(
     return f"{len(ready)} of {len(ready) + len(failed)} agent servers are ready; {first}; {advice}"
 
 
-def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handshake]) -> None:
+def check_models_known(config: SimulationConfig, identities: Identities) -> None:
     """Raise ClusterError if a server lacks a requested model, SettingsError if a model is outside the cluster."""
     names = asked_models(config)
-    for endpoint, shake in shakes.items():
-        missing = [name for name in names if name not in shake.models]
+    for endpoint, each in identities.items():
+        missing = [name for name in names if name not in each.models]
         if missing:
-            known = ", ".join(f"{name} at {url}" for name, url in list(shake.models.items())[:3]) or "no model"
-            known += ", ..." if len(shake.models) > 3 else ""
+            known = ", ".join(f"{name} at {url}" for name, url in list(each.models.items())[:3]) or "no model"
+            known += ", ..." if len(each.models) > 3 else ""
             wanted = f"--model-per-host {config.model_per_host} asks for {names[0]} to {names[-1]}"
             wanted = wanted if config.models is None else f"--models asks for {', '.join(names)}"
             raise ClusterError(
@@ -128,7 +122,7 @@ def _check_models_known(config: SimulationConfig, shakes: dict[Endpoint, Handsha
                 "configs/model_configs.json, and start the agent servers again with it and the same MODEL_PER_HOST"
             )
         for name in names:
-            check_model_is_local(config, name, shake.models[name])
+            check_model_is_local(config, name, each.models[name])
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
@@ -137,22 +131,22 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
     timeout_s = 2 * config.connect_timeout
     directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
     ask = partial(handshake, timeout_s=timeout_s, directives=directives)
-    for endpoint, shake in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
-        for name, trouble in shake.model_troubles.items():
-            raise _no_answer(endpoint.host, name, shake.models[name], trouble)
+    for endpoint, reply in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
+        for name, problem in reply.model_troubles.items():
+            raise _no_answer(endpoint.host, name, reply.models[name], problem)
 
 
 def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
     """Check model servers from this process, before agent servers exist; raises ClusterError if one does not answer."""
     from simulation.llm.http_client import check_all  # noqa: PLC0415 - openai, for those alone that ask a model
 
-    each = list({(model.base_url, model.model): model for model in models}.values())
-    for model, trouble in zip(each, asyncio.run(check_all(each, timeout_s)), strict=True):
-        if trouble is not None:
-            raise _no_answer("localhost", model.name, model.base_url, trouble)
+    distinct = list({(model.base_url, model.model): model for model in models}.values())
+    for model, problem in zip(distinct, asyncio.run(check_all(distinct, timeout_s)), strict=True):
+        if problem is not None:
+            raise _no_answer("localhost", model.name, model.base_url, problem)
 
 
-def _no_answer(host: str, name: str, url: str, trouble: str) -> ClusterError:
+def _no_answer(host: str, name: str, url: str, problem: str) -> ClusterError:
     return ClusterError(
-        f"{host}: {name} at {url} {trouble}; start it there with ./start_vllm.sh, or correct configs/model_configs.json"
+        f"{host}: {name} at {url} {problem}; start it there with ./start_vllm.sh, or correct configs/model_configs.json"
     )

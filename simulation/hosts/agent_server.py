@@ -86,6 +86,7 @@ class SimulationServicer(AgentServerServicer):
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
         self._renewed: dict[str, float] = {}  # by run, time.monotonic() of the last call
+        self._beginning = threading.Lock()
         self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by object
         self._histogram_due = 0.0  # when the next partial histogram may be taken (time.monotonic)
         self._cpu = (time.monotonic(), time.process_time(), 0.0)  # the last measurement, and the share of a core
@@ -96,7 +97,7 @@ class SimulationServicer(AgentServerServicer):
         If `numbers`, the count of possible answers, is not 0, add the load and, when due, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
-        self._renewed[run] = time.monotonic()
+        self._begin_run(run)
         until = time.monotonic() + wait_s
         playing = {
             oid: agent
@@ -126,7 +127,8 @@ class SimulationServicer(AgentServerServicer):
             restart = "stop all agent servers of this host, and start them again"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
         directives = json.loads(request)
-        self._begin_or_end_runs(directives)
+        for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
+            self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
         first_moderator = self._config.base_port + self._config.server_per_host
         model_troubles = {}
         if messages.CHECK_MODELS in directives:
@@ -158,6 +160,9 @@ class SimulationServicer(AgentServerServicer):
         return agent
 
     def create_agent(self, request: Any, context: Any) -> GeneralResponse:
+        run, is_ours, _ = request.agent_id.partition("/")
+        if is_ours:
+            self._begin_run(run)
         with self._creating[request.agent_id]:
             if self.get_agent(request.agent_id) is not None:
                 return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
@@ -188,18 +193,25 @@ class SimulationServicer(AgentServerServicer):
         lease_s = getattr(agent, "lease_s", None)
         return lease_s is None or time.monotonic() - self._renewed.get(run_of(oid), math.inf) <= lease_s
 
-    def _begin_or_end_runs(self, directives: dict[str, str]) -> None:
-        """Keep or drop the objects of runs, as a handshake requests."""
-        new_run = directives.get(messages.NEW_RUN)
+    def _begin_run(self, run: str) -> None:
+        """Renew a run's lease; its first call drops objects kept by other runs, or left by an earlier part of it."""
+        if run not in self._renewed:
+            with self._beginning:  # further first calls wait until the objects are dropped
+                for oid, agent in self._hosted().items():
+                    kept = getattr(agent, "lease_s", 0) is None
+                    if run_of(oid) != run and (kept or same_run(run_of(oid), run)):
+                        self._drop(oid)
+        self._renewed[run] = time.monotonic()
+
+    def _end_run(self, run: str, keep: bool) -> None:
+        """Drop the objects of a run, or keep them until the next run begins."""
+        self._begin_run(run)  # its first heartbeat may not be handled yet
         for oid, agent in self._hosted().items():
-            run, kept = run_of(oid), getattr(agent, "lease_s", 0) is None
-            if run == directives.get(messages.KEEP_RUN):
+            if run_of(oid) == run and keep:
                 with self.agent_id_lock:  # `drop_expired` may be about to drop it
                     agent.lease_s = None
-            elif run == directives.get(messages.END_RUN):
+            elif run_of(oid) == run:
                 self._drop(oid)
-            elif new_run is not None and run != new_run and (kept or same_run(run, new_run)):
-                self._drop(oid)  # kept until the next run, or left by an earlier part of this run
 
     def _hosted(self) -> dict[str, Any]:
         with self.agent_id_lock:

@@ -19,8 +19,8 @@ from simulation.errors import ClusterError, ServerUnreachable
 from simulation.files import ROOT, SERVERS, files_in, is_there
 from simulation.hosts import pid_files as processes
 from simulation.llm.model_configs import has_models, read_models
-from simulation.rpc.channels import call_all, call_all_or_raise, handshake, install_tls
-from simulation.rpc.cluster_key import ClusterKey, load, load_or_make
+from simulation.rpc.channels import call_all, call_all_or_raise, handshake, identify, install_tls
+from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint, ranges
 from simulation.rpc.lean_import import add_extra_folders
 from simulation.rpc.messages import MEMORY, OWN_VERSIONS
@@ -61,10 +61,10 @@ def start(
     progress: Callable[[int, int], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> OwnedServers | None:
-    """Start this host's agent servers, and return when all of them answer.
+    """Start this host's agent servers, and return when all of them answer. Needs `install_tls`.
 
     Args:
-        config: Host name, ports and key of the servers.
+        config: Host name, ports and key folder of the servers.
         owned: Whether the servers end with this process.
         progress: Called with the number of ready servers and their total.
         meanwhile: Called while the launcher imports its modules (about 1 s).
@@ -74,10 +74,9 @@ def start(
 
     Raises:
         ClusterError: A port is taken, other servers run, or one did not start; no new server is left running.
-        SettingsError: The key, the model settings or the folder for pid files and logs is unusable.
+        SettingsError: The model settings or the folder for pid files and logs is unusable.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
-    key = load_or_make(Path(config.cluster_key_dir))
     models = read_models(config) if has_models(config) else {}
     with processes.one_at_a_time():
         processes.check_not_owned()
@@ -85,7 +84,7 @@ def start(
         running = processes.own_processes()
         if running:
             urls = {name: model.base_url for name, model in models.items()}
-            _check_same(config, key, [int(name) for name in running if name.isdigit()], urls)
+            _check_same(config, [int(name) for name in running if name.isdigit()], urls)
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
@@ -100,7 +99,7 @@ def start(
             with processes.signals_later():  # a signal before the assignment would leave it running
                 launcher = _spawn_launcher(config, owned)
             meanwhile()
-            _wait_ready(config, key, launcher, progress)
+            _wait_ready(config, launcher, progress)
         except BaseException:
             if launcher is not None:
                 _end_launcher(launcher)
@@ -108,14 +107,13 @@ def start(
     return OwnedServers(launcher) if owned else None
 
 
-def _check_same(config: SimulationConfig, key: ClusterKey, ports: list[int], models: dict[str, str]) -> None:
+def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, str]) -> None:
     """Raise ClusterError unless the running servers are the requested ones, and answer."""
     if ports != list(config.ports):
         raise ClusterError(
             f"{len(ports)} agent servers are already running on ports {ranges(ports)}, but {len(config.ports)} were "
             f"requested on {ranges(list(config.ports))}; {STOP_FIRST}"
         )
-    install_tls(key)
     endpoints = [Endpoint(config.host_name, port) for port in config.ports]
     shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
@@ -172,16 +170,15 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
 
 
 def _wait_ready(
-    config: SimulationConfig, key: ClusterKey, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
+    config: SimulationConfig, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
 ) -> None:
     """Return when all servers answer; raise ClusterError with the log tail of the first one that failed."""
-    install_tls(key)
     deadline = time.monotonic() + READY_TIMEOUT_S
     for ready, port in enumerate(config.ports):
         while True:
             progress(ready, len(config.ports))
             try:
-                handshake(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
+                identify(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
                 break
             except ServerUnreachable:
                 pass  # not ready yet; check that it still runs

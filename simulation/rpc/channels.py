@@ -6,6 +6,7 @@ list or wait for servers therefore need not import AgentScope, whose own calls a
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import defaultdict
@@ -26,7 +27,7 @@ from simulation.errors import (
 )
 from simulation.rpc.cluster_key import CLUSTER_NAME, ClusterKey
 from simulation.rpc.endpoints import Endpoint
-from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake
+from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake, HeartbeatReply
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -48,26 +49,42 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
 
-
 _credentials: list[grpc.ChannelCredentials] = []  # one element, once a key is installed
-_channels: dict[str, grpc.Channel] = {}
+_identities: dict[Endpoint, Handshake] = {}  # see `identify`
+_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # in progress, by server
+_given_up: set[Endpoint] = set()
+_calls_lock = threading.Lock()
 
 
 def install_tls(key: ClusterKey) -> None:
-    """Use mutual TLS with this key for every channel that this process opens from now on."""
+    """Use mutual TLS with this key for every channel that this process opens from now on; close the earlier ones."""
     _credentials[:] = [key.channel_credentials()]
-    _channels.clear()
-    _methods.clear()
+    _identities.clear()
+    channel_to.cache_clear()
+    stub_of.cache_clear()
 
 
+@functools.cache
 def channel_to(url: str) -> grpc.Channel:
     """Return this process's channel to a server (`host:port`), created once."""
     host, _, port = url.rpartition(":")
     # localhost may resolve to ::1 first, where another program may listen; compare the whole host name
     target = f"127.0.0.1:{port}" if host == "localhost" else url
-    if target not in _channels:
-        _channels[target] = grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
-    return _channels[target]
+    return grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
+
+
+@functools.cache
+def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
+    """Return a gRPC stub of this kind for a server, created once, as that costs more than a call."""
+    return kind(channel_to(str(endpoint)))
+
+
+class _Stub:
+    """Our own two calls, bytes to bytes."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.handshake = channel.unary_unary(f"/{SERVICE}/{HANDSHAKE}")
+        self.heartbeat = channel.unary_unary(f"/{SERVICE}/{HEARTBEAT}")
 
 
 def handshake(
@@ -79,9 +96,8 @@ def handshake(
         endpoint: Address of the server.
         timeout_s: Deadline in seconds.
         starting: Whether to wait until then even if no server listens yet.
-        directives: NEW_RUN: the run that starts; agents kept by others, or by its previous part, are deleted.
-            KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report memory use.
-            CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
+        directives: KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report
+            memory use. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
 
     Raises:
         ServerUnreachable: No server listens, or it does not answer in time.
@@ -90,16 +106,26 @@ def handshake(
     try:
         # gRPC reconnects only while a call waits for the connection, hence no loop of short calls
         request = json.dumps(dict(directives or {})).encode()
-        reply = _method(endpoint, HANDSHAKE)(request, timeout=timeout_s, wait_for_ready=starting)
-    except grpc.RpcError as error:
-        translated = translated_error(error, endpoint)
-        if any(sign in (error.details() or "") for sign in CUT_OFF):
-            translated = UntrustedServer(f"{endpoint}: {UNTRUSTED}")
-        raise translated from None
-    try:
+        reply = stub_of(endpoint, _Stub).handshake(request, timeout=timeout_s, wait_for_ready=starting)
         return Handshake(**json.loads(reply))
+    except grpc.RpcError as error:
+        if any(sign in (error.details() or "") for sign in CUT_OFF):
+            raise UntrustedServer(f"{endpoint}: {UNTRUSTED}") from None
+        raise translated_error(error, endpoint) from None
     except (ValueError, TypeError):
         raise ClusterError(f"{endpoint} {ANOTHER_VERSION}") from None
+
+
+def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
+    """Return a server's handshake, requested only once per run (see `forget_identities`). Raises as `handshake`."""
+    if endpoint not in _identities:
+        _identities[endpoint] = handshake(endpoint, timeout_s, starting)
+    return _identities[endpoint]
+
+
+def forget_identities() -> None:
+    """Have the next run request new handshakes: until then, any server may be replaced."""
+    _identities.clear()
 
 
 def heartbeat(
@@ -109,43 +135,33 @@ def heartbeat(
     wait_s: float,
     timeout_s: float,
     numbers: int,
-    done: Callable[[str | SimulationError], None],
+    done: Callable[[HeartbeatReply | SimulationError], None],
 ) -> None:
     """Request a heartbeat with a run's progress; the server waits up to `wait_s` (s) for round `number` to end.
 
     If `numbers`, the count of possible answers, is not 0, the reply carries partial histograms.
-    Returns immediately; `done` is called on a gRPC thread with the reply text or the error.
+    Returns immediately; `done` is called on a gRPC thread with the reply or the error.
     """
     request = json.dumps([run, number, wait_s, numbers]).encode()
-    call = _method(endpoint, HEARTBEAT).future(request, timeout=timeout_s)
+    call = stub_of(endpoint, _Stub).heartbeat.future(request, timeout=timeout_s)
 
-    def heard(call: Any) -> None:
+    def finish(call: Any) -> None:
         error = call.exception()
-        done(call.result().decode() if error is None else translated_error(error, endpoint))
+        if error is not None:
+            done(translated_error(error, endpoint))
+            return
+        unknown = ClusterError(f"{endpoint}: sends replies that this program does not understand")
+        done(HeartbeatReply.from_json(call.result().decode()) or unknown)
 
-    call.add_done_callback(heard)
-
-
-def _method(endpoint: Endpoint, name: str) -> grpc.UnaryUnaryMultiCallable:
-    """Return one of our calls (bytes to bytes), created once per channel because it is used 10 times a second."""
-    channel = channel_to(str(endpoint))
-    if (channel, name) not in _methods:
-        _methods[channel, name] = channel.unary_unary(f"/{SERVICE}/{name}")
-    return _methods[channel, name]
-
-
-_methods: dict[tuple[grpc.Channel, str], grpc.UnaryUnaryMultiCallable] = {}
-_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # in progress, by server
-_given_up: set[Endpoint] = set()
-_calls_lock = threading.Lock()
+    call.add_done_callback(finish)
 
 
 def cancel_calls(endpoint: Endpoint) -> None:
     """Cancel all calls to a server, and further ones until `allow_calls`; they raise ServerUnreachable."""
     with _calls_lock:
         _given_up.add(endpoint)
-        under_way = list(_calls[endpoint])
-    for call in under_way:
+        pending = list(_calls[endpoint])
+    for call in pending:
         call.cancel()
 
 
@@ -179,8 +195,7 @@ def call_all(
     results: dict[K, V] = {}
     failed: dict[K, SimulationError] = {}
     with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:
-        futures = {key: pool.submit(call) for key, call in calls.items()}
-        for key, future in futures.items():
+        for key, future in [(key, pool.submit(call)) for key, call in calls.items()]:
             try:
                 results[key] = future.result()
             except SimulationError as error:
@@ -209,13 +224,14 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
         elif "DNS resolution failed" in details:
             cause = "no address is known for this name; check /etc/hosts or DNS"
         return ServerUnreachable(f"{endpoint}: {cause}")
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerUnreachable(f"{endpoint}: does not answer in time")
-    if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION):
-        return ClusterError(f"{endpoint} {ANOTHER_VERSION}" if code.name == "UNIMPLEMENTED" else f"{endpoint}: {last}")
     if "not exists" in details:
         return AgentNotFound(f"{endpoint}: the agent is gone")
-    return parse_remote_error(last) or SimulationError(f"{endpoint}: {last}")
+    by_code = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable(f"{endpoint}: does not answer in time"),
+        grpc.StatusCode.UNIMPLEMENTED: ClusterError(f"{endpoint} {ANOTHER_VERSION}"),
+        grpc.StatusCode.FAILED_PRECONDITION: ClusterError(f"{endpoint}: {last}"),
+    }
+    return by_code.get(code) or parse_remote_error(last) or SimulationError(f"{endpoint}: {last}")
 
 
 def parse_remote_error(text: str) -> ServerLost | None:

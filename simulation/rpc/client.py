@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import cloudpickle
 import grpc
@@ -23,19 +22,14 @@ from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, St
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 
 from simulation.errors import ClusterError, KnownCause
-from simulation.rpc.channels import await_call, channel_to, translated_error
+from simulation.rpc.channels import await_call, channel_to, stub_of, translated_error
 from simulation.rpc.endpoints import Endpoint
 
 GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer is hanging
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
 SILENT_POLLS = 4  # of AgentScope's 5 s each
 
-
-def _secure_channel(_cls: type[RpcClient], url: str) -> grpc.Channel:
-    return channel_to(url)
-
-
-RpcClient._get_channel = classmethod(_secure_channel)
+RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
@@ -48,14 +42,15 @@ class RemoteObject(RpcObject):
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
     ) -> None:
         super().__init__(cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered())
+        self.oid = oid
         self.client = _Client(endpoint, deadline_s)
         if kwargs is not None:
             self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)
 
 
-def remove(proxy: RemoteObject) -> None:
-    """Close and delete the remote object; no error if it is already deleted."""
-    proxy.client.delete_agent(proxy._oid)
+def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
+    """Close and delete a remote object; no error if it is already deleted."""
+    _Client(endpoint, deadline_s).delete_agent(oid)
 
 
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
@@ -66,9 +61,8 @@ def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
     try:
         return getattr(proxy, method)(message).result()
     except AgentServerError as error:
-        cause = error.__cause__
-        if isinstance(cause, grpc.RpcError):
-            raise translated_error(cause, proxy.client.endpoint) from None
+        if isinstance(error.__cause__, grpc.RpcError):
+            raise translated_error(error.__cause__, proxy.client.endpoint) from None
         raise KnownCause(str(error.message).removeprefix("Failed to update placeholder: ")) from None
 
 
@@ -95,7 +89,7 @@ class _Client(RpcClient):
         return self._call("delete_agent", StringMsg(value=agent_id)).ok
 
     def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
-        send = getattr(_stub(self.endpoint), method)
+        send = getattr(stub_of(self.endpoint, RpcAgentStub), method)
         return await_call(self.endpoint, send.future(request, timeout=timeout or self.deadline_s))
 
 
@@ -112,15 +106,3 @@ class _UntilAnswered(RetryBase):
                 silent = 0 if still_thinking else silent + 1
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
                     raise
-
-
-_stubs: WeakKeyDictionary[grpc.Channel, RpcAgentStub] = WeakKeyDictionary()
-
-
-def _stub(endpoint: Endpoint) -> RpcAgentStub:
-    """Return AgentScope's stub for a server, created once per channel."""
-    channel = channel_to(str(endpoint))
-    stub = _stubs.get(channel)
-    if stub is None:
-        stub = _stubs[channel] = RpcAgentStub(channel)
-    return stub

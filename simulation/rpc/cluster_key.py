@@ -49,10 +49,7 @@ class ClusterKey:
 
 
 def load_or_make(folder: Path) -> ClusterKey:
-    """Return the cluster key in this folder, created on first use.
-
-    Raises SettingsError if other users can read it, if the pair is invalid, or if the folder cannot be written.
-    """
+    """Return the cluster key in this folder, created on first use. Raises SettingsError as `load`."""
     if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
         try:
             _make(folder)
@@ -62,17 +59,32 @@ def load_or_make(folder: Path) -> ClusterKey:
 
 
 def load(folder: Path) -> ClusterKey:
-    """Read and check the pair in this folder; raise SettingsError that says how to fix it."""
-    for path, kind in ((folder, "folder"), (folder / CERTIFICATE, "file"), (folder / PRIVATE_KEY, "file")):
-        _check_private(path, kind)
+    """Return the cluster key in this folder; SettingsError if it is missing, invalid, or readable by other users."""
+    for path, kind, mode in (
+        (folder, "folder", 700),
+        (folder / CERTIFICATE, "file", 600),
+        (folder / PRIVATE_KEY, "file", 600),
+    ):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise SettingsError(
+                f"the cluster key is incomplete, {path} is missing: copy the folder from another host, or give another "
+                "--cluster-key-dir"
+            ) from None
+        except OSError as error:
+            raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
+        if status.st_uid not in (os.geteuid(), 0):
+            raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise SettingsError(f"the cluster key {kind} {path} can be read by others: chmod {mode} '{path}'")
     try:
         key = ClusterKey((folder / CERTIFICATE).read_bytes(), (folder / PRIVATE_KEY).read_bytes())
-    except OSError as error:
-        raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
-    try:
         certificate = x509.load_pem_x509_certificate(key.certificate)
         private = serialization.load_pem_private_key(key.private_key, password=None)
         fits = private.public_key() == certificate.public_key()
+    except OSError as error:
+        raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
     except ValueError:
         fits = False
     if not fits:
@@ -92,23 +104,6 @@ def load(folder: Path) -> ClusterKey:
     return key
 
 
-def _check_private(path: Path, kind: str) -> None:
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise SettingsError(
-            f"the cluster key is incomplete, {path} is missing: copy the folder from another host, or give another "
-            "--cluster-key-dir"
-        ) from None
-    except OSError as error:
-        raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
-    if status.st_uid not in (os.geteuid(), 0):
-        raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        mode = "700" if kind == "folder" else "600"
-        raise SettingsError(f"the cluster key {kind} {path} can be read by others: chmod {mode} '{path}'")
-
-
 def _make(folder: Path) -> None:
     """Write a new pair beside the folder and rename it into place, so that hosts starting together use one pair."""
     folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
@@ -116,37 +111,30 @@ def _make(folder: Path) -> None:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + VALID_FOR)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(CLUSTER_NAME)]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(private, hashes.SHA256())
     )
-    private_pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = serialization.Encoding.PEM
+    files = {
+        CERTIFICATE: certificate.public_bytes(pem),
+        PRIVATE_KEY: private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+        ".gitignore": b"*\n",  # git must not add the key if this is in a checkout
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))  # mode 0700
     try:
         if stat.S_IMODE(draft.stat().st_mode) & 0o077:
             raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
-        _write_private(draft / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
-        _write_private(draft / PRIVATE_KEY, private_pem)
-        _write_private(draft / ".gitignore", b"*\n")  # git must not add the key if this is in a checkout
+        for file_name, content in files.items():
+            with os.fdopen(os.open(draft / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
         draft.rename(folder)  # fails if another process was first; its pair is then the cluster's
     except OSError:
         if not is_there(folder / CERTIFICATE):
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from simulation.errors import SettingsError
@@ -26,9 +26,26 @@ def endpoints(hosts: Sequence[str], first_port: int, per_host: int) -> list[Endp
     return [Endpoint(host, first_port + offset) for host in hosts for offset in range(per_host)]
 
 
-def group_id(run_id: str, first: int) -> str:
-    """Return the id of the group that starts at participant `first`; its participants are `<group id>/<index>`."""
-    return f"{run_id}/group-{first}"
+@dataclass(frozen=True)
+class GroupAssignment:
+    """The assignment of one group (participants first .. first+count-1) to servers.
+
+    Attributes:
+        oid: Remote id of the group; never reused. Its participants are `<oid>/<index>`.
+        server: Participant server; None if no server is available.
+        moderator_server: Server of the group's moderator.
+    """
+
+    oid: str
+    first: int
+    count: int
+    server: Endpoint | None
+    moderator_server: Endpoint
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield the first index and the length of consecutive ranges of at most `size` participants."""
+        stop = self.first + self.count
+        return ((first, min(size, stop - first)) for first in range(self.first, stop, size))
 
 
 def run_of(remote_id: str) -> str:
@@ -44,23 +61,6 @@ def remote_run(run_id: str, part: str) -> str:
 def same_run(one: str, other: str) -> bool:
     """Return whether two names on the servers are parts of the same run."""
     return one.partition("~")[0] == other.partition("~")[0]
-
-
-@dataclass(frozen=True)
-class GroupAssignment:
-    """The assignment of one group (participants first .. first+count-1) to servers.
-
-    Attributes:
-        oid: Remote id of the group; never reused.
-        server: Participant server; None if no server is available.
-        moderator_server: Server of the group's moderator.
-    """
-
-    oid: str
-    first: int
-    count: int
-    server: Endpoint | None
-    moderator_server: Endpoint
 
 
 def address_of(host_name: str) -> str:
@@ -85,6 +85,4 @@ def ranges(ports: list[int]) -> str:
     """Return sorted ports as ranges: `12330-12335, 12338`."""
     starts = [port for port in ports if port - 1 not in ports]
     ends = [port for port in ports if port + 1 not in ports]
-    return ", ".join(
-        str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True)
-    )
+    return ", ".join(f"{one}-{other}" if one < other else f"{one}" for one, other in zip(starts, ends, strict=True))

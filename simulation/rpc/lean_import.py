@@ -15,6 +15,15 @@ from typing import Any
 from simulation.errors import SettingsError, reason
 from simulation.files import ROOT
 
+DISTANCES = "scipy.spatial.distance"
+
+
+class _Late(ModuleType):
+    """A placeholder for a module, imported on first attribute access."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
 
 def import_agentscope() -> None:
     """Import AgentScope, if not yet imported; call before any other import of it."""
@@ -22,8 +31,10 @@ def import_agentscope() -> None:
         return
     if os.path.expanduser("~") == "~":  # noqa: PTH111 - of a user without one, AgentScope cannot be imported
         os.environ["HOME"] = str(ROOT / "run")
+    distances = ModuleType(DISTANCES)  # AgentScope imports its function `cdist` by name
+    vars(distances)["cdist"] = lambda *args, **kwargs: importlib.import_module(DISTANCES).cdist(*args, **kwargs)
     # None makes an import fail: AgentScope works without dashscope, but would read its version during import
-    late: dict[str, Any] = {"dashscope": None, "socketio": _Late("socketio"), "scipy.spatial.distance": _distances()}
+    late: dict[str, Any] = {"dashscope": None, "socketio": _Late("socketio"), DISTANCES: distances}
     late = {name: stand_in for name, stand_in in late.items() if name not in sys.modules}
     sys.modules.update(late)
     try:
@@ -36,11 +47,7 @@ def import_agentscope() -> None:
 
 
 def add_extra_folders(folders: str | None) -> None:
-    """Append the folders of --extra-pythonpath (colon-separated) to the import path.
-
-    Raises:
-        SettingsError: A folder cannot be read.
-    """
+    """Append the folders of --extra-pythonpath (colon-separated) to the import path; SettingsError if unreadable."""
     for folder in filter(None, (folders or "").split(":")):
         try:
             os.listdir(folder)  # noqa: PTH208
@@ -55,21 +62,3 @@ def append_to_path(folder: str) -> None:
     """Append a folder to the import path; at the end, its modules cannot shadow Python, libraries or this program."""
     if folder not in sys.path:
         sys.path.append(folder)
-
-
-class _Late(ModuleType):
-    """A placeholder for a module, imported on first attribute access."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-def _distances() -> ModuleType:
-    """Return a stand-in for scipy.spatial.distance; AgentScope's prompt generator imports one function of it."""
-    module = ModuleType("scipy.spatial.distance")
-
-    def cdist(*args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module(module.__name__).cdist(*args, **kwargs)
-
-    vars(module)["cdist"] = cdist
-    return module

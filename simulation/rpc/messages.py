@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 
 from simulation.files import ROOT
 
+SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
+KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"  # directives
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -50,6 +53,10 @@ class HeartbeatReply:
     cpu: float | None = None
     memory_mb: float | None = None
 
+    def is_working_on(self, number: int) -> bool:
+        """Return whether an object is in the middle of this round."""
+        return any(each.round == number and not each.finished and not each.error for each in self.objects.values())
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -67,29 +74,21 @@ class HeartbeatReply:
             return None
 
 
-SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
-
-
-# Directives of a handshake: about a run, and (below) about the server
-NEW_RUN, KEEP_RUN, END_RUN = "new-run", "keep-run", "end-run"
-
-
-MEMORY, CHECK_MODELS = "memory", "check-models"
-
-
 def _code_version() -> str:
     """Return a hash of the program's source files at import time, without user-defined ones."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
-    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py")), ROOT / "simulation/game/answer_words.yaml"):
+    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 CODE_VERSION = _code_version()
-
-
-AGENTSCOPE_VERSION = importlib.metadata.version("agentscope")
+OWN_VERSIONS = {
+    "the program": CODE_VERSION,
+    "Python": platform.python_version(),
+    "AgentScope": importlib.metadata.version("agentscope"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,16 +106,7 @@ class Handshake:
     memory_mb: float | None  # only on request, as it takes 5 ms to measure
     models: dict[str, str]  # known models: base URL by name
     model_troubles: dict[str, str]  # by name, why a checked model does not answer
-    code: str = CODE_VERSION
-    python: str = platform.python_version()
-    agentscope: str = AGENTSCOPE_VERSION
-
-    @property
-    def versions(self) -> tuple[str, str, str]:
-        return (self.code, self.python, self.agentscope)
+    versions: dict[str, str] = field(default_factory=OWN_VERSIONS.copy)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
-
-
-OWN_VERSIONS = (CODE_VERSION, platform.python_version(), AGENTSCOPE_VERSION)

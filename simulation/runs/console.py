@@ -90,7 +90,7 @@ class ConsoleProgress:
         if done == total:
             self.close()
 
-    def tell(self, line: str) -> None:
+    def warn(self, line: str) -> None:
         """Log a message about a server and keep it for the dashboard."""
         self.told.append((time.time(), line))
         logger.warning(line)

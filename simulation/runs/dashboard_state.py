@@ -105,8 +105,8 @@ class DashboardState:
 
     def _update_progress(self, statuses: dict[Endpoint, ServerStatus]) -> None:
         known, self._progress = self._progress, {}
-        for beat in (status.beat for status in statuses.values() if status.plays):
-            for oid, progress in beat.objects.items():
+        for reply in (status.reply for status in statuses.values() if status.up):
+            for oid, progress in reply.objects.items():
                 before = known.get(oid, progress)
                 if progress.counts or before.round != progress.round:
                     self._progress[oid] = progress
@@ -161,7 +161,7 @@ class DashboardState:
         rows = [self._row(each, status, hosted[each], answered[each]) for each, status in statuses.items()]
         if self.run.config.dispatch == "agent":  # the moderators record the answers
             for row, status in zip(rows, statuses.values(), strict=True):
-                recorded = sum(done.get(oid, 0) for oid in status.beat.objects)
+                recorded = sum(done.get(oid, 0) for oid in status.reply.objects)
                 row["answered"] = None if row["participants"] else recorded
         data = {"number": len(rows), "states": Counter(row["state"] for row in rows), "rows": rows, "grid": None}
         if len(rows) > SERVERS_LISTED:
@@ -172,7 +172,7 @@ class DashboardState:
     def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, answered: int) -> dict[str, Any]:
         config = self.run.config
         state, why = "plays", ""
-        if not status.plays:
+        if not status.up:
             state, why = ("back" if status.answers else "lost"), status.why
         elif not self._over and status.seconds_since_reply > SILENT_S:
             state, why = "silent", f"no reply for {status.seconds_since_reply:.0f} s"
@@ -185,8 +185,8 @@ class DashboardState:
             "losses": status.losses,
             "hosts": hosts,
             "answered": answered,
-            "cpu": status.beat.cpu if status.plays and not self._over else None,
-            "memory_mb": status.beat.memory_mb if status.plays else None,
+            "cpu": status.reply.cpu if status.up and not self._over else None,
+            "memory_mb": status.reply.memory_mb if status.up else None,
         }
 
 

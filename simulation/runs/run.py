@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from loguru import logger
 
+from simulation.cluster.agent_class import load_agent_class
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
 from simulation.errors import (
@@ -32,7 +33,6 @@ from simulation.results.console_report import announcement_lines, failure_line, 
 from simulation.results.reader import SavedRun
 from simulation.results.run_directory import RunDirectory
 from simulation.results.run_files import summarise
-from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import GroupAssignment, remote_run
 from simulation.runs.console import ConsoleProgress
 from simulation.settings import SimulationConfig
@@ -53,7 +53,6 @@ class Run:
     Args:
         config: The settings.
         run_id: Id of the run.
-        key: The cluster key.
         directory: The run directory.
         watch: Progress listener; also carries the stop signal.
         draw: Draws the pictures and the report of the run.
@@ -67,7 +66,6 @@ class Run:
         self,
         config: SimulationConfig,
         run_id: str,
-        key: ClusterKey,
         directory: RunDirectory,
         watch: ConsoleProgress,
         draw: Callable[[SavedRun], None],
@@ -78,7 +76,6 @@ class Run:
     ) -> None:
         self.config = config
         self.run_id = run_id
-        self.key = key
         self.directory = directory
         self.watch = watch
         self.game = game
@@ -119,7 +116,7 @@ class Run:
         if not self.to_play:
             return self._finish()
         began = time.monotonic()
-        servers = check_cluster(self.config, self.key)
+        servers = check_cluster(self.config)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self._resumed:  # not earlier: if no round can be played, the folder stays unchanged
@@ -129,7 +126,7 @@ class Run:
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         played = tuple(announcement_of(each, self.game.scale) for each in self.results)
         run = remote_run(self.run_id, secrets.token_hex(2))
-        simulation = Simulation(self.config, self.game, run, self.key, self.watch, self.directory, played, self.usage)
+        simulation = Simulation(self.config, self.game, run, self.watch, self.directory, played, self.usage)
         try:
             with simulation:
                 self.simulation = simulation
@@ -165,7 +162,11 @@ class Run:
 
     def _create(self, simulation: Simulation) -> None:
         config = self.config
-        kind = config.agent_type if config.agent_class is None else simulation.participant_class.__name__
+        kind = (
+            config.agent_type
+            if config.agent_class is None
+            else load_agent_class(config.agent_class, config.agent_type).__name__
+        )
         self.cluster["moderators"] = simulation.moderator_num
         logger.info(f"init {config.participant_num} {kind} participant agents...")
         logger.info(f"init {simulation.moderator_num} moderator agents...")
@@ -197,7 +198,7 @@ class Run:
         self._write("interrupted")
 
     def _note_losses(self, simulation: Simulation) -> None:
-        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.cluster.lost)]
+        lost = [*self._lost_before, *(str(endpoint) for endpoint in simulation.cluster.losses)]
         self.cluster["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
 
     def _look_after_models(self, simulation: Simulation) -> None:
@@ -210,7 +211,7 @@ class Run:
             self.ended_early = f"the budget of {self.config.max_tokens} tokens is spent (--max-tokens)"
         elif self.watch.stop_signal is None and ended is Ended.MODEL_FAILED:
             try:
-                check_models(self.config, simulation.cluster.living)
+                check_models(self.config, simulation.cluster.up(simulation.cluster.participant_servers))
             except ServerLost:
                 pass  # the next round handles that
             except ClusterError as error:

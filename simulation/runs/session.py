@@ -29,7 +29,6 @@ from simulation.results.reader import (
 )
 from simulation.results.run_directory import SWEEP, WHOLE, RunDirectory, new_run_id, resume_command
 from simulation.results.run_files import position_in_words
-from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.cost_estimate import cost_lines, estimate, plan_lines
@@ -114,15 +113,15 @@ class Session:
         self._directory.discard_if_empty()
         self._directory.close()
 
-    def play(self, key: ClusterKey, watch: ConsoleProgress, draw: Draw, observer: RunObserver | None = None) -> int:
+    def play(self, watch: ConsoleProgress, draw: Draw, observer: RunObserver | None = None) -> int:
         """Play the remaining rounds; returns the exit status. Logs how to resume if rounds are left, even on errors."""
         assert self._directory is not None
-        play = partial(_play, key=key, watch=watch, draw=draw, observer=observer)
+        play = partial(_play, watch=watch, draw=draw, observer=observer)
         watch.how_to_resume = self.how_to_resume
         try:
             if self.sweep is None:
                 return play(self.tasks[0], self._directory)
-            self._check_later_models(key)
+            self._check_later_models()
             return self._play_all(self.sweep, play, watch)
         finally:
             hint = self.how_to_resume()
@@ -176,7 +175,7 @@ class Session:
 
             check_models_here(models, self.config.connect_timeout)
 
-    def _check_later_models(self, key: ClusterKey) -> None:
+    def _check_later_models(self) -> None:
         """Raise ClusterError if the cluster cannot reach a model of a later run; the first run checks its own."""
         left = [task for task in self.tasks if task.rounds_left]
         others = {tuple(task.asked_models): task.config for task in left if task.asked_models}
@@ -186,7 +185,7 @@ class Session:
             from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - see _play
 
             for config in others.values():
-                check_cluster(config, key)
+                check_cluster(config)
 
     def _has_begun(self) -> bool:
         return any(is_there(task.folder) for task in self.tasks)  # folders without results are discarded
@@ -238,7 +237,6 @@ def _played_before(task: RunSpec) -> str:
 def _play(
     task: RunSpec,
     directory: RunDirectory,
-    key: ClusterKey,
     watch: ConsoleProgress,
     draw: Draw,
     observer: RunObserver | None,
@@ -247,7 +245,7 @@ def _play(
     import_agentscope()
     from simulation.runs.run import Run  # noqa: PLC0415 - AgentScope takes its time, which refusals need not wait for
 
-    return Run(task.config, task.run_id, key, directory, watch, draw, task.game, task.played, observer, label).play()
+    return Run(task.config, task.run_id, directory, watch, draw, task.game, task.played, observer, label).play()
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
@@ -447,12 +445,11 @@ def _checked(config: SimulationConfig) -> dict[str, ModelConfig]:
     """Return the models of a run, if it uses any. Raises SettingsError if its participants cannot be created."""
     if config.agent_class is not None:
         import_agentscope()
-        from simulation.agents.agent_class import serialize_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
-        from simulation.cluster.agent_class import load_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
+        from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - AgentScope, which few refusals need
 
         add_extra_folders(config.extra_pythonpath)
         # find errors in the user's file before anything starts
-        serialize_agent_class(load_agent_class(config.agent_class, config.agent_type))
+        pickled_agent_class(config.agent_class, config.agent_type)
     if config.agent_type != "llm":
         return {}
     models = read_models(config)
