@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from simulation.errors import ResultsError, SettingsError, printable
 from simulation.files import is_there, real
-from simulation.results.charts import answers_picture, draw_answers, scale_rounds, selection
-from simulation.results.console_report import number_of
-from simulation.results.figures import grid_of, page_axes, series_style, svg, tall_figure, two_parts, write_png
+from simulation.results.charts import (
+    SMALL_MULTIPLES,
+    averages_of,
+    draw_equilibria,
+    draw_line,
+    draw_small_multiples,
+    grid_of,
+    scale_rounds,
+    selection,
+)
+from simulation.results.figures import page_chart, series_style, two_parts, write_png
 from simulation.results.reader import SavedRun, rounds_finished, runs_in
-from simulation.results.report_page import answers_in_words, render, shown, swatch, whole
-from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, resume_command, sweep_position, write_whole
+from simulation.results.report_page import answers_chart, fixed, fold, whole, write_page
+from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, resume_command, sweep_position
 from simulation.results.tables import table_lines
 from simulation.settings import SETTINGS
 
@@ -27,35 +34,30 @@ PAGE, PICTURE = COMPARISON
 # Compared in addition to the settings of the game: cluster settings that affect speed, not those of paths or output
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 LINES = 24  # most runs drawn, evenly spread over all; more line styles are indistinguishable
-SMALL_MULTIPLES = 6  # last rounds in comparison.png
-OPEN_RUNS = 12  # last rounds that the page shows unfolded
-NO_VALUE = "-"
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
     """Return the run folders, with each sweep expanded to its runs, without duplicates. Raises SettingsError."""
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in named:
-        runs = [path]
-        if is_there(path / SWEEP):
-            runs = runs_in(path)
-            if not runs:
-                raise SettingsError(f"{path}: a sweep of which no run was played")
-        found += [run for run in runs if real(run) not in map(real, found)]
-    return found
+        runs = runs_in(path) if is_there(path / SWEEP) else [path]
+        if not runs:
+            raise SettingsError(f"{path}: no run was played in this sweep; give the folder of another")
+        for run in runs:
+            found.setdefault(real(run), run)
+    return list(found.values())
 
 
 def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
     """Return a line for each experiment with missing or unfinished runs."""
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
-        of_it = [run for run in runs if real(run.path).parent == path]
-        position = sweep_position(of_it[0].path)
-        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in of_it)
+        within = [run for run in runs if real(run.path).parent == path]
+        position = sweep_position(within[0].path)
+        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in within)
         if position is not None and finished < position["runs"]:
-            runs_left = f"{position['runs'] - finished} of {position['runs']} runs"
-            left = f"{runs_left} of {printable(position['experiment'])} have rounds left"
-            lines.append(f"{left}; to go on with them: {resume_command(path)}")
+            left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
+            lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")
     return lines
 
 
@@ -77,11 +79,11 @@ def _setting(run: SavedRun, name: str) -> str:
     value = getattr(run.config, name)
     if name == "agent_class" and value is not None:
         value = Path(value).name
-    return NO_VALUE if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
+    return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
 
 
 def folder_names(runs: Sequence[SavedRun]) -> list[str]:
-    """Return the name of each run in the table: its folder, relative to the common folder."""
+    """Return the folder of each run, relative to the common folder."""
     paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
@@ -92,41 +94,43 @@ def labels(runs: Sequence[SavedRun]) -> list[str]:
     names = [name for name in names if name != "seed"] or names  # random by default, so different in every run
     words = [", ".join(f"{name.replace('_', ' ')} {_setting(run, name)}" for name in names) for run in runs]
     return [
-        word if word and words.count(word) == 1 else f"{word} ({name})".strip()
-        for word, name in zip(words, folder_names(runs), strict=True)
+        word if word and words.count(word) == 1 else f"{word} ({folder})".strip()
+        for word, folder in zip(words, folder_names(runs), strict=True)
     ]
 
 
-def comparison_rows(runs: Sequence[SavedRun]) -> tuple[list[str], list[list[str]]]:
-    """Return the column headings and a row for each run."""
+def comparison_rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
+    """Return a row for each run, by column heading."""
     names = differing_settings(runs)
-    head = ["run", *(name.replace("_", " ") for name in names), "played", "answered", "asked"]
-    head += ["first average", "last average", "winning number", "equilibrium", "status", "seconds"]
-    return head, [[name, *_row(run, names)] for run, name in zip(runs, folder_names(runs), strict=True)]
+    return [{"run": folder} | _row(run, names) for run, folder in zip(runs, folder_names(runs), strict=True)]
 
 
-def _row(run: SavedRun, names: Sequence[str]) -> list[str]:
+def _row(run: SavedRun, names: Sequence[str]) -> dict[str, str]:
     entries, digits = run.summary["rounds"], run.game.decimals + 3
     first, last = (entries[0], entries[-1]) if entries else ({}, {})
-    numbers = (first.get("average"), last.get("average"), last.get("winning_number"))
-    return [
-        *(_setting(run, name) for name in names),
-        f"{len(entries)}",
-        whole(sum(entry["answered"] for entry in entries)),
-        whole(sum(entry["asked"] for entry in entries)),
-        *(NO_VALUE if number is None else shown(number, digits) for number in numbers),
-        " and ".join(f"{number:.6g}" for number in run.game.equilibria) or "any",
-        run.summary["status"],
-        f"{run.summary['seconds']['total']:.2f}",
-    ]
+    numbers = {
+        "first average": first.get("average"),
+        "last average": last.get("average"),
+        "winning number": last.get("winning_number"),
+    }
+    return {
+        **{name.replace("_", " "): _setting(run, name) for name in names},
+        "played": f"{len(entries)}",
+        "answered": whole(sum(entry["answered"] for entry in entries)),
+        "asked": whole(sum(entry["asked"] for entry in entries)),
+        **{name: "-" if number is None else fixed(number, digits) for name, number in numbers.items()},
+        "equilibrium": " and ".join(f"{number:.6g}" for number in run.game.equilibria) or "any",
+        "status": run.summary["status"],
+        "seconds": f"{run.summary['seconds']['total']:.2f}",
+    }
 
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
     """Return the comparison as a table for a terminal."""
-    head, rows = comparison_rows(runs)
+    rows = comparison_rows(runs)
     settings = [name.replace("_", " ") for name in differing_settings(runs)]  # the folder names contain them, too
     dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
-    return table_lines(head, rows, [*dropped, "status", "last average"])
+    return table_lines([*rows[0]], [[*row.values()] for row in rows], [*dropped, "status", "last average"])
 
 
 def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
@@ -135,37 +139,36 @@ def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResultsError(f"cannot write to {folder}: {error.strerror}") from None
-    write_png(folder / PICTURE, _picture(runs))
-    write_whole(folder / PAGE, render(PAGE, page_content(folder, runs)).encode(errors="replace"))
+    write_png(folder / PICTURE, _picture(_drawn(runs)))
+    write_page(folder / PAGE, page_content(folder, runs))
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
     """Return the template variables of the page, with links relative to its folder."""
-    head, rows = comparison_rows(runs)
-    drawn, called = _drawn(runs)
-    pictures = [
-        {"label": label, "entry": run.summary["rounds"][-1], "svg": _last_answers(run, label, place)}
-        for place, (run, label) in enumerate(zip(drawn, called, strict=True))
+    rows, drawn = comparison_rows(runs), _drawn(runs)
+    ends = "; ".join(
+        f"{label}: {fixed(run.summary['rounds'][-1]['average'], run.game.decimals + 3)} in the end"
+        for label, run in drawn.items()
+    )
+    charts = [
+        {"label": label, "entry": run.summary["rounds"][-1], "svg": answers_chart(run, -1, f"{label}: ")}
+        for label, run in drawn.items()
     ]
-    at_once = selection(len(pictures), OPEN_RUNS)
     return {
         "title": f"{len(runs)} runs compared",
         "targets": list(dict.fromkeys(run.game.target for run in runs)),
-        "head": head,
-        "rows": [(row, run, _link(folder, run)) for row, run in zip(rows, runs, strict=True)],
-        "keys": [(label, *swatch(place)) for place, label in enumerate(called)],
-        "averages": _averages_for_page(drawn, called) if drawn else None,
-        "open": [pictures[place] for place in at_once],
-        "folded": [each for place, each in enumerate(pictures) if place not in at_once],
+        "head": [*rows[0]],
+        "rows": [([*row.values()], run, _link(folder, run)) for row, run in zip(rows, runs, strict=True)],
+        "keys": [(label, *series_style(index)) for index, label in enumerate(drawn)],
+        "averages": page_chart(f"Average by round of each run. {ends}", 3.1, _draw_averages, drawn) if drawn else None,
+        **fold(charts),
     }
 
 
-def _drawn(runs: Sequence[SavedRun]) -> tuple[list[SavedRun], list[str]]:
-    """Return the runs to draw, and their labels."""
-    called = labels(runs)
-    played = [place for place, run in enumerate(runs) if run.results]
-    places = [played[place] for place in selection(len(played), LINES)]
-    return [runs[place] for place in places], [called[place] for place in places]
+def _drawn(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
+    """Return the runs to draw, by label."""
+    played = [(label, run) for label, run in zip(labels(runs), runs, strict=True) if run.results]
+    return dict(played[index] for index in selection(len(played), LINES))
 
 
 def _link(folder: Path, run: SavedRun) -> str | None:
@@ -174,57 +177,26 @@ def _link(folder: Path, run: SavedRun) -> str | None:
     return quote(os.path.relpath(report, real(folder))) if is_there(report) else None
 
 
-def _last_answers(run: SavedRun, label: str, place: int) -> Markup:
-    result = run.results[-1]
-    return answers_picture(run.game, result, f"run-{place}", f"{label}: {answers_in_words(result, run.game)}")
-
-
-def _averages_for_page(runs: Sequence[SavedRun], called: Sequence[str]) -> Markup:
-    figure, axes = page_axes(3.1)
-    _draw_averages(axes, runs, called)
-    ends = "; ".join(
-        f"{label}: {shown(run.summary['rounds'][-1]['average'], run.game.decimals + 3)} in the end"
-        for label, run in zip(called, runs, strict=True)
-    )
-    return svg(figure, "comparison", f"Average by round of each run. {ends}")
-
-
-def _draw_averages(axes: Axes, runs: Sequence[SavedRun], called: Sequence[str]) -> None:
+def _draw_averages(axes: Axes, drawn: Mapping[str, SavedRun]) -> None:
     """Draw the averages of each run by round as a line, and its equilibria in the same colour."""
-    highest, rounds = 0.0, [1]
-    for place, (run, label) in enumerate(zip(runs, called, strict=True)):
-        colour, dashes = series_style(place)
-        played = [each for each in run.results if each.average is not None]
-        averages = [number_of(each.average, run.game) for each in played if each.average is not None]
-        for number in run.game.equilibria:
-            axes.axhline(number, color=colour, linestyle=(0, (1, 2.5)), linewidth=1.6, alpha=0.75, clip_on=False)
-        numbers = [each.round for each in played]
-        axes.plot(
-            numbers, averages, color=colour, linestyle=dashes, marker="o", markersize=4.5, linewidth=2, label=label
-        )
-        highest = max([highest, *averages, *run.game.equilibria])
-        rounds += numbers
-    scale_rounds(axes, sorted(set(rounds)), highest)
+    for index, (label, run) in enumerate(drawn.items()):
+        colour, line_style = series_style(index)
+        averages = averages_of(run.game, {each.round: each.tally for each in run.results})
+        draw_equilibria(axes, run.game, color=colour, linewidth=1.6)
+        draw_line(axes, averages, color=colour, linestyle=line_style, label=label)
+    scale_rounds(axes, [1, *(each.round for run in drawn.values() for each in run.results)])
 
 
-def _picture(runs: Sequence[SavedRun]) -> Figure:
+def _picture(drawn: Mapping[str, SavedRun]) -> Figure:
     """Draw the averages by round above the last rounds of the runs."""
-    drawn, called = _drawn(runs)
-    shown_places = selection(len(drawn), SMALL_MULTIPLES)
-    across, down = grid_of(len(shown_places))
-    legend = 0.3 * -(-len(drawn) // 3)
-    figure = tall_figure(3.6 + legend + 2.4 * down)
-    above, below = two_parts(figure, 3.6 + legend, 2.4 * down or 0.1)
+    selected = [[*drawn.items()][index] for index in selection(len(drawn), SMALL_MULTIPLES)]
+    figure, above, below = two_parts(3.6 + 0.3 * -(-len(drawn) // 3), 2.4 * grid_of(len(selected))[0] or 0.1)
     axes = above.subplots()
-    _draw_averages(axes, drawn, called)
+    _draw_averages(axes, drawn)
     axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
     axes.set_xlabel("round")
     above.legend(frameon=False, loc="outside lower center", ncols=3)
-    for place, axes in enumerate(below.subplots(down, across, squeeze=False).flat if down else ()):
-        if place >= len(shown_places):
-            axes.set_visible(False)
-            continue
-        run = drawn[shown_places[place]]
-        draw_answers(axes, run.game, run.results[-1], lines=1.8)
-        axes.set_title(f"{called[shown_places[place]]}, round {run.results[-1].round}", loc="left", fontsize=10)
+    grid = draw_small_multiples(below, [(run.game, run.results[-1]) for _, run in selected])
+    for axes, (label, run) in zip(grid, selected, strict=True):
+        axes.set_title(f"{label}, round {run.results[-1].round}", loc="left", fontsize=10)
     return figure

@@ -1,12 +1,13 @@
-"""The report of a run as an HTML page: one file with all numbers and pictures, which needs no network.
+"""The report of a run as an HTML page: one file with all numbers and charts, which needs no network.
 
 Untrusted text, such as failure causes and persona names, is escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,30 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from simulation.game.rules import Game
-from simulation.game.tally import RoundResult, Tally
 from simulation.results.charts import (
     PART_LINES,
     PARTS_DRAWN,
-    answers_picture,
-    averages_picture,
+    draw_answers,
+    draw_averages,
+    draw_part_lines,
     draw_pictures,
+    draw_spread,
+    draw_times,
     largest,
-    part_lines_picture,
-    parts_picture,
+    parts_chart,
     selection,
-    spread_picture,
-    times_picture,
 )
 from simulation.results.console_report import brief, number_of
-from simulation.results.figures import DASHES, SERIES
+from simulation.results.figures import PAGES, page_chart, series_style
 from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
-from simulation.settings import SimulationConfig
 
-PAGES = Path(__file__).resolve().parent / "pages"
-OPEN_ROUNDS = 12  # histograms shown unfolded; the others are folded
+OPEN_CHARTS = 12  # histograms shown unfolded; the others are folded
 # Row limit of all tables of rounds and parts together; beyond it, they show selected rounds and the largest parts
 PART_ROWS = 1500
-NAMED = 8  # hosts listed by name
 STATUSES = {
-    "complete": "complete: everyone answered",
+    "complete": "complete: every participant answered",
     "partial": "partial: some gave no usable answer",
     "interrupted": "interrupted",
     "failed": "failed",
@@ -56,31 +53,31 @@ def draw_all(run: SavedRun) -> None:
 
 def write_report(run: SavedRun) -> None:
     """Write the report of a run into its folder. Raises ResultsError."""
-    write_whole(run.path / REPORT, render(REPORT, page_content(run)).encode(errors="replace"))
+    write_page(run.path / REPORT, page_content(run))
 
 
-def render(template: str, content: dict[str, Any]) -> str:
-    """Render a template of the `pages` folder."""
-    return _environment().get_template(template).render(content)
+def write_page(path: Path, content: dict[str, Any]) -> None:
+    """Write a page, from the template of its name. Raises ResultsError."""
+    write_whole(path, _environment().get_template(path.name).render(content).encode(errors="replace"))
 
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    made.filters |= {"shown": shown, "brief": brief, "whole": whole, "seconds": seconds}
-    return made
+    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds, "number": _number}
+    return environment
 
 
-def shown(number: float | None, digits: int = 3) -> str:
+def fixed(number: float | None, digits: int = 3) -> str:
     """Format a number with `digits` decimals; None is a dash."""
     return "–" if number is None else f"{number:,.{digits}f}"
 
 
 def whole(number: float | None) -> str:
     """Format a number without decimals; None is a dash."""
-    return "–" if number is None else f"{number:,.0f}"
+    return fixed(number, 0)
 
 
 def seconds(number: float) -> str:
@@ -91,37 +88,40 @@ def seconds(number: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
+def _number(units: Any, game: Game) -> float | None:
+    return None if units is None else number_of(units, game)
+
+
 def page_content(run: SavedRun) -> dict[str, Any]:
     """Return the template variables of the report."""
-    summary, game = run.summary, run.game
-    digits = game.decimals + 3
-    entries = summary["rounds"]
-    pictures = [
-        {"result": result, "entry": entry, "svg": answers_picture(game, result, f"round-{result.round}", label)}
-        for result, entry in zip(run.results, entries, strict=True)
-        for label in [answers_in_words(result, game)]
-    ]
-    at_once = selection(len(pictures), OPEN_ROUNDS)
+    game, summary, entries = run.game, run.summary, run.summary["rounds"]
+    charts = [{"entry": entry, "svg": answers_chart(run, index)} for index, entry in enumerate(entries)]
+    answered = [entry for entry in entries if entry["average"] is not None]
     return {
-        "title": title(run.config, game),
         "run": run,
+        "game": game,
         "config": run.config,
         "summary": summary,
-        "digits": digits,
-        "status": _status(run),
-        "played": rounds_finished(run.summary),
-        "last": next(
-            (each for each in reversed(entries) if each["average"] is not None), entries[-1] if entries else None
-        ),
-        "facts": facts(run),
+        "digits": game.decimals + 3,
         "equilibrium": equilibrium_in_words(game),
-        "open": [pictures[place] for place in at_once],
-        "folded": [each for place, each in enumerate(pictures) if place not in at_once],
-        "by_round": _by_round(run),
+        "status": _status(run),
+        "played": rounds_finished(summary),
+        "position": run.position and position_in_words(run.position),
+        "last": (answered or entries or [None])[-1],
+        **fold(charts),
+        "by_round": _by_round(run) if len(entries) > 1 and answered else None,
         "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
-        "winners": [_winners(result, entry, game) for result, entry in zip(run.results, entries, strict=True)],
         "failures": failures_by_cause(entries),
         "times": _times(summary),
+    }
+
+
+def fold(charts: Sequence[Any]) -> dict[str, list[Any]]:
+    """Divide charts into those shown unfolded, at most OPEN_CHARTS, and the others."""
+    indices = selection(len(charts), OPEN_CHARTS)
+    return {
+        "open": [charts[index] for index in indices],
+        "folded": [chart for index, chart in enumerate(charts) if index not in indices],
     }
 
 
@@ -129,93 +129,65 @@ def _status(run: SavedRun) -> str:
     """Describe how the run ended."""
     entries, status = run.summary["rounds"], run.summary["status"]
     if status == "partial" and not any(entry["answered"] for entry in entries):
-        return "partial: nobody gave a usable answer"
+        return "partial: no participant gave a usable answer"
     if status == "interrupted" and rounds_finished(run.summary) < len(entries):
         return f"interrupted in round {entries[-1]['round']}"
     return STATUSES[status]
 
 
-def _by_round(run: SavedRun) -> dict[str, Markup] | None:
-    """Return the charts of average and spread by round; None if there is nothing to draw or only one round."""
-    entries, digits = run.summary["rounds"], run.game.decimals + 3
-    if len(entries) < 2 or all(entry["average"] is None for entry in entries):
-        return None
-    averages, spreads = (
-        "; ".join(f"{entry['round']}: {shown(entry[key], digits)}" for entry in entries) for key in ("average", "std")
-    )
-    return {
-        "average": averages_picture(run, f"Average by round: {averages}; {equilibrium_in_words(run.game)}"),
-        "spread": spread_picture(run, f"Spread by round: {spreads}"),
-    }
-
-
-def title(config: SimulationConfig, game: Game) -> str:
-    """Describe the game in one line."""
-    return f"{config.participant_num:,} {kind_in_words(config)}: closest to {game.target} wins"
-
-
-def kind_in_words(config: SimulationConfig) -> str:
-    """Describe the kind of participants."""
-    kind = {"random": "random participants", "llm": "LLM participants"}[config.agent_type]
-    return kind if config.agent_class is None else f"participants of {config.agent_class.rpartition(':')[2]}"
+def answers_chart(run: SavedRun, index: int, name: str = "") -> Markup:
+    """Return the histogram of one round; `name` distinguishes its run from others in the page."""
+    game, result = run.game, run.results[index]
+    tally, digits = result.tally, game.decimals + 3
+    label = f"{name}Round {result.round}: no answers from {tally.asked:,} participants"
+    if result.average is not None:
+        low, high = (f"{number_of(units, game):g}" for units in (tally.units[0], tally.units[-1]))
+        average, winning = (fixed(_number(units, game), digits) for units in (result.average, result.winning_number))
+        label = f"{name}Round {result.round}: {tally.answered:,} answers from {low} to {high}"
+        label += f", average {average}, winning number {winning}"
+    return page_chart(label, 2.3, draw_answers, game, result)
 
 
 def equilibrium_in_words(game: Game) -> str:
     """Describe the equilibria of the game."""
     numbers = " and ".join(f"{number:,.6g}" for number in game.equilibria)
-    return f"equilibrium {numbers}" if numbers else "equilibrium: any number, if all give it"
+    return f"equilibrium {numbers}" if numbers else "equilibrium: any number, if all participants give it"
 
 
-def answers_in_words(result: RoundResult, game: Game) -> str:
-    """Describe the histogram of a round for screen readers."""
-    tally, digits = result.tally, game.decimals + 3
-    if result.average is None or result.winning_number is None:
-        return f"Round {result.round}: nobody of {tally.asked:,} answered"
-    return (
-        f"Round {result.round}: {tally.answered:,} answers from {number_of(tally.units[0], game):g} to "
-        f"{number_of(tally.units[-1], game):g}, average {number_of(result.average, game):,.{digits}f}, "
-        f"winning number {number_of(result.winning_number, game):,.{digits}f}"
+def _by_round(run: SavedRun) -> dict[str, Any]:
+    """Return the charts of average and spread by round."""
+    digits = run.game.decimals + 3
+    averages, spreads = (
+        "; ".join(f"{entry['round']}: {fixed(entry[key], digits)}" for entry in run.summary["rounds"])
+        for key in ("average", "std")
     )
-
-
-def facts(run: SavedRun) -> list[tuple[str, str]]:
-    """Return the facts of the run as pairs of name and text."""
-    config, game, cluster = run.config, run.game, run.summary["cluster"]
-    kind = "whole numbers" if not game.decimals else f"numbers with up to {game.decimals} digits after the point"
-    told = [
-        ("Asked for", f"{kind} from 0 to {game.max_value:,}"),
-        ("Closest to", game.target),
-        ("Equilibrium", equilibrium_in_words(game).removeprefix("equilibrium").lstrip(": ")),
-        ("Seed", str(config.seed)),
-    ]
-    if config.agent_type == "llm":
-        told.append(("Prompt", game.wording.name if game.wording is not None else config.prompt))
-    cast = game.cast
-    if cast is not None and cast.persona_sets:
-        told.append(("Personas", ", ".join(f"{each.name} ({len(each.personas)})" for each in cast.persona_sets)))
-    if cast is not None and (cast.models or cast.round_robin_models):
-        mixed = [f"{name} ({each.share})" for name, each in zip(cast.model_labels, cast.models, strict=False)]
-        called = mixed or dict.fromkeys(cast.round_robin_models)
-        told.append(("Models", ", ".join(called)))
-    if config.agent_class is not None:
-        told.append(("Participants' class", Path(config.agent_class).name))
-    hosts = list(cluster["hosts"])
-    others = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
-    told.append(("Hosts", ", ".join(hosts[:NAMED]) + others))
-    told.append(("Agent servers", f"{cluster['servers']:,} for participants, {cluster['moderators']:,} moderators"))
-    told.append(("Run", run.run_id))
-    if run.position is not None:
-        told.append(("Experiment", position_in_words(run.position)))
-    return told
-
-
-def _winners(result: RoundResult, entry: dict[str, Any], game: Game) -> dict[str, Any]:
-    count, named = entry["winners"]["count"], entry["winners"]["participants"]
-    more = count - len(named)
+    label = f"Average by round: {averages}; {equilibrium_in_words(run.game)}"
     return {
-        "entry": entry,
-        "numbers": " and ".join(f"{unit / game.scale:,.{game.decimals}f}" for unit in result.closest) or "–",
-        "named": (", ".join(named) + (f" and {more:,} more" if more else "")) or "–",
+        "average": page_chart(label, 2.9, draw_averages, run.game, run.results),
+        "spread": page_chart(f"Spread by round: {spreads}", 2.9, draw_spread, run.game, run.results),
+    }
+
+
+def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
+    """Return the charts and tables of one grouping of the participants."""
+    game, tallies = run.game, run.tallies_by_part[topic]
+    rounds = {result.round: each for result, each in zip(run.results, tallies, strict=True)}
+    number, last = run.results[-1].round, tallies[-1]
+    listed = largest(last, max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
+    lined = largest(last, PART_LINES)
+    selected = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
+    ends = "; ".join(f"{name}: {fixed(_number(last[name].average(), game), game.decimals + 3)}" for name in lined)
+    label = f"Average by round and {topic}; in the last round {ends}"
+    return {
+        "name": topic,
+        "last_round": number,
+        "last": [(name, last[name]) for name in listed],
+        "parts_in_all": len(last),
+        "parts": parts_chart(game, last, f"Answers of round {number} by {topic}, averages: {ends}"),
+        "parts_drawn": min(len(last), PARTS_DRAWN),
+        "lines": page_chart(label, 2.6, draw_part_lines, game, rounds, lined) if len(rounds) > 1 else None,
+        "lined": [(name, *series_style(index)) for index, name in enumerate(lined)],
+        "rounds": [list(rounds.items())[index] for index in selected],
     }
 
 
@@ -231,77 +203,17 @@ def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 
 def ranges(numbers: Iterable[int]) -> str:
     """Format ascending numbers as ranges: 1–3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
-
-
-# --- By persona and by model -----------------------------------------------------------------------------------------
-
-
-def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
-    """Return the pictures and tables of one grouping of the participants."""
-    rounds, game = run.tallies_by_part[topic], run.game
-    last = rounds[-1]
-    listed = largest(last, max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
-    told = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
-    lined = largest(last, PART_LINES)
-    digits = game.decimals + 3
-    label = "; ".join(f"{name}: {shown(_part('', last[name], game)['average'], digits)}" for name in lined)
-    last_label = f"Answers of round {run.results[-1].round} by {topic}, averages: {label}"
-    return {
-        "name": topic,
-        "last": [_part(name, last[name], game) for name in listed],
-        "parts_in_all": len(last),
-        "last_round": run.results[-1].round,
-        "parts": parts_picture(game, last, f"{topic}-parts", last_label),
-        "parts_drawn": min(len(last), PARTS_DRAWN),
-        "lines": part_lines_picture(run, topic, f"Average by round and {topic}; at last {label}")
-        if len(rounds) > 1
-        else None,
-        "lined": [(name, *swatch(place)) for place, name in enumerate(lined)],
-        "rounds": [
-            (run.results[place].round, [_part(name, rounds[place][name], game) for name in listed]) for place in told
-        ]
-        if len(rounds) > 1
-        else [],
-        "all_rounds": len(told) == len(rounds),
-    }
-
-
-def swatch(place: int) -> tuple[str, str]:
-    """Return the CSS class and the line style of a legend sample."""
-    return f"series-{place % len(SERIES) + 1}", ("solid", "dashed", "dotted")[place // len(SERIES) % len(DASHES)]
-
-
-def _part(name: str, tally: Tally, game: Game) -> dict[str, Any]:
-    average, median, std = tally.average(), tally.median(), tally.std()
-    return {
-        "name": name,
-        "asked": tally.asked,
-        "answered": tally.answered,
-        "failed": tally.failed,
-        "average": None if average is None else number_of(average, game),
-        "median": None if median is None else number_of(median, game),
-        "std": None if std is None else std / game.scale,
-    }
-
-
-# --- Where the time went ---------------------------------------------------------------------------------------------
+    runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0][1]}–{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)
 
 
 def _times(summary: dict[str, Any]) -> dict[str, Any] | None:
     """Return the table and chart of the time breakdown by round; None if the run has none."""
-    times = summary["cluster"].get("times") or []
+    times = summary["cluster"].get("times")
     if not times:
         return None
-    waiting = "waiting for the model" if summary["config"]["agent_type"] == "llm" else "thinking"
     words = {
-        "model_s": waiting,
+        "model_s": "waiting for the model" if summary["config"]["agent_type"] == "llm" else "thinking",
         "client_s": "work of the agent servers",
         "rpc_s": "remote calls and lost servers",
         "slowest_s": "waiting for the slowest server",
@@ -309,7 +221,7 @@ def _times(summary: dict[str, Any]) -> dict[str, Any] | None:
     kinds = [kind for kind in words if any(kind in each for each in times)]
     sums = "; ".join(f"{words[kind]} {seconds(sum(each.get(kind, 0.0) for each in times))}" for kind in kinds)
     return {
-        "kinds": [(kind, words[kind], f"series-{place + 1}") for place, kind in enumerate(kinds)],
+        "kinds": [(kind, words[kind], series_style(index)[0]) for index, kind in enumerate(kinds)],
         "rows": times,
-        "svg": times_picture(times, kinds, f"Seconds by round: {sums}"),
+        "svg": page_chart(f"Seconds by round: {sums}", 2.3, draw_times, times, kinds),
     }
