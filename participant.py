@@ -1,13 +1,8 @@
 """The built-in participants, `RandomParticipant` and `LLMParticipant`: the classes to edit or copy first.
 
-To write your own participant, subclass `Participant` and define one of
-
-    async def answer(self, question: Question) -> float | str
-    def reply(self, x: Msg) -> Msg
-
-`answer` runs for many participants concurrently on one event loop: it must not block, and it waits with
-`await self.think(seconds)`. `reply` is AgentScope's own method: it may block, and runs in a bounded thread pool.
-If both are defined, `answer` is used.
+To write your own, subclass `Participant` and define `async def answer(self, question)`, which runs for many
+participants concurrently on one event loop: it must not block, and waits with `await self.think(seconds)`. Or define
+AgentScope's own `def reply(self, x)`, which may block, and runs in a bounded thread pool. `answer` wins if both exist.
 """
 
 from __future__ import annotations
@@ -16,6 +11,7 @@ import contextlib
 
 from simulation.agents.participant import Participant
 from simulation.errors import UnusableAnswer
+from simulation.game.population import Persona
 from simulation.game.rules import Game, Question, draw, to_units
 from simulation.llm.chat import Chat
 from simulation.llm.model_configs import model_of
@@ -28,14 +24,13 @@ class RandomParticipant(Participant):
     """A participant that waits for the think time, then returns the number determined by seed, round and index."""
 
     async def answer(self, question: Question) -> float:
-        game = self.game
-        if game.sleep_time_s > 0:
-            await self.think(game.sleep_time_s)
-        return draw(game, question.round, self.index) / game.scale
+        if self.game.sleep_time_s > 0:
+            await self.think(self.game.sleep_time_s)
+        return draw(self.game, question.round, self.index) / self.game.scale
 
 
 class LLMParticipant(Participant):
-    """A participant that asks its model for the number and stores its own numbers; the question has the announcements.
+    """A participant that asks its model for the number, with its own earlier numbers and the announcements.
 
     Participants of a group with the same history have the same prompt and share requests.
     """
@@ -50,20 +45,21 @@ class LLMParticipant(Participant):
 
     def system(self) -> str:
         """Return the system prompt; override this to define your own character."""
-        return rules(self.game, self._played(), self._team())
+        return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
         """Return the model's prompt for a round, or, in round 0, for a user's question about the game."""
-        if question.round == 0:
-            missing = len(question.announcements) - len(self.numbers)  # rounds at the end without a number
-            numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
-            return prompt_for(self.system(), question, numbers, thoughts=thoughts)
-        return prompt_for(self.system(), question, self.numbers, instruction(self.game, self._played(), self._team()))
+        if question.round > 0:
+            return prompt_for(self.system(), question, self.numbers, instruction(self.game, *self._character()))
+        missing = len(question.announcements) - len(self.numbers)  # rounds at the end without a number
+        numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
+        return prompt_for(self.system(), question, numbers, thoughts=thoughts)
 
     async def answer(self, question: Question) -> float | str:
         """Return the model's number, or, in round 0, the model's text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        model = self._model(chat)
+        mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
+        model = mixed or model_of(self.index, chat.sampling.models)
         if question.round == 0:
             text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
@@ -88,15 +84,10 @@ class LLMParticipant(Participant):
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
         return await chat.ask(model, extracting, self._units), thoughts
 
-    def _team(self) -> str | None:
-        """Return its team, or None in a game without teams."""
+    def _character(self) -> tuple[tuple[Persona, ...], str | None]:
+        """Return its personas and its team, if any."""
         cast, teams = self.game.cast, self.game.teams
-        return None if cast is None or teams is None else cast.part_of(teams, self.index)
-
-    def _model(self, chat: Chat) -> str:
-        """Return the name of its model."""
-        mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
-        return mixed or model_of(self.index, chat.sampling.models)
+        return self._played(), None if cast is None or teams is None else cast.part_of(teams, self.index)
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)

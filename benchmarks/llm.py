@@ -52,7 +52,7 @@ from simulation.cluster.rounds import Simulation
 from simulation.game.rules import Game, question_for
 from simulation.hosts import pid_files as processes
 from simulation.hosts import vllm_servers as inference
-from simulation.llm.model_configs import model_name, read_models
+from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
 from simulation.results.run_directory import new_run_id
@@ -158,7 +158,7 @@ def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[
 
 
 def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) -> Iterator[bytes]:
-    model = read_models(config)[model_name(1)]
+    model = read_models(config)["model_1"]
     fields = model.generate_args | {"max_tokens": answer_tokens(config.structured_output, game)}
     fields |= structured_fields(config.structured_output, game)
     messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]

@@ -307,12 +307,10 @@ def test_who_has_waited_longest_is_first_among_equals(tmp_path):
     assert not one.acquire(1) and not three.acquire(1) and two.acquire(1)
 
 
-def test_more_processes_than_the_table_had_room_for_keep_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(in_flight, "ROWS", 3)
+def test_many_processes_keep_the_limit(tmp_path):
     everyone = [SharedSemaphore("a", tmp_path) for _ in range(8)]
     assert [each.acquire(7) for each in everyone] == [True] * 7 + [False]
-    monkeypatch.setattr(in_flight, "ROWS", 2)
-    late = SharedSemaphore("a", tmp_path)  # its file stays as large as it is
+    late = SharedSemaphore("a", tmp_path)
     assert not late.acquire(7)
     everyone[0].release()
     assert not everyone[1].acquire(7) and everyone[7].acquire(7)  # also the first ones know of the last ones
@@ -336,7 +334,7 @@ def use_places(folder, limit, everyone, enough, taken, number, results):
     while not enough.is_set():
         if places.acquire(limit):
             taken[number] += 1
-            most = max(most, int(places._table[1:, in_flight.HOLDING].sum()))
+            most = max(most, sum(held for _, held, *_ in places.rows()))
             time.sleep(0.002)
             places.release()
         else:

@@ -19,7 +19,6 @@ from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import main
-import simulation.llm.chat
 from participant import LLMParticipant
 from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
@@ -30,10 +29,10 @@ from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
 from simulation.game.rules import Announcement, Game, LLMSettings, question_for
 from simulation.game.tally import INTERRUPTED
-from simulation.llm.chat import Chat, check_models, load_models
-from simulation.llm.http_client import ModelHttp, proxy_of
+from simulation.llm.chat import Chat, _models, load_models
+from simulation.llm.http_client import ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
-from simulation.llm.request_queue import NO_ANSWER, TROUBLES_WITH_N
+from simulation.llm.request_queue import NO_ANSWER, TROUBLES_WITH_N, model_thread
 from simulation.llm.responses import CUT_OFF, NO_TEXT, RequestError, pause_s
 from simulation.llm.usage import OUT_OF_TOKENS
 from simulation.rpc.endpoints import Endpoint
@@ -83,6 +82,11 @@ def fake_of():
     yield make
     for fake in fakes:
         fake.close()
+
+
+def troubles():
+    """What is wrong with the models of this process, by name."""
+    return {model.name: cause for model, cause in check_models([*_models.values()], 5.0).items()}
 
 
 def tally_of(group):
@@ -213,7 +217,7 @@ def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
 
 
 def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
-    def commit(chat, ask, tokens, answered):
+    def commit(chat, request, tokens=None, answered=False):
         if answered:
             raise OverflowError("too many")
 
@@ -305,7 +309,7 @@ def test_a_key_that_no_header_can_hold_is_named(play, fake_of, monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "two\nlines")
     group = play(fake, 3)
     assert "openai-organization" in next(iter(tally_of(group).failures)) and fake.bodies == []
-    assert "cannot be asked with these settings" in check_models(["model_1"], 5.0)["model_1"]
+    assert "cannot be asked with these settings" in troubles()["model_1"]
 
 
 def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
@@ -336,6 +340,18 @@ def test_halting_waits_for_no_model(play, fake_of):
     until(lambda: fake.now == 0, 5, "the requests are given up")
 
 
+def test_a_closed_group_retries_nothing(play, fake_of):
+    fake = fake_of(for_ever="500")
+    group = play(fake, 200, rounds=0)
+    group.begin(question_for(group.game, 1, ()))
+    until(lambda: len(fake.bodies) >= 4, 5, "asked again")
+    group.close()
+    until(lambda: fake.now == 0, 5, "the requests are given up")
+    asked = len(fake.bodies)
+    time.sleep(2)  # longer than the pauses after so few errors
+    assert len(fake.bodies) == asked
+
+
 def test_one_participant_alone_and_one_of_nobody(play, fake_of):
     fake = fake_of()
     group = play(fake, 3)
@@ -364,16 +380,16 @@ def test_what_a_server_knows_instead_of_a_model_is_named():
 def test_check_names_what_is_wrong(play, fake_of):
     fake = fake_of()
     play(fake, 1)
-    assert check_models(["model_1"], 5.0) == {}
+    assert troubles() == {}
     fake.model = "another"
-    assert check_models(["model_1"], 5.0) == {"model_1": "serves another, not participant-model"}
+    assert troubles() == {"model_1": "serves another, not participant-model"}
     fake.model = "\x1b[2Janother\n" + "x" * 500
-    shown = check_models(["model_1"], 5.0)["model_1"]
+    shown = troubles()["model_1"]
     assert shown.startswith("serves \\x1b[2Janother xxx") and len(shown) < 120
     fake.listed = lambda _: "[" * 100_000
-    assert check_models(["model_1"], 5.0) == {"model_1": "answers, but is no server of the OpenAI API"}
+    assert troubles() == {"model_1": "answers, but is no server of the OpenAI API"}
     fake.close()
-    assert "connection refused" in check_models(["model_1"], 5.0)["model_1"]
+    assert "connection refused" in troubles()["model_1"]
 
 
 def test_one_client_for_all_groups_of_a_process(play, fake_of):
@@ -411,9 +427,7 @@ def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
         group.begin(question_for(group.game, 1, ()))
         group.close()
     assert tally_of(play(fake, 60, samples_per_request=1, max_in_flight=20)).answered == 60
-    places = [
-        client._semaphore for client in simulation.llm.chat._thread._clients.values() if fake.url in client._http.url
-    ]
+    places = [client._semaphore for client in model_thread().clients.values() if fake.url in client._http.url]
     until(lambda: [each.held for each in places] == [0], 5, "all places are given back")
 
 
@@ -503,7 +517,7 @@ def test_hosts_of_the_cluster_are_asked_without_a_proxy(proxy, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://{proxy}")
     monkeypatch.setenv("no_proxy", "intranet")
     monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setattr(main, "serve", lambda *_: 0)
+    monkeypatch.setitem(main.OTHER_ROLES, "participant", lambda _: 0)
     assert main.main(["--role", "participant", "--hosts", "n1.invalid", "N2", "--host-name", "n3"]) == 0
     for host in ("n1.invalid", "n2", "N2", "n3", "intranet", "localhost", "127.0.0.1", "[::1]"):
         assert proxy_of(f"http://{host}:8010/v1") is None, host
@@ -516,7 +530,7 @@ def test_no_proxy_for_all_hosts_stays_so(proxy, monkeypatch, name):
     for other in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(other, "*" if other == name else "")
     monkeypatch.setenv("http_proxy", f"http://{proxy}")
-    monkeypatch.setattr(main, "serve", lambda *_: 0)
+    monkeypatch.setitem(main.OTHER_ROLES, "participant", lambda _: 0)
     assert main.main(["--role", "participant", "--hosts", "n1.invalid", "--host-name", "n3"]) == 0
     assert proxy_of("http://n4:8010/v1") is None
 

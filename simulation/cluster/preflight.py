@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -138,12 +137,11 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
 
 def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
     """Check model servers from this process, before agent servers exist; raises ClusterError if one does not answer."""
-    from simulation.llm.http_client import check_all  # noqa: PLC0415 - openai, for those alone that ask a model
+    from simulation.llm import http_client  # noqa: PLC0415 - openai, for those alone that ask a model
 
     distinct = list({(model.base_url, model.model): model for model in models}.values())
-    for model, problem in zip(distinct, asyncio.run(check_all(distinct, timeout_s)), strict=True):
-        if problem is not None:
-            raise _no_answer("localhost", model.name, model.base_url, problem)
+    for model, problem in http_client.check_models(distinct, timeout_s).items():
+        raise _no_answer("localhost", model.name, model.base_url, problem)
 
 
 def _no_answer(host: str, name: str, url: str, problem: str) -> ClusterError:

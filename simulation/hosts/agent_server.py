@@ -39,7 +39,7 @@ from moderator import Moderator
 from simulation.agents.group import ParticipantGroup
 from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.files import ROOT
-from simulation.llm.chat import check_models, load_models
+from simulation.llm.chat import load_models
 from simulation.llm.model_configs import ModelConfig, has_models
 from simulation.rpc import messages
 from simulation.rpc.channels import MESSAGE_BYTES, install_tls
@@ -132,8 +132,11 @@ class SimulationServicer(AgentServerServicer):
         first_moderator = self._config.base_port + self._config.server_per_host
         model_troubles = {}
         if messages.CHECK_MODELS in directives:
+            from simulation.llm.http_client import check_models  # noqa: PLC0415 - openai, see import_client
+
             names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
-            model_troubles = check_models([name for name in names if name in self._models], float(timeout_s))
+            models = [self._models[name] for name in names if name in self._models]
+            model_troubles = {model.name: cause for model, cause in check_models(models, float(timeout_s)).items()}
         shake = Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),

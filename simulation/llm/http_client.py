@@ -19,39 +19,36 @@ import aiohttp
 import httpx2
 import openai
 
-from simulation.errors import one_line
+from simulation.errors import one_line, printable
 from simulation.llm.model_configs import ModelConfig, is_within
-from simulation.llm.responses import Reply, RequestError, in_one_line, read_reply
+from simulation.llm.responses import NO_ANSWER, Reply, RequestError, read_reply
 from simulation.llm.usage import MODEL_SERVER
 
 REPLY_BYTES = 256 * 2**20
 LOST = "connection lost"
 MODELS_SHOWN, NAME_SHOWN = 5, 80  # of the models that a server lists: how many, and characters of each name
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5 s
+NETWORK_ERRORS = (httpx2.HTTPError, aiohttp.ClientError, OSError)
 
 
 class ModelHttp:
     """The connections to one model server; create and use it on the same event loop.
 
-    Attributes:
-        url: Base URL, including `/v1`.
-
-    Raises:
-        ValueError: A header (possibly from the environment) holds characters that cannot be sent, or the certificates
-            or the proxy named by the environment cannot be used.
+    Raises ValueError if a header (possibly from the environment) holds characters that cannot be sent, or if the
+    certificates or the proxy named by the environment cannot be used.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        arguments = {name: value for name, value in config.entry["client_args"].items() if name != "base_url"}
         local = is_within(config.base_url, ())
         proxy = None if local else proxy_of(config.base_url)
         self._through = f" (through the proxy {proxy}; no_proxy names hosts to ask without it)" if proxy else ""
+        tls = proxy is not None or config.base_url.startswith("https:")
         try:
             self._client = openai.DefaultAioHttpClient(
                 limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),  # only our own limit applies
                 timeout=None,  # see post: one timeout for the whole request
-                # from the environment: no proxy for this host itself, and no certificates without TLS
-                trust_env=not local and (proxy is not None or config.base_url.startswith("https:")),
+                verify=tls,  # reading the certificates takes 35 ms
+                trust_env=tls and not local,  # the environment names no proxy for this host itself
                 follow_redirects=False,
             )
         except OSError as error:
@@ -67,13 +64,11 @@ class ModelHttp:
         settings = openai.AsyncOpenAI(
             api_key=config.entry.get("api_key") or ("EMPTY" if local else None),  # None: from the environment
             organization=config.entry.get("organization"),
-            base_url=self.url,
             http_client=self._client,
-            **arguments,
+            **(config.entry["client_args"] | {"base_url": self.url}),
         )
-        said = {**settings.default_headers, **settings.auth_headers}
-        self._headers = httpx2.Headers({name: value for name, value in said.items() if isinstance(value, str)})
-        self._headers["content-type"] = "application/json"
+        headers = {**settings.default_headers, **settings.auth_headers, "content-type": "application/json"}
+        self._headers = httpx2.Headers({name: value for name, value in headers.items() if isinstance(value, str)})
         for name, value in self._headers.items():
             if not value.isprintable():
                 raise ValueError(f"the header {name} holds characters that cannot be sent")
@@ -86,35 +81,30 @@ class ModelHttp:
                 reply = await self._client.get(self.url + "/models", headers=self._headers)
             if reply.status_code in (401, 403, 407) or reply.status_code >= 500:
                 return f"answers with HTTP {reply.status_code}{self._through}"
-            listed = reply.json() if reply.status_code == 200 else {}
+            listed = reply.json()["data"] if reply.status_code == 200 else []
+            served = [each["id"] for each in listed if isinstance(each["id"], str)]
         except TimeoutError:
             return f"does not answer within {timeout_s:g} s{self._through}"
-        except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+        except NETWORK_ERRORS as error:
             return f"does not answer: {_connection_cause(error)}{self._through}"
+        except (KeyError, TypeError):  # no list of models
+            served = []
         except (ValueError, RecursionError):  # not HTTP, not JSON, or JSON nested too deep
             return f"answers, but is no server of the OpenAI API{self._through}"
-        data = listed.get("data") if isinstance(listed, dict) else None
-        ids = [each.get("id") for each in data if isinstance(each, dict)] if isinstance(data, list) else []
-        served = [each for each in ids if isinstance(each, str)]
-        if served and model not in served:
-            shown = ", ".join(in_one_line(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])
-            return f"serves {shown}, not {model}"
-        return None
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+        if not served or model in served:
+            return None
+        return f"serves {', '.join(printable(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])}, not {model}"
 
     async def post(self, body: bytes, timeout_s: float) -> Reply:
-        """Send one completion request. Raises RequestError, or TimeoutError after `timeout_s` in total."""
+        """Send one completion request. Raises RequestError, with the cause NO_ANSWER after `timeout_s` in total."""
         request = httpx2.Request("POST", self._completions, headers=self._headers, content=body)
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._client.send(request, stream=True)
                 received = await _body_of(response)
         except TimeoutError:
-            raise
-        except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise RequestError(NO_ANSWER) from None
+        except NETWORK_ERRORS as error:
             cause = _connection_cause(error)
             raise RequestError(
                 f"{MODEL_SERVER}: {cause}{self._through}", server_wide=True, maybe_unsupported_n=cause == LOST
@@ -123,10 +113,28 @@ class ModelHttp:
             raise RequestError(f"{MODEL_SERVER}: the reply is not HTTP", malformed=True) from None
         try:
             return read_reply(response.status_code, response.headers, received, time.time())
-        except RequestError as trouble:
+        except RequestError as error:
             if response.status_code != 200:  # the reply may come from the proxy itself
-                trouble.args = (f"{trouble}{self._through}",)
+                error.cause += self._through
             raise
+
+
+def check_models(models: Sequence[ModelConfig], timeout_s: float) -> dict[ModelConfig, str]:
+    """Check concurrently that servers answer for their models; return the cause for each that does not."""
+
+    async def check(config: ModelConfig) -> str | None:
+        try:
+            http = ModelHttp(config)
+        except Exception as error:  # noqa: BLE001 - any setting of the client may be wrong
+            return f"cannot be asked with these settings: {one_line(error)}"
+        async with http._client:
+            return await http.check(config.model, timeout_s)
+
+    async def check_all() -> list[str | None]:
+        return await asyncio.gather(*map(check, models))
+
+    causes = asyncio.run(check_all())
+    return {model: cause for model, cause in zip(models, causes, strict=True) if cause is not None}
 
 
 def proxy_of(url: str) -> str | None:
@@ -141,64 +149,38 @@ def proxy_of(url: str) -> str | None:
 
 def _certificates_from() -> str:
     """Return a phrase for error messages: the environment variable that names the trusted certificates, if any."""
-    named = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
-    if named is None:  # other programs read REQUESTS_CA_BUNDLE
-        return (
-            " (SSL_CERT_FILE names others; REQUESTS_CA_BUNDLE is not used)"
-            if "REQUESTS_CA_BUNDLE" in os.environ
-            else ""
-        )
-    return f", of {named}={os.environ[named]},"
-
-
-async def check_all(models: Sequence[ModelConfig], timeout_s: float) -> list[str | None]:
-    """Check concurrently, from this process, that servers answer for their models; return a cause or None for each."""
-
-    async def check(config: ModelConfig) -> str | None:
-        try:
-            client = ModelHttp(config)
-        except Exception as error:  # noqa: BLE001 - whatever a setting of the client brings
-            return f"cannot be asked with these settings: {one_line(error)}"
-        try:
-            return await client.check(config.model, timeout_s)
-        finally:
-            await client.close()
-
-    return await asyncio.gather(*map(check, models))
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if os.environ.get(name):
+            return f", of {name}={os.environ[name]},"
+    other = "REQUESTS_CA_BUNDLE"  # read by other programs
+    return f" (SSL_CERT_FILE names others; {other} is not used)" if other in os.environ else ""
 
 
 async def _body_of(response: httpx2.Response) -> bytes:
     """Return the whole body of a reply. Raises RequestError if it breaks off or exceeds REPLY_BYTES."""
-    parts, size = [], 0
+    body = bytearray()
     try:
         async for part in response.aiter_bytes():
-            parts.append(part)
-            size += len(part)
-            if size > REPLY_BYTES:
+            body += part
+            if len(body) > REPLY_BYTES:
                 raise RequestError(f"{MODEL_SERVER}: a reply of more than {REPLY_BYTES >> 20} MB", malformed=True)
-    except (httpx2.HTTPError, aiohttp.ClientError, OSError):
+    except NETWORK_ERRORS:
         raise RequestError(f"{MODEL_SERVER}: the reply breaks off", malformed=True) from None
     finally:
         await response.aclose()
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _connection_cause(error: BaseException | None) -> str:
     """Return why a connection failed or was lost, in fixed wording, as failures are counted by it."""
-    chain = error
-    while chain is not None:
-        if isinstance(chain, ConnectionRefusedError):
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
             return "connection refused"
-        if isinstance(chain, aiohttp.ClientConnectorDNSError):
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
             return "no address is known for its host"
-        if isinstance(chain, aiohttp.ClientHttpProxyError):
-            return f"the proxy refuses with HTTP {chain.status}"
-        if isinstance(chain, ssl.SSLCertVerificationError):
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            return f"the proxy refuses with HTTP {error.status}"
+        if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is not one of those to trust{_certificates_from()}"
-        chain = chain.__cause__ or chain.__context__ or _os_error(chain)
+        error = error.__cause__ or error.__context__ or getattr(error, "os_error", None)
     return LOST
-
-
-def _os_error(error: BaseException) -> BaseException | None:
-    inner = getattr(error, "os_error", None)
-    return inner if isinstance(inner, BaseException) else None

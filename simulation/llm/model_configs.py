@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,19 @@ from simulation.settings import SimulationConfig
 
 MODEL_TYPE = "openai_chat"
 OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
-ELSEWHERE = {"http_client": "is this program's own"} | dict.fromkeys(
-    ("api_key", "organization"), "stands beside client_args, not in it"
-)
+BESIDE = "stands beside client_args, not in it"
+ELSEWHERE = {"http_client": "is this program's own", "api_key": BESIDE, "organization": BESIDE}
 KNOWN = {"config_name", "model_type", "model_name", "api_key", "organization", "client_args", "generate_args"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model server.
+    """One model server."""
 
-    Attributes:
-        name: Name that participants use, such as `model_1`.
-        model: Name that the server uses.
-        base_url: Base URL, including `/v1`.
-        entry: The full configuration, in AgentScope's format.
-    """
-
-    name: str
-    model: str
-    base_url: str
-    entry: dict[str, Any] = field(repr=False, hash=False)  # may hold an API key
+    name: str  # for participants, such as `model_1`
+    model: str  # for the server
+    base_url: str  # including `/v1`
+    entry: dict[str, Any] = field(repr=False, hash=False)  # in AgentScope's format; may hold an API key
 
     @property
     def generate_args(self) -> dict[str, Any]:
@@ -72,21 +64,16 @@ def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
         )
 
 
-def model_name(number: int) -> str:
-    """Return the name of the model that participants number-1, number-1 + N, ... use."""
-    return f"model_{number}"
-
-
 def asked_models(config: SimulationConfig) -> list[str]:
     """Return the names of the models in use: those of the mixture (--models), or else model_1 .. model_N."""
     if config.models is None:
-        return [model_name(number) for number in range(1, config.model_per_host + 1)]
+        return [f"model_{number}" for number in range(1, config.model_per_host + 1)]
     return [each.partition("=")[0].strip() for each in config.models.split(",")]
 
 
 def model_of(participant: int, models: int) -> str:
     """Return the name of a participant's model; N models are assigned round-robin."""
-    return model_name(participant % models + 1)
+    return f"model_{participant % models + 1}"
 
 
 def has_models(config: SimulationConfig) -> bool:
@@ -107,75 +94,71 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     if not isinstance(entries, list) or not entries:
         raise SettingsError(f"--model-configs {path}: must be a list of models, one at least")
     for number, entry in enumerate(entries, start=1):
-        trouble = _trouble_with(entry)
-        if trouble:
-            raise SettingsError(f"--model-configs {path}, entry {number}: {trouble}")
+        problem = next(_problems_with(entry), None)
+        if problem:
+            raise SettingsError(f"--model-configs {path}, entry {number}: {problem}")
     if len(entries) == 1 and urlsplit(_url_of(entries[0])).port is None and is_within(_url_of(entries[0]), ()):
-        entries = [_counted_up(entries[0], config.vllm_base_port, each) for each in range(config.model_per_host)]
-    models = [
-        ModelConfig(str(entry["config_name"]), str(entry["model_name"]), _url_of(entry), entry) for entry in entries
-    ]
-    if len({each.name for each in models}) < len(models):
+        entries = [_from_template(entries[0], config.vllm_base_port, index) for index in range(config.model_per_host)]
+    models = {
+        each["config_name"]: ModelConfig(each["config_name"], each["model_name"], _url_of(each), each)
+        for each in entries
+    }
+    if len(models) < len(entries):
         raise SettingsError(f"--model-configs {path}: two entries have the same config_name")
-    return {each.name: each for each in models}
+    return models
 
 
-def _trouble_with(entry: Any) -> str | None:
-    """Return the first error in an entry, or None."""
+def _problems_with(entry: Any) -> Iterator[str]:
+    """Yield the errors in an entry; each check relies on those before it, so only the first counts."""
     if not isinstance(entry, dict):
-        return "must be an object with config_name, model_type, model_name and client_args"
-    generate_args = entry.get("generate_args", {})
-    troubles = {f"{name} is not known here; {nearest(name, sorted(KNOWN))}": name not in KNOWN for name in entry}
+        yield "must be an object with config_name, model_type, model_name and client_args"
+    yield from (f"{name} is not known here; {nearest(name, sorted(KNOWN))}" for name in entry if name not in KNOWN)
     for name in ("config_name", "model_name"):
-        troubles[f"{name} is missing, or no text"] = not (isinstance(entry.get(name), str) and entry[name])
+        if not (isinstance(entry.get(name), str) and entry[name]):
+            yield f"{name} is missing, or no text"
     for name in ("client_args", "generate_args"):
-        troubles[f"{name} must be an object"] = not isinstance(entry.get(name, {}), dict)
-    troubles[f"model_type must be {MODEL_TYPE}, the kind of server that vLLM is"] = (
-        entry.get("model_type") != MODEL_TYPE
+        if not isinstance(entry.get(name, {}), dict):
+            yield f"{name} must be an object"
+    if entry.get("model_type") != MODEL_TYPE:
+        yield f"model_type must be {MODEL_TYPE}, the kind of server that vLLM is"
+    client_args, generate_args = entry.get("client_args", {}), entry.get("generate_args", {})
+    yield from (
+        f"generate_args holds {name}, which every request sets for itself" for name in OURS if name in generate_args
     )
-    for name in OURS:
-        there = isinstance(generate_args, dict) and name in generate_args
-        troubles[f"generate_args holds {name}, which every request sets for itself"] = there
     for name in ("max_tokens", "max_completion_tokens"):
-        limit = generate_args.get(name, 1) if isinstance(generate_args, dict) else 1
-        troubles[f"generate_args: {name} must be a whole number from 1"] = type(limit) is not int or limit < 1
-    client_args = entry["client_args"] if isinstance(entry.get("client_args"), dict) else {}
-    for name, where in ELSEWHERE.items():
-        troubles[f"client_args holds {name}, which {where}"] = name in client_args
+        limit = generate_args.get(name, 1)
+        if type(limit) is not int or limit < 1:
+            yield f"generate_args: {name} must be a whole number from 1"
+    yield from (f"client_args holds {name}, which {why}" for name, why in ELSEWHERE.items() if name in client_args)
     headers = client_args.get("default_headers") or {}
-    troubles["client_args: default_headers must be an object"] = not isinstance(headers, dict)
+    if not isinstance(headers, dict):
+        yield "client_args: default_headers must be an object"
     sent = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
-    sent["client_args: default_headers"] = [*headers, *headers.values()] if isinstance(headers, dict) else []
-    for name, texts in sent.items():
-        troubles[f"{name} must hold printable ASCII characters only"] = not all(map(_fits_a_header, texts))
-    url = "client_args needs a base_url such as http://localhost/v1, without blanks, ? or #"
-    troubles[url] = not _is_address(entry)
-    return next((trouble for trouble, there in troubles.items() if there), None)
+    for name, texts in (sent | {"client_args: default_headers": [*headers, *headers.values()]}).items():
+        if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
+            yield f"{name} must hold printable ASCII characters only"
+    if not _is_address(client_args.get("base_url")):
+        yield "client_args needs a base_url such as http://localhost/v1, without blanks, ? or #"
 
 
-def _fits_a_header(text: Any) -> bool:
-    return isinstance(text, str) and text.isascii() and text.isprintable()
-
-
-def _is_address(entry: dict[str, Any]) -> bool:
+def _is_address(text: Any) -> bool:
+    if not isinstance(text, str) or not text.isprintable() or set(text) & set(" ?#"):
+        return False
     try:
-        text = _url_of(entry)
         url = urlsplit(text)
-        plain = text.isprintable() and not set(text) & set(" ?#") and "@" not in url.netloc
-        return plain and url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except (KeyError, AttributeError, ValueError, TypeError):
+        return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
+    except ValueError:
         return False
 
 
 def _url_of(entry: dict[str, Any]) -> str:
-    url: str = entry["client_args"]["base_url"].rstrip("/")
-    return url
+    return str(entry["client_args"]["base_url"]).rstrip("/")
 
 
-def _counted_up(template: dict[str, Any], base_port: int, place: int) -> dict[str, Any]:
-    """Return the entry of the model at index `place` (from 0), from a template whose URL has no port."""
+def _from_template(template: dict[str, Any], base_port: int, index: int) -> dict[str, Any]:
+    """Return the entry of the model at an index (from 0), from a template whose URL has no port."""
     url = urlsplit(_url_of(template))
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
-    placed = url._replace(netloc=f"{host}:{base_port + place}").geturl()
-    client_args = {**template["client_args"], "base_url": placed}
-    return {**template, "config_name": model_name(place + 1), "client_args": client_args}
+    base_url = url._replace(netloc=f"{host}:{base_port + index}").geturl()
+    client_args = {**template["client_args"], "base_url": base_url}
+    return {**template, "config_name": f"model_{index + 1}", "client_args": client_args}

@@ -26,34 +26,27 @@ EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The messages of one request; after free-text reasoning, it contains that text and asks for the number alone.
+    """The messages of one request; after free-text reasoning, it contains that text and asks for the number alone."""
 
-    Attributes:
-        system: Persona and rules.
-        user: The question.
-        thoughts: The reasoning text; None if there is none.
-        thought_tokens: Token limit of the reasoning text.
-    """
-
-    system: str
-    user: str
-    thoughts: str | None = None
-    thought_tokens: int = 0
+    system: str  # persona and rules
+    user: str  # the question
+    thoughts: str | None = None  # the reasoning, if any
+    thought_tokens: int = 0  # token limit of the reasoning
 
     @property
     def tokens(self) -> int:
         """Return the estimated length in tokens."""
         ours = len(self.system) + len(self.user) + (0 if self.thoughts is None else len(EXTRACT))
-        thoughts = 0 if self.thoughts is None else min(len(self.thoughts), self.thought_tokens)  # any language
+        thoughts = min(len(self.thoughts or ""), self.thought_tokens)  # in any language
         return ours // CHARACTERS_PER_TOKEN + thoughts + TEMPLATE_TOKENS
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """Return the messages in the format of the chat completions API."""
-        said = [("system", self.system), ("user", self.user)]
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
         if self.thoughts is not None:
-            said += [("assistant", self.thoughts), ("user", EXTRACT)]
-        return [{"role": role, "content": content} for role, content in said]
+            messages += [{"role": "assistant", "content": self.thoughts}, {"role": "user", "content": EXTRACT}]
+        return messages
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
@@ -77,52 +70,48 @@ def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None =
 
 
 def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None) -> str:
-    persona = " ".join(each.text for each in personas if each.text)
-    return _filled_with(text, game.decimals, game.max_value, game.target, persona, team or "")
-
-
-@lru_cache(maxsize=4096)
-def _filled_with(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
     """Return a template of the prompts file with its placeholders filled in."""
-    number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
-    return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
+    number = "a whole number" if game.decimals == 0 else f"a number with up to {game.decimals} digits after the point"
+    persona = " ".join(each.text for each in personas if each.text)
+    fields = {"number": number, "max_value": game.max_value, "target": game.target}
+    return text.format(**fields, persona=persona, team=team or "").strip()
 
 
 @lru_cache(maxsize=16_384)
 def prompt_for(system: str, question: Question, numbers: Numbers, last: str = "", thoughts: str = "") -> Prompt:
     """Return the prompt of a round for participants with these previous answers.
 
-    Args:
-        system: The system prompt: persona and rules.
-        question: The question, with previous announcements.
-        numbers: The participant's previous answers.
-        last: Text after the question: how to answer.
-        thoughts: The last reasoning text, if the prompt should repeat it.
+    After the question, `last` says how to answer; `thoughts` is the last reasoning text, if the prompt repeats it.
     """
-    heard = [_heard(told, question.decimals) for told in question.announcements]
-    own = [f"Your numbers so far: {', '.join(_shown(each, question.decimals) for each in numbers)}."] if numbers else []
-    own += [f"What you thought before the last of them: {thoughts}"] if thoughts else []
-    return Prompt(system, "\n".join([*heard, *own, f"{question.text} {last}".rstrip()]))
+    lines = [_announced(each, question.decimals) for each in question.announcements]
+    if numbers:
+        lines.append(f"Your numbers so far: {', '.join(_number(each, question.decimals) for each in numbers)}.")
+    if thoughts:
+        lines.append(f"What you thought before the last of them: {thoughts}")
+    return Prompt(system, "\n".join([*lines, f"{question.text} {last}".rstrip()]))
 
 
-def _heard(told: Announcement, decimals: int) -> str:
+def _announced(result: Announcement, decimals: int) -> str:
     """Return the text of the announcement after a round."""
-    if told.average is None or told.winning_number is None:
-        return f"Round {told.round}: nobody answered."
+    if result.average is None or result.winning_number is None:
+        return f"Round {result.round}: nobody answered."
     digits = decimals + AVERAGE_DIGITS
-    said = f"Round {told.round}: the average was {_shown(told.average, digits)}"
-    if told.winning_number != told.average:
-        said += f", so the number to be closest to was {_shown(told.winning_number, digits)}"
-    if told.winners is None:
-        return f"{said}."
-    won = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in told.winning_units)
-    teams = ", ".join(f"{name} {_shown(average, digits)}" for name, average in told.teams)
-    closest = " and ".join(told.closest_teams)
-    more = f" The averages of the teams were: {teams}. The closest was that of {closest}." if teams else ""
-    return f"{said}; {told.winners} won with {won}.{more}"
+    text = f"Round {result.round}: the average was {_number(result.average, digits)}"
+    if result.winning_number != result.average:
+        text += f", so the number to be closest to was {_number(result.winning_number, digits)}"
+    if result.winners is None:
+        return f"{text}."
+    text += f"; {result.winners} won with "
+    text += " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in result.winning_units) + "."
+    if result.teams:
+        teams = ", ".join(f"{name} {_number(average, digits)}" for name, average in result.teams)
+        text += (
+            f" The averages of the teams were: {teams}. The closest was that of {' and '.join(result.closest_teams)}."
+        )
+    return text
 
 
-def _shown(number: float | None, digits: int) -> str:
+def _number(number: float | None, digits: int) -> str:
     """Return a number with up to `digits` decimal places; "none" for None."""
     if number is None:
         return "none"
@@ -133,15 +122,13 @@ def _shown(number: float | None, digits: int) -> str:
 def number_pattern(max_value: int, decimals: int) -> str:
     """Return a regular expression for exactly the numbers 0..max_value with up to `decimals` decimal places."""
     digits = str(max_value)
-    below = [] if max_value == 0 else ["0"] if max_value <= 9 else ["[0-9]"]
-    below += [f"[1-9][0-9]{{{length - 1}}}" for length in range(2, len(digits))]
-    for place, digit in enumerate(map(int, digits)):
-        lowest = 1 if place == 0 else 0
-        if len(digits) == 1:
-            below += [f"[1-{digit - 1}]"] if digit > 1 else []
-        elif digit > lowest:
-            rest = len(digits) - place - 1
-            below.append(f"{digits[:place]}[{lowest}-{digit - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    below = ["[0-9]"] if len(digits) > 1 else []  # the whole numbers below max_value: first those with fewer digits,
+    below += [f"[1-9][0-9]{{{length}}}" for length in range(1, len(digits) - 1)]
+    for index, digit in enumerate(digits):  # then those that begin as it does, and go on with a lower digit
+        lowest = "1" if index == 0 and len(digits) > 1 else "0"
+        rest = len(digits) - index - 1
+        if digit > lowest:
+            below.append(f"{digits[:index]}[{lowest}-{int(digit) - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
     if decimals == 0:
         return f"({'|'.join([*below, digits])})"
     return f"(({'|'.join(below)})(\\.[0-9]{{1,{decimals}}})?|{digits}(\\.0{{1,{decimals}}})?)"
@@ -152,20 +139,16 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
-    if kind == "response_format":
-        schema = {
-            "type": "object",
-            "properties": {"number": {"type": "string", "pattern": f"^{pattern}$"}},
-            "required": ["number"],
-            "additionalProperties": False,
-        }
-        return {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": schema},
-            }
-        }
-    return {}
+    if kind != "response_format":
+        return {}
+    schema = {
+        "type": "object",
+        "properties": {"number": {"type": "string", "pattern": f"^{pattern}$"}},
+        "required": ["number"],
+        "additionalProperties": False,
+    }
+    json_schema = {"name": "answer", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
 def answer_tokens(kind: str, game: Game) -> int:

@@ -1,35 +1,80 @@
-"""The request queue of this process for one model server: batching, retries, backoff and the shared semaphore.
+"""The requests to model servers: batching, retries, backoff and the shared semaphore.
 
-Runs on the event loop of the process's single model thread.
+There is one client per model server and credentials; all clients of a process run on the event loop of one thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import uvloop
 from loguru import logger
 
-from simulation.errors import Ended, one_line
-from simulation.game.rules import LLMSettings
+from simulation.errors import Ended, KnownCause, one_line
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Prompt
-from simulation.llm.responses import Reply, RequestError, Tokens, pause_s
-from simulation.llm.usage import MODEL_SERVER, OUT_OF_TOKENS
+from simulation.llm.responses import NO_ANSWER, Reply, RequestError, pause_s
+from simulation.llm.usage import OUT_OF_TOKENS
+
+if TYPE_CHECKING:
+    from simulation.llm.chat import Chat
 
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
-POLL_S, LONGEST_POLL_S = 0.005, 0.05  # poll interval for a semaphore that other processes hold
-TICK_S = 0.25  # interval between checks for expired requests
+POLL_S = 0.01  # poll interval for a semaphore that other processes hold
+TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
 GARBLED_REPLIES = 8  # in a row for one request, then it fails
 TROUBLES_WITH_N = 3  # in a row, before a request asks for one answer instead of several
-NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
+
+Sample = tuple[str | None, str | None, float]  # a text, why it is unusable (None: it is not), the deadline for retries
+
+
+@dataclass(eq=False)
+class SampleRequest:
+    """A request of one group for samples of one prompt, one for each of the waiting participants."""
+
+    chat: Chat
+    config: ModelConfig
+    prompt: Prompt
+    fields: dict[str, Any]  # other fields of the request, except n
+    waiting: deque[asyncio.Future[Sample]]
+    deadline: float  # time.monotonic() when it expires; infinite before it is first sent
+    queued_at: float = field(default_factory=time.monotonic)
+    errors: int = 0  # in a row
+    cause: str | None = None  # of the last error
+    single_worked: bool = False  # a request for one answer succeeded where several failed
+    reserved: float = 0.0  # tokens of the group's budget
+
+    def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
+        """Pass samples or errors to the first participants, on their event loop."""
+        futures = [self.waiting.popleft() for _ in outcomes]
+        if futures:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the group was deleted
+                futures[0].get_loop().call_soon_threadsafe(_set_outcomes, futures, outcomes)
+
+    def fail(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
+        """Fail all participants with a cause and how the round ended for them."""
+        self.deliver([KnownCause(cause, ended=ended) for _ in self.waiting])
+
+
+def _set_outcomes(futures: list[asyncio.Future[Sample]], outcomes: Sequence[Sample | KnownCause]) -> None:
+    for future, outcome in zip(futures, outcomes, strict=True):
+        if future.done():
+            continue
+        if isinstance(outcome, KnownCause):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class ModelClient:
@@ -39,319 +84,208 @@ class ModelClient:
         from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - openai, see import_client
 
         self._http = ModelHttp(config)
-        self._loop = asyncio.get_running_loop()
         self._semaphore = SharedSemaphore(self._http.url)
         self._queue: deque[SampleRequest] = deque()
-        self._serving: dict[asyncio.Task[None], SampleRequest] = {}
-        self._n_unsupported: set[TokenBudget] = set()  # groups for which this server does not support n
         self._last_success = -math.inf  # time.monotonic() of the last answer
-        self._troubles = 0  # in a row
+        self._errors = 0  # in a row, of the server as a whole
         self._last_cause = NO_ANSWER
         self._backoff_until = -math.inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._poll_s = POLL_S
-        self._ticking: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
 
-    def put(self, asks: list[SampleRequest], first: bool = False) -> None:
-        """Queue requests: at the end, or at the front if they were queued before (`first`)."""
-        if first:
-            self._queue.extendleft(asks)
-        else:
-            self._queue.extend(asks)
-        if self._ticking is None:
-            self._ticking = self._loop.create_task(self._tick())
-        self._pump()
+    def put(self, request: SampleRequest, first: bool = False) -> None:
+        """Queue a request: at the end, or at the front if it was queued before (`first`)."""
+        self._queue.insert(0 if first else len(self._queue), request)
+        self._wake.set()
 
-    def drop(self, budget: TokenBudget) -> None:
-        """Drop all requests of one group; their futures stay unresolved."""
-        self._queue = deque(ask for ask in self._queue if ask.budget is not budget)
-        self._n_unsupported.discard(budget)
-        for task, ask in self._serving.items():
-            if ask.budget is budget:
-                task.cancel()
-
-    async def check(self, config: ModelConfig, timeout_s: float) -> str | None:
-        """Return why the server cannot answer for this model; None if it can."""
-        return await self._http.check(config.model, timeout_s)
-
-    # --- Inside ------------------------------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Send every request that the backoff, the semaphore and the token budgets allow now."""
-        broke = 0  # requests in a row whose token budget is fully reserved
-        while broke < max(len(self._queue), 1) and (ask := self._next()) is not None:
+    async def _run(self) -> None:
+        """Send requests, fail expired ones and send heartbeats."""
+        next_tick = -math.inf
+        while True:
+            if not self._queue and not self._semaphore.held:
+                self._semaphore.beat(waiting=False)
+                await self._wake.wait()
+            self._wake.clear()
             now = time.monotonic()
-            if now < self._backoff_until:
-                self._look_again(min(self._backoff_until - now, TICK_S))
-                return
-            batch = ask.cut(self._samples_of(ask))
-            if not batch.waiting:
-                continue
-            limit, slots = self._measure(batch)
-            if not self._semaphore.acquire(limit, slots):
-                ask.requeue(batch)
-                if self._semaphore.held < limit:  # else we wait for one of our own requests to end
-                    self._look_again(self._poll_s)
-                    self._poll_s = min(1.5 * self._poll_s, LONGEST_POLL_S)
-                return
-            self._poll_s = POLL_S
-            count = batch.budget.reserve(batch, len(batch.waiting))
-            if count < len(batch.waiting):
-                ask.requeue(batch.split_off(count))
-            self._queue.rotate(-1)  # round-robin
-            if batch.waiting:
-                broke = 0
-                self._send(batch, slots)
-                continue
-            self._semaphore.release(slots)
-            if ask.budget.has_reservations:  # a request that ends may return some tokens
-                broke += 1
-            else:
-                ask.give_up(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
+            try:
+                if now >= next_tick:
+                    next_tick = now + TICK_S
+                    self._queue = deque(request for request in self._queue if not self._is_over(request))
+                    self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
+                while now >= self._backoff_until and self._send_next():
+                    pass
+            except Exception as error:  # noqa: BLE001 - the participants must learn of it, whatever it is
+                for request in self._queue:
+                    request.fail(one_line(error))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S if self._queue else TICK_S):
+                    await self._wake.wait()
 
-    def _measure(self, batch: SampleRequest) -> tuple[int, int]:
-        """Return the limit and the permits a request needs: in requests if --max-in-flight is set, else in answers."""
-        limit = batch.budget.sampling.max_in_flight
-        return (ANSWERS_IN_FLIGHT, len(batch.waiting)) if limit is None else (limit, 1)
+    def _is_over(self, request: SampleRequest) -> bool:
+        """Return whether no participant waits for a request any more; fail it if it has expired."""
+        end = request.deadline
+        if end == math.inf:  # not sent yet: it does not expire while the server answers others
+            end = max(request.queued_at, self._last_success) + request.chat.sampling.reply_timeout_s
+        while request.waiting and (request.chat.closed or request.waiting[0].done()):
+            request.waiting.popleft()
+        if time.monotonic() >= end:
+            request.fail(request.cause or self._last_cause, Ended.MODEL_FAILED)
+        return not request.waiting
+
+    def _send_next(self) -> bool:
+        """Send the next request that the semaphore and the token budgets allow; return False if there is none."""
+        for _ in range(len(self._queue)):
+            request = self._queue.popleft()
+            if self._is_over(request):
+                continue
+            chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
+            several = several and request.config.address not in chat.n_unsupported
+            wanted = min(len(request.waiting), chat.sampling.samples_per_request if several else 1)
+            count = chat.affordable(request, wanted)
+            if count == 0 and chat.tasks:  # a request that ends may return some tokens
+                self._queue.append(request)
+                continue
+            if count == 0:
+                request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
+                continue
+            limit = chat.sampling.max_in_flight  # in requests; if not set, the limit is in answers
+            limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
+            if not self._semaphore.acquire(limit, slots):
+                self._queue.appendleft(request)
+                return False
+            batch = replace(request, waiting=deque(request.waiting.popleft() for _ in range(count)))
+            if request.waiting:
+                self._queue.append(request)  # round-robin
+            self._send(batch, slots)
+            return True
+        return False
 
     def _send(self, batch: SampleRequest, slots: int) -> None:
-        if batch.deadline is None:
-            batch.deadline = time.monotonic() + batch.budget.sampling.reply_timeout_s
-        count = len(batch.waiting)
-        task = self._loop.create_task(self._serve(batch, count))
-        self._serving[task] = batch
+        chat = batch.chat
+        chat.reserve(batch, len(batch.waiting))
+        batch.deadline = min(batch.deadline, time.monotonic() + chat.sampling.reply_timeout_s)
+        task = asyncio.create_task(self._serve(batch))
+        chat.tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:  # also runs for a task cancelled before its first step
-            del self._serving[task]
+            chat.tasks.remove(task)
             self._semaphore.release(slots)
-            batch.budget.commit(batch, None, False)  # no effect if already committed
-            self._pump()
+            chat.commit(batch)  # no effect if already committed
+            self._wake.set()
 
         task.add_done_callback(ended)
 
-    def _next(self) -> SampleRequest | None:
-        """Return the next pending request; fail those that have expired."""
-        while self._queue:
-            ask = self._queue[0]
-            if ask.waiting and time.monotonic() >= self._end_of(ask):
-                ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
-            if ask.waiting:
-                return ask
-            self._queue.popleft()
-        return None
-
-    def _end_of(self, ask: SampleRequest) -> float:
-        """Return when a request expires; one not sent yet does not expire while the server answers others."""
-        if ask.deadline is not None:
-            return ask.deadline
-        return max(ask.asked_at, self._last_success) + ask.budget.sampling.reply_timeout_s
-
-    def _samples_of(self, ask: SampleRequest) -> int:
-        greedy = ask.fields.get("temperature") == 0  # vLLM refuses n > 1 at temperature 0
-        return 1 if greedy or ask.budget in self._n_unsupported else ask.budget.sampling.samples_per_request
-
-    def _look_again(self, delay_s: float) -> None:
-        if self._timer is None:
-            self._timer = self._loop.call_later(delay_s, self._timer_rang)
-
-    def _timer_rang(self) -> None:
-        self._timer = None
-        self._pump()
-
-    async def _tick(self) -> None:
-        """Send heartbeats to the semaphore and fail expired requests, as long as there is work."""
-        try:
-            while self._queue or self._serving:
-                await asyncio.sleep(TICK_S)
-                now = time.monotonic()
-                for ask in self._queue:
-                    if now >= self._end_of(ask):
-                        ask.give_up(ask.cause or self._last_cause, Ended.MODEL_FAILED)
-                self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
-                self._pump()
-            self._semaphore.beat(waiting=False)
-        finally:
-            self._ticking = None
-
-    async def _serve(self, batch: SampleRequest, count: int) -> None:
+    async def _serve(self, batch: SampleRequest) -> None:
         """Send a request and handle its outcome; after an error that `n` may have caused, request a single answer."""
+        count = len(batch.waiting)
         try:
-            reply = await self._request(batch, count)
-            if isinstance(reply, RequestError) and count > 1 and self._doubts_n(batch, reply):
-                trouble, count, reply = reply, 1, await self._request(batch, 1)
-                if isinstance(reply, Reply):
-                    if batch.single_worked or not trouble.retryable:
-                        self._stop_using_n(batch, f"has trouble with several answers in one request ({trouble})")
-                    batch.single_worked = True
-            if isinstance(reply, RequestError):
-                self._trouble(batch, reply)
-            else:
-                self._answered(batch, count, reply)
-        except Exception as error:  # noqa: BLE001 - whatever it is: the participants must hear of it
-            batch.give_up(one_line(error))
+            try:
+                reply = await self._request(batch, count)
+            except RequestError as error:
+                if count == 1 or not self._doubts_n(batch, error):
+                    raise
+                batch.chat.reserve(batch, 1)
+                count, reply = 1, await self._request(batch, 1)
+                if batch.single_worked or not error.retryable:
+                    self._stop_using_n(batch, f"has trouble with several answers in one request ({error})")
+                batch.single_worked = True
+            self._answered(batch, count, reply)
+        except RequestError as error:
+            self._retry_or_fail(batch, error)
+        except Exception as error:  # noqa: BLE001 - the participants must learn of it, whatever it is
+            batch.fail(one_line(error))
 
-    async def _request(self, batch: SampleRequest, count: int) -> Reply | RequestError:
-        """Make one attempt and commit its cost."""
+    async def _request(self, batch: SampleRequest, count: int) -> Reply:
+        """Make one attempt and commit its cost. Raises RequestError."""
+        attempt_s, left_s = batch.chat.sampling.attempt_timeout_s, batch.deadline - time.monotonic()
+        body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
+        body |= {"n": count} if count > 1 else {}
         try:
-            reply = await self._post(batch, count)
-        except RequestError as trouble:
-            batch.budget.commit(batch, trouble.tokens, False)
-            return trouble
-        batch.budget.commit(batch, reply.tokens, True)  # before usage can be read
+            reply = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
+        except RequestError as error:
+            batch.chat.commit(batch, error.tokens)
+            if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
+                error.cause = batch.cause  # the deadline cut the attempt short: the previous cause says more
+            raise
+        batch.chat.commit(batch, reply.tokens, answered=True)  # before usage can be read
         return reply
 
-    def _doubts_n(self, batch: SampleRequest, trouble: RequestError) -> bool:
-        """Return whether to retry now for one answer (after a refusal or repeated errors), and reserve its tokens."""
-        clear = not trouble.retryable or batch.single_worked or batch.troubles + 1 >= TROUBLES_WITH_N
-        return trouble.maybe_unsupported_n and clear and batch.budget.reserve(batch, 1) == 1
+    def _doubts_n(self, batch: SampleRequest, error: RequestError) -> bool:
+        """Return whether to retry now for one answer: after a refusal or repeated errors, if the budget allows it."""
+        clear = not error.retryable or batch.single_worked or batch.errors + 1 >= TROUBLES_WITH_N
+        return error.maybe_unsupported_n and clear and batch.chat.affordable(batch, 1) == 1
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
-        if batch.budget not in self._n_unsupported:
-            self._n_unsupported.add(batch.budget)
+        if batch.config.address not in batch.chat.n_unsupported:
+            batch.chat.n_unsupported.add(batch.config.address)
             logger.warning(f"{batch.config.address} {why}: asking for one each")
-
-    async def _post(self, batch: SampleRequest, count: int) -> Reply:
-        """Make one attempt. Raises RequestError."""
-        attempt_s, left_s = batch.budget.sampling.attempt_timeout_s, self._left_s(batch)
-        try:
-            return await self._http.post(batch.body(count), min(attempt_s, left_s))
-        except TimeoutError:
-            # if the deadline cut the attempt short, the previous cause says more
-            raise RequestError((batch.cause if left_s < attempt_s else None) or NO_ANSWER) from None
 
     def _answered(self, batch: SampleRequest, count: int, reply: Reply) -> None:
         self._last_success = time.monotonic()
-        self._troubles = 0
-        self._last_cause = NO_ANSWER
-        outcomes = list(reply.texts[:count])
+        self._errors, self._last_cause = 0, NO_ANSWER
         if count > 1:
             batch.single_worked = False
-            if len(outcomes) == 1:
+            if len(reply.texts) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        batch.deliver(batch.waiting[: -len(outcomes) - 1 : -1], outcomes, batch.deadline or 0.0)
-        del batch.waiting[-len(outcomes) :]
+        batch.deliver([(text, cause, batch.deadline) for text, cause in reply.texts[:count]])
         if batch.waiting:
-            batch.troubles, batch.cause = 0, None
-            self.put([batch], first=True)
+            batch.errors, batch.cause = 0, None
+            self.put(batch, first=True)
 
-    def _trouble(self, batch: SampleRequest, trouble: RequestError) -> None:
+    def _retry_or_fail(self, batch: SampleRequest, error: RequestError) -> None:
         """Retry a failed request now or later, or give up."""
-        cause = str(trouble)
-        batch.troubles += 1
-        batch.cause = self._last_cause = cause
-        if not trouble.retryable or (trouble.malformed and batch.troubles >= GARBLED_REPLIES):
-            same = [ask for ask in self._queue if (ask.budget, ask.prompt) == (batch.budget, batch.prompt)]
-            for ask in [batch, *(same if trouble.refused else [])]:  # the server would refuse these too
-                ask.give_up(cause, Ended.MODEL_FAILED)
-        elif trouble.server_wide:
-            if time.monotonic() >= self._backoff_until:  # else it belongs to the same burst as the previous error
-                self._troubles += 1
-            pause = min(pause_s(max(self._troubles, 1), trouble.retry_after_s, random.random()), self._left_s(batch))
-            self._backoff_until = max(self._backoff_until, time.monotonic() + pause)
-            self.put([batch], first=True)
+        batch.errors += 1
+        batch.cause = self._last_cause = error.cause
+        if not error.retryable or (error.malformed and batch.errors >= GARBLED_REPLIES):
+            for request in [batch, *self._queue]:
+                if request is batch or (error.refused and (request.chat, request.prompt) == (batch.chat, batch.prompt)):
+                    request.fail(error.cause, Ended.MODEL_FAILED)  # the server would refuse the same prompt again
+            return
+        now, errors = time.monotonic(), batch.errors
+        if error.server_wide:
+            self._errors += now >= self._backoff_until  # else it belongs to the same burst as the previous error
+            errors = max(self._errors, 1)
+        wait_s = min(pause_s(errors, error.retry_after_s, random.random()), max(batch.deadline - now, 0.0))
+        if error.server_wide:
+            self._backoff_until = max(self._backoff_until, now + wait_s)
+            self.put(batch, first=True)
         else:
-            pause = min(pause_s(batch.troubles, trouble.retry_after_s, random.random()), self._left_s(batch))
-            self._loop.call_later(pause, self.put, [batch], True)
-
-    def _left_s(self, batch: SampleRequest) -> float:
-        """Return the seconds left until the deadline."""
-        return max((batch.deadline or math.inf) - time.monotonic(), 0.0)
+            asyncio.get_running_loop().call_later(wait_s, self.put, batch, True)
 
 
-Outcome = tuple[str | None, str | None]  # a text, and why it is unusable
+class ModelThread(threading.Thread):
+    """The thread of this process whose event loop all clients run on."""
+
+    def __init__(self) -> None:
+        super().__init__(name="models", daemon=True)
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self.clients: dict[tuple[str, str], ModelClient] = {}
+        self.start()
+
+    def run(self) -> None:
+        self.loop.run_forever()
+
+    def put(self, requests: list[SampleRequest]) -> None:
+        """Pass requests to their clients; call it on this thread."""
+        for request in requests:
+            config = request.config
+            account = [config.entry.get(name) for name in ("client_args", "api_key", "organization")]
+            key = (config.base_url, str(account))
+            try:
+                if key not in self.clients:
+                    self.clients[key] = ModelClient(config)
+                self.clients[key].put(request)
+            except Exception as error:  # noqa: BLE001 - any setting of the client may be wrong
+                request.fail(one_line(error))
 
 
-class TokenBudget(Protocol):
-    """The owner of requests: its LLM settings and its token budget."""
-
-    sampling: LLMSettings
-
-    def reserve(self, ask: SampleRequest, wanted: int) -> int:
-        """Reserve tokens for up to `wanted` samples; return the number of samples that the budget allows."""
-
-    def commit(self, ask: SampleRequest, tokens: Tokens | None, answered: bool) -> None:
-        """Count the actual cost of a request, if the server reports it, and release its reservation."""
-
-    @property
-    def has_reservations(self) -> bool:
-        """Return whether tokens are reserved, some of which may be returned."""
+_thread: ModelThread | None = None
+_thread_lock = threading.Lock()
 
 
-class SampleRequest:
-    """A request for samples of one prompt, one for each of several participants.
-
-    Args:
-        budget: The token budget of the participants' group.
-        config: The model.
-        prompt: The prompt.
-        fields: Other fields of the request, except n.
-        waiting: One future per participant, in reverse order (the first is last).
-        deliver: Passes outcomes and the deadline to futures, on their own event loop.
-        fail: Fails futures with a cause and how the round ended for them.
-        deadline: When the request expires (time.monotonic()); None before it is first sent.
-    """
-
-    def __init__(
-        self,
-        budget: TokenBudget,
-        config: ModelConfig,
-        prompt: Prompt,
-        fields: dict[str, Any],
-        waiting: list[asyncio.Future[Any]],
-        deliver: Callable[[list[asyncio.Future[Any]], list[Outcome], float], None],
-        fail: Callable[[list[asyncio.Future[Any]], str, Ended], None],
-        deadline: float | None,
-    ) -> None:
-        self.budget = budget
-        self.config = config
-        self.prompt = prompt
-        self.fields = fields
-        self.waiting = waiting
-        self.deliver = deliver
-        self.fail = fail
-        self.deadline = deadline
-        self.asked_at = time.monotonic()
-        self.troubles = 0  # in a row
-        self.cause: str | None = None  # of the last error
-        self.single_worked = False  # a request for one answer succeeded where several failed
-        self.reserved = 0.0  # tokens, by its token budget
-
-    def cut(self, count: int) -> SampleRequest:
-        """Remove the first `count` pending futures and return them as a request."""
-        first: list[asyncio.Future[Any]] = []
-        while self.waiting and len(first) < count:
-            future = self.waiting.pop()
-            if not future.done():
-                first.append(future)
-        first.reverse()
-        return self.of(first)
-
-    def requeue(self, part: SampleRequest) -> None:
-        """Put a part that was cut off back at the front."""
-        self.waiting += part.waiting
-
-    def split_off(self, count: int) -> SampleRequest:
-        """Remove all but the first `count` futures and return them as a request."""
-        place = len(self.waiting) - count
-        rest = self.of(self.waiting[:place])
-        self.waiting = self.waiting[place:]
-        return rest
-
-    def of(self, waiting: list[asyncio.Future[Any]]) -> SampleRequest:
-        """Return a copy of this request for other futures."""
-        part = SampleRequest(
-            self.budget, self.config, self.prompt, self.fields, waiting, self.deliver, self.fail, self.deadline
-        )
-        part.asked_at, part.troubles, part.cause = self.asked_at, self.troubles, self.cause
-        part.single_worked = self.single_worked
-        return part
-
-    def give_up(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
-        """Fail all futures with a cause and how the round ended for them."""
-        self.fail(self.waiting, cause, ended)
-        self.waiting = []
-
-    def body(self, count: int) -> bytes:
-        """Return the JSON body of a request for `count` samples."""
-        fields = {"model": self.config.model, "messages": self.prompt.messages, **self.fields}
-        return json.dumps(fields | ({"n": count} if count > 1 else {})).encode()
+def model_thread() -> ModelThread:
+    """Return the thread, started on first use: a server is forked before."""
+    global _thread  # noqa: PLW0603 - one per process
+    with _thread_lock:
+        _thread = _thread or ModelThread()
+        return _thread

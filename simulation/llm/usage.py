@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MODEL_SERVER = "model server"  # prefix of causes that are not a participant's fault
 OUT_OF_TOKENS = "out of tokens (--max-tokens)"
@@ -10,35 +10,20 @@ OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 
 @dataclass(frozen=True)
 class Usage:
-    """The usage of one or more groups so far.
+    """The usage of one or more groups so far; tokens are as counted by the model servers, once per request."""
 
-    Attributes:
-        requests: Requests sent, including retries.
-        retries: Requests that repeat one that failed, returned too few answers, or returned an unusable answer.
-        prompt_tokens: As counted by the model servers, once per request.
-        completion_tokens: Likewise.
-        answering_s: Seconds from question to last answer, summed over rounds, of the slowest group.
-        client_s: CPU seconds of that group's server process during this time.
-    """
-
-    requests: int = 0
-    retries: int = 0
+    requests: int = 0  # sent, including retries
+    retries: int = 0  # that repeat one that failed, returned too few answers, or returned an unusable answer
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    answering_s: float = 0.0
-    client_s: float = 0.0
+    answering_s: float = 0.0  # from question to last answer, summed over rounds, of the slowest group
+    client_s: float = 0.0  # CPU seconds of that group's server process during this time
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: Usage) -> Usage:
+        counts = ("requests", "retries", "prompt_tokens", "completion_tokens")
         slower = max(self, other, key=lambda each: each.answering_s)
-        return Usage(
-            self.requests + other.requests,
-            self.retries + other.retries,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            slower.answering_s,
-            slower.client_s,
-        )
+        return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})
