@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -216,9 +217,6 @@ def raise_on_signals() -> None:
             signal.signal(each, interrupt)
 
 
-# --- The roles other than main ---------------------------------------------------------------------------------------
-
-
 def serve(command: Command) -> int:
     """Start, stop or show the agent servers of this host. Return the exit status."""
     from simulation.hosts import local_cluster
@@ -226,6 +224,10 @@ def serve(command: Command) -> int:
     from simulation.rpc.cluster_key import load_or_make
 
     config, action = command.config, command.action
+    if action == "stop":
+        return say_stopped("agent servers", local_cluster.stop())
+    if action == "status":
+        return say_status("agent servers", local_cluster.STATUS, *local_cluster.status(config))
     if action in ("launch", "owned"):
         from simulation.hosts.launcher import launch
 
@@ -233,16 +235,6 @@ def serve(command: Command) -> int:
     elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
         sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for scripts, whatever bytes it has
-    elif action == "stop":
-        say_stopped(local_cluster.stop(), "agent servers")
-    elif action == "status":
-        from simulation.results.tables import table_lines
-
-        rows, all_answer = local_cluster.status(config)
-        dropped = ("up since", "restarts", "pid", "memory", "agents")
-        table = table_lines(local_cluster.STATUS, rows, dropped, left=("role", "up since"))
-        say("\n".join(table) if rows else "no agent servers are running")
-        return 0 if all_answer else ClusterError.exit_status
     else:
         from simulation.runs.console import ConsoleProgress
 
@@ -259,29 +251,22 @@ def serve(command: Command) -> int:
     return 0
 
 
-def say_stopped(number: int, what: str) -> None:
-    say(f"stopped {number} {what}" if number else f"no {what} were running")
-
-
 def serve_models(command: Command) -> int:
     """Start, stop or show the vLLM servers of this host. Return the exit status."""
     from simulation.hosts import vllm_servers
-    from simulation.results.tables import table_lines
 
     config, action = command.config, command.action
     if action == "stop":
-        say_stopped(vllm_servers.stop(), "vLLM servers")
-    elif action == "print_gpu_count":
+        return say_stopped("vLLM servers", vllm_servers.stop())
+    if action == "status":
+        return say_status("vLLM servers", vllm_servers.STATUS, *vllm_servers.status())
+    if action == "print_gpu_count":
         say(str(len(vllm_servers.gpus_here())))
-    elif action == "status":
-        rows, all_healthy = vllm_servers.status()
-        table = table_lines(vllm_servers.STATUS, rows, ("pid",), left=("state",))
-        say("\n".join(table) if rows else "no vLLM servers are running")
-        return 0 if all_healthy else ClusterError.exit_status
     elif config.dry_run:
         servers = vllm_servers.plan(config, command.for_vllm)
         say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in servers))
     else:
+        from simulation.results.tables import table_lines
         from simulation.runs.console import ConsoleProgress
 
         raise_on_signals()
@@ -289,6 +274,22 @@ def serve_models(command: Command) -> int:
             rows = vllm_servers.start(config, command.for_vllm, partial(watch.progress, "vLLM servers ready"))
         say("\n".join(table_lines(vllm_servers.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
+
+
+def say_stopped(what: str, number: int) -> int:
+    say(f"stopped {number} {what}" if number else f"no {what} were running")
+    return 0
+
+
+def say_status(what: str, head: Sequence[str], rows: list[list[str]], all_work: bool) -> int:
+    """Print a row per server and return the exit status."""
+    from simulation.results.tables import table_lines
+
+    dropped = ("up since", "restarts", "pid", "memory", "agents")
+    say(
+        "\n".join(table_lines(head, rows, dropped, ("role", "up since", "state"))) if rows else f"no {what} are running"
+    )
+    return 0 if all_work else ClusterError.exit_status
 
 
 def ask(command: Command) -> int:

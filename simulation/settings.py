@@ -162,9 +162,7 @@ class SimulationConfig:
         path=True,
     )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
-    dashboard: int | None = setting(
-        None, f"serve a live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT
-    )
+    dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
 
     participant: int | None = setting(None, "participant to question", 0, 10**9, roles=("ask",), group="a question")
     winner: bool = setting(False, "question the first winner of the last round", roles=("ask",))
@@ -232,18 +230,14 @@ KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int
 }
 PATHS = tuple(name for name, each in SETTINGS.items() if each.path)
 DEFAULT_PATHS = {name: Path(SETTINGS[name].default).relative_to(ROOT) for name in PATHS if SETTINGS[name].default}
-
-
-# --- Paths -----------------------------------------------------------------------------------------------------------
+SEVERAL_PATHS = "extra_pythonpath"
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Return all settings with paths, after `change(name, path)`; `extra_pythonpath` holds several."""
-    folders = (values.get("extra_pythonpath") or "").split(":")
-    changed: dict[str, Any] = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
-    return changed | {
-        "extra_pythonpath": ":".join(change("extra_pythonpath", each) for each in folders if each) or None
-    }
+    """Return the settings with paths, each after `change(name, path)`; SEVERAL_PATHS holds several."""
+    folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
+    paths = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
+    return {**paths, SEVERAL_PATHS: ":".join(folders) or None}
 
 
 def _from_root(_name: str, path: str) -> str:
@@ -262,21 +256,12 @@ def _from_here(moved_from: Path | None, _name: str, path: str) -> str:
 
 
 def _checkout_of(data: Mapping[str, Any]) -> Path | None:
-    """Return the checkout in which an earlier version stored absolute paths; None if a path is relative.
-
-    It is the most frequent folder of the paths that end like their defaults.
-    """
-    paths = {name: Path(data[name]) for name in DEFAULT_PATHS if name in data}
-    if not all(path.is_absolute() for path in paths.values()):
+    """Return the checkout of an earlier version, which stored absolute paths: the most frequent one of the defaults."""
+    paths = {f"/{default}": data[name] for name, default in DEFAULT_PATHS.items() if name in data}
+    if not all(path.startswith("/") for path in paths.values()):
         return None
-    ends = {
-        path: len(DEFAULT_PATHS[name].parts) for name, path in paths.items() if path.match(str(DEFAULT_PATHS[name]))
-    }
-    roots = [path.parents[parts - 1] for path, parts in ends.items()]
+    roots = [Path(path.removesuffix(end)) for end, path in paths.items() if path.endswith(end)]
     return max(roots, key=roots.count, default=None)
-
-
-# --- Values ----------------------------------------------------------------------------------------------------------
 
 
 def as_written(number: float) -> str:
