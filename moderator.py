@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from agentscope.agents import AgentBase
 
@@ -23,8 +23,6 @@ from simulation.rpc.channels import call_all_or_raise
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.endpoints import GroupAssignment
 from simulation.rpc.messages import Progress
-
-V = TypeVar("V")
 
 
 class Moderator(AgentBase):
@@ -49,12 +47,10 @@ class Moderator(AgentBase):
         """Replace the groups to ask; these groups must already exist."""
         with self._lock:
             before = self._groups
-            self._groups = {
-                assignment: before.get(assignment) or self._group(assignment, one_by_one) for assignment in assignments
-            }
-        for assignment in before.keys() - set(assignments):
+            self._groups = {each: before.get(each) or self._group(each, one_by_one) for each in assignments}
+        for assignment in before.keys() - self._groups:
             if isinstance(before[assignment], OneByOne):
-                before[assignment].halt(at_once=True)
+                before[assignment].halt(immediately=True)
 
     def _group(self, assignment: GroupAssignment, one_by_one: bool) -> Any:
         assert assignment.server is not None  # a group without a server is assigned to no moderator
@@ -62,7 +58,7 @@ class Moderator(AgentBase):
         return OneByOne(group, assignment, self._timeout_s) if one_by_one else group
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start the round on all groups and return at once. `tokens_each` is the mean token budget per participant."""
+        """Start the round on all groups, and return. `tokens_each` is the mean token budget per participant."""
         self._all(lambda group: group.begin(question, tokens_each))
         with self._lock:
             self._round = max(self._round, question.round)
@@ -73,43 +69,42 @@ class Moderator(AgentBase):
         If `numbers`, the count of possible answers, is not 0, it includes a partial histogram.
         """
         number = self._round  # read first, so that a new round's number is never paired with old answers
-        alone = [group for group in self._groups.values() if isinstance(group, OneByOne)]
-        waiting = next((group for group in alone if not group.progress().finished), None)
-        if waiting is not None:
-            waiting.progress(wait_s)
-        each = [group.progress() for group in alone]
+        groups = [group for group in self._groups.values() if isinstance(group, OneByOne) and group.sheet]
+        unfinished = next((group for group in groups if not group.progress().finished), None)
+        if unfinished is not None:
+            unfinished.progress(wait_s)
+        each = [group.progress() for group in groups]
         error = next((progress.error for progress in each if progress.error), "")
-        done, total = sum(progress.done for progress in each), sum(progress.total for progress in each)
-        progress = Progress(done, total, number, error)
-        sheets = [group.sheet for group in alone if group.sheet is not None]
+        progress = Progress(sum(one.done for one in each), sum(one.total for one in each), number, error)
+        sheets = [group.sheet for group in groups if group.sheet]
         return with_histogram(progress, sheets, numbers) if numbers and sheets else progress
 
-    def halt(self, at_once: bool) -> None:
-        """Stop the round; missing answers count as failed. `at_once` does not wait for participants that block."""
-        self._all(lambda group: group.halt(at_once))
+    def halt(self, immediately: bool) -> None:
+        """Stop the round: missing answers count as failed. With `immediately`, ignore participants that block."""
+        self._all(lambda group: group.halt(immediately))
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """Return one part of the round's merged tally, and the number of parts. Request part 0 first."""
         if part == 0:
-            self._tally = merge(self._all(whole_tally).values())
+            self._tally = merge(self._all(whole_tally))
         parts = self._tally.parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
         """Send the result to all groups and return their winners."""
-        return sum(self._all(lambda group: group.announce(announcement)).values(), start=Winners(0, ()))
+        return sum(self._all(lambda group: group.announce(announcement)), start=Winners(0, ()))
 
     def answers(self, first: int, count: int) -> Answers:
         """Return the answers of participants first .. first+count-1, all of one group."""
-        assignment = next(
-            assignment for assignment in self._groups if assignment.first <= first < assignment.first + assignment.count
-        )
-        answers: Answers = self._groups[assignment].answers(first, count)
+        groups = self._groups.items()
+        group = next(group for each, group in groups if each.first <= first < each.first + each.count)
+        answers: Answers = group.answers(first, count)
         return answers
 
     def close(self) -> None:
         """Drop all groups."""
         self.assign([], one_by_one=False)
 
-    def _all(self, call: Callable[[Any], V]) -> dict[GroupAssignment, V]:
-        return call_all_or_raise({assignment: partial(call, group) for assignment, group in self._groups.items()})
+    def _all(self, call: Callable[[Any], Any]) -> list[Any]:
+        calls = {assignment: partial(call, group) for assignment, group in self._groups.items()}
+        return list(call_all_or_raise(calls).values())

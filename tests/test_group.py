@@ -98,6 +98,16 @@ class Stuck(Participant):
         return Msg(self.name, "1", "assistant")
 
 
+class Slow(Participant):
+    def reply(self, x):
+        sys.modules["test_group"].REPLYING.append(self.index)
+        time.sleep(0.02)
+        return Msg(self.name, "1", "assistant")
+
+
+REPLYING = []  # the participants of one test whose reply has begun
+
+
 class Named(Participant):
     """Sets itself what AgentBase would set, and is part of a cycle."""
 
@@ -185,9 +195,20 @@ def test_what_rounds_leave_behind_in_cycles_is_let_go_of(group_of):
 def test_whoever_blocks_is_not_waited_for_when_the_round_is_halted(group_of):
     group = group_of(Stuck, 10)
     group.begin(question_for(GAME, 1, ()))
-    group.halt(at_once=False)
+    group.halt(immediately=False)
     until(lambda: group.progress(0.1).finished, 1, "halted")
     assert whole_tally(group).failures == {INTERRUPTED: 10}
+
+
+def test_nobody_else_is_asked_in_a_round_that_was_halted_immediately(group_of):
+    group = group_of(Slow, 1000)
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: REPLYING, 10, "begun")
+    group.halt(immediately=True)
+    asked = len(REPLYING)
+    assert group.progress().finished and whole_tally(group).failures[INTERRUPTED] >= 1000 - asked
+    time.sleep(0.2)
+    assert len(REPLYING) <= asked + 4  # the threads may each have taken another one by then
 
 
 def test_a_participant_of_nobody_can_be_asked_too():
@@ -253,7 +274,7 @@ def test_a_round_of_those_who_are_asked_alone_is_begun_once(monkeypatch):
     alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
     monkeypatch.setattr(alone, "_ask", lambda place, question: asked.update([place]) or {"units": place})
     meanwhile = Meanwhile(AnswerSheet, lambda: alone.begin(question_for(GAME, 1, ())))
-    monkeypatch.setattr("simulation.agents.per_agent_dispatch.AnswerSheet", meanwhile)
+    monkeypatch.setattr("simulation.agents.group.AnswerSheet", meanwhile)
     alone.begin(question_for(GAME, 1, ()))
     assert meanwhile.end() == 1
     until(lambda: alone.progress(1.0).finished, 10, "answered")

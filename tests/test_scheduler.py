@@ -17,7 +17,7 @@ from simulation.agents.scheduler import BATCH, Scheduler, Sleep
 WHO = ContextVar("WHO", default=None)
 
 
-def play(works, at_once=None, halt_after=None, halt_when=None):
+def play(works, max_concurrent=None, halt_after=None, halt_when=None):
     """Run the coroutines that these functions make; returns what each place came to, and how often it was told."""
     outcomes, told = {}, dict.fromkeys(range(len(works)), 0)
 
@@ -32,7 +32,7 @@ def play(works, at_once=None, halt_after=None, halt_when=None):
 
     async def run():
         loop = asyncio.get_running_loop()
-        scheduler = Scheduler(loop, len(works), lambda place: works[place](place), answered, failed, at_once)
+        scheduler = Scheduler(loop, len(works), lambda place: works[place](place), answered, failed, max_concurrent)
         if halt_after is not None:
             loop.call_later(halt_after, scheduler.halt)
 
@@ -265,8 +265,8 @@ COME_TO = {
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from(WORKS), max_size=60), st.sampled_from([None, 2, 7]))
-def test_everyone_fares_as_a_task_of_its_own(works, at_once_most):
-    assert play(works, at_once_most) == [COME_TO.get(work, place) for place, work in enumerate(works)]
+def test_everyone_fares_as_a_task_of_its_own(works, most):
+    assert play(works, most) == [COME_TO.get(work, place) for place, work in enumerate(works)]
 
 
 @pytest.mark.parametrize("work", WORKS)
@@ -297,7 +297,7 @@ def test_no_more_are_under_way_than_may_be():
         under_way -= 1
         return place
 
-    assert play([value_counts] * 500, at_once=40) == list(range(500))
+    assert play([value_counts] * 500, max_concurrent=40) == list(range(500))
     assert most == 40
 
 
@@ -341,9 +341,9 @@ async def answers_all_the_same(place):
 
 
 @pytest.mark.parametrize("halt_after", [0.0, 0.001, 0.01, 0.1])
-@pytest.mark.parametrize("at_once_most", [None, 100])
-def test_halting_ends_everyone_once(halt_after, at_once_most):
-    outcomes = play([forever] * 3000, at_once_most, halt_after)
+@pytest.mark.parametrize("most", [None, 100])
+def test_halting_ends_everyone_once(halt_after, most):
+    outcomes = play([forever] * 3000, most, halt_after)
     assert outcomes == ["CancelledError"] * 3000
 
 

@@ -209,7 +209,7 @@ def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbour
 
 
 def test_answers_and_places_go_together():
-    with pytest.raises(ValueError, match="1 answers for 2 places"):
+    with pytest.raises(ValueError, match="1 answers for 2 offsets"):
         AnswerSheet(0, 2).record_many([0, 1], [5], Game(7, 100, 0, 0.0))
 
 

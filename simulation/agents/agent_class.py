@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import cloudpickle
@@ -21,33 +21,16 @@ from simulation.files import full_path
 from simulation.rpc.lean_import import append_to_path
 
 PACKED_BYTES = 64 * 2**20
-
-
-OWN = "own_"
-
-
-class _Packed:
-    """A pickled class. Unpickling it first appends the folder of its file to `sys.path` (ignored if missing)."""
-
-    def __init__(self, folder: str, packed: bytes) -> None:
-        self._content = (folder, packed)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked, self._content
-
-
-def _unpacked(folder: str, packed: bytes) -> Any:
-    append_to_path(folder)
-    return cloudpickle.loads(packed)
+OWN = "own_"  # prefix of the modules of user-defined classes
 
 
 def serialize_agent_class(cls: type[Participant]) -> bytes:
     """Pickle a class, with its file's code if it is user-defined. Raises SettingsError if it cannot or is too large."""
     try:
-        packed = cloudpickle.dumps(cls)
-        file = getattr(sys.modules[cls.__module__], "__file__", None)
+        file, folder = getattr(sys.modules[cls.__module__], "__file__", None), None
         if file is not None and cls.__module__.startswith(OWN):
-            packed = cloudpickle.dumps(_Packed(full_path("--agent-class", str(Path(file).parent)), packed))
+            folder = full_path("--agent-class", str(Path(file).parent))
+        packed = pickle.dumps((folder, cloudpickle.dumps(cls)))
     except BaseException as error:  # noqa: BLE001 - a person's own class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
     if len(packed) > PACKED_BYTES:
@@ -59,12 +42,7 @@ def serialize_agent_class(cls: type[Participant]) -> bytes:
 
 
 _loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
-
-
-_loading: WeakValueDictionary[tuple[str, bytes], Any] = WeakValueDictionary()  # one lock per class
-
-
-_lock = threading.Lock()
+_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per class: the imports of another class may take long
 
 
 def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
@@ -74,18 +52,19 @@ def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
     would carry them over.
     """
     key = (run, hashlib.sha256(packed).digest())
-    with _lock:
-        own_lock = _loading.setdefault(key, threading.Lock())
-    with own_lock:  # per class: the imports of another class may take long
+    with _locks.setdefault(key, threading.Lock()):
         cls = _loaded.get(key)
         if cls is None:
-            with _unregistered():
-                cls = _loaded[key] = cloudpickle.loads(packed)
+            folder, pickled = pickle.loads(packed)
+            if folder is not None:
+                append_to_path(folder)  # of its file; ignored if missing here
+            with unregistered():
+                cls = _loaded[key] = cloudpickle.loads(pickled)
         return cls
 
 
 @contextlib.contextmanager
-def _unregistered() -> Iterator[None]:
+def unregistered() -> Iterator[None]:
     """Remove classes that are created in this context from AgentScope's registry.
 
     The registry keeps all classes by name only, permanently, and warns about duplicates. Participants do not need it,

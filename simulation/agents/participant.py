@@ -14,60 +14,37 @@ from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
-from simulation.agents.scheduler import Sleep
-from simulation.errors import Failure, failure_of
+from simulation.agents.scheduler import Sleep, outcome_of
+from simulation.errors import Failure, KnownCause, failure_of
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question, to_units
 from simulation.llm.chat import Chat
 from simulation.llm.prompts import Numbers
 
+Outcome = dict[str, Any]  # the answer of a participant in `units`, or its `failure`
+
 
 @dataclass(frozen=True)
 class Home:
-    """State shared by the participants of a group.
-
-    Attributes:
-        oid: Remote id of the group.
-        loop: Event loop of the group.
-        chat: Client for language models; None in a game without them.
-        alone: By `id` of a participant, the last round it was asked individually in, and the future of its outcome.
-        lock: Guards `alone`.
-    """
+    """What the participants of a group share: its remote id and event loop, and the client for models, if any."""
 
     oid: str
     loop: asyncio.AbstractEventLoop
     chat: Chat | None
-    alone: dict[int, tuple[int, Future[dict[str, Any]]]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class _Personas:
-    """A participant's personas by name of the set: `self.personas["education"].name`; empty without personas.
-
-    They are computed on each access and not stored; a subclass may redefine the attribute.
-    """
-
-    def __get__(self, participant: Participant | None, _: type) -> Any:
-        if participant is None:
-            return self
-        cast = participant.game.cast
-        names = [each.name for each in cast.persona_sets] if cast is not None else []
-        return dict(zip(names, participant._played(), strict=True))
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards `_last_play` of each
 
 
 class Participant(AgentBase):
-    """One participant: an AgentScope agent that knows its index and the game.
+    """One participant: an AgentScope agent that knows its index among all, from 0, and the game, which all share.
 
     The attributes that AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) are created on
     first access, as most of a million participants never need them. A subclass may rely on all of them. A subclass with
     a further base class has to call the `__init__` of that class.
-
-    Args:
-        index: Index among all participants, from 0.
-        game: Seed, range and think time; the same object for all participants of a group.
     """
 
     _home: Home | None = None  # set by the group
+    _last_play: tuple[int, Future[Outcome]] | None = None  # when asked individually: round, outcome
+    _creation_error = ""  # why the group could not create it
 
     def __init__(self, index: int, game: Game) -> None:
         self.index = index
@@ -83,7 +60,11 @@ class Participant(AgentBase):
             raise AttributeError(f"{self.name} is in no group, and has no remote id")
         return f"{self._home.oid}/{self.index}"
 
-    personas = _Personas()
+    @cached_property
+    def personas(self) -> dict[str, Persona]:
+        """Return this participant's personas by name of the set: `self.personas["education"].name`."""
+        sets = self.game.cast.persona_sets if self.game.cast is not None else ()
+        return dict(zip((each.name for each in sets), self._played(), strict=True))
 
     def _played(self) -> tuple[Persona, ...]:
         """Return the personas of this participant, one per set."""
@@ -95,7 +76,7 @@ class Participant(AgentBase):
 
     async def answer(self, question: Question) -> float | str:
         """Return a number from 0 to `question.max_value`, or a text that contains one."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither answer nor reply")
+        raise KnownCause(self._creation_error or f"{type(self).__name__} defines neither answer nor reply")
 
     def recall(self, numbers: Numbers) -> None:
         """Receive this participant's numbers of rounds 1, 2, ... (None where it gave none) after it was recreated.
@@ -112,25 +93,25 @@ class Participant(AgentBase):
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer the question of a round individually, as in the group: the metadata holds the units, or the failure.
+        """Answer the question of a round individually, as in the group; the metadata is an Outcome.
 
         A repeated request, as from a moderator that replaces a lost one, returns the outcome of the first.
         """
-        return Msg("participant", "", "assistant", metadata=_said_once(self, question_in(x, self.game), x))
+        return Msg("participant", "", "assistant", metadata=_outcome_once(self, question_in(x, self.game)))
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Wait in this thread for an answer from the event loop of the group, or from a new one without a group."""
         if self._home is None:
-            value = asyncio.run(_outcome(answering))
+            value = asyncio.run(outcome_of(answering))
         else:
-            value = asyncio.run_coroutine_threadsafe(_outcome(answering), self._home.loop).result()
+            value = asyncio.run_coroutine_threadsafe(outcome_of(answering), self._home.loop).result()
         if isinstance(value, BaseException):
             raise value
         return value
 
 
-class _Later:
-    """An attribute that AgentBase's __init__ sets, created on first access: all of these take 1.4 KB.
+class _CreatedLate:
+    """An attribute that AgentBase's __init__ sets, created on first access together with the others.
 
     Python uses it only if the instance has no such attribute. A `__getattr__` would do the same, but make every other
     attribute three times as slow to read.
@@ -139,54 +120,45 @@ class _Later:
     def __init__(self, attribute: str) -> None:
         self._attribute = attribute
 
-    def __get__(self, participant: Participant | None, _: type) -> Any:
+    def __get__(self, participant: Participant | None, cls: type) -> Any:
         if participant is None:
             return self
         for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
-            if isinstance(getattr(type(participant), attribute, None), _Later):  # otherwise a subclass defines it
+            if isinstance(getattr(cls, attribute, None), _CreatedLate):  # otherwise a subclass defines it
                 participant.__dict__.setdefault(attribute, value)
         return participant.__dict__[self._attribute]
 
 
 for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "_oid", "_init_settings"}:
-    setattr(Participant, _attribute, _Later(_attribute))
+    setattr(Participant, _attribute, _CreatedLate(_attribute))
 
 
-def _said_once(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
-    """Return the participant's outcome in a round, computed once per round; see `play`."""
-    home = participant._home
+def _outcome_once(participant: Participant, question: Question) -> Outcome:
+    """Return the outcome of a participant in a round, computed once per round; see `play`."""
+    home, own = participant._home, Future[Outcome]()
     if home is None or question.round == 0:  # outside the game
-        return _said(participant, question, x)
-    said: Future[dict[str, Any]] = Future()
+        return outcome_in_round(participant, question)
     with home.lock:
-        number, before = home.alone.get(id(participant), (0, said))  # not `index`, which its code may have changed
-        if question.round > number:
-            home.alone[id(participant)] = (question.round, said)
-    if question.round < number:
+        latest, outcome = participant._last_play or (0, own)
+        if question.round > latest:
+            latest, outcome = participant._last_play = question.round, own
+    if question.round < latest:
         return {"failure": Failure(f"round {question.round} is over")}
-    if question.round == number:
-        return before.result()
-    said.set_result(_said(participant, question, x))
-    return said.result()
+    if outcome is own:
+        own.set_result(outcome_in_round(participant, question))
+    return outcome.result()
 
 
-def _said(participant: Participant, question: Question, x: Msg) -> dict[str, Any]:
+def outcome_in_round(participant: Participant, question: Question) -> Outcome:
+    """Ask one participant, and wait in this thread for its outcome."""
     try:
         if answers_many(type(participant)):
             answer = participant._run(participant.answer(question))
         else:
-            answer = answer_in(participant.reply(x))
+            answer = answer_in(participant.reply(message_of(question)))
         return {"units": to_units(answer, participant.game)}
     except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
         return {"failure": failure_of(error)}
-
-
-async def _outcome(answering: Awaitable[Any]) -> Any:
-    """Return the answer or the exception: a sys.exit() that left the coroutine would end the shared event loop."""
-    try:
-        return await answering
-    except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
-        return error
 
 
 def answers_many(cls: type[Participant]) -> bool:
@@ -205,18 +177,9 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
     if isinstance(metadata, dict) and "announcements" in metadata:
-        announcements = [
-            {
-                **each,
-                "winning_units": tuple(each["winning_units"]),
-                "teams": tuple(map(tuple, each["teams"])),
-                "closest_teams": tuple(each["closest_teams"]),
-            }
-            for each in metadata["announcements"]
-        ]
-        return Question(**{**metadata, "announcements": tuple(Announcement(**each) for each in announcements)})
-    text = (message.get_text_content() or "") if message is not None else ""
-    return Question(0, text, game.max_value)
+        announcements = tuple(Announcement(**each) for each in metadata["announcements"])
+        return Question(**{**metadata, "announcements": announcements})
+    return Question(0, (message and message.get_text_content()) or "", game.max_value)
 
 
 def answer_in(message: Any) -> Any:

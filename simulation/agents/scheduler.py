@@ -1,7 +1,8 @@
 """A scheduler for many coroutines on one event loop, at the cost of a coroutine each; knows nothing of agents.
 
-A coroutine that only pauses waits in a timer wheel, without a task, a future and a timer, which are four times its
-size. One that awaits anything else continues as an asyncio task from there, and cannot detect the difference.
+One task steps the coroutines that only pause: they wait in a timer wheel, in a quarter of the memory of a task, a
+future and a timer. The first coroutine that does more keeps this task, and a new task steps the others, so that no
+coroutine can detect that it shared one.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain
 from types import CoroutineType, coroutine
 from typing import Any
 
 BATCH = 1000  # coroutines stepped before the event loop runs other callbacks
+STEPPING_TASKS = 32  # tasks that step the coroutines of a pass in turn, where many of these keep the task
 TICKS_A_SECOND = 1000
 LONGEST_S = 1e9  # the longest pause in the wheel
-CANCELLED = object()  # in place of the awaited object, for a coroutine that is to be cancelled
 
 Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index, and its coroutine
 
@@ -34,356 +36,243 @@ class Sleep(float):
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if not 0 < self < LONGEST_S:
-            return asyncio.sleep(max(0.0, self)).__await__()  # zero yields to the event loop once
-        if _here.stepping:
+        if _here.stepping and 0 < self < LONGEST_S:
             # an iterator in C instead of a generator, as it exists for the whole pause
             return iter((self,))  # type: ignore[return-value]
-        return asyncio.sleep(self).__await__()
+        return asyncio.sleep(max(0.0, self)).__await__()  # zero yields to the event loop once
 
 
 class _Here(threading.local):
-    """A thread-local flag: whether a scheduler is stepping a coroutine in this thread."""
-
-    stepping = False
+    stepping = False  # whether a scheduler steps a coroutine in this thread; current_task() would take a system call
 
 
 _here = _Here()
 
 
-class StandInTask(asyncio.Task[Any]):
-    """The task that coroutines are stepped under; `touched` records uses that leave no reference."""
+def _touching(method: Callable[..., Any]) -> Any:
+    def touch(task: SharedTask, *args: Any, **kwargs: Any) -> Any:
+        task.touched = True
+        return method(task, *args, **kwargs)
 
-    __slots__ = ("touched",)
-
-    def __init__(self, work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop, context: Context) -> None:
-        super().__init__(work, loop=loop, context=context)
-        self.touched = False
-
-    def __hash__(self) -> int:  # called when it becomes a weak key
-        self.touched = True
-        return super().__hash__()
-
-    def cancel(self, msg: Any = None) -> bool:
-        self.touched = True
-        return super().cancel(msg)
-
-    def add_done_callback(self, call: Any, /, *, context: Context | None = None) -> None:
-        self.touched = True
-        super().add_done_callback(call, context=context)
-
-    def set_name(self, name: object, /) -> None:
-        self.touched = True
-        super().set_name(name)
+    return touch
 
 
-class Raised:
-    """The exception of a coroutine, in place of its value."""
+class SharedTask(asyncio.Task[Any]):
+    """A task that steps many coroutines; `touched` records their uses of it that leave no reference."""
 
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+    touched = False
+    __hash__ = _touching(asyncio.Task.__hash__)  # called when it becomes a weak key
+    cancel = _touching(asyncio.Task.cancel)
+    add_done_callback = _touching(asyncio.Task.add_done_callback)
+    set_name = _touching(asyncio.Task.set_name)
 
 
+@dataclass(eq=False)
 class Scheduler:
-    """A runner of one coroutine for each of the indices 0 .. count-1.
+    """A runner of one coroutine for each of the indices 0 .. count-1."""
 
-    Coroutines are stepped under a stand-in task and in its context. As long as no code keeps or modifies that task, or
-    sets a variable of that context, no coroutine can detect whether its next step has the same task. So one stand-in
-    serves all coroutines that only pause, and becomes the task of the first one that does more.
+    loop: asyncio.AbstractEventLoop  # of this thread
+    count: int
+    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; if it raises, that index fails
+    answered: Callable[[list[int], list[Any]], None]  # called with indices, and what their coroutines returned
+    failed: Callable[[int, BaseException], None]  # called with an index, and the exception of its coroutine
+    # Maximum number of coroutines at a time, for those that do more than pause: each has a task from the start. When
+    # half of them have ended, others start, all in one pass of the event loop.
+    max_concurrent: int | None = None
 
-    Args:
-        loop: The event loop of this thread.
-        count: Number of coroutines.
-        begin: Creates the coroutine of an index; if it raises, that index fails with the exception.
-        answered: Called with a list of indices and the list of values that their coroutines returned.
-        failed: Called with an index and the exception of its coroutine.
-        at_once: Maximum number of concurrent coroutines. When half of them have ended, others start, all in one pass
-            of the event loop. None has no maximum, and starts BATCH per pass.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        count: int,
-        begin: Callable[[int], Coroutine[Any, Any, Any]],
-        answered: Callable[[list[int], list[Any]], None],
-        failed: Callable[[int, BaseException], None],
-        at_once: int | None = None,
-    ) -> None:
-        self._loop = loop
-        self._count = count
-        self._begin = begin
-        self._answered = answered
-        self._failed_at = failed
-        self._at_once = at_once or count
-        self._batch = at_once or BATCH
+    def __post_init__(self) -> None:
         self._begun = self._ended = 0
+        self._stepping = 0  # tasks that step coroutines in this pass
         self._halted = False
-        self._places: list[int] = []  # coroutines that have returned since the last `_tell`
+        self._indices: list[int] = []  # of coroutines that have returned, not yet reported
         self._values: list[Any] = []
         self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines, by the tick when they resume
-        self._due: list[tuple[int, int, array[int], list[Any]]] = []  # a heap of the same buckets, and of full ones
-        self._buckets_made = 0
-        self._to_cancel: list[tuple[array[int], list[Any]]] = []
-        self._tasks: dict[asyncio.Task[Any], Pair] = {}  # coroutines that have a task
-        self._next_pass: asyncio.Handle | None = None
-        self._is_soon = False  # whether that pass is in the next iteration
-        self._everyone_ended: asyncio.Future[None] = loop.create_future()
+        self._ticks: list[int] = []  # a heap of these ticks
+        self._tasks: dict[asyncio.Task[Any], int] = {}  # the indices of coroutines that have a task
+        self._timer: asyncio.Handle | None = None  # of the next pass
+        self._all_ended: asyncio.Future[None] = self.loop.create_future()
 
     async def run(self) -> None:
         """Run all coroutines, and return when the last one has ended. Raises what `answered` and `failed` raise."""
-        self._pass_at_once()
-        await self._everyone_ended
+        self._start_pass()
+        await self._all_ended
 
     def halt(self) -> None:
         """Start no more coroutines, and cancel the running ones as asyncio cancels a task."""
-        self._halted = True
-        self._to_cancel += [(places, coroutines) for _, _, places, coroutines in self._due]
-        self._due.clear()
-        self._buckets.clear()
-        for task in list(self._tasks):
-            task.cancel()
-        self._pass_at_once()
+        if not self._halted:
+            self._halted = True
+            for task in self._tasks:
+                self.loop.call_soon(task.cancel)  # when all have started, or a coroutine would never be awaited
+            self._start_pass()
 
-    # --- One pass of the event loop ----------------------------------------------------------------------------------
+    # --- A pass: the coroutines whose pause is over, then new ones ---------------------------------------------------
 
-    def _pass_at_once(self) -> None:
-        if not self._is_soon:
-            if self._next_pass is not None:
-                self._next_pass.cancel()
-            self._next_pass = self._loop.call_soon(self._pass)
-            self._is_soon = True
+    def _start_pass(self) -> None:
+        if not self._stepping and not self._all_ended.done():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._step_in_new_task(chain(chain.from_iterable(self._over()), self._new()))
 
-    def _pass(self) -> None:
-        """Step the coroutines whose pause is over, then start more."""
-        self._next_pass, self._is_soon = None, False
-        if self._everyone_ended.done():
-            return
-        try:
-            with gc_paused():
-                if self._to_cancel:
-                    self._step_all(zip(*self._to_cancel.pop(), strict=True), cancel=True)
-                self._step_all(self._whose_pause_is_over())
-                begun = self._begun
-                self._step_all(self._who_can_begin())
-                self._tell()
-                if self._begun > begun:
-                    collect_young()
-        except BaseException as error:  # noqa: BLE001 - a bug in this program: raised where run() is awaited
-            self._everyone_ended.set_exception(error)
-        else:
-            self._plan_next()
+    def _end_pass(self) -> None:
+        """Report the values that were returned, and plan the next pass."""
+        indices, values = self._indices, self._values
+        if indices:
+            self._indices, self._values = [], []
+            self.answered(indices, values)
+            self._ended += len(indices)
+        if self._ended == self.count:
+            self._all_ended.set_result(None)
+        elif self._startable() > 0 or (self._halted and self._ticks):
+            self._start_pass()
+        elif self._ticks:
+            wait_s = self._ticks[0] / TICKS_A_SECOND - time.monotonic()
+            self._timer = self.loop.call_later(max(wait_s, 0.0), self._start_pass)
 
-    def _tell(self) -> None:
-        places, values = self._places, self._values
-        if places:
-            self._places, self._values = [], []
-            self._answered(places, values)
-            self._ended += len(places)
-
-    def _failed(self, place: int, error: BaseException) -> None:
-        self._failed_at(place, error)
-        self._ended += 1
-
-    def _plan_next(self) -> None:
-        if self._ended == self._count:
-            self._everyone_ended.set_result(None)
-        elif self._to_cancel or self._may_begin() > 0:
-            self._pass_at_once()
-        elif self._due and not self._is_soon:
-            wait_s = self._due[0][0] / TICKS_A_SECOND - time.monotonic()
-            self._next_pass = self._loop.call_later(max(wait_s, 0.0), self._pass)
-
-    def _may_begin(self) -> int:
-        """Return how many coroutines may start now."""
-        left = self._count - self._begun
-        room = self._at_once - (self._begun - self._ended)
-        return min(left, room) if room >= min(left, self._at_once // 2) else 0
-
-    def _who_can_begin(self) -> Iterator[Pair]:
-        for _ in range(min(self._may_begin(), self._batch)):
-            place = self._begun
-            self._begun += 1
-            if self._halted:
-                self._failed(place, asyncio.CancelledError())
-                continue
-            try:
-                work = self._begin(place)
-            except BaseException as error:  # noqa: BLE001 - of a person's own method, if it is no coroutine
-                self._failed(place, error)
-                continue
-            yield place, work if type(work) is CoroutineType else _awaiting(work)
-
-    def _whose_pause_is_over(self) -> Iterator[Pair]:
+    def _over(self) -> Iterator[Iterator[Pair]]:
         now, count = time.monotonic() * TICKS_A_SECOND, 0
-        over: list[Iterator[Pair]] = []
-        while self._due and count < BATCH and self._due[0][0] <= now:
-            tick, _, places, works = heappop(self._due)
-            self._buckets.pop(tick, None)
-            count += len(places)
-            over.append(zip(places, works, strict=True))
-        return chain.from_iterable(over)
+        while self._ticks and count < BATCH and (self._halted or self._ticks[0] <= now):
+            indices, coroutines = self._buckets.pop(heappop(self._ticks))
+            count += len(coroutines)
+            yield zip(indices, coroutines, strict=True)
+
+    def _new(self) -> Iterator[Pair]:
+        for _ in range(min(self._startable(), self.max_concurrent or BATCH)):
+            index = self._begun
+            self._begun += 1
+            try:
+                if self._halted:
+                    raise asyncio.CancelledError
+                work = self.begin(index)
+            except BaseException as error:  # noqa: BLE001 - of a person's own method, if it is no coroutine
+                self._fail(index, error)
+                continue
+            if self.max_concurrent is None and not self._tasks and type(work) is CoroutineType:
+                yield index, work
+            else:  # where one needs a task, the next ones will
+                self._watch(self.loop.create_task(outcome_of(work)), index)
+
+    def _startable(self) -> int:
+        """Return how many coroutines may start now."""
+        left, limit = self.count - self._begun, self.max_concurrent or self.count
+        room = limit - (self._begun - self._ended)
+        return min(left, room) if room >= min(left, limit // 2) else 0
 
     # --- Steps -------------------------------------------------------------------------------------------------------
 
-    def _step_all(self, pairs: Iterator[Pair], cancel: bool = False) -> None:
-        """Step each coroutine until it waits or ends; with `cancel`, throw a CancelledError into it."""
-        for first in pairs:  # the first one that the next stand-in serves
-            context = Context()
-            adopted: list[tuple[Pair, Any]] = []
-            standby = self._standby(adopted, context)
-            asyncio.tasks._enter_task(self._loop, standby)  # asyncio's documented hook for schedulers
-            _here.stepping = True
-            try:
-                last = context.run(self._step_until_known, context, standby, first, pairs, cancel)
-            finally:
-                _here.stepping = False
-                asyncio.tasks._leave_task(self._loop, standby)
-            if last is not None:
-                if asyncio.isfuture(last[1]):  # only the awaiting task may see this flag set
-                    last[1]._asyncio_future_blocking = False
-                adopted.append(last)
-                self._adopt(standby, last[0])
+    def _step_in_new_task(self, pairs: Iterator[Pair]) -> None:
+        self._stepping += 1
+        context = Context()
+        SharedTask(self._step(pairs, context), loop=self.loop, context=context)
 
-    def _step_until_known(
-        self, context: Context, standby: StandInTask, first: Pair, others: Iterator[Pair], cancel: bool
-    ) -> tuple[Pair, Any] | None:
-        """Step coroutines until one may know the stand-in; return the one that needs it and what it awaits, or None."""
-        references, buckets, now = sys.getrefcount, self._buckets, time.monotonic
-        places, values = self._places, self._values
-        unknown = references(standby)
-        for place, work in chain((first,), others):
+    async def _step(self, pairs: Iterator[Pair], context: Context) -> Any:
+        _here.stepping = True
+        try:
+            with gc_paused():
+                rest = self._step_shared(pairs, context)
+        except BaseException as error:  # noqa: BLE001 - a bug in this program: raised where run() is awaited
+            if not self._all_ended.done():
+                self._all_ended.set_exception(error)
+            return None
+        finally:
+            _here.stepping = False
+        return rest and await outcome_of(rest)
+
+    def _step_shared(self, pairs: Iterator[Pair], context: Context) -> Awaitable[Any] | None:
+        """Step coroutines until one needs the current task, leave the others to a new task, and return its rest."""
+        task: Any = asyncio.current_task()
+        task.touched = False  # asyncio itself has set it
+        references, now, halted = sys.getrefcount, time.monotonic, self._halted
+        indices, values, buckets = self._indices, self._values, self._buckets
+        unshared = references(task)
+        for index, work in pairs:
+            rest = None
             try:
-                awaited = work.throw(asyncio.CancelledError()) if cancel else work.send(None)
+                awaited = work.throw(asyncio.CancelledError()) if halted else work.send(None)
             except StopIteration as stop:
-                places.append(place)
+                indices.append(index)
                 values.append(stop.value)
             except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
-                self._failed(place, error)
+                self._fail(index, error)
             else:
-                if type(awaited) is Sleep and references(standby) == unknown and not (context or standby.touched):
+                if type(awaited) is Sleep and references(task) == unshared and not (context or task.touched or halted):
                     tick = int((now() + awaited) * TICKS_A_SECOND) + 1
                     bucket = buckets.get(tick)
-                    if bucket is None or len(bucket[1]) == BATCH:
-                        bucket = self._new_bucket(tick)
-                    bucket[0].append(place)
+                    if bucket is None:
+                        bucket = buckets[tick] = (array("I"), [])
+                        heappush(self._ticks, tick)
+                    bucket[0].append(index)
                     bucket[1].append(work)
                     continue
-                return (place, work), awaited
-            if references(standby) != unknown or context or standby.touched:
-                return None
+                self._watch(task, index)
+                rest = _rest(work, awaited)
+            if rest is not None or references(task) != unshared or context or task.touched:
+                self._step_in_new_task(pairs)
+                if self._stepping <= STEPPING_TASKS:
+                    self._step_in_new_task(pairs)
+                self._stepping -= 1
+                return rest
+        self._stepping -= 1
+        if not self._stepping:
+            self._end_pass()
+            gc.collect(1)
         return None
 
-    def _new_bucket(self, tick: int) -> tuple[array[int], list[Any]]:
-        bucket: tuple[array[int], list[Any]] = (array("I"), [])
-        self._buckets[tick] = bucket
-        self._buckets_made += 1
-        heappush(self._due, (tick, self._buckets_made, *bucket))
-        return bucket
-
-    # --- Those who need a task ---------------------------------------------------------------------------------------
-
-    def _adopt(self, task: asyncio.Task[Any], pair: Pair) -> None:
-        self._tasks[task] = pair
+    def _watch(self, task: asyncio.Task[Any], index: int) -> None:
+        self._tasks[task] = index
         task.add_done_callback(self._task_ended)
 
-    def _standby(self, adopted: list[tuple[Pair, Any]], context: Context) -> StandInTask:
-        work = self._go_on(adopted)
-        work.send(None)  # up to _is_cancelled: a coroutine that has not started cannot catch a cancellation
-        standby = StandInTask(work, self._loop, context)
-        standby.touched = False  # asyncio itself has set it
-        return standby
-
-    async def _go_on(self, adopted: list[tuple[Pair, Any]]) -> Any:
-        """Continue the adopted coroutine, if there is one: the body of a stand-in."""
-        cancelled = await _is_cancelled()
-        if not adopted:
-            return None
-        (_, work), awaited = adopted.pop()
-        if asyncio.isfuture(awaited):
-            awaited._asyncio_future_blocking = True
-        if cancelled and not (asyncio.isfuture(awaited) and awaited.cancel()):  # as a task cancels what it waits for
-            awaited = CANCELLED
-        try:
-            return await _rest(work, awaited)
-        except BaseException as error:  # noqa: BLE001 - a sys.exit() that left the task would end the event loop of all
-            return Raised(error)
-
     def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        pair = self._tasks.pop(task)
-        outcome = Raised(asyncio.CancelledError()) if task.cancelled() else task.result()  # by itself, as it returned
-        if isinstance(outcome, Raised):
-            self._failed(pair[0], outcome.error)
+        index = self._tasks.pop(task)
+        outcome = asyncio.CancelledError() if task.cancelled() else task.result()
+        if isinstance(outcome, BaseException):
+            self._fail(index, outcome)
         else:
-            self._places.append(pair[0])
+            self._indices.append(index)
             self._values.append(outcome)
-        self._pass_at_once()
+        self._start_pass()
 
-
-@coroutine
-def _is_cancelled() -> Generator[Any, Any, bool]:
-    """Return whether the task is cancelled before its first step; a coroutine that waits here has started."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        return True
-    return False
+    def _fail(self, index: int, error: BaseException) -> None:
+        self.failed(index, error)
+        self._ended += 1
 
 
 @coroutine
 def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, Any]:
     """Run the rest of a coroutine that waits for `awaited`."""
-    while True:
-        try:
-            if awaited is CANCELLED:
-                raise asyncio.CancelledError
-            if type(awaited) is Sleep:
-                yield from asyncio.sleep(awaited).__await__()
-            else:
-                yield awaited
-        except GeneratorExit:
-            work.close()
-            raise
-        except BaseException as error:  # noqa: BLE001 - it is the coroutine's: cancelled, or what it waited for failed
+    try:
+        while True:
             try:
+                if type(awaited) is Sleep:
+                    yield from asyncio.sleep(awaited).__await__()
+                else:
+                    yield awaited
+            except BaseException as error:  # noqa: BLE001 - it is the coroutine's: cancelled, or what it waited for failed
                 awaited = work.throw(error)
-            except StopIteration as stop:
-                return stop.value
-        else:
-            return (yield from work)
+            else:
+                awaited = work.send(None)
+    except StopIteration as stop:
+        return stop.value
 
 
-async def _awaiting(awaitable: Any) -> Any:
-    """Wrap an awaitable that is no coroutine in one; raises TypeError if it cannot be awaited."""
-    return await awaitable
-
-
-# --- The collector ---------------------------------------------------------------------------------------------------
-
-_paused = 0
-_paused_lock = threading.Lock()
+async def outcome_of(work: Awaitable[Any]) -> Any:
+    """Return the value or the exception: a sys.exit() that left a task would end the event loop that all share."""
+    try:
+        return await work
+    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything
+        return error
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection in this process; several threads may enter this context concurrently."""
-    global _paused  # noqa: PLW0603 - the collector is global, too
-    with _paused_lock:
-        _paused += 1
-        gc.disable()
-    try:
-        yield
-    finally:
-        with _paused_lock:
-            _paused -= 1
-            if _paused == 0:
-                gc.enable()
-
-
-def collect_young() -> None:
-    """Run the garbage collector on new objects, once; call it regularly while many objects are created.
+    """Pause garbage collection in this process. Follow it by `gc.collect(1)` where many objects are created.
 
     Otherwise the collector walks all objects again whenever their number has grown by a quarter, which takes half of
     the time to build 500,000 agents, and a quarter of the time to ask them.
     """
-    gc.collect(1)
+    was_enabled = gc.isenabled()  # other threads may have paused it, and will enable it
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

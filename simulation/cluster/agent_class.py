@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from participant import LLMParticipant, RandomParticipant
-from simulation.agents.agent_class import OWN, _unregistered, serialize_agent_class
+from simulation.agents.agent_class import OWN, serialize_agent_class, unregistered
 from simulation.agents.participant import Participant, answers_many
 from simulation.errors import SettingsError, meant_by, near_file, one_line
 from simulation.files import full_path, is_there, shown
@@ -44,7 +44,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
     append_to_path(full_path("--agent-class", str(path.parent)))
     try:
-        with _unregistered():
+        with unregistered():
             module_spec.loader.exec_module(module)
     except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None

@@ -95,8 +95,8 @@ class Cluster(Membership):
         """Call all moderators that have groups and return the results by server. Raises ServerLost."""
         return call_all_or_raise({server: partial(call, self._moderators[server]) for server in self._assigned})
 
-    def halt(self, at_once: bool) -> None:
-        self.all(lambda moderator: moderator.halt(at_once))
+    def halt(self, immediately: bool) -> None:
+        self.all(lambda moderator: moderator.halt(immediately))
 
     def answers(self, assignment: GroupAssignment, first: int, count: int) -> Answers:
         """Return answers of this round from a group's moderator."""

@@ -54,8 +54,8 @@ class Membership:
         """Handle the loss of a server, whose objects are gone."""
         raise NotImplementedError
 
-    def halt(self, at_once: bool) -> None:
-        """Stop the round; `at_once` does not wait for pending answers."""
+    def halt(self, immediately: bool) -> None:
+        """Stop the round; `immediately` does not wait for pending answers."""
         raise NotImplementedError
 
     def open(self) -> None:
