@@ -37,17 +37,16 @@ ACTIONS = {  # what a flag does in place of the usual work of its roles; those w
     "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
     "launch": Setting(False, "", roles=("participant",)),  # run as the launcher process
-    "owned": Setting(False, "", roles=("participant",)),  # the same, until standard input ends
     "draw_for_main": Setting(False, "", roles=("report",)),  # run as the report process
 }
 USED_BY = {  # settings that actions use
     "status": ("host_name", "cluster_key_dir", "connect_timeout"),
     "make_key": ("cluster_key_dir",),
     "launch": tuple(SETTINGS),
-    "owned": tuple(SETTINGS),
 }
 HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
-FLAGS = {"help": HELP, **ACTIONS, **SETTINGS}
+OWNED = Setting(False, "", roles=("participant",))  # with --launch: until standard input ends
+FLAGS = {"help": HELP, **ACTIONS, "owned": OWNED, **SETTINGS}
 
 
 class Command(NamedTuple):
@@ -170,13 +169,16 @@ def _check_used(role: str, given: dict[str, Any]) -> str | None:
     for name in given:
         if role not in (roles := FLAGS[name].roles):
             raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
+    owned = given.pop("owned", False)
     actions = [name for name in ACTIONS if given.pop(name, False)]
     if len(actions) > 1:
         raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
     for action in actions:
         if unused := [name for name in given if name not in ("role", *USED_BY.get(action, ()))]:
             raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
-    return actions[0] if actions else None
+    if owned and actions != ["launch"]:
+        raise SettingsError("--owned: goes with --launch")
+    return "owned" if owned else next(iter(actions), None)
 
 
 def exclude_from_proxy(*hosts: str) -> None:

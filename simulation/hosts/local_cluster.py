@@ -151,8 +151,8 @@ def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
     # -P is for servers that are spawned, not forked: their Python would search the current folder first
-    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant"]
-    command += ["--owned" if owned else "--launch"]
+    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
+    command += ["--owned"] if owned else []
     for name in HANDED_ON:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
