@@ -80,7 +80,7 @@ def play(command: Command) -> int:
     log_to_stderr()
     session = session_of(command.config, command.given)
     if command.config.dry_run:
-        say("\n".join(session.plan()))
+        say("\n".join(session.plan_lines()))
         return 0
     folder = session.config.cluster_key_dir
     # if only the resumed run names the folder and it is missing, a new key would not match that run's servers
@@ -97,7 +97,7 @@ def play(command: Command) -> int:
             cleanup.callback(dashboard.close)
         cleanup.callback(session.close)
         cleanup.callback(progress.close)
-        needs_servers = session.needs_servers and has_no_servers(session.config)
+        needs_servers = bool(session.unfinished) and has_no_servers(session.config)
         if needs_servers and "keep_agents" in command.given:
             raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
         if needs_servers:
@@ -108,7 +108,8 @@ def play(command: Command) -> int:
         reports = ReportProcess()
         cleanup.callback(reports.close)
         cleanup.callback(progress.close)  # before all others: it removes the bar
-        return session.play(progress, reports.draw, dashboard)
+        observe = dashboard.observe if dashboard is not None else None
+        return session.play_runs(progress, reports.draw, observe)
 
 
 def has_no_servers(config: SimulationConfig) -> bool:

@@ -39,6 +39,7 @@ from simulation.results.run_directory import RunDirectory, new_run_id
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.dashboard import Dashboard
 from simulation.runs.run import Run
+from simulation.runs.run_spec import RunSpec
 from simulation.settings import SimulationConfig
 
 GOAL = 2.0  # percent
@@ -99,14 +100,14 @@ def play(config: SimulationConfig, folder: Path) -> Alternating:
     """Play the run with a dashboard and its poller."""
     run_id, watch = new_run_id(), ConsoleProgress()
     dashboard = Dashboard(0, watch)
-    directory, game = RunDirectory(folder / run_id), game_of(config, None, None)
-    run = Alternating(config, run_id, directory, watch, lambda _: None, game, observer=dashboard)
+    spec = RunSpec(config, {}, game_of(config, None, None), folder / run_id, run_id)
+    run = Alternating(spec, RunDirectory(spec.folder), watch, lambda _: None, "")
     run.pids = [os.getpid(), *(process.pid for process in processes.own_processes().values())]
     command = [sys.executable, "-c", POLL, str(dashboard.port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run.poller:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                assert run.play() == 0
+            with contextlib.redirect_stdout(io.StringIO()), dashboard.observe(run):
+                assert run.play_rounds() == 0
         finally:
             run.poller.terminate()
     dashboard.close()

@@ -132,7 +132,7 @@ class PlainParticipant(AgentBase):
 def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
     """Play two rounds with this program; returns the times and the answers of round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
-    with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
+    with Simulation(scene, build_game(scene, read_models(scene)), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         one = simulation.play(1)
         first = [int(unit) for part in simulation.answers() for unit in part.units]
@@ -143,7 +143,7 @@ def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
 
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
     """Return the request bodies of two rounds, one list per round."""
-    game = build_game(config, {})
+    game = build_game(config, read_models(config))
     groups = place(len(first), config.server_per_host, config.moderator_per_host)
     announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only its length matters
     rounds: list[list[bytes]] = [[], []]
@@ -196,7 +196,7 @@ def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
 def one_object(config: SimulationConfig, participants: int) -> ResumeState:
     """Play two rounds with one RPC object per participant, each with a client; round 2 is the same as round 1."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
-    game = build_game(config, {})
+    game = build_game(config, read_models(config))
     fields = {
         "max_tokens": answer_tokens(config.structured_output, game),
         "extra_body": structured_fields(config.structured_output, game),
@@ -238,7 +238,7 @@ def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
     sampler = threading.Thread(target=sample)
     with Simulation(
         replace(config, rounds=2, seed=1),
-        build_game(replace(config, rounds=2, seed=1), {}),
+        build_game(replace(config, rounds=2, seed=1), read_models(config)),
         new_run_id(),
         ConsoleProgress(),
     ) as simulation:

@@ -42,7 +42,7 @@ with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while
 from warm import WarmPopen, WarmPython
 
 from simulation.llm.model_configs import read_models
-from simulation.runs.cost_estimate import RoundEstimate, estimate
+from simulation.runs.run_spec import RoundEstimate, RunSpec
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
@@ -86,7 +86,7 @@ CONTRAST = """element => {
 def estimate_of(config: SimulationConfig) -> list[RoundEstimate]:
     """What all rounds of a game with language models would cost."""
     models = read_models(config)
-    return estimate(config, build_game(config, models), models, range(1, config.rounds + 1))
+    return RunSpec(config, models, build_game(config, models), Path()).estimate(range(1, config.rounds + 1))
 
 
 @dataclass

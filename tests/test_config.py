@@ -92,7 +92,7 @@ BAD = [
     ("--dispatch agnet", "must be one of group, agent; did you mean agent?"),
     ("--structured-output response", "none; did you mean response_format?"),
     ("--personas educaton", "did you mean education?"),
-    ("--personas education --teams educaton", "it has education; did you mean education?"),
+    ("--personas education --teams educaton", "did you mean education? It has education"),
     ("--experiment configs/experiments/ratio.yaml", "No such file or directory; did you mean ratios.yaml?"),
     ("--agent-type llm --model-configs {models} --prompts-file configs/prompt.yaml", "did you mean prompts.yaml?"),
     ("--model-configs configs/models.json --agent-type llm", "cannot be read: No such file or directory; did you mean"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
 
 from simulation.game.tally import Tally
 from simulation.results.console_report import histogram_lines
@@ -38,20 +36,13 @@ def test_the_least_important_columns_go_first_and_no_more_than_must():
     ],
 )
 def test_progress_is_a_line_in_which_nothing_is_cut(stage, done, total, note):
-    bar, clock = console._new_bar(), [0.0]
-    bar.get_time = lambda: clock[0]
-    task = bar.add_task(stage, total=total, note=note)
-    for clock[0], completed in ((0.5, 1), (10.5, done)):
-        bar.update(task, completed=completed)
     count, percent = f"{done:,} of {total:,}", f"{100 * done / total:.0f}%"
-    rate = (done - 1) / 10
+    rate = done / 10
     time_left = math.ceil((total - done) / rate)
     wholes = {stage, count, percent, note, f"{rate:,.0f}/s", f"0:{time_left // 60:02}:{time_left % 60:02}"} - {""}
     seen = set()
     for width in WIDTHS:
-        out = io.StringIO()
-        Console(file=out, width=width, force_terminal=True, color_system=None).print(bar.get_renderable())
-        line = out.getvalue().rstrip("\n")
+        line = console.progress_line(console.Stage(stage, done, total, 5.0), 15.0, note, width)
         assert "\n" not in line and len(line) <= width, width
         shown = {text for text in wholes if text in line}
         for text in sorted(shown, key=len, reverse=True):

@@ -21,8 +21,8 @@ from waiting import Gates
 
 from simulation.errors import SettingsError
 from simulation.llm.model_configs import read_models
-from simulation.runs.experiment import MOST_COMBINATIONS, Sweep, in_words, read_experiment
-from simulation.runs.scenario import read_cast, read_wording
+from simulation.runs.experiment import MOST_COMBINATIONS, Experiment, Sweep, run_label
+from simulation.runs.scenario import read_population, read_prompt
 from simulation.settings import SimulationConfig
 
 GREEDY = """
@@ -61,11 +61,11 @@ LLM = "agent_type: llm\n"
 ENTRY = {"model_type": "openai_chat", "model_name": "m", "client_args": {"base_url": "http://localhost:8010/v1"}}
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 20)}]\n" for n in range(9))
 BAD = {
-    "tab": ("rounds: 2\nratio:\n\t- 1\n", "x.yaml, line 3: holds a tab"),
+    "tab": ("rounds: 2\nratio:\n\t- 1\n", "x.yaml, line 3: has a tab outside quotes"),
     "nearest name": ("rounds: 2\n\nratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
     "no name near": ("zzz: 1\n", "line 1: zzz is not known here; known are about, agent_type, agent_class"),
-    "cluster": ("hosts: [a, b]\n", "hosts is no setting of the game: it belongs on the command line, as --hosts"),
-    "cluster's flag": ("server-per-host: 3\n", "belongs on the command line, as --server-per-host"),
+    "cluster": ("hosts: [a, b]\n", "hosts is not a setting of the game; give it on the command line as --hosts"),
+    "cluster's flag": ("server-per-host: 3\n", "give it on the command line as --server-per-host"),
     "ratio 0": ("rounds: 2\nratio: 0\n", "x.yaml, line 2: ratio 0: must be from 1/1000000 to 10, as a fraction"),
     "one of a list": ("ratio:\n- 1/2\n- 11\n", "x.yaml, line 3: ratio 11: must be from 1/1000000 to 10"),
     "offset": ("offset: -1\n", "line 1: offset -1: must be from 0 to 1,000,000,000"),
@@ -73,38 +73,39 @@ BAD = {
     "enormous seed": (f"seed: {'9' * 300}\n", "line 1: seed 999"),
     "no digits": ("participant_num: 1e6\n", "participant_num '1e6': must be a whole number, in digits such as 1000"),
     "choice": ("agent_type: robot\n", "line 1: agent_type robot: must be one of random, llm"),
-    "twice": ("ratio: 1\nrounds: 1\nratio: 1\n", "x.yaml, line 3: ratio is there already, in line 1"),
-    "same value": ("ratio: [1/2, 1,\n 0.5]\n", "x.yaml, line 2: ratio 1/2 is in its list already"),
-    "list in list": ("ratio: [1, [2]]\n", "ratio must be a value, or a list of values, and is a list inside a list"),
-    "mapping": ("ratio: {a: 1}\n", "ratio must be a value, or a list of values, and is a mapping"),
+    "twice": ("ratio: 1\nrounds: 1\nratio: 1\n", "x.yaml, line 3: ratio is already set in line 1"),
+    "same value": ("ratio: [1/2, 1,\n 0.5]\n", "x.yaml, line 2: ratio 1/2 is in the list twice"),
+    "list in list": ("ratio: [1, [2]]\n", "ratio must be a value or a list of values, not a list inside a list"),
+    "mapping": ("ratio: {a: 1}\n", "ratio must be a value or a list of values, not a mapping"),
     "empty list": ("ratio: []\n", "line 1: ratio has an empty list"),
     "no value": ("rounds: 2\nratio:\n", "x.yaml, line 2: ratio has no value"),
     "no value in a list": ("rounds:\n- 1\n-\n", "x.yaml, line 3: rounds has no value"),
-    "null": ("ratio: null\n", "line 1: ratio must be a value, or a list of values, and is null"),
-    "about": ("about: [1]\n", "line 1: about must be a text"),
+    "null": ("ratio: null\n", "line 1: ratio must be a value or a list of values, not null"),
+    "about": ("about: [1]\n", "line 1: about must be text"),
     "no mapping": ("- ratio: 1\n", "x.yaml, line 1: must be a mapping"),
     "empty": ("# nothing yet\n", "x.yaml: is empty"),
     "no YAML": ("ratio: 1\nrounds: 2: 3\n", "x.yaml, line 2: is not YAML: mapping values are not allowed here"),
     "two documents": ("ratio: 1\n---\nratio: 2\n", "line 2: is not YAML: but found another document"),
-    "tab before a value": ("rounds: 2\nratio:\t1\n", "x.yaml, line 2: holds a tab where YAML takes blanks alone"),
-    "tab after a value": ("ratio: 1\t# half\n", "x.yaml, line 1: holds a tab where YAML takes blanks alone"),
-    "merged text": ("<<: x\nratio: 1\n", "x.yaml, line 1: << must be a mapping, or a list of some"),
+    "tab before a value": ("rounds: 2\nratio:\t1\n", "x.yaml, line 2: has a tab outside quotes, where "
+        "YAML allows only spaces"),
+    "tab after a value": ("ratio: 1\t# half\n", "x.yaml, line 1: has a tab outside quotes"),
+    "merged text": ("<<: x\nratio: 1\n", "x.yaml, line 1: << must be a mapping or a list of mappings"),
     "merged key": ("about: x\n<<:\n  ratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
     "merged with itself": ("<<: &a\n  <<: *a\n", "is nested too deeply"),
-    "tag of a list": ("ratio: !!seq 1\n", "line 1: holds the tag tag:yaml.org,2002:seq, which is not known"),
-    "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is no text in UTF-8"),
-    "half a character": ('about: "\\ud800"\n', "line 1: holds half a character"),
+    "tag of a list": ("ratio: !!seq 1\n", "line 1: has the unknown tag tag:yaml.org,2002:seq"),
+    "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is not UTF-8 text"),
+    "half a character": ('about: "\\ud800"\n', "line 1: contains half of a surrogate pair"),
     "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
     "no colon": ("about: x\nrounds", "x.yaml, line 2: is not YAML: could not find expected ':'"),
     "no colon further up": ("seed: 1\nrounds\n\n\nratio: 1\n", "x.yaml, line 2: is not YAML: could not find expected"),
     "no end of a quote": ('about: x\nratio: "1\nrounds: 2\n\n', "x.yaml, line 2: is not YAML: found unexpected end of"),
-    "tag": ("about: !!python/object/apply:os.system [ls]\n", "line 1: holds the tag"),
+    "tag": ("about: !!python/object/apply:os.system [ls]\n", "line 1: has the unknown tag"),
     "alias of itself": ("about: &a [*a]\n", "is nested too deeply"),
-    "aliases of aliases": (BOMB, "more than 50000 values, aliases included"),
+    "aliases of aliases": (BOMB, "has more than 50000 values, including aliases"),
     "nested": ("about: " + "[" * 10_000, "x.yaml: is nested too deeply"),
     "large": ("#" * 2**21, "is larger than 1024 kB"),
     "combinations": (f"seed: [{', '.join(map(str, range(40)))}]\nrounds: [{', '.join(map(str, range(1, 41)))}]\n",
-        "x.yaml, line 1: makes 1,600 combinations, and may make 1,000"),
+        "x.yaml, line 1: has 1,600 combinations; the maximum is 1,000"),
     "prompt": (LLM + "prompt:\n- basic\n- basix\n", "x.yaml, line 4: prompt basix: configs/prompts.yaml has no such "
         "prompt; did you mean basic? It has basic"),
     "prompt of nobody": ("prompt: rational\n", "line 1: prompt rational: does nothing with --agent-type random"),
@@ -144,7 +145,7 @@ BAD_PERSONAS = {
     "unknown": ("a:\n- name: x\n  shar: 1\n", "p.yaml, line 3: shar is not known here; did you mean share?"),
     "no list": ("a: {x: 1}\n", "p.yaml, line 1: a must be a list"),
     "no mapping": ("a:\n- b\n", "p.yaml, line 2: a must be a mapping"),
-    "no name": ("a:\n- {name: '', share: 1}\n", "p.yaml, line 2: name must be a text, and is empty"),
+    "no name": ("a:\n- {name: '', share: 1}\n", "p.yaml, line 2: name must not be empty"),
     "model": ("model:\n- {name: x, share: 1}\n", "p.yaml, line 1: a set cannot be called 'model'"),
     "plus": ("b+c:\n- {name: x, share: 1}\n", "p.yaml, line 1: a set cannot be called 'b+c'"),
     "nobody": ("a: []\n", "p.yaml, line 1: the shares of a add up to 0"),
@@ -155,9 +156,9 @@ BAD_PROMPTS = {
     "near": ("basic:\n  system: x\n  instruction: to {max_valu}\n",
         "p.yaml, line 3: {max_valu} is not known here; did you mean {max_value}?"),
     "form": ("basic: {system: '{number:>9}', instruction: x}\n", "p.yaml, line 1: {number:>9} is not known here"),
-    "brace": ("basic:\n  system: x }\n  instruction: x\n", "p.yaml, line 2: a brace stands alone"),
+    "brace": ("basic:\n  system: x }\n  instruction: x\n", "p.yaml, line 2: a single brace; write {{"),
     "missing": ("basic:\n  system: x\n", "p.yaml, line 1: instruction is missing"),
-    "empty": ("basic: {system: ' ', instruction: x}\n", "p.yaml, line 1: system must be a text, and is empty"),
+    "empty": ("basic: {system: ' ', instruction: x}\n", "p.yaml, line 1: system must not be empty"),
     "tokens": ("basic:\n  system: x\n  instruction: x\n  reasoning_tokens: 0\n",
         "p.yaml, line 4: reasoning_tokens 0: must be from 1 to 100,000"),
     "other": ("other: {system: x, instruction: x}\n", "--prompt basic: p.yaml has no such prompt; it has other"),
@@ -195,18 +196,18 @@ def test_flags_are_told_as_flags(refused, tmp_path):
 
 def read(tmp_path, text, **flags):
     (tmp_path / "x.yaml").write_text(text)
-    return read_experiment(str(tmp_path / "x.yaml"), flags)
+    return Experiment(str(tmp_path / "x.yaml"), flags)
 
 
 def test_all_combinations_are_in_the_order_of_the_file(tmp_path):
     text = "about: It has two.\nratio: [1/2, 0.51]\nrounds: 3\npersonas: [null, education]\n"
     experiment = read(tmp_path, text, seed=7, server_per_host=2)
     assert experiment.about == "It has two."
-    assert [in_words(each.varied) for each in experiment.combinations] == [
+    assert [run_label(each, experiment.varies) for each in experiment.configs] == [
         *("ratio 1/2, personas none", "ratio 1/2, personas education"),
         *("ratio 51/100, personas none", "ratio 51/100, personas education"),
     ]
-    configs = [each.config for each in experiment.combinations]
+    configs = experiment.configs
     assert {(each.rounds, each.seed, each.server_per_host) for each in configs} == {(3, 7, 2)}
 
 
@@ -224,28 +225,29 @@ ratio: [!!float 1/2, '2/3']
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 def test_all_that_yaml_allows_is_read(tmp_path, start, end):
     (tmp_path / "x.yaml").write_bytes((start + READ.replace("\n", end)).encode())
-    experiment = read_experiment(str(tmp_path / "x.yaml"), {})
+    experiment = Experiment(str(tmp_path / "x.yaml"), {})
     assert experiment.about == "a\ttab in quotes"
-    configs = [each.config for each in experiment.combinations]
+    configs = experiment.configs
     assert [each.ratio for each in configs] == ["1/2", "2/3"]
     assert {(each.rounds, each.seed, each.max_value) for each in configs} == {(1, 7, 10)}
 
 
 def test_what_is_given_by_hand_wins(tmp_path):
     experiment = read(tmp_path, "ratio: [1/2, 2/3]\nrounds: [1, 2]\n", ratio="1")
-    assert [each.varied for each in experiment.combinations] == [{"rounds": 1}, {"rounds": 2}]
-    assert {each.config.ratio for each in experiment.combinations} == {"1"}
+    assert experiment.varies == ("rounds",) and [each.rounds for each in experiment.configs] == [1, 2]
+    assert {each.ratio for each in experiment.configs} == {"1"}
 
 
 def test_a_mixture_may_be_written_as_a_mapping(tmp_path):
     text = "models:\n- model_1: 2/3\n  model_2: 1/3\n- model_1=0.5,model_2=0.5\n"
-    models = [each.config.models for each in read(tmp_path, text).combinations]
+    models = [each.models for each in read(tmp_path, text).configs]
     assert models == ["model_1=2/3,model_2=1/3", "model_1=0.5,model_2=0.5"]
 
 
 def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
-    (only,) = read(tmp_path, "agent_class: mine.py:Mine\n").combinations
-    assert only.config.agent_class == f"{tmp_path}/mine.py:Mine" and only.varied == {}
+    experiment = read(tmp_path, "agent_class: mine.py:Mine\n")
+    assert [each.agent_class for each in experiment.configs] == [f"{tmp_path}/mine.py:Mine"]
+    assert experiment.varies == ()
 
 
 @given(
@@ -258,8 +260,8 @@ def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
 def test_every_combination_is_there_once(tmp_path_factory, said):
     assume(math.prod(map(len, said.values())) <= MOST_COMBINATIONS)
     text = "".join(f"{name}: {values}\n" for name, values in said.items())
-    combinations = read(tmp_path_factory.getbasetemp(), text).combinations
-    found = [tuple(getattr(each.config, name) for name in said) for each in combinations]
+    configs = read(tmp_path_factory.getbasetemp(), text).configs
+    found = [tuple(getattr(each, name) for name in said) for each in configs]
     assert found == list(itertools.product(*said.values())) and len(found) == math.prod(map(len, said.values()))
 
 
@@ -278,9 +280,9 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
         personas=" b + a",
         personas_file=str(tmp_path / "q.yaml"),
     )
-    wording = read_wording(config)
+    wording = read_prompt(config)
     assert (wording.name, wording.system, wording.reasoning_tokens) == ("free", "From {{0}} to {max_value}.", 9)
-    cast = read_cast(config, read_models(config))
+    cast = read_population(config, read_models(config))
     assert [each.name for each in cast.persona_sets] == ["b", "a"] and cast.round_robin_models == (
         "participant-model",
     ) * 2
@@ -289,11 +291,11 @@ def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
         (Fraction(2, 3), "Why?"),
     ]
     mixed = replace(asking, models="model_2=1/3, model_1=2/3")
-    shares = read_cast(mixed, read_models(mixed)).models
+    shares = read_population(mixed, read_models(mixed)).models
     assert [(each.name, each.share) for each in shares] == [("model_2", Fraction(1, 3)), ("model_1", Fraction(2, 3))]
-    assert read_wording(SimulationConfig()) is None
+    assert read_prompt(SimulationConfig()) is None
     with pytest.raises(SettingsError, match="--models model_1=1/2,model_1=1/2: names model_1 twice"):
-        read_cast(replace(asking, models="model_1=1/2,model_1=1/2"), read_models(mixed))
+        read_population(replace(asking, models="model_1=1/2,model_1=1/2"), read_models(mixed))
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -487,7 +489,7 @@ def test_a_sweep_of_folders_elsewhere_or_named_twice_is_damaged(folder):
     said["runs"] = [{"folder": each, "settings": {"ratio": "1/2"}} for each in ("01-a", "02-b", folder)]
     with pytest.raises(ValueError, match="folders elsewhere"):
         Sweep.from_json(said)
-    with pytest.raises(ValueError, match="no setting of the game"):
+    with pytest.raises(ValueError, match="not a setting of the game"):
         Sweep.from_json({**said, "runs": said["runs"][:2], "varies": ["base_port"]})
 
 

@@ -31,7 +31,8 @@ from simulation.llm.usage import Usage
 from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
 from simulation.results.run_files import summarise
 from simulation.runs.run import Run
-from simulation.runs.session import RunSpec, Session
+from simulation.runs.run_spec import RunSpec
+from simulation.runs.session import Session
 from simulation.settings import SimulationConfig
 
 ROUNDS = ("--rounds", "4")
@@ -403,7 +404,7 @@ def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
     if (OLD_RUNS / name).exists():
         shutil.copytree(OLD_RUNS / name, tmp_path / "it's a run")
     config = SimulationConfig(seed=1)
-    session = Session([RunSpec(config, {}, game_of(config, None, None), tmp_path / "it's a run")], tmp_path)
+    session = Session([RunSpec(config, {}, game_of(config, None, None), tmp_path / "it's a run")])
     command = (f"{'.' if Path.cwd() == ROOT else ROOT}/run_simulation.sh", shlex.quote(f"{tmp_path}/it's a run"))
     assert session.how_to_resume() == (TO_RESUME[name] and TO_RESUME[name].format(*command))
 
@@ -677,22 +678,22 @@ def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_wri
     tmp_path, monkeypatch, told, number
 ):
     config = SimulationConfig(seed=1)
-    task = RunSpec(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
+    spec = RunSpec(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
     directory = RunDirectory(sweep_in(tmp_path / "s", "01-x", "02-y"), resumed=True)
-    session = Session([task], directory.path, directory=directory)
+    session = Session([spec], directory=directory)
     failing(monkeypatch, os, "mkdir", number)
     with pytest.raises(ResultsError, match=f"02-y: {os.strerror(number)}$"):
-        session._play_one(task, None)
+        session._play_one(spec, None)
 
 
 @pytest.mark.parametrize(
     ("ended", "raised"), [(RunAborted("no server"), True), (Interrupted(2), True), (ClusterError("no key"), False)]
 )
 def test_a_game_that_ends_early_says_so_if_its_results_are_not_written(told, ended, raised):
-    def fail():
+    def fail(_status):
         raise ResultsError("cannot write x: No space left on device")
 
-    run = SimpleNamespace(_note_losses=lambda _: None, directory=SimpleNamespace(join_answers=fail))
+    run = SimpleNamespace(results=[1], _finish_files=fail)
     with pytest.raises(ResultsError, match=f"No space .* ended: {ended}") if raised else contextlib.nullcontext():
-        Run._write_what_there_is(run, None, ended)
+        Run._write_after_error(run, ended)
     assert [line.strip() for line in told] == ([] if raised else ["cannot write x: No space left on device"])

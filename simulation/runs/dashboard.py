@@ -54,7 +54,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Dashboard:
-    """Web server that runs until `close` and observes runs one after another (see `RunObserver`).
+    """Web server that runs until `close` and observes runs one after another.
 
     Args:
         port: Port on 127.0.0.1; 0 picks a free one.
@@ -182,7 +182,7 @@ class Dashboard:
                 state["troubles"] = [f"the run: {one_line(error)}"]
         state["stage"] = None if stage is None or over else stage._asdict()
         state["stopping"] = self._watch.stop_signal is not None
-        state["log"] = list(self._watch.told)
+        state["log"] = list(self._watch.warnings)
         state["ended"] = [{**each, "report": _report_of(each) is not None} for each in list(self._ended)]
         return state
 

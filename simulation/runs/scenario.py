@@ -5,95 +5,47 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
-from functools import lru_cache
-from typing import Annotated
+from functools import lru_cache, partial
+from typing import Any
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
 from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
-from simulation.runs.yaml_file import Entry, YamlFile, read_by, read_yaml
+from simulation.runs.yaml_file import YamlFile
 from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, number
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
-NAMES = list(SETTINGS)
+_names = list(SETTINGS)
 OF_MODELS = (  # settings that only affect participants that use a model
     *("prompt", "prompts_file", "models"),
-    *NAMES[NAMES.index("model_configs") + 1 : NAMES.index("vllm_base_port")],
+    *_names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")],
 )
-SMALLEST_SHARE = Fraction(1, FINEST)
+MORE_MODELS = "; with more --model-per-host one entry becomes model_1, model_2, ..."
+Models = Mapping[str, ModelConfig]
 
 
-def read_wording(config: SimulationConfig) -> PromptTemplate | None:
-    """Return the prompt that the settings name; None without models. Raises SettingsError with the place."""
-    if config.agent_type != "llm":
-        _refuse_without_model(config, "prompt")
-        return None
-    prompts = _prompts_in(config.prompts_file)
-    _refuse_unknown("prompt", config.prompt, config.prompt, prompts, shown(config.prompts_file))
-    return prompts[config.prompt]
-
-
-def read_cast(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Population:
-    """Return the personas and models that the settings name. Raises SettingsError with the place in the file.
-
-    Args:
-        config: The settings; the seed is set.
-        models: The models of the model configuration file, by name.
-    """
-    sets = _persona_sets(config)
-    if config.agent_type != "llm":
-        _refuse_without_model(config, "models")
-        return Population(config.seed or 0, config.participant_num, sets)
-    if config.models is not None:
-        return Population(config.seed or 0, config.participant_num, sets, _mixture(config, models))
-    return Population(config.seed or 0, config.participant_num, sets, round_robin_models=turns_of(config, models))
-
-
-def turns_of(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[str, ...]:
-    """Return the models, by their names on the model servers, that participants use in turn; empty for a mixture."""
-    if config.agent_type != "llm" or config.models is not None:
-        return ()
-    return tuple(models[name].model for name in asked_models(config) if name in models)
-
-
-def refuse_unknown_models(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> None:
-    """Raise SettingsError if a model that participants use in turn is missing; _mixture checks those of a mixture."""
-    missing = [name for name in asked_models(config) if name not in models] if config.models is None else []
-    if missing:
-        raise SettingsError(
-            f"--model-per-host {config.model_per_host}: participants would ask {asked_models(config)[0]} to "
-            f"{asked_models(config)[-1]} in turn, and {shown(config.model_configs)} has no {missing[0]}: it has "
-            f"{listed(models)}; name yours with --models"
-        )
-
-
-def build_game(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> Game:
+def build_game(config: SimulationConfig, models: Models) -> Game:
     """Build the game from the settings and the files they name. Raises SettingsError."""
-    game = game_of(config, read_wording(config), read_cast(config, models))
-    topics = [parts.topic for parts in game.cast.groupings] if game.cast is not None else []
-    if config.teams is not None and config.teams not in topics:
-        known = f"it has {listed(topics)}" if topics else "add --personas, or use several models"
-        guess = meant_by(config.teams, topics)
-        said = f"--teams {printable(config.teams)}: this game has no such grouping; {known}"
-        raise SettingsError(f"{said}; {guess}" if guess else said)
-    if game.wording is not None:
-        said = game.wording.system + game.wording.instruction
-        for name, there in (("personas", config.personas), ("teams", config.teams)):
-            if f"{{{name[:-1]}}}" in said and there is None:
-                raise SettingsError(
-                    f"--prompt {game.wording.name}: tells participants of their {name[:-1]}; give --{name}, too"
-                )
-    return game
+    changed = [name for name in ("prompt", "models") if getattr(config, name) != getattr(SimulationConfig, name)]
+    check_model_settings(config, changed)
+    prompt, population = read_prompt(config), read_population(config, models)
+    topics = [grouping.topic for grouping in population.groupings]
+    if config.teams is not None:
+        advice = "" if topics else "; add --personas, or use several models"
+        _check_known("--teams", config.teams, config.teams, topics, "this game has no such grouping", advice)
+    for name, value in (("persona", config.personas), ("team", config.teams)):
+        if prompt is not None and value is None and f"{{{name}}}" in prompt.system + prompt.instruction:
+            raise SettingsError(f"--prompt {prompt.name}: tells participants of their {name}; give --{name}s, too")
+    return game_of(config, prompt, population)
 
 
-def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> None:
+def check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
     """Raise SettingsError if one of the given settings has no effect because no participant uses a model.
 
-    The model configuration file is allowed, as it belongs to the cluster. `allow_remote_model` is allowed with a custom
-    agent class, which may call the models itself.
+    A custom agent class may call models itself, so `allow_remote_model` is allowed with it.
     """
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
@@ -103,51 +55,56 @@ def refuse_without_model(config: SimulationConfig, given: Collection[str]) -> No
             raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
 
 
-def _refuse_without_model(config: SimulationConfig, name: str) -> None:
-    """Raise SettingsError if a setting differs from its default and no participant uses a model."""
-    if getattr(config, name) != SimulationConfig.__dataclass_fields__[name].default:
-        refuse_without_model(config, (name,))
-
-
-def _refuse_unknown(setting: str, value: str, name: str, known: Iterable[str], where: str) -> None:
-    """Raise SettingsError if a setting names an entry that is not in its file."""
+def _check_known(flag: str, value: str, name: str, known: Iterable[str], problem: str, advice: str = "") -> None:
+    """Raise SettingsError with the problem unless a name in the value of a flag is known."""
     names = list(known)
     if name not in names:
-        said = printable(value) if name == value else f"{printable(value)}: {printable(name) or 'an empty name'}"
-        what = {"prompt": "prompt", "personas": "set of personas", "models": "model"}[setting]
         guess = meant_by(name, names)
-        guess = f"; {guess} It has {listed(names)}" if guess else f"; it has {listed(names)}"
-        guess += "; with more --model-per-host one entry becomes model_1, model_2, ..." if setting == "models" else ""
-        raise SettingsError(f"{flag_of(setting)} {said}: {where} has no such {what}{guess}")
+        hint = f"{guess} It has {listed(names)}" if guess else f"it has {listed(names)}"
+        value = printable(value) + (f": {printable(name) or 'an empty name'}" if name != value else "")
+        raise SettingsError(f"{flag} {value}: {problem}; {hint}{advice}")
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 
+def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
+    """Return the prompt that the settings name; None without models. Raises SettingsError with the place."""
+    if config.agent_type != "llm":
+        return None
+    prompts = _prompts_in(config.prompts_file)
+    problem = f"{shown(config.prompts_file)} has no such prompt"
+    _check_known("--prompt", config.prompt, config.prompt, prompts, problem)
+    return prompts[config.prompt]
+
+
+@lru_cache(maxsize=8)  # an experiment names the same file in every combination
+def _prompts_in(path: str) -> dict[str, PromptTemplate]:
+    file = YamlFile(path, "--prompts-file")
+    readers = {"system": _template, "instruction": _template, "reasoning_tokens": _reasoning_tokens}
+    return {
+        name: PromptTemplate(name, **file.read_entry((name,), entry, readers, {"reasoning_tokens": None}))
+        for name, entry in file.data.items()
+    }
+
+
+def _template(text: str) -> str:
+    """Return a text whose placeholders are all known. Raises SettingsError."""
+    try:
+        parts = list(string.Formatter().parse(_text(text)))
+    except ValueError:
+        raise SettingsError("a single brace; write {{ or }} for a brace in the text") from None
+    for _, name, form, conversion in parts:
+        if name is not None and (name not in PLACEHOLDERS or form or conversion):
+            whole = f"{name}!{conversion}" if conversion else f"{name}:{form}" if form else name
+            hint = nearest(f"{{{name}}}", [f"{{{each}}}" for each in PLACEHOLDERS])
+            raise SettingsError(f"{{{whole}}} is not known here; {hint}")
+    return text
+
+
 def _text(text: str) -> str:
     if not text.strip():
-        raise SettingsError("must be a text, and is empty")
-    return text
-
-
-def _name(text: str) -> str:
-    """Return the name if it is printable in one line on terminals and pages. Raises SettingsError."""
-    if _text(text) != printable(text):
-        raise SettingsError("must be a name in one line, of signs that can be shown")
-    return text
-
-
-def _with_placeholders(text: str) -> str:
-    """Return the text if its placeholders are all known. Raises SettingsError."""
-    try:
-        fields = list(string.Formatter().parse(_text(text)))
-    except ValueError:
-        raise SettingsError("a brace stands alone; write {{ or }} for one that is meant as such") from None
-    for _, name, form, conversion in fields:
-        if name is not None and (name not in PLACEHOLDERS or form or conversion):
-            known = [f"{{{each}}}" for each in PLACEHOLDERS]
-            whole = f"{name}!{conversion}" if conversion else f"{name}:{form}" if form else name
-            raise SettingsError(f"{{{whole}}} is not known here; {nearest(f'{{{name}}}', known)}")
+        raise SettingsError("must not be empty")
     return text
 
 
@@ -157,94 +114,85 @@ def _reasoning_tokens(text: str) -> int:
     return tokens
 
 
-class PromptEntry(Entry):
-    """A prompt of the prompts file; see PromptTemplate."""
+# --- Personas and models ---------------------------------------------------------------------------------------------
 
-    system: Annotated[str, read_by(_with_placeholders)]
-    instruction: Annotated[str, read_by(_with_placeholders)]
-    reasoning_tokens: Annotated[int | None, read_by(_reasoning_tokens)] = None
+_share = partial(fraction, low=Fraction(1, FINEST), high=1)
 
 
-@lru_cache(maxsize=8)  # an experiment names the same file in every combination
-def _prompts_in(path: str) -> dict[str, PromptTemplate]:
-    """Return all prompts of a file, by name. Raises SettingsError with the place in the file."""
-    prompts = read_yaml(path, "--prompts-file").read_as(dict[str, PromptEntry])
-    return {
-        name: PromptTemplate(name, entry.system, entry.instruction, entry.reasoning_tokens)
-        for name, entry in prompts.items()
-    }
-
-
-# --- Personas --------------------------------------------------------------------------------------------------------
-
-
-def _share(text: str) -> Fraction:
-    return fraction("share", text, SMALLEST_SHARE, 1)
-
-
-class PersonaEntry(Entry):
-    """A persona of the personas file; see Persona."""
-
-    name: Annotated[str, read_by(_name)]
-    share: Annotated[Fraction, read_by(_share)]
-    text: Annotated[str, read_by(_text)] = ""
-
-
-def _persona_sets(config: SimulationConfig) -> tuple[PersonaSet, ...]:
-    """Return the persona sets that the settings name. Raises SettingsError."""
-    if config.personas is None:
-        return ()
-    sets = _personas_in(config.personas_file)
-    names = [name.strip() for name in config.personas.split("+")]
+def read_population(config: SimulationConfig, models: Models) -> Population:
+    """Return the personas and models that the settings, with a seed, name. Raises SettingsError with the place."""
+    names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
+    sets = _personas_in(config.personas_file) if names else {}
     for name in names:
-        _refuse_unknown("personas", config.personas, name, sets, shown(config.personas_file))
+        problem = f"{shown(config.personas_file)} has no such set of personas"
+        _check_known("--personas", config.personas or "", name, sets, problem)
     if len(set(names)) < len(names):
         raise SettingsError(f"--personas {config.personas}: names a set twice")
-    return tuple(sets[name] for name in names)
+    chosen = tuple(sets[name] for name in names)
+    return Population(config.seed or 0, config.participant_num, chosen, *choose_models(config, models))
 
 
 @lru_cache(maxsize=8)  # as for prompts
 def _personas_in(path: str) -> dict[str, PersonaSet]:
-    """Return all persona sets of a file, by name. Raises SettingsError with the place in the file."""
-    file = read_yaml(path, "--personas-file")
-    entries = file.read_as(dict[str, list[PersonaEntry]])
-    for name, personas in entries.items():
-        if name == MODEL or "+" in name or not name.strip() or name != printable(name):
-            raise file.refused((name,), f"a set cannot be called {name!r}: that is how models, or several sets, are")
-        _refuse_twice(file, name, personas)
-        total = sum(each.share for each in personas)
+    file = YamlFile(path, "--personas-file")
+    readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
+    sets = {}
+    for topic, entries in file.data.items():
+        if topic == MODEL or "+" in topic or not topic.strip() or topic != printable(topic):
+            raise file.error((topic,), f"a set cannot be called {topic!r}: + separates sets, {MODEL} means the models")
+        if not isinstance(entries, list):
+            raise file.error((topic,), f"{topic} must be a list")
+        personas: dict[str, Persona] = {}
+        for position, entry in enumerate(entries):
+            persona = Persona(**file.read_entry((topic, position), entry, readers, {"text": ""}))
+            if persona.name in personas:
+                raise file.error((topic, position, "name"), f"{topic} has a persona {persona.name} already")
+            personas[persona.name] = persona
+        total = sum(each.share for each in personas.values())
         if total != 1:
-            raise file.refused((name,), f"the shares of {name} add up to {total}; they must add up to exactly 1")
-    return {
-        name: PersonaSet(name, tuple(Persona(each.name, each.share, each.text) for each in personas))
-        for name, personas in entries.items()
-    }
+            raise file.error((topic,), f"the shares of {topic} add up to {total}; they must add up to exactly 1")
+        sets[topic] = PersonaSet(topic, tuple(personas.values()))
+    return sets
 
 
-def _refuse_twice(file: YamlFile, name: str, personas: list[PersonaEntry]) -> None:
-    seen: set[str] = set()
-    for position, persona in enumerate(personas):
-        if persona.name in seen:
-            raise file.refused((name, position, "name"), f"{name} has a persona {persona.name} already")
-        seen.add(persona.name)
+def _name(text: str) -> str:
+    if _text(text) != printable(text):  # it is shown on terminals and pages
+        raise SettingsError("must be one line of printable characters")
+    return text
 
 
-# --- Shares of models ------------------------------------------------------------------------------------------------
+def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
+    """Return the mixture of models, or else the models that participants use in turn, by their servers' names.
+
+    Raises SettingsError.
+    """
+    if config.agent_type != "llm":
+        return (), ()
+    if config.models is not None:
+        return _mixture(config.models, config.model_configs, models), ()
+    names = asked_models(config)
+    missing = [name for name in names if name not in models]
+    if missing:
+        raise SettingsError(
+            f"--model-per-host {config.model_per_host}: participants would ask {names[0]} to {names[-1]} in turn, and "
+            f"{shown(config.model_configs)} has no {missing[0]}: it has {listed(models)}; name yours with --models"
+        )
+    return (), tuple(models[name].model for name in names)
 
 
-def _mixture(config: SimulationConfig, models: Mapping[str, ModelConfig]) -> tuple[ModelShare, ...]:
-    """Parse shares of models such as `model_1=2/3,model_2=1/3`. Raises SettingsError."""
-    said = f"--models {printable(config.models or '')}"
+def _mixture(value: str, file: str, models: Models) -> tuple[ModelShare, ...]:
+    """Parse shares of the models of a file, such as `model_1=2/3,model_2=1/3`. Raises SettingsError."""
+    flag = f"--models {printable(value)}"
     shares: dict[str, Fraction] = {}
-    for part in (config.models or "").split(","):
+    for part in value.split(","):
         name, equals, share = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise SettingsError(f"{said}: must be shares of models, as model_1=2/3,model_2=1/3")
-        _refuse_unknown("models", config.models or "", name, models, shown(config.model_configs))
+            raise SettingsError(f"{flag}: must be shares of models, as model_1=2/3,model_2=1/3")
+        _check_known("--models", value, name, models, f"{shown(file)} has no such model", MORE_MODELS)
         if name in shares:
-            raise SettingsError(f"{said}: names {name} twice")
-        shares[name] = fraction(f"{said}: the share of {name},", share, SMALLEST_SHARE, 1)
+            raise SettingsError(f"{flag}: names {name} twice")
+        shares[name] = _share(f"{flag}: the share of {name},", share)
     total = sum(shares.values())
     if total != 1:
-        raise SettingsError(f"{said}: the shares add up to {total}; they must add up to exactly 1")
+        raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
     return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())

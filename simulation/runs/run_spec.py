@@ -1,0 +1,241 @@
+"""A run to play: its validated settings, files and models, and what it may cost. No server is contacted."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simulation.cluster.placement import even_split, place
+from simulation.errors import SettingsError
+from simulation.files import ROOT, is_there, real, shown
+from simulation.game.population import largest_remainder
+from simulation.game.rules import Announcement, Game, question_for
+from simulation.llm.model_configs import ModelConfig, asked_models, read_models
+from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
+from simulation.results import reader
+from simulation.results.run_directory import WHOLE, new_run_id
+from simulation.results.tables import table_lines
+from simulation.rpc.endpoints import ranges
+from simulation.rpc.lean_import import add_extra_folders, import_agentscope
+from simulation.runs.scenario import build_game, choose_models
+from simulation.settings import SimulationConfig
+
+MODELS_SHOWN = 8
+ROUNDS_SHOWN = 12
+
+
+class RoundEstimate(NamedTuple):
+    """Upper bound of the cost of one round if every answer is usable. Prompts count 4 characters per token."""
+
+    round: int
+    requests: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run to play, with its files read and checked."""
+
+    config: SimulationConfig
+    models: dict[str, ModelConfig]  # all that are available, by name
+    game: Game
+    folder: Path
+    run_id: str = field(default_factory=new_run_id)
+    saved: reader.SavedRun | None = None  # if it is resumed
+    label: str = ""  # the settings that distinguish it from the other runs
+    status: str | None = None  # if it is finished
+
+    @property
+    def rounds_left(self) -> range:
+        """Return the numbers of the rounds to play; empty if the run is finished."""
+        played = len(self.saved.results) if self.saved is not None else 0
+        return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
+
+    @property
+    def asked_models(self) -> list[ModelConfig]:
+        """Return the models of the mixture, or those that participants use in turn."""
+        return [self.models[name] for name in asked_models(self.config) if name in self.models]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Return the maximum number of tokens that the remaining rounds may cost."""
+        return tokens_of(self.estimate(self.rounds_left))
+
+    def plan_lines(self) -> list[str]:
+        """Return a readable plan of the remaining rounds, with the cost."""
+        config, game, left = self.config, self.game, len(self.rounds_left)
+        shares = even_split(config.participant_num, len(config.hosts) * config.server_per_host)
+        most, fewest = len(shares[0]), len(shares[-1])
+        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        ports = list(config.ports)
+        kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
+        sets = game.cast.persona_sets if game.cast is not None else ()
+        return [
+            f"hosts: {len(config.hosts)} ({' '.join(config.hosts)})",
+            f"servers on each host: {config.server_per_host} for participants, ports "
+            f"{ranges(ports[: config.server_per_host])}; {config.moderator_per_host} for moderators, ports "
+            f"{ranges(ports[config.server_per_host :])}",
+            f"participants: {config.participant_num:,} {kind}, {each} on each server",
+            f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
+            f"game: numbers from 0 to {game.max_value:,}, closest to {game.target} wins"
+            + (f"; prompt {game.wording.name}" if game.wording is not None else "")
+            + "".join(f"; personas {each.name} ({len(each.personas)})" for each in sets)
+            + (f"; teams by {game.teams}" if game.teams is not None else ""),
+            *self.cost_lines(),
+        ]
+
+    def cost_lines(self) -> list[str]:
+        """Return the models and the maximum cost of the remaining rounds; empty for a run without models."""
+        if self.config.agent_type != "llm":
+            return []
+        asked, rounds = self.asked_models, self.estimate(self.rounds_left)
+        lines = [f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in asked[:MODELS_SHOWN]]
+        lines += [f"models: ... {len(asked)} in all"] if len(asked) > MODELS_SHOWN else []
+        parts = [(str(each.round), [each]) for each in rounds]
+        parts = parts if len(parts) <= ROUNDS_SHOWN else [*parts[: ROUNDS_SHOWN - 2], parts[-1]]
+        rows = [
+            [name, *(f"{sum(getattr(each, column) for each in part):,}" for column in RoundEstimate._fields[1:])]
+            for name, part in [*parts, ("in all", rounds)]
+        ]
+        head = ["round", "requests", "prompt tokens", "answer tokens"]
+        total = f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}"
+        return [*lines, *table_lines(head, rows, dropped=head[1:3], left=()), total]
+
+    def estimate(self, numbers: range) -> list[RoundEstimate]:
+        """Estimate the cost of these rounds; empty for a run without models.
+
+        Participants with the same personas and the same previous answers share requests. In round r there are at most
+        (persona combinations) * (possible numbers)^(r-1) different prompts.
+        """
+        config, game, rounds = self.config, self.game, []
+        if game.wording is None or game.cast is None:
+            return []
+        thoughts = game.wording.reasoning_tokens or 0
+        characters = math.prod(len(one.personas) for one in game.cast.persona_sets)
+        sharing = self._sharing()
+        for number in numbers:
+            prompt = self._longest_prompt(number)
+            second = prompt._replace(thoughts="x" * thoughts, thought_tokens=thoughts)
+            requests = prompt_tokens = answers = 0
+            for (name, count), groups in sharing.items():
+                fields = self.models[name].generate_args if name in self.models else {}
+                limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
+                samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
+                different = min(count, characters * game.numbers ** (number - 1))
+                shared, everyone = groups * (different + (count - different) // samples), groups * count
+                requests += shared
+                prompt_tokens += shared * prompt.tokens
+                answers += everyone * int(limit or answer_tokens(config.structured_output, game))
+                if thoughts:  # a second request for each participant, as the reasoning texts all differ
+                    requests += everyone
+                    prompt_tokens += everyone * second.tokens
+                    answers += everyone * thoughts
+            rounds.append(RoundEstimate(number, requests, prompt_tokens, answers))
+        return rounds
+
+    def _sharing(self) -> Counter[tuple[str, int]]:
+        """Count the groups by model and number of participants that use it, and so share requests."""
+        config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
+        mixture = self.game.cast.models if self.game.cast is not None else ()
+        shares = [each.share for each in mixture] or [Fraction(1, len(names))] * len(names)
+        servers, moderators = (len(config.hosts) * each for each in (config.server_per_host, config.moderator_per_host))
+        sizes = Counter(group.count for group in place(config.participant_num, servers, moderators))
+        for size, groups in sizes.items():
+            # approximate for a mixture, whose shares are exact over all groups, not within each
+            for name, count in zip(names, largest_remainder(size, shares), strict=True):
+                sharing[name, count] += groups
+        return sharing
+
+    def _longest_prompt(self, number: int) -> Prompt:
+        """Build roughly the longest prompt of a round: all announcements so far, with the maximum number of digits."""
+        game, cast = self.game, self.game.cast
+        assert cast is not None
+        personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in cast.persona_sets]
+        teams = next((grouping.names for grouping in cast.groupings if grouping.topic == game.teams), ())
+        long = game.max_value * 2 / 3
+        units = (game.numbers - 2, game.numbers - 1)
+        winning, averages = long if game.target == "the average" else long / 2, tuple((name, long) for name in teams)
+        announcements = tuple(
+            Announcement(each, long, winning, units, self.config.participant_num, averages, teams)
+            for each in range(1, number)
+        )
+        numbers = (units[0] / game.scale,) * len(announcements)
+        team = max(teams, key=len, default=None)
+        system, last = rules(game, personas, team), instruction(game, personas, team)
+        return prompt_for(system, question_for(game, number, announcements), numbers, last)
+
+
+def tokens_of(rounds: list[RoundEstimate]) -> int:
+    """Return the tokens of all prompts and answers."""
+    return sum(each.prompt_tokens + each.answer_tokens for each in rounds)
+
+
+def price_text(tokens: int, config: SimulationConfig) -> str:
+    """Return the price of these tokens, to append to a line; an empty string if it is unknown."""
+    price = config.price_per_million_tokens
+    return f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if price is not None else ""
+
+
+# --- Runs to play ----------------------------------------------------------------------------------------------------
+
+
+def new_run(config: SimulationConfig) -> RunSpec:
+    """Return the spec of a new run, whose seed is drawn unless it is set. Raises SettingsError."""
+    config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
+    models, run_id = _checked_models(config), new_run_id()
+    folder = Path(config.run_dir or ROOT / "runs" / run_id)
+    return RunSpec(config, models, build_game(config, models), folder, run_id)
+
+
+def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
+    """Return the spec that resumes the run in a folder, with the given settings changed.
+
+    Raises SettingsError, also if participants would use other models than the saved ones, on which reports rely.
+    """
+    saved = reader.read_run_to_resume(path, given)
+    config, game, models = saved.config, saved.game, _checked_models(saved.config)
+    mixture, in_turn = choose_models(config, models)
+    assert game.cast is not None
+    before = game.cast.round_robin_models
+    if before != in_turn and len({*before, *in_turn}) > 1:
+        raise SettingsError(
+            f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
+            f"turn; this cannot be changed on resume, and they would ask {', '.join(in_turn)}"
+        )
+    for share, now in zip(game.cast.models, mixture, strict=False):  # --models cannot be changed on resume
+        if share.model != now.model:
+            raise SettingsError(
+                f"--model-configs {shown(config.model_configs)}: {share.name} was {share.model} when the run in {path} "
+                f"was started; this cannot be changed on resume, and it is now {now.model}"
+            )
+    return RunSpec(config, models, game, real(path), saved.run_id, saved)
+
+
+def finished_run(path: Path, given: dict[str, Any]) -> RunSpec | None:
+    """Return the spec of a run with no rounds or tokens left, else None. Reads no answers; raises SettingsError."""
+    before, summary = reader.read_summary(path, "--resume ")
+    config = reader.config_to_resume(path, before, given)
+    spent = reader.is_spent(summary, before.max_tokens, config.max_tokens)
+    if summary["status"] not in ("complete", "partial") or (len(summary["rounds"]) < config.rounds and not spent):
+        return None
+    if not is_there(path / WHOLE):
+        raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
+    return RunSpec(config, {}, reader.read_game(path, config), path, summary["run_id"], status=summary["status"])
+
+
+def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
+    """Return the models of a run, if it uses any. Raises SettingsError if its participants cannot be created."""
+    if config.agent_class is not None:  # find errors in the user's file before anything starts
+        import_agentscope()
+        from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - AgentScope, which few need
+
+        add_extra_folders(config.extra_pythonpath)
+        pickled_agent_class(config.agent_class, config.agent_type)
+    return read_models(config) if config.agent_type == "llm" else {}
