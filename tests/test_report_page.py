@@ -26,7 +26,7 @@ from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, selection
 from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import brief, run_lines
-from simulation.results.figures import COLOURS, page_chart, short
+from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import page_content, ranges, seconds, write_page, write_report
 
@@ -467,14 +467,14 @@ def test_numbers_in_words():
 
 
 def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):
-    game = replace(told_apart.game, ratio=Fraction(3))
-    far = [replace(each, winning_number=Fraction(150)) for each in told_apart.results]
+    rounds = [entry | {"winning_number": 150.0} for entry in told_apart.summary["rounds"]]
+    far = replace(told_apart, summary=told_apart.summary | {"rounds": rounds})
     axes = Figure().subplots()
-    draw_answers(axes, game, far[0])
+    draw_answers(axes, far, 0)
     assert axes.get_xlim()[1] <= 101
     assert "winning number 150.000" in [line.get_label() for line in axes.lines]
     axes = Figure().subplots()
-    draw_averages(axes, game, far)
+    draw_averages(axes, far)
     (winning,) = (line for line in axes.lines if line.get_label() == "winning number")
     assert np.isnan(winning.get_ydata()).all() and axes.get_ylim()[1] < 120
 
@@ -483,11 +483,11 @@ def test_of_very_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_pat
     folders = [tmp_path / f"{number:02}" for number in range(60)]
     runs = [replace(told_apart, path=folder) for folder in folders]
     content = comparison_content(tmp_path, runs)
-    assert len(content["rows"]) == 60 and len(content["keys"]) == len(content["open"]) + len(content["folded"]) == 24
-    assert [row[0] for row, _, _ in content["rows"]] == [folder.name for folder in folders]
-    assert content["keys"][0][0] == "(00)" and content["keys"][-1][0] == "(59)"
-    looks = [(colour, dashes) for _, colour, dashes in content["keys"]]
-    assert len(set(looks)) == 24
+    labels = [label for label, _ in content["drawn"]]
+    assert len(content["rows"]) == 60 and len(labels) == len(content["open"]) + len(content["folded"]) == 24
+    assert [row["run"] for row in content["rows"]] == [folder.name for folder in folders]
+    assert labels[0] == "(00)" and labels[-1] == "(59)"
+    assert len({series_style(index) for index in range(24)}) == 24
 
 
 def test_a_chart_has_the_colours_of_the_pages_and_is_the_same_every_time():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from simulation.game.rules import Game
-from simulation.game.tally import RoundResult, Tally
+from simulation.game.tally import Tally
 from simulation.results.console_report import brief, histogram, number_of
 from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg, two_parts, write_png
 from simulation.results.reader import SavedRun
 
-BINS = 101
-PART_BINS = 51
+BINS, PART_BINS = 101, 51
 MARKED_ROUNDS = 25  # more rounds are drawn without markers
 LABELLED_ROUNDS = 12  # more averages are drawn without their numbers
 SMALL_MULTIPLES = 6  # histograms in a PNG file
@@ -38,26 +37,22 @@ def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
     return [name for name in tallies if name in by_size]
 
 
-def averages_of(game: Game, tallies: Mapping[int, Tally]) -> dict[int, float]:
-    """Return the averages by round, without rounds that have none."""
-    averages = {number: tally.average() for number, tally in tallies.items()}
-    return {number: number_of(average, game) for number, average in averages.items() if average is not None}
+def by_round(run: SavedRun, key: str) -> dict[int, float]:
+    """Return a figure of the summary by round, without rounds that have none."""
+    return {entry["round"]: entry[key] for entry in run.summary["rounds"] if entry[key] is not None}
 
 
-# --- Charts on given axes --------------------------------------------------------------------------------------------
-
-
-def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:
-    """Draw the histogram of the answers, the average and the winning number."""
-    _draw_histogram(axes, game, result.tally, BINS, game.max_value * game.scale)
-    if result.average is None or result.winning_number is None:
+def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
+    """Draw the histogram of the answers of one round, the average and the winning number."""
+    game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
+    _draw_histogram(axes, game, run.results[index].tally, BINS, game.max_value * game.scale)
+    average, winning = entry["average"], entry["winning_number"]
+    if average is None or winning is None:
         return
-    average, winning = number_of(result.average, game), number_of(result.winning_number, game)
     within = winning <= BEYOND * game.max_value
-    digits = game.decimals + 3
     axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
-    label = f"winning number {winning:.{digits}f}"
-    axes.axvline(winning if within else math.nan, color="winning", linestyle="dashed", label=label)
+    style: dict[str, Any] = {"color": "winning", "linestyle": "dashed", "label": f"winning number {winning:.{digits}f}"}
+    axes.axvline(winning if within else math.nan, **style)
     if within:
         axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
 
@@ -73,15 +68,17 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
     limit_ticks(axes, across=5, up=4, whole="y")
 
 
-def draw_averages(axes: Axes, game: Game, results: Sequence[RoundResult]) -> None:
+def draw_averages(axes: Axes, run: SavedRun) -> None:
     """Draw the average and the winning number by round, and the equilibrium."""
-    label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in game.equilibria)}"
-    draw_equilibria(axes, game, color="equilibrium", linewidth=3, label=label)
-    winning = {each.round: number_of(each.winning_number, game) for each in results if each.winning_number is not None}
-    drawn = {number: value if value <= BEYOND * game.max_value else math.nan for number, value in winning.items()}
-    draw_line(axes, averages_of(game, {each.round: each.tally for each in results}), color="average", label="average")
-    draw_line(axes, drawn, color="winning", linestyle="dashed", marker="D", clip_on=False, label="winning number")
-    scale_rounds(axes, [each.round for each in results])
+    highest = BEYOND * run.game.max_value
+    label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
+    draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
+    _draw_line(axes, by_round(run, "average"), color="average", label="average")
+    winning = {
+        number: each if each <= highest else math.nan for number, each in by_round(run, "winning_number").items()
+    }
+    _draw_line(axes, winning, color="winning", linestyle="dashed", marker="D", clip_on=False, label="winning number")
+    _scale_rounds(axes, [result.round for result in run.results])
 
 
 def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
@@ -91,38 +88,27 @@ def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
         axes.hlines(game.equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
 
 
-def draw_line(axes: Axes, numbers: Mapping[int, float], **style: Any) -> None:
-    """Draw numbers by round."""
+def draw_lines(axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]]) -> None:
+    """Draw a line for each name, with its numbers by round; `rounds` is the range of the x-axis."""
+    for index, (name, numbers) in enumerate(lines.items()):
+        colour, line_style = series_style(index)
+        _draw_line(axes, numbers, color=colour, linestyle=line_style, label=name)
+    _scale_rounds(axes, list(rounds))
+
+
+def _draw_line(axes: Axes, numbers: Mapping[int, float], **style: Any) -> None:
     axes.plot(list(numbers), list(numbers.values()), **{"marker": "o", **style})
 
 
-def draw_spread(axes: Axes, game: Game, results: Sequence[RoundResult]) -> None:
-    """Draw the standard deviation of the answers by round."""
-    spreads = {each.round: each.tally.std() for each in results}
-    numbers = {number: std / game.scale for number, std in spreads.items() if std is not None}
-    draw_line(axes, numbers, color="series-1")
-    scale_rounds(axes, list(spreads))
-
-
-def draw_part_lines(axes: Axes, game: Game, rounds: Mapping[int, Mapping[str, Tally]], names: Sequence[str]) -> None:
-    """Draw the averages of these parts of the participants by round."""
-    for index, name in enumerate(names):
-        colour, line_style = series_style(index)
-        averages = averages_of(game, {number: tallies[name] for number, tallies in rounds.items()})
-        draw_line(axes, averages, color=colour, linestyle=line_style)
-    scale_rounds(axes, list(rounds))
-
-
-def scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
+def _scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
     """Scale the axes to these rounds, and from 0 to slightly above the highest number."""
     limit_ticks(axes, across=8, up=4, whole="x")
     axes.spines.bottom.set_visible(False)  # an equilibrium of 0 is drawn there
     margin = max(0.25, (max(rounds) - min(rounds)) / 60)
     axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
-    if len(set(rounds)) > MARKED_ROUNDS:
-        for line in axes.lines:
-            line.set_marker("")
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
+    for line in axes.lines if len(set(rounds)) > MARKED_ROUNDS else ():
+        line.set_marker("")
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
@@ -137,39 +123,20 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
     axes.set_xlim(min(rounds) - 0.6, max(rounds) + 0.6)
 
 
-def grid_of(count: int) -> tuple[int, int]:
-    """Return the rows and columns of a grid of `count` small charts."""
-    columns = 2 if count == 4 else min(count, 3)
-    return (-(-count // columns), columns) if count else (0, 0)
-
-
-def draw_small_multiples(part: SubFigure, rounds: Sequence[tuple[Game, RoundResult]]) -> list[Axes]:
-    """Draw a grid of histograms; return their axes."""
-    if not rounds:
-        return []
-    grid = part.subplots(*grid_of(len(rounds)), squeeze=False)
-    for axes in grid.flat[len(rounds) :]:
-        axes.set_visible(False)
-    for axes, (game, result) in zip(grid.flat, rounds, strict=False):
-        draw_answers(axes, game, result)
-    return list(grid.flat[: len(rounds)])
-
-
-def parts_chart(game: Game, tallies: Mapping[str, Tally], label: str) -> Markup:
+def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     """Return stacked histograms of one round for a page, one for each of the largest parts, with its average.
 
     The x-axis ends at the highest answer. Each part is scaled to its own highest bar, so that small parts compare with
     large ones.
     """
-    names = [(name, short_name(name)) for name in largest(tallies, PARTS_DRAWN)]
+    names = largest(tallies, PARTS_DRAWN)
+    texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
     height = 0.42 * len(names) + 0.35
-    sides = {"left": 0.03 + 0.0172 * max(len(text) for _, text in names), "right": 0.955, "top": 1.0}
+    sides = {"left": 0.03 + 0.0172 * max(map(len, texts)), "right": 0.955, "top": 1.0, "bottom": 0.35 / height}
     figure = Figure(figsize=(WIDTH_INCHES, height))
-    grid = figure.subplots(
-        len(names), 1, sharex=True, squeeze=False, gridspec_kw={**sides, "bottom": 0.35 / height, "hspace": 0.16}
-    )
-    for axes, (name, text) in zip(grid.flat, names, strict=True):
+    grid = figure.subplots(len(names), 1, sharex=True, squeeze=False, gridspec_kw={**sides, "hspace": 0.16})
+    for axes, name, text in zip(grid.flat, names, texts, strict=True):
         _draw_histogram(axes, game, tallies[name], PART_BINS, top)
         axes.grid(visible=False)
         axes.set_yticks([])
@@ -178,11 +145,6 @@ def parts_chart(game: Game, tallies: Mapping[str, Tally], label: str) -> Markup:
         if average is not None:
             axes.axvline(number_of(average, game), color="average")
     return svg(label, figure)
-
-
-def short_name(name: str) -> str:
-    """Return a name of at most NAME_LENGTH characters."""
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
 # --- PNG files -------------------------------------------------------------------------------------------------------
@@ -197,11 +159,11 @@ def draw_pictures(run: SavedRun) -> None:
 
 
 def _last_round(run: SavedRun) -> Figure:
-    result = run.results[-1]
+    tally = run.results[-1].tally
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    draw_answers(axes, run.game, result)
-    axes.set_title(f"Round {result.round}: {result.tally.answered:,} of {result.tally.asked:,} participants answered")
+    draw_answers(axes, run, -1)
+    axes.set_title(f"Round {run.results[-1].round}: {tally.answered:,} of {tally.asked:,} participants answered")
     axes.set(xlabel=f"number, 0 to {run.game.max_value:,}", ylabel="participants")
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
@@ -209,22 +171,37 @@ def _last_round(run: SavedRun) -> Figure:
 
 def _all_rounds(run: SavedRun) -> Figure:
     """Draw small histograms above the averages by round."""
-    results = [run.results[index] for index in selection(len(run.results), SMALL_MULTIPLES)]
-    figure, above, below = two_parts(2.3 * grid_of(len(results))[0] + 0.7, 3.4)
+    indices = selection(len(run.results), SMALL_MULTIPLES)
+    figure, above, below = two_parts(2.3 * grid_of(len(indices))[0] + 0.7, 3.4)
     heading = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
     above.suptitle(heading, fontsize=15, weight="bold")
-    for axes, result in zip(draw_small_multiples(above, [(run.game, each) for each in results]), results, strict=True):
-        axes.set_title(f"Round {result.round}", loc="left", fontsize=11, weight="bold")
-        if result.average is not None:
-            average = f"average {brief(number_of(result.average, run.game))}"
-            axes.set_title(average, loc="right", fontsize=10.5, color="average")
     above.supylabel("participants", fontsize=11, color="muted")
+    for axes, index in zip(draw_small_multiples(above, [(run, index) for index in indices]), indices, strict=True):
+        entry = run.summary["rounds"][index]
+        axes.set_title(f"Round {entry['round']}", loc="left", fontsize=11, weight="bold")
+        if entry["average"] is not None:
+            axes.set_title(f"average {brief(entry['average'])}", loc="right", fontsize=10.5, color="average")
     axes = below.subplots()
-    draw_averages(axes, run.game, run.results)
-    if len(run.results) <= LABELLED_ROUNDS:
-        place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        for point in averages_of(run.game, {each.round: each.tally for each in run.results}).items():
-            axes.annotate(brief(point[1]), point, color="average", fontsize=10, **place)
+    draw_averages(axes, run)
+    place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+    for point in by_round(run, "average").items() if len(run.results) <= LABELLED_ROUNDS else ():
+        axes.annotate(brief(point[1]), point, color="average", fontsize=10, **place)
     axes.set(xlabel="round", ylabel=f"number, 0 to {run.game.max_value:,}")
     below.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10.5)
     return figure
+
+
+def grid_of(count: int) -> tuple[int, int]:
+    """Return the rows and columns of a grid of `count` small charts."""
+    columns = 2 if count == 4 else min(count, 3)
+    return (-(-count // columns), columns) if count else (0, 0)
+
+
+def draw_small_multiples(part: SubFigure, rounds: Sequence[tuple[SavedRun, int]]) -> list[Axes]:
+    """Draw a grid of histograms of rounds, each given by its run and index; return their axes."""
+    grid: Any = part.subplots(*grid_of(len(rounds)), squeeze=False).flat if rounds else []
+    for axes in grid[len(rounds) :]:
+        axes.set_visible(False)
+    for axes, (run, index) in zip(grid, rounds, strict=False):
+        draw_answers(axes, run, index)
+    return list(grid[: len(rounds)])

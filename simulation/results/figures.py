@@ -31,36 +31,9 @@ COMMANDS = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE
 ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # each line style multiplies the number of distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page: legible on a phone; wider screens show two or three side by side
-STYLE: dict[str, Any] = {
-    "font.size": 11,
-    "text.color": "ink",
-    "axes.labelcolor": "muted",
-    "axes.edgecolor": "muted",
-    "xtick.color": "muted",
-    "ytick.color": "muted",
-    "xtick.bottom": False,
-    "ytick.left": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "grid",
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 2,
-    "lines.markersize": 5,
-    "lines.dashed_pattern": (5, 2),
-    "lines.dotted_pattern": (1, 1.4),
-    "figure.dpi": 72,
-    "figure.constrained_layout.w_pad": 0.09,
-    "figure.constrained_layout.h_pad": 0.09,
-    "figure.constrained_layout.hspace": 0.05,
-    "text.parse_math": False,  # a persona may be called $x$
-}
 mpl.rcdefaults()  # a user's matplotlibrc may require what is not installed, such as LaTeX
 get_named_colors_mapping().update(COLOURS)
-mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are plain strings
+mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_default_template=False))
 
 
 def series_style(index: int) -> tuple[str, str]:

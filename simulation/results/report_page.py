@@ -5,29 +5,17 @@ Untrusted text, such as failure causes and persona names, is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from simulation.game.rules import Game
-from simulation.results.charts import (
-    PART_LINES,
-    PARTS_DRAWN,
-    draw_answers,
-    draw_averages,
-    draw_part_lines,
-    draw_pictures,
-    draw_spread,
-    draw_times,
-    largest,
-    parts_chart,
-    selection,
-)
+from simulation.results import charts
+from simulation.results.charts import PART_LINES, PARTS_DRAWN, draw_pictures, largest, selection
 from simulation.results.console_report import brief, number_of
 from simulation.results.figures import PAGES, page_chart, series_style
 from simulation.results.reader import SavedRun, rounds_finished
@@ -37,12 +25,6 @@ from simulation.results.run_files import position_in_words
 OPEN_CHARTS = 12  # histograms shown unfolded; the others are folded
 # Row limit of all tables of rounds and parts together; beyond it, they show selected rounds and the largest parts
 PART_ROWS = 1500
-STATUSES = {
-    "complete": "complete: every participant answered",
-    "partial": "partial: some gave no usable answer",
-    "interrupted": "interrupted",
-    "failed": "failed",
-}
 
 
 def draw_all(run: SavedRun) -> None:
@@ -66,128 +48,79 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds, "number": _number}
+    environment.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
+    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds, "number": number}
     return environment
 
 
-def fixed(number: float | None, digits: int = 3) -> str:
+def fixed(value: float | None, digits: int = 3) -> str:
     """Format a number with `digits` decimals; None is a dash."""
-    return "–" if number is None else f"{number:,.{digits}f}"
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def whole(number: float | None) -> str:
+def whole(value: float | None) -> str:
     """Format a number without decimals; None is a dash."""
-    return fixed(number, 0)
+    return fixed(value, 0)
 
 
-def seconds(number: float) -> str:
+def seconds(duration: float) -> str:
     """Format a duration given in seconds."""
-    if number < 59.995:
-        return f"{number:.2f} s"
-    minutes, rest = divmod(round(number), 60)
+    if duration < 59.995:
+        return f"{duration:.2f} s"
+    minutes, rest = divmod(round(duration), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def _number(units: Any, game: Game) -> float | None:
+def number(units: Any, game: Game) -> float | None:
+    """Convert units, which may be missing, to a number of the game."""
     return None if units is None else number_of(units, game)
 
 
 def page_content(run: SavedRun) -> dict[str, Any]:
     """Return the template variables of the report."""
-    game, summary, entries = run.game, run.summary, run.summary["rounds"]
-    charts = [{"entry": entry, "svg": answers_chart(run, index)} for index, entry in enumerate(entries)]
+    entries = run.summary["rounds"]
     answered = [entry for entry in entries if entry["average"] is not None]
     return {
         "run": run,
-        "game": game,
+        "game": run.game,
         "config": run.config,
-        "summary": summary,
-        "digits": game.decimals + 3,
-        "equilibrium": equilibrium_in_words(game),
-        "status": _status(run),
-        "played": rounds_finished(summary),
+        "summary": run.summary,
+        "digits": run.game.decimals + 3,
+        "finished": rounds_finished(run.summary),
         "position": run.position and position_in_words(run.position),
         "last": (answered or entries or [None])[-1],
-        **fold(charts),
-        "by_round": _by_round(run) if len(entries) > 1 and answered else None,
+        **fold(len(entries)),
         "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
         "failures": failures_by_cause(entries),
-        "times": _times(summary),
     }
 
 
-def fold(charts: Sequence[Any]) -> dict[str, list[Any]]:
-    """Divide charts into those shown unfolded, at most OPEN_CHARTS, and the others."""
-    indices = selection(len(charts), OPEN_CHARTS)
-    return {
-        "open": [charts[index] for index in indices],
-        "folded": [chart for index, chart in enumerate(charts) if index not in indices],
-    }
-
-
-def _status(run: SavedRun) -> str:
-    """Describe how the run ended."""
-    entries, status = run.summary["rounds"], run.summary["status"]
-    if status == "partial" and not any(entry["answered"] for entry in entries):
-        return "partial: no participant gave a usable answer"
-    if status == "interrupted" and rounds_finished(run.summary) < len(entries):
-        return f"interrupted in round {entries[-1]['round']}"
-    return STATUSES[status]
-
-
-def answers_chart(run: SavedRun, index: int, name: str = "") -> Markup:
-    """Return the histogram of one round; `name` distinguishes its run from others in the page."""
-    game, result = run.game, run.results[index]
-    tally, digits = result.tally, game.decimals + 3
-    label = f"{name}Round {result.round}: no answers from {tally.asked:,} participants"
-    if result.average is not None:
-        low, high = (f"{number_of(units, game):g}" for units in (tally.units[0], tally.units[-1]))
-        average, winning = (fixed(_number(units, game), digits) for units in (result.average, result.winning_number))
-        label = f"{name}Round {result.round}: {tally.answered:,} answers from {low} to {high}"
-        label += f", average {average}, winning number {winning}"
-    return page_chart(label, 2.3, draw_answers, game, result)
-
-
-def equilibrium_in_words(game: Game) -> str:
-    """Describe the equilibria of the game."""
-    numbers = " and ".join(f"{number:,.6g}" for number in game.equilibria)
-    return f"equilibrium {numbers}" if numbers else "equilibrium: any number, if all participants give it"
-
-
-def _by_round(run: SavedRun) -> dict[str, Any]:
-    """Return the charts of average and spread by round."""
-    digits = run.game.decimals + 3
-    averages, spreads = (
-        "; ".join(f"{entry['round']}: {fixed(entry[key], digits)}" for entry in run.summary["rounds"])
-        for key in ("average", "std")
-    )
-    label = f"Average by round: {averages}; {equilibrium_in_words(run.game)}"
-    return {
-        "average": page_chart(label, 2.9, draw_averages, run.game, run.results),
-        "spread": page_chart(f"Spread by round: {spreads}", 2.9, draw_spread, run.game, run.results),
-    }
+def fold(count: int) -> dict[str, list[int]]:
+    """Divide the indices of `count` charts into those shown unfolded, at most OPEN_CHARTS, and the others."""
+    unfolded = selection(count, OPEN_CHARTS)
+    return {"open": unfolded, "folded": [index for index in range(count) if index not in unfolded]}
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
-    """Return the charts and tables of one grouping of the participants."""
+    """Return the tables and the lines of one grouping of the participants."""
     game, tallies = run.game, run.tallies_by_part[topic]
-    rounds = {result.round: each for result, each in zip(run.results, tallies, strict=True)}
-    number, last = run.results[-1].round, tallies[-1]
-    listed = largest(last, max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
-    lined = largest(last, PART_LINES)
+    rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
+    listed = largest(tallies[-1], max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
     selected = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
-    ends = "; ".join(f"{name}: {fixed(_number(last[name].average(), game), game.decimals + 3)}" for name in lined)
-    label = f"Average by round and {topic}; in the last round {ends}"
     return {
         "name": topic,
-        "last_round": number,
-        "last": [(name, last[name]) for name in listed],
-        "parts_in_all": len(last),
-        "parts": parts_chart(game, last, f"Answers of round {number} by {topic}, averages: {ends}"),
-        "parts_drawn": min(len(last), PARTS_DRAWN),
-        "lines": page_chart(label, 2.6, draw_part_lines, game, rounds, lined) if len(rounds) > 1 else None,
-        "lined": [(name, *series_style(index)) for index, name in enumerate(lined)],
-        "rounds": [list(rounds.items())[index] for index in selected],
+        "last": tallies[-1],
+        "listed": listed,
+        "drawn": min(len(tallies[-1]), PARTS_DRAWN),
+        "rounds": [rounds[index] for index in selected],
+        "lines": {
+            name: {
+                index: number_of(average, game)
+                for index, each in rounds
+                if (average := each[name].average()) is not None
+            }
+            for name in largest(tallies[-1], PART_LINES)
+        },
     }
 
 
@@ -205,23 +138,3 @@ def ranges(numbers: Iterable[int]) -> str:
     """Format ascending numbers as ranges: 1–3, 7."""
     runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0][1]}–{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)
-
-
-def _times(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the table and chart of the time breakdown by round; None if the run has none."""
-    times = summary["cluster"].get("times")
-    if not times:
-        return None
-    words = {
-        "model_s": "waiting for the model" if summary["config"]["agent_type"] == "llm" else "thinking",
-        "client_s": "work of the agent servers",
-        "rpc_s": "remote calls and lost servers",
-        "slowest_s": "waiting for the slowest server",
-    }
-    kinds = [kind for kind in words if any(kind in each for each in times)]
-    sums = "; ".join(f"{words[kind]} {seconds(sum(each.get(kind, 0.0) for each in times))}" for kind in kinds)
-    return {
-        "kinds": [(kind, words[kind], series_style(index)[0]) for index, kind in enumerate(kinds)],
-        "rows": times,
-        "svg": page_chart(f"Seconds by round: {sums}", 2.3, draw_times, times, kinds),
-    }
