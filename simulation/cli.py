@@ -45,7 +45,7 @@ USED_BY = {  # settings that actions use
     "launch": tuple(SETTINGS),
 }
 HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
-OWNED = Setting(False, "", roles=("participant",))  # with --launch: until standard input ends
+OWNED = Setting(False, "", roles=("participant",))  # as --launch, until standard input ends
 FLAGS = {"help": HELP, **ACTIONS, "owned": OWNED, **SETTINGS}
 
 
@@ -176,8 +176,8 @@ def _check_used(role: str, given: dict[str, Any]) -> str | None:
     for action in actions:
         if unused := [name for name in given if name not in ("role", *USED_BY.get(action, ()))]:
             raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
-    if owned and actions != ["launch"]:
-        raise SettingsError("--owned: goes with --launch")
+    if owned and actions not in ([], ["launch"]):
+        raise SettingsError(f"--owned: does not go with {flag_of(actions[0])}")
     return "owned" if owned else next(iter(actions), None)
 
 

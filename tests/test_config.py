@@ -158,7 +158,7 @@ UNUSED = [
     ("--role participant --make-key --host-name a", "--host-name: does not go with --make-key"),
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
-    ("--role participant --owned", "--owned: goes with --launch"),
+    ("--role participant --owned --stop", "--owned: does not go with --stop"),
     ("--role report --draw-for-main x", "unrecognized arguments: x ("),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
