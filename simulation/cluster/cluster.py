@@ -1,7 +1,6 @@
 """The groups and moderators of a run: created where missing, called, and recreated when their servers fail.
 
-Work is retried on the remaining servers until it completes without a server loss, so every step is idempotent: it does
-only what is missing, and creating an object that exists does nothing.
+Work is retried on the remaining servers, so every step is idempotent; creating an object that exists does nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Game
 from simulation.rpc.channels import call_all, call_all_or_raise
 from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
-from simulation.rpc.endpoints import Endpoint, GroupAssignment, endpoints
+from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
-
-RESTORED_AT_ONCE = 250_000  # answers per message
 
 
 class Record(Protocol):
@@ -60,7 +57,7 @@ class Cluster(Membership):
         self._record = record
         self._plan = PlacementPlan(run, config.participant_num, servers, moderator_servers)
         self._ready: set[str] = set()  # groups whose participants are built and have their memory restored
-        self._moderators: dict[Endpoint, RemoteObject] = {}
+        self.moderators: dict[Endpoint, RemoteObject] = {}  # by server
         self._assigned: dict[Endpoint, list[GroupAssignment]] = {}  # the groups of each moderator
 
     @property
@@ -74,16 +71,9 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Return the status of each server, participant servers first, and keep their heartbeats detailed for a while.
-
-        Until OBSERVED_S after the last call, heartbeats carry partial histograms and the load of the server.
-        """
+        """Return the status of each server, participant servers first; see FailureDetector.observe."""
         self._detector.observe(self._game.numbers)
         return self.status
-
-    def __enter__(self) -> Cluster:
-        self.open()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         keep = self.config.keep_agents and kind is None
@@ -93,19 +83,14 @@ class Cluster(Membership):
 
     def all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
         """Call all moderators that have groups and return the results by server. Raises ServerLost."""
-        return call_all_or_raise({server: partial(call, self._moderators[server]) for server in self._assigned})
+        return call_all_or_raise({server: partial(call, self.moderators[server]) for server in self._assigned})
 
     def halt(self, immediately: bool) -> None:
         self.all(lambda moderator: moderator.halt(immediately))
 
-    def answers(self, assignment: GroupAssignment, first: int, count: int) -> Answers:
-        """Return answers of this round from a group's moderator."""
-        answers: Answers = self._moderators[assignment.moderator_server].answers(first, count)
-        return answers
-
     def unassign_server(self, endpoint: Endpoint) -> None:
         self._plan.unassign_server(endpoint)
-        self._moderators.pop(endpoint, None)
+        self.moderators.pop(endpoint, None)
         self._assigned.pop(endpoint, None)
 
     def begin_round(self, number: int) -> None:
@@ -116,30 +101,22 @@ class Cluster(Membership):
 
     def _delete_orphans(self) -> None:
         """Delete objects that no assignment refers to, as they were recreated on, or moved back to, another server."""
-        wanted = {each.oid for each in self.assignments} | {each.oid for each in self._moderators.values()}
-        orphans = {
-            oid: partial(delete_remote, endpoint, oid, self.config.connect_timeout)
-            for endpoint in self.up(self._servers)
-            for oid in self.status[endpoint].reply.objects
-            if oid not in wanted
-        }
-        call_all(orphans)
-
-    # --- Creation ----------------------------------------------------------------------------------------------------
+        wanted = {each.oid for each in self.assignments} | {each.oid for each in self.moderators.values()}
+        hosted = [(server, oid) for server in self.up(self._servers) for oid in self.status[server].reply.objects]
+        delete = partial(delete_remote, deadline_s=self.config.connect_timeout)
+        call_all({oid: partial(delete, server, oid) for server, oid in hosted if oid not in wanted})
 
     def reconcile(self, rounds: int) -> None:
-        """Place every group on a server that is up, with a moderator that is up; create only what is missing.
+        """Create what is missing on servers that are up; new participants get their answers of rounds 1 .. `rounds`.
 
-        New participants get their answers of the first `rounds` rounds. Raises ServerLost, RunAborted, Interrupted.
+        Raises ServerLost, RunAborted, Interrupted.
         """
         self.handle_losses()
         servers = self.wait_for_servers(self.participant_servers, "participant")
         minimum = self.config.min_servers
         if minimum is not None and len(servers) < minimum:
-            raise RunAborted(
-                f"{len(servers)} of {len(self.participant_servers)} participant servers are left; --min-servers asks "
-                f"for {minimum}"
-            )
+            left = f"{len(servers)} of {len(self.participant_servers)} participant servers are left"
+            raise RunAborted(f"{left}; --min-servers asks for {minimum}")
         moderator_servers = self.wait_for_servers(self.moderator_servers, "moderator")
         stopping = self.watch.stop_signal is not None and bool(self._ready)
         self._plan.reassign(servers, moderator_servers, onto=[] if stopping else servers)
@@ -169,12 +146,12 @@ class Cluster(Membership):
         groups: dict[Endpoint, list[GroupAssignment]] = defaultdict(list)
         for assignment in self.active_assignments:
             groups[assignment.moderator_server].append(assignment)
-        missing = [server for server in groups if server not in self._moderators]
-        self._moderators |= call_all_or_raise({server: partial(self._moderator, server) for server in missing})
+        missing = [server for server in groups if server not in self.moderators]
+        self.moderators |= call_all_or_raise({server: partial(self._moderator, server) for server in missing})
         one_by_one = self.config.dispatch == "agent"
         changed = {
             server: partial(moderator.assign, groups.get(server, []), one_by_one)
-            for server, moderator in self._moderators.items()
+            for server, moderator in self.moderators.items()
             if groups.get(server) != self._assigned.get(server)
         }
         call_all_or_raise(changed)
@@ -183,22 +160,16 @@ class Cluster(Membership):
     def _moderator(self, server: Endpoint) -> RemoteObject:
         number = self.moderator_servers.index(server)
         oid = f"{self.run}/moderator-{number}.{self.losses[server]}"
-        kwargs = {
-            "name": f"Moderator {number}",
-            "timeout_s": self.config.heartbeat_timeout,
-            "lease_s": self.config.lease,
-        }
+        timeout_s, lease_s = self.config.heartbeat_timeout, self.config.lease
+        kwargs = {"name": f"Moderator {number}", "timeout_s": timeout_s, "lease_s": lease_s}
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
-        """Wait until these groups finish the round (0: creation). An interruption ends a round early, creation at once.
-
-        Raises ServerLost, Interrupted.
-        """
+        """Wait until these groups finish the round (0: creation); see `wait_until_done`."""
         one_by_one = number > 0 and self.config.dispatch == "agent"  # then the moderators count the answers
         awaited = [(each.server, each.oid, not one_by_one) for each in assignments if each.server is not None]
         if number > 0:
-            awaited += [(server, self._moderators[server].oid, one_by_one) for server in self._assigned]
+            awaited += [(server, self.moderators[server].oid, one_by_one) for server in self._assigned]
         self.wait_until_done(stage, number, sum(each.count for each in assignments), awaited)
 
 
@@ -210,5 +181,5 @@ def _group(assignment: GroupAssignment, kwargs: dict[str, Any]) -> RemoteObject:
 
 
 def _restore_memory(record: Record, rounds: int, assignment: GroupAssignment, group: RemoteObject) -> None:
-    for first, count in assignment.chunks(max(RESTORED_AT_ONCE // rounds, 1)):
+    for first, count in assignment.chunks(max(ANSWERS_PER_MESSAGE // rounds, 1)):
         group.remember(first, record.values(first, count, rounds))

@@ -1,9 +1,7 @@
 """Failure detector: which agent servers of a run are alive, and how far their objects are. Callers decide how to react.
 
-A background thread polls all servers concurrently. A busy server delays its reply until its part of the round is done,
-so main learns of the end of a round at once. Each heartbeat also renews the lease of the run. A server is marked down
-when nothing listens on its port, when its process was replaced, or when it sends no reply for the timeout. Polling goes
-on, and the server can be marked up again.
+A busy server delays its reply until its part of the round is done, so main learns of the end of a round at once. A
+server is marked down when nothing listens on its port, its process was replaced, or it sends no reply for the timeout.
 """
 
 from __future__ import annotations
@@ -13,10 +11,11 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from simulation.errors import ServerUnreachable, SimulationError
-from simulation.rpc.channels import NOBODY_LISTENS, allow_calls, cancel_calls, heartbeat
+from simulation.rpc.channels import NOBODY_LISTENS, given_up, heartbeat
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import HeartbeatReply
 
@@ -30,25 +29,15 @@ ASLEEP_S = 1.0  # a deadline error that is this late means that this process was
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """The status of a server in a run; changes replace the whole object, so readers need no lock.
+    """The status of a server in a run; changes replace the whole object, so readers need no lock."""
 
-    Attributes:
-        reply: The latest heartbeat reply.
-        replied_at: Time of the latest reply (time.monotonic).
-        requested_at: When `reply` was requested (time.monotonic).
-        up: Whether the server was never marked down, or was marked up again.
-        answers: Whether it answers, whether or not it is marked down.
-        losses: Number of losses so far.
-        why: Cause of the latest loss.
-    """
-
-    reply: HeartbeatReply
-    replied_at: float
-    requested_at: float = 0.0
-    up: bool = True
-    answers: bool = True
+    reply: HeartbeatReply  # the latest
+    replied_at: float  # time of the latest reply to any request (time.monotonic)
+    requested_at: float = 0.0  # when `reply` was requested (time.monotonic)
+    up: bool = True  # it was never marked down, or was marked up again
+    answers: bool = True  # also while it is marked down
     losses: int = 0
-    why: str = ""
+    why: str = ""  # cause of the latest loss
 
     @property
     def has_recovered(self) -> bool:
@@ -60,14 +49,7 @@ class ServerStatus:
 
 
 class FailureDetector:
-    """The failure detector of one run, a context manager that polls the servers while it is open.
-
-    Args:
-        run: The run's remote id.
-        incarnations: The servers, each with the id of its process.
-        timeout_s: Seconds without a reply after which a server is marked down.
-        lease_s: The lease to renew (seconds).
-    """
+    """The failure detector of one run, a context manager that polls the servers while it is open."""
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
         self._run = run
@@ -79,13 +61,13 @@ class FailureDetector:
         self._newest = dict.fromkeys(incarnations, 0.0)  # time of the newest request; only its reply schedules the next
         self._changed = threading.Condition()  # guards all mutable state
         self._round = 0
-        self._observed = (0, 0.0)  # number of possible answers, and until when heartbeats carry histograms
+        self._numbers = 0  # number of possible answers
+        self._observed_until = 0.0  # until when heartbeats carry histograms (time.monotonic)
         self._news = self._ended = False
         self._thread = threading.Thread(target=self._poll, name="heartbeats", daemon=True)
 
     def __enter__(self) -> FailureDetector:
-        for endpoint in self.statuses:
-            allow_calls(endpoint)
+        given_up.difference_update(self.statuses)
         self._thread.start()
         return self
 
@@ -103,7 +85,7 @@ class FailureDetector:
 
     def observe(self, numbers: int) -> None:
         """Request partial histograms with all heartbeats of the next OBSERVED_S; `numbers` is the possible answers."""
-        self._observed = (numbers, time.monotonic() + OBSERVED_S)
+        self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
 
     def poll_now(self, number: int) -> None:
         """Poll all servers now, as new work has started; servers working on this round delay their replies."""
@@ -121,13 +103,13 @@ class FailureDetector:
             self.statuses[endpoint] = replace(status, up=False, answers=False, losses=status.losses + 1, why=why)
             self._news = True
             self._changed.notify_all()
-        cancel_calls(endpoint)
+        given_up.add(endpoint)
 
     def mark_up(self, endpoint: Endpoint) -> None:
         """Mark a recovered server up and allow calls to it."""
         with self._changed:
             self.statuses[endpoint] = replace(self.statuses[endpoint], up=True, answers=True)
-        allow_calls(endpoint)
+        given_up.discard(endpoint)
 
     def _poll(self) -> None:
         while True:
@@ -142,15 +124,10 @@ class FailureDetector:
                 status, number = self.statuses[endpoint], self._round
                 self._newest[endpoint] = now
                 left_s = status.replied_at + self._timeout_s - now if status.up else self._timeout_s
-            self._request(endpoint, number, now, max(left_s, self._wait_s + AGAIN_S))
-
-    def _request(self, endpoint: Endpoint, number: int, requested_at: float, timeout_s: float) -> None:
-        def receive(reply: HeartbeatReply | SimulationError) -> None:
-            self._receive(endpoint, requested_at, timeout_s, reply)
-
-        numbers, until = self._observed
-        numbers = numbers if requested_at < until else 0
-        heartbeat(endpoint, self._run, number, self._wait_s, timeout_s, numbers, receive)
+            timeout_s = max(left_s, self._wait_s + AGAIN_S)
+            numbers = self._numbers if now < self._observed_until else 0
+            receive = partial(self._receive, endpoint, now, timeout_s)
+            heartbeat(endpoint, [self._run, number, self._wait_s, numbers], timeout_s, receive)
 
     def _receive(
         self, endpoint: Endpoint, requested_at: float, timeout_s: float, reply: HeartbeatReply | SimulationError

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from simulation.cluster.failure_detector import FailureDetector, ServerStatus
 from simulation.errors import AgentNotFound, Interrupted, RunAborted, ServerLost, ServerUnreachable, SimulationError
@@ -58,7 +58,7 @@ class Membership:
         """Stop the round; `immediately` does not wait for pending answers."""
         raise NotImplementedError
 
-    def open(self) -> None:
+    def __enter__(self) -> Self:
         """Connect to all servers and start the failure detector, whose first heartbeat announces the run."""
         call = partial(channels.identify, timeout_s=self.config.connect_timeout)
         identities = channels.call_all_or_raise({each: partial(call, each) for each in self._servers})
@@ -66,6 +66,7 @@ class Membership:
         incarnations = {endpoint: each.incarnation for endpoint, each in identities.items()}
         self._detector = FailureDetector(self.run, incarnations, self.config.heartbeat_timeout, self.config.lease)
         self._detector.__enter__()
+        return self
 
     def close(self, keep: bool) -> None:
         """Stop the failure detector and announce the end of the run; `keep` keeps the agents."""
@@ -83,8 +84,6 @@ class Membership:
     def up(self, servers: Iterable[Endpoint]) -> list[Endpoint]:
         """Return those of the servers that are up."""
         return [each for each in servers if self.status[each].up]
-
-    # --- Lost and recovered servers ----------------------------------------------------------------------------------
 
     def retry_on_server_loss(self, work: Callable[[], V]) -> V:
         """Do the work; when it loses a server, mark that server down and retry on the others."""
@@ -109,14 +108,11 @@ class Membership:
     def begin_round(self, number: int) -> None:
         """Reset the losses of the round and readmit recovered servers."""
         self._losses_before = self.losses.copy()
-        for endpoint, status in self.status.items():
-            if status.has_recovered:
-                self._readmit(endpoint)
-                self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
-
-    def _readmit(self, endpoint: Endpoint) -> None:
+        recovered = [endpoint for endpoint, status in self.status.items() if status.has_recovered]
         self.handle_losses()
-        self._detector.mark_up(endpoint)
+        for endpoint in recovered:
+            self._detector.mark_up(endpoint)
+            self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
 
     def wait_for_servers(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
         """Return the pool's servers that are up; if none is, await a recovery. Raises RunAborted, Interrupted."""
@@ -135,31 +131,28 @@ class Membership:
             if recovered:
                 gathered_at = gathered_at or time.monotonic() + GATHER_S
                 if recovered == hopeful or time.monotonic() > gathered_at:
+                    self.handle_losses()
                     for endpoint in recovered:
-                        self._readmit(endpoint)
+                        self._detector.mark_up(endpoint)
             self._detector.wait(RECOVERY_POLL_S)
         return up
 
-    # --- Progress ----------------------------------------------------------------------------------------------------
-
     def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str, bool]]) -> None:
-        """Wait until `total` participants finish the round; an interruption ends a round early, creation immediately.
+        """Wait until `total` participants finish a round, without time limit; an interruption ends it early.
 
-        There is no time limit: a slow server is not a failed one. Raises ServerLost, Interrupted, and the
-        SimulationError that an object reports.
-
-        Args:
-            stage: The stage reported to the listener.
-            number: The round; 0 while participants are built.
-            total: Number of participants.
-            awaited: The required objects: server, id, and whether its progress counts participants.
+        `number` is the round, or 0 for creation; `awaited` are the required objects: server, id, and whether its
+        progress counts participants. Raises ServerLost, Interrupted, and the SimulationError that an object reports.
         """
         halts = [(0.0, False), (HALT_TIMEOUT_S, True)]  # seconds after the interruption, and how to halt then
         interrupted_at: float | None = None
         since = time.monotonic()
         self._detector.poll_now(number)
-        while (done := self._done(number, awaited, since)) < total:
-            self._report(stage, done, total)
+        while True:
+            done = self._done(number, awaited, since)
+            answering = sum(status.answers for status in self.status.values())
+            self.watch.progress(stage, done, total, f"{answering} of {len(self._servers)} servers answer")
+            if done == total:
+                return
             if self.watch.stop_signal is not None:
                 if number == 0:
                     raise Interrupted(self.watch.stop_signal)
@@ -168,11 +161,6 @@ class Membership:
                     self.halt(halts.pop(0)[1])
             self._detector.wait(POLL_S)
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
-        self._report(stage, done, total)
-
-    def _report(self, stage: str, done: int, total: int) -> None:
-        answering = sum(status.answers for status in self.status.values())
-        self.watch.progress(stage, done, total, f"{answering} of {len(self._servers)} servers answer")
 
     def _done(self, number: int, awaited: list[tuple[Endpoint, str, bool]], since: float) -> int:
         """Return how many participants have finished, from replies requested after `since`; store the groups' usage."""

@@ -23,10 +23,7 @@ Errors = dict[Endpoint, SimulationError]
 
 
 def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
-    """Return the handshakes and the errors of all agent servers of the run; the connect timeout is a common deadline.
-
-    The error of a host name that cannot be resolved is a SettingsError.
-    """
+    """Return the handshakes and the errors (SettingsError: unknown host) of all servers, within connect_timeout."""
     deadline = time.monotonic() + config.connect_timeout
     addresses = {host: _look_up(host) for host in config.hosts}
 
@@ -34,9 +31,8 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
         try:
             addresses[server.host].result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
-            raise SettingsError(
-                f"no address is known for this name after {config.connect_timeout:g} s; check /etc/hosts or DNS"
-            ) from None
+            waited = f"after {config.connect_timeout:g} s"
+            raise SettingsError(f"no address is known for this name {waited}; check /etc/hosts or DNS") from None
         return identify(server, max(deadline - time.monotonic(), 0.0))
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
@@ -60,8 +56,7 @@ def _look_up(host: str) -> Future[str]:
 def check_cluster(config: SimulationConfig) -> Identities:
     """Check every agent server of the run and its models, and return the handshakes.
 
-    Raises ClusterError with a line for each host that is not ready (the number of ready servers, the first problem) or
-    if a model is unknown or does not answer, and SettingsError if a model is outside the cluster.
+    Raises ClusterError with a line for each host that is not ready, or SettingsError if a model is outside the cluster.
     """
     identities, errors = identify_all(config)
     problems = {host: _problem_of(host, config, identities, errors) for host in config.hosts}
@@ -81,19 +76,14 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
     layout = (config.base_port, config.server_per_host, config.moderator_per_host)
     for endpoint, each in ready.items():
-        own = OWN_VERSIONS.items()
-        others = [
-            f"{name} ({each.versions.get(name)} there, {here} here)"
-            for name, here in own
-            if each.versions.get(name) != here
-        ]
+        versions = {name: (each.versions.get(name), here) for name, here in OWN_VERSIONS.items()}
+        others = [f"{name} ({there} there, {here} here)" for name, (there, here) in versions.items() if there != here]
         if others:
             return f"{endpoint} runs another version of {', '.join(others)}; make the host like this one, and {restart}"
         if (each.base_port, each.server_per_host, each.moderator_per_host) != layout:
-            return (
-                f"it has {each.server_per_host} participant and {each.moderator_per_host} moderator servers from "
-                f"port {each.base_port}; this run asks for {layout[1]} and {layout[2]} from {layout[0]}; {restart}"
-            )
+            there = f"{each.server_per_host} participant and {each.moderator_per_host} moderator servers"
+            here = f"{layout[1]} and {layout[2]} from {layout[0]}"
+            return f"it has {there} from port {each.base_port}; this run asks for {here}; {restart}"
     if not failed:
         return ""
     first, advice = str(failed[0]), restart

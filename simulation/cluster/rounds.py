@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -26,8 +26,7 @@ from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
-FETCHED_AT_ONCE = 250_000  # answers per message
-FETCHES_AT_ONCE = 4  # concurrent messages
+FETCHES_AT_ONCE = 4  # concurrent messages with answers
 NO_USAGE = Usage()
 
 
@@ -40,26 +39,17 @@ class Simulation:
                 result = simulation.play(number)
 
     If a server fails, its participants are recreated on other servers and asked again before the round ends.
-
-    Args:
-        config: The settings, with a seed.
-        game: The game to play.
-        run: The prefix of all remote ids of this run (see `remote_run`).
-        watch: Receives progress and warnings.
-        record: Storage for answers; without it, recreated participants start without memory.
-        played: Announcements of the rounds played before a resume.
-        usage: Usage of those rounds.
     """
 
     def __init__(
         self,
         config: SimulationConfig,
         game: Game,
-        run: str,
+        run: str,  # the prefix of all remote ids (see `remote_run`)
         watch: ProgressListener,
-        record: Record | None = None,
-        played: tuple[Announcement, ...] = (),
-        usage: Usage = NO_USAGE,
+        record: Record | None = None,  # without it, recreated participants start without memory
+        played: tuple[Announcement, ...] = (),  # of the rounds played before a resume
+        usage: Usage = NO_USAGE,  # of those rounds
     ) -> None:
         assert config.seed is not None  # main draws one if none is given
         self.config = config
@@ -77,8 +67,6 @@ class Simulation:
     def __exit__(self, *error: Any) -> None:
         self.cluster.__exit__(*error)
 
-    # --- The steps of a game -----------------------------------------------------------------------------------------
-
     def create(self) -> float:
         """Create moderators, groups and participants; return the seconds taken. Raises RunAborted, Interrupted."""
         started = time.monotonic()
@@ -86,20 +74,16 @@ class Simulation:
         return time.monotonic() - started
 
     def play(self, number: int) -> RoundResult:
-        """Play and record one round: ask, average, announce. After an interruption, missing answers count as failed.
-
-        Raises RunAborted if too few servers are left, and any error of the record.
-        """
+        """Play and record one round; after an interruption, missing answers count as failed. Raises RunAborted."""
         self._begin_round(number)
         question = question_for(self.game, number, self._announcements)
 
-        def ask_average_announce() -> RoundResult:
+        def ask_average_announce() -> RoundResult:  # each step does only what is missing
             tally = self._ask(question)
             result = self._average(tally)
-            result = self._announce(result)
-            return self._record(result)
+            return self._record(self._announce(result))
 
-        result = self.cluster.retry_on_server_loss(ask_average_announce)  # each step does only what is missing
+        result = self.cluster.retry_on_server_loss(ask_average_announce)
         self._announcements += (announcement_of(result, self.game.scale),)
         return result
 
@@ -140,25 +124,20 @@ class Simulation:
         announcement = announcement_of(result, self.game.scale)
         won = self.cluster.all(lambda moderator: moderator.announce(announcement))
         seconds = round(time.monotonic() - self._started, 4)  # rounded as in summary.json, so that reports match
-        return replace(
-            result,
-            winners=sum(won.values(), start=Winners(0, ())),
-            seconds=seconds,
-            times=self._times(seconds),
-            reassigned=self.reassigned,
-        )
+        winners, times = sum(won.values(), start=Winners(0, ())), self._times(seconds)
+        return replace(result, winners=winners, seconds=seconds, times=times, reassigned=self.reassigned)
 
     def _record(self, result: RoundResult) -> RoundResult:
         """Record every answer of the round, and return the result with the averages of the teams, if there are any."""
-        teams = None if self.game.teams is None else Teams(self.game)
-        answers = self.answers() if teams is None else teams.count(self.answers())
+        answers, sums = self.answers(), dict[str, tuple[int, int]]()
+        if self.game.teams is not None:
+            answers = count_teams(self.game, answers, sums)
         if self.record is not None:
             self.record.write_answers(self._number, answers, self.game.scale)
-        elif teams is not None:
+        elif self.game.teams is not None:
             deque(answers, maxlen=0)  # consume them, to count the teams
-        return result if teams is None else replace(result, teams=teams.averages())
-
-    # --- What the steps need ----------------------------------------------------------------------------------------
+        teams = tuple((name, Fraction(total, count) if count else None) for name, (total, count) in sums.items())
+        return replace(result, teams=teams)
 
     @property
     def moderator_num(self) -> int:
@@ -183,7 +162,7 @@ class Simulation:
         fetches: deque[Future[Answers]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             for assignment in self.cluster.assignments:
-                for first, count in assignment.chunks(FETCHED_AT_ONCE):
+                for first, count in assignment.chunks():
                     fetches.append(pool.submit(self._fetch, assignment, first, count))
                     if len(fetches) == FETCHES_AT_ONCE:
                         yield fetches.popleft().result()
@@ -193,7 +172,8 @@ class Simulation:
     def _fetch(self, assignment: GroupAssignment, first: int, count: int) -> Answers:
         if assignment.server is None:
             return Answers(first, np.full(count, FAILED), [INTERRUPTED])
-        return self.cluster.answers(assignment, first, count)
+        answers: Answers = self.cluster.moderators[assignment.moderator_server].answers(first, count)
+        return answers
 
     def _times(self, seconds: float) -> Times | None:
         """Return the time breakdown of this round; None with per-agent dispatch or without usage data."""
@@ -224,44 +204,28 @@ class Simulation:
         return each
 
 
-class Teams:
-    """The averages of the teams of a game, summed exactly as the answers stream through."""
-
-    def __init__(self, game: Game) -> None:
-        assert game.cast is not None
-        self._cast = game.cast
-        self._teams = next(each for each in game.cast.groupings if each.topic == game.teams)
-        self._sums = dict.fromkeys(self._teams.names, 0)
-        self._counts = dict.fromkeys(self._teams.names, 0)
-
-    def count(self, answers: Iterable[Answers]) -> Iterator[Answers]:
-        """Yield the same answers, and add them up by team."""
-        for part in answers:
-            teams = self._cast.part_indices(self._teams, part.first, len(part.units))
-            for number, name in enumerate(self._teams.names):
-                units = part.units[(part.units >= 0) & (teams == number)]
-                self._counts[name] += len(units)
-                self._sums[name] += (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # over 64 bits
-            yield part
-
-    def averages(self) -> tuple[tuple[str, Fraction | None], ...]:
-        """Return each team with its average in units; None for a team without answers."""
-        return tuple((name, Fraction(self._sums[name], n) if n else None) for name, n in self._counts.items())
+def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[int, int]]) -> Iterator[Answers]:
+    """Yield the same answers, and store in `sums` the exact sum and the number of those of each team."""
+    assert game.cast is not None
+    teams = next(each for each in game.cast.groupings if each.topic == game.teams)
+    sums.update(dict.fromkeys(teams.names, (0, 0)))
+    for part in answers:
+        indices = game.cast.part_indices(teams, part.first, len(part.units))
+        for number, name in enumerate(teams.names):
+            units = part.units[(part.units >= 0) & (indices == number)]
+            total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # may exceed 64 bits
+            sums[name] = (sums[name][0] + total, sums[name][1] + len(units))
+        yield part
 
 
 def ask(server: Endpoint, oid: str, question: Question) -> str:
-    """Ask a participant that was kept (`<group id>/<index>`) a question outside the game, and return its reply.
-
-    Raises ClusterError if the server does not answer or no longer holds it, RunAborted if it fails to reply.
-    """
+    """Ask a kept participant (`<group id>/<index>`) a question outside the game. Raises ClusterError, RunAborted."""
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
         reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
         return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
     except AgentNotFound:
-        raise AgentNotFound(
-            f"{oid} is no longer on {server}: agents stay only after a run with --keep-agents, until the next run or "
-            "the end of the servers"
-        ) from None
+        until = "agents stay only after a run with --keep-agents, until the next run or the end of the servers"
+        raise AgentNotFound(f"{oid} is no longer on {server}: {until}") from None
     except UnusableAnswer as error:
         raise RunAborted(f"participant {oid.rpartition('/')[2]} did not reply: {error}") from None

@@ -1,15 +1,12 @@
-"""TLS channels to agent servers, and the two calls that main makes most often: handshake and heartbeat.
+"""TLS channels to agent servers, and two plain gRPC calls with JSON payloads: handshake and heartbeat.
 
-Both are plain gRPC calls with JSON payloads, on the same gRPC server as AgentScope's servicer. Commands that start,
-list or wait for servers therefore need not import AgentScope, whose own calls are in client.py.
+Commands that start, list or wait for servers need no others, so that they need not import AgentScope (see client.py).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -17,14 +14,7 @@ from typing import Any, TypeVar
 import grpc
 
 from simulation import errors
-from simulation.errors import (
-    AgentNotFound,
-    ClusterError,
-    ServerLost,
-    ServerUnreachable,
-    SimulationError,
-    UntrustedServer,
-)
+from simulation.errors import ServerUnreachable, SimulationError
 from simulation.rpc.cluster_key import CLUSTER_NAME, ClusterKey
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake, HeartbeatReply
@@ -34,6 +24,7 @@ V = TypeVar("V")
 
 MESSAGE_BYTES = 256 * 2**20  # largest message that either side accepts
 CALLS_AT_ONCE = 32
+GIVEN_UP_POLL_S = 0.1
 ANOTHER_VERSION = "is an agent server, but of another program or version"
 NOBODY_LISTENS = "no server listens there"
 UNTRUSTED = "what listens there does not hold this cluster's key"
@@ -51,9 +42,7 @@ CHANNEL_OPTIONS = (
 
 _credentials: list[grpc.ChannelCredentials] = []  # one element, once a key is installed
 _identities: dict[Endpoint, Handshake] = {}  # see `identify`
-_calls: dict[Endpoint, set[grpc.Future]] = defaultdict(set)  # in progress, by server
-_given_up: set[Endpoint] = set()
-_calls_lock = threading.Lock()
+given_up: set[Endpoint] = set()  # servers to which all calls are cancelled
 
 
 def install_tls(key: ClusterKey) -> None:
@@ -90,7 +79,7 @@ class _Stub:
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request a server's identity and state, optionally with directives.
+    """Request a server's identity and state. Raises ServerUnreachable, or ClusterError for another key or program.
 
     Args:
         endpoint: Address of the server.
@@ -98,10 +87,6 @@ def handshake(
         starting: Whether to wait until then even if no server listens yet.
         directives: KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report
             memory use. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
-
-    Raises:
-        ServerUnreachable: No server listens, or it does not answer in time.
-        ClusterError: The server does not hold this cluster's key, or runs another program or version.
     """
     try:
         # gRPC reconnects only while a call waits for the connection, hence no loop of short calls
@@ -110,10 +95,10 @@ def handshake(
         return Handshake(**json.loads(reply))
     except grpc.RpcError as error:
         if any(sign in (error.details() or "") for sign in CUT_OFF):
-            raise UntrustedServer(f"{endpoint}: {UNTRUSTED}") from None
+            raise errors.UntrustedServer(f"{endpoint}: {UNTRUSTED}") from None
         raise translated_error(error, endpoint) from None
     except (ValueError, TypeError):
-        raise ClusterError(f"{endpoint} {ANOTHER_VERSION}") from None
+        raise errors.ClusterError(f"{endpoint} {ANOTHER_VERSION}") from None
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
@@ -129,63 +114,39 @@ def forget_identities() -> None:
 
 
 def heartbeat(
-    endpoint: Endpoint,
-    run: str,
-    number: int,
-    wait_s: float,
-    timeout_s: float,
-    numbers: int,
-    done: Callable[[HeartbeatReply | SimulationError], None],
+    endpoint: Endpoint, request: list[Any], timeout_s: float, done: Callable[[HeartbeatReply | SimulationError], None]
 ) -> None:
-    """Request a heartbeat with a run's progress; the server waits up to `wait_s` (s) for round `number` to end.
+    """Request a heartbeat and return immediately; `done` gets the reply or the error, on a gRPC thread.
 
-    If `numbers`, the count of possible answers, is not 0, the reply carries partial histograms.
-    Returns immediately; `done` is called on a gRPC thread with the reply or the error.
+    The request is [run, number, wait_s, numbers]: the server waits up to `wait_s` seconds for round `number` to end,
+    and adds partial histograms unless `numbers`, the count of possible answers, is 0.
     """
-    request = json.dumps([run, number, wait_s, numbers]).encode()
-    call = stub_of(endpoint, _Stub).heartbeat.future(request, timeout=timeout_s)
+    call = stub_of(endpoint, _Stub).heartbeat.future(json.dumps(request).encode(), timeout=timeout_s)
 
     def finish(call: Any) -> None:
         error = call.exception()
         if error is not None:
             done(translated_error(error, endpoint))
             return
-        unknown = ClusterError(f"{endpoint}: sends replies that this program does not understand")
+        unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
         done(HeartbeatReply.from_json(call.result().decode()) or unknown)
 
     call.add_done_callback(finish)
 
 
-def cancel_calls(endpoint: Endpoint) -> None:
-    """Cancel all calls to a server, and further ones until `allow_calls`; they raise ServerUnreachable."""
-    with _calls_lock:
-        _given_up.add(endpoint)
-        pending = list(_calls[endpoint])
-    for call in pending:
-        call.cancel()
-
-
-def allow_calls(endpoint: Endpoint) -> None:
-    """Allow calls to a server again."""
-    with _calls_lock:
-        _given_up.discard(endpoint)
-
-
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
-    """Return the result of a call; raise a SimulationError if it fails or `cancel_calls` cancels it."""
-    with _calls_lock:
-        _calls[endpoint].add(call)
-        if endpoint in _given_up:
+    """Return the result of a call; raise a SimulationError if it fails or the server is in `given_up` meanwhile."""
+    while True:
+        if endpoint in given_up:
             call.cancel()
-    try:
-        return call.result()
-    except grpc.FutureCancelledError:
-        raise ServerUnreachable(f"{endpoint}: was given up on") from None
-    except grpc.RpcError as error:
-        raise translated_error(error, endpoint) from None
-    finally:
-        with _calls_lock:
-            _calls[endpoint].discard(call)
+        try:
+            return call.result(GIVEN_UP_POLL_S)
+        except grpc.FutureTimeoutError:
+            continue
+        except grpc.FutureCancelledError:
+            raise ServerUnreachable(f"{endpoint}: was given up on") from None
+        except grpc.RpcError as error:
+            raise translated_error(error, endpoint) from None
 
 
 def call_all(
@@ -217,7 +178,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
     last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
-            return UntrustedServer(f"{endpoint}: {UNTRUSTED}")
+            return errors.UntrustedServer(f"{endpoint}: {UNTRUSTED}")
         cause = f"cannot be reached ({last.rpartition(': ')[2]})"
         if "refused" in details:
             cause = NOBODY_LISTENS
@@ -225,17 +186,17 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
             cause = "no address is known for this name; check /etc/hosts or DNS"
         return ServerUnreachable(f"{endpoint}: {cause}")
     if "not exists" in details:
-        return AgentNotFound(f"{endpoint}: the agent is gone")
+        return errors.AgentNotFound(f"{endpoint}: the agent is gone")
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable(f"{endpoint}: does not answer in time"),
-        grpc.StatusCode.UNIMPLEMENTED: ClusterError(f"{endpoint} {ANOTHER_VERSION}"),
-        grpc.StatusCode.FAILED_PRECONDITION: ClusterError(f"{endpoint}: {last}"),
+        grpc.StatusCode.UNIMPLEMENTED: errors.ClusterError(f"{endpoint} {ANOTHER_VERSION}"),
+        grpc.StatusCode.FAILED_PRECONDITION: errors.ClusterError(f"{endpoint}: {last}"),
     }
     return by_code.get(code) or parse_remote_error(last) or SimulationError(f"{endpoint}: {last}")
 
 
-def parse_remote_error(text: str) -> ServerLost | None:
+def parse_remote_error(text: str) -> errors.ServerLost | None:
     """Return the ServerLost error that a moderator reports as text; None if the text is another error."""
     name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
     kind = getattr(errors, name, None)
-    return kind(message) if isinstance(kind, type) and issubclass(kind, ServerLost) else None
+    return kind(message) if isinstance(kind, type) and issubclass(kind, errors.ServerLost) else None

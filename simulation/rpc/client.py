@@ -1,10 +1,8 @@
-"""A wrapper around AgentScope's RPC client, with our channels, deadlines and error messages.
+"""AgentScope's RPC client with our channels, deadlines and error messages; only this module changes that client.
 
-Only this module changes AgentScope's client, in three places:
-- `RpcClient._get_channel` creates every channel of the process, so the cluster key is installed there;
-- its calls wait 300 s or forever and hide the server's error message, so `_Client` sets deadlines, translates errors
-  and cancels calls to a server that is marked down;
-- its wait for an asynchronous reply always ends after 105 s, so `_UntilAnswered` keeps polling.
+- `RpcClient._get_channel` creates every channel of the process, so the cluster key is installed there.
+- Its calls wait 300 s or forever and hide the server's error message: `_Client` sets deadlines and translates errors.
+- Its wait for an asynchronous reply always ends after 105 s: `_UntilAnswered` keeps polling.
 """
 
 from __future__ import annotations
@@ -33,10 +31,7 @@ RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy with our deadlines and errors, for an object id chosen by the caller.
-
-    With `kwargs`, the object is created on the server within the deadline; without, it must exist.
-    """
+    """AgentScope's proxy of an object with this id, which must exist; with `kwargs`, it is created if missing."""
 
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
@@ -54,10 +49,7 @@ def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
 
 
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
-    """Call one agent through AgentScope's asynchronous call and wait for the reply without a deadline.
-
-    Raises KnownCause with the server's message if the agent raises, ClusterError if the server does not answer.
-    """
+    """Call one agent, without a deadline. Raises KnownCause if it raises, ClusterError if the server is lost."""
     try:
         return getattr(proxy, method)(message).result()
     except AgentServerError as error:
@@ -72,11 +64,9 @@ class _Client(RpcClient):
         self.endpoint = endpoint
         self.deadline_s = deadline_s
 
-    def call_agent_func(
-        self, func_name: str, agent_id: str, value: bytes | None = None, timeout: float | None = None
-    ) -> bytes:
+    def call_agent_func(self, func_name: str, agent_id: str, value: bytes | None = None, timeout: int = 0) -> bytes:
         request = CallFuncRequest(target_func=func_name, value=value, agent_id=agent_id)
-        return self._call("call_agent_func", request, timeout).value
+        return self._call("call_agent_func", request).value
 
     def create_agent(self, agent_configs: dict[str, Any], agent_id: str | None = None) -> bool:
         request = CreateAgentRequest(agent_id=agent_id, agent_init_args=cloudpickle.dumps(agent_configs))
@@ -88,9 +78,9 @@ class _Client(RpcClient):
     def delete_agent(self, agent_id: str | None = None) -> bool:
         return self._call("delete_agent", StringMsg(value=agent_id)).ok
 
-    def _call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+    def _call(self, method: str, request: Any) -> Any:
         send = getattr(stub_of(self.endpoint, RpcAgentStub), method)
-        return await_call(self.endpoint, send.future(request, timeout=timeout or self.deadline_s))
+        return await_call(self.endpoint, send.future(request, timeout=self.deadline_s))
 
 
 class _UntilAnswered(RetryBase):

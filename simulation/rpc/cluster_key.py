@@ -60,18 +60,13 @@ def load_or_make(folder: Path) -> ClusterKey:
 
 def load(folder: Path) -> ClusterKey:
     """Return the cluster key in this folder; SettingsError if it is missing, invalid, or readable by other users."""
-    for path, kind, mode in (
-        (folder, "folder", 700),
-        (folder / CERTIFICATE, "file", 600),
-        (folder / PRIVATE_KEY, "file", 600),
-    ):
+    for path in (folder, folder / CERTIFICATE, folder / PRIVATE_KEY):
+        kind, mode = ("folder", 700) if path == folder else ("file", 600)
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise SettingsError(
-                f"the cluster key is incomplete, {path} is missing: copy the folder from another host, or give another "
-                "--cluster-key-dir"
-            ) from None
+            advice = "copy the folder from another host, or give another --cluster-key-dir"
+            raise SettingsError(f"the cluster key is incomplete, {path} is missing: {advice}") from None
         except OSError as error:
             raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
         if status.st_uid not in (os.geteuid(), 0):
@@ -87,20 +82,16 @@ def load(folder: Path) -> ClusterKey:
         raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
     except ValueError:
         fits = False
+    now, problem = datetime.datetime.now(datetime.UTC), ""
     if not fits:
-        raise SettingsError(
-            f"the cluster key in {folder} is damaged: remove the folder, or copy it again from another host"
-        )
-    now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
-    if now < begins:
-        raise SettingsError(
-            f"the cluster key in {folder} is valid from {begins:%Y-%m-%d %H:%M} UTC on, and the clock of this host "
-            f"shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
-        )
-    if certificate.not_valid_after_utc < now:
-        raise SettingsError(
-            f"the cluster key in {folder} has expired: remove the folder on all hosts to make a new one"
-        )
+        problem = "is damaged: remove the folder, or copy it again from another host"
+    elif now < (begins := certificate.not_valid_before_utc):
+        clock = f"the clock of this host shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
+        problem = f"is valid from {begins:%Y-%m-%d %H:%M} UTC on, and {clock}"
+    elif certificate.not_valid_after_utc < now:
+        problem = "has expired: remove the folder on all hosts to make a new one"
+    if problem:
+        raise SettingsError(f"the cluster key in {folder} {problem}")
     return key
 
 

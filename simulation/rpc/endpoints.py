@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from simulation.errors import SettingsError
 
+ANSWERS_PER_MESSAGE = 250_000
+
 
 @dataclass(frozen=True, order=True)
 class Endpoint:
@@ -28,21 +30,15 @@ def endpoints(hosts: Sequence[str], first_port: int, per_host: int) -> list[Endp
 
 @dataclass(frozen=True)
 class GroupAssignment:
-    """The assignment of one group (participants first .. first+count-1) to servers.
+    """The assignment of one group (participants first .. first+count-1) to servers."""
 
-    Attributes:
-        oid: Remote id of the group; never reused. Its participants are `<oid>/<index>`.
-        server: Participant server; None if no server is available.
-        moderator_server: Server of the group's moderator.
-    """
-
-    oid: str
+    oid: str  # remote id of the group; never reused. Its participants are `<oid>/<index>`
     first: int
     count: int
-    server: Endpoint | None
+    server: Endpoint | None  # None if no server is available
     moderator_server: Endpoint
 
-    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, size: int = ANSWERS_PER_MESSAGE) -> Iterator[tuple[int, int]]:
         """Yield the first index and the length of consecutive ranges of at most `size` participants."""
         stop = self.first + self.count
         return ((first, min(size, stop - first)) for first in range(self.first, stop, size))
@@ -64,10 +60,7 @@ def same_run(one: str, other: str) -> bool:
 
 
 def address_of(host_name: str) -> str:
-    """Return the IPv4 address of a host name; only `localhost` may have a loopback address.
-
-    Raises SettingsError if other hosts cannot use the address; the caller adds the host name to the message.
-    """
+    """Return the IPv4 address of a host name. Raises SettingsError, without the name, if other hosts cannot use it."""
     try:
         address = socket.gethostbyname(host_name)
     except (OSError, UnicodeError):  # UnicodeError: not a valid host name

@@ -16,25 +16,15 @@ KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "chec
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one remote object of a run.
+    """The progress of one remote object of a run."""
 
-    Attributes:
-        done: Number of its participants that are created, or have answered.
-        total: Number of its participants.
-        round: Current round; 0 while participants are created.
-        error: Why it cannot continue; empty if it can.
-        usage: Usage of its participants so far (the fields of `Usage`); empty for a moderator.
-        counts: Partial histogram of the round, on request only.
-        failures: Number of failures by cause, with the histogram.
-    """
-
-    done: int
-    total: int
-    round: int = 0
-    error: str = ""
-    usage: tuple[float, ...] = ()
-    counts: tuple[int, ...] = ()
-    failures: dict[str, int] = field(default_factory=dict)
+    done: int  # number of its participants that are created, or have answered
+    total: int  # number of its participants
+    round: int = 0  # 0 while participants are created
+    error: str = ""  # why it cannot continue; empty if it can
+    usage: tuple[float, ...] = ()  # of its participants so far (the fields of `Usage`); empty for a moderator
+    counts: tuple[int, ...] = ()  # partial histogram of the round, on request only
+    failures: dict[str, int] = field(default_factory=dict)  # number by cause, with the histogram
 
     @property
     def finished(self) -> bool:
@@ -43,14 +33,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """A heartbeat reply: the server's incarnation, and the progress of the run's objects by remote id.
+    """A heartbeat reply."""
 
-    With histograms, also the share of a core that the process uses and its resident memory.
-    """
-
-    incarnation: str
-    objects: dict[str, Progress] = field(default_factory=dict)
-    cpu: float | None = None
+    incarnation: str  # of the server: random per process
+    objects: dict[str, Progress] = field(default_factory=dict)  # those of the run, by remote id
+    cpu: float | None = None  # share of a core that the process uses, with histograms
     memory_mb: float | None = None
 
     def is_working_on(self, number: int) -> bool:
