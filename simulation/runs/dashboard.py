@@ -54,14 +54,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Dashboard:
-    """Web server that runs until `close` and observes runs one after another.
+    """Web server that runs until `close` and observes runs one after another; port 0 is a free one.
 
-    Args:
-        port: Port on 127.0.0.1; 0 picks a free one.
-        watch: Provides stage progress and messages about servers, and accepts the stop request.
-
-    Raises:
-        SettingsError: The port is not available.
+    `watch` provides stage progress and messages about servers, and accepts the stop request. Raises SettingsError if
+    the port is not available.
     """
 
     def __init__(self, port: int, watch: ConsoleProgress) -> None:
@@ -95,19 +91,19 @@ class Dashboard:
 
         state = self._run = DashboardState(run)
         self._running = run.run_id
-        ended: dict[str, Any] = {"run_id": run.run_id, "path": str(run.directory.path), "error": ""}
+        failure: dict[str, str] = {}
         try:
             yield
-            ended["status"] = run.status or "complete"
+        except Interrupted:
+            failure = {"status": "interrupted"}
+            raise
         except BaseException as error:
-            interrupted = isinstance(error, Interrupted)
-            ended["status"] = "interrupted" if interrupted else "failed"
-            ended["error"] = "" if interrupted else str(error)
+            failure = {"status": "failed", "error": str(error)}
             raise
         finally:
-            state.end()
-            ended["written"] = run.status is not None
-            self._ended.append(ended)
+            state.over = True
+            ended = {"run_id": run.run_id, "path": str(run.directory.path), "written": run.status is not None}
+            self._ended.append(ended | {"status": run.status or "complete", "error": ""} | failure)
             self._running = None
 
     def close(self) -> None:

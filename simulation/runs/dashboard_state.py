@@ -6,7 +6,7 @@ Nothing here blocks the run or takes its locks, so figures in one state may diff
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from simulation.runs.console import Stage
 from simulation.runs.run import Run
 
 SILENT_S = 3.0  # a server without a reply for this long is shown as silent; normally it replies every second
-RATE_S = 3.0  # averaging window of the answer rate
 SERVERS_LISTED = 64  # up to this many servers get a row each; more get a grid, and rows for some of those in trouble
 TROUBLED_LISTED = 16
 GRID_CELLS = 4096
@@ -34,69 +33,61 @@ class DashboardState:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._over = False
+        self.over = False  # set at the end of the run: its state no longer changes
         self._rounds: list[dict[str, Any]] = []  # finished rounds, as the page gets them
         self._bars: list[int] = []  # histogram of the last finished round
-        self._answered: deque[tuple[float, int]] = deque()  # (time, answers so far), current round
-        self._number: int | None = None
         self._progress: dict[str, Progress] = {}  # by remote id, each with its latest histogram
-
-    def end(self) -> None:
-        """Mark the run as ended: its state no longer changes."""
-        self._over = True
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
         """Return everything the page shows of the run, of bounded size; `stage` is the latest progress."""
-        run, simulation = self.run, self.run.simulation
-        results, started = list(run.results), run.under_way[0]  # in this order: a finished round is not current
-        number = None if self._over or started <= len(results) else started
-        if number != self._number:
-            self._number = number
-            self._answered.clear()
+        run, simulation, config = self.run, self.run.simulation, self.run.config
+        results, (started, began) = list(run.results), run.under_way  # in this order: a finished round is not current
+        number = None if self.over or started <= len(results) or simulation is None else started
         self._add_rounds(results)
         statuses = simulation.cluster.observe() if simulation is not None else {}
         assignments = simulation.cluster.active_assignments if simulation is not None else []
         self._update_progress(statuses)
         current = [each for each in self._progress.values() if each.round == number and each.counts]
-        usage = simulation.usage if simulation is not None and not self._over else run.usage
+        usage = simulation.usage if simulation is not None and not self.over else run.usage
+        answering = stage is not None and stage.name == "answers in" and stage.began >= began
         return {
             "run_id": run.run_id,
             "label": run.label,
-            "config": self._settings(),
-            "round": self._round(stage) | {"reassigned": simulation.reassigned} if number and simulation else None,
+            "config": {
+                **{name: getattr(config, name) for name in ("participant_num", "rounds", "max_value", "decimals")},
+                "kind": config.agent_type if config.agent_class is None else config.agent_class.rpartition(":")[2],
+                "target": run.game.target,
+                "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
+            },
+            "round": number
+            and {
+                "number": number,
+                "done": stage.done if stage is not None and answering else 0,
+                "seconds": time.monotonic() - began,
+                "reassigned": simulation.reassigned if simulation is not None else 0,
+            },
             "rounds": self._rounds,
-            "distribution": self._distribution(current, assignments),
+            "distribution": self._distribution(number, current, assignments),
             "failures": _failures(results, current),
-            "llm": {name: getattr(usage, name) for name in USAGE} if run.config.agent_type == "llm" else None,
+            "llm": {name: getattr(usage, name) for name in USAGE} if config.agent_type == "llm" else None,
             "servers": self._servers(statuses, assignments, started) if statuses else None,
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        config, game = self.run.config, self.run.game
-        return {
-            "participants": config.participant_num,
-            "rounds": config.rounds,
-            "max_value": config.max_value,
-            "decimals": config.decimals,
-            "kind": config.agent_type if config.agent_class is None else config.agent_class.rpartition(":")[2],
-            "target": game.target,
-            "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
         }
 
     def _add_rounds(self, results: list[RoundResult]) -> None:
         """Append the rounds finished since the last call; a finished round does not change."""
-        scale = self.run.game.scale
+        game = self.run.game
         for result in results[len(self._rounds) :]:
-            _, bars = histogram(result.tally.units, result.tally.counts, self.run.game.numbers - 1, BINS)
+            tally = result.tally
+            _, bars = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
             self._bars = bars.tolist()
             entry = {
                 "round": result.round,
-                "answered": result.tally.answered,
-                "failed": result.tally.failed,
-                "interrupted": result.tally.ended is Ended.INTERRUPTED,
+                "answered": tally.answered,
+                "failed": tally.failed,
+                "interrupted": tally.ended is Ended.INTERRUPTED,
                 "reassigned": result.reassigned,
-                "average": None if result.average is None else float(result.average / scale),
-                "winning_number": None if result.winning_number is None else float(result.winning_number / scale),
+                "average": None if result.average is None else float(result.average / game.scale),
+                "winning_number": None if result.winning_number is None else float(result.winning_number / game.scale),
                 "winners": result.winners.count,
                 "first_winners": [f"P{index}" for index in result.winners.lowest[:3]],
                 "seconds": result.seconds,
@@ -113,33 +104,18 @@ class DashboardState:
                 else:  # its server does not count again yet
                     self._progress[oid] = replace(progress, counts=before.counts, failures=before.failures)
 
-    def _round(self, stage: Stage | None) -> dict[str, Any]:
-        now, began = time.monotonic(), self.run.under_way[1]
-        done = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
-        if self._answered and done < self._answered[-1][1]:  # a server was lost together with its answers
-            self._answered.clear()
-        self._answered.append((now, done))
-        while len(self._answered) > 2 and now - self._answered[0][0] > RATE_S:
-            self._answered.popleft()
-        since, before = self._answered[0]
-        return {
-            "number": self._number,
-            "done": done,
-            "total": self.run.config.participant_num,
-            "rate": (done - before) / (now - since) if now > since else None,
-            "seconds": now - began,
-        }
-
-    def _distribution(self, current: list[Progress], assignments: list[GroupAssignment]) -> dict[str, Any]:
+    def _distribution(
+        self, number: int | None, current: list[Progress], assignments: list[GroupAssignment]
+    ) -> dict[str, Any]:
         """Return the histogram of the current round, or of the last finished round if none is in progress."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
         data = {"width": width, "scale": game.scale, "top": game.numbers - 1}
-        if self._number is None:
+        if number is None:
             return data | {"round": len(self._rounds), "counts": self._bars or [0] * bins, "last": []}
         one_by_one = self.run.config.dispatch == "agent"  # then the moderators record the answers
         return data | {
-            "round": self._number,
+            "round": number,
             "counts": [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)],
             "last": self._bars,
             "reported": len(current),
@@ -152,17 +128,15 @@ class DashboardState:
         """Return a row for each server; above SERVERS_LISTED a grid, and rows for some servers in trouble."""
         done = {oid: each.done if each.round == started else 0 for oid, each in self._progress.items()}
         hosted: Counter[Endpoint] = Counter()  # participants by participant server and by moderator server
-        answered: Counter[Endpoint] = Counter()
+        answered: Counter[Endpoint] = Counter()  # moderators record answers themselves with per-agent dispatch only
         for assignment in assignments:
-            for endpoint in (assignment.server, assignment.moderator_server):
-                assert endpoint is not None
-                hosted[endpoint] += assignment.count
-                answered[endpoint] += done.get(assignment.oid, 0)
+            assert assignment.server is not None
+            hosted.update({assignment.server: assignment.count})
+            hosted.update({assignment.moderator_server: assignment.count})
+            answered[assignment.moderator_server] += done.get(assignment.oid, 0)
+        for endpoint, status in statuses.items():
+            answered[endpoint] += sum(done.get(oid, 0) for oid in status.reply.objects)
         rows = [self._row(each, status, hosted[each], answered[each]) for each, status in statuses.items()]
-        if self.run.config.dispatch == "agent":  # the moderators record the answers
-            for row, status in zip(rows, statuses.values(), strict=True):
-                recorded = sum(done.get(oid, 0) for oid in status.reply.objects)
-                row["answered"] = None if row["participants"] else recorded
         data = {"number": len(rows), "states": Counter(row["state"] for row in rows), "rows": rows, "grid": None}
         if len(rows) > SERVERS_LISTED:
             troubled = [row for row in rows if row["state"] != "plays"]
@@ -170,22 +144,22 @@ class DashboardState:
         return data
 
     def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, answered: int) -> dict[str, Any]:
-        config = self.run.config
-        state, why = "plays", ""
+        config, state, why = self.run.config, "plays", ""
         if not status.up:
             state, why = ("back" if status.answers else "lost"), status.why
-        elif not self._over and status.seconds_since_reply > SILENT_S:
+        elif not self.over and status.seconds_since_reply > SILENT_S:
             state, why = "silent", f"no reply for {status.seconds_since_reply:.0f} s"
+        participants = endpoint.port < config.base_port + config.server_per_host
         return {
             "host": endpoint.host,
             "port": endpoint.port,
-            "participants": endpoint.port < config.base_port + config.server_per_host,  # of these or of moderators
+            "participants": participants,  # a server of participants, or of moderators
             "state": state,
             "why": why,
             "losses": status.losses,
             "hosts": hosts,
-            "answered": answered,
-            "cpu": status.reply.cpu if status.up and not self._over else None,
+            "answered": None if participants and config.dispatch == "agent" else answered,
+            "cpu": status.reply.cpu if status.up and not self.over else None,
             "memory_mb": status.reply.memory_mb if status.up else None,
         }
 
