@@ -156,10 +156,10 @@ def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup
 
 
 if __name__ == "__main__":
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:  # it is closed; the next file opened would get its descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # for lone surrogates from models, or an encoding without a character
         sys.stdout.reconfigure(errors="backslashreplace")
     status = main()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from simulation.errors import ClusterError, Interrupted, SettingsError, meant_by, printable, say
 from simulation.files import ROOT, full_path, shown
-from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, number
+from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
 HELP_WIDTH = 100  # columns; fewer on a narrower terminal
 VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
@@ -88,7 +88,7 @@ def _options_of(name: str) -> dict[str, Any]:
         return {"action": "store_true"}
     options: dict[str, Any]
     if kind in (int, float):
-        options = {"type": partial(number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
+        options = {"type": partial(to_number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
     else:
         is_path = flag.path or name in ("model_path", "extra_pythonpath")
         metavar = "|".join(flag.choices) or name.rpartition("_")[2].upper()
@@ -243,8 +243,8 @@ def serve(command: Command) -> int:
         raise_on_signals()
         started = time.monotonic()
         install_tls(load_or_make(Path(config.cluster_key_dir)))
-        with contextlib.closing(ConsoleProgress()) as watch:
-            local_cluster.start(config, False, partial(watch.progress, "agent servers ready"))
+        with contextlib.closing(ConsoleProgress()) as progress:
+            local_cluster.start(config, False, partial(progress.progress, "agent servers ready"))
         say(
             f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
             f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
@@ -272,8 +272,8 @@ def serve_models(command: Command) -> int:
         from simulation.runs.console import ConsoleProgress
 
         raise_on_signals()
-        with contextlib.closing(ConsoleProgress()) as watch:
-            rows = vllm_servers.start(config, command.for_vllm, partial(watch.progress, "vLLM servers ready"))
+        with contextlib.closing(ConsoleProgress()) as progress:
+            rows = vllm_servers.start(config, command.for_vllm, partial(progress.progress, "vLLM servers ready"))
         say("\n".join(table_lines(vllm_servers.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 

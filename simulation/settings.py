@@ -275,7 +275,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def number(kind: type, flag: str, text: str) -> Any:
+def to_number(kind: type, flag: str, text: str) -> Any:
     """Parse an int or float from the command line. Raises SettingsError."""
     try:
         return kind(text)

@@ -14,7 +14,7 @@ from typing import Any
 from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
 from simulation.runs.yaml_file import YamlFile
-from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, number
+from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
 MOST_COMBINATIONS = 1000
 LONGEST_NAME = 120  # characters of a folder's name
@@ -74,7 +74,7 @@ class Experiment:
             kind = "null" if value is None else "a mapping" if isinstance(value, dict) else "a list inside a list"
             raise SettingsError(f"{name} must be a value or a list of values, not {kind}")
         if KINDS[name][0] in (int, float):
-            value = number(KINDS[name][0], name, value)
+            value = to_number(KINDS[name][0], name, value)
         elif OF_GAME[name].path:
             value = os.path.normpath(full_path(name, value, self._folder))
         return getattr(SimulationConfig(**{name: value}), name)

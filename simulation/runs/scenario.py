@@ -14,7 +14,7 @@ from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, P
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import YamlFile
-from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, number
+from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
 
 PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
 MOST_REASONING_TOKENS = 100_000
@@ -109,7 +109,7 @@ def _text(text: str) -> str:
 
 
 def _reasoning_tokens(text: str) -> int:
-    tokens = number(int, "reasoning_tokens", text)
+    tokens = to_number(int, "reasoning_tokens", text)
     Setting(None, "", 1, MOST_REASONING_TOKENS).check("reasoning_tokens", tokens)
     return tokens
 
