@@ -1,6 +1,7 @@
 """The program: parse the command, check it, start missing servers, play, and exit with a status listed in README.md.
 
-Modules that need AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
+The loop over the rounds of a run is in simulation/runs/run.py. Modules that need AgentScope are imported inside
+functions, so that --help, usage errors and --stop respond at once.
 """
 
 import os
