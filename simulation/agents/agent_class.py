@@ -46,11 +46,7 @@ _locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per class: the impor
 
 
 def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
-    """Unpickle a class, once per run in this process, for all groups of the run.
-
-    Loading it for each group would reset its class attributes to their values in main. Sharing it with the next run
-    would carry them over.
-    """
+    """Unpickle a class, once per run in this process: all groups of the run share its state, and no other run does."""
     key = (run, hashlib.sha256(packed).digest())
     with _locks.setdefault(key, threading.Lock()):
         cls = _loaded.get(key)
@@ -65,10 +61,9 @@ def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
 
 @contextlib.contextmanager
 def unregistered() -> Iterator[None]:
-    """Remove classes that are created in this context from AgentScope's registry.
+    """Remove classes that are created in this context from AgentScope's registry, which keeps one per name forever.
 
-    The registry keeps all classes by name only, permanently, and warns about duplicates. Participants do not need it,
-    as their group creates them from its class, and two files may define classes of the same name.
+    Participants do not need it: their group creates them from its class, and two files may use the same name.
     """
     before = set(RpcMeta._REGISTRY)
     logger.disable(RpcMeta.__module__)  # it warns about a class with the name of one of the program's

@@ -191,10 +191,7 @@ class ParticipantGroup(AskedGroup):
             super().begin(question)
 
     def allow(self, number: int, tokens_each: float | None) -> None:
-        """Set the token budget of a round, as an average per participant; None is no limit.
-
-        Does nothing if this round or a later one has a budget: a retry must not restore spent tokens.
-        """
+        """Set a round's token budget per participant (None: no limit), once: a retry must not restore spent tokens."""
         with self._changed:
             if self._chat is not None and number > self._budgeted:
                 self._budgeted = number
@@ -215,11 +212,9 @@ class ParticipantGroup(AskedGroup):
         return with_histogram(progress, [sheet], numbers) if numbers and sheet is not None else progress
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Pass recreated participants their answers of earlier rounds. Raises RuntimeError while the group is built.
+        """Pass their answers of earlier rounds to the recreated participants from index `first` on.
 
-        Args:
-            first: Index of the first participant.
-            values: Their answers, of shape (rounds, participants); NaN where there is none.
+        `values` has the shape (rounds, participants), with NaN for none. Raises RuntimeError while the group is built.
         """
         agents = self._agents  # read once: `close` may clear it concurrently
         if self._done() < self.count or len(agents) < self.count:

@@ -1,7 +1,4 @@
-"""The answers of consecutive participants in one round, recorded as they arrive.
-
-One integer per participant: ten million may fail with as many different texts, so a failure is the code of its cause.
-"""
+"""The answers of consecutive participants in one round: one integer each, the number or the code of a failure."""
 
 from __future__ import annotations
 
@@ -36,15 +33,12 @@ FAILED = -2  # the code of the first cause on a sheet; FAILED - k is cause k
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of participants first .. first+len(units)-1: units, or FAILED - k for a failure with causes[k].
-
-    `texts` holds the answer texts of some failed participants, by index.
-    """
+    """The answers of participants first .. first+len(units)-1: units, or FAILED - k for a failure with causes[k]."""
 
     first: int
     units: Units
     causes: list[str]
-    texts: dict[int, str] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)  # the answers of some failed participants, by index
 
     def cause_of(self, participant: int) -> str | None:
         """Return why this participant has no answer; None if it has one."""
