@@ -21,6 +21,9 @@ from simulation.game.population import (
     assign_one,
     largest_remainder,
 )
+from simulation.game.rules import Game
+from simulation.results.run_files import game_to_json, parse_game
+from simulation.settings import SimulationConfig
 
 totals = st.integers(1, 3000)
 weights = st.lists(st.integers(1, 20), min_size=1, max_size=7)
@@ -114,4 +117,5 @@ def test_round_robin_models_are_grouped_by_their_server_name():
 @given(seeds, totals, weights)
 def test_a_cast_is_written_and_read_again(seed, total, weights):
     cast = cast_of(seed, total, weights, models=shares_of([1, 1]), turns=("m",))
-    assert Population.from_json(json.loads(json.dumps(cast.to_json())), seed, total) == cast
+    text = json.dumps(game_to_json(Game(seed, 100, 0, 0.0, cast=cast)))
+    assert parse_game(text, SimulationConfig(seed=seed, participant_num=total)).cast == cast

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, PersonaSet, Population
+from simulation.game.rules import Game
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, selection
 from simulation.results.comparison import page_content as comparison_content
@@ -29,6 +30,7 @@ from simulation.results.console_report import brief, run_lines
 from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import page_content, ranges, seconds, write_page, write_report
+from simulation.results.run_files import game_to_json
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
 HOSTILE = "<script>document.title = 'taken'</script> & \"$x$\" <img src=x onerror=alert(1)>"
@@ -67,7 +69,7 @@ def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
         PersonaSet("job", tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30))),
     )
     cast = Population(7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large")))
-    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": cast.to_json()}))
+    (folder / "game.json").write_text(json.dumps(game_to_json(Game(7, 100, 0, 0.0, cast=cast))))
     times = [{"round": each, "model_s": 0.5, "client_s": 0.2, "rpc_s": 0.1, "slowest_s": 0.05} for each in (1, 2, 3)]
     summary = json.loads((folder / "summary.json").read_text())
     summary["cluster"] |= {"times": times, "lost": ["node2:12331"]}
@@ -152,7 +154,8 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
     folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
     personas = PersonaSet("S" * 80, tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600)))
-    (folder / "game.json").write_text(json.dumps({"wording": None, "cast": Population(7, 100, (personas,)).to_json()}))
+    game = Game(7, 10**9, 0, 0.0, cast=Population(7, 100, (personas,)))
+    (folder / "game.json").write_text(json.dumps(game_to_json(game)))
     for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
         assert entry["winning_number"] == 3 * entry["average"]
     summary["config"]["seed"] = 7

@@ -661,7 +661,7 @@ def test_the_last_run_is_found_where_the_checkout_or_the_results_stay(tmp_path, 
         (2, "unlink", lambda directory: directory.go_back_to(0)),
         (1, "replace", lambda directory: directory.write_summary({"rounds": []})),
         (1, "symlink", lambda directory: directory.write_summary({"rounds": []})),
-        (1, "fsync", lambda directory: directory.write_agents([])),
+        (1, "fsync", lambda directory: directory.write_lines("agents.jsonl", [{}])),
     ],
 )
 def test_a_disk_that_fails_is_a_failure_to_write_results(tmp_path, monkeypatch, told, number, rounds, what, write):

@@ -136,25 +136,6 @@ class Population:
         mixed = tuple(each.name if names.count(each.model) > 1 else each.model for each in self.models)
         return labels | {MODEL: mixed or self.round_robin_models}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the data for the run folder; seed and total are part of the run's settings."""
-        personas = {
-            each.name: [{"name": one.name, "share": str(one.share), "text": one.text} for one in each.personas]
-            for each in self.persona_sets
-        }
-        models = [{"name": each.name, "share": str(each.share), "model": each.model} for each in self.models]
-        return {"personas": personas, "models": models, "turns": list(self.round_robin_models)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], seed: int, total: int) -> Population:
-        """Return a population stored by `to_json`. Raises KeyError, TypeError or ValueError if it is malformed."""
-        sets = (
-            PersonaSet(name, tuple(Persona(one["name"], Fraction(one["share"]), one["text"]) for one in personas))
-            for name, personas in data["personas"].items()
-        )
-        models = (ModelShare(one["name"], Fraction(one["share"]), one["model"]) for one in data["models"])
-        return cls(seed, total, tuple(sets), tuple(models), tuple(data["turns"]))
-
 
 STEPS = 4  # of the Feistel network; three give a pseudorandom permutation (Luby, Rackoff 1988)
 MASK = 2**64 - 1

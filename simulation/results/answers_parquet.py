@@ -32,35 +32,27 @@ ROWS_AT_ONCE = 250_000  # in memory, and approximately per row group of a file
 
 def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
     """Return the rows of one round's answers, given in units of 1 / scale."""
-    count = len(part.units)
     failed = part.units < 0
-    causes = pa.array(part.causes, pa.string())
     columns = [
-        pa.array(np.full(count, round_number, np.int32)),
-        pa.array(np.arange(part.first, part.first + count, dtype=np.int64)),
+        pa.array(np.full(len(part.units), round_number, np.int32)),
+        pa.array(np.arange(part.first, part.first + len(part.units), dtype=np.int64)),
         pa.array(part.units / scale, mask=failed),
-        causes.take(pa.array(FAILED - part.units, mask=~failed)),
+        pa.array(part.causes, pa.string()).take(pa.array(FAILED - part.units, mask=~failed)),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-    """Write the rows to a file as they arrive."""
+    """Write the rows to a file as they arrive; many small tables share a row group of ROWS_AT_ONCE rows or more."""
     with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
-        for gathered in _gathered(tables):
-            writer.write_table(gathered)
-
-
-def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the same rows in tables of ROWS_AT_ONCE or more, so that many small groups share a row group."""
-    waiting: list[pa.Table] = []
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= ROWS_AT_ONCE:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
@@ -88,9 +80,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
         stops = np.cumsum(sizes)
         low, high = np.searchsorted(stops, (first, first + count - 1), side="right")
         column = file.read_row_groups(list(range(low, high + 1)), columns=["value"])["value"]
-        before = int(stops[low]) - sizes[low]
-        values: NDArray[np.float64] = column.slice(first - before, count).to_numpy()
-        return values
+        return column.slice(first - int(stops[low]) + sizes[low], count).to_numpy()
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
@@ -98,5 +88,5 @@ def tally_in(table: pa.Table, scale: int) -> Tally:
     values = table["value"].drop_null().to_numpy()
     units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()
-    failures = top_causes(causes.field("counts").to_numpy(), lambda place: causes[place]["values"].as_py())
+    failures = top_causes(causes.field("counts").to_numpy(), lambda index: causes[index]["values"].as_py())
     return Tally(len(table), units, counts, failures)

@@ -25,11 +25,11 @@ from simulation.results.charts import (
 from simulation.results.figures import series_style, two_parts, write_png
 from simulation.results.reader import SavedRun, rounds_finished, runs_in
 from simulation.results.report_page import fixed, fold, whole, write_page
-from simulation.results.run_directory import COMPARISON, REPORT, SWEEP, resume_command, sweep_position
+from simulation.results.run_directory import REPORT, SWEEP, resume_command, sweep_position
 from simulation.results.tables import table_lines
 from simulation.settings import SETTINGS
 
-PAGE, PICTURE = COMPARISON
+PAGE, PICTURE = "comparison.html", "comparison.png"
 # Compared in addition to the settings of the game: cluster settings that affect speed, not those of paths or output
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 LINES = 24  # most runs drawn, evenly spread over all; more line styles are indistinguishable

@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 
 from simulation.errors import printable
-from simulation.game.rules import Announcement, Game
-from simulation.game.tally import RoundResult, Tally, Units, announcement_of
+from simulation.game.rules import Game
+from simulation.game.tally import RoundResult, Tally, Units
 from simulation.llm.usage import Usage
 from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_files import most_frequent, position_in_words
@@ -23,38 +23,30 @@ BAR_WIDTH = 50
 
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     """Return the moderator's lines after a round."""
-    scale, decimals = game.scale, game.decimals
+    duration = f"[takes {result.seconds:.2f} s]"
     if result.average is None or result.winning_number is None:
-        return [
-            f"Moderator: Nobody of {result.tally.asked} answered, so there is no average [takes {result.seconds:.2f} s]"
-        ]
-    average = f"{float(result.average / scale):.{decimals + 3}f}"
+        return [f"Moderator: Nobody of {result.tally.asked} answered, so there is no average {duration}"]
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
     more = result.winners.count - len(result.winners.lowest)
     names += f" and {more} more" if more else ""
-    numbers = " and ".join(f"{unit / scale:.{decimals}f}" for unit in result.closest)
-    target = "it"
-    if game.target_or_it == game.target:
-        target = f"{float(result.winning_number / scale):.{decimals + 3}f}, {game.target}"
-    verb = "wins" if result.winners.count == 1 else "win"
-    return [
-        f"Moderator: The average value is {average} [takes {result.seconds:.2f} s]",
-        f"Moderator: {names} {verb} with {numbers}, the closest to {target}.",
-        *_team_lines(announcement_of(result, scale), decimals),
+    numbers = " and ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.closest)
+    target = game.target_or_it
+    if target == game.target:
+        target = f"{_text(result.winning_number, game)}, {target}"
+    lines = [
+        f"Moderator: The average value is {_text(result.average, game)} {duration}",
+        f"Moderator: {names} {'wins' if result.winners.count == 1 else 'win'} with {numbers}, the closest to {target}.",
     ]
+    if result.closest_teams:
+        averages = ", ".join(f"{name} {_text(average, game, 'none')}" for name, average in result.teams)
+        closest = f"{' and '.join(result.closest_teams)} {'is' if len(result.closest_teams) == 1 else 'are'} closest"
+        lines.append(f"Moderator: The teams' averages are {averages}; {closest}.")
+    return lines
 
 
-def _team_lines(told: Announcement, decimals: int) -> list[str]:
-    """Return the moderator's lines about teams; empty for a game without teams."""
-    if not told.closest_teams:
-        return []
-    averages = (
-        f"{name} {'none' if average is None else f'{average:.{decimals + 3}f}'}" for name, average in told.teams
-    )
-    verb = "is" if len(told.closest_teams) == 1 else "are"
-    return [
-        f"Moderator: The teams' averages are {', '.join(averages)}; {' and '.join(told.closest_teams)} {verb} closest."
-    ]
+def _text(units: Fraction | float | None, game: Game, missing: str = "-") -> str:
+    """Return units as a number with three more digits than the answers."""
+    return missing if units is None else f"{float(units / game.scale):.{game.decimals + 3}f}"
 
 
 def failure_line(tally: Tally) -> str:
@@ -77,8 +69,7 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
     """Count the answers in at most `bars` bins of equal width over 0 .. top units.
 
-    Returns:
-        The bin edges in units, shape (bins + 1,), and the count in each bin, shape (bins,).
+    Returns the bin edges in units, shape (bins + 1,), and the count in each bin, shape (bins,).
     """
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
@@ -92,19 +83,19 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     if not tally.answered:
         return []
     scale = 10**config.decimals
-    edges, counts = histogram(tally.units, tally.counts, config.max_value * scale, BARS)
-    last = np.minimum(edges[1:] - 1, config.max_value * scale)
+    top = config.max_value * scale
+    edges, counts = histogram(tally.units, tally.counts, top, BARS)
     labels = [f"{low / scale:.{config.decimals}f}" for low in edges[:-1]]
     if edges[1] > 1:
+        last = np.minimum(edges[1:] - 1, top)
         labels = [f"{label}-{high / scale:.{config.decimals}f}" for label, high in zip(labels, last, strict=True)]
-    label_width = max(len(label) for label in labels)
-    longest = max(int(counts.max()), 1)
-    beside = label_width + len(str(longest)) + 5  # including spaces
-    room = min(BAR_WIDTH, max(shutil.get_terminal_size().columns - beside, 0))
+    label_width, longest = max(map(len, labels)), max(int(counts.max()), 1)
+    room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # spaces
+    bar_width = min(BAR_WIDTH, max(room, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    rows = zip(labels, counts, strict=True)
     return [
-        f"  {label:>{label_width}}  {block * round(count / longest * room)} {count}".rstrip() for label, count in rows
+        f"  {label:>{label_width}}  {block * round(count / longest * bar_width)} {count}".rstrip()
+        for label, count in zip(labels, counts, strict=True)
     ]
 
 
@@ -120,29 +111,21 @@ def brief(number: float | None) -> str:
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
-def group_lines(run: SavedRun) -> list[str]:
-    """Return a table of the last round's answers for each set of personas, and for the models."""
-    lines: list[str] = []
-    for topic, rounds in run.tallies_by_part.items() if run.results else ():
-        rows = []
-        for name, tally in rounds[-1].items():
-            average, std = tally.average(), tally.std()
-            shown = "-" if average is None else f"{number_of(average, run.game):.{run.game.decimals + 3}f}"
-            spread = "-" if std is None else f"{std / run.game.scale:.{run.game.decimals + 3}f}"
-            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", shown, spread])
-        dropped = ("spread", "asked", "answered", "average")
-        lines += table_lines([topic, "asked", "answered", "average", "spread"], rows, dropped)
-    return lines
-
-
 def run_lines(run: SavedRun) -> list[str]:
-    """Return a run's announcements, last histogram, group tables and final status."""
+    """Return a run's announcements, last histogram, a table for each grouping of participants, and the final status."""
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
-        lines += histogram_lines(run.results[-1].tally, run.config) + group_lines(run)
+        lines += histogram_lines(run.results[-1].tally, run.config)
+    for topic, rounds in run.tallies_by_part.items() if run.results else ():
+        rows = []
+        for name, tally in rounds[-1].items():
+            numbers = (_text(tally.average(), run.game), _text(tally.std(), run.game))
+            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *numbers])
+        head = [topic, "asked", "answered", "average", "spread"]
+        lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))
     played = f"{rounds_finished(run.summary)} of {run.config.rounds} rounds"
     experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
     return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

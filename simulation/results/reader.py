@@ -16,20 +16,12 @@ import pyarrow.compute as pc
 
 from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
-from simulation.game.population import Grouping
 from simulation.game.rules import Game, game_of
 from simulation.game.tally import RoundResult, Tally, Winners
 from simulation.llm.usage import Usage
+from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, GAME, PARTS, SWEEP, WHOLE, read_failed_answers, sweep_position
-from simulation.results.run_files import (
-    KEPT_GROUP_LINES,
-    SweepPosition,
-    parse_game,
-    parse_summary,
-    read_json_lines,
-    read_run_file,
-)
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
@@ -49,7 +41,7 @@ class SavedRun:
         return str(self.summary["run_id"])
 
     @property
-    def position(self) -> SweepPosition | None:
+    def position(self) -> run_files.SweepPosition | None:
         """Return the run's position in its experiment, even if its folder was moved out of the experiment's folder."""
         return sweep_position(self.path) or self.summary.get("part_of")
 
@@ -61,29 +53,26 @@ class SavedRun:
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return for each topic that groups participants (a set of personas, or "model") the tallies of each round.
+        """Return the tally of each part of the participants in each round, by topic: a set of personas, or "model".
 
-        The lists are parallel to `results`. Topics and names are in the order of `game.cast.groupings`. Raises
-        SettingsError if the answers cannot be read.
+        The lists are parallel to `results`; topics and names are in the order of `game.cast.groupings`. Raises
+        SettingsError.
         """
-        groupings = self.game.cast.groupings if self.game.cast is not None else ()
-        tallies = {parts.topic: [{name: Tally(0) for name in parts.names} for _ in self.results] for parts in groupings}
-        indices = {result.round: index for index, result in enumerate(self.results)}
-        for number, rows in _rows_of(self.path, self.config) if groupings and self.results else ():
-            for parts in groupings if number in indices else ():
-                for name, tally in _tallies_of_parts(rows, self.game, parts):
-                    tallies[parts.topic][indices[number]][name] += tally
+        cast = self.game.cast
+        if cast is None or not cast.groupings or not self.results:
+            return {}
+        tallies = {
+            parts.topic: [{name: Tally(0) for name in parts.names} for _ in self.results] for parts in cast.groupings
+        }
+        for number, rows in _rows_of(self.path, self.config):
+            for parts in cast.groupings if 0 < number <= len(self.results) else ():
+                part_indices = cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
+                ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # sort once for all parts
+                stops = np.cumsum(np.bincount(part_indices, minlength=len(parts.names))).tolist()
+                for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
+                    tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
+                    tallies[parts.topic][number - 1][name] += tally
         return tallies
-
-
-def _tallies_of_parts(rows: pa.Table, game: Game, parts: Grouping) -> Iterator[tuple[str, Tally]]:
-    """Yield the tally of each part of the participants in these rows, which are of consecutive participants."""
-    assert game.cast is not None
-    part_indices = game.cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
-    ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # sort once for all parts
-    stops = np.cumsum(np.bincount(part_indices, minlength=len(parts.names))).tolist()
-    for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
-        yield name, tally_in(ordered.slice(start, stop - start), game.scale)
 
 
 def read_run(path: Path, flag: str = "") -> SavedRun:
@@ -100,10 +89,7 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Return the finished rounds of a run, with its settings updated with `given`.
-
-    Raises SettingsError if the folder holds no run, or a setting cannot change on resume.
-    """
+    """Return a run with its finished rounds and its settings updated with `given`. Raises SettingsError."""
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     read_failed_answers(path)  # raises if damaged, before anything is started
@@ -126,9 +112,6 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     return changed
 
 
-# --- Summaries -------------------------------------------------------------------------------------------------------
-
-
 def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
     """Return the settings and the summary of the run in a folder. Raises SettingsError if there is none."""
     if is_there(path / SWEEP) and not is_there(path / "summary.json"):
@@ -136,7 +119,7 @@ def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str
         keeping = [run for run in runs if is_there(run / AGENTS)]  # suggest a run with kept agents, if there is one
         name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
         raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
-    return read_run_file(path, "summary.json", parse_summary, flag)
+    return run_files.read_run_file(path, "summary.json", run_files.parse_summary, flag)
 
 
 def runs_in(path: Path) -> list[Path]:
@@ -169,19 +152,13 @@ def first_winner(run: SavedRun) -> int:
     return run.results[-1].winners.lowest[0]
 
 
-# --- Answers and agents ----------------------------------------------------------------------------------------------
-
-
 def read_game(path: Path, config: SimulationConfig) -> Game:
     """Return the game of a run, with the prompts and the population as saved in game.json. Raises SettingsError."""
-    return read_run_file(path, GAME, partial(parse_game, config=config))
+    return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
-    """Return the rounds of a run as played; the winners come from the summary.
-
-    Raises SettingsError if answers are missing or contradict the summary.
-    """
+    """Return the rounds of a run. Raises SettingsError if answers are missing or contradict the summary."""
     game = game_of(config, None, None)
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(path, config) if summary["rounds"] else ():
@@ -228,7 +205,7 @@ def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     """Return the server and the remote id of a kept participant. Raises ClusterError if it was not kept."""
     if not is_there(path / AGENTS):
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
-    for group in read_json_lines(path, AGENTS, KEPT_GROUP_LINES):
+    for group in run_files.read_json_lines(path, AGENTS, run_files.KEPT_GROUP_LINES):
         if group["first"] <= participant < group["first"] + group["count"]:
             return Endpoint(group["host"], group["port"]), f"{group['oid']}/{participant}"
     raise ClusterError(f"participant {participant} of the run in {path} was not kept")

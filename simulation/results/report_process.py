@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
@@ -33,53 +33,46 @@ class ReportProcess:
     def __init__(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited: blocked until the process ignores them
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=ROOT,
-                start_new_session=True,
-            )
+            command = [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to_process, self._from_process = self._process.stdin, self._process.stdout
 
     def draw(self, run: SavedRun) -> None:
         """Draw the pictures and the report of a run into its folder, and wait for completion.
 
-        Args:
-            run: The run; its answers are read in the drawing process.
-
-        Raises:
-            SettingsError: The answers in its folder cannot be read.
-            ResultsError: The results cannot be written.
+        Raises SettingsError if the answers in its folder cannot be read, and ResultsError if results cannot be written.
         """
-        told: list[SimulationError | None] = []
-        asking = threading.Thread(target=self._ask, args=(run, told), daemon=True)
-        asking.start()
-        asking.join(LONGEST_S)
-        if not told:
+        errors: list[SimulationError | None] = []
+        request = threading.Thread(target=self._request, args=(run, errors), daemon=True)
+        request.start()
+        request.join(LONGEST_S)
+        if not errors:
             self._process.kill()
             logger.warning(f"the process that draws reports ended with status {self._process.wait()}: drawing here")
-            _draw(run)
-        elif told[0] is not None:
-            raise told[0]
+            from simulation.results.report_page import draw_all  # noqa: PLC0415 - only here in this process
+
+            draw_all(run)
+        elif errors[0] is not None:
+            raise errors[0]
 
     def close(self) -> None:
         """Kill the process, which is not drawing but may still be importing."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._to_process, self._from_process):
             with contextlib.suppress(OSError):  # a run was sent only in part
                 pipe.close()
 
-    def _ask(self, run: SavedRun, told: list[SimulationError | None]) -> None:
+    def _request(self, run: SavedRun, errors: list[SimulationError | None]) -> None:
         """Have the process draw a run, and append the error or None; append nothing if the process exits first."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(OSError, EOFError, ValueError):
-            pickle.dump(run, self._process.stdin)
-            self._process.stdin.flush()
-            told.append(pickle.load(self._process.stdout))
+            pickle.dump(run, self._to_process)
+            self._to_process.flush()
+            errors.append(pickle.load(self._from_process))
 
 
 def serve() -> None:
@@ -87,22 +80,15 @@ def serve() -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    answers: IO[Any] = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep output of libraries out of the answers
-    import simulation.results.report_page  # noqa: F401, PLC0415 - what takes long
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep output of libraries out of the replies
+    from simulation.results.report_page import draw_all  # noqa: PLC0415 - what takes long
 
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             run: SavedRun = pickle.load(sys.stdin.buffer)
-            error = None
             try:
-                _draw(run)
-            except SimulationError as raised:
-                error = raised
-            answers.write(pickle.dumps(error))
-
-
-def _draw(run: SavedRun) -> None:
-    from simulation.results.report_page import draw_all  # noqa: PLC0415 - where it is drawn alone
-
-    draw_all(run)
+                draw_all(run)
+                replies.write(pickle.dumps(None))
+            except SimulationError as error:
+                replies.write(pickle.dumps(error))

@@ -13,7 +13,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, groupby
 from operator import itemgetter
@@ -27,17 +27,9 @@ from numpy.typing import NDArray
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, one_line, reason
 from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import TEXTS_KEPT, Answers
-from simulation.game.rules import Game
+from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, rows_in, rows_of, values_in, write_rows
-from simulation.results.run_files import (
-    DAMAGED,
-    FAILED_ANSWER_LINES,
-    FailedAnswer,
-    SweepPosition,
-    game_to_json,
-    most_frequent,
-    read_json_lines,
-)
+from simulation.results.run_files import FailedAnswer, SweepPosition
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
@@ -46,11 +38,9 @@ FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.jso
 REPORT = "report.html"
 PICTURES = (REPORT, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # in the folder of an experiment
-COMPARISON = ("comparison.html", "comparison.png")
-PROBE = ".probe.new"  # if left by a killed process, it is a draft like others
-PROBE_BYTES = 256 * 1024  # detects a full disk before anything is started
-DRAFT = re.compile(r"\.(\.probe|probe|[\w-]+\.(jsonl?|html|png|parquet))(\.\w+)*\.new")  # old ones have no random part
-DRAFT_OF_LATEST = re.compile(r"latest\.[0-9a-f]{8}")
+PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # detects a full disk before anything is started
+DRAFT = re.compile(r"\.(\.probe|probe|[\w-]+\.(jsonl?|html|png|parquet))(\.\w+)*\.new")
+DRAFTS_OF_LATEST = "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
@@ -60,16 +50,14 @@ def new_run_id() -> str:
 
 def sweep_position(path: Path) -> SweepPosition | None:
     """Return the position of a run in the experiment of the parent folder; None if there is none."""
-    path = real(path)
+    folder = real(path)
     try:
-        sweep = json.loads(read_text(path.parent / SWEEP))
-        number = [run["folder"] for run in sweep["runs"]].index(path.name) + 1
-        sweep_id, experiment, runs = sweep["sweep_id"], sweep["experiment"], len(sweep["runs"])
-    except (OSError, *DAMAGED):  # a damaged file is reported when the experiment is resumed
+        sweep = json.loads(read_text(folder.parent / SWEEP))
+        number = [run["folder"] for run in sweep["runs"]].index(folder.name) + 1
+        position = {"sweep_id": sweep["sweep_id"], "experiment": sweep["experiment"], "run": number}
+        return run_files.POSITION.validate_python(position | {"runs": len(sweep["runs"])})
+    except (OSError, *run_files.DAMAGED):  # a damaged file is reported when the experiment is resumed
         return None
-    if not isinstance(sweep_id, str) or not isinstance(experiment, str):
-        return None
-    return {"sweep_id": sweep_id, "experiment": experiment, "run": number, "runs": runs}
 
 
 def resume_command(path: Path, *flags: str) -> str:
@@ -80,16 +68,10 @@ def resume_command(path: Path, *flags: str) -> str:
 
 
 class RunDirectory:
-    """The folder of one run or of an experiment's runs; the constructor creates, tests and locks it.
+    """The folder of one run or of an experiment's runs, which the constructor creates, tests and locks.
 
-    Args:
-        path: The path of the folder.
-        resumed: Whether it holds the beginning of this run; otherwise it must be empty.
-        within: The folder of the experiment that plays this run, if any.
-
-    Raises:
-        SettingsError: It is not empty, is being written by another run, or cannot be written.
-        ResultsError: The disk is full.
+    It must be empty unless the run is `resumed`. `within` is the folder of the experiment that plays this run, if any.
+    Raises SettingsError if the folder cannot be used, and ResultsError if the disk is full.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
@@ -100,26 +82,54 @@ class RunDirectory:
         self._locks: list[int] = []
         self._is_latest = within is not None  # the experiment's folder is the latest
         self._latest_before: str | None = None
-        advice = "; give another --run-dir" if within is None and not resumed else ""
         try:
-            _check_latest()
-            with _errors_before_start(f"cannot write results to {self.path}", advice):
-                if resumed:
-                    _check_writable(self.path)
-                else:
-                    self._made = _make_folder(self.path)
-                if self.position is not None and within is None:  # runs/latest points to the experiment
-                    self._locks.append(_lock(self.path.parent, shared=True)[0])
-                folder, is_locked = _lock(self.path)
-                self._locks.append(folder)
-                for draft in _drafts(self.path) if is_locked else ():  # otherwise they may be another run's
-                    draft.unlink(missing_ok=True)
-                write_whole(self.path / PROBE, os.urandom(PROBE_BYTES))
-                (self.path / PROBE).unlink()
-        except SimulationError:
+            self._open(resumed, within is None)
+        except (OSError, SimulationError) as error:
             self.discard_if_empty()
             self.close()
-            raise
+            if isinstance(error, SimulationError):
+                raise
+            failure = f"cannot write results to {error.filename or self.path}: {reason(error)}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResultsError(failure) from None
+            advice = "; give another --run-dir" if within is None and not resumed else ""
+            raise SettingsError(failure + advice) from None
+
+    def _open(self, resumed: bool, alone: bool) -> None:
+        """Create or check the folder, lock it, and remove the drafts of killed processes."""
+        LATEST.parent.mkdir(exist_ok=True)
+        if not LATEST.is_symlink() and is_there(LATEST):
+            raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
+        if not resumed and is_there(self.path) and {*self.path.iterdir()} - _drafts(self.path):
+            has_results = is_there(self.path / "summary.json") or is_there(self.path / SWEEP)
+            problem = "holds results already" if has_results else "is not empty"
+            advice = f", or go on with that run: --resume {shlex.quote(str(self.path))}" if has_results else ""
+            raise SettingsError(f"--run-dir {self.path}: {problem}; name a new folder{advice}")
+        folders = [self.path, *self.path.parents]
+        self._made = [folder for folder in folders if not is_there(folder)]
+        for folder in (LATEST.parent, folders[len(self._made)]):  # root could write, but respects the mode
+            if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):
+                raise SettingsError(f"cannot write in {folder}: it is read-only")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.position is not None and alone:  # runs/latest points to the experiment
+            self._lock(self.path.parent, shared=True)
+        if self._lock(self.path):  # otherwise drafts may be another run's
+            for draft in _drafts(self.path):
+                draft.unlink(missing_ok=True)
+        write_whole(self.path / PROBE, os.urandom(PROBE_BYTES))
+        (self.path / PROBE).unlink()
+
+    def _lock(self, path: Path, shared: bool = False) -> bool:
+        """Lock a folder against other runs until `close`, and return False if its file system has no locks.
+
+        A shared lock of an experiment's folder excludes processes that play the whole experiment, not those that play
+        one of its runs.
+        """
+        self._locks.append(os.open(path, os.O_RDONLY))
+        try:
+            return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
+        except BlockingIOError:
+            raise SettingsError(f"{path} is being written by another run: wait for its end") from None
 
     def discard_if_empty(self) -> None:
         """Remove the folders created for a run that failed to start, and restore runs/latest."""
@@ -157,7 +167,7 @@ class RunDirectory:
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
             for entry in summary["rounds"]:  # causes can be long; answers.parquet has all of them
-                entry["failures"] = most_frequent(entry["failures"], causes)
+                entry["failures"] = run_files.most_frequent(entry["failures"], causes)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
         if not self._is_latest:  # once: a run started later remains the latest
@@ -176,20 +186,13 @@ class RunDirectory:
 
         with _on_disk(self._part(round_number)) as file:
             write_rows(file, rows())
-        self._write_failed(failed)
-
-    def _write_failed(self, failed: list[FailedAnswer]) -> None:
         self._failed = failed
-        if failed:
-            self._write_lines(FAILED_ANSWERS, failed)
-        else:
-            with _results_errors(self.path / FAILED_ANSWERS):
-                (self.path / FAILED_ANSWERS).unlink(missing_ok=True)
+        self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants first .. first+count-1 in rounds 1 .. rounds.
+        """Return the answers of participants first .. first+count-1 in rounds 1 .. rounds; NaN where there is none.
 
-        The shape is (rounds, count), with NaN where there is no answer. Raises ResultsError.
+        The shape is (rounds, count). Raises ResultsError.
         """
         try:
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
@@ -207,13 +210,11 @@ class RunDirectory:
                 if number <= rounds:
                     with _on_disk(self._part(number)) as file:
                         write_rows(file, map(itemgetter(1), tables))
-            kept = {self._part(number + 1) for number in range(rounds)}
-            outdated = [whole, *self.path.glob(PARTS), *(self.path / name for name in PICTURES)]
-            for path in outdated:
-                if path not in kept:
-                    path.unlink(missing_ok=True)
-        failed = read_failed_answers(self.path)
-        self._write_failed([entry for entry in failed if entry["round"] <= rounds])
+            outdated = {whole, *self.path.glob(PARTS), *(self.path / name for name in PICTURES)}
+            for path in outdated - {self._part(number + 1) for number in range(rounds)}:
+                path.unlink(missing_ok=True)
+        self._failed = [entry for entry in read_failed_answers(self.path) if entry["round"] <= rounds]
+        self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
         """Merge the files of the rounds into answers.parquet. Raises ResultsError."""
@@ -227,117 +228,42 @@ class RunDirectory:
                 for part in parts:
                     part.unlink()
 
-    def write_game(self, game: Game) -> None:
-        """Write prompts and population to game.json, as their source files may change. Raises ResultsError."""
-        self.write_json(GAME, game_to_json(game))
-
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of the folder. Raises ResultsError."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def write_agents(self, groups: list[dict[str, Any]]) -> None:
-        """Write the locations of kept agents to agents.jsonl. Raises ResultsError."""
-        self._write_lines(AGENTS, groups)
-
-    def _write_lines(self, name: str, entries: Iterable[Mapping[str, Any]]) -> None:
-        write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write a JSON lines file of the folder, or remove it if there are no entries. Raises ResultsError."""
+        with _results_errors(self.path / name):
+            if entries:
+                write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
 
 def read_failed_answers(path: Path) -> list[FailedAnswer]:
     """Return the saved failed answers of a run. Raises SettingsError."""
-    return read_json_lines(path, FAILED_ANSWERS, FAILED_ANSWER_LINES) if is_there(path / FAILED_ANSWERS) else []
-
-
-# --- Checks, locks and drafts ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _errors_before_start(failure: str, advice: str) -> Iterator[None]:
-    """Convert a system error to a ResultsError if the disk is full, otherwise to a SettingsError with advice."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResultsError(f"{failure}: {reason(error)}") from None
-        raise SettingsError(f"{failure}: {reason(error)}{advice}") from None
-
-
-def _check_latest() -> None:
-    """Check that runs/latest can be updated, and remove its drafts. Raises SettingsError or ResultsError."""
-    failure = f"cannot write {LATEST}, which names the last run, wherever it is"
-    with _errors_before_start(failure, "; play in a checkout of your own"):
-        LATEST.parent.mkdir(exist_ok=True)
-        _check_writable(LATEST.parent)
-    if not LATEST.is_symlink() and is_there(LATEST):
-        raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
-    for draft in LATEST.parent.glob("latest.*"):
-        if DRAFT_OF_LATEST.fullmatch(draft.name) and draft.is_symlink() and _is_abandoned(draft):
-            draft.unlink(missing_ok=True)
+    if not is_there(path / FAILED_ANSWERS):
+        return []
+    return run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FAILED_ANSWER_LINES)
 
 
 def _point_latest(target: str) -> None:
     """Point runs/latest to `target` atomically. Raises OSError."""
-    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFT_OF_LATEST
+    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
     try:
         draft.symlink_to(target)
         draft.replace(LATEST)
-    except OSError:
+    finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
-
-
-def _is_abandoned(draft: Path) -> bool:
-    """Return whether the run that made a draft of runs/latest has exited: it held the lock of the draft's target."""
-    try:
-        folder, is_locked = _lock(draft)
-    except (OSError, SettingsError) as error:
-        return isinstance(error, FileNotFoundError)
-    os.close(folder)
-    return is_locked
-
-
-def _lock(path: Path, shared: bool = False) -> tuple[int, bool]:
-    """Lock a folder against other runs until the returned descriptor is closed.
-
-    A `shared` lock of an experiment's folder excludes processes that play the whole experiment, not those that play one
-    of its runs. Returns the descriptor, and False if the file system has no locks. Raises SettingsError or OSError.
-    """
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        return folder, lock(folder, path, "see to it that no other run writes there", wait=False, shared=shared)
-    except OSError as error:
-        os.close(folder)
-        if isinstance(error, BlockingIOError):
-            raise SettingsError(f"{path} is being written by another run: wait for its end") from None
-        raise
 
 
 def _drafts(path: Path) -> set[Path]:
-    return {file for file in path.iterdir() if DRAFT.fullmatch(file.name)}
-
-
-def _check_writable(folder: Path) -> None:
-    if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):  # root could write, but respects the mode
-        raise PermissionError(errno.EACCES, f"{folder} is read-only")
-
-
-def _make_folder(path: Path) -> list[Path]:
-    """Create a folder with its parents, and return the new ones, the innermost first. Raises SettingsError."""
-    if is_there(path) and {*path.iterdir()} - _drafts(path):
-        if not is_there(path / "summary.json") and not is_there(path / SWEEP):
-            raise SettingsError(f"--run-dir {path}: is not empty; name a new folder")
-        raise SettingsError(
-            f"--run-dir {path}: holds results already; name a new folder, or go on with that run: "
-            f"--resume {shlex.quote(str(path))}"
-        )
-    missing = [folder for folder in (path, *path.parents) if not is_there(folder)]
-    _check_writable(next(folder for folder in (path, *path.parents) if folder not in missing))
-    path.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-# --- Durable writing -------------------------------------------------------------------------------------------------
+    """Return the drafts that killed processes left in a run directory, and those of runs/latest that point to it."""
+    links = [link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink()]
+    links = [link for link in links if real(link) == path or not is_there(link)]
+    return {*links, *(file for file in path.iterdir() if DRAFT.fullmatch(file.name))}
 
 
 def write_whole(path: Path, content: bytes) -> None:

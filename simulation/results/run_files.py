@@ -22,20 +22,17 @@ CAUSES_SHOWN = 20
 # Errors from a damaged file: not text, not JSON, nested too deeply, or with wrong types, keys or numbers
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
 Printable = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 LLMCounts = Literal["requests", "prompt_tokens", "completion_tokens", "retries"]
+TimesKeys = Literal["round", "model_s", "client_s", "rpc_s", "slowest_s"]
 T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
     """Return the parsed content of a file in a run's folder. Raises SettingsError if it is unreadable or damaged.
 
-    Args:
-        path: The folder.
-        name: The name of the file.
-        parse: Parses the text; may raise SettingsError or an error in DAMAGED.
-        flag: The flag that names the folder, as prefix of error messages.
+    `parse` may raise SettingsError or an error in DAMAGED. `flag` names the folder, as prefix of error messages.
     """
     try:
         return parse(read_text(path / name))
@@ -46,9 +43,7 @@ def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = 
         raise SettingsError(f"{flag}{path}: its {name} is damaged, or of another version{detail}") from None
 
 
-# --- summary.json ----------------------------------------------------------------------------------------------------
-
-
+@with_config(SHAPE)
 class SweepPosition(TypedDict):
     """The experiment that a run belongs to: its id and the name of its file, and the number of the run, from 1."""
 
@@ -86,20 +81,12 @@ class RoundEntry(TypedDict):
     seconds: Seconds
 
 
-class TimesEntry(TypedDict):
-    round: int
-    model_s: Seconds
-    client_s: Seconds
-    rpc_s: Seconds
-    slowest_s: Seconds
-
-
 class ClusterEntry(TypedDict):
     hosts: list[str]
     servers: int
     moderators: int
     lost: list[str]
-    times: list[TimesEntry]
+    times: list[Annotated[dict[TimesKeys, Seconds], Field(min_length=5)]]
     llm_seconds: NotRequired[Annotated[dict[Literal["model", "client", "rpc"], Seconds], Field(min_length=3)]]
 
 
@@ -117,6 +104,7 @@ class Summary(TypedDict):
     llm: Annotated[dict[LLMCounts, int], Field(min_length=4)] | None
 
 
+POSITION = TypeAdapter(SweepPosition)
 SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
@@ -184,9 +172,6 @@ def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[st
     first = dict(sorted(named, key=lambda item: (-item[1], item[0]))[:kept])
     others = sum(failures.values()) - sum(first.values())
     return first | ({OTHER_CAUSES: others} if others else {})
-
-
-# --- game.json, agents.jsonl and failed_answers.jsonl ----------------------------------------------------------------
 
 
 class PopulationEntry(TypedDict):

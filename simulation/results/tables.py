@@ -10,20 +10,16 @@ INDENT = 2  # spaces; some tables are printed with it
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns that fit side by side.
+    """Return the indices of the columns that fit side by side into `room`, with `gap` spaces between two of them.
 
-    Args:
-        widths: The width of each column.
-        dropped: The indices of columns that may be dropped, the least important first.
-        room: The width of the terminal.
-        gap: The spaces between two columns.
+    `dropped` are the indices of columns that may be dropped, the least important first.
     """
-    places = [place for place, width in enumerate(widths) if width]
-    for place in dropped:
-        if sum(widths[each] + gap for each in places) - gap <= room:
+    columns = [column for column, width in enumerate(widths) if width]
+    for index in dropped:
+        if sum(widths[column] + gap for column in columns) - gap <= room:
             break
-        places = [each for each in places if each != place]
-    return places
+        columns = [column for column in columns if column != index]
+    return columns
 
 
 def table_lines(
@@ -42,19 +38,19 @@ def table_lines(
     """
     from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
 
-    heads, lefts = list(head), head[:1] if left is None else [*left]
-    whole = [row for row in rows if len(row) == len(heads)]
-    widths = [max(map(cell_len, column)) for column in zip(heads, *whole, strict=True)]
-    places = list(range(len(heads)))
+    lefts = head[:1] if left is None else [*left]
+    whole = [row for row in rows if len(row) == len(head)]
+    widths = [max(map(cell_len, column)) for column in zip(head, *whole, strict=True)]
+    columns = list(range(len(head)))
     if sys.stdout.isatty():
-        order = [heads.index(name) for name in dropped if name in heads]
-        places = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
+        order = [head.index(name) for name in dropped if name in head]
+        columns = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
     lines = []
-    for row in (heads, *rows):
+    for row in (head, *rows):
+        aligned = row if len(row) == len(head) else row[:-1]
         cells = []
-        for place in places:
-            if place < len(row) - (len(row) < len(heads)):
-                blanks = " " * (widths[place] - cell_len(row[place]))
-                cells.append(row[place] + blanks if heads[place] in lefts else blanks + row[place])
-        lines.append("  ".join(cells if len(row) == len(heads) else [*cells, row[-1]]).rstrip())
+        for column in [column for column in columns if column < len(aligned)]:
+            blanks = " " * (widths[column] - cell_len(row[column]))
+            cells.append(row[column] + blanks if head[column] in lefts else blanks + row[column])
+        lines.append("  ".join([*cells, *row[len(aligned) :]]).rstrip())
     return lines

@@ -17,8 +17,8 @@ from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.usage import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
-from simulation.results.run_directory import RunDirectory
-from simulation.results.run_files import summarise
+from simulation.results.run_directory import AGENTS, GAME, RunDirectory
+from simulation.results.run_files import game_to_json, summarise
 from simulation.rpc.endpoints import remote_run
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
@@ -99,7 +99,7 @@ class Run:
                         for each in simulation.cluster.active_assignments
                         if each.server is not None
                     ]
-                    self.directory.write_agents(agents)
+                    self.directory.write_lines(AGENTS, agents)
         except errors.SimulationError as error:
             self.usage = simulation.usage
             self._write_after_error(error)
@@ -200,7 +200,7 @@ class Run:
         lost = [*self._lost_before, *map(str, self.simulation.cluster.losses if self.simulation is not None else ())]
         self.cluster_summary["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
         if self.status is None:  # not earlier: a folder with only this file could be neither resumed nor reused
-            self.directory.write_game(self.game)
+            self.directory.write_json(GAME, game_to_json(self.game))
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, self._position)
         summary = summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)
