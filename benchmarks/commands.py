@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from simulation.files import ROOT
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS
 
 GAME = ("./run_simulation.sh", "10", "1000", "--sleep-time", "0")
 PYTHON = ".venv/bin/python"
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each command (default: 5)")
     repeats = parser.parse_args().repeats
-    assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
+    assert not AGENT_SERVERS.running(), "stop the servers that run first: ./stop_all_server.sh"
     took: dict[str, list[float]] = {name: [] for name in (*TIMED, *WITHOUT_SERVERS)}
     stop = ("./stop_all_server.sh",)
     for number in range(repeats + 1):  # the first one warms up

@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import psutil
 
-from simulation.hosts import local_cluster as local_servers
-from simulation.hosts import pid_files as processes
+from simulation.hosts import local_cluster
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.rpc.channels import install_tls
 from simulation.rpc.cluster_key import load_or_make
 from simulation.runs.console import ConsoleProgress
@@ -33,18 +33,18 @@ def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = 
         owned: Whether they serve this process only (default), or any main.
         counted: Whether they count the calls they serve.
     """
-    assert not processes.own_processes(), "stop the servers that run first: ./stop_all_server.sh"
+    assert not AGENT_SERVERS.running(), "stop the servers that run first: ./stop_all_server.sh"
     install_tls(load_or_make(Path(config.cluster_key_dir)))
     counter = {"PYTHONPATH": CALL_COUNTER} if counted else {}
     with contextlib.closing(ConsoleProgress()) as watch, patch.dict(os.environ, counter):
-        servers = local_servers.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
+        servers = local_cluster.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
     try:
         yield
     finally:
         if servers is not None:
             servers.stop()
         else:
-            local_servers.stop()
+            local_cluster.stop()
 
 
 def memory_mb(pids: Iterable[int]) -> float:

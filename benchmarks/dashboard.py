@@ -33,7 +33,7 @@ from loguru import logger
 
 from simulation.cluster.rounds import Simulation
 from simulation.game.rules import game_of
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
 from simulation.runs.console import ConsoleProgress
@@ -102,7 +102,7 @@ def play(config: SimulationConfig, folder: Path) -> Alternating:
     dashboard = Dashboard(0, watch)
     spec = RunSpec(config, {}, game_of(config, None, None), folder / run_id, run_id)
     run = Alternating(spec, RunDirectory(spec.folder), watch, lambda _: None, "")
-    run.pids = [os.getpid(), *(process.pid for process in processes.own_processes().values())]
+    run.pids = [os.getpid(), *(process.pid for process in AGENT_SERVERS.running().values())]
     command = [sys.executable, "-c", POLL, str(dashboard.port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run.poller:
         try:

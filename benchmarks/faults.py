@@ -45,7 +45,7 @@ from loguru import logger
 from simulation.cluster import failure_detector as heartbeat
 from simulation.cluster.rounds import Simulation
 from simulation.game.tally import RoundResult
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.llm.usage import Usage
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
@@ -147,7 +147,7 @@ def cost(config: SimulationConfig, repeats: int) -> None:
 def disturbed_round(config: SimulationConfig, fault: Fault) -> tuple[RoundResult, float, Any]:
     """Play a round with the fault; returns the result, the seconds from the fault to its end, and the answers."""
     port = config.base_port + fault.port_offset
-    victim = processes.own_process(str(port))
+    victim = AGENT_SERVERS.process(str(port))
     assert victim is not None, f"no server runs on port {port}"
     struck_at: list[float] = []
 

@@ -50,8 +50,8 @@ from loguru import logger
 from simulation.cluster.placement import place
 from simulation.cluster.rounds import Simulation
 from simulation.game.rules import Game, question_for
-from simulation.hosts import pid_files as processes
-from simulation.hosts import vllm_servers as inference
+from simulation.hosts import vllm_servers
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
@@ -226,7 +226,7 @@ def one_object(config: SimulationConfig, participants: int) -> ResumeState:
 
 def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
     """Return the growth of an agent server per participant, in KB (PSS): after two rounds, and at the peak."""
-    server = processes.own_process(str(config.base_port))
+    server = AGENT_SERVERS.process(str(config.base_port))
     assert server is not None
     seen = [_pss_kb(server)]
     ended = threading.Event()
@@ -265,11 +265,11 @@ def real_vllm(config: SimulationConfig) -> Iterator[None]:
         subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
         with contextlib.closing(ConsoleProgress()) as watch:
             serving = replace(config, role="vllm", model_path=folder, gpu_num=0)
-            inference.start(serving, VLLM_FLAGS, partial(watch.progress, "vLLM ready"))
+            vllm_servers.start(serving, VLLM_FLAGS, partial(watch.progress, "vLLM ready"))
         try:
             yield
         finally:
-            inference.stop()
+            vllm_servers.stop()
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from common import agent_servers, peak_mb
 from loguru import logger
 
 from simulation.cluster.rounds import Simulation
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.results.run_directory import new_run_id
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
@@ -166,7 +166,7 @@ def main() -> None:
     print(row("participants", "think", "program", "creation", "round", "both", "peak memory", "ours is faster", "runs"))
     print(row(*("---:", "---:", ":---", "---:", "---:", "---:", "---:", "---:", "---:")))
     with agent_servers(config):
-        everyone = [*(process.pid for process in processes.own_processes().values()), os.getpid()]
+        everyone = [*(process.pid for process in AGENT_SERVERS.running().values()), os.getpid()]
         for participants, think_s in SCENES:
             scene = (config, participants, think_s)
             figures = {"this program": measure(lambda scene=scene: ours(*scene), arguments.repeats, everyone)}

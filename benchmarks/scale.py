@@ -61,7 +61,7 @@ from scale_network import SCENES, hosts, wire
 
 from participant import RandomParticipant
 from simulation.cluster.rounds import Simulation
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.results import run_directory as results
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.channels import handshake
@@ -161,7 +161,7 @@ def in_seconds(value: float | None) -> str:
 
 def memory_of(config: SimulationConfig, participants: int) -> tuple[float, float]:
     """Return the peak memory of all processes during the whole command, and of the servers afterwards, in GB."""
-    servers = [process.pid for process in processes.own_processes().values()]
+    servers = [process.pid for process in AGENT_SERVERS.running().values()]
     with results_folder() as folder:
         game = start_command(config, participants, folder / "run")
         peak = peak_mb(game.wait, [*servers, game.pid])
@@ -335,7 +335,7 @@ def own(config: SimulationConfig, repeats: int) -> None:
         scene = replace(config, agent_class=file, sleep_time=think_s)
         with agent_servers(config):  # new servers, as old ones would reuse freed memory first
             play(scene, 1000)  # warm
-            servers = [process.pid for process in processes.own_processes().values()]
+            servers = [process.pid for process in AGENT_SERVERS.running().values()]
             before = memory_mb(servers)
             each_b = (peak_mb(lambda: play(scene, participants), servers) - before) * 2**20 / participants  # noqa: B023
             runs = [play(scene, participants) for _ in range(repeats)]

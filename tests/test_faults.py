@@ -21,7 +21,8 @@ from waiting import Gates
 
 from simulation import cli
 from simulation.errors import ClusterError
-from simulation.hosts import pid_files as processes
+from simulation.hosts import pid_files
+from simulation.hosts.pid_files import ProcessId, ServerProcesses
 from simulation.runs import console
 
 BUSY = ("2", "400", "--sleep-time", "600")  # a round that nobody waits for
@@ -136,7 +137,6 @@ def test_a_stale_pid_file_is_no_reason_to_signal_a_stranger(checkout):
         stranger.kill()
 
 
-HERE = processes.ProcessId.of(os.getpid())
 ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
 
 
@@ -155,21 +155,22 @@ ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
 def test_a_process_is_recognised_without_a_clock(tmp_path, changed, state):
     with subprocess.Popen(["sleep", "60"]) as process:
         path = tmp_path / "1234.pid"
-        replace(processes.ProcessId.of(process.pid), **changed).write(path)
+        replace(ProcessId.of(process.pid), **changed).write(path)
         os.utime(path, (0, 0))
         assert path.read_text().splitlines()[0] == str(process.pid)
-        found = processes.live_process(path, lambda _: False)
+        servers = ServerProcesses("server", tmp_path, "./stop.sh", 1.0, lambda _: False)
+        found = servers.process("1234")
         assert (found is not None) == (state == "lives") and (found is None or found.pid == process.pid)
-        processes.remove_ended(tmp_path, lambda _: False)
+        servers.terminate([])  # which removes pid files, but signals nothing
         assert path.exists() == (state != "ended")
         if state in ("lives", "ended"):
-            processes.check_same_host(tmp_path, "./stop.sh")
+            servers.check_same_host()
         else:
             with pytest.raises(ClusterError, match=f"{path} is of {state}, .* run ./stop.sh there"):
-                processes.check_same_host(tmp_path, "./stop.sh")
+                servers.check_same_host()
         process.kill()
         until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 20, "it has ended")
-        assert processes.live_process(path, lambda _: True) is None
+        assert servers.process("1234") is None
 
 
 def test_pid_files_of_another_host_are_left_alone(checkout):
@@ -183,14 +184,14 @@ def test_pid_files_of_another_host_are_left_alone(checkout):
 
 
 def test_a_command_that_waits_for_another_says_so(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    monkeypatch.setattr(pid_files, "SERVERS", tmp_path)
     said: list[str] = []
 
     def begin() -> None:
-        with processes.one_at_a_time():
+        with pid_files.one_at_a_time():
             said.append("began")
 
-    with processes.one_at_a_time():
+    with pid_files.one_at_a_time():
         second = threading.Thread(target=begin)
         second.start()
         until(lambda: said.append(capfd.readouterr().err) or "waiting for another command" in "".join(said), 20, "told")

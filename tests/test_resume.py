@@ -25,7 +25,7 @@ from simulation.errors import ClusterError, Interrupted, ResultsError, RunAborte
 from simulation.files import warn_once
 from simulation.game.rules import game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
-from simulation.hosts import pid_files as processes
+from simulation.hosts import pid_files
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.usage import Usage
 from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
@@ -544,7 +544,7 @@ def told(tmp_path, monkeypatch):
     from loguru import logger
 
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
-    monkeypatch.setattr(processes, "SERVERS", tmp_path / "servers")
+    monkeypatch.setattr(pid_files, "SERVERS", tmp_path / "servers")
     warn_once.cache_clear()
     lines = []
     number = logger.add(lines.append, format="{message}", level="WARNING")
@@ -584,7 +584,7 @@ def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, 
     assert [places.acquire(2) for _ in range(3)] == [True, True, False]
     for name in ("one", "another"):
         RunDirectory(tmp_path / name).close()
-        with processes.one_at_a_time():
+        with pid_files.one_at_a_time():
             pass
     folders = ("in-flight", "one", "servers", "another")
     assert [line.split(" has no locks")[0] for line in told] == [
@@ -602,7 +602,7 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
         RunDirectory(tmp_path / "run")
     with (
         pytest.raises(SettingsError, match=r"cannot write in .*servers: it cannot be locked .Input/output error"),
-        processes.one_at_a_time(),
+        pid_files.one_at_a_time(),
     ):
         pass
     assert not (tmp_path / "run").exists() and told == []
@@ -610,11 +610,11 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch, told, number):
-    with pytest.raises(SettingsError, match=f"cannot write in .*: {os.strerror(number)}"), processes.one_at_a_time():
+    with pytest.raises(SettingsError, match=f"cannot write in .*: {os.strerror(number)}"), pid_files.one_at_a_time():
         failing(monkeypatch, os, "replace", number)
         failing(monkeypatch, os, "unlink", number)
-        processes.ProcessId(1).write(processes.pid_file("12330"))
-    with pytest.raises(ConnectionResetError), processes.one_at_a_time():
+        pid_files.ProcessId(1).write(tmp_path / "servers/12330.pid")
+    with pytest.raises(ConnectionResetError), pid_files.one_at_a_time():
         raise ConnectionResetError(errno.ECONNRESET, "of a server")
 
 

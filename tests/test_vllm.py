@@ -38,9 +38,8 @@ from fake_model import FakeModel
 from test_readme import blocks, commands_in, run_all
 
 import main
-from simulation.hosts import pid_files as processes
-from simulation.hosts import vllm_servers as inference
-from simulation.hosts.vllm_servers import TERM_TIMEOUT_S, visible_gpus
+from simulation.hosts import pid_files, vllm_servers
+from simulation.hosts.vllm_servers import SERVERS, TERM_TIMEOUT_S, visible_gpus
 from simulation.results.reader import read_run
 from simulation.settings import SimulationConfig
 
@@ -322,7 +321,7 @@ def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys)
 
 
 def test_other_flags_of_vllm_pass():
-    inference.check_vllm_flags(
+    vllm_servers.check_vllm_flags(
         ["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"]
     )
 
@@ -330,18 +329,19 @@ def test_other_flags_of_vllm_pass():
 def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
     port, told = free_ports(1), []
     healthy = iter([False, False, True])
-    monkeypatch.setattr(inference, "FOLDER", tmp_path)
-    monkeypatch.setattr(inference, "LOOK_S", 0)
-    monkeypatch.setattr(inference, "gpus_here", lambda: ())
-    monkeypatch.setattr(inference, "_is_healthy", lambda _: next(healthy))
-    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    monkeypatch.setattr(SERVERS, "folder", tmp_path)
+    monkeypatch.setattr(vllm_servers, "LOOK_S", 0)
+    monkeypatch.setattr(vllm_servers, "gpus_here", lambda: ())
+    monkeypatch.setattr(vllm_servers, "_is_healthy", lambda _: next(healthy))
+    monkeypatch.setattr(pid_files, "SERVERS", tmp_path)
     (tmp_path / "config.json").touch()
     with subprocess.Popen(["sleep", "60"]) as stand_in:
-        monkeypatch.setattr(inference, "_spawn", lambda *_: stand_in)
+        spawned = pid_files.ProcessId.of(stand_in.pid)
+        monkeypatch.setattr(vllm_servers, "_spawn", lambda *_: spawned.write(tmp_path / f"{port}.pid"))
         config = SimulationConfig(role="vllm", model_path=str(tmp_path), vllm_base_port=port)
-        inference.start(config, [], lambda *progress: told.append(progress))
+        vllm_servers.start(config, [], lambda *progress: told.append(progress))
         stand_in.kill()
-    assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (1, 1)]
+    assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (0, 1), (1, 1)]
     log = re.escape(str(tmp_path / f"{port}.log"))
     assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", told[0][2]) and told[-1][2] == ""
 
@@ -352,7 +352,7 @@ def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
         ("hosts.pid_files.ProcessId.write", 1, lambda: signal.raise_signal(signal.SIGTERM), 143),
         ("hosts.pid_files.ProcessId.write", 2, lambda: signal.raise_signal(signal.SIGINT), 130),
         ("hosts.pid_files.ProcessId.write", 2, lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), 2),
-        ("hosts.vllm_servers._end", 2, lambda: signal.raise_signal(signal.SIGTERM), 143),  # _end_all calls it first
+        ("hosts.pid_files.end", 1, lambda: signal.raise_signal(signal.SIGTERM), 143),
     ],
     ids=["a signal", "a signal after the first", "a full disk", "a second signal"],
 )
@@ -360,14 +360,14 @@ def test_no_server_is_left_by_what_happens_while_they_start(
     command, tmp_path, monkeypatch, wrapped, server, happens, status
 ):
     calls = itertools.count(1)
-    really = {"hosts.pid_files.ProcessId.write": processes.ProcessId.write, "hosts.vllm_servers._end": inference._end}[
+    really = {"hosts.pid_files.ProcessId.write": pid_files.ProcessId.write, "hosts.pid_files.end": pid_files.end}[
         wrapped
     ]
 
-    def called(*arguments):
+    def called(*arguments, **options):
         if next(calls) == server:
             happens()
-        return really(*arguments)
+        return really(*arguments, **options)
 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text("#!/bin/sh\nexec sleep 600\n")
@@ -375,11 +375,11 @@ def test_no_server_is_left_by_what_happens_while_they_start(
     (tmp_path / "config.json").touch()
     before = set(psutil.Process().children())
     monkeypatch.setattr(f"simulation.{wrapped}", called)
-    monkeypatch.setattr(inference, "FOLDER", tmp_path)
-    monkeypatch.setattr(inference, "VENV", tmp_path)
-    monkeypatch.setattr(inference, "gpus_here", lambda: ("0", "1"))
-    monkeypatch.setattr(inference, "_is_healthy", lambda _: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(processes, "SERVERS", tmp_path)
+    monkeypatch.setattr(SERVERS, "folder", tmp_path)
+    monkeypatch.setattr(vllm_servers, "VENV", tmp_path)
+    monkeypatch.setattr(vllm_servers, "gpus_here", lambda: ("0", "1"))
+    monkeypatch.setattr(vllm_servers, "_is_healthy", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(pid_files, "SERVERS", tmp_path)
     port = free_ports(2)
     assert command("--role", "vllm", "--model-path", tmp_path, "--vllm-base-port", port)[0] == status
     assert next(calls) > server

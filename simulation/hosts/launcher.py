@@ -6,26 +6,26 @@ It imports AgentScope once and forks a server per port; importing it in each ser
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
-from simulation.files import SERVERS
-from simulation.hosts import pid_files as processes
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, ProcessId
 from simulation.rpc.cluster_key import ClusterKey, load
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.settings import SimulationConfig
 
-DEATHS_IN_VAIN = 3  # consecutive failed starts after which a server is not restarted
+FAILED_STARTS = 3  # consecutive failed starts after which a server is not restarted
 RESTART_EVERY_S = 1.0  # minimum interval between starts of a server
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,7 +37,6 @@ def launch(config: SimulationConfig, owned: bool) -> None:
         config: Host name, ports and key.
         owned: Whether to stop at the end of standard input, which the parent process holds open.
     """
-    processes.ProcessId.of(os.getpid()).write(processes.pid_file(processes.LAUNCHER))
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)
     import_agentscope()
@@ -54,39 +53,28 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     for number in ENDING:  # before the first fork: a signal that ends the launcher would leave its servers running
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
-    servers = _start_all(config, key, lambda: bool(multiprocessing.connection.wait(stop_signs, 0)))
-    while servers:
-        alive = [server.process.sentinel for server in servers.values() if server.restart_at is None]
-        due = [server.restart_at for server in servers.values() if server.restart_at is not None]
-        timeout_s = max(min(due) - time.monotonic(), 0.0) if due else None
-        ready = multiprocessing.connection.wait([*stop_signs, *alive], timeout_s)
-        if any(sign in ready for sign in stop_signs):
-            stop_signs = []
-            for server in servers.values():
-                server.stop()
-        for port, server in list(servers.items()):
-            if server.process.sentinel in ready and server.restart_at is None:
-                server.see_to_its_end()
-            elif not server.given_up and server.restart_at is not None and server.restart_at <= time.monotonic():
-                server.start_again()
-            if server.given_up:
-                del servers[port]
-    processes.remove_pid(processes.LAUNCHER, os.getpid())
-
-
-def _start_all(config: SimulationConfig, key: ClusterKey, stopped: Callable[[], bool]) -> dict[int, _Server]:
-    """Start a server per port, until `stopped` returns True."""
-    servers: dict[int, _Server] = {}
+    servers = [_Server(config, port, key) for port in config.ports]
+    stopping = False
     try:
-        for port in config.ports:
-            if stopped():
-                break
-            servers[port] = _Server(config, port, key)
-    except OSError:  # no memory or disk space: the parent process finds the reason in the log
-        for server in servers.values():
-            server.process.kill()
+        while servers := [server for server in servers if server.process is not None or server.start_at < math.inf]:
+            running = {server.process.sentinel: server for server in servers if server.process is not None}
+            start_at = min(server.start_at for server in servers)
+            timeout_s = None if start_at == math.inf else max(start_at - time.monotonic(), 0.0)
+            ready = multiprocessing.connection.wait([*stop_signs, *running], timeout_s)
+            if any(sign in ready for sign in stop_signs):
+                stopping, stop_signs = True, []
+                for server in servers:
+                    server.stop()
+            for sentinel in running.keys() & ready:
+                running[sentinel].on_exit(stopping)
+            due = [server for server in servers if server.start_at <= time.monotonic()]
+            for server in due[:1]:  # one, as a stop sign is looked for between any two
+                server.start()
+    except BaseException:  # no memory or disk space, for instance: the parent process finds the reason in the log
+        for server in servers:
+            server.kill()
         raise
-    return servers
+    AGENT_SERVERS.remove(LAUNCHER, os.getpid())
 
 
 class _Server:
@@ -95,77 +83,63 @@ class _Server:
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments = (config, port, key)
         self._port = port
-        self._context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._stopping = False
         self._restarts = 0
-        self._failed_starts = 0  # consecutive failures before it was ready
-        self.restart_at: float | None = None  # time of the pending restart
-        self.given_up = False
-        self.start()
+        self._failed_starts = 0  # consecutive ones
+        self._started = 0.0
+        self.process: Any = None
+        self.start_at = 0.0  # time.monotonic() of the next start; infinite if none is planned
 
     def start(self) -> None:
-        self._ready, told = self._context.Pipe(duplex=False)
-        self.process = self._context.Process(target=_child, args=(*self._arguments, told))
+        """Start the server. Without memory or disk space, a restart is retried later; a first start raises OSError."""
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._ready, ready = context.Pipe(duplex=False)
+        self.process = context.Process(target=_child, args=(*self._arguments, ready))
+        self._started, self.start_at = time.monotonic(), math.inf
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has set its handlers
         try:
             self.process.start()
+            ProcessId.of(self.process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
+        except OSError as error:
+            self.kill()  # without a pid file no command could find it
+            if self._restarts == 0:
+                raise
+            logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
+            self.process, self.start_at = None, time.monotonic() + RESTART_EVERY_S
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        self._started = time.monotonic()
-        self.restart_at = None
-        told.close()  # the child's end of the pipe
-        try:
-            processes.ProcessId.of(self.process.pid).write(processes.pid_file(str(self._port)))
-            processes.write_restart_count(self._port, self._restarts)
-        except OSError:  # without a pid file no command could find it
-            self.process.kill()
-            self.process.join()
-            raise
-
-    def start_again(self) -> None:
-        """Start the server, or retry later if there is no memory or disk space."""
-        try:
-            self.start()
-        except OSError as error:
-            logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
-            self.restart_at = time.monotonic() + RESTART_EVERY_S
+            ready.close()  # the child's end of the pipe
 
     def stop(self) -> None:
-        self._stopping = True
-        if self.restart_at is None:
+        self.start_at = math.inf
+        if self.process is not None:
             self.process.terminate()
-        else:
-            self.given_up = True
 
-    def see_to_its_end(self) -> None:
+    def kill(self) -> None:
+        if self.process is not None and self.process.pid is not None:
+            self.process.kill()
+            self.process.join()
+
+    def on_exit(self, stopping: bool) -> None:
         """Log how the server ended, and schedule a restart if it failed."""
         self.process.join()
-        status = self.process.exitcode
+        status, pid, self.process = self.process.exitcode, self.process.pid, None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        was_ready = self._was_ready()
+        was_ready = False
+        with contextlib.suppress(EOFError):
+            was_ready = self._ready.poll() and self._ready.recv()
+        self._ready.close()
         self._failed_starts = 0 if was_ready else self._failed_starts + 1
         if status == 0:
-            processes.remove_pid(str(self._port), self.process.pid)
-        if status == 0 or self._stopping:
+            AGENT_SERVERS.remove(str(self._port), pid)
+        if status == 0 or stopping:
             logger.info(f"the server on port {self._port} {how}")
-            self.given_up = True
-        elif not was_ready and (self._restarts == 0 or self._failed_starts == DEATHS_IN_VAIN):
+        elif not was_ready and (self._restarts == 0 or self._failed_starts == FAILED_STARTS):
             tries = f" {self._failed_starts} times in a row" if self._failed_starts > 1 else ""
             logger.error(f"the server on port {self._port} {how} before it was ready{tries}: it is not started again")
-            self.given_up = True
         else:
             logger.error(f"the server on port {self._port} {how}: starting it again")
             self._restarts += 1
-            self.restart_at = max(self._started + RESTART_EVERY_S, time.monotonic())
-
-    def _was_ready(self) -> bool:
-        """Return whether the server reported that it was ready before it ended."""
-        try:
-            return bool(self._ready.poll() and self._ready.recv())
-        except EOFError:
-            return False
-        finally:
-            self._ready.close()
+            self.start_at = max(self._started + RESTART_EVERY_S, time.monotonic())
 
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
@@ -173,7 +147,7 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    log = os.open(SERVERS / f"{port}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)

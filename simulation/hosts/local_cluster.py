@@ -10,14 +10,13 @@ import datetime
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from simulation.errors import ClusterError, ServerUnreachable
-from simulation.files import ROOT, SERVERS, files_in, is_there
-from simulation.hosts import pid_files as processes
+from simulation.errors import ClusterError, ServerUnreachable, listed
+from simulation.files import ROOT
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, check_free, check_not_owned, one_at_a_time
 from simulation.llm.model_configs import has_models, read_models
 from simulation.rpc.channels import call_all, call_all_or_raise, handshake, identify, install_tls
 from simulation.rpc.cluster_key import load
@@ -28,13 +27,14 @@ from simulation.settings import SimulationConfig, flag_of
 
 READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
-HANDED_ON = (  # settings passed to the servers
+SERVER_SETTINGS = (  # settings passed to the servers
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
 )
 STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
-STOP = "./stop_all_server.sh"
-STOP_FIRST = f"run {STOP} first"
+STOP_FIRST = f"run {AGENT_SERVERS.stop_command} first"
+
+stop = AGENT_SERVERS.stop
 
 
 class OwnedServers:
@@ -48,10 +48,9 @@ class OwnedServers:
         if self._launcher.stdin is not None:
             self._launcher.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._launcher.wait(processes.TERM_TIMEOUT_S)
-        if processes.own_processes():  # the launcher hangs, or was killed and left servers running
-            with processes.one_at_a_time():
-                processes.terminate_all()
+            self._launcher.wait(AGENT_SERVERS.term_timeout_s)
+        if AGENT_SERVERS.running():  # the launcher hangs, or was killed and left servers running
+            stop()
         self._launcher.wait()
 
 
@@ -78,31 +77,27 @@ def start(
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
     models = read_models(config) if has_models(config) else {}
-    with processes.one_at_a_time():
-        processes.check_not_owned()
-        processes.check_same_host(SERVERS, STOP)
-        running = processes.own_processes()
+    with one_at_a_time():
+        check_not_owned()
+        AGENT_SERVERS.check_same_host()
+        running = AGENT_SERVERS.running()
         if running:
             urls = {name: model.base_url for name, model in models.items()}
             _check_same(config, [int(name) for name in running if name.isdigit()], urls)
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
-            processes.check_free(config.host_name, port)
-            processes.pid_file(str(port)).unlink(missing_ok=True)
-            (SERVERS / f"{port}.log").unlink(missing_ok=True)
-            processes.write_restart_count(port, 0)
-        processes.remove_drafts()
-        processes.check_room()
-        launcher = None
+            check_free(config.host_name, port, "BASE_PORT")
+            AGENT_SERVERS.log(str(port)).unlink(missing_ok=True)
+        AGENT_SERVERS.terminate(AGENT_SERVERS.names())  # leftovers of killed servers
         try:
-            with processes.signals_later():  # a signal before the assignment would leave it running
-                launcher = _spawn_launcher(config, owned)
+            launcher = _spawn_launcher(config, owned)
             meanwhile()
-            _wait_ready(config, launcher, progress)
+            AGENT_SERVERS.wait_until_ready(
+                config.ports, partial(_answers, config), lambda done, total, _: progress(done, total), READY_TIMEOUT_S
+            )
         except BaseException:
-            if launcher is not None:
-                _end_launcher(launcher)
+            AGENT_SERVERS.terminate(AGENT_SERVERS.names())
             raise
     return OwnedServers(launcher) if owned else None
 
@@ -118,116 +113,65 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
     shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
         if shake.versions != OWN_VERSIONS:
-            raise ClusterError(f"the running agent servers are of another version of the program; {STOP_FIRST}")
-        if (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
-            raise ClusterError(
-                f"the running agent servers are {shake.server_per_host} for participants and "
-                f"{shake.moderator_per_host} for moderators; {STOP_FIRST}"
-            )
-        if shake.models != models:
-            raise ClusterError(
-                f"the running agent servers know {_listed(shake.models)}, but {_listed(models)} were requested; "
-                f"{STOP_FIRST}"
-            )
-
-
-def _listed(models: dict[str, str]) -> str:
-    """Return a short list of the models and their addresses."""
-    return (
-        ", ".join(f"{name} at {url}" for name, url in list(models.items())[:3]) + ", ..." * (len(models) > 3)
-        or "no model"
-    )
-
-
-def _end_launcher(launcher: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its servers, including those whose pid files it has not written yet."""
-    with processes.signals_later():  # a second Ctrl-C would leave servers running
-        launcher.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(processes.TERM_TIMEOUT_S)  # it passes the signal on, and waits for its servers
-        processes.terminate_all()
-        launcher.wait()
+            difference = "are of another version of the program"
+        elif (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
+            difference = f"are {shake.server_per_host} for participants and {shake.moderator_per_host} for moderators"
+        elif shake.models != models:
+            known = listed(f"{name} at {url}" for name, url in shake.models.items())
+            requested = listed(f"{name} at {url}" for name, url in models.items())
+            difference = f"know {known} as models, but this command has {requested}"
+        else:
+            continue
+        raise ClusterError(f"the running agent servers {difference}; {STOP_FIRST}")
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
     # -P is for servers that are spawned, not forked: their Python would search the current folder first
     command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
-    for name in HANDED_ON:
+    for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
-    with (SERVERS / f"{processes.LAUNCHER}.log").open("wb") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            cwd=ROOT,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches main only
-        )
+    return AGENT_SERVERS.spawn(
+        LAUNCHER,
+        command,
+        stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
+        # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
 
 
-def _wait_ready(
-    config: SimulationConfig, launcher: subprocess.Popen[bytes], progress: Callable[[int, int], None]
-) -> None:
-    """Return when all servers answer; raise ClusterError with the log tail of the first one that failed."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    for ready, port in enumerate(config.ports):
-        while True:
-            progress(ready, len(config.ports))
-            try:
-                identify(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
-                break
-            except ServerUnreachable:
-                pass  # not ready yet; check that it still runs
-            if is_there(processes.pid_file(str(port))) and processes.own_process(str(port)) is None:
-                raise ClusterError(f"the agent server on port {port} did not start{processes.log_tail(str(port))}")
-            if launcher.poll() is not None:
-                raise ClusterError(f"the agent servers did not start{processes.log_tail(processes.LAUNCHER)}")
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"the agent server on port {port} does not answer after {READY_TIMEOUT_S:g} s"
-                    f"{processes.log_tail(str(port))}"
-                )
-    progress(len(config.ports), len(config.ports))
-
-
-def stop() -> int:
-    """Stop all agent servers of this checkout (KILL after 5 s), and return how many were running.
-
-    Raises ClusterError if there may be others that this host cannot see.
-    """
-    with processes.one_at_a_time():
-        stopped = processes.terminate_all()
-        processes.check_same_host(SERVERS, STOP)
-    return stopped
+def _answers(config: SimulationConfig, port: int) -> bool:
+    try:
+        identify(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
+    except ServerUnreachable:
+        return False
+    return True
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
     """Return the cells of STATUS for each agent server of this host, or its port and error; and whether all answer."""
-    ports = [int(path.stem) for path in files_in(SERVERS, ".pid") if path.stem.isdigit()]
-    if not ports:
+    names = [name for name in AGENT_SERVERS.names() if name != LAUNCHER]
+    if not names:
         return [], True
     install_tls(load(Path(config.cluster_key_dir)))
-    calls = {
-        port: partial(handshake, Endpoint(config.host_name, port), config.connect_timeout, directives={MEMORY: ""})
-        for port in sorted(ports)
-    }
-    shakes, errors = call_all(calls)
+    endpoints = {name: Endpoint(config.host_name, int(name)) for name in names}
+    timeout_s, directives = config.connect_timeout, {MEMORY: ""}
+    shakes, errors = call_all(
+        {name: partial(handshake, each, timeout_s, directives=directives) for name, each in endpoints.items()}
+    )
     rows = []
-    for port in sorted(ports):
-        if port in shakes:
-            shake = shakes[port]
-            since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
-            size, restarts = f"{shake.memory_mb:.1f} MB", processes.restarts(port)
-            rows.append([str(port), shake.role, str(shake.pid), since, str(shake.agents), size, str(restarts)])
-        else:
-            rows.append([str(port), f"does not answer after {processes.restarts(port)} restarts: {errors[port]}"])
-    launcher = processes.ProcessId.read(processes.pid_file(processes.LAUNCHER))
-    if processes.own_process(processes.LAUNCHER) is None and not (launcher and launcher.elsewhere):
-        rows.append(
-            [f"the launcher has exited: servers that exit are not restarted; run {STOP}, then start them again"]
-        )
+    for name in names:
+        restarts = AGENT_SERVERS.noted(name).restarts
+        if name in errors:
+            rows.append([name, f"does not answer after {restarts} restarts: {errors[name]}"])
+            continue
+        shake = shakes[name]
+        since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
+        memory = f"{shake.memory_mb:.1f} MB"
+        rows.append([name, shake.role, str(shake.pid), since, str(shake.agents), memory, str(restarts)])
+    if AGENT_SERVERS.process(LAUNCHER) is None and not AGENT_SERVERS.noted(LAUNCHER).elsewhere:
+        stop_first = f"run {AGENT_SERVERS.stop_command}, then start them again"
+        rows.append([f"the launcher has exited: servers that exit are not restarted; {stop_first}"])
     return rows, not errors
