@@ -1,12 +1,6 @@
 """One agent server: AgentScope's servicer behind mutual TLS, with handshake, leases and immediate shutdown.
 
-It changes AgentScope's servicer as follows:
-- Participants are found in their group by arithmetic, so that its pool does not need a million entries.
-- Creating an object again, because the first reply was lost, returns the same object.
-- Deleting an object closes it first, which releases its event loop and its participants.
-- AgentScope's pool drops replies after two hours or 8192 newer ones, even of agents that still think; ours does not.
-- The exception of an agent is always returned, as one line instead of a traceback.
-- A call to an object, or a heartbeat, renews the lease of its run. Objects of a run whose lease expires are dropped.
+It returns the exception of an agent as one line, and closes an object before deleting it.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from typing import Any
 import cloudpickle
 import grpc
 import psutil
-from agentscope.rpc.rpc_agent_pb2 import GeneralResponse
+from agentscope.rpc.rpc_agent_pb2 import CallFuncResponse, GeneralResponse
 from agentscope.rpc.rpc_agent_pb2_grpc import add_RpcAgentServicer_to_server
 from agentscope.server.async_result_pool import LocalPool
 from agentscope.server.servicer import MAGIC_PREFIX, AgentServerServicer
@@ -80,7 +74,9 @@ class SimulationServicer(AgentServerServicer):
             capacity=REPLIES_AT_ONCE,
             max_timeout_seconds=POLL_S,
         )
-        self.result_pool = _Results()
+        self.result_pool = LocalPool(1, 1)
+        self.result_pool.pool = {}  # in place of one that drops replies after two hours, or 8192 newer ones
+        self._fetched: deque[int] = deque()  # of these, the REPLIES_KEPT latest are kept
         self._config = config
         self._models = models
         self._incarnation = secrets.token_hex(8)
@@ -156,7 +152,7 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run_of(agent_id)] = time.monotonic()
         agent = super().get_agent(agent_id)
         if agent is None:
-            group, _, index = agent_id.rpartition("/")
+            group, _, index = agent_id.rpartition("/")  # by arithmetic: the pool does not need a million entries
             found = super().get_agent(group)
             if isinstance(found, ParticipantGroup) and index.isdecimal():
                 return found.participant(int(index))
@@ -170,6 +166,13 @@ class SimulationServicer(AgentServerServicer):
             if self.get_agent(request.agent_id) is not None:
                 return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
             return super().create_agent(request, context)
+
+    def update_placeholder(self, request: Any, context: Any) -> CallFuncResponse:
+        reply = super().update_placeholder(request, context)
+        self._fetched.append(request.task_id)
+        if len(self._fetched) > REPLIES_KEPT:
+            self.result_pool.pool.pop(self._fetched.popleft(), None)
+        return reply
 
     def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
         return GeneralResponse(ok=self._drop(request.value))
@@ -245,30 +248,10 @@ class SimulationServicer(AgentServerServicer):
         self.result_pool.set(task_id, result)
 
 
-class _Results(LocalPool):
-    """Replies of participants asked individually: each stays until REPLIES_KEPT others were fetched after it."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-        self.pool: dict[int, Any] = {}  # in place of one whose entries expire
-        self._fetched: deque[int] = deque()
-
-    def get(self, key: int, timeout: int = POLL_S) -> Any:
-        value = super().get(key, timeout)
-        self._fetched.append(key)
-        if len(self._fetched) > REPLIES_KEPT:
-            self.pool.pop(self._fetched.popleft(), None)
-        return value
-
-
 def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
     """Serve until TERM, INT or a `stop` call, then end this process immediately, even if participants are busy.
 
-    Args:
-        config: Settings that this host's servers were started with.
-        port: Port of this server.
-        key: The cluster key.
-        ready: Called when the server accepts calls.
+    `ready` is called when the server accepts calls.
     """
     try:
         asyncio.run(_serve(config, port, key, ready))

@@ -33,9 +33,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 def launch(config: SimulationConfig, owned: bool) -> None:
     """Fork a server per port, restart those that fail, pass TERM on, and return when all servers have ended.
 
-    Args:
-        config: Host name, ports and key.
-        owned: Whether to stop at the end of standard input, which the parent process holds open.
+    If `owned`, also stop at the end of standard input, which the parent process holds open.
     """
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)

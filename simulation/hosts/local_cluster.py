@@ -68,12 +68,8 @@ def start(
         progress: Called with the number of ready servers and their total.
         meanwhile: Called while the launcher imports its modules (about 1 s).
 
-    Returns:
-        The servers if they are owned; None if not, or if exactly these servers are already running.
-
-    Raises:
-        ClusterError: A port is taken, other servers run, or one did not start; no new server is left running.
-        SettingsError: The model settings or the folder for pid files and logs is unusable.
+    Returns the servers if they are owned; None if not, or if exactly these servers are already running. Raises
+    ClusterError, and leaves no new server running, if a port is taken, other servers run, or one did not start.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
     models = read_models(config) if has_models(config) else {}

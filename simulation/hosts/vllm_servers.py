@@ -92,11 +92,10 @@ def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
     count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
     if visible is None:
         return tuple(map(str, range(count)))
-    names = [name.strip() for name in visible.split(",")]
     known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", listed)
-    kind = names[0][:4]  # prefix of all ids: GPU- or MIG-
+    kind = visible.strip()[:4]  # prefix of all ids: GPU- or MIG-
     found: dict[str, str] = {}  # names by the GPU that they denote
-    for name in names:
+    for name in map(str.strip, visible.split(",")):
         if kind in ("GPU-", "MIG-"):
             matches = [each for each in known if name.startswith(kind) and each.startswith(name)]
         else:
@@ -157,14 +156,8 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
     """Start the servers and wait until all are healthy; return the cells of STARTED for each.
 
-    Args:
-        config: The settings; `model_path` is the model to serve.
-        more: Further flags for vLLM.
-        progress: Called with the number of ready servers, their total, and a text about the one that is awaited.
-
-    Raises:
-        SettingsError: The model does not exist, there are too few GPUs, or users must not pass one of the flags.
-        ClusterError: A port is taken, servers run already, or one did not start; no new server is left running.
+    `more` are further flags for vLLM. Raises ClusterError, and leaves no new server running, if a port is taken,
+    servers run already, or one did not start.
     """
     plans = plan(config, more)
     model_path, venv = _checked_path(config.model_path), _venv_without_spaces()
@@ -196,10 +189,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
 
 
 def stop() -> int:
-    """Stop all vLLM servers of this checkout (KILL after TERM_TIMEOUT_S), and return how many were running.
-
-    Raises ClusterError if there may be others that this host cannot see.
-    """
+    """Stop all vLLM servers of this checkout, and return how many were running; see ServerProcesses.stop."""
     stopped = SERVERS.stop()
     LINK.unlink(missing_ok=True)
     return stopped
