@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from simulation.game.rules import Game
 from simulation.results import charts
 from simulation.results.charts import PART_LINES, PARTS_DRAWN, draw_pictures, largest, selection
 from simulation.results.console_report import brief, number_of
@@ -49,7 +48,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
-    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds, "number": number}
+    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds}
     return environment
 
 
@@ -69,11 +68,6 @@ def seconds(duration: float) -> str:
         return f"{duration:.2f} s"
     minutes, rest = divmod(round(duration), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
-
-
-def number(units: Any, game: Game) -> float | None:
-    """Convert units, which may be missing, to a number of the game."""
-    return None if units is None else number_of(units, game)
 
 
 def page_content(run: SavedRun) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class DashboardState:
         assignments = simulation.cluster.active_assignments if simulation is not None else []
         self._update_progress(statuses)
         current = [each for each in self._progress.values() if each.round == number and each.counts]
+        failures: Counter[str] = Counter()
+        for causes in (*(result.tally.failures for result in results), *(each.failures for each in current)):
+            failures.update(causes)
         usage = simulation.usage if simulation is not None and not self.over else run.usage
         answering = stage is not None and stage.name == "answers in" and stage.began >= began
         return {
@@ -68,7 +71,7 @@ class DashboardState:
             },
             "rounds": self._rounds,
             "distribution": self._distribution(number, current, assignments),
-            "failures": _failures(results, current),
+            "failures": list(most_frequent(dict(failures)).items()),
             "llm": {name: getattr(usage, name) for name in USAGE} if config.agent_type == "llm" else None,
             "servers": self._servers(statuses, assignments, started) if statuses else None,
         }
@@ -162,14 +165,6 @@ class DashboardState:
             "cpu": status.reply.cpu if status.up and not self.over else None,
             "memory_mb": status.reply.memory_mb if status.up else None,
         }
-
-
-def _failures(results: list[RoundResult], current: list[Progress]) -> list[tuple[str, int]]:
-    """Return the failures of all rounds so far, most frequent causes first."""
-    failures: Counter[str] = Counter()
-    for causes in (*(result.tally.failures for result in results), *(each.failures for each in current)):
-        failures.update(causes)
-    return list(most_frequent(dict(failures)).items())
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
