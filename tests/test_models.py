@@ -32,7 +32,7 @@ from simulation.game.tally import INTERRUPTED
 from simulation.llm.chat import Chat, _models, load_models
 from simulation.llm.http_client import ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
-from simulation.llm.request_queue import NO_ANSWER, TROUBLES_WITH_N, model_thread
+from simulation.llm.request_queue import ERRORS_WITH_N, NO_ANSWER, model_thread
 from simulation.llm.responses import CUT_OFF, NO_TEXT, RequestError, pause_s
 from simulation.llm.usage import OUT_OF_TOKENS
 from simulation.rpc.endpoints import Endpoint
@@ -185,21 +185,21 @@ def test_a_server_that_stumbles_over_n_is_asked_for_one_each(play, fake_of, trou
     fake = fake_of(for_ever=f"with n: {trouble}")
     group = play(fake, 300)
     assert tally_of(group).answered == 300
-    assert sum(samples > 1 for samples in fake.samples) <= 3 * (TROUBLES_WITH_N + 1)
+    assert sum(samples > 1 for samples in fake.samples) <= 3 * (ERRORS_WITH_N + 1)
 
 
 @pytest.mark.parametrize("trouble", ["500", "garbage", "reset"])
 def test_a_server_that_recovers_is_not_taken_for_one_without_n(play, fake_of, trouble):
-    fake = fake_of(*[trouble] * TROUBLES_WITH_N)
+    fake = fake_of(*[trouble] * ERRORS_WITH_N)
     assert tally_of(play(fake, 100)).answered == 100
-    assert fake.samples == [100] * TROUBLES_WITH_N + [1, 99]
+    assert fake.samples == [100] * ERRORS_WITH_N + [1, 99]
 
 
 @pytest.mark.parametrize("trouble", ["429", "503"])
 def test_a_busy_server_is_asked_for_as_many_again(play, fake_of, trouble):
-    fake = fake_of(*[trouble] * TROUBLES_WITH_N)
+    fake = fake_of(*[trouble] * ERRORS_WITH_N)
     assert tally_of(play(fake, 100)).answered == 100
-    assert fake.samples == [100] * (TROUBLES_WITH_N + 1)
+    assert fake.samples == [100] * (ERRORS_WITH_N + 1)
 
 
 @pytest.mark.parametrize("trouble", ["429", "503", "reset"])

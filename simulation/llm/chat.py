@@ -90,11 +90,11 @@ class Chat:
     def affordable(self, request: SampleRequest, wanted: int) -> int:
         """Return for how many of `wanted` samples the tokens left suffice."""
         left = self._tokens_left - self._reserved - request.prompt.tokens
-        return int(max(min(wanted, left // _tokens_each(request)), 0))
+        return int(max(min(wanted, left / request.tokens_each), 0))
 
     def reserve(self, request: SampleRequest, count: int) -> None:
         """Count a request and reserve the most tokens that it may cost; the prompt's length is an estimate."""
-        request.reserved = request.prompt.tokens + count * _tokens_each(request)
+        request.reserved = request.prompt.tokens + count * request.tokens_each
         self._reserved += request.reserved
         self._requests += 1
         self._retries += request.deadline < math.inf
@@ -142,11 +142,6 @@ class Chat:
         elif not fields.keys() & {"max_tokens", "max_completion_tokens"}:
             fields["max_tokens"] = answer_tokens(kind, self._game)
         return fields | structured_fields(kind, self._game)
-
-
-def _tokens_each(request: SampleRequest) -> int:
-    """Return the token limit of one sample."""
-    return int(request.fields.get("max_completion_tokens") or request.fields["max_tokens"])
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:

@@ -97,15 +97,13 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
         problem = next(_problems_with(entry), None)
         if problem:
             raise SettingsError(f"--model-configs {path}, entry {number}: {problem}")
-    if len(entries) == 1 and urlsplit(_url_of(entries[0])).port is None and is_within(_url_of(entries[0]), ()):
-        entries = [_from_template(entries[0], config.vllm_base_port, index) for index in range(config.model_per_host)]
-    models = {
-        each["config_name"]: ModelConfig(each["config_name"], each["model_name"], _url_of(each), each)
-        for each in entries
-    }
-    if len(models) < len(entries):
+    models = [_model_of(entry) for entry in entries]
+    if len(models) == 1 and urlsplit(models[0].base_url).port is None and is_within(models[0].base_url, ()):
+        models = [_at_port(models[0], config.vllm_base_port, index) for index in range(config.model_per_host)]
+    by_name = {model.name: model for model in models}
+    if len(by_name) < len(models):
         raise SettingsError(f"--model-configs {path}: two entries have the same config_name")
-    return models
+    return by_name
 
 
 def _problems_with(entry: Any) -> Iterator[str]:
@@ -151,14 +149,15 @@ def _is_address(text: Any) -> bool:
         return False
 
 
-def _url_of(entry: dict[str, Any]) -> str:
-    return str(entry["client_args"]["base_url"]).rstrip("/")
+def _model_of(entry: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(entry["config_name"], entry["model_name"], entry["client_args"]["base_url"].rstrip("/"), entry)
 
 
-def _from_template(template: dict[str, Any], base_port: int, index: int) -> dict[str, Any]:
-    """Return the entry of the model at an index (from 0), from a template whose URL has no port."""
-    url = urlsplit(_url_of(template))
+def _at_port(template: ModelConfig, base_port: int, index: int) -> ModelConfig:
+    """Return the model at an index (from 0), from a template whose URL has no port."""
+    url = urlsplit(template.base_url)
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
-    base_url = url._replace(netloc=f"{host}:{base_port + index}").geturl()
-    client_args = {**template["client_args"], "base_url": base_url}
-    return {**template, "config_name": f"model_{index + 1}", "client_args": client_args}
+    client_args = template.entry["client_args"] | {
+        "base_url": url._replace(netloc=f"{host}:{base_port + index}").geturl()
+    }
+    return _model_of(template.entry | {"config_name": f"model_{index + 1}", "client_args": client_args})

@@ -70,11 +70,15 @@ def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None =
 
 
 def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None) -> str:
-    """Return a template of the prompts file with its placeholders filled in."""
-    number = "a whole number" if game.decimals == 0 else f"a number with up to {game.decimals} digits after the point"
     persona = " ".join(each.text for each in personas if each.text)
-    fields = {"number": number, "max_value": game.max_value, "target": game.target}
-    return text.format(**fields, persona=persona, team=team or "").strip()
+    return _format(text, game.decimals, game.max_value, game.target, persona, team or "")
+
+
+@lru_cache(maxsize=4096)
+def _format(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
+    """Return a template of the prompts file with its placeholders filled in."""
+    number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
+    return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
 
 
 @lru_cache(maxsize=16_384)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
-GARBLED_REPLIES = 8  # in a row for one request, then it fails
-TROUBLES_WITH_N = 3  # in a row, before a request asks for one answer instead of several
+MALFORMED_REPLIES = 8  # in a row for one request, then it fails
+ERRORS_WITH_N = 3  # in a row, before a request asks for one answer instead of several
 
 Sample = tuple[str | None, str | None, float]  # a text, why it is unusable (None: it is not), the deadline for retries
 
@@ -54,6 +54,10 @@ class SampleRequest:
     cause: str | None = None  # of the last error
     single_worked: bool = False  # a request for one answer succeeded where several failed
     reserved: float = 0.0  # tokens of the group's budget
+
+    @property
+    def tokens_each(self) -> int:
+        return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
 
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
         """Pass samples or errors to the first participants, on their event loop."""
@@ -102,13 +106,10 @@ class ModelClient:
         """Send requests, fail expired ones and send heartbeats."""
         next_tick = -math.inf
         while True:
-            if not self._queue and not self._semaphore.held:
-                self._semaphore.beat(waiting=False)
-                await self._wake.wait()
             self._wake.clear()
             now = time.monotonic()
             try:
-                if now >= next_tick:
+                if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
                     self._queue = deque(request for request in self._queue if not self._is_over(request))
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
@@ -118,7 +119,7 @@ class ModelClient:
                 for request in self._queue:
                     request.fail(one_line(error))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S if self._queue else TICK_S):
+                async with asyncio.timeout(POLL_S if self._queue else TICK_S if self._semaphore.held else None):
                     await self._wake.wait()
 
     def _is_over(self, request: SampleRequest) -> bool:
@@ -135,28 +136,25 @@ class ModelClient:
     def _send_next(self) -> bool:
         """Send the next request that the semaphore and the token budgets allow; return False if there is none."""
         for _ in range(len(self._queue)):
-            request = self._queue.popleft()
+            request = self._queue[0]
             if self._is_over(request):
+                self._queue.popleft()
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config.address not in chat.n_unsupported
             wanted = min(len(request.waiting), chat.sampling.samples_per_request if several else 1)
             count = chat.affordable(request, wanted)
-            if count == 0 and chat.tasks:  # a request that ends may return some tokens
-                self._queue.append(request)
-                continue
             if count == 0:
-                request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
+                if not chat.tasks:  # else a request that ends may return some tokens
+                    request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
+                self._queue.rotate(-1)
                 continue
             limit = chat.sampling.max_in_flight  # in requests; if not set, the limit is in answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
             if not self._semaphore.acquire(limit, slots):
-                self._queue.appendleft(request)
                 return False
-            batch = replace(request, waiting=deque(request.waiting.popleft() for _ in range(count)))
-            if request.waiting:
-                self._queue.append(request)  # round-robin
-            self._send(batch, slots)
+            self._queue.rotate(-1)  # round-robin
+            self._send(replace(request, waiting=deque(request.waiting.popleft() for _ in range(count))), slots)
             return True
         return False
 
@@ -212,7 +210,7 @@ class ModelClient:
 
     def _doubts_n(self, batch: SampleRequest, error: RequestError) -> bool:
         """Return whether to retry now for one answer: after a refusal or repeated errors, if the budget allows it."""
-        clear = not error.retryable or batch.single_worked or batch.errors + 1 >= TROUBLES_WITH_N
+        clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
         return error.maybe_unsupported_n and clear and batch.chat.affordable(batch, 1) == 1
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
@@ -236,10 +234,10 @@ class ModelClient:
         """Retry a failed request now or later, or give up."""
         batch.errors += 1
         batch.cause = self._last_cause = error.cause
-        if not error.retryable or (error.malformed and batch.errors >= GARBLED_REPLIES):
-            for request in [batch, *self._queue]:
-                if request is batch or (error.refused and (request.chat, request.prompt) == (batch.chat, batch.prompt)):
-                    request.fail(error.cause, Ended.MODEL_FAILED)  # the server would refuse the same prompt again
+        if not error.retryable or (error.malformed and batch.errors >= MALFORMED_REPLIES):
+            same = [each for each in self._queue if each.chat is batch.chat and each.prompt == batch.prompt]
+            for request in [batch, *(same if error.refused else [])]:  # the server would refuse these too
+                request.fail(error.cause, Ended.MODEL_FAILED)
             return
         now, errors = time.monotonic(), batch.errors
         if error.server_wide:
