@@ -115,7 +115,7 @@ def test_a_page_shows_a_round_a_lost_server_and_the_end(cluster, page, tmp_path,
     page.locator(".cells li.lost, .cells li.back").wait_for(timeout=90_000)
     until(lambda: "reassigned4,000" in page.locator("#facts").text_content(), 15, "who was reassigned is shown")
     until(lambda: seen.append(number_in(page, "#done")) or seen[-1] >= 6000, 15, "answers come in after the loss")
-    assert len(set(seen)) > 3, seen
+    assert len(set(seen)) >= 3, seen  # none, some, and more of the answers
     (tmp_path / "gate").touch()
     heights = bar_heights(page)
     assert len(heights) == BINS and sum(height > 0 for height in heights) == 50, heights
