@@ -1,7 +1,7 @@
-"""A group: participants on one server that one moderator asks, created by one call and asked together.
+"""A group: the participants on one server that one moderator asks. One call creates them, and one call asks them.
 
-Its methods are short and thread-safe; the participants run on the event loop of the group's thread. The group bypasses
-AgentScope's construction of agents, because it costs more than the agent: see `_build`.
+All methods are thread-safe. The participants run on the event loop of the group's thread. The group creates agents
+without AgentScope's metaclass, which costs more than the agent itself (see `_build`).
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ from simulation.llm.usage import Usage
 from simulation.rpc.endpoints import run_of
 from simulation.rpc.messages import Progress
 
-TURN = 32_768  # participants of a group that wait for a model concurrently
-BUILD_BATCH = 2000  # participants created before the event loop runs other callbacks
+TURN = 32_768  # maximum number of participants of a group that wait for a model at the same time
+BUILD_BATCH = 2000  # number of participants created before the event loop runs other callbacks
 TALLY_VALUES = 500_000  # maximum number of distinct values in one message
 
 
 class AskedGroup(metaclass=RpcMeta):
-    """The participants first .. first+count-1 as their moderator sees them: the current round and its answers."""
+    """A group as its moderator sees it: participants first .. first+count-1, the current round and its answer sheet."""
 
     def __init__(self, oid: str, first: int, count: int) -> None:
         self.oid = oid
         self.first = first
         self.count = count
         self.sheet: AnswerSheet | None = None
-        self._agents: list[Participant] = []  # created so far
+        self._agents: list[Participant] = []  # the participants created so far
         self._round = 0
         self._halted = False
         self._error = ""
-        self._changed = threading.Condition()  # guards check-then-set sequences: calls arrive in many threads
+        self._changed = threading.Condition()  # guards check-then-set sequences, as many threads call this group
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start a round and return immediately; `tokens_each` is the token budget per participant.
+        """Start a round and return immediately. `tokens_each` is the token budget per participant (None: no limit).
 
-        Does nothing if the round has started or is over, so a retry is safe. Raises RuntimeError if closed or busy.
+        Does nothing if this round or a later round has started, so a retry is safe. Raises RuntimeError if the group is
+        closed, or busy with the previous round.
         """
         with self._changed:
-            if question.round > self._round:  # otherwise a retry, or the late call of a moderator that had hung
+            if question.round > self._round:  # otherwise a retry, or a late call from a suspended moderator
                 self._halted = False
                 self.sheet = AnswerSheet(self.first, self.count)
                 self._round = question.round
@@ -70,14 +71,14 @@ class AskedGroup(metaclass=RpcMeta):
 
     @abstractmethod
     def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        """Start to ask all participants, and return immediately."""
+        """Start to ask all participants and return immediately."""
 
     @abstractmethod
     def _ask(self, offset: int, question: Question) -> Outcome:
-        """Ask one participant, and wait for its outcome."""
+        """Ask the participant at this offset, wait for the answer, and return the outcome."""
 
     def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
-        """Ask participants until none is left; several threads share `offsets`."""
+        """Ask participants until the iterator `offsets` is exhausted. Several threads share this iterator."""
         try:
             for offset in offsets:
                 outcome: Outcome = {"failure": CUT_SHORT} if self._halted else self._ask(offset, question)
@@ -88,7 +89,7 @@ class AskedGroup(metaclass=RpcMeta):
                         sheet.fail(offset, *outcome["failure"])
                     if sheet.done == sheet.count:
                         self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: reported by the next call
+        except Exception as error:  # noqa: BLE001 - top level of the thread: `progress` reports the error
             self._report(one_line(error))
 
     def _report(self, error: str = "") -> None:
@@ -97,16 +98,17 @@ class AskedGroup(metaclass=RpcMeta):
             self._changed.notify_all()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        """Return the progress after waiting up to `wait_s` seconds for completion; heartbeats carry it."""
+        """Wait up to `wait_s` seconds until all participants are done, then return the progress."""
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done = self._round, self._done()  # in this order: a new round's number is never paired with old answers
+        number, done = self._round, self._done()  # in this order, as a round may begin meanwhile
         return Progress(done, self.count, number, self._error)
 
     def halt(self, immediately: bool) -> None:
         """Stop the round: participants without an answer fail as interrupted.
 
-        `immediately` is for participants that block and cannot be stopped: it ignores their later answers.
+        With `immediately`, these failures are recorded at once and later answers are ignored. Some participants block
+        their thread and cannot be stopped in another way.
         """
         with self._changed:
             self._halted = True
@@ -115,20 +117,20 @@ class AskedGroup(metaclass=RpcMeta):
             self._changed.notify_all()
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """Return one part of the round's tally, and the number of parts."""
+        """Return part number `part` of the round's tally (from 0), and the number of parts."""
         parts = self._finished_sheet().tally().parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
-        """Return the winners of this group, given the result of the round."""
+        """Return the participants of this group whose answers are winning numbers of the announced result."""
         return self._finished_sheet().winners(announcement.winning_units)
 
     def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of those participants first .. first+count-1 that are in this group."""
+        """Return the answers of participants first .. first+count-1, without participants of other groups."""
         return self._finished_sheet().answers(first, count)
 
     def _done(self) -> int:
-        sheet = self.sheet  # read once: `close` may clear it concurrently
+        sheet = self.sheet  # read once, as `close` may clear this attribute
         return sheet.done if sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
@@ -139,12 +141,12 @@ class AskedGroup(metaclass=RpcMeta):
 
 
 class ParticipantGroup(AskedGroup):
-    """A group that hosts its participants; the remote id of one is `<oid>/<index>`.
+    """A group that hosts its participants. The remote id of a participant is `<oid>/<index>`.
 
     Args:
         participant_class: The pickled class (see `serialize_agent_class`).
-        reply_threads: Number of threads for blocking `reply` methods, shared by the run's groups on this server.
-        lease_s: Seconds without calls and heartbeats of the run until the server drops the group; None keeps it.
+        reply_threads: Number of threads for blocking `reply` methods. Shared by all groups of a run on this server.
+        lease_s: Seconds without a call or heartbeat of the run after which the server drops the group (None: never).
     """
 
     def __init__(
@@ -166,19 +168,19 @@ class ParticipantGroup(AskedGroup):
         with _pools_lock:
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
-        self._scheduler: Scheduler | None = None  # of the current round
+        self._scheduler: Scheduler | None = None  # runs the current round
         self._closing = False
         self._chat = Chat(game) if game.sampling is not None else None
-        self._budgeted = 0  # the last round with a token budget
-        # Seconds and CPU seconds of the finished rounds, and both clocks at the start of the current round
+        self._budgeted = 0  # the last round whose token budget was set
+        # Elapsed and CPU seconds of all finished rounds, and the readings of both clocks when the current one began
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
-        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # takes half of asyncio's time per participant
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._home = Home(oid, self._loop, self._chat)
         self._thread.start()
         self._run_in_loop(self._build())
 
-    # --- What moderators call ----------------------------------------------------------------------------------------
+    # --- Called by moderators ----------------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
         with self._changed:
@@ -191,15 +193,15 @@ class ParticipantGroup(AskedGroup):
             super().begin(question)
 
     def allow(self, number: int, tokens_each: float | None) -> None:
-        """Set a round's token budget per participant (None: no limit), once: a retry must not restore spent tokens."""
+        """Set the token budget per participant (None: no limit) of a round. A retry must not restore spent tokens."""
         with self._changed:
             if self._chat is not None and number > self._budgeted:
                 self._budgeted = number
                 self._chat.allow(None if tokens_each is None else tokens_each * self.count)
 
     def usage(self) -> Usage:
-        """Return the cost of all rounds so far, including the current one."""
-        answering_s, client_s, began = self._spent  # read once: the loop's thread may end a round concurrently
+        """Return the usage of all rounds so far, including the current round."""
+        answering_s, client_s, began = self._spent  # read once, as the group's thread may end a round meanwhile
         if began is not None:
             took_s = time.monotonic() - began[0]
             answering_s, client_s = answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
@@ -207,16 +209,17 @@ class ParticipantGroup(AskedGroup):
         return replace(used, answering_s=answering_s, client_s=client_s)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Return the progress with the usage, and, unless the count `numbers` of possible answers is 0, a histogram."""
+        """Return the progress with the usage, and with a histogram unless `numbers` (of possible answers) is 0."""
         progress, sheet = replace(super().progress(wait_s), usage=astuple(self.usage())), self.sheet
         return with_histogram(progress, [sheet], numbers) if numbers and sheet is not None else progress
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Pass their answers of earlier rounds to the recreated participants from index `first` on.
+        """Pass answers of earlier rounds to recreated participants, the first of which has the index `first`.
 
-        `values` has the shape (rounds, participants), with NaN for none. Raises RuntimeError while the group is built.
+        `values` has the shape (rounds, participants); NaN stands for no answer. Raises RuntimeError if not all
+        participants of the group have been created.
         """
-        agents = self._agents  # read once: `close` may clear it concurrently
+        agents = self._agents  # read once, as `close` may clear this attribute
         if self._done() < self.count or len(agents) < self.count:
             raise RuntimeError(f"group {self.oid} is still being built")
         answers = values.astype(object)
@@ -224,15 +227,15 @@ class ParticipantGroup(AskedGroup):
         for offset, numbers in enumerate(answers.T.tolist(), start=first - self.first):
             try:
                 agents[offset].recall(tuple(numbers))
-            except BaseException as error:  # noqa: BLE001 - a person's own recall may raise anything
+            except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
                 agents[offset] = self._failed(offset, error)
 
     def halt(self, immediately: bool) -> None:
         super().halt(immediately or not self._many)  # a blocking `reply` cannot be cancelled
-        with contextlib.suppress(RuntimeError):  # the group is closed
+        with contextlib.suppress(RuntimeError):  # raised if the group is closed
             self._loop.call_soon_threadsafe(self._halt_scheduler)
 
-    # --- What the server calls ---------------------------------------------------------------------------------------
+    # --- Called by the server ----------------------------------------------------------------------------------------
 
     @property
     def agents(self) -> int:
@@ -240,26 +243,26 @@ class ParticipantGroup(AskedGroup):
         return len(self._agents)
 
     def participant(self, index: int) -> Participant | None:
-        """Return the agent with this index among all participants; None if it is not in this group."""
-        offset, agents = index - self.first, self._agents  # read once: `close` may clear it concurrently
+        """Return the participant with this index; None if another group hosts this participant."""
+        offset, agents = index - self.first, self._agents  # read once, as `close` may clear this attribute
         return agents[offset] if 0 <= offset < len(agents) else None
 
     def close(self) -> None:
-        """Stop all work and release all participants; does nothing the second time."""
+        """Stop all work and release all participants. A second call does nothing."""
         with self._changed:
             if self._closing:
                 return
             self._closing = self._halted = True
         if self._chat is not None:
             self._chat.close()
-        with contextlib.suppress(RuntimeError):  # its thread closed the loop without running it
+        with contextlib.suppress(RuntimeError):  # raised if the group's thread has closed the loop
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=1)  # a participant that blocks the event loop holds up only this thread
+        self._thread.join(timeout=1)  # a participant may block the event loop for longer
         with self._changed:
             self._agents = []
             self._scheduler = self.sheet = self._pool = None
 
-    # --- Inside ------------------------------------------------------------------------------------------------------
+    # --- Internal ----------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -269,14 +272,14 @@ class ParticipantGroup(AskedGroup):
             except (SystemExit, KeyboardInterrupt) as error:  # from a task that a user-defined participant created
                 logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
         self._halt_scheduler()
-        self._loop.run_until_complete(asyncio.sleep(0))  # starts all tasks: otherwise coroutines would never be awaited
+        self._loop.run_until_complete(asyncio.sleep(0))  # start all coroutines before their cancellation
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
 
     def _run_in_loop(self, work: Awaitable[None]) -> None:
-        """Run `work`, and notify waiting calls; an error is a defect of this program, which `progress` reports."""
+        """Run `work` on the event loop, then notify waiting calls. An error is a defect: `progress` reports it."""
 
         async def run() -> None:
             error = await outcome_of(work)
@@ -287,9 +290,9 @@ class ParticipantGroup(AskedGroup):
     async def _build(self) -> None:
         """Create all participants.
 
-        AgentScope's metaclass draws a random id and keeps the arguments of every agent, and the garbage collector
-        walks all agents repeatedly. 64,000 agents take 1.23 s this way, 0.55 s without the collector, and 0.08 s with
-        plain construction as well, which omits nothing that a hosted agent uses.
+        AgentScope's metaclass generates a random id and keeps the arguments of every agent, and the garbage collector
+        scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s this way, 0.55 s without the collector,
+        and 0.08 s if the metaclass is bypassed as well. A hosted agent uses neither the id nor the arguments.
         """
         for start in range(0, self.count, BUILD_BATCH):
             with gc_paused():
@@ -297,7 +300,7 @@ class ParticipantGroup(AskedGroup):
                     try:
                         agent: Participant = type.__call__(self._class, self.first + offset, self.game)
                         agent._home = self._home
-                    except BaseException as error:  # noqa: BLE001 - a person's own __init__ may raise anything
+                    except BaseException as error:  # noqa: BLE001 - a user-defined __init__ may raise anything
                         agent = self._failed(offset, error)
                     self._agents.append(agent)
                 gc.collect(1)
@@ -325,12 +328,13 @@ class ParticipantGroup(AskedGroup):
         return outcome_in_round(self._agents[offset], question)
 
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask all participants concurrently; an error of one is recorded as its failure, with the cause.
+        """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
 
-        The number of participants that wait for a model is limited, as each takes 2 KB. The next batch starts when
-        half of the limit is free, so that the model never idles. Batches are large, so that equal prompts are merged.
+        The number of participants that wait for a model is limited, as each of them takes 2 KB. The next batch starts
+        when half of this number have an outcome, so the model never idles. Batches are large, so that more participants
+        with equal prompts share a request.
         """
-        if question.round > 1:  # frees cycles of earlier rounds: the scheduler prevents automatic collection
+        if question.round > 1:  # free cycles of earlier rounds, as the scheduler pauses automatic collection
             gc.collect()
         agents = self._agents
         self._scheduler = Scheduler(
@@ -347,11 +351,11 @@ class ParticipantGroup(AskedGroup):
         self._scheduler = None
 
     def _halt_scheduler(self) -> None:
-        scheduler = self._scheduler  # read once: `close` may clear it concurrently
+        scheduler = self._scheduler  # read once, as `close` may clear this attribute
         if scheduler is not None:
             scheduler.halt()
 
 
-# Threads for blocking replies, one pool for all groups of a run; they end with the last group and their last reply
+# One pool of threads per run, for blocking replies. The threads end when the groups are closed and no reply is running.
 _pools: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
 _pools_lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The base class of all participants, and functions that ask one individually."""
+"""The base class of all participants, and functions that ask a single participant."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from simulation.game.rules import Announcement, Game, Question, to_units
 from simulation.llm.chat import Chat
 from simulation.llm.prompts import Numbers
 
-Outcome = dict[str, Any]  # the answer of a participant in `units`, or its `failure`
+Outcome = dict[str, Any]  # {"units": answer in units} or {"failure": Failure}
 
 
 @dataclass(frozen=True)
 class Home:
-    """What the participants of a group share: its remote id and event loop, and the client for models, if any."""
+    """The data that all participants of a group share: remote id and event loop of the group, and its model client."""
 
     oid: str
     loop: asyncio.AbstractEventLoop
     chat: Chat | None
-    lock: threading.Lock = field(default_factory=threading.Lock)  # guards `_last_play` of each
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards `_last_play` of all participants
 
 
 class Participant(AgentBase):
-    """One participant: an AgentScope agent that knows its index among all, from 0, and the game, which all share.
+    """One participant: an AgentScope agent with an index, counted from 0, and the game that all participants share.
 
-    The attributes that AgentBase keeps for each agent (name, hooks, memory, audience: 1.4 KB and 6 us) are created on
-    first access, as most of a million participants never need them. A subclass may rely on all of them. A subclass with
-    a further base class has to call the `__init__` of that class.
+    AgentBase keeps several attributes for each agent (name, hooks, memory, audience), which take 1.4 KB and 6 us. They
+    are created on first access, as most of a million participants never need them. A subclass may use all of these
+    attributes. If a subclass has a further base class, it must call the `__init__` of that class.
     """
 
     _home: Home | None = None  # set by the group
-    _last_play: tuple[int, Future[Outcome]] | None = None  # when asked individually: round, outcome
-    _creation_error = ""  # why the group could not create it
+    _last_play: tuple[int, Future[Outcome]] | None = None  # the latest round of a `play` call, and its outcome
+    _creation_error = ""  # why the group could not create this participant
 
     def __init__(self, index: int, game: Game) -> None:
         self.index = index
         self.game = game
 
     @cached_property
-    def name(self) -> str:  # AgentBase sets it
+    def name(self) -> str:  # replaces the attribute that AgentBase sets
         return f"P{self.index}"
 
     @cached_property
@@ -62,45 +62,45 @@ class Participant(AgentBase):
 
     @cached_property
     def personas(self) -> dict[str, Persona]:
-        """Return this participant's personas by name of the set: `self.personas["education"].name`."""
+        """Return this participant's personas by the name of their set, as in `self.personas["education"].name`."""
         sets = self.game.cast.persona_sets if self.game.cast is not None else ()
         return dict(zip((each.name for each in sets), self._played(), strict=True))
 
     def _played(self) -> tuple[Persona, ...]:
-        """Return the personas of this participant, one per set."""
+        """Return the personas of this participant, one from each set."""
         return self.game.cast.personas_of(self.index) if self.game.cast is not None else ()
 
     def think(self, seconds: float) -> Awaitable[None]:
-        """Pause: `await self.think(1.5)`. asyncio.sleep does the same, but takes 1.3 KB and 25 us more."""
+        """Pause, as in `await self.think(1.5)`. asyncio.sleep has the same effect, but takes 1.3 KB and 25 us more."""
         return Sleep(seconds)
 
     async def answer(self, question: Question) -> float | str:
-        """Return a number from 0 to `question.max_value`, or a text that contains one."""
+        """Return a number from 0 to `question.max_value`, or a text that contains a number. To be overridden."""
         raise KnownCause(self._creation_error or f"{type(self).__name__} defines neither answer nor reply")
 
     def recall(self, numbers: Numbers) -> None:
-        """Receive this participant's numbers of rounds 1, 2, ... (None where it gave none) after it was recreated.
+        """Receive the participant's numbers of rounds 1, 2, ..., with None for a missing answer, after its recreation.
 
-        This happens on servers that replace a lost one, and in a resumed run. All other state of the participant is
-        lost; the next question carries the announcements.
+        A participant is recreated if its server is lost or the run is resumed. All other data of the participant is
+        lost. The next question contains the announcements of earlier rounds.
         """
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
-        """Answer one message: run `answer` once, on the group's event loop if there is one."""
+        """Answer one message: run `answer` once, on the group's event loop if the participant is in a group."""
         value = self._run(self.answer(question_in(x, self.game)))
         metadata = {"answer": value} if isinstance(value, (int, float)) else None
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
     @async_func
     def play(self, x: Msg) -> Msg:
-        """Answer the question of a round individually, as in the group; the metadata is an Outcome.
+        """Answer the question of a round outside a group call. The metadata of the returned message is an Outcome.
 
-        A repeated request, as from a moderator that replaces a lost one, returns the outcome of the first.
+        A repeated request, such as from the successor of a lost moderator, returns the outcome of the first request.
         """
         return Msg("participant", "", "assistant", metadata=_outcome_once(self, question_in(x, self.game)))
 
     def _run(self, answering: Awaitable[Any]) -> Any:
-        """Wait in this thread for an answer from the event loop of the group, or from a new one without a group."""
+        """Await `answering` on the group's event loop, or on a new loop without a group, while this thread waits."""
         if self._home is None:
             value = asyncio.run(outcome_of(answering))
         else:
@@ -111,10 +111,10 @@ class Participant(AgentBase):
 
 
 class _CreatedLate:
-    """An attribute that AgentBase's __init__ sets, created on first access together with the others.
+    """A descriptor for an attribute that AgentBase's __init__ sets: the first access creates all these attributes.
 
-    Python uses it only if the instance has no such attribute. A `__getattr__` would do the same, but make every other
-    attribute three times as slow to read.
+    Python calls the descriptor only if the instance has no attribute of that name. A `__getattr__` would have the same
+    effect, but would triple the time to read any other attribute.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -124,7 +124,7 @@ class _CreatedLate:
         if participant is None:
             return self
         for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
-            if isinstance(getattr(cls, attribute, None), _CreatedLate):  # otherwise a subclass defines it
+            if isinstance(getattr(cls, attribute, None), _CreatedLate):  # otherwise a subclass defines the attribute
                 participant.__dict__.setdefault(attribute, value)
         return participant.__dict__[self._attribute]
 
@@ -134,9 +134,9 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
 
 
 def _outcome_once(participant: Participant, question: Question) -> Outcome:
-    """Return the outcome of a participant in a round, computed once per round; see `play`."""
+    """Return the outcome of a participant in a round. Ask the participant only once per round (see `play`)."""
     home, own = participant._home, Future[Outcome]()
-    if home is None or question.round == 0:  # outside the game
+    if home is None or question.round == 0:  # there are no repeated requests outside a group or a round
         return outcome_in_round(participant, question)
     with home.lock:
         latest, outcome = participant._last_play or (0, own)
@@ -150,29 +150,29 @@ def _outcome_once(participant: Participant, question: Question) -> Outcome:
 
 
 def outcome_in_round(participant: Participant, question: Question) -> Outcome:
-    """Ask one participant, and wait in this thread for its outcome."""
+    """Ask one participant, wait for the answer in this thread, and return the outcome."""
     try:
         if answers_many(type(participant)):
             answer = participant._run(participant.answer(question))
         else:
             answer = answer_in(participant.reply(message_of(question)))
         return {"units": to_units(answer, participant.game)}
-    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
         return {"failure": failure_of(error)}
 
 
 def answers_many(cls: type[Participant]) -> bool:
-    """Return whether the class defines `answer`, which takes precedence over `reply`."""
+    """Return whether the class overrides `answer`, which then takes precedence over `reply`."""
     return cls.answer is not Participant.answer
 
 
 def message_of(question: Question) -> Msg:
-    """Return the question as a message for `reply`; the metadata holds all fields of the question."""
+    """Return the question as a message for `reply`. The metadata contains all fields of the question."""
     return Msg("Moderator", question.text, "user", metadata=asdict(question))
 
 
 def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
-    """Return the question in a message; a message without question metadata is a question of round 0."""
+    """Return the question in a message. A message without question metadata becomes a question of round 0."""
     if isinstance(message, list):
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
@@ -183,7 +183,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
 
 
 def answer_in(message: Any) -> Any:
-    """Return the answer in a reply: `answer` in its metadata, or else its text; what is no message is the answer."""
+    """Return `answer` from the metadata of a reply, or else its text. Return a reply that is no Msg unchanged."""
     if not isinstance(message, Msg):
         return message
     if isinstance(message.metadata, dict) and "answer" in message.metadata:

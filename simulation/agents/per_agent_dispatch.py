@@ -14,19 +14,19 @@ from simulation.game.tally import Tally, merge
 from simulation.rpc.client import RemoteObject, reply_of
 from simulation.rpc.endpoints import GroupAssignment
 
-THREADS = 32  # participants of one group that are asked concurrently when each is asked individually
+THREADS = 32  # number of participants of a group that are asked at the same time
 
 
 def whole_tally(group: Any) -> Tally:
-    """Fetch the tally of a group or a moderator part by part, and merge it."""
+    """Fetch the tally of a group or moderator part by part. Return the merged tally."""
     first_part, parts = group.collect(0)
     return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
 
 
 class OneByOne(AskedGroup):
-    """A group that is asked as in AgentScope's examples, each participant through a proxy.
+    """A group whose participants are asked one by one, each through its own proxy, as in AgentScope's examples.
 
-    It exists for comparison: each answer costs three calls and a thread, whatever the participant does.
+    This class exists for comparison: each answer costs three calls and a thread, whatever the participant does.
     """
 
     def __init__(self, group: RemoteObject, assignment: GroupAssignment, timeout_s: float) -> None:
@@ -36,7 +36,7 @@ class OneByOne(AskedGroup):
         self._timeout_s = timeout_s
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        self._group.allow(question.round, tokens_each)  # outside the lock: idempotent, and waits for the server
+        self._group.allow(question.round, tokens_each)  # outside the lock, as this call waits for the server
         super().begin(question)
 
     def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:

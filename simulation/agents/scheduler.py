@@ -1,8 +1,8 @@
-"""A scheduler for many coroutines on one event loop, at the cost of a coroutine each; knows nothing of agents.
+"""A scheduler that runs many coroutines on one event loop without a task for each. Independent of agents.
 
-One task steps the coroutines that only pause: they wait in a timer wheel, in a quarter of the memory of a task, a
-future and a timer. The first coroutine that does more keeps this task, and a new task steps the others, so that no
-coroutine can detect that it shared one.
+One task steps all coroutines that only pause. During the pause, a coroutine waits in a timer wheel, which takes a
+quarter of the memory of a task, a future and a timer. The first coroutine that does more than pause keeps this task,
+and a new task steps the other coroutines. Therefore, no coroutine can detect that several coroutines shared its task.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from itertools import chain
 from types import CoroutineType, coroutine
 from typing import Any
 
-BATCH = 1000  # coroutines stepped before the event loop runs other callbacks
-STEPPING_TASKS = 32  # tasks that step the coroutines of a pass in turn, where many of these keep the task
+BATCH = 1000  # number of coroutines stepped before the event loop runs other callbacks
+STEPPING_TASKS = 32  # maximum number of tasks that step the coroutines of a pass, if many coroutines keep their task
 TICKS_A_SECOND = 1000
-LONGEST_S = 1e9  # the longest pause in the wheel
+LONGEST_S = 1e9  # longest pause that the timer wheel handles
 
-Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index, and its coroutine
+Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index and its coroutine
 
 
 class Sleep(float):
-    """A pause in seconds: `await Sleep(1.5)` works anywhere, and is cheap where a `Scheduler` steps the coroutine."""
+    """A pause in seconds. `await Sleep(1.5)` works in any coroutine, and is cheap in those that a `Scheduler` steps."""
 
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, Any, None]:
         if _here.stepping and 0 < self < LONGEST_S:
-            # an iterator in C instead of a generator, as it exists for the whole pause
+            # an iterator in C takes less memory than a generator during the pause
             return iter((self,))  # type: ignore[return-value]
         return asyncio.sleep(max(0.0, self)).__await__()  # zero yields to the event loop once
 
 
 class _Here(threading.local):
-    stepping = False  # whether a scheduler steps a coroutine in this thread; current_task() would take a system call
+    stepping = False  # whether a scheduler steps a coroutine in this thread; current_task() would need a system call
 
 
 _here = _Here()
@@ -58,10 +58,10 @@ def _touching(method: Callable[..., Any]) -> Any:
 
 
 class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines; `touched` records their uses of it that leave no reference."""
+    """A task that steps many coroutines. `touched` is set if a coroutine uses this task without keeping a reference."""
 
     touched = False
-    __hash__ = _touching(asyncio.Task.__hash__)  # called when it becomes a weak key
+    __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
     cancel = _touching(asyncio.Task.cancel)
     add_done_callback = _touching(asyncio.Task.add_done_callback)
     set_name = _touching(asyncio.Task.set_name)
@@ -69,43 +69,43 @@ class SharedTask(asyncio.Task[Any]):
 
 @dataclass(eq=False)
 class Scheduler:
-    """A runner of one coroutine for each of the indices 0 .. count-1."""
+    """A runner of `count` coroutines, one for each index 0 .. count-1."""
 
-    loop: asyncio.AbstractEventLoop  # of this thread
+    loop: asyncio.AbstractEventLoop  # the loop of this thread
     count: int
-    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; if it raises, that index fails
-    answered: Callable[[list[int], list[Any]], None]  # called with indices, and what their coroutines returned
-    failed: Callable[[int, BaseException], None]  # called with an index, and the exception of its coroutine
-    # Maximum number of coroutines at a time, for those that do more than pause: each has a task from the start. When
-    # half of them have ended, others start, all in one pass of the event loop.
+    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; an exception is its failure
+    answered: Callable[[list[int], list[Any]], None]  # called with indices and the return values of their coroutines
+    failed: Callable[[int, BaseException], None]  # called with an index and the exception of its coroutine
+    # Maximum number of coroutines at a time (None: no limit). Give a limit for coroutines that do more than pause: each
+    # of them then has its own task. When half of them have ended, new ones start, all in one pass of the event loop.
     max_concurrent: int | None = None
 
     def __post_init__(self) -> None:
         self._begun = self._ended = 0
-        self._stepping = 0  # tasks that step coroutines in this pass
+        self._stepping = 0  # number of tasks that step coroutines in this pass
         self._halted = False
-        self._indices: list[int] = []  # of coroutines that have returned, not yet reported
-        self._values: list[Any] = []
-        self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines, by the tick when they resume
+        self._indices: list[int] = []  # indices of coroutines whose return values are not yet reported
+        self._values: list[Any] = []  # these return values
+        self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines by the tick of their resumption
         self._ticks: list[int] = []  # a heap of these ticks
-        self._tasks: dict[asyncio.Task[Any], int] = {}  # the indices of coroutines that have a task
-        self._timer: asyncio.Handle | None = None  # of the next pass
+        self._tasks: dict[asyncio.Task[Any], int] = {}  # the tasks that run one coroutine each, with its index
+        self._timer: asyncio.Handle | None = None  # starts the next pass
         self._all_ended: asyncio.Future[None] = self.loop.create_future()
 
     async def run(self) -> None:
-        """Run all coroutines, and return when the last one has ended. Raises what `answered` and `failed` raise."""
+        """Run all coroutines until the last one has ended. Raises the exceptions of `answered` and `failed`."""
         self._start_pass()
         await self._all_ended
 
     def halt(self) -> None:
-        """Start no more coroutines, and cancel the running ones as asyncio cancels a task."""
+        """Start no more coroutines. Cancel the running coroutines as asyncio cancels a task."""
         if not self._halted:
             self._halted = True
             for task in self._tasks:
-                self.loop.call_soon(task.cancel)  # when all have started, or a coroutine would never be awaited
+                self.loop.call_soon(task.cancel)  # after the task has started: its coroutine must be awaited
             self._start_pass()
 
-    # --- A pass: the coroutines whose pause is over, then new ones ---------------------------------------------------
+    # --- A pass steps paused coroutines that are due, then new ones --------------------------------------------------
 
     def _start_pass(self) -> None:
         if not self._stepping and not self._all_ended.done():
@@ -114,7 +114,7 @@ class Scheduler:
             self._step_in_new_task(chain(chain.from_iterable(self._over()), self._new()))
 
     def _end_pass(self) -> None:
-        """Report the values that were returned, and plan the next pass."""
+        """Report the return values of coroutines, and schedule the next pass."""
         indices, values = self._indices, self._values
         if indices:
             self._indices, self._values = [], []
@@ -143,16 +143,16 @@ class Scheduler:
                 if self._halted:
                     raise asyncio.CancelledError
                 work = self.begin(index)
-            except BaseException as error:  # noqa: BLE001 - of a person's own method, if it is no coroutine
+            except BaseException as error:  # noqa: BLE001 - raised by a user-defined method that is not async
                 self._fail(index, error)
                 continue
             if self.max_concurrent is None and not self._tasks and type(work) is CoroutineType:
                 yield index, work
-            else:  # where one needs a task, the next ones will
+            else:  # if one coroutine needs its own task, the next ones do, too
                 self._watch(self.loop.create_task(outcome_of(work)), index)
 
     def _startable(self) -> int:
-        """Return how many coroutines may start now."""
+        """Return how many coroutines may start now: none until half of the limit is free."""
         left, limit = self.count - self._begun, self.max_concurrent or self.count
         room = limit - (self._begun - self._ended)
         return min(left, room) if room >= min(left, limit // 2) else 0
@@ -169,7 +169,7 @@ class Scheduler:
         try:
             with gc_paused():
                 rest = self._step_shared(pairs, context)
-        except BaseException as error:  # noqa: BLE001 - a bug in this program: raised where run() is awaited
+        except BaseException as error:  # noqa: BLE001 - a defect of this program, which `run` raises
             if not self._all_ended.done():
                 self._all_ended.set_exception(error)
             return None
@@ -178,9 +178,12 @@ class Scheduler:
         return rest and await outcome_of(rest)
 
     def _step_shared(self, pairs: Iterator[Pair], context: Context) -> Awaitable[Any] | None:
-        """Step coroutines until one needs the current task, leave the others to a new task, and return its rest."""
+        """Step coroutines until one of them needs the current task, and leave the other coroutines to a new task.
+
+        Return the remaining work of the coroutine that needs the task, or None if nothing remains.
+        """
         task: Any = asyncio.current_task()
-        task.touched = False  # asyncio itself has set it
+        task.touched = False  # asyncio has set this flag when it registered the task
         references, now, halted = sys.getrefcount, time.monotonic, self._halted
         indices, values, buckets = self._indices, self._values, self._buckets
         unshared = references(task)
@@ -191,7 +194,7 @@ class Scheduler:
             except StopIteration as stop:
                 indices.append(index)
                 values.append(stop.value)
-            except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything, and fails alone
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this index fails
                 self._fail(index, error)
             else:
                 if type(awaited) is Sleep and references(task) == unshared and not (context or task.touched or halted):
@@ -238,7 +241,7 @@ class Scheduler:
 
 @coroutine
 def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, Any]:
-    """Run the rest of a coroutine that waits for `awaited`."""
+    """Run the remaining steps of a coroutine that waits for `awaited`."""
     try:
         while True:
             try:
@@ -246,7 +249,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
                     yield from asyncio.sleep(awaited).__await__()
                 else:
                     yield awaited
-            except BaseException as error:  # noqa: BLE001 - it is the coroutine's: cancelled, or what it waited for failed
+            except BaseException as error:  # noqa: BLE001 - passed to the coroutine: a cancellation or a failed wait
                 awaited = work.throw(error)
             else:
                 awaited = work.send(None)
@@ -255,21 +258,21 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
-    """Return the value or the exception: a sys.exit() that left a task would end the event loop that all share."""
+    """Await `work`. Return its value or its exception: an uncaught sys.exit() would stop the shared event loop."""
     try:
         return await work
-    except BaseException as error:  # noqa: BLE001 - a person's own code may raise anything
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
         return error
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection in this process. Follow it by `gc.collect(1)` where many objects are created.
+    """Pause garbage collection in this process. If many objects are created meanwhile, call `gc.collect(1)` at the end.
 
-    Otherwise the collector walks all objects again whenever their number has grown by a quarter, which takes half of
-    the time to build 500,000 agents, and a quarter of the time to ask them.
+    Without a pause, the collector scans all objects again whenever their number has grown by a quarter. This takes half
+    of the time to create 500,000 agents, and a quarter of the time to ask them.
     """
-    was_enabled = gc.isenabled()  # other threads may have paused it, and will enable it
+    was_enabled = gc.isenabled()  # another thread may have paused the collector, and will enable it
     gc.disable()
     try:
         yield

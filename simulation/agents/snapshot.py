@@ -1,4 +1,4 @@
-"""Partial histograms of a round in progress, which heartbeats carry while a dashboard is open."""
+"""Partial histograms of a round in progress. Heartbeat replies contain them while a dashboard is open."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.rpc.messages import Progress
 
-BINS = 101  # maximum
+BINS = 101  # maximum number of bins
 
 
 def bins_of(numbers: int) -> tuple[int, int]:
-    """Return the width of the bins in units, and their number, for `numbers` possible answers from 0 on."""
+    """Return the width of a bin in units and the number of bins, for the possible answers 0 .. numbers-1."""
     width = -(-numbers // BINS)
     return width, -(-numbers // width)
 
 
 def with_histogram(progress: Progress, sheets: Iterable[AnswerSheet], numbers: int) -> Progress:
-    """Add the answers so far on these sheets, which may be filling concurrently, in bins (see `bins_of`)."""
+    """Add a histogram of these sheets to the progress (see `bins_of`). The sheets may receive answers meanwhile."""
     width, bins = bins_of(numbers)
     counts = np.zeros(bins, np.int64)
     failures: Counter[str] = Counter()
