@@ -1,8 +1,9 @@
-"""The parser that reads the number in an answer text. Pure: it knows neither the game nor the range of its numbers.
+"""The parser that reads the number in an answer text. It does not depend on the game or the range of its numbers.
 
 A text is accepted only if the author's own number is certain. Either the whole text is one statement, such as "33",
-"I choose 33" or "Answer: 33" (answer_words.yaml has these in many languages), or the last line only gives the answer
-and no earlier line hints that it is another player's. Other texts are rejected: a retry is better than a wrong number.
+"I choose 33" or "Answer: 33" (answer_words.yaml lists such words in many languages), or the last line states only the
+answer and no earlier line suggests another number or author. Other texts are rejected: a retry is better than a wrong
+number.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import yaml
 
 from simulation.errors import KnownCause
 
-TEXT_READ = 20_000  # maximum characters of an answer
-SHORT = 64  # maximum characters of an answer whose result is cached
-LINE_READ = 1_000  # maximum characters of a line that states a number
+TEXT_READ = 20_000  # maximum length of an answer, in characters
+SHORT = 64  # maximum length of an answer whose result is cached
+LINE_READ = 1_000  # maximum length of a line that states a number
 NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
 TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
 class _Lazy:
-    """A regular expression, or a function that returns one, compiled on first use: bare numbers need none of them."""
+    """A regular expression that is compiled on first use, because a text that is only a number needs none of them."""
 
     def __init__(self, source: str | Callable[[], str], flags: int = 0) -> None:
         self._source, self._flags = source, flags
@@ -42,7 +43,7 @@ class _Lazy:
 
 @cache
 def _words() -> dict[str, Any]:
-    """Return the content of answer_words.yaml, with each list of alternatives as one pattern."""
+    """Return the content of answer_words.yaml. Each list of alternatives becomes one pattern."""
 
     def joined(entry: Any) -> Any:
         if isinstance(entry, dict):
@@ -56,18 +57,18 @@ def _words() -> dict[str, Any]:
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
-# Atomic, and bounded like the text: an answer of a million digits must not stall the server.
+# Atomic groups and bounded repetitions: a very long number must not cause long backtracking.
 _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
 )
 _BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
-_LEFT_OUT = _Lazy(  # ranges, totals and negated numbers
+_IGNORED = _Lazy(  # ranges, totals and negated numbers
     rf"(?:between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
     rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d))(?! \d)"
     r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is not a total
     rf"|(?:, ?)?\bnot {_NUMBER}(?:,? (?:or|nor|and|&) {_NUMBER}|, {_NUMBER})*(?:,? but\b)?"
 )
-# A number that may be part of an expression, as in "10 million", "P17", "minus 5", "√2" or "33-ish", is not read.
+# This pattern excludes numbers that may be part of an expression, as in "10 million", "P17", "minus 5" or "33-ish".
 _SURE = (  # in scripts without spaces between words, from U+2E80 on, a letter may precede a number
     r"(?!0,\d)(?=[-.\d])(?<![^\W_\u2e80-\ud7ff])(?<![负負点點第№])(?<![-‐‑‒–﹣－√∛±≤≥~≈<>,٫٬])"
     r"(?<![-‐‑‒–﹣－√∛±≤≥~≈<>№] )(?<![<>]=)(?<![<>]= )(?<!(?<!\w)—)(?<!(?<!\.)\.)(?<!\d[:/])"
@@ -79,14 +80,14 @@ _SURE = (  # in scripts without spaces between words, from U+2E80 on, a letter m
 _COMMA_NUMBER = rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}[.,]\d{{3}}(?!\d)){_SURE}"
 _DIGITS = re.compile(r"[\d²³¹¼-¾⅐-⅞]")
 
-# --- What states a number --------------------------------------------------------------------------------------------
+# --- Statements of a number ------------------------------------------------------------------------------------------
 
-_AROUND = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•=—]"  # marks beside a number
+_AROUND = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•=—]"  # characters around a number
 _END = r"[.!。！।]*"
 
 
 def _line(statement: str) -> str:
-    """Return the pattern of a whole line with a statement, the words around it included."""
+    """Return the pattern of a whole line that consists of a statement and of permitted words around the statement."""
     words = _words()
     opening = rf"\W*(?:(?:{words['opening']})(?!\w)[\s,:;.!…—-]*)*"
     closing = rf"(?: ?(?:{words['units']}))?(?:{words['closing']})?"
@@ -95,7 +96,7 @@ def _line(statement: str) -> str:
 
 @cache
 def _statements() -> list[_Lazy]:
-    """Return the pattern of a line that states a number, per language; group `formal` marks a formal answer."""
+    """Return one pattern per language for a line that states a number; its group `formal` matches in formal answers."""
     patterns = []
     for each in _words()["languages"].values():
         number = _COMMA_NUMBER if each.get("comma", True) else _SURE
@@ -118,11 +119,11 @@ _ALONE = _Lazy(lambda: _line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1
 def parse_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
-    Reasoning (<think>...</think>), ranges, totals and negated numbers are ignored.
+    Ignore reasoning (<think>...</think>), ranges, totals and negated numbers.
 
     Raises:
-        KnownCause: The text is too long, has no number, or it is not certain which number is the author's: a number
-            may belong to another player or an earlier round, be part of an expression such as "10 million", or be
+        KnownCause: The text is too long or has no number, or the author's own number is not certain: a number may
+            belong to another player or an earlier round, be part of an expression such as "10 million", or be
             withdrawn.
     """
     if len(text) > TEXT_READ:
@@ -138,20 +139,18 @@ def _read(text: str) -> float:
         raise KnownCause(NO_NUMBER, text)
     *before, last = _lines(_NUMBER_QUOTED.sub("", plain)) or [""]
     number = None if _FOREIGN.search(plain) else _stated(last, only_formal=bool(before))
-    if number is None or not (all(_leaves(number, line) for line in before) and _leads_to(before, last)):
+    if number is None or not (all(_permits(number, line) for line in before) and _stands_alone(before, last)):
         raise KnownCause(UNCERTAIN, text)
     return number
 
 
-_read_short = lru_cache(maxsize=4096)(_read)  # models repeat the same few answers
+_read_short = lru_cache(maxsize=4096)(_read)  # models often give the same answers
 
 
 def _stated(line: str, only_formal: bool = False) -> float | None:
-    """Return the number that a line states; None if the line contains anything else.
+    """Return the number that a line states, or None if the line contains anything else.
 
-    Args:
-        line: The line.
-        only_formal: Whether to accept only a bare number or a formal answer, such as "Answer: 33" (default: no).
+    If `only_formal`, accept only a bare number or a formal answer, such as "Answer: 33".
     """
     if len(line) > LINE_READ:
         return None
@@ -163,16 +162,16 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
     return None
 
 
-def _leaves(number: float, line: str) -> bool:
-    """Return whether an earlier line permits the number: it has no quote, speaker, supposition or other number."""
+def _permits(number: float, line: str) -> bool:
+    """Return whether a line before the answer has no quotation, speaker, supposition or statement of another number."""
     if _QUOTES.search(line) or _SPEAKS.match(line):
         return False
     sentences = [each for each in _SENTENCE_ENDS.split(_ITEM.sub("", line, count=1)) if each]
     return all(not _SUPPOSES.match(each) and _stated(each) in (None, number) for each in sentences)
 
 
-def _leads_to(before: list[str], last: str) -> bool:
-    """Return whether the last line stands alone: the line before it is a full sentence or a value, not a lead-in."""
+def _stands_alone(before: list[str], last: str) -> bool:
+    """Return whether the line before the last is complete: a full sentence or a value, not a question or a lead-in."""
     if not before:
         return True
     if last.startswith("=") or last.endswith("%") or _LEADS.match(before[-1]) or _ASKS.match(before[-1]):
@@ -183,7 +182,7 @@ def _leads_to(before: list[str], last: str) -> bool:
     return ends or _VALUE.fullmatch(before[-1]) is not None
 
 
-# --- Texts as lines --------------------------------------------------------------------------------------------------
+# --- Lines of a text -------------------------------------------------------------------------------------------------
 
 _PLAIN = str.maketrans("−：，．（）％＝！？’", "-:,.()%=!?'")
 _THOUGHTS = (
@@ -196,7 +195,7 @@ _ELEMENT = _Lazy(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
 _BOXED = _Lazy(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
 _STRUCK = _Lazy(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
 _EMPHASIS = _Lazy(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
-# Other signs of text that is not the answer itself: markup, objects, quotations, tables, reasoning
+# Further signs of a text that is not only an answer: markup, JSON, quotations, tables, reasoning
 _FOREIGN = _Lazy(
     r"<[^\W\d_][^<>]{0,60}>|<[!/|][^<>]{0,60}>|[‹〈《【]|\[/?[a-z]+\]|[{}]|^[ \t]*[>|]"
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
@@ -219,9 +218,9 @@ _JSON = _Lazy(r"\s*(\{.*\})\s*", re.S)
 
 
 def _lines(text: str) -> list[str]:
-    """Return the non-empty lines, without ranges and totals; join a line that is only a label to the next line."""
+    """Return the non-empty lines without ranges, totals and negated numbers; join a label line to the next line."""
     lines: list[str] = []
-    for line in filter(None, (_one_blank(_LEFT_OUT.sub(" ", _one_blank(each))) for each in text.splitlines())):
+    for line in filter(None, (_one_blank(_IGNORED.sub(" ", _one_blank(each))) for each in text.splitlines())):
         if lines and (lines[-1].endswith(":") or _LABEL_LINE.fullmatch(lines[-1])):
             label = lines.pop().strip(" #")
             lines.append(f"{label} {line}" if label.endswith((":", "is")) else f"{label}: {line}")
@@ -231,37 +230,37 @@ def _lines(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case with ASCII digits, without reasoning and markup; empty if reasoning is cut off."""
-    said = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
-    said = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in said)
-    said = _STRUCK.sub(_struck, _TOKEN.sub(" ", said)).strip()
-    said = _BOXED.sub(r" boxed: \1", _object(said))
-    said = _ELEMENT.sub(r"answer: \2\n", said)
-    return _EMPHASIS.sub("", said)
+    """Return the text in lower case with ASCII digits, without reasoning and markup; "" if the reasoning is cut off."""
+    plain = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
+    plain = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in plain)
+    plain = _STRUCK.sub(_struck, _TOKEN.sub(" ", plain)).strip()
+    plain = _BOXED.sub(r" boxed: \1", _object(plain))
+    plain = _ELEMENT.sub(r"answer: \2\n", plain)
+    return _EMPHASIS.sub("", plain)
 
 
 def _struck(found: re.Match[str]) -> str:
-    """Return a space for struck-out text; next to a digit return " n0 ", as the number is then uncertain."""
+    """Return " n0 " for struck-out text next to a digit, which makes the number uncertain; " " for other matches."""
     beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
     return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 
 
 def _without_thoughts(text: str) -> str:
-    """Remove <think>...</think> and similar, even if the opening tag is in the prompt; return "" if it is cut off."""
-    said, depth, at = "", 0, 0
+    """Return the text without <think>...</think> and similar elements, or "" if a closing tag is missing."""
+    outside, depth, at = "", 0, 0
     for tag in _TAG.finditer(text):
         if depth == 0:
-            said += text[at : tag.start()]
+            outside += text[at : tag.start()]
         closes = any(tag.groups())
         if closes and depth == 0:  # the opening tag is in the prompt
-            said = ""
+            outside = ""
         depth = max(depth - 1, 0) if closes else depth + 1
         at = tag.end()
-    return "" if depth else said + "\n" + text[at:]
+    return "" if depth else outside + "\n" + text[at:]
 
 
 def _object(text: str) -> str:
-    """Convert a JSON object to lines if its last key is the answer, after explanations; return other texts as is."""
+    """Convert a JSON object of explanations and the answer, in this order, to lines. Return other texts unchanged."""
     if (match := _JSON.fullmatch(text)) is None:
         return text
     try:
@@ -280,7 +279,7 @@ def _object(text: str) -> str:
 
 
 def _one_blank(text: str) -> str:
-    """Collapse white space to single spaces, which keeps the patterns short and fast."""
+    """Collapse white space to single spaces, so that patterns are short and fast."""
     return " ".join(text.split())
 
 

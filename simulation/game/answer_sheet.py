@@ -1,4 +1,4 @@
-"""The answers of consecutive participants in one round: one integer each, the number or the code of a failure."""
+"""The answers of consecutive participants in one round. An entry is the answer in units, or a negative code."""
 
 from __future__ import annotations
 
@@ -24,30 +24,36 @@ from simulation.game.tally import (
     value_counts,
 )
 
-PIECE = 65_536  # entries counted at a time; they and their copies fit a CPU cache
-TEXTS_KEPT, TEXT_KEPT = 20, 2000  # texts of failures: the first 20, of up to 2000 characters each
+PIECE = 65_536  # entries counted per step: they and their copies fit into a CPU cache
+TEXTS_KEPT, TEXT_KEPT = 20, 2000  # maximum number and length of the kept texts of unusable answers
 CUT_SHORT = Failure(INTERRUPTED, ended=Ended.INTERRUPTED)
-UNDECIDED = -1
-FAILED = -2  # the code of the first cause on a sheet; FAILED - k is cause k
+UNDECIDED = -1  # the entry of a participant without an outcome so far
+FAILED = -2  # the code of the first failure cause of a sheet; the code of cause number k is FAILED - k
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of participants first .. first+len(units)-1: units, or FAILED - k for a failure with causes[k]."""
+    """The answers of the participants first .. first+len(units)-1.
+
+    An entry of `units` is an answer in units, or FAILED - k for a failure with the cause `causes[k]`.
+    """
 
     first: int
     units: Units
     causes: list[str]
-    texts: dict[int, str] = field(default_factory=dict)  # the answers of some failed participants, by index
+    texts: dict[int, str] = field(default_factory=dict)  # the texts of some unusable answers, by participant index
 
     def cause_of(self, participant: int) -> str | None:
-        """Return why this participant has no answer; None if it has one."""
+        """Return the failure cause of a participant, or None if the participant answered."""
         units = int(self.units[participant - self.first])
         return None if units >= 0 else self.causes[FAILED - units]
 
 
 class AnswerSheet:
-    """The outcomes of participants first .. first+count-1, each recorded once, at its offset from the first."""
+    """The outcomes of the participants first .. first+count-1 in one round, each recorded once.
+
+    The entry of participant number first + offset is at `offset`.
+    """
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -55,11 +61,10 @@ class AnswerSheet:
         self.done = 0
         self.texts: dict[int, str] = {}
         self.ended = Ended.COMPLETE
-        self._causes: dict[str, int] = {}  # the code of each cause
+        self._causes: dict[str, int] = {}  # the code of each failure cause
         self._entries = array("q", [UNDECIDED]) * count
-        self._units: Units = np.frombuffer(
-            self._entries, np.int64
-        )  # a view; an array stores a number in a third of its time
+        # A view of the array, which stores a single number in a third of numpy's time
+        self._units: Units = np.frombuffer(self._entries, np.int64)
 
     def record(self, offset: int, units: int) -> None:
         """Record the answer of one participant."""
@@ -69,9 +74,10 @@ class AnswerSheet:
         self.done += 1
 
     def record_many(self, offsets: Sequence[int], answers: Sequence[Any], game: Game) -> None:
-        """Record the answers of several participants; an unusable answer is a failure.
+        """Record the answers of several participants. Record an unusable answer as a failure.
 
-        Plain numbers in range are converted together, exactly (0.1 us each); one by one they take 1.2 us each.
+        If all answers are int or float, numpy converts all of them at once, without loss: 0.1 us per answer instead of
+        1.2 us.
         """
         if len(offsets) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(offsets)} offsets")
@@ -87,7 +93,7 @@ class AnswerSheet:
                 except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
                     self.fail(offset, *failure_of(error))
             return
-        usable = (numbers >= 0) & (numbers <= game.max_value)  # NaN is in no range
+        usable = (numbers >= 0) & (numbers <= game.max_value)  # False for NaN
         units = np.rint(np.where(usable, numbers, 0) * game.scale).astype(np.int64)
         if not usable.all():
             units[~usable] = self._code(OUT_OF_RANGE)
@@ -95,7 +101,7 @@ class AnswerSheet:
         self.done += len(units)
 
     def fail(self, offset: int, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
-        """Record that a participant failed, and keep its text if it is one of the first TEXTS_KEPT."""
+        """Record the failure of one participant. Keep its text unless TEXTS_KEPT texts are already kept."""
         if text is not None and len(self.texts) < TEXTS_KEPT:
             self.texts[offset] = text[:TEXT_KEPT]
         self._entries[offset] = self._code(cause)
@@ -106,9 +112,12 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> AnswerSheet:
-        """Return a copy with undecided participants recorded as interrupted; the original may still receive answers."""
+        """Return a copy in which undecided participants are recorded as interrupted.
+
+        Another thread may record answers in the original at the same time.
+        """
         copy = AnswerSheet(self.first, self.count)
-        copy._units[:] = self._units  # before the causes: a cause is stored before its code
+        copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
         undecided = copy._units == UNDECIDED
         copy._units[undecided] = copy._code(CUT_SHORT.cause)
@@ -117,16 +126,16 @@ class AnswerSheet:
         return copy
 
     def tally(self) -> Tally:
-        """Count the answers and failures. Raises ValueError while a participant is undecided."""
+        """Return the tally of all answers and failures. Raises ValueError if a participant is undecided."""
         distinct, counts = value_counts(self._units[self._units >= 0])
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
         return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
 
     def partial_histogram(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
-        """Return a partial histogram of a round in progress: int64 of shape (bins,), and failures by cause.
+        """Return the counts of the answers so far per histogram bin, int64 of shape (bins,), and of failures by cause.
 
-        Bins are `width` units wide and start at 0. Only the first CAUSES_COUNTED causes are counted separately, as
-        there may be as many causes as participants.
+        The first bin starts at 0, and each bin is `width` units wide. Only the first CAUSES_COUNTED causes are counted
+        separately, because each participant may fail for another cause.
         """
         answered, failed = np.zeros(bins, np.int64), np.zeros(CAUSES_COUNTED + 1, np.int64)
         for at in range(0, self.count, PIECE):
@@ -134,21 +143,22 @@ class AnswerSheet:
             answered += np.bincount(piece[piece >= 0] // width, minlength=bins)
             codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_COUNTED)
             failed += np.bincount(codes, minlength=len(failed))
-        causes = [*islice(self._causes, CAUSES_COUNTED), OTHER_CAUSES]  # after the codes: each has its cause by now
+        # Read after the codes: `fail` stores a cause before its code
+        causes = [*islice(self._causes, CAUSES_COUNTED), OTHER_CAUSES]
         return answered, {cause: count for cause, count in zip(causes, failed.tolist(), strict=False) if count}
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
-        """Return the participants who answered one of the winning numbers."""
+        """Return the participants whose answer is one of `winning_units`."""
         offsets = np.flatnonzero(np.isin(self._units, winning_units))
         return Winners(len(offsets), tuple((self.first + offsets[:WINNERS_NAMED]).tolist()))
 
     def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of those participants of first .. first+count-1 that are on this sheet."""
+        """Return the answers of the participants first .. first+count-1, without participants outside this sheet."""
         start = max(first, self.first) - self.first
         stop = max(start, min(first + count - self.first, self.count))
         units = self._units[start:stop].copy()
         failed = units <= FAILED
-        used, codes = np.unique(FAILED - units[failed], return_inverse=True)  # the causes of these answers
+        used, codes = np.unique(FAILED - units[failed], return_inverse=True)  # of these participants only
         units[failed] = FAILED - codes
         causes = list(self._causes) if len(used) else []
         texts = {self.first + offset: text for offset, text in self.texts.items() if start <= offset < stop}

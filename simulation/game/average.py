@@ -6,22 +6,22 @@ from fractions import Fraction
 
 
 def target_in_words(ratio: Fraction, offset: Fraction) -> str:
-    """Return the target as text, such as `5 plus 2/3 of the average`; see Game.target."""
+    """Return the target as text, such as `5 plus 2/3 of the average`."""
     share = "the average" if ratio == 1 else f"{_number(ratio)} {'of' if ratio < 1 else 'times'} the average"
     return f"{_number(offset)} plus {share}" if offset else share
 
 
 def _number(number: Fraction) -> str:
-    """Return 3, 2/3, or a decimal if it is exact and the denominator exceeds 10."""
+    """Format a number as `3`, `2/3`, or as a decimal if the denominator exceeds 10 and the decimal is exact."""
     decimal = f"{float(number):.6g}"
     return decimal if number.denominator > 10 and Fraction(decimal) == number else str(number)
 
 
 def equilibria(ratio: Fraction, offset: Fraction, max_value: int) -> tuple[float, ...]:
-    """Return the pure symmetric Nash equilibria of the many-player game; empty if every number in 0..max_value is one.
+    """Return the pure symmetric Nash equilibria of the game with many players; () if every number is an equilibrium.
 
-    They are the fixed points of the best reply, which is offset + ratio * number within the range (Nagel, "Unraveling
-    in Guessing Games: An Experimental Study", 1995).
+    An equilibrium is a fixed point of the best reply. The best reply to an average x is offset + ratio * x, limited to
+    0..max_value (Nagel, "Unraveling in Guessing Games: An Experimental Study", 1995).
     """
     if ratio == 1:
         return (float(max_value),) if offset else ()

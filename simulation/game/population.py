@@ -1,6 +1,6 @@
-"""The assignment of personas and models to participants, by exact shares and by the seed. Pure.
+"""The assignment of personas and models to participants, by exact shares and by the seed; pure functions.
 
-It does not depend on placement, and it can be computed for a single participant.
+The assignment does not depend on which server a participant is on, and can be computed for a single participant.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MODEL = "model"  # the topic of the model mixture; other topics are names of persona sets
+MODEL = "model"  # the topic of the partition by model; every other topic is the name of a persona set
 
 
 @dataclass(frozen=True)
 class Persona:
-    """A persona with its share of the participants and its text for LLM prompts."""
+    """A persona: its name, its share of the participants, and its text for the prompts of LLM participants."""
 
     name: str
     share: Fraction
@@ -31,7 +31,7 @@ class Persona:
 
 @dataclass(frozen=True)
 class PersonaSet:
-    """A set of personas, one for each participant; their shares add up to 1."""
+    """A set of personas, whose shares add up to 1. Each participant has one persona of the set."""
 
     name: str
     personas: tuple[Persona, ...]
@@ -39,7 +39,7 @@ class PersonaSet:
 
 @dataclass(frozen=True)
 class ModelShare:
-    """A model in a mixture: its name in the models file, its share of the participants, and its server's name."""
+    """A model of a mixture: its name in the models file, its share, and `model`, its name on the model server."""
 
     name: str
     share: Fraction
@@ -48,7 +48,7 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class Grouping:
-    """One partition of the participants: the names of the parts, and the number of participants in each."""
+    """One partition of the participants: its topic, the names of its parts, and the number of participants in each."""
 
     topic: str
     names: tuple[str, ...]
@@ -60,11 +60,11 @@ class Population:
     """The personas and models of all participants.
 
     Attributes:
-        seed: The game's seed.
+        seed: The seed of the game.
         total: The number of participants.
-        persona_sets: Each participant has one persona of each set.
-        models: The mixture of models; if empty, participants use the models in turn.
-        round_robin_models: The servers' names of the models that participants use in turn; empty without models.
+        persona_sets: The sets of personas. Each participant has one persona of each set.
+        models: The mixture of models; empty if models are assigned round-robin.
+        round_robin_models: The names, on the servers, of the models assigned round-robin; empty without models.
     """
 
     seed: int
@@ -74,19 +74,19 @@ class Population:
     round_robin_models: tuple[str, ...] = ()
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
-        """Return the participant's persona of each set, in the order of the sets."""
+        """Return the participant's personas, one of each set, in the order of the sets."""
         return tuple(each.personas[self._part_index(each.name, participant)] for each in self.persona_sets)
 
     def model_of(self, participant: int) -> str | None:
-        """Return the name of the participant's model in the mixture; None without a mixture."""
+        """Return the name of the participant's model in the models file, or None without a mixture."""
         return self.models[self._part_index(MODEL, participant)].name if self.models else None
 
     def part_of(self, topic: str, participant: int) -> str:
-        """Return the name of a participant's persona in the set `topic`, or the label of its model."""
+        """Return the name of a participant's persona in the set `topic`, or its model's label if `topic` is MODEL."""
         return self._labels[topic][self._part_index(topic, participant)]
 
     def part_indices(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """Return the part index of participants first .. first+count-1: int64 of shape (count,)."""
+        """Return the part index of each participant first .. first+count-1, int64 of shape (count,); see `parts.names`."""
         counts = self._counts[parts.topic]
         if parts.topic == MODEL and not self.models:
             indices = np.arange(first, first + count) % len(counts)
@@ -96,7 +96,7 @@ class Population:
 
     @property
     def model_labels(self) -> tuple[str, ...]:
-        """Return the name of each model in results, which several models may share."""
+        """Return the label of each model in the results. Several models may have the same label."""
         return self._labels[MODEL]
 
     def _part_index(self, topic: str, participant: int) -> int:
@@ -106,10 +106,10 @@ class Population:
 
     @cached_property
     def groupings(self) -> tuple[Grouping, ...]:
-        """Return all partitions of the participants: by each persona set, and by model if there are several labels."""
+        """Return one partition of the participants per persona set, and one by model if models have several labels."""
         groupings = []
         for topic, labels in self._labels.items():
-            counts: Counter[str] = Counter()  # several models may share a label
+            counts: Counter[str] = Counter()  # several models may have the same label
             for label, count in zip(labels, self._counts[topic], strict=True):
                 counts[label] += count
             if topic != MODEL or len(counts) > 1:
@@ -118,7 +118,7 @@ class Population:
 
     @cached_property
     def _counts(self) -> dict[str, tuple[int, ...]]:
-        """Return the number of participants with each persona, by set, and with each model."""
+        """Return the number of participants with each persona and with each model, by topic."""
         shares = {each.name: [persona.share for persona in each.personas] for each in self.persona_sets}
         equal = [Fraction(1, len(self.round_robin_models) or 1)] * len(self.round_robin_models)
         shares[MODEL] = [each.share for each in self.models] or equal
@@ -126,10 +126,11 @@ class Population:
 
     @cached_property
     def _labels(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the personas, by set, and of the models in results.
+        """Return the labels of the personas and of the models in the results, by topic.
 
-        A model is called by its server's name for it, which several servers may share. Models of a mixture that share
-        that name, for example with different temperatures, are called by their names in the models file.
+        The label of a persona is its name. The label of a model is its name on its server; models on several servers
+        may have the same name. If models of a mixture have the same name there, for example with different
+        temperatures, their labels are their names in the models file.
         """
         labels = {each.name: tuple(persona.name for persona in each.personas) for each in self.persona_sets}
         names = [each.model for each in self.models]
@@ -137,13 +138,13 @@ class Population:
         return labels | {MODEL: mixed or self.round_robin_models}
 
 
-STEPS = 4  # of the Feistel network; three give a pseudorandom permutation (Luby, Rackoff 1988)
+STEPS = 4  # steps of the Feistel network; three steps yield a pseudorandom permutation (Luby, Rackoff 1988)
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
 
 
 def mix(z: Any) -> Any:
-    """Apply the SplitMix64 finaliser to a number or a uint64 array.
+    """Return the SplitMix64 finaliser of a number or a uint64 array.
 
     Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
     """
@@ -153,9 +154,10 @@ def mix(z: Any) -> Any:
 
 
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """Split `total` by shares that add up to 1: counts sum to `total`, and the largest remainders are rounded up.
+    """Split `total` into whole counts by these shares, which must add up to 1.
 
-    Each count differs from its exact share by less than 1.
+    Round all exact counts down, then add 1 to those with the largest remainders until the counts add up to `total`.
+    Each count differs from the exact count by less than 1.
     """
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
@@ -166,24 +168,25 @@ def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]
 
 
 def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int) -> NDArray[np.int64]:
-    """Assign participants first .. first+count-1 to parts of these sizes: part indices, int64 of shape (count,).
+    """Assign participants to parts at random: part k gets counts[k] of the participants 0 .. sum(counts)-1.
 
-    Assignments of different topics are independent. Raises ValueError if a participant is not in 0 .. sum(counts)-1.
+    Return the part indices of the participants first .. first+count-1, int64 of shape (count,). Assignments for
+    different topics are independent. Raises ValueError if a participant is not in 0 .. sum(counts)-1.
     """
     total = sum(counts)
-    if first < 0 or first + count > total:  # otherwise the loop below may not end
+    if first < 0 or first + count > total:  # otherwise, the loop below may not end
         raise ValueError(f"participants {first} to {first + count - 1} are not among {total}")
     half_bits, keys = _network(seed, topic, total)
     ranks = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
     beyond = np.flatnonzero(ranks >= total)
-    while len(beyond):  # cycle walking: permute until inside, which is a permutation of 0 .. total-1
+    while len(beyond):  # cycle walking: permute again until each rank is below `total`
         ranks[beyond] = _permuted(ranks[beyond], half_bits, keys)
         beyond = beyond[ranks[beyond] >= total]
     return np.searchsorted(np.cumsum(counts), ranks.astype(np.int64), side="right").astype(np.int64)
 
 
 def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
-    """Return the part index of one participant, like `assign_many` but without arrays."""
+    """Return the part index of one participant: the same as `assign_many` returns, computed without arrays."""
     total = sum(counts)
     half_bits, keys = _network(seed, topic, total)
     rank = _permuted(participant, half_bits, keys)
@@ -194,7 +197,7 @@ def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int)
 
 @lru_cache(maxsize=256)
 def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
-    """Return half the bits of the smallest network for `total` numbers, and the key of each step."""
+    """Return half the number of bits of the smallest Feistel network for `total` numbers, and the key of each step."""
     key = seed
     for byte in topic.encode():
         key = mix((key + byte + 1) & MASK)
@@ -203,7 +206,7 @@ def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _permuted(numbers, half_bits: int, keys: tuple[int, ...]):  # type: ignore[no-untyped-def]  # int, or a uint64 array
-    """Permute 0 .. 4^half_bits - 1 by a balanced Feistel network, with `mix` as the round function."""
+    """Permute the numbers 0 .. 4^half_bits - 1 by a balanced Feistel network whose round function is `mix`."""
     low = (1 << half_bits) - 1
     left, right = numbers >> half_bits, numbers & low
     for key in keys:

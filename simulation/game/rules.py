@@ -1,6 +1,6 @@
 """The rules of the game: the question, the announcement, and the conversion of an answer to units.
 
-Pure: it does not depend on agents, servers or clocks.
+The functions are pure: they do not depend on agents, servers or clocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 @dataclass(frozen=True)
 class LLMSettings:
-    """The request settings of LLM participants, named like the command line settings."""
+    """The settings of requests to models, with the same names as the command line settings."""
 
     models: int  # participant i asks model_{i mod models + 1}
     structured_output: str
@@ -40,13 +40,13 @@ class LLMSettings:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt for LLM participants from the prompts file, with unfilled placeholders in braces (see prompts.py).
+    """A prompt of the prompts file for LLM participants. Placeholders in braces are not yet filled in (see prompts.py).
 
     Attributes:
-        name: Its name in the file.
-        system: The participant's role and the rules.
-        instruction: How to answer; ends the prompt of every round, and is left out of other questions.
-        reasoning_tokens: Token limit of the reasoning before the number; None if the number comes without reasoning.
+        name: The name of the prompt in the file.
+        system: The system prompt: the participant's role and the rules.
+        instruction: The text at the end of each round's prompt that states how to answer. Other questions omit it.
+        reasoning_tokens: The token limit of the reasoning before the number; None if no reasoning is requested.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class Game:
-    """The parameters shared by all participants and rounds; the answers closest to offset + ratio * average win."""
+    """The parameters of the game, equal in all rounds. The answers closest to offset + ratio * average win."""
 
     seed: int
     max_value: int
@@ -66,18 +66,18 @@ class Game:
     sampling: LLMSettings | None = None  # None if no participant asks a model
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
-    wording: PromptTemplate | None = None  # likewise
+    wording: PromptTemplate | None = None  # None if no participant asks a model
     cast: Population | None = None  # personas and models, if any
     teams: str | None = None  # the topic of the cast that defines teams, if any
 
     @cached_property
     def scale(self) -> int:
-        """Return the units per 1: 10^decimals."""
+        """Return the number of units in 1, 10^decimals."""
         return 10**self.decimals
 
     @cached_property
     def numbers(self) -> int:
-        """Return the number of possible distinct answers."""
+        """Return the number of possible answers."""
         return self.max_value * self.scale + 1
 
     @property
@@ -87,16 +87,16 @@ class Game:
 
     @property
     def target_or_it(self) -> str:
-        """Return the target in words right after a mention of the average."""
+        """Return the target in words for use after "the average": "it" if the average itself is the target."""
         return "it" if self.ratio == 1 and not self.offset else self.target
 
     @property
     def equilibria(self) -> tuple[float, ...]:
-        """Return the symmetric Nash equilibria of the game, ascending; empty if every number is an equilibrium."""
+        """Return the symmetric Nash equilibria of the game, ascending; () if every number is an equilibrium."""
         return equilibria(self.ratio, self.offset, self.max_value)
 
     def winning_number(self, average: Fraction) -> Fraction:
-        """Return the target in units for an average in units."""
+        """Return the winning number for this average, both in units."""
         return self.offset * self.scale + self.ratio * average
 
 
@@ -106,12 +106,12 @@ class Announcement:
 
     Attributes:
         round: The round number.
-        average: The mean of all answers; None without answers.
-        winning_number: The target; None without answers.
-        winning_units: All answers closest to the target, in units.
-        winners: The number of participants who gave them; None before they are counted.
-        teams: Each team with its average, in a game with teams; None for a team without answers.
-        closest_teams: All teams whose averages are closest to the winning number.
+        average: The mean of all answers; None if there are no answers.
+        winning_number: The number offset + ratio * average; None if there are no answers.
+        winning_units: All distinct answers closest to the winning number, in units.
+        winners: The number of participants who gave one of these answers; None before they are counted.
+        teams: In a game with teams, the name and the average of each team; the average is None without answers.
+        closest_teams: The names of all teams whose averages are closest to the winning number.
     """
 
     round: int
@@ -125,9 +125,9 @@ class Announcement:
 
 @dataclass(frozen=True)
 class Question:
-    """A question to a participant: the round (from 1), the text, the range, and the announcements so far.
+    """A question to a participant: the round (from 1), the text, the maximum value, and the announcements so far.
 
-    Round 0 is a user's question outside the game.
+    In round 0, the text is a question that a user asks outside the game.
     """
 
     round: int
@@ -153,35 +153,38 @@ def _round_key(seed: int, round_number: int) -> int:
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
-    """Return the random answer, in units from 0 to max_value, determined by (seed, round, participant).
+    """Return a random answer in units. Seed, round and participant index alone determine the answer.
 
-    A change here changes the game of every seed; a test checks known answers.
+    A change of this function would change the results of every seed; a test compares it with known answers.
     """
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
     return int((mix(key) * game.numbers) >> 64)
 
 
 def to_units(answer: Any, game: Game) -> int:
-    """Convert an answer to units, rounded half to even. Raises UnusableAnswer unless it is a number in 0..max_value."""
+    """Convert an answer, a number or a text, to units, rounded half to even.
+
+    Raises KnownCause if the number is outside 0..max_value, or if a text does not state one number with certainty.
+    """
     text = answer if isinstance(answer, str) else None
     if text is not None:
         answer = parse_number(text)
-        if game.scale < 1000 <= game.max_value and _THOUSANDS.search(text):  # 12.345 is 12,345 in many languages
+        if game.scale < 1000 <= game.max_value and _THOUSANDS.search(text):  # 12.345 means 12,345 in many languages
             raise KnownCause(UNCERTAIN, text)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise KnownCause(NO_NUMBER)
     number: Any = answer
-    if not 0 <= number <= game.max_value:  # NaN is in no range
+    if not 0 <= number <= game.max_value:  # also true for NaN
         raise KnownCause(OUT_OF_RANGE, text)
     if isinstance(number, Integral):
-        number = int(number)  # some numpy integers would overflow
+        number = int(number)  # products of small numpy integers may overflow
     elif not isinstance(number, (Rational, Decimal)):
         number = float(number)
     return round(number * game.scale)
 
 
 def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Population | None) -> Game:
-    """Return the game described by the settings."""
+    """Return the game that the settings describe."""
     llm = LLMSettings(
         models=config.model_per_host,
         structured_output=config.structured_output,

@@ -1,6 +1,6 @@
-"""The counting of answers: tallies, which merge in any order, and the result of a round. Pure.
+"""The counting of answers: tallies and the result of a round; pure functions.
 
-Answers are counted in units, integer multiples of 10^-decimals, so every sum is exact.
+Answers are counted in units. A unit is 10^-decimals, so an answer is a whole number of units and every sum is exact.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from simulation.game.rules import Announcement
 
 Units = NDArray[np.int64]
 
-WINNERS_NAMED = 10  # the winners with the lowest indices are named
-CAUSES_COUNTED = 100  # causes of failure counted separately per group; the rest are counted as OTHER_CAUSES
+WINNERS_NAMED = 10  # only so many winners, those with the lowest indices, are listed
+CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 OTHER_CAUSES = "other causes"
-INTERRUPTED = "interrupted"  # the cause if the user ended the round
+INTERRUPTED = "interrupted"  # the failure cause if the user ended the round
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,11 @@ class Tally:
     """The count of each answer and of each cause of failure. Tallies merge with `+`, in any order.
 
     Attributes:
-        asked: Participants asked; always answered + failed.
-        units: The distinct answers, ascending, int64 of shape (distinct,).
-        counts: The number of times each was given, int64 of shape (distinct,).
-        failures: Participants without a usable answer, by cause.
-        ended: How the round ended for these participants; independent of the texts of causes.
+        asked: The number of participants asked; always answered + failed.
+        units: The distinct answers in units, ascending, int64 of shape (distinct,).
+        counts: The number of participants who gave each answer, int64 of shape (distinct,).
+        failures: The number of participants without a usable answer, by cause.
+        ended: How the round ended for these participants.
     """
 
     asked: int
@@ -56,14 +56,14 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Return the exact sum of all answers in units, computed in two halves, as it may exceed 64 bits."""
+        """Return the exact sum of all answers in units. The sum may exceed 64 bits, so its two halves are added."""
         high = int(np.dot(self.units >> 32, self.counts))
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
     def __add__(self, other: Tally) -> Tally:
         return merge((self, other))
 
-    __hash__ = None  # type: ignore[assignment]  # it holds arrays
+    __hash__ = None  # type: ignore[assignment]  # arrays are not hashable
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tally):
@@ -73,11 +73,11 @@ class Tally:
         return self.asked == other.asked and same_answers and same_failures
 
     def average(self) -> Fraction | None:
-        """Return the exact mean in units; None without answers."""
+        """Return the exact mean of all answers in units, or None if there are no answers."""
         return Fraction(self.total, self.answered) if self.answered else None
 
     def median(self) -> Fraction | None:
-        """Return the middle answer in units, or the mean of the two middle answers; None without answers."""
+        """Return the median of all answers in units, or None if there are no answers."""
         if not self.answered:
             return None
         up_to = np.cumsum(self.counts)
@@ -85,21 +85,21 @@ class Tally:
         return Fraction(int(self.units[low]) + int(self.units[high]), 2)
 
     def std(self) -> float | None:
-        """Return the population standard deviation in units; None without answers."""
+        """Return the population standard deviation in units, or None if there are no answers."""
         average = self.average()
         if average is None:
             return None
         return float(np.sqrt(np.dot((self.units - float(average)) ** 2, self.counts) / self.answered))
 
     def closest(self, target: Fraction) -> tuple[int, ...]:
-        """Return the answers nearest to the target, in units: none, one, or one on each side of it."""
+        """Return the distinct answers closest to the target, in units: none, one, or one on each side of the target."""
         after = int(np.searchsorted(self.units, target.__floor__(), side="right"))
         near = [int(unit) for unit in self.units[max(after - 1, 0) : after + 1]]
         best = min((abs(unit - target) for unit in near), default=None)
         return tuple(unit for unit in near if abs(unit - target) == best)
 
     def parts(self, distinct: int) -> list[Tally]:
-        """Split the tally into tallies of at most `distinct` values each, for messages of bounded size."""
+        """Split the tally into tallies of at most `distinct` distinct answers, so that each fits into one message."""
         pieces = [slice(at, at + distinct) for at in range(0, len(self.units), distinct)]
         parts = [Tally(int(self.counts[piece].sum()), self.units[piece], self.counts[piece]) for piece in pieces]
         if self.failures or not parts:
@@ -108,11 +108,11 @@ class Tally:
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """Merge all tallies into one; without any, return the empty tally."""
+    """Merge all tallies into one. Return an empty tally if there are none."""
     every = [Tally(0), *tallies]
     units = np.concatenate([tally.units for tally in every])
     counts = np.concatenate([tally.counts for tally in every])
-    if not (np.diff(units) > 0).all():  # parts of one tally are in order already
+    if not (np.diff(units) > 0).all():  # the parts of one tally are already sorted
         units, index = np.unique(units, return_inverse=True)
         counts, each = np.zeros(len(units), np.int64), counts
         np.add.at(counts, index, each)
@@ -123,7 +123,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass(frozen=True)
 class Winners:
-    """The number of closest participants, and the lowest WINNERS_NAMED indices of them, ascending."""
+    """The number of winners, and the indices of the WINNERS_NAMED winners with the lowest indices, ascending."""
 
     count: int
     lowest: tuple[int, ...]
@@ -134,13 +134,13 @@ class Winners:
 
 @dataclass(frozen=True)
 class Times:
-    """The duration of a round in seconds, by activity; the fields add up to it.
+    """The duration of a round in seconds, split by activity. The sum of the fields is the duration.
 
     Attributes:
-        model_s: Waiting for models, or think time; mean over the groups.
-        client_s: CPU time of the agent servers; mean over the groups.
-        slowest_s: Waiting for the slowest group; mean over the groups.
-        rpc_s: Time outside answering: question, tally and announcement, and requests to servers that were lost.
+        model_s: The time in which participants wait for models or think; mean over the groups.
+        client_s: The CPU time of the agent servers; mean over the groups.
+        slowest_s: The time in which a group waits for the slowest group; mean over the groups.
+        rpc_s: The time outside answering: calls for question, tally and announcement, and calls to lost servers.
     """
 
     model_s: float
@@ -151,7 +151,7 @@ class Times:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The result of one round, in units of 10^-decimals; `closest` are the answers nearest to the winning number."""
+    """The result of one round. All numbers are in units; `closest` are the answers closest to the winning number."""
 
     round: int
     tally: Tally
@@ -160,21 +160,21 @@ class RoundResult:
     closest: tuple[int, ...]
     winners: Winners
     seconds: float
-    reassigned: int = 0  # participants moved to another server or moderator meanwhile
+    reassigned: int = 0  # participants moved to another server or moderator during the round
     times: Times | None = None  # None if unknown, as in a saved run
-    teams: tuple[tuple[str, Fraction | None], ...] = ()  # with their averages, in a game with teams
+    teams: tuple[tuple[str, Fraction | None], ...] = ()  # the name and the average of each team, in a game with teams
 
     @property
     def closest_teams(self) -> tuple[str, ...]:
-        """Return all teams whose averages are closest to the winning number."""
+        """Return the names of all teams whose averages are closest to the winning number."""
         if self.winning_number is None:
             return ()
-        off = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
-        return tuple(name for name in off if off[name] == min(off.values()))
+        distances = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
+        return tuple(name for name in distances if distances[name] == min(distances.values()))
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
-    """Return the announcement of a counted round, whose values are in units of 1 / scale."""
+    """Return the announcement of a round whose winners are counted. One unit is 1 / scale."""
 
     def number(units: Fraction | None) -> float | None:
         return None if units is None else float(units / scale)
@@ -184,19 +184,22 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
     return Announcement(result.round, *figures, teams, result.closest_teams)
 
 
-def top_causes(often: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """Return the most frequent causes with counts; cause(k) has often[k] failures. The rest are counted together."""
-    most = np.argsort(-often, kind="stable")[:CAUSES_COUNTED].tolist()
-    failures = {cause(code): int(often[code]) for code in most if often[code]}
-    others = int(often.sum()) - sum(failures.values())
+def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
+    """Return the most frequent failure causes with their counts. Merge the other causes into OTHER_CAUSES.
+
+    `counts[k]` is the number of failures with cause number k; `cause(k)` returns the text of that cause.
+    """
+    most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
+    failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
+    others = int(counts.sum()) - sum(failures.values())
     if others:
         failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
     return failures
 
 
 def value_counts(units: Units) -> tuple[Units, Units]:
-    """Return the distinct units, ascending, and the count of each."""
-    if len(units) and units.max() <= len(units):  # at most one counter per answer; a tenth of the time
+    """Return the distinct values, ascending, and the number of times each occurs."""
+    if len(units) and units.max() <= len(units):  # needs at most one counter per answer, and takes a tenth of the time
         counts = np.bincount(units)
         distinct = np.flatnonzero(counts)
         return distinct, counts[distinct]
