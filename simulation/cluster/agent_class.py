@@ -21,7 +21,7 @@ from simulation.rpc.lean_import import append_to_path
 
 @functools.cache
 def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
-    """Return the class named by `my_file.py:MyParticipant`; for None, the default of the agent type (random or llm).
+    """Return the class that `my_file.py:MyParticipant` names; for None, return the default class of the agent type.
 
     Raises SettingsError if the file or the class is unusable.
     """
@@ -38,7 +38,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse("write it as my_file.py:MyParticipant")
     if not is_there(path, "--agent-class"):
         raise refuse(f"there is no file {path}{near_file(path)}")
-    name = OWN + path.stem  # prefixed, so that a user file random.py does not hide a library
+    name = OWN + path.stem  # the prefix prevents that a user file random.py hides a library
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
@@ -46,7 +46,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     try:
         with unregistered():
             module_spec.loader.exec_module(module)
-    except BaseException as error:  # noqa: BLE001 - a person's own file may raise anything
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
     cls: Any = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Participant)):
@@ -67,5 +67,5 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
 
 @functools.cache
 def pickled_agent_class(spec: str | None, agent_type: str) -> bytes:
-    """Return the class as it is sent to the servers. Raises SettingsError as `load_agent_class`."""
+    """Return the pickled class, to send to the servers. Raises SettingsError as `load_agent_class` does."""
     return serialize_agent_class(load_agent_class(spec, agent_type))

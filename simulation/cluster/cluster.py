@@ -1,6 +1,7 @@
-"""The groups and moderators of a run: created where missing, called, and recreated when their servers fail.
+"""The groups and moderators of a run. Main creates and calls them, and recreates them if their servers fail.
 
-Work is retried on the remaining servers, so every step is idempotent; creating an object that exists does nothing.
+After a failure, work is retried on the remaining servers. Therefore every step is idempotent: the creation of an object
+that exists does nothing.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class Record(Protocol):
     """Storage for the answers of finished rounds."""
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Store one round's answers, replacing any stored earlier for that round."""
+        """Store the answers of one round. Replace answers that were stored for this round before."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of rounds 1 .. rounds: shape (rounds, count), NaN where there is no answer."""
+        """Return the answers of participants first .. first+count-1: shape (rounds, count), with NaN for no answer."""
 
 
 class Cluster(Membership):
-    """The servers of one run and the groups on them; on exit, the context manager deletes agents that are not kept."""
+    """The servers and groups of one run. On exit, this context manager deletes the agents unless they are kept."""
 
     def __init__(
         self, config: SimulationConfig, run: str, game: Game, watch: ProgressListener, record: Record | None
@@ -56,13 +57,13 @@ class Cluster(Membership):
         self._game = game
         self._record = record
         self._plan = PlacementPlan(run, config.participant_num, servers, moderator_servers)
-        self._ready: set[str] = set()  # groups whose participants are built and have their memory restored
-        self.moderators: dict[Endpoint, RemoteObject] = {}  # by server
-        self._assigned: dict[Endpoint, list[GroupAssignment]] = {}  # the groups of each moderator
+        self._ready: set[str] = set()  # ids of groups whose participants exist and have their earlier answers
+        self.moderators: dict[Endpoint, RemoteObject] = {}  # the moderator on each server
+        self._assigned: dict[Endpoint, list[GroupAssignment]] = {}  # the groups of the moderator on each server
 
     @property
     def assignments(self) -> list[GroupAssignment]:
-        """Return all groups in participant order; a group that is no longer asked has no server."""
+        """Return all groups in participant order. A group without a server is no longer asked."""
         return self._plan.assignments
 
     @property
@@ -71,7 +72,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Return the status of each server, participant servers first; see FailureDetector.observe."""
+        """Return the status of each server, participant servers first. For some seconds, also request histograms."""
         self._detector.observe(self._game.numbers)
         return self.status
 
@@ -82,7 +83,7 @@ class Cluster(Membership):
         self.close(keep)
 
     def all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
-        """Call all moderators that have groups and return the results by server. Raises ServerLost."""
+        """Call all moderators that have groups. Return the results by server. Raises ServerLost."""
         return call_all_or_raise({server: partial(call, self.moderators[server]) for server in self._assigned})
 
     def halt(self, immediately: bool) -> None:
@@ -94,22 +95,22 @@ class Cluster(Membership):
         self._assigned.pop(endpoint, None)
 
     def begin_round(self, number: int) -> None:
-        """Readmit recovered servers, restore preferred placements and delete orphaned objects."""
+        """Readmit recovered servers, move groups back to their preferred servers, and delete orphaned objects."""
         super().begin_round(number)
         self._plan.restore_preferred(set(self.up(self.participant_servers)), set(self.up(self.moderator_servers)))
         self._delete_orphans()
 
     def _delete_orphans(self) -> None:
-        """Delete objects that no assignment refers to, as they were recreated on, or moved back to, another server."""
+        """Delete groups and moderators that are no longer assigned, because others have replaced them."""
         wanted = {each.oid for each in self.assignments} | {each.oid for each in self.moderators.values()}
         hosted = [(server, oid) for server in self.up(self._servers) for oid in self.status[server].reply.objects]
         delete = partial(delete_remote, deadline_s=self.config.connect_timeout)
         call_all({oid: partial(delete, server, oid) for server, oid in hosted if oid not in wanted})
 
     def reconcile(self, rounds: int) -> None:
-        """Create what is missing on servers that are up; new participants get their answers of rounds 1 .. `rounds`.
+        """Create missing groups and moderators on servers that are up.
 
-        Raises ServerLost, RunAborted, Interrupted.
+        New participants receive their answers of rounds 1 .. `rounds`. Raises ServerLost, RunAborted or Interrupted.
         """
         self.handle_losses()
         servers = self.wait_for_servers(self.participant_servers, "participant")
@@ -124,7 +125,7 @@ class Cluster(Membership):
         self._assign_groups()
 
     def _create_groups(self, assignments: list[GroupAssignment], rounds: int) -> None:
-        """Create groups, wait until their participants are built, and restore their memory of `rounds` rounds."""
+        """Create groups, wait until all participants exist, and pass them their answers of rounds 1 .. `rounds`."""
         if not assignments:
             return
         kind = (self.config.agent_class, self.config.agent_type)
@@ -142,7 +143,7 @@ class Cluster(Membership):
         self._ready |= {assignment.oid for assignment in assignments}
 
     def _assign_groups(self) -> None:
-        """Create missing moderators, and assign each its groups."""
+        """Create missing moderators, and tell each moderator its groups."""
         groups: dict[Endpoint, list[GroupAssignment]] = defaultdict(list)
         for assignment in self.active_assignments:
             groups[assignment.moderator_server].append(assignment)
@@ -165,7 +166,7 @@ class Cluster(Membership):
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
-        """Wait until these groups finish the round (0: creation); see `wait_until_done`."""
+        """Wait until these groups finish a round (0: the creation of their participants); see `wait_until_done`."""
         one_by_one = number > 0 and self.config.dispatch == "agent"  # then the moderators count the answers
         awaited = [(each.server, each.oid, not one_by_one) for each in assignments if each.server is not None]
         if number > 0:
@@ -174,7 +175,7 @@ class Cluster(Membership):
 
 
 def _group(assignment: GroupAssignment, kwargs: dict[str, Any]) -> RemoteObject:
-    """Create a group and return its proxy."""
+    """Create a group on its server and return a proxy for it."""
     assert assignment.server is not None
     kwargs = kwargs | {"oid": assignment.oid, "first": assignment.first, "count": assignment.count}
     return RemoteObject(ParticipantGroup, assignment.oid, assignment.server, LONG_CALL_TIMEOUT_S, kwargs)

@@ -1,7 +1,8 @@
-"""Failure detector: which agent servers of a run are alive, and how far their objects are. Callers decide how to react.
+"""Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
-A busy server delays its reply until its part of the round is done, so main learns of the end of a round at once. A
-server is marked down when nothing listens on its port, its process was replaced, or it sends no reply for the timeout.
+A busy server delays its heartbeat reply until its part of the round is done, so main is informed of the end of a round
+at once. A server is marked down if nothing listens on its port, if its process was replaced, or if no reply arrives for
+the heartbeat timeout. The caller decides how to react.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from simulation.rpc.messages import HeartbeatReply
 WAIT_S = 1.0  # longest delay of a busy server's reply
 AGAIN_S = 0.1  # retry interval for an unreachable server
 SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
-POLLS_IN_LEASE = 4
-OBSERVED_S = 5.0  # how long heartbeats carry histograms after `observe`; a dashboard is refreshed more often
-ASLEEP_S = 1.0  # a deadline error that is this late means that this process was suspended
+POLLS_IN_LEASE = 4  # minimum number of polls per lease or heartbeat timeout
+OBSERVED_S = 5.0  # how long heartbeats request histograms after `observe`; a dashboard observes more often
+ASLEEP_S = 1.0  # a timeout error that arrives this late shows that this process was suspended
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """The status of a server in a run; changes replace the whole object, so readers need no lock."""
+    """The status of a server in a run. A change replaces the whole object, so readers need no lock."""
 
-    reply: HeartbeatReply  # the latest
+    reply: HeartbeatReply  # the latest heartbeat reply
     replied_at: float  # time of the latest reply to any request (time.monotonic)
     requested_at: float = 0.0  # when `reply` was requested (time.monotonic)
-    up: bool = True  # it was never marked down, or was marked up again
-    answers: bool = True  # also while it is marked down
-    losses: int = 0
+    up: bool = True  # False from `mark_down` until `mark_up`
+    answers: bool = True  # whether the server answers heartbeats, even if it is marked down
+    losses: int = 0  # how often the server was marked down
     why: str = ""  # cause of the latest loss
 
     @property
@@ -49,7 +50,7 @@ class ServerStatus:
 
 
 class FailureDetector:
-    """The failure detector of one run, a context manager that polls the servers while it is open."""
+    """The failure detector of one run. Inside this context manager, a thread polls the servers."""
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
         self._run = run
@@ -57,12 +58,12 @@ class FailureDetector:
         self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), min(timeout_s, lease_s) / POLLS_IN_LEASE)
         now = time.monotonic()
         self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
-        self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of request times
-        self._newest = dict.fromkeys(incarnations, 0.0)  # time of the newest request; only its reply schedules the next
+        self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of the times of the next requests
+        self._newest = dict.fromkeys(incarnations, 0.0)  # time of the latest request; other replies are late
         self._changed = threading.Condition()  # guards all mutable state
         self._round = 0
-        self._numbers = 0  # number of possible answers
-        self._observed_until = 0.0  # until when heartbeats carry histograms (time.monotonic)
+        self._numbers = 0  # number of possible answers, for histograms
+        self._observed_until = 0.0  # until when heartbeats request histograms (time.monotonic)
         self._news = self._ended = False
         self._thread = threading.Thread(target=self._poll, name="heartbeats", daemon=True)
 
@@ -78,24 +79,24 @@ class FailureDetector:
         self._thread.join()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until there is an unseen reply or a new loss, for at most `timeout_s`."""
+        """Wait until a new reply or a new loss has occurred, for at most `timeout_s` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, timeout_s)
             self._news = False
 
     def observe(self, numbers: int) -> None:
-        """Request partial histograms with all heartbeats of the next OBSERVED_S; `numbers` is the possible answers."""
+        """Request partial histograms of `numbers` possible answers with all heartbeats for OBSERVED_S seconds."""
         self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
 
     def poll_now(self, number: int) -> None:
-        """Poll all servers now, as new work has started; servers working on this round delay their replies."""
+        """Poll all servers now, as a round has started. Servers that work on this round delay their replies."""
         with self._changed:
             self._round = number
             self._due = [(time.monotonic(), endpoint) for endpoint in self.statuses]
             self._changed.notify_all()
 
     def mark_down(self, endpoint: Endpoint, why: str) -> None:
-        """Mark a server down until `mark_up`, and cancel pending calls to it."""
+        """Mark a server down until `mark_up` is called, and cancel all pending calls to this server."""
         with self._changed:
             status = self.statuses[endpoint]
             if not status.up:

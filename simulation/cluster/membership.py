@@ -1,4 +1,4 @@
-"""Membership: which servers of a run are up, and how far their objects are. It knows objects only by their ids."""
+"""Membership: handles the losses and recoveries of a run's servers, and awaits the progress of remote objects."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from simulation.settings import SimulationConfig
 V = TypeVar("V")
 
 POLL_S = 1.0  # interval between checks for Ctrl-C
-SCAN_PAUSE_S = 5e-5  # per object, pause between two scans of the heartbeats
+SCAN_PAUSE_S = 5e-5  # pause per object between two scans of the heartbeat replies
 RECOVERY_POLL_S = 0.1  # interval between checks for a recovered server
-GATHER_S = 2.0  # with all servers down, the wait for others after the first one recovers
-LOSSES_IN_ROUND = 3  # after these, a server is not readmitted in the round: the game may be what crashes it
-HALT_TIMEOUT_S = 3.0  # a participant that blocks its event loop cannot be stopped
+GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first
+LOSSES_IN_ROUND = 3  # a server with this many losses is not readmitted in the round: the game may crash it
+HALT_TIMEOUT_S = 3.0  # then answers are ignored, as a participant that blocks its event loop cannot be stopped
 
 
 class ProgressListener(Protocol):
-    """The caller's interface for progress and interruption: a signal number in `stop_signal` requests an early end."""
+    """The receiver of progress and warnings. A signal number in `stop_signal` means that the run must end early."""
 
     stop_signal: int | None
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Receive progress at every heartbeat and at the end of a stage ("participants created" or "answers in")."""
+        """Receive the progress of a stage ("participants created" or "answers in") at each heartbeat and at the end."""
 
     def warn(self, line: str) -> None:
         """Receive a message that a server was lost or has recovered."""
 
 
 class Membership:
-    """The servers of one run, whose remote ids start with `run`; the subclass knows the objects on them."""
+    """The servers that take part in one run. The ids of the run's remote objects start with `run`."""
 
     def __init__(self, config: SimulationConfig, run: str, servers: list[Endpoint], watch: ProgressListener) -> None:
         self.config = config
         self.run = run
         self.watch = watch
-        self.losses: Counter[Endpoint] = Counter()  # losses handled so far, in order of each server's first loss
-        self.used: dict[str, Usage] = {}  # by group, including deleted groups
+        self.losses: Counter[Endpoint] = Counter()  # number of handled losses, in order of each server's first loss
+        self.used: dict[str, Usage] = {}  # usage by group id, including deleted groups
         self._servers = servers
-        self._losses_before: Counter[Endpoint] = Counter()  # at the start of the round
+        self._losses_before: Counter[Endpoint] = Counter()  # `losses` at the start of the round
 
     def unassign_server(self, endpoint: Endpoint) -> None:
-        """Handle the loss of a server, whose objects are gone."""
+        """Handle the loss of a server and of all objects on this server."""
         raise NotImplementedError
 
     def halt(self, immediately: bool) -> None:
-        """Stop the round; `immediately` does not wait for pending answers."""
+        """Stop the round. With `immediately`, do not wait for pending answers."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        """Connect to all servers and start the failure detector, whose first heartbeat announces the run."""
+        """Connect to all servers and start the failure detector. Its first heartbeats announce the run."""
         call = partial(channels.identify, timeout_s=self.config.connect_timeout)
         identities = channels.call_all_or_raise({each: partial(call, each) for each in self._servers})
         channels.forget_identities()
@@ -69,11 +69,11 @@ class Membership:
         return self
 
     def close(self, keep: bool) -> None:
-        """Stop the failure detector and announce the end of the run; `keep` keeps the agents."""
+        """Stop the failure detector. Announce the end of the run: servers delete its agents unless `keep` is set."""
         self._detector.__exit__()
         directives = {KEEP_RUN if keep else END_RUN: self.run}
         call = partial(channels.handshake, timeout_s=self.config.connect_timeout, directives=directives)
-        # a server that misses this call drops the agents when their lease expires
+        # a server that does not receive this call deletes the agents when their lease expires
         channels.call_all({each: partial(call, each) for each, status in self.status.items() if status.answers})
 
     @property
@@ -82,11 +82,11 @@ class Membership:
         return self._detector.statuses
 
     def up(self, servers: Iterable[Endpoint]) -> list[Endpoint]:
-        """Return those of the servers that are up."""
+        """Return the given servers that are up."""
         return [each for each in servers if self.status[each].up]
 
     def retry_on_server_loss(self, work: Callable[[], V]) -> V:
-        """Do the work; when it loses a server, mark that server down and retry on the others."""
+        """Call `work` and return its result. If a server is lost, mark this server down and call `work` again."""
         while True:
             try:
                 return work()
@@ -106,7 +106,7 @@ class Membership:
                 self.unassign_server(endpoint)
 
     def begin_round(self, number: int) -> None:
-        """Reset the losses of the round and readmit recovered servers."""
+        """Start to count the losses of this round, and readmit recovered servers."""
         self._losses_before = self.losses.copy()
         recovered = [endpoint for endpoint, status in self.status.items() if status.has_recovered]
         self.handle_losses()
@@ -115,7 +115,7 @@ class Membership:
             self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
 
     def wait_for_servers(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
-        """Return the pool's servers that are up; if none is, await a recovery. Raises RunAborted, Interrupted."""
+        """Return the servers of the pool that are up. If all are down, wait. Raises RunAborted, Interrupted."""
         gathered_at: float | None = None
         while not (up := self.up(pool)):
             if self.watch.stop_signal is not None:
@@ -138,12 +138,13 @@ class Membership:
         return up
 
     def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str, bool]]) -> None:
-        """Wait until `total` participants finish a round, without time limit; an interruption ends it early.
+        """Wait without time limit until `total` participants finish a round. An interruption ends the round early.
 
-        `number` is the round, or 0 for creation; `awaited` are the required objects: server, id, and whether its
-        progress counts participants. Raises ServerLost, Interrupted, and the SimulationError that an object reports.
+        `number` is the number of the round, or 0 for the creation of participants. `awaited` has an entry for each
+        object that must report: its server, its id, and whether its progress counts participants. Raises ServerLost,
+        Interrupted (only during creation), or the SimulationError that an object reports.
         """
-        halts = [(0.0, False), (HALT_TIMEOUT_S, True)]  # seconds after the interruption, and how to halt then
+        halts = [(0.0, False), (HALT_TIMEOUT_S, True)]  # (seconds since the interruption, argument of `halt`)
         interrupted_at: float | None = None
         since = time.monotonic()
         self._detector.poll_now(number)
@@ -163,17 +164,17 @@ class Membership:
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
 
     def _done(self, number: int, awaited: list[tuple[Endpoint, str, bool]], since: float) -> int:
-        """Return how many participants have finished, from replies requested after `since`; store the groups' usage."""
+        """Return the number of finished participants and store the usage, from replies requested after `since`."""
         done = 0
         gone: AgentNotFound | None = None
         for endpoint, oid, counts in awaited:
             status = self.status[endpoint]
             if not status.up and gone is None:
                 raise ServerUnreachable(f"{endpoint}: {status.why}")
-            if status.requested_at < since:  # may report groups that have been replaced
+            if status.requested_at < since:  # this reply may report replaced groups
                 continue
             progress = status.reply.objects.get(oid)
-            if progress is None:  # e.g. all have expired, as this process was suspended beyond the lease
+            if progress is None:  # for example, the lease expired while this process was suspended
                 gone = AgentNotFound(f"{endpoint}: the agent is gone")
                 self._detector.mark_down(endpoint, "the agent is gone")
             elif progress.error:

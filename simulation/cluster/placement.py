@@ -1,6 +1,7 @@
-"""Placement: which server hosts each group as servers fail and recover. Pure: makes no calls.
+"""Placement: assigns groups to servers and moderators as servers fail and recover. Pure: makes no calls.
 
-Every participant has a preferred server and moderator. While one of these is down, others take over in even shares.
+Every participant has a preferred server and a preferred moderator. While a server is down, the other servers share its
+participants evenly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from simulation.rpc.endpoints import Endpoint, GroupAssignment
 
 @dataclass(frozen=True)
 class GroupPlace:
-    """The indices of the server and the moderator of participants first .. first+count-1."""
+    """The place of participants first .. first+count-1: the indices of their moderator and of their server."""
 
     moderator: int
     server: int
@@ -24,7 +25,7 @@ class GroupPlace:
 
 
 def even_split(total: int, parts: int) -> list[range]:
-    """Split 0 .. total-1 into `parts` consecutive ranges whose sizes differ by at most one, longer ones first."""
+    """Split 0 .. total-1 into `parts` consecutive ranges. Their sizes differ by at most one, in descending order."""
     size, longer = divmod(total, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
@@ -33,7 +34,8 @@ def even_split(total: int, parts: int) -> list[range]:
 def place(participants: int, servers: int, moderators: int) -> list[GroupPlace]:
     """Split the participants evenly over all servers and evenly over all moderators, in participant order.
 
-    A group is the intersection of a server's and a moderator's range: there are fewer than servers + moderators groups.
+    A group is the intersection of a server's range and a moderator's range. There are fewer groups than
+    servers + moderators.
     """
     server_starts = [each.start for each in even_split(participants, servers)]
     moderator_starts = [each.start for each in even_split(participants, moderators)]
@@ -46,7 +48,7 @@ def place(participants: int, servers: int, moderators: int) -> list[GroupPlace]:
 
 
 class PlacementPlan:
-    """All groups of a run and their servers."""
+    """The assignment of all groups of a run to servers and moderators."""
 
     def __init__(
         self, run: str, participants: int, servers: Sequence[Endpoint], moderators: Sequence[Endpoint]
@@ -57,10 +59,10 @@ class PlacementPlan:
             GroupAssignment(f"{run}/group-{at.first}", at.first, at.count, servers[at.server], moderators[at.moderator])
             for at in place(participants, len(servers), len(moderators))
         ]
-        self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one
+        self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one group
 
     def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
-        """Move groups back to their preferred server and moderator where these are among the given servers."""
+        """Move groups back to their preferred server, and to their preferred moderator, if it is among those given."""
         starts = [each.first for each in self._preferred]
         pieces_of = groupby(self.assignments, lambda piece: bisect_right(starts, piece.first) - 1)
         self.assignments = []
@@ -74,15 +76,16 @@ class PlacementPlan:
             self.assignments += pieces
 
     def unassign_server(self, server: Endpoint) -> None:
-        """Remove a server, whose objects are gone, from all assignments."""
+        """Remove a lost server from all assignments."""
         self.assignments = [replace(each, server=None) if each.server == server else each for each in self.assignments]
 
     def reassign(
         self, servers: Collection[Endpoint], moderator_servers: Sequence[Endpoint], onto: Sequence[Endpoint]
     ) -> None:
-        """Move all groups to the given servers and moderators, of which there is at least one; other groups stay.
+        """Move groups away from all servers and moderators that are not given. At least one moderator must be given.
 
-        The participants of other servers are split evenly over the servers of `onto`; if it is empty, they get none.
+        The participants of these servers are split evenly over the servers of `onto`. If `onto` is empty, they get no
+        server.
         """
         servers, moderators_up = set(servers), set(moderator_servers)
         displaced = sum(each.count for each in self.assignments if each.server not in servers)
@@ -98,7 +101,7 @@ class PlacementPlan:
                 assignments.append(piece)
                 continue
             first, stop = piece.first, piece.first + piece.count
-            while first < stop:  # split where a server's share ends
+            while first < stop:  # split the group where the share of a server ends
                 share = bisect_right(stops, moved)
                 count = min(stop - first, stops[share] - moved)
                 server = onto[share] if onto else None

@@ -1,4 +1,4 @@
-"""Preflight checks of the agent servers of a run: all hosts concurrently, with one line for each that is not ready."""
+"""Preflight checks of the agent servers of a run, on all hosts concurrently. Each unready host gets an error line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from simulation.rpc.endpoints import Endpoint, address_of, endpoints
 from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
 from simulation.settings import SimulationConfig
 
-CHECKS_AT_ONCE = 1024  # threads; each may wait for one server until the deadline
+CHECKS_AT_ONCE = 1024  # maximum number of threads; each waits for one server
 
 Identities = dict[Endpoint, Handshake]
 Errors = dict[Endpoint, SimulationError]
 
 
 def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
-    """Return the handshakes and the errors (SettingsError: unknown host) of all servers, within connect_timeout."""
+    """Return the handshakes of all servers that answer within connect_timeout, and the errors of the other servers."""
     deadline = time.monotonic() + config.connect_timeout
     addresses = {host: _look_up(host) for host in config.hosts}
 
@@ -40,7 +40,7 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
 
 
 def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, as a name server may be slow."""
+    """Resolve a host name in a daemon thread, because the name server may be slow."""
     address: Future[str] = Future()
 
     def look_up() -> None:
@@ -54,9 +54,9 @@ def _look_up(host: str) -> Future[str]:
 
 
 def check_cluster(config: SimulationConfig) -> Identities:
-    """Check every agent server of the run and its models, and return the handshakes.
+    """Check every agent server of the run and the requested models. Return the handshakes.
 
-    Raises ClusterError with a line for each host that is not ready, or SettingsError if a model is outside the cluster.
+    Raises ClusterError with a line for each unready host, or SettingsError if a model is outside the cluster.
     """
     identities, errors = identify_all(config)
     problems = {host: _problem_of(host, config, identities, errors) for host in config.hosts}
@@ -70,7 +70,7 @@ def check_cluster(config: SimulationConfig) -> Identities:
 
 
 def _problem_of(host: str, config: SimulationConfig, identities: Identities, errors: Errors) -> str:
-    """Return why a host is not ready and what to do about it; empty if it is ready."""
+    """Return why a host is not ready and how to fix the problem; an empty text if the host is ready."""
     ready = {endpoint: each for endpoint, each in identities.items() if endpoint.host == host}
     failed = [error for endpoint, error in errors.items() if endpoint.host == host]
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
@@ -97,7 +97,7 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
 
 
 def check_models_known(config: SimulationConfig, identities: Identities) -> None:
-    """Raise ClusterError if a server lacks a requested model, SettingsError if a model is outside the cluster."""
+    """Raise ClusterError if a server lacks a requested model, or SettingsError if a model is outside the cluster."""
     names = asked_models(config)
     for endpoint, each in identities.items():
         missing = [name for name in names if name not in each.models]
@@ -115,7 +115,7 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
-    """Have one of these servers per host check that the host's models answer; raises ClusterError if one does not."""
+    """Make one server per host check that the host's models answer. Raises ClusterError if a model does not answer."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
     directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
@@ -126,8 +126,8 @@ def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
 
 
 def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
-    """Check model servers from this process, before agent servers exist; raises ClusterError if one does not answer."""
-    from simulation.llm import http_client  # noqa: PLC0415 - openai, for those alone that ask a model
+    """Check models from this process, before agent servers exist. Raises ClusterError if a model does not answer."""
+    from simulation.llm import http_client  # noqa: PLC0415 - imports openai, which other runs do not need
 
     distinct = list({(model.base_url, model.model): model for model in models}.values())
     for model, problem in http_client.check_models(distinct, timeout_s).items():

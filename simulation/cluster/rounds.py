@@ -1,4 +1,4 @@
-"""The rounds of a game on the cluster: create, ask, average, announce. Returns results and prints nothing."""
+"""The rounds of a game on the cluster: ask participants, average the answers, announce the result. Prints nothing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ NO_USAGE = Usage()
 
 
 class Simulation:
-    """A run on servers that are ready, in a context that deletes its agents unless they are kept. Needs `install_tls`.
+    """A run on servers that are ready. On exit, this context manager deletes the run's agents unless they are kept.
 
         with Simulation(config, game, run, watch) as simulation:
             simulation.create()
             for number in range(1, rounds + 1):
                 result = simulation.play(number)
 
-    If a server fails, its participants are recreated on other servers and asked again before the round ends.
+    Call `install_tls` first. If a server fails, its participants are recreated on other servers and asked again in the
+    same round.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class Simulation:
         game: Game,
         run: str,  # the prefix of all remote ids (see `remote_run`)
         watch: ProgressListener,
-        record: Record | None = None,  # without it, recreated participants start without memory
-        played: tuple[Announcement, ...] = (),  # of the rounds played before a resume
-        usage: Usage = NO_USAGE,  # of those rounds
+        record: Record | None = None,  # if None, recreated participants do not receive earlier answers
+        played: tuple[Announcement, ...] = (),  # announcements of the rounds before a resume
+        usage: Usage = NO_USAGE,  # usage of the rounds before a resume
     ) -> None:
-        assert config.seed is not None  # main draws one if none is given
+        assert config.seed is not None  # main generates a seed if the user gives none
         self.config = config
         self.game = game
         self.record = record
@@ -68,17 +69,17 @@ class Simulation:
         self.cluster.__exit__(*error)
 
     def create(self) -> float:
-        """Create moderators, groups and participants; return the seconds taken. Raises RunAborted, Interrupted."""
+        """Create moderators, groups and participants. Return the seconds taken. Raises RunAborted, Interrupted."""
         started = time.monotonic()
         self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
         return time.monotonic() - started
 
     def play(self, number: int) -> RoundResult:
-        """Play and record one round; after an interruption, missing answers count as failed. Raises RunAborted."""
+        """Play and record one round. After an interruption, missing answers count as failed. Raises RunAborted."""
         self._begin_round(number)
         question = question_for(self.game, number, self._announcements)
 
-        def ask_average_announce() -> RoundResult:  # each step does only what is missing
+        def ask_average_announce() -> RoundResult:  # a repeated call only does what is still missing
             tally = self._ask(question)
             result = self._average(tally)
             return self._record(self._announce(result))
@@ -93,16 +94,16 @@ class Simulation:
             self.cluster.begin_round(number)
         self._assignments_then = set(self.cluster.assignments)  # at the start of the round
         self._used_then = dict(self.cluster.used)
-        self._allowed: dict[str, float] = {}  # token budgets of the groups that started this round, also lost ones
+        self._allowed: dict[str, float] = {}  # token budgets of all groups of this round, also of lost groups
 
     def _ask(self, question: Question) -> Tally:
-        """Create what is missing, ask all participants, wait for their answers, and return the tally of all."""
+        """Create missing groups, ask all participants, wait for their answers, and return the tally of all answers."""
         self.cluster.reconcile(len(self._announcements))
         assignments, tokens_each = self.cluster.active_assignments, self._tokens_each()
         self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
         self.cluster.wait("answers in", question.round, assignments)
         if self.config.dispatch == "agent" and self.game.sampling is not None:
-            # moderators end the round; a second wait gets its usage from the groups
+            # the first wait ends when the moderators have all answers; the second gets the final usage of the groups
             self.cluster.wait("answers in", question.round, assignments)
         tally = merge(self.cluster.all(whole_tally).values())
         missing = self.config.participant_num - sum(each.count for each in assignments)
@@ -113,14 +114,14 @@ class Simulation:
         return tally
 
     def _average(self, tally: Tally) -> RoundResult:
-        """Return the average, the winning number and the closest answers; winners and times are still missing."""
+        """Return the result with average, winning number and closest answers, but without winners and times."""
         average = tally.average()
         winning_number = self.game.winning_number(average) if average is not None else None
         closest = tally.closest(winning_number) if winning_number is not None else ()
         return RoundResult(self._number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
 
     def _announce(self, result: RoundResult) -> RoundResult:
-        """Announce the result to all participants, and return it with the winners among them and the times."""
+        """Announce the result to all participants. Return the result, completed with the winners and the times."""
         announcement = announcement_of(result, self.game.scale)
         won = self.cluster.all(lambda moderator: moderator.announce(announcement))
         seconds = round(time.monotonic() - self._started, 4)  # rounded as in summary.json, so that reports match
@@ -128,14 +129,14 @@ class Simulation:
         return replace(result, winners=winners, seconds=seconds, times=times, reassigned=self.reassigned)
 
     def _record(self, result: RoundResult) -> RoundResult:
-        """Record every answer of the round, and return the result with the averages of the teams, if there are any."""
+        """Record every answer of the round. Return the result, completed with the averages of the teams, if any."""
         answers, sums = self.answers(), dict[str, tuple[int, int]]()
         if self.game.teams is not None:
             answers = count_teams(self.game, answers, sums)
         if self.record is not None:
             self.record.write_answers(self._number, answers, self.game.scale)
         elif self.game.teams is not None:
-            deque(answers, maxlen=0)  # consume them, to count the teams
+            deque(answers, maxlen=0)  # consume the answers, to count the teams
         teams = tuple((name, Fraction(total, count) if count else None) for name, (total, count) in sums.items())
         return replace(result, teams=teams)
 
@@ -147,18 +148,18 @@ class Simulation:
     @property
     def usage(self) -> Usage:
         """Return the usage of all rounds so far."""
-        used = [*self.cluster.used.values()]  # a copy: observers read it from other threads
+        used = [*self.cluster.used.values()]  # a copy, as observers call this in other threads
         now, before = sum(used, start=NO_USAGE), self._usage_before_resume
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
 
     @property
     def reassigned(self) -> int:
-        """Return how many participants moved to another server or moderator in this round so far."""
+        """Return how many participants have moved to another server or moderator since the round began."""
         return sum(each.count for each in self.cluster.assignments if each not in self._assignments_then)
 
     def answers(self) -> Iterator[Answers]:
-        """Yield the answers of the round just played, in participant order, a bounded number at a time."""
+        """Yield the answers of the latest round in participant order, in pieces of bounded size."""
         fetches: deque[Future[Answers]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             for assignment in self.cluster.assignments:
@@ -176,7 +177,7 @@ class Simulation:
         return answers
 
     def _times(self, seconds: float) -> Times | None:
-        """Return the time breakdown of this round; None with per-agent dispatch or without usage data."""
+        """Return the times of this round by activity; None with per-agent dispatch or without usage data."""
         used = [
             (self.cluster.used[each.oid], self._used_then.get(each.oid, NO_USAGE))
             for each in self.cluster.active_assignments
@@ -190,12 +191,12 @@ class Simulation:
         return Times(answering_s - client_s, client_s, slowest_s - answering_s, max(seconds - slowest_s, 0.0))
 
     def _tokens_each(self) -> float | None:
-        """Return the token budget per participant of the groups that start now; None means no limit."""
+        """Return the token budget per participant (None: no limit) for the groups that start the round now."""
         if self.config.max_tokens is None:
             return None
         counts = {assignment.oid: assignment.count for assignment in self.cluster.active_assignments}
         spent: dict[str, float] = {oid: used.tokens for oid, used in self.cluster.used.items()}
-        for oid in self._allowed.keys() & counts.keys():  # these may still spend their whole budget
+        for oid in self._allowed.keys() & counts.keys():  # these groups may still spend their whole budget
             spent[oid] = self._used_then.get(oid, NO_USAGE).tokens + self._allowed[oid]
         left = max(self.config.max_tokens - self._usage_before_resume.tokens - sum(spent.values()), 0.0)
         new = {oid: count for oid, count in counts.items() if oid not in self._allowed}
@@ -205,7 +206,7 @@ class Simulation:
 
 
 def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[int, int]]) -> Iterator[Answers]:
-    """Yield the same answers, and store in `sums` the exact sum and the number of those of each team."""
+    """Yield the given answers. Meanwhile, store the exact sum and the number of each team's answers in `sums`."""
     assert game.cast is not None
     teams = next(each for each in game.cast.groupings if each.topic == game.teams)
     sums.update(dict.fromkeys(teams.names, (0, 0)))
@@ -213,13 +214,16 @@ def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[in
         indices = game.cast.part_indices(teams, part.first, len(part.units))
         for number, name in enumerate(teams.names):
             units = part.units[(part.units >= 0) & (indices == number)]
-            total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # may exceed 64 bits
+            total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # the sum may exceed 64 bits
             sums[name] = (sums[name][0] + total, sums[name][1] + len(units))
         yield part
 
 
 def ask(server: Endpoint, oid: str, question: Question) -> str:
-    """Ask a kept participant (`<group id>/<index>`) a question outside the game. Raises ClusterError, RunAborted."""
+    """Ask a kept participant a question outside the game; return the reply. `oid` is `<group id>/<index>`.
+
+    Raises ClusterError or RunAborted.
+    """
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
         reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
