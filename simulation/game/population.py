@@ -86,7 +86,7 @@ class Population:
         return self._labels[topic][self._part_index(topic, participant)]
 
     def part_indices(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """Return the part index of each participant first .. first+count-1, int64 of shape (count,); see `parts.names`."""
+        """Return the part index of each participant first .. first+count-1, as in `parts.names`: int64, (count,)."""
         counts = self._counts[parts.topic]
         if parts.topic == MODEL and not self.models:
             indices = np.arange(first, first + count) % len(counts)

@@ -1,6 +1,7 @@
-"""Access to chat models for LLM participants: equal prompts share one request, and its cost counts once.
+"""Access to chat models for LLM participants. Equal prompts share one request, whose cost is counted once.
 
-A group has one `Chat`. Equal prompts for the same model in one pass of the event loop become one `SampleRequest`.
+Each group has one `Chat`. Equal prompts for the same model that participants send in the same pass of the event loop
+become one `SampleRequest`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from simulation.llm.usage import Usage
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
-_models: dict[str, ModelConfig] = {}  # of this process, by name
+_models: dict[str, ModelConfig] = {}  # the models of this process, by name
 
 
 class Chat:
@@ -35,7 +36,7 @@ class Chat:
         self.sampling = game.sampling
         self.closed = False
         self.n_unsupported: set[str] = set()  # addresses of servers that do not support n
-        self.tasks: set[asyncio.Task[None]] = set()  # of the requests in flight, on the model thread
+        self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float], deque[asyncio.Future[Sample]]] = {}
         self._requests = self._retries = self._prompt_tokens = self._completion_tokens = 0
@@ -43,9 +44,10 @@ class Chat:
         self._reserved = 0.0
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
-        """Return one participant's own answer as parsed by `read`; ask again if `read` raises UnusableAnswer.
+        """Ask the model for one participant's own answer, and return `read(text)` of the answer text.
 
-        Raises UnusableAnswer if `max_attempts` failed (with the last cause and text), or the model does not answer.
+        Ask again, up to `max_attempts` times, if the text is unusable or `read` raises UnusableAnswer. Raises
+        UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
         for _ in range(self.sampling.max_attempts):
@@ -55,15 +57,15 @@ class Chat:
                 continue
             try:
                 return read(text)
-            except UnusableAnswer as error:  # re-raised as is: failure_of checks its class
+            except UnusableAnswer as error:  # re-raised unchanged: failure_of checks its class
                 unusable = error
                 unusable.text = text
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
-        """Return free text of up to `tokens` tokens, and whether it is complete (not cut off by that limit).
+        """Return a free text of up to `tokens` tokens, and whether the text is complete, not cut off by that limit.
 
-        Raises UnusableAnswer as `ask` does.
+        Raises UnusableAnswer in the same cases as `ask`.
         """
         deadline = math.inf
         for _ in range(self.sampling.max_attempts):
@@ -73,34 +75,38 @@ class Chat:
         raise KnownCause(cause or "", text)
 
     def allow(self, tokens: float | None) -> None:
-        """Set the token budget from now on (None: no limit)."""
+        """Set the number of tokens that the group may use from now on (None: no limit)."""
         self._tokens_left = math.inf if tokens is None else tokens
 
     def usage(self) -> Usage:
-        """Return the usage so far, without times."""
+        """Return the usage so far. The times in it are 0."""
         return Usage(self._requests, self._retries, self._prompt_tokens, self._completion_tokens)
 
     def close(self) -> None:
-        """Drop all requests; their participants stay without an answer."""
+        """Cancel all requests. The participants that wait for them never get an answer."""
         self.closed = True
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
-    # --- What the model's client calls, on its thread ----------------------------------------------------------------
+    # --- Methods that ModelClient calls on the model thread -----------------------------------------------------------
 
     def affordable(self, request: SampleRequest, wanted: int) -> int:
-        """Return for how many of `wanted` samples the tokens left suffice."""
+        """Return for how many of the `wanted` samples the remaining token budget suffices."""
         left = self._tokens_left - self._reserved - request.prompt.tokens
         return int(max(min(wanted, left / request.tokens_each), 0))
 
     def reserve(self, request: SampleRequest, count: int) -> None:
-        """Count a request and reserve the most tokens that it may cost; the prompt's length is an estimate."""
+        """Count the request, and reserve the maximum tokens of `count` samples plus the estimated ones of the prompt."""
         request.reserved = request.prompt.tokens + count * request.tokens_each
         self._reserved += request.reserved
         self._requests += 1
         self._retries += request.deadline < math.inf
 
     def commit(self, request: SampleRequest, tokens: Tokens | None = None, answered: bool = False) -> None:
-        """Replace a reservation by the actual cost; charge it in full if a server answers without token counts."""
+        """Replace the reserved token count by the actual one.
+
+        If the server answered without token counts, charge the full reservation. If the
+        request failed without token counts, charge nothing.
+        """
         cost, request.reserved = request.reserved, 0.0
         self._reserved -= cost
         if tokens is not None:
@@ -111,7 +117,10 @@ class Chat:
             self._tokens_left -= cost
 
     def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
-        """Return a future for one sample; `free_tokens` limits a free text (None: a number in range)."""
+        """Request one sample and return its future. Raises KnownCause if the model is unknown.
+
+        The sample is a number in range, or, with `free_tokens`, a free text of at most that many tokens.
+        """
         config = _models.get(model)
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")
@@ -123,7 +132,7 @@ class Chat:
         return future
 
     def _flush(self) -> None:
-        """Pass the requests of this pass of the event loop to the model thread."""
+        """Pass all requests that were made in this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         requests = [
             SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline)
@@ -133,10 +142,10 @@ class Chat:
         thread.loop.call_soon_threadsafe(thread.put, requests)
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
-        """Return the fields of a request besides model, messages and n."""
+        """Return the fields of a request other than model, messages and n."""
         kind = self.sampling.structured_output if free_tokens is None else "none"
         fields = config.generate_args
-        if free_tokens is not None:  # a limit in the settings applies to numbers only
+        if free_tokens is not None:  # the token limit of the model file applies only to numbers
             fields.pop("max_completion_tokens", None)
             fields["max_tokens"] = free_tokens
         elif not fields.keys() & {"max_tokens", "max_completion_tokens"}:
@@ -145,7 +154,7 @@ class Chat:
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Set the models of this process, also for AgentScope, and return them by name. Raises SettingsError."""
+    """Read the model file, set the models of this process and of AgentScope, and return them. Raises SettingsError."""
     models = read_models(config)
     ModelManager.get_instance().load_model_configs([each.entry for each in models.values()], clear_existing=True)
     _models.clear()
@@ -154,5 +163,5 @@ def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
 
 
 def import_client() -> None:
-    """Import the model client, and with it openai, early: a call with a deadline must not wait for the import."""
-    import simulation.llm.http_client  # noqa: F401, PLC0415 - for those alone that ask a model
+    """Import the model client and openai in advance, so that no call with a deadline waits for these imports."""
+    import simulation.llm.http_client  # noqa: F401, PLC0415 - needed only for LLM participants

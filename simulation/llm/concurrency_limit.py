@@ -1,8 +1,9 @@
-"""A fair semaphore for one model server, shared by all processes of this host: limits the requests in flight.
+"""A fair semaphore for one model server, shared by all processes of this host. It limits the requests in flight.
 
-All processes share one file with a row per process. A lock on the file guards it; the kernel releases the lock when its
-holder exits. The process with the fewest permits goes first, and among equals the one that has waited longest. The row
-of a process without recent heartbeats is ignored, so a crashed process blocks no other.
+All processes share one file, which contains one row per process. A file lock protects the file; the kernel releases the
+lock when the process that holds it exits. Among the waiting processes, the one with the fewest permits is served first,
+and among processes with equally many permits, the one that has waited longest. Rows without recent heartbeats are
+ignored, so that a crashed process does not block others.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from simulation.files import SERVERS, lock, warn_once
 
 FOLDER = SERVERS / "in-flight"
 NO_LOCK = "--max-in-flight may be exceeded for moments"
-WAITING_LOST_NS = 2 * 10**9  # without a heartbeat for this long, a process no longer counts as waiting,
-HOLDING_LOST_NS = 20 * 10**9  # and for this long, its permits are free
-ROW = struct.Struct("=4q")  # owner (a random number), permits, waiting since (0: it does not wait), last heartbeat
+WAITING_LOST_NS = 2 * 10**9  # after this time without a heartbeat, a process no longer counts as waiting
+HOLDING_LOST_NS = 20 * 10**9  # after this time without a heartbeat, the permits of a process are free
+ROW = struct.Struct("=4q")  # owner (a random number), permits, start of waiting (0: not waiting), last heartbeat
 
 
 class SharedSemaphore:
-    """This process's handle on the semaphore of one model server, whose address names the file in `folder`.
+    """This process's handle on the semaphore of one model server. The file name in `folder` is a hash of the address.
 
-    If the file cannot be used, the limit is this process's alone.
+    If the file cannot be used, the limit applies to this process alone.
     """
 
     def __init__(self, address: str, folder: Path = FOLDER) -> None:
         self.held = 0
         self._waiting_since = 0
         self._owner = secrets.randbits(62) + 1
-        self._index = -1  # of this process's row
+        self._index = -1  # index of this process's row; -1 without a row
         self._folder = folder
         self._file: int | None = None
         path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}.rows"
@@ -52,16 +53,17 @@ class SharedSemaphore:
             self._file = None
 
     def acquire(self, limit: int, slots: int = 1) -> bool:
-        """Acquire `slots` permits if at least one is free and it is our turn; if not, count as waiting from now on.
+        """Acquire `slots` permits and return True if a permit is free and no other process is served first.
 
-        All of `slots` are granted even if fewer are free, so up to `limit + slots - 1` permits may be held.
+        Otherwise, mark this process as waiting and return False. All `slots` permits are granted even if fewer are
+        free, so up to `limit + slots - 1` permits may be in use.
         """
         with self._locked() as now:
             self._waiting_since = self._waiting_since or now
             held, first = self.held, True
             for owner, permits, waiting_since, beat_at in self.rows():
                 age_ns = now - beat_at
-                if owner == self._owner or not 0 <= age_ns < HOLDING_LOST_NS:  # below 0: from before the last reboot
+                if owner == self._owner or not 0 <= age_ns < HOLDING_LOST_NS:  # negative: written before a reboot
                     continue
                 held += permits
                 if waiting_since and age_ns < WAITING_LOST_NS:
@@ -77,19 +79,22 @@ class SharedSemaphore:
             self.held -= slots
 
     def beat(self, waiting: bool) -> None:
-        """Record a heartbeat; call it every second while this process holds permits or waits."""
+        """Record a heartbeat and whether this process still waits.
+
+        Call this every second while this process waits or holds permits.
+        """
         with self._locked():
             self._waiting_since = self._waiting_since if waiting else 0
 
     def rows(self) -> list[tuple[int, ...]]:
-        """Return the rows of all processes, as in `ROW`; times are monotonic (ns)."""
+        """Return the rows of all processes. Their fields are those of `ROW`; times are monotonic, in ns."""
         if self._file is None:
             return []
         return list(ROW.iter_unpack(os.pread(self._file, os.lseek(self._file, 0, os.SEEK_END), 0)))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """Lock the file and yield the time; then write this process's row."""
+        """Lock the file and yield the current time. At the end, write this process's row and unlock the file."""
         locked = self._file is not None and lock(self._file, self._folder, NO_LOCK)
         try:
             now = time.monotonic_ns()
@@ -102,7 +107,7 @@ class SharedSemaphore:
 
     def _write_row(self, file: int, now: int) -> None:
         own = os.pread(file, ROW.size, self._index * ROW.size) if self._index >= 0 else b""
-        if not own or ROW.unpack(own)[0] != self._owner:  # no row yet, or it expired and another process took it
+        if not own or ROW.unpack(own)[0] != self._owner:  # no row yet, or another process has reused the expired row
             rows = self.rows()
             lost = (index for index, row in enumerate(rows) if not 0 <= now - row[-1] < HOLDING_LOST_NS)
             self._index = next(lost, len(rows))

@@ -1,7 +1,8 @@
-"""The HTTP client of one model server: openai's client on aiohttp, created once.
+"""The HTTP client of one model server, which uses openai's client on aiohttp.
 
-Requests bypass openai's methods, which build an object for every part of a reply. CPU time per request: 1.7 ms with
-those methods, 0.8 ms with `post(..., cast_to=object)`, 0.4 ms with the HTTP client underneath, as here.
+Requests bypass openai's request methods, because these build an object for every element of a reply. A request takes
+1.7 ms of CPU time with openai's methods, 0.8 ms with `post(..., cast_to=object)`, and 0.4 ms with the underlying HTTP
+client, which this module uses.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from simulation.llm.usage import MODEL_SERVER
 
 REPLY_BYTES = 256 * 2**20
 LOST = "connection lost"
-MODELS_SHOWN, NAME_SHOWN = 5, 80  # of the models that a server lists: how many, and characters of each name
+MODELS_SHOWN, NAME_SHOWN = 5, 80  # number of models shown of those that a server lists, and maximum length of a name
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5 s
 NETWORK_ERRORS = (httpx2.HTTPError, aiohttp.ClientError, OSError)
 
 
 class ModelHttp:
-    """The connections to one model server; create and use it on the same event loop.
+    """The HTTP connections to one model server. Create and use an instance on the same event loop.
 
-    Raises ValueError if a header (possibly from the environment) holds characters that cannot be sent, or if the
-    certificates or the proxy named by the environment cannot be used.
+    Raises ValueError if a header contains characters that cannot be sent, or if the certificates or the proxy that the
+    environment specifies cannot be used. Headers may also come from the environment.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,10 +46,11 @@ class ModelHttp:
         tls = proxy is not None or config.base_url.startswith("https:")
         try:
             self._client = openai.DefaultAioHttpClient(
-                limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),  # only our own limit applies
-                timeout=None,  # see post: one timeout for the whole request
+                # 0: no limit, because SharedSemaphore limits the requests
+                limits=httpx2.Limits(max_connections=0, keepalive_expiry=KEEP_ALIVE_S),
+                timeout=None,  # `post` sets one timeout for the whole request
                 verify=tls,  # reading the certificates takes 35 ms
-                trust_env=tls and not local,  # the environment names no proxy for this host itself
+                trust_env=tls and not local,  # no proxy for a model server on this host
                 follow_redirects=False,
             )
         except OSError as error:
@@ -62,7 +64,7 @@ class ModelHttp:
             url = url.copy_with(host="127.0.0.1")  # another program may listen on ::1
         self.url = str(url).rstrip("/")
         settings = openai.AsyncOpenAI(
-            api_key=config.entry.get("api_key") or ("EMPTY" if local else None),  # None: from the environment
+            api_key=config.entry.get("api_key") or ("EMPTY" if local else None),  # None: read from the environment
             organization=config.entry.get("organization"),
             http_client=self._client,
             **(config.entry["client_args"] | {"base_url": self.url}),
@@ -75,7 +77,7 @@ class ModelHttp:
         self._completions = httpx2.URL(self.url + "/chat/completions")
 
     async def check(self, model: str, timeout_s: float) -> str | None:
-        """Return why the server cannot answer for a model; None if it can."""
+        """Return why the server cannot answer requests for this model, or None if it can."""
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._client.get(self.url + "/models", headers=self._headers)
@@ -87,16 +89,20 @@ class ModelHttp:
             return f"does not answer within {timeout_s:g} s{self._through}"
         except NETWORK_ERRORS as error:
             return f"does not answer: {_connection_cause(error)}{self._through}"
-        except (KeyError, TypeError):  # no list of models
+        except (KeyError, TypeError):  # the reply contains no list of models
             served = []
-        except (ValueError, RecursionError):  # not HTTP, not JSON, or JSON nested too deep
+        except (ValueError, RecursionError):  # the reply is not HTTP, not JSON, or nested too deep
             return f"answers, but is no server of the OpenAI API{self._through}"
         if not served or model in served:
             return None
         return f"serves {', '.join(printable(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])}, not {model}"
 
     async def post(self, body: bytes, timeout_s: float) -> Reply:
-        """Send one completion request. Raises RequestError, with the cause NO_ANSWER after `timeout_s` in total."""
+        """Send one completion request and return the reply.
+
+        Raises RequestError if the request fails. The cause is NO_ANSWER if no whole reply arrives within
+        `timeout_s` seconds.
+        """
         request = httpx2.Request("POST", self._completions, headers=self._headers, content=body)
         try:
             async with asyncio.timeout(timeout_s):
@@ -120,7 +126,7 @@ class ModelHttp:
 
 
 def check_models(models: Sequence[ModelConfig], timeout_s: float) -> dict[ModelConfig, str]:
-    """Check concurrently that servers answer for their models; return the cause for each that does not."""
+    """Check concurrently whether model servers answer for their models. Return the cause of each failed check."""
 
     async def check(config: ModelConfig) -> str | None:
         try:
@@ -138,7 +144,7 @@ def check_models(models: Sequence[ModelConfig], timeout_s: float) -> dict[ModelC
 
 
 def proxy_of(url: str) -> str | None:
-    """Return the proxy that the environment names for an address, without its password; None if there is none."""
+    """Return the proxy that the environment specifies for a URL, without user name and password, or None."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
@@ -148,16 +154,16 @@ def proxy_of(url: str) -> str | None:
 
 
 def _certificates_from() -> str:
-    """Return a phrase for error messages: the environment variable that names the trusted certificates, if any."""
+    """Return a phrase for error messages that names the environment variable for certificates; "" if none is set."""
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if os.environ.get(name):
             return f", of {name}={os.environ[name]},"
-    other = "REQUESTS_CA_BUNDLE"  # read by other programs
+    other = "REQUESTS_CA_BUNDLE"  # an environment variable that other programs read
     return f" (SSL_CERT_FILE names others; {other} is not used)" if other in os.environ else ""
 
 
 async def _body_of(response: httpx2.Response) -> bytes:
-    """Return the whole body of a reply. Raises RequestError if it breaks off or exceeds REPLY_BYTES."""
+    """Read the whole body of a reply. Raises RequestError if the connection is lost or the body exceeds REPLY_BYTES."""
     body = bytearray()
     try:
         async for part in response.aiter_bytes():
@@ -172,7 +178,7 @@ async def _body_of(response: httpx2.Response) -> bytes:
 
 
 def _connection_cause(error: BaseException | None) -> str:
-    """Return why a connection failed or was lost, in fixed wording, as failures are counted by it."""
+    """Return why a connection failed or was lost, in fixed wording, because failures are counted by this text."""
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return "connection refused"

@@ -1,6 +1,6 @@
-"""The model configurations file, in AgentScope's format; a single entry can be the template for model_1 .. model_N.
+"""The model configurations file, in AgentScope's format. A single entry can be the template for model_1 .. model_N.
 
-Reads and checks the file, and contacts no server.
+This module reads and checks the file. It does not contact any model server.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ KNOWN = {"config_name", "model_type", "model_name", "api_key", "organization", "
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model server."""
+    """One model on one model server, as configured by an entry of the file."""
 
-    name: str  # for participants, such as `model_1`
-    model: str  # for the server
+    name: str  # name in this program, such as `model_1`
+    model: str  # name on the model server
     base_url: str  # including `/v1`
-    entry: dict[str, Any] = field(repr=False, hash=False)  # in AgentScope's format; may hold an API key
+    entry: dict[str, Any] = field(repr=False, hash=False)  # in AgentScope's format; may contain an API key
 
     @property
     def generate_args(self) -> dict[str, Any]:
-        """Return the fields of every request, such as temperature."""
+        """Return a copy of the request fields that the entry sets, such as temperature."""
         return dict(self.entry.get("generate_args") or {})
 
     @property
     def address(self) -> str:
-        """Return host and port."""
+        """Return host and port of the model server."""
         return urlsplit(self.base_url).netloc
 
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
-    """Return whether a URL points to this host or to one of `hosts`."""
+    """Return whether the host of a URL is this host or one of `hosts`."""
     host = urlsplit(url).hostname or ""
     if host == "localhost" or host in map(str.lower, hosts):  # urlsplit returns host names in lower case
         return True
@@ -56,7 +56,7 @@ def is_within(url: str, hosts: Sequence[str]) -> bool:
 
 
 def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
-    """Raise SettingsError if a model is outside the cluster and --allow-remote-model is not set."""
+    """Raise SettingsError if a model server is outside the cluster and --allow-remote-model is not set."""
     if not config.allow_remote_model and not is_within(url, config.hosts):
         raise SettingsError(
             f"{name} at {url} is outside this cluster's hosts ({' '.join(config.hosts)}) and may cost money; give "
@@ -65,30 +65,30 @@ def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
 
 
 def asked_models(config: SimulationConfig) -> list[str]:
-    """Return the names of the models in use: those of the mixture (--models), or else model_1 .. model_N."""
+    """Return the names of the models in use: those of the mixture (--models) if given, otherwise model_1 .. model_N."""
     if config.models is None:
         return [f"model_{number}" for number in range(1, config.model_per_host + 1)]
     return [each.partition("=")[0].strip() for each in config.models.split(",")]
 
 
 def model_of(participant: int, models: int) -> str:
-    """Return the name of a participant's model; N models are assigned round-robin."""
+    """Return the name of the participant's model: model_1 .. model_N are assigned round-robin, where N is `models`."""
     return f"model_{participant % models + 1}"
 
 
 def has_models(config: SimulationConfig) -> bool:
-    """Return whether there is a model file to read; only the default file may be missing."""
+    """Return whether to read the model file: yes, unless the default --model-configs is used and does not exist."""
     return config.model_configs != SimulationConfig.model_configs or is_there(Path(config.model_configs))
 
 
 def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models by name. Raises SettingsError with the file, the entry and the cause."""
+    """Read the model file. Return its models by name. Raises SettingsError if the file cannot be read or is invalid."""
     path = config.model_configs
     try:
         entries = json.loads(read_text(Path(path)))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--model-configs {path}: cannot be read: {reason(error)}{near_file(path)}") from None
-    except (ValueError, RecursionError) as error:  # the latter: nested too deep
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON nested too deep
         raise SettingsError(f"--model-configs {path}: is not JSON: {error}") from None
     entries = [entries] if isinstance(entries, dict) else entries
     if not isinstance(entries, list) or not entries:
@@ -107,7 +107,7 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
 
 
 def _problems_with(entry: Any) -> Iterator[str]:
-    """Yield the errors in an entry; each check relies on those before it, so only the first counts."""
+    """Yield the errors in an entry. A check may assume that the earlier ones passed, so only the first error counts."""
     if not isinstance(entry, dict):
         yield "must be an object with config_name, model_type, model_name and client_args"
     yield from (f"{name} is not known here; {nearest(name, sorted(KNOWN))}" for name in entry if name not in KNOWN)
@@ -154,7 +154,7 @@ def _model_of(entry: dict[str, Any]) -> ModelConfig:
 
 
 def _at_port(template: ModelConfig, base_port: int, index: int) -> ModelConfig:
-    """Return the model at an index (from 0), from a template whose URL has no port."""
+    """Return model number `index` (from 0), at port base_port + index, from a template whose URL has no port."""
     url = urlsplit(template.base_url)
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
     client_args = template.entry["client_args"] | {

@@ -1,7 +1,7 @@
-"""Prompts of LLM participants, and the constraints that keep their answers numeric; pure functions.
+"""Prompts of LLM participants, and the constraints that force models to answer with numbers; pure functions.
 
-A prompt names no participant, so participants with the same history share a prompt and a request. The common part
-comes first, so that a model server with prefix caching processes it once.
+A prompt does not identify a participant, so participants with the same history share a prompt and a request. Text that
+many prompts share comes first, so that a model server with prefix caching processes this text once.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Any, NamedTuple
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question
 
-Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None: no answer
+Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without one
 
-CHARACTERS_PER_TOKEN = 4  # English text, common tokenizers; for estimates only
-TEMPLATE_TOKENS = 12  # added by a chat template, approximately
-FREE_TEXT_TOKENS = 256  # limit of an unconstrained answer
-JSON_TOKENS = 48  # of {"number": "..."} with the white space that some models add
-SPARE_TOKENS = 4
-AVERAGE_DIGITS = 3  # extra decimal places, beyond those of answers
+CHARACTERS_PER_TOKEN = 4  # for English text and common tokenizers; used for estimates only
+TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds
+FREE_TEXT_TOKENS = 256  # token limit of an unconstrained answer
+JSON_TOKENS = 48  # tokens of {"number": "..."} in addition to the number, with white space that some models add
+SPARE_TOKENS = 4  # in addition to one token per character of a constrained number
+AVERAGE_DIGITS = 3  # decimal places of averages in addition to those of answers
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The messages of one request; after free-text reasoning, it contains that text and asks for the number alone."""
+    """The messages of one request. With reasoning, they repeat the reasoning and then ask for the number alone."""
 
     system: str  # persona and rules
     user: str  # the question
-    thoughts: str | None = None  # the reasoning, if any
+    thoughts: str | None = None  # the reasoning; None without reasoning
     thought_tokens: int = 0  # token limit of the reasoning
 
     @property
     def tokens(self) -> int:
-        """Return the estimated length in tokens."""
+        """Return the estimated number of tokens of the messages."""
         ours = len(self.system) + len(self.user) + (0 if self.thoughts is None else len(EXTRACT))
-        thoughts = min(len(self.thoughts or ""), self.thought_tokens)  # in any language
+        thoughts = min(len(self.thoughts or ""), self.thought_tokens)  # at most one token per character
         return ours // CHARACTERS_PER_TOKEN + thoughts + TEMPLATE_TOKENS
 
     @property
@@ -50,9 +50,9 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the system prompt for these personas and this team.
+    """Return the system prompt of a participant with these personas and this team.
 
-    If the template has no `{persona}`, the persona comes first; if it has no `{team}`, the team comes last.
+    If the template has no `{persona}`, insert the personas at the beginning. If it has no `{team}`, append the team.
     """
     assert game.wording is not None  # set in every game with LLM participants
     text = game.wording.system
@@ -64,7 +64,7 @@ def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None)
 
 
 def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the instruction on how to answer in a round."""
+    """Return the instruction that states how to answer in a round."""
     assert game.wording is not None
     return _filled(game.wording.instruction, game, personas, team)
 
@@ -76,16 +76,16 @@ def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None
 
 @lru_cache(maxsize=4096)
 def _format(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
-    """Return a template of the prompts file with its placeholders filled in."""
+    """Return a template of the prompts file with all placeholders replaced by these values."""
     number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
     return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
 
 
 @lru_cache(maxsize=16_384)
 def prompt_for(system: str, question: Question, numbers: Numbers, last: str = "", thoughts: str = "") -> Prompt:
-    """Return the prompt of a round for participants with these previous answers.
+    """Return the prompt of a question for participants who gave the answers `numbers` in the earlier rounds.
 
-    After the question, `last` says how to answer; `thoughts` is the last reasoning text, if the prompt repeats it.
+    Append the instruction `last` to the question. Repeat `thoughts`, the latest reasoning, unless it is empty.
     """
     lines = [_announced(each, question.decimals) for each in question.announcements]
     if numbers:
@@ -96,7 +96,7 @@ def prompt_for(system: str, question: Question, numbers: Numbers, last: str = ""
 
 
 def _announced(result: Announcement, decimals: int) -> str:
-    """Return the text of the announcement after a round."""
+    """Return the announcement of a round as text for the prompt."""
     if result.average is None or result.winning_number is None:
         return f"Round {result.round}: nobody answered."
     digits = decimals + AVERAGE_DIGITS
@@ -116,7 +116,7 @@ def _announced(result: Announcement, decimals: int) -> str:
 
 
 def _number(number: float | None, digits: int) -> str:
-    """Return a number with up to `digits` decimal places; "none" for None."""
+    """Format a number with up to `digits` decimal places. Return "none" for None."""
     if number is None:
         return "none"
     text = f"{Decimal(repr(round(number, digits))):f}"
@@ -124,22 +124,24 @@ def _number(number: float | None, digits: int) -> str:
 
 
 def number_pattern(max_value: int, decimals: int) -> str:
-    """Return a regular expression for exactly the numbers 0..max_value with up to `decimals` decimal places."""
+    """Return a regular expression that matches only the numbers 0..max_value with up to `decimals` decimal places."""
     digits = str(max_value)
-    below = ["[0-9]"] if len(digits) > 1 else []  # the whole numbers below max_value: first those with fewer digits,
+    # Patterns for the whole numbers below max_value. First, those with fewer digits:
+    below = ["[0-9]"] if len(digits) > 1 else []
     below += [f"[1-9][0-9]{{{length}}}" for length in range(1, len(digits) - 1)]
-    for index, digit in enumerate(digits):  # then those that begin as it does, and go on with a lower digit
+    # Then, for each digit of max_value, the numbers with the same digits before it and a lower digit in its place:
+    for index, digit in enumerate(digits):
         lowest = "1" if index == 0 and len(digits) > 1 else "0"
-        rest = len(digits) - index - 1
+        tail = len(digits) - index - 1
         if digit > lowest:
-            below.append(f"{digits[:index]}[{lowest}-{int(digit) - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+            below.append(f"{digits[:index]}[{lowest}-{int(digit) - 1}]" + (f"[0-9]{{{tail}}}" if tail else ""))
     if decimals == 0:
         return f"({'|'.join([*below, digits])})"
     return f"(({'|'.join(below)})(\\.[0-9]{{1,{decimals}}})?|{digits}(\\.0{{1,{decimals}}})?)"
 
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
-    """Return the request fields that constrain a model to a number in range; `kind` is --structured-output."""
+    """Return the request fields that constrain an answer to a number in range; `kind` is --structured-output."""
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
@@ -156,7 +158,10 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer: one token per character if `kind` constrains it, else FREE_TEXT_TOKENS."""
+    """Return the token limit of an answer; `kind` is --structured-output.
+
+    A constrained answer needs at most one token per character. For other answers, the limit is FREE_TEXT_TOKENS.
+    """
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

@@ -1,6 +1,7 @@
-"""The requests to model servers: batching, retries, backoff and the shared semaphore.
+"""The queue of requests to model servers, with batching, retries, backoff and the shared semaphore.
 
-There is one client per model server and credentials; all clients of a process run on the event loop of one thread.
+Each pair of model server and credentials has its own client. All clients of a process run on one event loop in one
+thread.
 """
 
 from __future__ import annotations
@@ -33,41 +34,41 @@ if TYPE_CHECKING:
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
-MALFORMED_REPLIES = 8  # in a row for one request, then it fails
-ERRORS_WITH_N = 3  # in a row, before a request asks for one answer instead of several
+MALFORMED_REPLIES = 8  # a request fails after so many malformed replies in a row
+ERRORS_WITH_N = 3  # after so many errors in a row, a request asks for one answer instead of several
 
-Sample = tuple[str | None, str | None, float]  # a text, why it is unusable (None: it is not), the deadline for retries
+Sample = tuple[str | None, str | None, float]  # text, why the text is unusable (None: usable), deadline for retries
 
 
 @dataclass(eq=False)
 class SampleRequest:
-    """A request of one group for samples of one prompt, one for each of the waiting participants."""
+    """A request of one group for samples of one prompt: one sample for each waiting participant."""
 
     chat: Chat
     config: ModelConfig
     prompt: Prompt
-    fields: dict[str, Any]  # other fields of the request, except n
+    fields: dict[str, Any]  # fields of the request other than model, messages and n
     waiting: deque[asyncio.Future[Sample]]
-    deadline: float  # time.monotonic() when it expires; infinite before it is first sent
+    deadline: float  # time.monotonic() at which the request expires; infinite until it is first sent
     queued_at: float = field(default_factory=time.monotonic)
     errors: int = 0  # in a row
     cause: str | None = None  # of the last error
-    single_worked: bool = False  # a request for one answer succeeded where several failed
-    reserved: float = 0.0  # tokens of the group's budget
+    single_worked: bool = False  # after errors with several answers, a request for one answer succeeded
+    reserved: float = 0.0  # tokens reserved in the group's budget
 
     @property
     def tokens_each(self) -> int:
         return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
 
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
-        """Pass samples or errors to the first participants, on their event loop."""
+        """Remove the first participants from `waiting`, and pass them these samples or errors on their event loop."""
         futures = [self.waiting.popleft() for _ in outcomes]
         if futures:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the group was deleted
                 futures[0].get_loop().call_soon_threadsafe(_set_outcomes, futures, outcomes)
 
     def fail(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
-        """Fail all participants with a cause and how the round ended for them."""
+        """Fail all waiting participants with this cause; `ended` states how the round ended for them."""
         self.deliver([KnownCause(cause, ended=ended) for _ in self.waiting])
 
 
@@ -82,28 +83,28 @@ def _set_outcomes(futures: list[asyncio.Future[Sample]], outcomes: Sequence[Samp
 
 
 class ModelClient:
-    """This process's only client for one model server; create and use it on the event loop of the model thread."""
+    """The client for one model server and credentials. Create and use it on the event loop of the model thread."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - openai, see import_client
+        from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - imports openai, see import_client
 
         self._http = ModelHttp(config)
         self._semaphore = SharedSemaphore(self._http.url)
         self._queue: deque[SampleRequest] = deque()
         self._last_success = -math.inf  # time.monotonic() of the last answer
-        self._errors = 0  # in a row, of the server as a whole
+        self._errors = 0  # consecutive errors that concern the whole server
         self._last_cause = NO_ANSWER
         self._backoff_until = -math.inf
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     def put(self, request: SampleRequest, first: bool = False) -> None:
-        """Queue a request: at the end, or at the front if it was queued before (`first`)."""
+        """Add a request to the end of the queue, or to its front if the request was queued before (`first`)."""
         self._queue.insert(0 if first else len(self._queue), request)
         self._wake.set()
 
     async def _run(self) -> None:
-        """Send requests, fail expired ones and send heartbeats."""
+        """Repeatedly send requests, fail expired requests, and record heartbeats of the semaphore."""
         next_tick = -math.inf
         while True:
             self._wake.clear()
@@ -115,7 +116,7 @@ class ModelClient:
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
                 while now >= self._backoff_until and self._send_next():
                     pass
-            except Exception as error:  # noqa: BLE001 - the participants must learn of it, whatever it is
+            except Exception as error:  # noqa: BLE001 - every error must reach the participants
                 for request in self._queue:
                     request.fail(one_line(error))
             with contextlib.suppress(TimeoutError):
@@ -123,9 +124,9 @@ class ModelClient:
                     await self._wake.wait()
 
     def _is_over(self, request: SampleRequest) -> bool:
-        """Return whether no participant waits for a request any more; fail it if it has expired."""
+        """Drop participants that no longer wait. Fail the request if it has expired. Return whether nobody waits now."""
         end = request.deadline
-        if end == math.inf:  # not sent yet: it does not expire while the server answers others
+        if end == math.inf:  # not sent yet: does not expire while the server answers other requests
             end = max(request.queued_at, self._last_success) + request.chat.sampling.reply_timeout_s
         while request.waiting and (request.chat.closed or request.waiting[0].done()):
             request.waiting.popleft()
@@ -134,7 +135,10 @@ class ModelClient:
         return not request.waiting
 
     def _send_next(self) -> bool:
-        """Send the next request that the semaphore and the token budgets allow; return False if there is none."""
+        """Send the next request that the semaphore and the token budgets allow. Return whether one was sent.
+
+        Remove requests for which no participant waits, and fail requests that exceed the token budget of their group.
+        """
         for _ in range(len(self._queue)):
             request = self._queue[0]
             if self._is_over(request):
@@ -145,11 +149,11 @@ class ModelClient:
             wanted = min(len(request.waiting), chat.sampling.samples_per_request if several else 1)
             count = chat.affordable(request, wanted)
             if count == 0:
-                if not chat.tasks:  # else a request that ends may return some tokens
+                if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
                 self._queue.rotate(-1)
                 continue
-            limit = chat.sampling.max_in_flight  # in requests; if not set, the limit is in answers
+            limit = chat.sampling.max_in_flight  # counts requests; the default limit counts answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
             if not self._semaphore.acquire(limit, slots):
                 return False
@@ -165,7 +169,7 @@ class ModelClient:
         task = asyncio.create_task(self._serve(batch))
         chat.tasks.add(task)
 
-        def ended(task: asyncio.Task[None]) -> None:  # also runs for a task cancelled before its first step
+        def ended(task: asyncio.Task[None]) -> None:  # also runs if the task is cancelled before its first step
             chat.tasks.remove(task)
             self._semaphore.release(slots)
             chat.commit(batch)  # no effect if already committed
@@ -174,7 +178,7 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome; after an error that `n` may have caused, request a single answer."""
+        """Send a request and handle its outcome. After an error that `n` may have caused, request a single answer."""
         count = len(batch.waiting)
         try:
             try:
@@ -190,11 +194,11 @@ class ModelClient:
             self._answered(batch, count, reply)
         except RequestError as error:
             self._retry_or_fail(batch, error)
-        except Exception as error:  # noqa: BLE001 - the participants must learn of it, whatever it is
+        except Exception as error:  # noqa: BLE001 - every error must reach the participants
             batch.fail(one_line(error))
 
     async def _request(self, batch: SampleRequest, count: int) -> Reply:
-        """Make one attempt and commit its cost. Raises RequestError."""
+        """Send a request once, commit its cost, and return the reply. Raises RequestError if the request fails."""
         attempt_s, left_s = batch.chat.sampling.attempt_timeout_s, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
@@ -203,13 +207,13 @@ class ModelClient:
         except RequestError as error:
             batch.chat.commit(batch, error.tokens)
             if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
-                error.cause = batch.cause  # the deadline cut the attempt short: the previous cause says more
+                error.cause = batch.cause  # the deadline shortened the attempt: the previous cause is more helpful
             raise
-        batch.chat.commit(batch, reply.tokens, answered=True)  # before usage can be read
+        batch.chat.commit(batch, reply.tokens, answered=True)  # before the participants continue and read the usage
         return reply
 
     def _doubts_n(self, batch: SampleRequest, error: RequestError) -> bool:
-        """Return whether to retry now for one answer: after a refusal or repeated errors, if the budget allows it."""
+        """Return whether to request one answer now: `n` may have caused the error, and the token budget suffices."""
         clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
         return error.maybe_unsupported_n and clear and batch.chat.affordable(batch, 1) == 1
 
@@ -231,7 +235,7 @@ class ModelClient:
             self.put(batch, first=True)
 
     def _retry_or_fail(self, batch: SampleRequest, error: RequestError) -> None:
-        """Retry a failed request now or later, or give up."""
+        """Put a failed request back into the queue, now or after a pause, or fail its participants."""
         batch.errors += 1
         batch.cause = self._last_cause = error.cause
         if not error.retryable or (error.malformed and batch.errors >= MALFORMED_REPLIES):
@@ -241,7 +245,7 @@ class ModelClient:
             return
         now, errors = time.monotonic(), batch.errors
         if error.server_wide:
-            self._errors += now >= self._backoff_until  # else it belongs to the same burst as the previous error
+            self._errors += now >= self._backoff_until  # an error during the backoff belongs to the previous burst
             errors = max(self._errors, 1)
         wait_s = min(pause_s(errors, error.retry_after_s, random.random()), max(batch.deadline - now, 0.0))
         if error.server_wide:
@@ -252,7 +256,7 @@ class ModelClient:
 
 
 class ModelThread(threading.Thread):
-    """The thread of this process whose event loop all clients run on."""
+    """The thread whose event loop runs all clients of this process."""
 
     def __init__(self) -> None:
         super().__init__(name="models", daemon=True)
@@ -264,7 +268,7 @@ class ModelThread(threading.Thread):
         self.loop.run_forever()
 
     def put(self, requests: list[SampleRequest]) -> None:
-        """Pass requests to their clients; call it on this thread."""
+        """Pass requests to their clients, created on first use. Call this method on this thread."""
         for request in requests:
             config = request.config
             account = [config.entry.get(name) for name in ("client_args", "api_key", "organization")]
@@ -273,7 +277,7 @@ class ModelThread(threading.Thread):
                 if key not in self.clients:
                     self.clients[key] = ModelClient(config)
                 self.clients[key].put(request)
-            except Exception as error:  # noqa: BLE001 - any setting of the client may be wrong
+            except Exception as error:  # noqa: BLE001 - invalid client settings may raise any exception
                 request.fail(one_line(error))
 
 
@@ -282,7 +286,7 @@ _thread_lock = threading.Lock()
 
 
 def model_thread() -> ModelThread:
-    """Return the thread, started on first use: a server is forked before."""
+    """Return this process's model thread. It starts on first use, because threads do not survive a fork."""
     global _thread  # noqa: PLW0603 - one per process
     with _thread_lock:
         _thread = _thread or ModelThread()

@@ -1,23 +1,23 @@
-"""Usage of language models in requests, tokens and seconds, and the failure causes that end their use."""
+"""The usage of language models in requests, tokens and seconds, and failure causes that concern all participants."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-MODEL_SERVER = "model server"  # prefix of causes that are not a participant's fault
+MODEL_SERVER = "model server"  # prefix of failure causes that are due to a model server
 OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The usage of one or more groups so far; tokens are as counted by the model servers, once per request."""
+    """The usage of one or more groups so far. The tokens are those that the model servers report for each request."""
 
-    requests: int = 0  # sent, including retries
-    retries: int = 0  # that repeat one that failed, returned too few answers, or returned an unusable answer
+    requests: int = 0  # requests sent, including retries
+    retries: int = 0  # requests that repeat one with an error, too few answers, or an unusable answer
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    answering_s: float = 0.0  # from question to last answer, summed over rounds, of the slowest group
-    client_s: float = 0.0  # CPU seconds of that group's server process during this time
+    answering_s: float = 0.0  # of the slowest group: from question to last answer, summed over rounds
+    client_s: float = 0.0  # CPU time of the slowest group's server process during `answering_s`
 
     @property
     def tokens(self) -> int:
