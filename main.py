@@ -1,7 +1,7 @@
-"""The program: parse the command, check it, start missing servers, play, and exit with a status listed in README.md.
+"""The program: parses and checks the command, starts missing servers, plays, and exits with a status.
 
-The loop over the rounds of a run is in simulation/runs/run.py. Modules that need AgentScope are imported inside
-functions, so that --help, usage errors and --stop respond at once.
+README.md lists the exit statuses. The loop over the rounds of a run is in simulation/runs/run.py. Modules that need
+AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
 """
 
 import os
@@ -10,8 +10,8 @@ import sys
 MODULES = ("simulation", "moderator", "participant")  # the program's own top-level modules
 
 if __name__ != "main":  # run as a program, not imported by a test
-    # Before any other import: files in this folder or the working directory, such as random.py, must not shadow
-    # modules of Python and the libraries, or optional modules that a library tries to import.
+    # Before any other import, remove this folder and the working directory from the import path. A file there, such as
+    # random.py, must not shadow a module of Python or of a library, or an optional module that a library imports.
     HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
     sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
     from importlib.machinery import ModuleSpec
@@ -19,19 +19,19 @@ if __name__ != "main":  # run as a program, not imported by a test
     from types import SimpleNamespace
 
     def find_own(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-        """Return the spec of a module of the program, which is beside this file; None for any other."""
-        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # not a folder of the same name
+        """Return the spec of a module of this program, whose file is beside this one; None for any other module."""
+        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # never a folder of that name
         return spec_from_file_location(name, f"{HERE}/{file}") if name in MODULES else None
 
     sys.meta_path.insert(0, SimpleNamespace(find_spec=find_own))
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up: exit without a traceback
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # we report a refused handshake ourselves, in one line
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something needs cleanup, exit without a traceback
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the program itself reports a refused handshake, in one line
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS for names in /etc/hosts
 for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
-    del os.environ[name]  # set for other programs; the values may not suit the libraries here
+    del os.environ[name]  # such variables were set for other programs; the libraries here may reject their values
 
 import io
 import time
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one role and return the exit status. Each error is one line on standard error."""
+    """Run one role and return the exit status. Print an error as one line on standard error."""
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
-        if command is None:  # a help page was asked for
+        if command is None:  # a help page was printed
             return 0
         exclude_from_proxy(*command.config.hosts, command.config.host_name)
         return OTHER_ROLES.get(command.config.role, play)(command)
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 - a bug in this program: one line, and the traceback in a file
+    except Exception as error:  # noqa: BLE001 - a defect of this program; a file gets the traceback
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
             say(f"error: {describe_damage(error)}", sys.stderr)
             return SettingsError.exit_status
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def play(command: Command) -> int:
-    """Check everything, start missing servers, play, and clean up all but the results. Return the exit status."""
+    """Check the settings, start missing servers, play, and clean up. Return the exit status."""
     from simulation.results.report_process import ReportProcess
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
@@ -84,14 +84,14 @@ def play(command: Command) -> int:
         say("\n".join(session.plan_lines()))
         return 0
     folder = session.config.cluster_key_dir
-    # if only the resumed run names the folder and it is missing, a new key would not match that run's servers
+    # a new key would not match the servers of a resumed run: make none in a folder that only that run names
     named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
     install_tls((load_or_make if named else load)(Path(folder)))
     progress = ConsoleProgress()
     progress.listen()
     dashboard = None
     with ExitStack() as cleanup:
-        if command.config.dashboard is not None:  # from this command, not from the resumed run
+        if command.config.dashboard is not None:  # the flag of this command, not of the resumed run
             from simulation.runs.dashboard import Dashboard
 
             dashboard = Dashboard(command.config.dashboard, progress)
@@ -108,13 +108,13 @@ def play(command: Command) -> int:
             start_servers(session.config, progress, cleanup)
         reports = ReportProcess()
         cleanup.callback(reports.close)
-        cleanup.callback(progress.close)  # before all others: it removes the bar
+        cleanup.callback(progress.close)  # called first, to remove the progress bar
         observe = dashboard.observe if dashboard is not None else None
         return session.play_runs(progress, reports.draw, observe)
 
 
 def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether localhost is the only host and runs no agent server that this run could use."""
+    """Return whether localhost is the only host, and no agent server that this run could use is running there."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):
@@ -128,7 +128,7 @@ def has_no_servers(config: SimulationConfig) -> bool:
 
 
 def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
-    """Start agent servers on this host, which `cleanup` stops. Raises Interrupted on a stop signal."""
+    """Start agent servers on this host; `cleanup` stops them. Raises Interrupted on a stop signal."""
     from loguru import logger
 
     from simulation.hosts import local_cluster
@@ -158,13 +158,13 @@ def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup
 
 if __name__ == "__main__":
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:  # it is closed; the next file opened would get its descriptor
+        if getattr(sys, name) is None:  # this stream is closed; the next opened file would get its descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # for lone surrogates from models, or an encoding without a character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may return text that cannot be encoded
         sys.stdout.reconfigure(errors="backslashreplace")
     status = main()
-    for stream in (sys.stdout, sys.stderr):  # here, because a failed flush at exit makes Python exit with 120
+    for stream in (sys.stdout, sys.stderr):  # flush here, as Python exits with status 120 if a flush fails at exit
         try:
             stream.flush()
         except OSError:

@@ -1,7 +1,7 @@
-"""The moderator: one agent per moderator server, between main and its share of the groups.
+"""The moderator: one agent per moderator server, between main and a share of the groups.
 
-It has the interface of a group: main starts a round on the moderators, and they start it on their groups and merge the
-results on the way back. It holds no state that another moderator would need to take over.
+A moderator has the interface of a group. Main starts a round on the moderators; each moderator starts the round on its
+groups and merges their results. A moderator stores nothing that its successor would need.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from simulation.rpc.messages import Progress
 
 
 class Moderator(AgentBase):
-    """The agent that asks its groups and merges their tallies.
+    """An agent that asks its groups and merges their tallies.
 
     Args:
         name: The agent's name.
-        timeout_s: Deadline for a call to a group's server (seconds).
-        lease_s: Seconds without contact after which the server deletes the moderator; None keeps it.
+        timeout_s: Deadline for a call to the server of a group (seconds).
+        lease_s: Seconds without contact after which the server deletes the moderator (None: never).
     """
 
     def __init__(self, name: str, timeout_s: float, lease_s: float | None) -> None:
@@ -41,10 +41,10 @@ class Moderator(AgentBase):
         self._groups: dict[GroupAssignment, Any] = {}
         self._tally = Tally(0)
         self._round = 0
-        self._lock = threading.Lock()  # guards check-then-set updates: calls arrive on many threads
+        self._lock = threading.Lock()  # guards check-then-set updates, as many threads call this moderator
 
     def assign(self, assignments: list[GroupAssignment], one_by_one: bool) -> None:
-        """Replace the groups to ask; these groups must already exist."""
+        """Replace the groups of this moderator by other existing groups. Stop asking removed groups one by one."""
         with self._lock:
             before = self._groups
             self._groups = {each: before.get(each) or self._group(each, one_by_one) for each in assignments}
@@ -58,17 +58,18 @@ class Moderator(AgentBase):
         return OneByOne(group, assignment, self._timeout_s) if one_by_one else group
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start the round on all groups, and return. `tokens_each` is the mean token budget per participant."""
+        """Start the round on all groups and return. `tokens_each` is the mean token budget per participant."""
         self._all(lambda group: group.begin(question, tokens_each))
         with self._lock:
             self._round = max(self._round, question.round)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Return the progress of groups asked one by one, waiting up to `wait_s` seconds; heartbeats cover others.
+        """Wait up to `wait_s` seconds, then return the progress of the groups that are asked one by one.
 
-        If `numbers`, the count of possible answers, is not 0, it includes a partial histogram.
+        Participant servers report other groups themselves. The progress contains a partial histogram unless `numbers`,
+        the number of possible answers, is 0.
         """
-        number = self._round  # read first, so that a new round's number is never paired with old answers
+        number = self._round  # read first, as a round may begin meanwhile
         groups = [group for group in self._groups.values() if isinstance(group, OneByOne) and group.sheet]
         unfinished = next((group for group in groups if not group.progress().finished), None)
         if unfinished is not None:
@@ -80,29 +81,29 @@ class Moderator(AgentBase):
         return with_histogram(progress, sheets, numbers) if numbers and sheets else progress
 
     def halt(self, immediately: bool) -> None:
-        """Stop the round: missing answers count as failed. With `immediately`, ignore participants that block."""
+        """Stop the round: missing answers count as failed. With `immediately`, do not wait for blocked participants."""
         self._all(lambda group: group.halt(immediately))
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """Return one part of the round's merged tally, and the number of parts. Request part 0 first."""
+        """Return part number `part` of the merged tally, and the number of parts. Callers must fetch part 0 first."""
         if part == 0:
             self._tally = merge(self._all(whole_tally))
         parts = self._tally.parts(TALLY_VALUES)
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
-        """Send the result to all groups and return their winners."""
+        """Announce the result to all groups, and return the winners."""
         return sum(self._all(lambda group: group.announce(announcement)), start=Winners(0, ()))
 
     def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of participants first .. first+count-1, all of one group."""
+        """Return the answers of participants first .. first+count-1, who must belong to one group."""
         groups = self._groups.items()
         group = next(group for each, group in groups if each.first <= first < each.first + each.count)
         answers: Answers = group.answers(first, count)
         return answers
 
     def close(self) -> None:
-        """Drop all groups."""
+        """Release all groups."""
         self.assign([], one_by_one=False)
 
     def _all(self, call: Callable[[Any], Any]) -> list[Any]:

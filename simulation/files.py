@@ -1,4 +1,4 @@
-"""User-supplied paths, file access with plain errors, and file locks."""
+"""User-supplied paths, file access with readable errors, and file locks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SERVERS = ROOT / "run" / "servers"
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
-    """Lock an open file or folder until it is closed, and return True; False if its file system has no locks.
+    """Lock an open file or folder until `descriptor` is closed. Return whether the file system supports locks.
 
-    Raises BlockingIOError if another process holds the lock and `wait` is False, or OSError. `folder`, and `advice` on
-    what the user must ensure without locks, are for the warning.
+    Without locks, log a warning that names `folder` and ends with `advice` to the user. Raises BlockingIOError if
+    another process has the lock and `wait` is False, or OSError if the lock fails.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -34,21 +34,21 @@ def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: 
 
 @functools.cache
 def warn_once(warning: str) -> None:
-    """Log each distinct warning once."""
+    """Log a warning, unless the same warning was logged before."""
     from loguru import logger  # noqa: PLC0415 - commands that stop servers log nothing else
 
     logger.warning(warning)
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """Return a user's path as an absolute path, with a leading `~`, `~user` or `$HOME` expanded. Raises SettingsError.
+    """Return a user-supplied path as an absolute path. Raises SettingsError if this is impossible.
 
-    A relative path starts in `folder` (default: the working directory).
+    A leading `~`, `~user` or `$HOME` is expanded. A relative path starts in `folder` (default: working directory).
     """
     if not text or "\0" in text:
         raise SettingsError(f"{flag} {printable(text)!r}: must be a path" + (", and is empty" if not text else ""))
-    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # in a file, no shell has expanded it
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises RuntimeError
+    text = re.sub(r"\A(\$HOME|\$\{HOME\})(?=/|\Z)", "~", text)  # in a settings file, no shell has expanded $HOME
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises RuntimeError
     if text.startswith("~") and str(path).startswith("~"):
         name = Path(text).parts[0]
         raise SettingsError(f"{flag} {text}: no home folder is known for {name}; a file of that name is ./{name}")
@@ -62,15 +62,15 @@ def full_path(flag: str, text: str, folder: Path | None = None) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path for display: relative if it is below the working directory."""
+    """Return a path for display: relative if the path is inside the working directory."""
     try:
         return str(Path(path).absolute().relative_to(Path.cwd()))
-    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+    except (ValueError, OSError):  # the path is elsewhere, or the working directory is gone
         return str(path)
 
 
 def is_there(path: Path, flag: str = "") -> bool:
-    """Return whether a file or folder exists. Raises SettingsError, where Path.exists() raises OSError."""
+    """Return whether a file or folder exists. Raises SettingsError if the file system does not tell."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -81,9 +81,9 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Return the files of a folder with this suffix, sorted; none if there is no folder. Raises SettingsError.
+    """Return the sorted files of a folder whose names end with `suffix`; an empty list if the folder does not exist.
 
-    Path.glob() would find nothing in a folder that cannot be read.
+    Raises SettingsError if the folder cannot be read. Path.glob() would return nothing in this case.
     """
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
@@ -99,5 +99,5 @@ def read_text(path: Path) -> str:
 
 
 def real(path: str | Path) -> Path:
-    """Return the path with all links resolved; unlike Path.resolve(), it does not raise on a link loop."""
+    """Return the path with all links resolved. Unlike Path.resolve(), this function does not fail on a link loop."""
     return Path(os.path.realpath(path))

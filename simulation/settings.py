@@ -1,6 +1,7 @@
-"""All settings, each declared once with type, default, range, help and roles, and checked before anything starts.
+"""All settings. Each setting is declared once, with its type, default, range, help text and roles.
 
-Flags, their help, the keys of experiment files and `config` in summary.json follow from these declarations.
+The flags, their help, the keys of experiment files and `config` in summary.json are derived from these declarations.
+Every value is checked before anything starts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from simulation.files import ROOT, full_path
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
-FINEST = 10**9  # the largest denominator
-COMMAS_FROM = 100_000  # smaller numbers, such as ports, have no commas
+FINEST = 10**9  # largest denominator of a fraction
+COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
     "main": "play the game",
     "participant": "start, stop or show the agent servers of this host",
@@ -39,19 +40,19 @@ class Setting:
     """The declaration of a setting."""
 
     default: Any
-    about: str  # what it is, with its unit
+    about: str  # description, with the unit
     low: float | None = None
     high: float = 0
     choices: tuple[str, ...] = ()
-    without: str = ""  # describes the default, where its value does not
-    roles: tuple[str, ...] = ("main",)  # that use it
-    group: str = ""  # heads the help from this setting on
+    without: str = ""  # shown instead of the default value
+    roles: tuple[str, ...] = ("main",)  # the roles that use this setting
+    group: str = ""  # title of the section of the help that starts with this setting
     game: bool = False  # whether an experiment file may contain it
     fixed_on_resume: bool = False
-    path: bool = False  # made absolute, see full_path
+    path: bool = False  # whether the value is a path, which becomes absolute (see full_path)
 
     def check(self, flag: str, value: Any) -> None:
-        """Raise SettingsError unless the value is in the range, among the choices, or None."""
+        """Raise SettingsError unless the value is in the range and among the choices. None is in every range."""
         if self.choices and value not in self.choices:
             guess = f"; {meant_by(str(value), self.choices)}".rstrip("; ")
             raise SettingsError(f"{flag} {value}: must be one of {', '.join(self.choices)}{guess}")
@@ -60,7 +61,7 @@ class Setting:
 
     @property
     def help(self) -> str:
-        """Return the help text: what it is, its range and default."""
+        """Return the help text: description, range and default."""
         default = self.without or ("off" if self.default is False else self.default)
         if isinstance(default, int | float):
             default = as_written(default)
@@ -69,16 +70,16 @@ class Setting:
 
 
 def setting(*declaration: Any, **options: Any) -> Any:
-    """Return a dataclass field with a Setting of these arguments as its metadata."""
+    """Return a dataclass field. Its metadata contains a Setting with these arguments."""
     return field(default=declaration[0], metadata={"setting": Setting(*declaration, **options)})
 
 
-rule = partial(setting, game=True, fixed_on_resume=True)  # of the game, which a resumed run cannot change
+rule = partial(setting, game=True, fixed_on_resume=True)  # a rule of the game: a resumed run cannot change it
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """The settings of one command. Raises SettingsError with flag, value and range if a value is invalid."""
+    """The settings of one command. Raises SettingsError if a value is invalid; the message states flag and range."""
 
     role: str = setting("main", "; ".join(map(": ".join, ROLES.items())), choices=tuple(ROLES), roles=tuple(ROLES))
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
@@ -204,12 +205,12 @@ class SimulationConfig:
             raise SettingsError("--experiment: does not go with --resume")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as stored in a run folder; paths inside the checkout are relative, as it may be moved."""
+        """Return the settings for a run folder. Paths in the checkout become relative, as the checkout may move."""
         return asdict(self) | _with_paths(vars(self), _from_root)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SimulationConfig:
-        """Return settings stored by `to_json`. Raises KeyError, TypeError or SettingsError if they are malformed."""
+        """Return the settings that `to_json` stored. Raises KeyError, TypeError or SettingsError for other data."""
         for name in data.keys() & KINDS.keys() - {"hosts"}:
             if type(data[name]) not in KINDS[name] and not (type(data[name]) is int and float in KINDS[name]):
                 raise TypeError(f"{name} has a value of another type")
@@ -220,7 +221,7 @@ class SimulationConfig:
 
     @property
     def ports(self) -> range:
-        """Return the ports of one host: participant servers first, then moderator servers."""
+        """Return the ports of one host: first the ports of participant servers, then those of moderator servers."""
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
 
 
@@ -234,14 +235,14 @@ SEVERAL_PATHS = "extra_pythonpath"
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Return the settings with paths, each after `change(name, path)`; SEVERAL_PATHS holds several."""
+    """Return the settings that contain paths, in which each path is replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
     paths = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
     return {**paths, SEVERAL_PATHS: ":".join(folders) or None}
 
 
 def _from_root(_name: str, path: str) -> str:
-    """Return a path as stored: relative if it is inside the checkout, as given or with links resolved."""
+    """Return a path in its stored form: relative if the path or its link target is inside the checkout."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:
             return str(form.relative_to(ROOT))
@@ -249,14 +250,17 @@ def _from_root(_name: str, path: str) -> str:
 
 
 def _from_here(moved_from: Path | None, _name: str, path: str) -> str:
-    """Return the absolute form of a stored path; a path inside `moved_from` is mapped to this checkout."""
+    """Return the absolute form of a stored path. A path inside `moved_from` is mapped to this checkout."""
     if moved_from is not None and Path(path).is_relative_to(moved_from):
         path = str(Path(path).relative_to(moved_from))
     return str(ROOT / path)
 
 
 def _checkout_of(data: Mapping[str, Any]) -> Path | None:
-    """Return the checkout of an earlier version, which stored absolute paths: the most frequent one of the defaults."""
+    """Return the checkout that stored `data` if it was an earlier version, which stored absolute paths; else None.
+
+    This is the folder in which most default paths of `data` are.
+    """
     paths = {f"/{default}": data[name] for name, default in DEFAULT_PATHS.items() if name in data}
     if not all(path.startswith("/") for path in paths.values()):
         return None
@@ -265,18 +269,18 @@ def _checkout_of(data: Mapping[str, Any]) -> Path | None:
 
 
 def as_written(number: float) -> str:
-    """Return a bound or a default for display: 1000, 0.1 or 1,000,000."""
+    """Return a number as shown to users: 1000, 0.1 or 1,000,000."""
     number = int(number) if number == int(number) else number
     return f"{number:,}" if abs(number) >= COMMAS_FROM else str(number)
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting: `--max-value` for `max_value`."""
+    """Return the flag of a setting, such as `--max-value` for `max_value`."""
     return "--" + name.replace("_", "-")
 
 
 def to_number(kind: type, flag: str, text: str) -> Any:
-    """Parse an int or float from the command line. Raises SettingsError."""
+    """Parse an int or float (`kind`) from the command line. Raises SettingsError if `text` is no such number."""
     try:
         return kind(text)
     except ValueError:
@@ -285,7 +289,7 @@ def to_number(kind: type, flag: str, text: str) -> Any:
 
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
-    """Parse an exact number such as 2/3 or 0.51, with a denominator of at most 10^9. Raises SettingsError."""
+    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is out of range or too precise."""
     text = str(text)
     try:
         if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
