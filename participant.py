@@ -1,8 +1,9 @@
-"""The built-in participants, `RandomParticipant` and `LLMParticipant`: the classes to edit or copy first.
+"""The built-in participants, `RandomParticipant` and `LLMParticipant`: examples to edit or copy.
 
-To write your own, subclass `Participant` and define `async def answer(self, question)`, which runs for many
-participants concurrently on one event loop: it must not block, and waits with `await self.think(seconds)`. Or define
-AgentScope's own `def reply(self, x)`, which may block, and runs in a bounded thread pool. `answer` wins if both exist.
+To write your own participant, subclass `Participant` and define `async def answer(self, question)`. This method runs
+for many participants concurrently on one event loop, so it must not block; use `await self.think(seconds)` to wait. Or
+define AgentScope's `def reply(self, x)`. This method may block, and runs in a thread pool of limited size. If a class
+defines both methods, the group calls `answer`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from simulation.llm.chat import Chat
 from simulation.llm.model_configs import model_of
 from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
 
-TALK_TOKENS = 512  # limit of a participant's reply to a user's question
+TALK_TOKENS = 512  # token limit of the answer to a user's question
 
 
 class RandomParticipant(Participant):
-    """A participant that waits for the think time, then returns the number determined by seed, round and index."""
+    """A participant that waits for the think time, then returns the number that seed, round and index determine."""
 
     async def answer(self, question: Question) -> float:
         if self.game.sleep_time_s > 0:
@@ -30,33 +31,33 @@ class RandomParticipant(Participant):
 
 
 class LLMParticipant(Participant):
-    """A participant that asks its model for the number, with its own earlier numbers and the announcements.
+    """A participant that asks its model for the number. The prompt contains its earlier numbers and the announcements.
 
     Participants of a group with the same history have the same prompt and share requests.
     """
 
     def __init__(self, index: int, game: Game) -> None:
         super().__init__(index, game)
-        self.numbers: Numbers = ()  # in rounds 1, 2, ...; None for a round without a number
+        self.numbers: Numbers = ()  # the answers in rounds 1, 2, ...; None for a round without an answer
         self.thoughts = ""  # the reasoning before the last number, if the prompt asks for reasoning
 
     def recall(self, numbers: Numbers) -> None:
         self.numbers = numbers
 
     def system(self) -> str:
-        """Return the system prompt; override this to define your own character."""
+        """Return the system prompt. Override this method to define your own character."""
         return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
-        """Return the model's prompt for a round, or, in round 0, for a user's question about the game."""
+        """Return the prompt for a round, or, in round 0, for a user's question about the game."""
         if question.round > 0:
             return prompt_for(self.system(), question, self.numbers, instruction(self.game, *self._character()))
-        missing = len(question.announcements) - len(self.numbers)  # rounds at the end without a number
+        missing = len(question.announcements) - len(self.numbers)  # number of rounds after the last recorded one
         numbers, thoughts = (*self.numbers, *[None] * missing), "" if missing > 0 else self.thoughts
         return prompt_for(self.system(), question, numbers, thoughts=thoughts)
 
     async def answer(self, question: Question) -> float | str:
-        """Return the model's number, or, in round 0, the model's text."""
+        """Ask the model and return its number, or, in round 0, its text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
         model = mixed or model_of(self.index, chat.sampling.models)
@@ -72,20 +73,21 @@ class LLMParticipant(Participant):
         else:
             units, thoughts = await chat.ask(model, prompt, self._units), ""
         number = units / self.game.scale
-        self.numbers, self.thoughts = (*known, number), thoughts  # one per round, even if a round is asked twice
+        # One number per round, even if the question is repeated
+        self.numbers, self.thoughts = (*known, number), thoughts
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Return the number in units, and the reasoning before it; request the number again if it is uncertain."""
+        """Ask for reasoning. Return the number in units, and the reasoning. Ask again if the number is uncertain."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
-        if whole:  # otherwise the last line may be truncated
+        if whole:  # otherwise, the last line may be truncated
             with contextlib.suppress(UnusableAnswer):
                 return self._units(thoughts), thoughts
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
         return await chat.ask(model, extracting, self._units), thoughts
 
     def _character(self) -> tuple[tuple[Persona, ...], str | None]:
-        """Return its personas and its team, if any."""
+        """Return the personas and the team of this participant; the team is None in a game without teams."""
         cast, teams = self.game.cast, self.game.teams
         return self._played(), None if cast is None or teams is None else cast.part_of(teams, self.index)
 

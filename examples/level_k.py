@@ -1,4 +1,4 @@
-"""Level-k participants, without a model: level 0 answers at random, level k best-responds to level k - 1.
+"""Level-k participants, which use no model. Level 0 answers at random; level k gives the best reply to level k - 1.
 
     ./run_simulation.sh 2 1000 --agent-class examples/level_k.py:LevelK --personas levels --rounds 5 \
         --ratio 2/3 --decimals 2 --sleep-time 0
@@ -25,17 +25,17 @@ class LevelK(Participant):
         return int(self.personas["levels"].name.removeprefix("level "))
 
     async def answer(self, question: Question) -> float:
-        """Return a random number (level 0), or apply offset + ratio * number once per level to the last average."""
+        """Return a random number at level 0. At level k, apply offset + ratio * number to the last average k times."""
         level = self.level
         if level == 0:
             return draw(self.game, question.round, self.index) / self.game.scale
-        number = heard(question)
+        number = last_average(question)
         for _ in range(level):
             number = self.game.offset + self.game.ratio * number
         return float(min(number, question.max_value))
 
 
-def heard(question: Question) -> Fraction:
-    """Return the last announced average; before the first, the mean of random answers (max_value / 2)."""
-    averages = [told.average for told in question.announcements if told.average is not None]
+def last_average(question: Question) -> Fraction:
+    """Return the last announced average, or the mean of random answers (max_value / 2) if there is none."""
+    averages = [each.average for each in question.announcements if each.average is not None]
     return Fraction(averages[-1]) if averages else Fraction(question.max_value, 2)

@@ -1,7 +1,10 @@
-"""Query of a run's answers with DuckDB, a database in a Python package: count, average, median, failures per round.
+"""Query a run's answers with DuckDB, a database in a Python package. Print count, average, median, failures per round.
 
 .venv/bin/python -m pip install duckdb
-.venv/bin/python examples/read_answers.py [folder or answers file of a run, or folder of an experiment (its last run)]
+.venv/bin/python examples/read_answers.py [PATH]
+
+PATH is the folder or the answers file of a run, or the folder of an experiment, whose last run is read (default:
+runs/latest).
 """
 
 import sys
@@ -15,5 +18,5 @@ if not files:
     sys.exit(f"error: there are no answers in {given}: give the folder of a run, one of those in runs/")
 answers = str(max(files, key=lambda file: file.stat().st_mtime))
 print(answers)
-told = "round, count(value) AS answers, avg(value) AS average, median(value) AS median, count(failure) AS failures"
-print(duckdb.sql(f"SELECT {told} FROM read_parquet(?) GROUP BY round ORDER BY round", params=[answers]))
+columns = "round, count(value) AS answers, avg(value) AS average, median(value) AS median, count(failure) AS failures"
+print(duckdb.sql(f"SELECT {columns} FROM read_parquet(?) GROUP BY round ORDER BY round", params=[answers]))

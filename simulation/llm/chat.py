@@ -95,7 +95,7 @@ class Chat:
         return int(max(min(wanted, left / request.tokens_each), 0))
 
     def reserve(self, request: SampleRequest, count: int) -> None:
-        """Count the request, and reserve the maximum tokens of `count` samples plus estimated ones of the prompt."""
+        """Count the request. Reserve the maximum tokens of `count` samples plus the estimated tokens of the prompt."""
         request.reserved = request.prompt.tokens + count * request.tokens_each
         self._reserved += request.reserved
         self._requests += 1

@@ -124,7 +124,7 @@ class ModelClient:
                     await self._wake.wait()
 
     def _is_over(self, request: SampleRequest) -> bool:
-        """Drop participants that no longer wait. Fail an expired request. Return whether nobody waits now."""
+        """Drop participants that no longer wait. Fail an expired request. Return whether no participant waits now."""
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
             end = max(request.queued_at, self._last_success) + request.chat.sampling.reply_timeout_s

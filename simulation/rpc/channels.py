@@ -1,6 +1,7 @@
 """TLS channels to agent servers, and two plain gRPC calls with JSON payloads: handshake and heartbeat.
 
-Commands that start, list or wait for servers need no others, so that they need not import AgentScope (see client.py).
+Commands that start, list or wait for servers use only these two calls, so they need not import AgentScope (see
+client.py).
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from simulation.rpc.messages import HANDSHAKE, HEARTBEAT, SERVICE, Handshake, He
 K = TypeVar("K")
 V = TypeVar("V")
 
-MESSAGE_BYTES = 256 * 2**20  # largest message that either side accepts
+MESSAGE_BYTES = 256 * 2**20  # maximum size of a message
 CALLS_AT_ONCE = 32
 GIVEN_UP_POLL_S = 0.1
 ANOTHER_VERSION = "is an agent server, but of another program or version"
 NOBODY_LISTENS = "no server listens there"
 UNTRUSTED = "what listens there does not hold this cluster's key"
-CUT_OFF = ("reset", "Socket closed", "End of TCP")  # details of a first call made with the wrong key
+CUT_OFF = ("reset", "Socket closed", "End of TCP")  # in the error details of a first call with the wrong key
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", CLUSTER_NAME),
-    ("grpc.enable_http_proxy", 0),  # no proxy from the environment between our hosts
+    ("grpc.enable_http_proxy", 0),  # ignore proxies of the environment between hosts
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.keepalive_time_ms", 20_000),  # detects a connection lost while a link was down, so that gRPC reconnects
+    ("grpc.keepalive_time_ms", 20_000),  # detects connections lost by a broken link, so that gRPC reconnects
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
 
-_credentials: list[grpc.ChannelCredentials] = []  # one element, once a key is installed
-_identities: dict[Endpoint, Handshake] = {}  # see `identify`
-given_up: set[Endpoint] = set()  # servers to which all calls are cancelled
+_credentials: list[grpc.ChannelCredentials] = []  # one element after `install_tls`, else empty
+_identities: dict[Endpoint, Handshake] = {}  # cached handshakes, see `identify`
+given_up: set[Endpoint] = set()  # servers that the failure detector gave up: calls to them are cancelled
 
 
 def install_tls(key: ClusterKey) -> None:
-    """Use mutual TLS with this key for every channel that this process opens from now on; close the earlier ones."""
+    """Use mutual TLS with this key for all channels that the process opens from now on. Discard earlier channels."""
     _credentials[:] = [key.channel_credentials()]
     _identities.clear()
     channel_to.cache_clear()
@@ -55,21 +56,21 @@ def install_tls(key: ClusterKey) -> None:
 
 @functools.cache
 def channel_to(url: str) -> grpc.Channel:
-    """Return this process's channel to a server (`host:port`), created once."""
+    """Return the channel of this process to a server. Create the channel on first use. `url` is `host:port`."""
     host, _, port = url.rpartition(":")
-    # localhost may resolve to ::1 first, where another program may listen; compare the whole host name
+    # localhost may resolve to ::1, where another program may listen
     target = f"127.0.0.1:{port}" if host == "localhost" else url
     return grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
 
 
 @functools.cache
 def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
-    """Return a gRPC stub of this kind for a server, created once, as that costs more than a call."""
+    """Return the gRPC stub of class `kind` for a server. Create it only once, because that takes longer than a call."""
     return kind(channel_to(str(endpoint)))
 
 
 class _Stub:
-    """Our own two calls, bytes to bytes."""
+    """The gRPC stub of the two calls. Requests and replies are bytes."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.handshake = channel.unary_unary(f"/{SERVICE}/{HANDSHAKE}")
@@ -79,17 +80,22 @@ class _Stub:
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request a server's identity and state. Raises ServerUnreachable, or ClusterError for another key or program.
+    """Request the identity and state of a server.
 
     Args:
-        endpoint: Address of the server.
-        timeout_s: Deadline in seconds.
-        starting: Whether to wait until then even if no server listens yet.
-        directives: KEEP_RUN: the run whose agents stay. END_RUN: the run whose agents are deleted. MEMORY: report
-            memory use. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
+        endpoint: The address of the server.
+        timeout_s: The deadline in seconds.
+        starting: Whether to wait until the deadline if no server listens yet.
+        directives: Further requests by name. END_RUN: the run that ends and whose agents are deleted. KEEP_RUN: the run
+            that ends and whose agents remain. MEMORY: report the memory use. CHECK_MODELS: "[names, T]": check that
+            these models answer within T seconds.
+
+    Raises:
+        ServerUnreachable: No server answers.
+        ClusterError: The server has another key, or is another program or version.
     """
     try:
-        # gRPC reconnects only while a call waits for the connection, hence no loop of short calls
+        # One long call, as gRPC reconnects only while a call waits for the connection
         request = json.dumps(dict(directives or {})).encode()
         reply = stub_of(endpoint, _Stub).handshake(request, timeout=timeout_s, wait_for_ready=starting)
         return Handshake(**json.loads(reply))
@@ -102,24 +108,24 @@ def handshake(
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Return a server's handshake, requested only once per run (see `forget_identities`). Raises as `handshake`."""
+    """Return the handshake of a server, requested once per run (see `forget_identities`). Raises like `handshake`."""
     if endpoint not in _identities:
         _identities[endpoint] = handshake(endpoint, timeout_s, starting)
     return _identities[endpoint]
 
 
 def forget_identities() -> None:
-    """Have the next run request new handshakes: until then, any server may be replaced."""
+    """Discard the cached handshakes, so that the next run requests new ones: servers may be replaced in between."""
     _identities.clear()
 
 
 def heartbeat(
     endpoint: Endpoint, request: list[Any], timeout_s: float, done: Callable[[HeartbeatReply | SimulationError], None]
 ) -> None:
-    """Request a heartbeat and return immediately; `done` gets the reply or the error, on a gRPC thread.
+    """Send a heartbeat request and return immediately. A gRPC thread calls `done` with the reply or the error.
 
-    The request is [run, number, wait_s, numbers]: the server waits up to `wait_s` seconds for round `number` to end,
-    and adds partial histograms unless `numbers`, the count of possible answers, is 0.
+    The request is [run, number, wait_s, numbers]. The server waits up to `wait_s` seconds for round `number` to end.
+    The reply contains partial histograms unless `numbers`, the count of possible answers, is 0.
     """
     call = stub_of(endpoint, _Stub).heartbeat.future(json.dumps(request).encode(), timeout=timeout_s)
 
@@ -135,7 +141,7 @@ def heartbeat(
 
 
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
-    """Return the result of a call; raise a SimulationError if it fails or the server is in `given_up` meanwhile."""
+    """Wait for the result of a call, and cancel it if its server is in `given_up`. Raises SimulationError on failure."""
     while True:
         if endpoint in given_up:
             call.cancel()
@@ -152,7 +158,7 @@ def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
 def call_all(
     calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
 ) -> tuple[dict[K, V], dict[K, SimulationError]]:
-    """Make all calls, up to `at_once` concurrently; return results and errors by key, in the order of the calls."""
+    """Make all calls, up to `at_once` concurrently. Return the results and the errors by key, in order of `calls`."""
     results: dict[K, V] = {}
     failed: dict[K, SimulationError] = {}
     with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:
@@ -165,7 +171,7 @@ def call_all(
 
 
 def call_all_or_raise(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
-    """Make all calls and return their results by key; raise the first error if any call fails."""
+    """Make all calls concurrently and return their results by key. If calls fail, raise the first error."""
     results, failed = call_all(calls)
     for error in failed.values():
         raise error
@@ -173,7 +179,7 @@ def call_all_or_raise(calls: Mapping[K, Callable[[], V]]) -> dict[K, V]:
 
 
 def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationError:
-    """Return the SimulationError for a gRPC error."""
+    """Return the SimulationError that corresponds to a gRPC error."""
     code, details = error.code(), error.details() or ""
     last = (details.strip().splitlines() or [code.name])[-1]
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -196,7 +202,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
 
 
 def parse_remote_error(text: str) -> errors.ServerLost | None:
-    """Return the ServerLost error that a moderator reports as text; None if the text is another error."""
+    """Return the ServerLost error that a moderator reported as text, or None if the text reports another error."""
     name, _, message = text.removeprefix(f"{errors.__name__}.").partition(": ")
     kind = getattr(errors, name, None)
     return kind(message) if isinstance(kind, type) and issubclass(kind, errors.ServerLost) else None

@@ -1,8 +1,9 @@
-"""AgentScope's RPC client with our channels, deadlines and error messages; only this module changes that client.
+"""AgentScope's RPC client with this program's channels, deadlines and errors. Only this module modifies that client.
 
-- `RpcClient._get_channel` creates every channel of the process, so the cluster key is installed there.
-- Its calls wait 300 s or forever and hide the server's error message: `_Client` sets deadlines and translates errors.
-- Its wait for an asynchronous reply always ends after 105 s: `_UntilAnswered` keeps polling.
+- `RpcClient._get_channel` creates every channel of the process, so this module replaces it to use the cluster key.
+- AgentScope's calls wait 300 s or forever, and hide the error of the server. `_Client` sets deadlines and translates
+  errors.
+- AgentScope waits at most 105 s for an asynchronous reply. `_UntilAnswered` keeps polling.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from simulation.errors import ClusterError, KnownCause
 from simulation.rpc.channels import await_call, channel_to, stub_of, translated_error
 from simulation.rpc.endpoints import Endpoint
 
-GROUP_DEADLINE_S = 20.0  # calls are short: a server that takes longer is hanging
+GROUP_DEADLINE_S = 20.0  # calls of groups are short, so a server that takes longer hangs
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
-SILENT_POLLS = 4  # of AgentScope's 5 s each
+SILENT_POLLS = 4  # AgentScope waits 5 s in each poll
 
 RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy of an object with this id, which must exist; with `kwargs`, it is created if missing."""
+    """AgentScope's proxy of the remote object `oid`. The object must exist, unless `kwargs` are given to create it."""
 
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
@@ -44,12 +45,12 @@ class RemoteObject(RpcObject):
 
 
 def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
-    """Close and delete a remote object; no error if it is already deleted."""
+    """Close and delete a remote object. Do nothing if the object is already deleted."""
     _Client(endpoint, deadline_s).delete_agent(oid)
 
 
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
-    """Call one agent, without a deadline. Raises KnownCause if it raises, ClusterError if the server is lost."""
+    """Call an agent, without a deadline. Raises KnownCause if the agent raises, ClusterError if its server is lost."""
     try:
         return getattr(proxy, method)(message).result()
     except AgentServerError as error:
@@ -84,7 +85,7 @@ class _Client(RpcClient):
 
 
 class _UntilAnswered(RetryBase):
-    """Polling while the server reports that the agent is busy; fails after SILENT_POLLS unanswered polls in a row."""
+    """A retry strategy that polls while the agent is busy, and fails after SILENT_POLLS unanswered polls in a row."""
 
     def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         silent = 0

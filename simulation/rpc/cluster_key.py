@@ -1,7 +1,7 @@
-"""The cluster key: a self-signed certificate and its private key, which every server and every client must hold.
+"""The cluster key: a self-signed certificate and its private key, which every server and every client must have.
 
-AgentScope unpickles the messages it receives, so any client that can connect to a server can run code on it. Mutual
-TLS restricts connections to holders of this key, and cannot be turned off.
+AgentScope unpickles the messages that it receives, so any client that can connect to a server can run code there.
+Mutual TLS permits connections only between processes that have the cluster key. It cannot be turned off.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from simulation.files import is_there, real
 CLUSTER_NAME = "simulation-cluster"
 CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
 VALID_FOR = datetime.timedelta(days=3650)
-CLOCK_SKEW = datetime.timedelta(days=1)  # clocks of the cluster's hosts may differ
+CLOCK_SKEW = datetime.timedelta(days=1)  # accepted difference between the clocks of the cluster's hosts
 
 
 @dataclass(frozen=True, repr=False)
 class ClusterKey:
-    """A certificate and its private key, both PEM."""
+    """A certificate and its private key, both in PEM format."""
 
     certificate: bytes
     private_key: bytes
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return credentials that accept only clients with this same certificate."""
+        """Return credentials of a server that accept only clients with this certificate."""
         return grpc.ssl_server_credentials(
             [(self.private_key, self.certificate)], root_certificates=self.certificate, require_client_auth=True
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Return credentials that accept only servers with this same certificate, and present it to them."""
+        """Return credentials of a client with this certificate that accept only servers with the same certificate."""
         return grpc.ssl_channel_credentials(self.certificate, self.private_key, self.certificate)
 
 
 def load_or_make(folder: Path) -> ClusterKey:
-    """Return the cluster key in this folder, created on first use. Raises SettingsError as `load`."""
+    """Return the cluster key in a folder. Create the key if the folder has none. Raises SettingsError like `load`."""
     if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
         try:
             _make(folder)
@@ -59,7 +59,7 @@ def load_or_make(folder: Path) -> ClusterKey:
 
 
 def load(folder: Path) -> ClusterKey:
-    """Return the cluster key in this folder; SettingsError if it is missing, invalid, or readable by other users."""
+    """Return the cluster key in a folder. Raises SettingsError if the key is missing, invalid or readable by others."""
     for path in (folder, folder / CERTIFICATE, folder / PRIVATE_KEY):
         kind, mode = ("folder", 700) if path == folder else ("file", 600)
         try:
@@ -96,7 +96,7 @@ def load(folder: Path) -> ClusterKey:
 
 
 def _make(folder: Path) -> None:
-    """Write a new pair beside the folder and rename it into place, so that hosts starting together use one pair."""
+    """Write a new key to a temporary folder and rename the folder, so that hosts starting together use the same key."""
     folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
@@ -113,7 +113,7 @@ def _make(folder: Path) -> None:
     files = {
         CERTIFICATE: certificate.public_bytes(pem),
         PRIVATE_KEY: private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-        ".gitignore": b"*\n",  # git must not add the key if this is in a checkout
+        ".gitignore": b"*\n",  # keeps git from adding the key if the folder is in a checkout
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))  # mode 0700
@@ -123,7 +123,7 @@ def _make(folder: Path) -> None:
         for file_name, content in files.items():
             with os.fdopen(os.open(draft / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
-        draft.rename(folder)  # fails if another process was first; its pair is then the cluster's
+        draft.rename(folder)  # fails if another process was faster; its key is then used
     except OSError:
         if not is_there(folder / CERTIFICATE):
             raise

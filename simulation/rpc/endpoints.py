@@ -24,46 +24,49 @@ class Endpoint:
 
 
 def endpoints(hosts: Sequence[str], first_port: int, per_host: int) -> list[Endpoint]:
-    """Return the servers of all hosts, host by host; every host uses the same ports."""
+    """Return the servers of all hosts, ordered by host and port. Every host uses the same ports."""
     return [Endpoint(host, first_port + offset) for host in hosts for offset in range(per_host)]
 
 
 @dataclass(frozen=True)
 class GroupAssignment:
-    """The assignment of one group (participants first .. first+count-1) to servers."""
+    """The assignment of one group, participants first .. first+count-1, to a server and a moderator server."""
 
-    oid: str  # remote id of the group; never reused. Its participants are `<oid>/<index>`
+    oid: str  # remote id of the group, never reused; the id of its participant `index` is `<oid>/<index>`
     first: int
     count: int
     server: Endpoint | None  # None if no server is available
     moderator_server: Endpoint
 
     def chunks(self, size: int = ANSWERS_PER_MESSAGE) -> Iterator[tuple[int, int]]:
-        """Yield the first index and the length of consecutive ranges of at most `size` participants."""
+        """Yield (first index, length) of consecutive ranges of at most `size` participants, which cover the group."""
         stop = self.first + self.count
         return ((first, min(size, stop - first)) for first in range(self.first, stop, size))
 
 
 def run_of(remote_id: str) -> str:
-    """Return the run that a remote id belongs to."""
+    """Return the name of the run to which a remote object belongs (see `remote_run`)."""
     return remote_id.partition("/")[0]
 
 
 def remote_run(run_id: str, part: str) -> str:
-    """Return a run's name on the servers; a resumed run gets a new one, as objects of the previous part may remain."""
+    """Return a run's name on the servers. Each `part` of a resumed run has a new name, as old objects may remain."""
     return f"{run_id}~{part}"
 
 
 def same_run(one: str, other: str) -> bool:
-    """Return whether two names on the servers are parts of the same run."""
+    """Return whether two names (see `remote_run`) belong to parts of the same run."""
     return one.partition("~")[0] == other.partition("~")[0]
 
 
 def address_of(host_name: str) -> str:
-    """Return the IPv4 address of a host name. Raises SettingsError, without the name, if other hosts cannot use it."""
+    """Return the IPv4 address of a host name.
+
+    Raises SettingsError if no address is known, or if other hosts cannot use it. The message omits the host name.
+    """
     try:
         address = socket.gethostbyname(host_name)
-    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
+    except (OSError, UnicodeError):  # UnicodeError: the host name is not valid
         raise SettingsError("no address is known for this name; check /etc/hosts or DNS") from None
     parsed = ipaddress.ip_address(address)
     if host_name != "localhost" and (parsed.is_loopback or parsed.is_unspecified):
@@ -75,7 +78,7 @@ def address_of(host_name: str) -> str:
 
 
 def ranges(ports: list[int]) -> str:
-    """Return sorted ports as ranges: `12330-12335, 12338`."""
+    """Format sorted ports as ranges, such as `12330-12335, 12338`."""
     starts = [port for port in ports if port - 1 not in ports]
     ends = [port for port in ports if port + 1 not in ports]
-    return ", ".join(f"{one}-{other}" if one < other else f"{one}" for one, other in zip(starts, ends, strict=True))
+    return ", ".join(f"{start}-{end}" if start < end else f"{start}" for start, end in zip(starts, ends, strict=True))

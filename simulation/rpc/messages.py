@@ -1,4 +1,4 @@
-"""Messages between main and agent servers besides AgentScope's calls: handshake and heartbeat."""
+"""The messages of handshakes and heartbeats, the two calls of agent servers in addition to AgentScope's calls."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dataclasses import asdict, dataclass, field
 from simulation.files import ROOT
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
-KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"  # directives
+KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"  # directives of a handshake
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one remote object of a run."""
+    """The progress of one remote object of a run, a group or a moderator."""
 
-    done: int  # number of its participants that are created, or have answered
-    total: int  # number of its participants
+    done: int  # number of the participants that are created or, in a round, have answered
+    total: int  # number of all participants of the object
     round: int = 0  # 0 while participants are created
-    error: str = ""  # why it cannot continue; empty if it can
-    usage: tuple[float, ...] = ()  # of its participants so far (the fields of `Usage`); empty for a moderator
-    counts: tuple[int, ...] = ()  # partial histogram of the round, on request only
-    failures: dict[str, int] = field(default_factory=dict)  # number by cause, with the histogram
+    error: str = ""  # why the object cannot continue; empty if it can
+    usage: tuple[float, ...] = ()  # the fields of `Usage` so far; empty for a moderator
+    counts: tuple[int, ...] = ()  # partial histogram of the round, if requested
+    failures: dict[str, int] = field(default_factory=dict)  # number of failures by cause, if the histogram is requested
 
     @property
     def finished(self) -> bool:
@@ -33,15 +33,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """A heartbeat reply."""
+    """The reply to a heartbeat: the state of the server process and of a run's objects on that server."""
 
-    incarnation: str  # of the server: random per process
-    objects: dict[str, Progress] = field(default_factory=dict)  # those of the run, by remote id
-    cpu: float | None = None  # share of a core that the process uses, with histograms
+    incarnation: str  # random id of the server process
+    objects: dict[str, Progress] = field(default_factory=dict)  # progress of the run's objects, by remote id
+    cpu: float | None = None  # share of a CPU core that the process uses, if histograms are requested
     memory_mb: float | None = None
 
     def is_working_on(self, number: int) -> bool:
-        """Return whether an object is in the middle of this round."""
+        """Return whether an object has neither finished round `number` nor reported an error in it."""
         return any(each.round == number and not each.finished and not each.error for each in self.objects.values())
 
     def to_json(self) -> str:
@@ -49,7 +49,7 @@ class HeartbeatReply:
 
     @classmethod
     def from_json(cls, text: str) -> HeartbeatReply | None:
-        """Parse a heartbeat reply; return None if it comes from another program."""
+        """Parse a heartbeat reply. Return None if the text is invalid, as from another program."""
         try:
             data = json.loads(text)
             data["objects"] = {
@@ -62,7 +62,7 @@ class HeartbeatReply:
 
 
 def _code_version() -> str:
-    """Return a hash of the program's source files at import time, without user-defined ones."""
+    """Return a hash of the program's source files at import time. User-defined files are not included."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
     for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
@@ -80,9 +80,9 @@ OWN_VERSIONS = {
 
 @dataclass(frozen=True)
 class Handshake:
-    """The identity and state of an agent server. Both sides must have equal `versions`."""
+    """The identity and state of an agent server. Server and client must have equal `versions`."""
 
-    incarnation: str  # random per process; if it changes, all previous agents are lost
+    incarnation: str  # random id of the process; if the id changes, all previous agents are lost
     pid: int
     role: str  # participant or moderator
     base_port: int
@@ -90,9 +90,9 @@ class Handshake:
     moderator_per_host: int
     started: float  # seconds since the epoch
     agents: int
-    memory_mb: float | None  # only on request, as it takes 5 ms to measure
-    models: dict[str, str]  # known models: base URL by name
-    model_troubles: dict[str, str]  # by name, why a checked model does not answer
+    memory_mb: float | None  # only if requested, because the measurement takes 5 ms
+    models: dict[str, str]  # base URL of each known model, by name
+    model_troubles: dict[str, str]  # why a checked model does not answer, by name
     versions: dict[str, str] = field(default_factory=OWN_VERSIONS.copy)
 
     def to_json(self) -> str:
