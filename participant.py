@@ -31,7 +31,7 @@ class RandomParticipant(Participant):
 
 
 class LLMParticipant(Participant):
-    """A participant that asks its model for the number. The prompt contains its earlier numbers and the announcements.
+    """A participant that asks a model. The prompt contains the participant's earlier numbers and all announcements.
 
     Participants of a group with the same history have the same prompt and share requests.
     """

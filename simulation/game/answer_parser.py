@@ -260,7 +260,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _object(text: str) -> str:
-    """Convert a JSON object of explanations and the answer, in this order, to lines. Return other texts unchanged."""
+    """Convert a JSON object whose last key is the answer to lines of text. Return all other texts unchanged."""
     if (match := _JSON.fullmatch(text)) is None:
         return text
     try:

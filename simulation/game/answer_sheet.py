@@ -101,7 +101,7 @@ class AnswerSheet:
         self.done += len(units)
 
     def fail(self, offset: int, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
-        """Record the failure of one participant. Keep its text unless TEXTS_KEPT texts are already kept."""
+        """Record the failure of one participant. Keep the answer text unless TEXTS_KEPT texts are already kept."""
         if text is not None and len(self.texts) < TEXTS_KEPT:
             self.texts[offset] = text[:TEXT_KEPT]
         self._entries[offset] = self._code(cause)

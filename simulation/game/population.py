@@ -86,7 +86,7 @@ class Population:
         return self._labels[topic][self._part_index(topic, participant)]
 
     def part_indices(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """Return the part index of each participant first .. first+count-1, as in `parts.names`: int64, (count,)."""
+        """Return the index in `parts.names` for each participant first .. first+count-1, int64 of shape (count,)."""
         counts = self._counts[parts.topic]
         if parts.topic == MODEL and not self.models:
             indices = np.arange(first, first + count) % len(counts)
@@ -129,7 +129,7 @@ class Population:
         """Return the labels of the personas and of the models in the results, by topic.
 
         The label of a persona is its name. The label of a model is its name on its server; models on several servers
-        may have the same name. If models of a mixture have the same name there, for example with different
+        may have the same name. If models of a mixture have the same name on their servers, for example with different
         temperatures, their labels are their names in the models file.
         """
         labels = {each.name: tuple(persona.name for persona in each.personas) for each in self.persona_sets}
@@ -156,7 +156,7 @@ def mix(z: Any) -> Any:
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
     """Split `total` into whole counts by these shares, which must add up to 1.
 
-    Round all exact counts down, then add 1 to those with the largest remainders until the counts add up to `total`.
+    Round all exact counts down, then add 1 to the counts with the largest remainders until all add up to `total`.
     Each count differs from the exact count by less than 1.
     """
     exact = [share * total for share in shares]

@@ -87,7 +87,7 @@ class Game:
 
     @property
     def target_or_it(self) -> str:
-        """Return the target in words for use after "the average": "it" if the average itself is the target."""
+        """Return the target in words, or "it" if the target is the average: for a sentence about the average."""
         return "it" if self.ratio == 1 and not self.offset else self.target
 
     @property
@@ -96,7 +96,7 @@ class Game:
         return equilibria(self.ratio, self.offset, self.max_value)
 
     def winning_number(self, average: Fraction) -> Fraction:
-        """Return the winning number for this average, both in units."""
+        """Return the winning number in units for an average in units."""
         return self.offset * self.scale + self.ratio * average
 
 
@@ -153,9 +153,9 @@ def _round_key(seed: int, round_number: int) -> int:
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
-    """Return a random answer in units. Seed, round and participant index alone determine the answer.
+    """Return the random answer of a participant in units. Only seed, round and participant index determine the answer.
 
-    A change of this function would change the results of every seed; a test compares it with known answers.
+    A change of this function would change the results of every seed; a test compares the results with known answers.
     """
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
     return int((mix(key) * game.numbers) >> 64)

@@ -26,7 +26,7 @@ INTERRUPTED = "interrupted"  # the failure cause if the user ended the round
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """The count of each answer and of each cause of failure. Tallies merge with `+`, in any order.
+    """The number of participants per answer and per failure cause. Tallies can be added with `+`, in any order.
 
     Attributes:
         asked: The number of participants asked; always answered + failed.

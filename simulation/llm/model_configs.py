@@ -72,12 +72,12 @@ def asked_models(config: SimulationConfig) -> list[str]:
 
 
 def model_of(participant: int, models: int) -> str:
-    """Return the name of the participant's model: model_1 .. model_N are assigned round-robin, where N is `models`."""
+    """Return the name of a participant's model. model_1 .. model_N, with N = `models`, are assigned round-robin."""
     return f"model_{participant % models + 1}"
 
 
 def has_models(config: SimulationConfig) -> bool:
-    """Return whether to read the model file: yes, unless the default --model-configs is used and does not exist."""
+    """Return whether to read the model file: not if --model-configs has its default value and the file is missing."""
     return config.model_configs != SimulationConfig.model_configs or is_there(Path(config.model_configs))
 
 
@@ -154,7 +154,7 @@ def _model_of(entry: dict[str, Any]) -> ModelConfig:
 
 
 def _at_port(template: ModelConfig, base_port: int, index: int) -> ModelConfig:
-    """Return model number `index` (from 0), at port base_port + index, from a template whose URL has no port."""
+    """Return model number `index` (from 0) of a template whose URL has no port. Its port is base_port + index."""
     url = urlsplit(template.base_url)
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
     client_args = template.entry["client_args"] | {

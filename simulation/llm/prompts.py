@@ -26,7 +26,7 @@ EXTRACT = "So which number is it? Answer with the number alone."
 
 
 class Prompt(NamedTuple):
-    """The messages of one request. With reasoning, they repeat the reasoning and then ask for the number alone."""
+    """The messages of one request. After a reasoning step, they contain the reasoning and ask for the number."""
 
     system: str  # persona and rules
     user: str  # the question

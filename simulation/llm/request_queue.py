@@ -112,7 +112,7 @@ class ModelClient:
             try:
                 if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
-                    self._queue = deque(request for request in self._queue if not self._is_over(request))
+                    self._queue = deque(request for request in self._queue if not self._prune(request))
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
                 while now >= self._backoff_until and self._send_next():
                     pass
@@ -123,8 +123,8 @@ class ModelClient:
                 async with asyncio.timeout(POLL_S if self._queue else TICK_S if self._semaphore.held else None):
                     await self._wake.wait()
 
-    def _is_over(self, request: SampleRequest) -> bool:
-        """Drop participants that no longer wait. Fail an expired request. Return whether no participant waits now."""
+    def _prune(self, request: SampleRequest) -> bool:
+        """Drop participants that no longer wait. Fail the request if expired. Return whether no participant is left."""
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
             end = max(request.queued_at, self._last_success) + request.chat.sampling.reply_timeout_s
@@ -141,7 +141,7 @@ class ModelClient:
         """
         for _ in range(len(self._queue)):
             request = self._queue[0]
-            if self._is_over(request):
+            if self._prune(request):
                 self._queue.popleft()
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0

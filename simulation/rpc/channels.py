@@ -65,7 +65,7 @@ def channel_to(url: str) -> grpc.Channel:
 
 @functools.cache
 def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
-    """Return the gRPC stub of class `kind` for a server. Create it only once, because that takes longer than a call."""
+    """Return the gRPC stub of class `kind` for a server. Cache the stub, as its creation takes longer than a call."""
     return kind(channel_to(str(endpoint)))
 
 
@@ -141,7 +141,7 @@ def heartbeat(
 
 
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
-    """Wait for the result of a call, and cancel it if its server is in `given_up`. Raises SimulationError on failure."""
+    """Return the result of a call. Raises SimulationError if the call fails or its server is added to `given_up`."""
     while True:
         if endpoint in given_up:
             call.cancel()

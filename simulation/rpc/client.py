@@ -32,7 +32,7 @@ RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy of the remote object `oid`. The object must exist, unless `kwargs` are given to create it."""
+    """AgentScope's proxy of the existing remote object `oid`. If `kwargs` are given, create a missing object."""
 
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
@@ -50,7 +50,10 @@ def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
 
 
 def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
-    """Call an agent, without a deadline. Raises KnownCause if the agent raises, ClusterError if its server is lost."""
+    """Call an agent without a deadline and return its reply.
+
+    Raises KnownCause if the agent raises an exception, and ClusterError if its server is lost.
+    """
     try:
         return getattr(proxy, method)(message).result()
     except AgentServerError as error:

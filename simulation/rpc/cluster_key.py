@@ -38,13 +38,13 @@ class ClusterKey:
     private_key: bytes
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return credentials of a server that accept only clients with this certificate."""
+        """Return server credentials that accept only clients with this certificate."""
         return grpc.ssl_server_credentials(
             [(self.private_key, self.certificate)], root_certificates=self.certificate, require_client_auth=True
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Return credentials of a client with this certificate that accept only servers with the same certificate."""
+        """Return client credentials that present this certificate and accept only servers with the same certificate."""
         return grpc.ssl_channel_credentials(self.certificate, self.private_key, self.certificate)
 
 
@@ -96,7 +96,7 @@ def load(folder: Path) -> ClusterKey:
 
 
 def _make(folder: Path) -> None:
-    """Write a new key to a temporary folder and rename the folder, so that hosts starting together use the same key."""
+    """Write a new key to a temporary folder, then rename that to `folder`: hosts starting together use the same key."""
     folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])

@@ -50,7 +50,7 @@ def run_of(remote_id: str) -> str:
 
 
 def remote_run(run_id: str, part: str) -> str:
-    """Return a run's name on the servers. Each `part` of a resumed run has a new name, as old objects may remain."""
+    """Return a run's name on the servers. Each `part` of a resumed run has a new name, as old objects may exist."""
     return f"{run_id}~{part}"
 
 
@@ -62,7 +62,7 @@ def same_run(one: str, other: str) -> bool:
 def address_of(host_name: str) -> str:
     """Return the IPv4 address of a host name.
 
-    Raises SettingsError if no address is known, or if other hosts cannot use it. The message omits the host name.
+    Raises SettingsError, without the host name, if no address is known or other hosts cannot use the address.
     """
     try:
         address = socket.gethostbyname(host_name)

@@ -47,7 +47,7 @@ def import_agentscope() -> None:
 
 
 def add_extra_folders(folders: str | None) -> None:
-    """Append the folders of --extra-pythonpath (colon-separated) to the import path. SettingsError if unreadable."""
+    """Append colon-separated folders to the import path. Raises SettingsError if a folder cannot be read."""
     for folder in filter(None, (folders or "").split(":")):
         try:
             os.listdir(folder)  # noqa: PTH208

@@ -16,7 +16,7 @@ KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "chec
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one remote object of a run, a group or a moderator."""
+    """The progress of one remote object of a run: a group or a moderator."""
 
     done: int  # number of the participants that are created or, in a round, have answered
     total: int  # number of all participants of the object
@@ -41,7 +41,7 @@ class HeartbeatReply:
     memory_mb: float | None = None
 
     def is_working_on(self, number: int) -> bool:
-        """Return whether an object has neither finished round `number` nor reported an error in it."""
+        """Return whether any object is in round `number`, has not finished this round, and reports no error."""
         return any(each.round == number and not each.finished and not each.error for each in self.objects.values())
 
     def to_json(self) -> str:
