@@ -1,9 +1,9 @@
-"""Benchmark of interactive commands: wall time of whole processes, started as the scripts start them.
+"""Benchmark of interactive commands: measures the wall time of whole processes, started as by a user.
 
     .venv/bin/python benchmarks/commands.py [--repeats N]
 
-Each line shows the median, minimum and maximum of N sequential runs (default 5), after one warm-up run of each command
-that fills the file cache. No agent servers of this checkout may be running, as the last command starts its own.
+Each line shows the median, minimum and maximum of N sequential runs (default 5). Before, each command runs once to fill
+the file cache. Stop all agent servers of this checkout first, as the last command starts its own servers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXIT_STATUS = {"a usage error": 2}
 
 
 def seconds_of(name: str, command: tuple[str, ...]) -> float:
-    """Return the seconds a command takes; raises RuntimeError on an unexpected exit status."""
+    """Run a command and return its duration in seconds. Raises RuntimeError on an unexpected exit status."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     took = time.perf_counter() - began
@@ -52,7 +52,7 @@ def main() -> None:
     assert not AGENT_SERVERS.running(), "stop the servers that run first: ./stop_all_server.sh"
     took: dict[str, list[float]] = {name: [] for name in (*TIMED, *WITHOUT_SERVERS)}
     stop = ("./stop_all_server.sh",)
-    for number in range(repeats + 1):  # the first one warms up
+    for number in range(repeats + 1):  # the first repeat is the warm-up
         for name, command in WITHOUT_SERVERS.items():
             took[name].append(seconds_of(name, command))
             seconds_of("stop", stop)

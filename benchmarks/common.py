@@ -1,4 +1,4 @@
-"""Shared helpers of the benchmarks: servers, memory sampling and tables."""
+"""Shared helpers of the benchmarks: agent servers, memory sampling and tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simulation.settings import SimulationConfig
 
 CALL_COUNTER = str(Path(__file__).parent / "call_counter")  # see sitecustomize.py there
 SAMPLE_S = 0.05
-SAMPLED_PART = 0.1  # maximum share of time spent on sampling: reading page tables delays allocations
+SAMPLED_PART = 0.1  # maximum share of the time for sampling, as the reading of page tables delays allocations
 
 
 @contextlib.contextmanager
@@ -29,9 +29,9 @@ def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = 
     """Run agent servers for the duration of the context.
 
     Args:
-        config: Their settings.
-        owned: Whether they serve this process only (default), or any main.
-        counted: Whether they count the calls they serve.
+        config: The settings of the servers.
+        owned: Whether the servers serve this process only (default), or any main process.
+        counted: Whether the servers count the calls that they receive.
     """
     assert not AGENT_SERVERS.running(), "stop the servers that run first: ./stop_all_server.sh"
     install_tls(load_or_make(Path(config.cluster_key_dir)))
@@ -48,7 +48,7 @@ def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = 
 
 
 def memory_mb(pids: Iterable[int]) -> float:
-    """Return the total memory of these processes (PSS, MiB): shared pages count once, exited processes not at all."""
+    """Return the total memory of these processes in MiB (PSS). Shared pages count once, exited processes do not."""
     found = 0
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -57,7 +57,7 @@ def memory_mb(pids: Iterable[int]) -> float:
 
 
 def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
-    """Return the peak of `memory_mb`, sampled while `work` runs."""
+    """Run `work`, sample `memory_mb` meanwhile, and return the maximum of the samples."""
     peak = 0.0
     ended = threading.Event()
 
@@ -80,7 +80,7 @@ def peak_mb(work: Callable[[], object], pids: list[int]) -> float:
 
 
 class Table:
-    """A Markdown table, printed row by row: a name and figures, each at least as wide as its title."""
+    """A Markdown table that is printed row by row. Each row consists of a name and several figures."""
 
     def __init__(self, title: str, name: str, *figures: str, name_format: str = "<50", width: int = 8) -> None:
         widths = [max(len(figure), width) for figure in figures]

@@ -1,12 +1,12 @@
-"""Benchmark of the dashboard overhead: rounds of a million participants with and without polling.
+"""Benchmark of the overhead of the dashboard: rounds of a million participants with and without polling.
 
     .venv/bin/python benchmarks/dashboard.py
 
-One run on 2 + 1 servers with 1 s think time; answers and summary.json are written as usual. In each pair of rounds, one
-is polled, alternately the first and the second: a separate process requests the state every 0.5 s as the page does, so
-every group is sampled once a second. Rendering in a browser is not measured. The cost is the median over all pairs of
-the polled round's time relative to the other's. The same is shown for the CPU time of main and all servers, which is
-more reliable on a busy machine.
+One run on 2 + 1 servers with 1 s think time writes answers and summary.json as usual. One round of each pair is polled:
+alternately the first and the second round. During a polled round, a separate process requests the state every 0.5 s, as
+the page does, so every group is sampled once a second. The rendering in a browser is not measured. The cost compares
+the duration of the polled round with the other round of the pair, as a median over all pairs. The CPU time of main and
+all servers is compared in the same way, and is more reliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -43,45 +43,45 @@ from simulation.runs.run_spec import RunSpec
 from simulation.settings import SimulationConfig
 
 GOAL = 2.0  # percent
-WARM = 2  # rounds
+WARM = 2  # number of warm-up rounds
 POLL = """
 import http.client, select, sys
-connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))  # one for all, as a browser's
-looks = False
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))  # for all requests, as in a browser
+polling = False
 while True:
-    if select.select([sys.stdin], [], [], 0.5 if looks else None)[0]:
-        told = sys.stdin.readline()
-        if not told:
+    if select.select([sys.stdin], [], [], 0.5 if polling else None)[0]:
+        word = sys.stdin.readline()
+        if not word:
             break
-        looks = told == "look\\n"
-    connection.request("GET", "/state?page=benchmark" + ("" if looks else "&done=1"))
+        polling = word == "start\\n"
+    connection.request("GET", "/state?page=benchmark" + ("" if polling else "&done=1"))
     connection.getresponse().read()
-    if not looks:
-        print("gone", flush=True)
+    if not polling:
+        print("stopped", flush=True)
 """
 
 
 class Alternating(Run):
-    """A run that is polled in some of its rounds; `used_s` holds the CPU seconds of all processes by round."""
+    """A run that is polled in some of its rounds. `used_s` lists the CPU seconds of all processes by round."""
 
     poller: subprocess.Popen[str]
     pids: list[int]
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
-        if looked_at(number):
-            self._tell("look")
+        if is_polled(number):
+            self._send("start")
         began = self._cpu_s()
         super()._play_round(simulation, number)
         self.used_s.append(self._cpu_s() - began)
-        if looked_at(number):
-            self._tell("go")
-            assert self.poller.stdout is not None and self.poller.stdout.readline() == "gone\n"
+        if is_polled(number):
+            self._send("stop")
+            assert self.poller.stdout is not None and self.poller.stdout.readline() == "stopped\n"
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.used_s: list[float] = []
 
-    def _tell(self, word: str) -> None:
+    def _send(self, word: str) -> None:
         assert self.poller.stdin is not None
         self.poller.stdin.write(word + "\n")
         self.poller.stdin.flush()
@@ -91,13 +91,13 @@ class Alternating(Run):
         return sum(each.user + each.system for each in times)
 
 
-def looked_at(number: int) -> bool:
-    """Return whether a round is polled: the second and third of every four."""
+def is_polled(number: int) -> bool:
+    """Return whether a round is polled: the second and the third of every four rounds."""
     return number % 4 in (2, 3)
 
 
 def play(config: SimulationConfig, folder: Path) -> Alternating:
-    """Play the run with a dashboard and its poller."""
+    """Play the run with a dashboard and a process that polls the dashboard. Return the run."""
     run_id, watch = new_run_id(), ConsoleProgress()
     dashboard = Dashboard(0, watch)
     spec = RunSpec(config, {}, game_of(config, None, None), folder / run_id, run_id)
@@ -140,11 +140,11 @@ def main() -> None:
     took = [result.seconds for result in run.results]
     table = Table(
         f"{arguments.participants:,} participants, 1 s think time, 2 + 1 servers, {arguments.pairs} pairs of rounds",
-        *("", "not looked at", "looked at", "cost", "goal"),
+        *("", "not polled", "polled", "cost", "goal"),
     )
     for text, figures in (("a round", took), ("CPU time of main and servers in it", run.used_s)):
         by_round = list(enumerate(figures, 1))[WARM:]
-        ways = [[figure for number, figure in by_round if looked_at(number) == way] for way in (False, True)]
+        ways = [[figure for number, figure in by_round if is_polled(number) == way] for way in (False, True)]
         cost = statistics.median(100 * (there / without - 1) for without, there in zip(*ways, strict=True))
         table.add(text, *(f"{statistics.median(way):.3f} s" for way in ways), f"{cost:+.1f} %", f"{GOAL:.1f} %")
 

@@ -1,15 +1,16 @@
-"""Benchmark of fault tolerance: its overhead, the cost of a fault, and server start-up. Three tables of medians.
+"""Benchmark of fault tolerance: its overhead, the cost of a fault, and server start-up. Prints three tables of medians.
 
     .venv/bin/python benchmarks/faults.py
 
-- cost: a round of 64,000 participants with 1 s think time on 10 + 4 servers, in three variants in random order. "Bare"
-  gets one heartbeat reply from each server, at the end of its part, and records nothing. "Heartbeats" is the normal
-  mode. "Heartbeats and record" also writes the answers and summary.json to disk (fsync, rename) before the next round.
+- cost: a round of 64,000 participants with 1 s think time on 10 + 4 servers, in three variants in random order. In
+  "bare", each server sends one heartbeat reply, at the end of its part, and nothing is recorded. "Heartbeats" is the
+  normal mode. In "heartbeats and record", the answers and summary.json are also written to disk (fsync, rename).
 - kill: the same round, in which a server is killed (-9) or stopped (-STOP) after 0.5 s. The answers must equal those of
-  the undisturbed round, and every participant must be counted once. A stopped server is marked down after
-  --heartbeat-timeout (here 2 s) without a reply, which is part of the time.
-- ready: ./start_all_server.sh 10 until it returns, on one host and on four at once. The hosts are network namespaces
-  (tests/hosts.py) of this machine and share its cores. Importing a server's modules is also timed alone. Needs root.
+  the undisturbed round, and every participant must be counted once. A stopped server is marked down if no reply
+  arrives for --heartbeat-timeout (here 2 s). The measured times include this timeout.
+- ready: ./start_all_server.sh 10, from start to end, on one host and on four hosts at once. The hosts are network
+  namespaces (tests/hosts.py) of this machine and share its cores. The import of a server's modules is also timed
+  separately. This table requires root.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ from simulation.settings import SimulationConfig
 
 PARTICIPANTS, THINK_S, SEED = 64_000, 1.0, 7
 FAULT_AT_S = 0.5
-HELD_S = 60.0  # longer than a round here, so a heartbeat held back this long is answered at its end
+HELD_S = 60.0  # longer than a round, so servers delay heartbeat replies until the end of the round
 PATIENCE_S = 60.0  # timeout for the restart of a server
-IMPORT = "import simulation.hosts.agent_server"  # imported once by the launcher of a host, for all its servers
+IMPORT = "import simulation.hosts.agent_server"  # the launcher of a host imports this module once for all servers
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: the signal sent, the server that gets it, and the --heartbeat-timeout of the run."""
+    """A fault: a signal, the port of the server that receives the signal, and the --heartbeat-timeout of the run."""
 
     name: str
     signal: int
@@ -86,7 +87,7 @@ FAULTS = (
 
 
 def recorded_round(config: SimulationConfig, held_s: float, folder: Path | None) -> tuple[float, int]:
-    """Play a round; returns the seconds until the next could begin, and the number of heartbeats requested."""
+    """Play a round. Return the seconds until the next round could begin, and the number of heartbeat requests."""
     run_id = new_run_id()
     record = RunDirectory(folder / run_id) if folder is not None else None
     with (
@@ -112,12 +113,12 @@ def check(result: RoundResult) -> None:
 
 
 def cost(config: SimulationConfig, repeats: int) -> None:
-    """Play the round in the three variants, and print the table."""
+    """Play the round in three variants, and print the table."""
     table = Table(
         f"{PARTICIPANTS:,} participants, {THINK_S:g} s think time, 10 + 4 servers",
         *("a round", "time", "more than bare", "heartbeats", "runs"),
     )
-    scene = replace(config, heartbeat_timeout=HELD_S)  # a shorter one would shorten the wait for a heartbeat
+    scene = replace(config, heartbeat_timeout=HELD_S)  # a shorter timeout would shorten the delay of heartbeat replies
     (ROOT / "runs").mkdir(exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="benchmark-") as name,  # on the same disk as real results
@@ -129,7 +130,7 @@ def cost(config: SimulationConfig, repeats: int) -> None:
             "heartbeats and record": partial(recorded_round, scene, heartbeat.WAIT_S, Path(name)),
         }
         for play in ways.values():
-            play()  # warm
+            play()  # warm-up
         played: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way in random.sample(list(ways), len(ways)):  # so that no variant always follows the same one
@@ -141,11 +142,11 @@ def cost(config: SimulationConfig, repeats: int) -> None:
         table.add(way, f"{round_s:.3f} s", f"{round_s / bare_s - 1:+.1%}", f"{beats:g}", len(runs))
 
 
-# --- What a fault costs ----------------------------------------------------------------------------------------------
+# --- The cost of a fault ----------------------------------------------------------------------------------------------
 
 
 def disturbed_round(config: SimulationConfig, fault: Fault) -> tuple[RoundResult, float, Any]:
-    """Play a round with the fault; returns the result, the seconds from the fault to its end, and the answers."""
+    """Play a round with the fault. Return its result, the seconds from the fault to the end, and the answers."""
     port = config.base_port + fault.port_offset
     victim = AGENT_SERVERS.process(str(port))
     assert victim is not None, f"no server runs on port {port}"
@@ -173,7 +174,7 @@ def disturbed_round(config: SimulationConfig, fault: Fault) -> tuple[RoundResult
 
 
 def restart(config: SimulationConfig, server: psutil.Process) -> None:
-    """Kill a server in whatever state it is, so that the launcher restarts it, and wait until all servers answer."""
+    """Kill a server, even if it is suspended, so that the launcher restarts it. Wait until all servers answer."""
     with contextlib.suppress(psutil.NoSuchProcess):
         server.kill()
     _, alive = psutil.wait_procs([server], timeout=PATIENCE_S)
@@ -183,12 +184,12 @@ def restart(config: SimulationConfig, server: psutil.Process) -> None:
 
 
 def kill(config: SimulationConfig, repeats: int) -> None:
-    """Play the round with each fault, in turn, and print the table."""
+    """Play the round repeatedly with each fault, and print the table."""
     table = Table(
         f"The same round, with a fault {FAULT_AT_S:g} s after it began",
         *("fault", "round", "from fault to end", "reassigned", "runs"),
     )
-    _, _, expected = disturbed_round(config, FAULTS[0])  # warm
+    _, _, expected = disturbed_round(config, FAULTS[0])  # warm-up
     played: dict[Fault, list[tuple[RoundResult, float]]] = {fault: [] for fault in FAULTS}
     for _ in range(repeats):
         for fault, runs in played.items():
@@ -213,8 +214,8 @@ def import_at_once(count: int) -> None:
 
 
 def ready(config: SimulationConfig, repeats: int) -> None:
-    """Start the servers of one host, and of four at once, and print the table."""
-    from hosts import NODES, network_of  # noqa: PLC0415 - it needs pytest, which only tests install
+    """Start the servers of one host, then of four hosts at once, and print the table."""
+    from hosts import NODES, network_of  # noqa: PLC0415 - hosts.py needs pytest, which only tests install
 
     moderators = str(config.moderator_per_host)
     title = f"Until all servers answer, {config.server_per_host} + {moderators} on each host"
@@ -224,7 +225,7 @@ def ready(config: SimulationConfig, repeats: int) -> None:
         def start(nodes: tuple[str, ...]) -> None:
             network.start_servers(nodes, config.server_per_host, env={"MODERATOR_NUM": moderators})
 
-        start(NODES)  # warm: compile the copies
+        start(NODES)  # warm-up: compile the copies of the program
         network.stop_servers()
         for nodes in (NODES[:1], NODES):
             importing, starting = [], []

@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/llm.py
 
-- this program: equal prompts share requests;
+- this program: participants with equal prompts share requests;
 - one request each: this program with --samples-per-request 1;
-- one object: AgentScope's own pattern, an RPC object per participant, each with its own client;
-- the limit: a bare aiohttp loop that posts the same requests as "this program", with the same concurrency.
+- one object: AgentScope's own pattern, an RPC object with its own model client for each participant;
+- the limit: a bare aiohttp loop that sends the same requests as "this program", with the same concurrency.
 
-The first table uses a real vLLM server on this machine's CPUs, with a tiny model of random weights. The second uses a
-stand-in that answers immediately, and one agent server with all participants: it measures the program's own overhead.
-Figures are medians. Memory is the growth (PSS) of a fresh agent server after two rounds, and at the peak.
+The first table uses a real vLLM server on this machine's CPUs, with a tiny model of random weights. The second table
+uses a stand-in server that answers immediately, and one agent server with all participants. The second table therefore
+shows the overhead of the program. Figures are medians. Memory is the growth (PSS) of a new agent server after two
+rounds, and at the peak.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ uvloop.run(main())
 
 
 @dataclass(frozen=True)
-class ResumeState:
-    """Times of creation and two rounds, in seconds."""
+class Timing:
+    """The durations of the creation and of two rounds, in seconds."""
 
     participants: int
     create_s: float
@@ -112,13 +113,13 @@ class ResumeState:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Return answers per second in round 1, in round 2, and in round 1 including creation."""
+        """Return the answers per second in round 1, in round 2, and in round 1 including the creation."""
         one, two = self.rounds_s
         return self.participants / one, self.participants / two, self.participants / (self.create_s + one)
 
 
 class PlainParticipant(AgentBase):
-    """An LLM participant in the style of AgentScope's documentation: with its own model object, and blocking."""
+    """An LLM participant in the style of AgentScope's documentation. Each has a model object and a blocking reply."""
 
     def __init__(self, system: str, fields: dict[str, Any], *_: object) -> None:
         super().__init__(name="participant", sys_prompt=system, model_config_name="model_1", use_memory=False)
@@ -129,8 +130,8 @@ class PlainParticipant(AgentBase):
         return Msg(self.name, self.model(messages, **self.fields).text, "assistant")
 
 
-def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
-    """Play two rounds with this program; returns the times and the answers of round 1."""
+def ours(config: SimulationConfig) -> tuple[Timing, list[int]]:
+    """Play two rounds with this program. Return the durations and the answers of round 1."""
     scene = replace(config, rounds=2, seed=random.getrandbits(32))
     with Simulation(scene, build_game(scene, read_models(scene)), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
@@ -138,14 +139,14 @@ def ours(config: SimulationConfig) -> tuple[ResumeState, list[int]]:
         first = [int(unit) for part in simulation.answers() for unit in part.units]
         two = simulation.play(2)
     assert one.tally.answered == two.tally.answered == config.participant_num
-    return ResumeState(config.participant_num, create_s, (one.seconds, two.seconds)), first
+    return Timing(config.participant_num, create_s, (one.seconds, two.seconds)), first
 
 
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
-    """Return the request bodies of two rounds, one list per round."""
+    """Return the bodies of this program's requests, one list per round. `first` contains the answers of round 1."""
     game = build_game(config, read_models(config))
     groups = place(len(first), config.server_per_host, config.moderator_per_host)
-    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only its length matters
+    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only the length of this prompt matters
     rounds: list[list[bytes]] = [[], []]
     for group in groups:
         numbers = first[group.first : group.first + group.count]
@@ -167,8 +168,8 @@ def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) ->
         yield json.dumps({"model": model.model, "messages": messages, **fields, "n": samples}).encode()
 
 
-def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
-    """Post the requests as fast as one event loop can, with ANSWERS_IN_FLIGHT answers in flight."""
+def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Timing:
+    """Send the requests from one event loop, with ANSWERS_IN_FLIGHT answers in flight. Return the durations."""
     url = f"http://127.0.0.1:{config.vllm_base_port}/v1/chat/completions"
 
     async def post_all(bodies: list[bytes]) -> float:
@@ -190,18 +191,18 @@ def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> ResumeState:
         assert answers == config.participant_num
         return took
 
-    return ResumeState(config.participant_num, 0.0, (uvloop.run(post_all(rounds[0])), uvloop.run(post_all(rounds[1]))))
+    return Timing(config.participant_num, 0.0, (uvloop.run(post_all(rounds[0])), uvloop.run(post_all(rounds[1]))))
 
 
-def one_object(config: SimulationConfig, participants: int) -> ResumeState:
-    """Play two rounds with one RPC object per participant, each with a client; round 2 is the same as round 1."""
+def one_object(config: SimulationConfig, participants: int) -> Timing:
+    """Play two equal rounds with one RPC object and one model client per participant. Return the durations."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
     game = build_game(config, read_models(config))
     fields = {
         "max_tokens": answer_tokens(config.structured_output, game),
         "extra_body": structured_fields(config.structured_output, game),
     }
-    for port in ports:  # the class is sent as an argument, as the servers do not have it
+    for port in ports:  # the class is sent as an argument, as the servers cannot import it
         hello = {"args": ("", fields, PlainParticipant), "kwargs": {}, "class_name": "PlainParticipant"}
         assert RpcClient("localhost", port).create_agent(hello, f"hello-{port}-{time.monotonic_ns()}")
     began = time.perf_counter()
@@ -221,11 +222,11 @@ def one_object(config: SimulationConfig, participants: int) -> ResumeState:
         rounds_s.append(time.perf_counter() - began)
     for port in ports:
         RpcClient("localhost", port).delete_all_agent()
-    return ResumeState(participants, create_s, (rounds_s[0], rounds_s[1]))
+    return Timing(participants, create_s, (rounds_s[0], rounds_s[1]))
 
 
 def memory_per_participant(config: SimulationConfig) -> tuple[float, float]:
-    """Return the growth of an agent server per participant, in KB (PSS): after two rounds, and at the peak."""
+    """Return the growth of an agent server in KB (PSS) per participant: after two rounds, and at the peak."""
     server = AGENT_SERVERS.process(str(config.base_port))
     assert server is not None
     seen = [_pss_kb(server)]
@@ -294,8 +295,8 @@ class Table:
         print(self._row("program", "participants", *titles))
         print(self._row(":---", *["---:"] * 7))
 
-    def add(self, program: str, runs: list[ResumeState], limits: list[ResumeState] | None) -> None:
-        """Print one row: median answers per second, and round 1 as a fraction of the limit."""
+    def add(self, program: str, runs: list[Timing], limits: list[Timing] | None) -> None:
+        """Print one row: the median answers per second, and the rate of round 1 as a fraction of the limit."""
         create_s = statistics.median(played.create_s for played in runs)
         rates = [statistics.median(played.rates[number] for played in runs) for number in range(3)]
         part = f"{rates[0] / statistics.median(played.rates[0] for played in limits):.2f}" if limits else ""
@@ -304,9 +305,9 @@ class Table:
 
 
 def compare(title: str, config: SimulationConfig, repeats: int, each: int, objects: int) -> None:
-    """Measure all four programs, this one and the limit alternately, and print the table."""
+    """Measure all four programs and print the table. The runs of this program and of the limit alternate."""
     table = Table(title)
-    ours(replace(config, participant_num=1000))  # warm
+    ours(replace(config, participant_num=1000))  # warm-up
     ours_played, limits = [], []
     for _ in range(repeats):
         played, first = ours(config)

@@ -1,4 +1,4 @@
-"""User-style participant classes, for the table of scale.py that compares the cost of different implementations."""
+"""Participant classes such as users write. A table of scale.py compares their costs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sleeps(Participant):
 
 
 class UsesAgentBase(Thinks):
-    """A participant that reads an attribute of AgentBase, so that all of these are created."""
+    """A participant that reads an attribute of AgentBase, so that all attributes of AgentBase are created."""
 
     async def answer(self, question: Question) -> float:
         assert self.memory is None

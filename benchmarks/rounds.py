@@ -1,4 +1,4 @@
-"""Benchmark of creation and one round: three programs in one run on the same machine.
+"""Benchmark of the creation and one round: compares three programs on the same machine.
 
     .venv/bin/python benchmarks/rounds.py
 
@@ -9,9 +9,10 @@
 Times are medians of --repeats runs (default 5; at most 3 for one object). One object with 64,000 participants takes
 minutes and runs once. Memory is the sampled peak of all processes together (PSS), from a separate run without timing.
 
-Profile of 64,000 participants without think time, on two cores: building the agents took 1.2 s through AgentScope's
-metaclass with garbage collection on, 0.55 s with it off, and 0.08 s by plain construction (`ParticipantGroup._build`).
-A round of 32,000 in one process took 0.43 s with a callback per task, 0.27 s without, and 0.16 s with uvloop as well.
+Profile of 64,000 participants without think time, on two cores: the creation of the agents took 1.2 s
+through AgentScope's metaclass, 0.55 s without garbage collection, and 0.08 s if the metaclass was bypassed as well
+(`ParticipantGroup._build`). A round of 32,000 participants in one process took 0.43 s with a callback per task, 0.27 s
+without callbacks, and 0.16 s with uvloop as well.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
 SCENES = ((1_000, 1.0), (10_000, 0.0), (64_000, 0.0))  # participants, think time in seconds
-IN_FLIGHT = 2_000  # concurrent calls of the one-object pattern: each takes a thread, and nothing else bounds them
+IN_FLIGHT = 2_000  # maximum number of concurrent calls of the one-object pattern; each call takes a thread
 
 
 @dataclass
 class Figures:
-    """Median times in seconds, peak memory in MB, and the number of runs."""
+    """The median durations in seconds, the peak memory in MB, and the number of runs."""
 
     create_s: float
     round_s: float
@@ -74,7 +75,7 @@ class PlainParticipant(AgentBase):
 
 
 def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[float, float]:
-    """Play one round with this program; returns the seconds for creation and for the round."""
+    """Play one round with this program. Return the seconds for the creation and for the round."""
     scene = SimulationConfig(
         base_port=config.base_port, participant_num=participants, sleep_time=think_s, seed=random.getrandbits(32)
     )
@@ -86,9 +87,9 @@ def ours(config: SimulationConfig, participants: int, think_s: float) -> tuple[f
 
 
 def one_object(config: SimulationConfig, participants: int, think_s: float) -> tuple[float, float]:
-    """Play one round with one RPC object per participant; returns the seconds for creation and for the round."""
+    """Play one round with one RPC object per participant. Return the seconds for the creation and for the round."""
     ports = range(config.base_port, config.base_port + config.server_per_host)
-    for port in ports:  # the class is sent as an argument, as the servers do not have it
+    for port in ports:  # the class is sent as an argument, as the servers cannot import it
         hello = {"args": (0.0, PlainParticipant), "kwargs": {}, "class_name": "PlainParticipant"}
         assert RpcClient("localhost", port).create_agent(hello, f"hello-{port}-{time.monotonic_ns()}")
     began = time.perf_counter()
@@ -129,7 +130,7 @@ async def main(participants, think_s):
     return time.perf_counter() - began
 
 seconds = asyncio.run(main(int(sys.argv[1]), float(sys.argv[2])))
-if sys.platform == "linux":  # ru_maxrss still holds what the parent was before it became this program
+if sys.platform == "linux":  # ru_maxrss includes the memory before exec, of the parent program
     status = pathlib.Path("/proc/self/status").read_text()
     peak_mb = int(status.split("VmHWM:")[1].split()[0]) / 2**10
 else:
@@ -139,7 +140,7 @@ print(seconds, peak_mb)
 
 
 def bare(participants: int, think_s: float, runs: int) -> Figures:
-    """Run a `gather` over bare coroutines, each time in a new process."""
+    """Run `gather` over bare coroutines, each time in a new process. Return the figures."""
     command = [sys.executable, "-c", BARE, str(participants), str(think_s)]
     printed = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(runs)]
     seconds, memory = zip(*(map(float, line.split()) for line in printed), strict=True)
@@ -147,7 +148,7 @@ def bare(participants: int, think_s: float, runs: int) -> Figures:
 
 
 def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int]) -> Figures:
-    """Return the medians of `runs` runs, and the peak memory of an extra run (of the same run if there is only one)."""
+    """Return the median durations of `runs` runs, and the peak memory of an extra run. One run serves for both."""
     times: list[tuple[float, float]] = [play() for _ in range(runs)] if runs > 1 else []
     memory = peak_mb((lambda: times.append(play())) if runs == 1 else play, pids)
     return Figures(statistics.median(t[0] for t in times), statistics.median(t[1] for t in times), memory, runs)

@@ -1,33 +1,38 @@
-"""Benchmark of scaling with the number of participants: time, memory, network traffic, a fitted line and a plot.
+"""Benchmark of scaling with the number of participants: measures time, memory and network traffic, and draws a plot.
 
     .venv/bin/python benchmarks/scale.py
 
-Unless noted, participants have 1 s think time, on 2 participant servers and 1 moderator server.
+Unless noted, participants have 1 s think time and run on 2 participant servers and 1 moderator server.
 
-- time: creation and one round, and the straight line that fits their time beyond the think time, with the smallest
-  possible maximum relative deviation. Times are medians of --repeats runs (default 5). Memory (GB = 10^9 bytes) is the
-  sampled peak of all processes together (PSS, main included) while run_simulation.sh plays the same game and writes its
-  results. That run is not timed, as sampling takes time. "Afterwards" is the memory of the servers after all agents are
-  deleted: Python's allocator keeps what it cannot return for the next run, and does not grow further.
-- command: ./run_simulation.sh with running servers, from start to end, results on disk.
-- wire: network traffic of a round. The servers count the calls they serve and the bytes of their messages, with the
-  interceptor in call_counter/: from main to moderators, from moderators to groups, and main's heartbeats to all.
-  "Crossed" is the kernel's count for the loopback interface, with TLS, HTTP and TCP, so nothing else should use it.
-- own: cost of custom participant classes (own_participants.py); memory is the servers' peak growth per participant.
-- hosts: rounds of 10 participants on each of many servers, to test the load on main and moderators (scale_network.py).
+- time: the creation and one round. A straight line is fitted to the measured times minus the think time, with the
+  smallest possible maximum relative deviation. Times are medians of --repeats runs (default 5). Memory (GB = 10^9
+  bytes) is the sampled peak of all processes together (PSS, including main) while run_simulation.sh plays the same game
+  and writes its results. This run is not timed, as sampling takes time. "Afterwards" is the memory of the servers after
+  the deletion of all agents. Python's allocator keeps this memory for the next run, and does not grow further.
+- command: ./run_simulation.sh with running servers, from start to end, including the results on disk.
+- wire: network traffic of a round. The interceptor in call_counter/ counts the calls that each server receives, and the
+  bytes of their messages. Main calls moderators, moderators call groups, and main sends heartbeats to all servers.
+  "Crossed" is the kernel's count for the loopback interface, including TLS, HTTP and TCP. Therefore no other program
+  should use the interface.
+- own: the cost of custom participant classes (own_participants.py). Memory is the peak growth of the servers per
+  participant.
+- hosts: rounds with 10 participants on each of many servers, which show the load on main and moderators
+  (scale_network.py).
 
-Profile (perf, and each part alone in a loop; microseconds of one core per participant, Python 3.11):
+Profile in microseconds of one core per participant (measured by perf, and with each part alone in a loop; Python 3.11):
 
-- Building takes 0.3: an object with index, game and home. AgentBase's own attributes (1.4 KB, 6 us) are created only on
-  first use. Half of the rest was garbage collection, until each object was scanned only once.
-- Before thinking, a participant takes 1.4: its coroutine 0.15, the path to its sleep 0.45, the collector 0.1; the timer
-  wheel and fresh memory were not measured separately. `asyncio.sleep`, a task and a timer, takes 25 more.
-- After thinking, it takes 1.4: the draw 0.8, the end of the coroutine 0.3.
-- The curve bends at about a million. Below, the think time hides the work after thinking; above, both halves count.
-  Whole runs deviated from the closest line by 10 to 30 %, and one run of four by less than 20 %.
-- Tried and rejected: drawing before thinking, which saves 0.6 after the sleep and adds 1.1 before it; SplitMix64
-  inlined in one function (1 %). A `__getattr__` for AgentBase's attributes took 12 % of a round, as CPython's fast path
-  reads no attribute of such a class.
+- The creation takes 0.3, for an object with index, game and home. AgentBase's own attributes (1.4 KB, 6 us) are created
+  on first use only. Half of the remaining time was garbage collection, until each object was scanned only once.
+- Before the think time, a participant takes 1.4: 0.15 for its coroutine, 0.45 for the calls down to the pause, 0.1 for
+  the garbage collector. The timer wheel and new memory were not measured separately. `asyncio.sleep`, which needs a
+  task and a timer, takes 25 more.
+- After the think time, a participant takes 1.4: 0.8 for its random number, 0.3 for the end of the coroutine.
+- The curve bends at about a million participants. With fewer participants, the think time hides the work after it; with
+  more participants, the work before and after it adds up. Whole runs deviated from the closest line by 10 to 30 %, and
+  one run of four by less than 20 %.
+- Two changes were rejected. A random number before the think time saves 0.6 after it, but adds 1.1 before it.
+  SplitMix64 inlined in one function saves 1 %. A `__getattr__` for AgentBase's attributes took 12 % of a round, as
+  CPython has no fast path for the attributes of such a class.
 """
 
 from __future__ import annotations
@@ -73,9 +78,9 @@ from simulation.settings import SimulationConfig
 THINK_S = 1.0
 SIZES = (64_000, 250_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000)
 COMMAND_SIZE = 1_000_000
-GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # seconds of creation and round, GB
+GOALS = {64_000: (1.4, 0.6), 1_000_000: (4.0, 1.5), 10_000_000: (35.0, 13.0)}  # (seconds, GB) by size
 COMMAND_GOAL_S = 8.0
-PUBLISHED = {1_000_000: 40.0}  # seconds, on a cluster of machines with 64 cores each (arXiv 2407.17789)
+PUBLISHED = {1_000_000: 40.0}  # seconds by size, on a cluster of machines with 64 cores (arXiv 2407.17789)
 SECONDS_SHOWN = (1, 2, 5, 10, 20, 40)  # on the axis of the picture
 PICTURE = ROOT / "docs/scaling.png"
 OWN_FILE = ROOT / "benchmarks/own_participants.py"
@@ -84,8 +89,8 @@ MODES = ("time", "command", "wire", "own", "hosts")
 
 
 @dataclass(frozen=True)
-class ResumeState:
-    """Times of creation and one round, in seconds."""
+class Timing:
+    """The durations of the creation and of one round, in seconds."""
 
     create_s: float
     round_s: float
@@ -95,21 +100,21 @@ class ResumeState:
         return self.create_s + self.round_s
 
 
-def play(config: SimulationConfig, participants: int) -> ResumeState:
-    """Play one round without writing results."""
+def play(config: SimulationConfig, participants: int) -> Timing:
+    """Play one round without writing results. Return the durations."""
     scene = replace(config, participant_num=participants, seed=random.getrandbits(32))
     with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
         result = simulation.play(1)
     assert result.tally.asked == result.tally.answered == participants, result.tally
-    return ResumeState(create_s, result.seconds)
+    return Timing(create_s, result.seconds)
 
 
 # --- Time and memory -------------------------------------------------------------------------------------------------
 
 
 def times(config: SimulationConfig, up_to: int, repeats: int, picture: Path | None) -> None:
-    """Play games of increasing size, print the table and the fitted line, and draw the picture."""
+    """Play games of increasing size. Print the table and the fitted line, and draw the picture."""
     table = Table(
         f"Creation and a round of {THINK_S:g} s think time, 2 + 1 agent servers",
         *(
@@ -160,7 +165,7 @@ def in_seconds(value: float | None) -> str:
 
 
 def memory_of(config: SimulationConfig, participants: int) -> tuple[float, float]:
-    """Return the peak memory of all processes during the whole command, and of the servers afterwards, in GB."""
+    """Return the peak memory in GB of all processes during the whole command, and that of the servers afterwards."""
     servers = [process.pid for process in AGENT_SERVERS.running().values()]
     with results_folder() as folder:
         game = start_command(config, participants, folder / "run")
@@ -171,7 +176,7 @@ def memory_of(config: SimulationConfig, participants: int) -> tuple[float, float
 
 
 def wait_until_gone(config: SimulationConfig) -> None:
-    """Wait until no server has any agents."""
+    """Wait until the servers have deleted all agents."""
     deadline = time.monotonic() + GONE_S
     servers = endpoints(config.hosts, config.base_port, len(config.ports))
     while any(handshake(server, GONE_S).agents for server in servers):
@@ -180,7 +185,7 @@ def wait_until_gone(config: SimulationConfig) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A straight line with its maximum deviation from the measured points, relative to the measured values."""
+    """A straight line, and its maximum relative deviation from the measured points."""
 
     each_s: float
     start_s: float
@@ -190,9 +195,8 @@ class Line:
     def through(cls, points: dict[int, float]) -> Line:
         """Return the line with the smallest maximum relative deviation from the points (minimax fit)."""
         closest = cls(0.0, 0.0, 0.0)
-        for three in combinations(
-            sorted(points.items()), 3
-        ):  # the fit is the one of the three points that a line fits worst
+        # the minimax line of all points is the minimax line of the three points with the largest deviation
+        for three in combinations(sorted(points.items()), 3):
             x, y = np.array(three).T
             equations = np.column_stack((x / y, 1 / y, (1, -1, 1)))  # equal relative deviation, with alternating signs
             each_s, start_s, off = np.linalg.solve(equations, np.ones(3))
@@ -212,7 +216,7 @@ class Line:
 
 def draw(path: Path, medians: dict[int, float], line: Line) -> None:
     """Draw the measurements, the line and the goals on logarithmic axes, with an inset on linear axes."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - half a second, which would be in somebody's figures
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - this import would add half a second
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     even = axes.inset_axes((0.70, 0.16, 0.30, 0.19))
@@ -228,7 +232,7 @@ def draw(path: Path, medians: dict[int, float], line: Line) -> None:
     axes.plot(list(PUBLISHED), list(PUBLISHED.values()), "*", **published)
     axes.axhline(THINK_S, color="#222222", linestyle=":", label="thinking")
     for size, both_s in medians.items():
-        beside = (-42, 6) if both_s > THINK_S + line.at(size) > 2 * THINK_S else (7, -17)  # where the line is not
+        beside = (-42, 6) if both_s > THINK_S + line.at(size) > 2 * THINK_S else (7, -17)  # off the line
         axes.annotate(f"{both_s:.1f} s", (size, both_s), xytext=beside, textcoords="offset points", fontsize=12)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -259,7 +263,7 @@ def short(size: int) -> str:
 
 @contextlib.contextmanager
 def results_folder() -> Iterator[Path]:
-    """Yield a temporary folder on the disk of the real results; at the end, delete it and restore runs/latest."""
+    """Yield a temporary folder on the disk of the real results. At the end, delete it and restore runs/latest."""
     results.LATEST.parent.mkdir(exist_ok=True)
     latest = results.LATEST.readlink() if results.LATEST.is_symlink() else None
     try:
@@ -272,7 +276,7 @@ def results_folder() -> Iterator[Path]:
 
 
 def start_command(config: SimulationConfig, participants: int, folder: Path) -> subprocess.Popen[bytes]:
-    """Start ./run_simulation.sh as a user would; its process becomes main (exec)."""
+    """Start ./run_simulation.sh as a user would. Its process becomes main by exec."""
     settings = {
         "BASE_PORT": str(config.base_port),
         "HOSTS": "localhost",
@@ -290,7 +294,7 @@ def start_command(config: SimulationConfig, participants: int, folder: Path) -> 
 
 
 def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path) -> dict[str, float]:
-    """Assert that the command succeeded and wrote a row for each answer; returns the seconds from summary.json."""
+    """Assert that the command succeeded and wrote a row for each answer. Return the durations in summary.json."""
     assert game.returncode == 0, f"run_simulation.sh ended with exit status {game.returncode}"
     assert pq.read_metadata(folder / "answers.parquet").num_rows == participants
     seconds: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["seconds"]
@@ -298,7 +302,7 @@ def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path
 
 
 def command(config: SimulationConfig, participants: int, repeats: int) -> None:
-    """Time the whole command, and print the table."""
+    """Measure the duration of the whole command, and print the table."""
     table = Table(
         "The whole command with 2 + 1 agent servers up, from its start to its end",
         *("command", "time", "goal", "creation", "round", "the rest", "runs"),
@@ -325,7 +329,7 @@ def command(config: SimulationConfig, participants: int, repeats: int) -> None:
 
 
 def own(config: SimulationConfig, repeats: int) -> None:
-    """Play with each custom participant class, and print the table."""
+    """Play games with each custom participant class, and print the table."""
     table = Table(
         f"Participants of one's own, {config.server_per_host} participant servers, {config.reply_threads} threads each",
         *("a participant", "participants", "think", "creation", "round", "memory of one", "runs"),
@@ -333,8 +337,8 @@ def own(config: SimulationConfig, repeats: int) -> None:
     for name, cls, participants, think_s in CLASSES:
         file = None if cls is RandomParticipant else f"{OWN_FILE}:{cls.__name__}"
         scene = replace(config, agent_class=file, sleep_time=think_s)
-        with agent_servers(config):  # new servers, as old ones would reuse freed memory first
-            play(scene, 1000)  # warm
+        with agent_servers(config):  # new servers, as used servers would first reuse freed memory
+            play(scene, 1000)  # warm-up
             servers = [process.pid for process in AGENT_SERVERS.running().values()]
             before = memory_mb(servers)
             each_b = (peak_mb(lambda: play(scene, participants), servers) - before) * 2**20 / participants  # noqa: B023
@@ -363,7 +367,7 @@ def main() -> None:
     )
     if chosen & {"time", "command"}:
         with agent_servers(config, owned=False):  # so that run_simulation.sh can use them too
-            play(config, 1000)  # warm
+            play(config, 1000)  # warm-up
             if "time" in chosen:
                 whole = arguments.up_to >= SIZES[-1]
                 times(config, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None))

@@ -1,8 +1,8 @@
-"""Network traffic of a round, and load of hundreds of agent servers on main and moderators: parts of scale.py.
+"""Parts of scale.py: the network traffic of a round, and the load of hundreds of agent servers on main and moderators.
 
-Many servers on one host stand in for many hosts: to main and to a moderator, a server is an address with its own
-connection, calls and heartbeats, and nothing in a round is done once per host. Unlike on 64 hosts, all these servers
-share two cores. Therefore the CPU time of main and of the moderators is reported separately from the elapsed time.
+Many servers on one host represent many hosts: for main and for moderators, each server is an address with its own
+connection, calls and heartbeats, and a round has no work per host. Unlike on 64 hosts, all these servers share two
+cores. Therefore the CPU time of main and of the moderators is reported separately from the elapsed time.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ WIRE_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
 SCENES = ((16, 1), (64, 4), (256, 16), (256, 1), (512, 32))  # participant servers, moderator servers
 EACH = 10  # participants per server
 ROUNDS = 4  # the first is a warm-up
-READY_S = 600.0  # start-up timeout, for as many servers as 64 hosts would run
+READY_S = 600.0  # start-up timeout for the largest scene
 ANSWER_S = 30.0  # timeout of the call that returns the call counts
-SERVED = "/benchmark/served"  # that call: see call_counter/sitecustomize.py
+SERVED = "/benchmark/served"  # the method of this call (see call_counter/sitecustomize.py)
 SERVER_MB = 20.0  # assumed memory of a server until one is measured
 SPARE_MB = 2000.0  # memory left free for other processes
 
 
 def served(config: SimulationConfig) -> tuple[Counter[str], Counter[str]]:
-    """Return the number of calls served by all servers so far, and their bytes (requests and replies), by method."""
+    """Return by method how many calls all servers have received so far, and the bytes of their requests and replies."""
     channels = [channel_to(str(server)) for server in endpoints(config.hosts, config.base_port, len(config.ports))]
     requests = [channel.unary_unary(SERVED).future(b"", timeout=ANSWER_S) for channel in channels]
     calls: Counter[str] = Counter()
@@ -67,7 +67,7 @@ def crossed() -> int:
 
 
 def wire(config: SimulationConfig, up_to: int) -> None:
-    """Play games of increasing size, fetch their answers, and print the table."""
+    """Play games of increasing size, fetch the answers, and print the table."""
     table = Table(
         "Calls and bytes of a round, and of fetching its answers afterwards, 2 + 1 agent servers",
         *("participants", "ask", "collect", "announce", "heartbeats", "a round crossed", "fetching"),
@@ -87,12 +87,12 @@ def wire(config: SimulationConfig, up_to: int) -> None:
                 pass
             crossed_answers, after = crossed() - crossed_before, served(config)
 
-        def told(name: str, since: Any = before, until: Any = then) -> str:
+        def sent(name: str, since: Any = before, until: Any = then) -> str:
             calls, size = (late[name] - early[name] for early, late in zip(since, until, strict=True))
             return f"{calls} calls, {in_bytes(size)}"
 
-        steps = [told(name) for name in ("begin", "collect", "announce", HEARTBEAT)]
-        fetching = (told("answers", then, after), in_bytes(crossed_answers), in_bytes(crossed_answers / participants))
+        steps = [sent(name) for name in ("begin", "collect", "announce", HEARTBEAT)]
+        fetching = (sent("answers", then, after), in_bytes(crossed_answers), in_bytes(crossed_answers / participants))
         table.add(f"{participants:,}", *steps, in_bytes(crossed_round), *fetching)
 
 
@@ -107,7 +107,7 @@ def in_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Round:
-    """Elapsed and CPU times of one round, in seconds, and its numbers of calls and heartbeats."""
+    """The elapsed and CPU seconds of one round, and the numbers of calls and heartbeats."""
 
     ask_s: float
     collect_s: float
@@ -173,20 +173,20 @@ def hosts(config: SimulationConfig, at_most: int) -> None:
 
 
 def rounds_on(config: SimulationConfig) -> tuple[float, list[Round]]:
-    """Play the rounds; returns the seconds for creation, and the measurements of each round after the first."""
+    """Play the rounds. Return the seconds for the creation, and the measurements of each round after the first."""
     scene = replace(config, seed=random.getrandbits(32))
     own = {int(name): each for name, each in AGENT_SERVERS.running().items() if name != LAUNCHER}
     first_moderator = config.base_port + config.server_per_host
     with Simulation(scene, build_game(scene, {}), new_run_id(), ConsoleProgress()) as simulation:
         create_s = simulation.create()
-        simulation.play(1)  # warm
+        simulation.play(1)  # warm-up
         played = [played_round(simulation, number, own, first_moderator) for number in range(2, config.rounds + 1)]
     return create_s, played
 
 
 def played_round(simulation: Simulation, number: int, own: dict[int, psutil.Process], first_moderator: int) -> Round:
-    """Play one round and measure it."""
-    steps: list[float] = []  # ask, collect, announce, in this order
+    """Play one round and return its measurements. `own` maps the port of each server to its process."""
+    steps: list[float] = []  # durations of ask, collect and announce, in this order
 
     def timed(call_all: Callable[[Any], Any], call: Any) -> Any:
         began = time.perf_counter()

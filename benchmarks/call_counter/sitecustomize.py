@@ -1,7 +1,7 @@
-"""Count the calls of agent servers: Python imports this file at its start if PYTHONPATH names its folder.
+"""Count the calls of agent servers. Python imports this file at startup if PYTHONPATH contains its folder.
 
-An interceptor of every gRPC server counts calls and the bytes of their messages by method. A call to METHOD returns the
-counts so far as JSON: {method: [calls, bytes received, bytes sent]}.
+An interceptor of each gRPC server counts the calls of each method and the bytes of the messages. A call of METHOD
+returns the counts so far as JSON: {method: [calls, bytes received, bytes sent]}.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as main.py sets them, before grpc is imported
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as in main.py, before grpc is imported
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 
 import grpc
@@ -21,7 +21,7 @@ METHOD = "/benchmark/served"
 
 
 class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """The interceptor of one server."""
+    """An interceptor that counts the calls of one server by method."""
 
     def __init__(self) -> None:
         self._served: dict[str, tuple[int, int, int]] = {}
@@ -46,7 +46,7 @@ class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def size_of(message: Any) -> int:
-    """Return the bytes of a message, which is a protobuf message or bytes."""
+    """Return the size in bytes of a message, which is bytes or a protobuf message."""
     return len(message) if isinstance(message, bytes) else message.ByteSize()
 
 
