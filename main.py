@@ -114,7 +114,7 @@ def play(command: Command) -> int:
 
 
 def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether localhost is the only host, and no agent server that this run could use is running there."""
+    """Return whether localhost is the only host and has no servers. Raises ClusterError if another run owns them."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):

@@ -44,7 +44,7 @@ class Moderator(AgentBase):
         self._lock = threading.Lock()  # guards check-then-set updates, as many threads call this moderator
 
     def assign(self, assignments: list[GroupAssignment], one_by_one: bool) -> None:
-        """Replace the groups of this moderator by other existing groups. Stop asking removed groups one by one."""
+        """Replace the groups that this moderator asks. These must exist. Halt per-agent dispatch to removed groups."""
         with self._lock:
             before = self._groups
             self._groups = {each: before.get(each) or self._group(each, one_by_one) for each in assignments}

@@ -41,7 +41,7 @@ def warn_once(warning: str) -> None:
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """Return a user-supplied path as an absolute path. Raises SettingsError if this is impossible.
+    """Return a user-supplied path as an absolute path. Raises SettingsError if the path is invalid.
 
     A leading `~`, `~user` or `$HOME` is expanded. A relative path starts in `folder` (default: working directory).
     """
@@ -70,7 +70,7 @@ def shown(path: str | Path) -> str:
 
 
 def is_there(path: Path, flag: str = "") -> bool:
-    """Return whether a file or folder exists. Raises SettingsError if the file system does not tell."""
+    """Return whether a file or folder exists. Raises SettingsError if the path cannot be accessed."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +81,7 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Return the sorted files of a folder whose names end with `suffix`; an empty list if the folder does not exist.
+    """List the files in a folder whose names end with `suffix`, sorted. The list is empty if the folder does not exist.
 
     Raises SettingsError if the folder cannot be read. Path.glob() would return nothing in this case.
     """

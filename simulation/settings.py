@@ -47,7 +47,7 @@ class Setting:
     without: str = ""  # shown instead of the default value
     roles: tuple[str, ...] = ("main",)  # the roles that use this setting
     group: str = ""  # title of the section of the help that starts with this setting
-    game: bool = False  # whether an experiment file may contain it
+    game: bool = False  # whether an experiment file may contain this setting
     fixed_on_resume: bool = False
     path: bool = False  # whether the value is a path, which becomes absolute (see full_path)
 
@@ -210,7 +210,7 @@ class SimulationConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SimulationConfig:
-        """Return the settings that `to_json` stored. Raises KeyError, TypeError or SettingsError for other data."""
+        """Return settings from `to_json` output. Raises KeyError, TypeError or SettingsError if it is malformed."""
         for name in data.keys() & KINDS.keys() - {"hosts"}:
             if type(data[name]) not in KINDS[name] and not (type(data[name]) is int and float in KINDS[name]):
                 raise TypeError(f"{name} has a value of another type")
@@ -257,9 +257,9 @@ def _from_here(moved_from: Path | None, _name: str, path: str) -> str:
 
 
 def _checkout_of(data: Mapping[str, Any]) -> Path | None:
-    """Return the checkout that stored `data` if it was an earlier version, which stored absolute paths; else None.
+    """Return the checkout in which an earlier version stored `data` with absolute paths; None for relative paths.
 
-    This is the folder in which most default paths of `data` are.
+    This is the folder that most default paths in `data` have in common.
     """
     paths = {f"/{default}": data[name] for name, default in DEFAULT_PATHS.items() if name in data}
     if not all(path.startswith("/") for path in paths.values()):
@@ -280,7 +280,7 @@ def flag_of(name: str) -> str:
 
 
 def to_number(kind: type, flag: str, text: str) -> Any:
-    """Parse an int or float (`kind`) from the command line. Raises SettingsError if `text` is no such number."""
+    """Parse a number of type `kind` (int or float) from the command line. Raises SettingsError if `text` is invalid."""
     try:
         return kind(text)
     except ValueError:
@@ -289,7 +289,7 @@ def to_number(kind: type, flag: str, text: str) -> Any:
 
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
-    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is out of range or too precise."""
+    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or out of range."""
     text = str(text)
     try:
         if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory

@@ -193,7 +193,7 @@ class ParticipantGroup(AskedGroup):
             super().begin(question)
 
     def allow(self, number: int, tokens_each: float | None) -> None:
-        """Set the token budget per participant (None: no limit) of a round. A retry must not restore spent tokens."""
+        """Set the token budget of a round per participant (None: no limit). Ignore a retry, as tokens may be spent."""
         with self._changed:
             if self._chat is not None and number > self._budgeted:
                 self._budgeted = number
@@ -209,7 +209,7 @@ class ParticipantGroup(AskedGroup):
         return replace(used, answering_s=answering_s, client_s=client_s)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Return the progress with the usage, and with a histogram unless `numbers` (of possible answers) is 0."""
+        """Return the progress with the usage. Add a histogram of `numbers` possible answers unless `numbers` is 0."""
         progress, sheet = replace(super().progress(wait_s), usage=astuple(self.usage())), self.sheet
         return with_histogram(progress, [sheet], numbers) if numbers and sheet is not None else progress
 
@@ -243,7 +243,7 @@ class ParticipantGroup(AskedGroup):
         return len(self._agents)
 
     def participant(self, index: int) -> Participant | None:
-        """Return the participant with this index; None if another group hosts this participant."""
+        """Return the participant with this index; None if this group has no such participant."""
         offset, agents = index - self.first, self._agents  # read once, as `close` may clear this attribute
         return agents[offset] if 0 <= offset < len(agents) else None
 

@@ -183,7 +183,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
 
 
 def answer_in(message: Any) -> Any:
-    """Return `answer` from the metadata of a reply, or else its text. Return a reply that is no Msg unchanged."""
+    """Return `answer` from the metadata of a reply, or else its text. If the reply is no Msg, return it unchanged."""
     if not isinstance(message, Msg):
         return message
     if isinstance(message.metadata, dict) and "answer" in message.metadata:

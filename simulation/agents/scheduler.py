@@ -31,7 +31,7 @@ Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index and its coroutine
 
 
 class Sleep(float):
-    """A pause in seconds. `await Sleep(1.5)` works in any coroutine, and is cheap in those that a `Scheduler` steps."""
+    """A pause in seconds. `await Sleep(1.5)` works in any coroutine; a `Scheduler` makes the pause cheap."""
 
     __slots__ = ()
 
@@ -73,7 +73,7 @@ class Scheduler:
 
     loop: asyncio.AbstractEventLoop  # the loop of this thread
     count: int
-    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; an exception is its failure
+    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; `failed` gets its exception
     answered: Callable[[list[int], list[Any]], None]  # called with indices and the return values of their coroutines
     failed: Callable[[int, BaseException], None]  # called with an index and the exception of its coroutine
     # Maximum number of coroutines at a time (None: no limit). Give a limit for coroutines that do more than pause: each

@@ -38,7 +38,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse("write it as my_file.py:MyParticipant")
     if not is_there(path, "--agent-class"):
         raise refuse(f"there is no file {path}{near_file(path)}")
-    name = OWN + path.stem  # the prefix prevents that a user file random.py hides a library
+    name = OWN + path.stem  # with the prefix, a user file random.py hides no library
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)

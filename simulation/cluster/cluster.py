@@ -72,7 +72,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Return the status of each server, participant servers first. For some seconds, also request histograms."""
+        """Request histograms for some seconds, and return the status of each server, participant servers first."""
         self._detector.observe(self._game.numbers)
         return self.status
 
@@ -143,7 +143,7 @@ class Cluster(Membership):
         self._ready |= {assignment.oid for assignment in assignments}
 
     def _assign_groups(self) -> None:
-        """Create missing moderators, and tell each moderator its groups."""
+        """Create missing moderators, and send each moderator its groups."""
         groups: dict[Endpoint, list[GroupAssignment]] = defaultdict(list)
         for assignment in self.active_assignments:
             groups[assignment.moderator_server].append(assignment)

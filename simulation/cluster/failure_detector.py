@@ -50,7 +50,7 @@ class ServerStatus:
 
 
 class FailureDetector:
-    """The failure detector of one run. Inside this context manager, a thread polls the servers."""
+    """The failure detector of one run. While this context manager is open, a thread polls the servers."""
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
         self._run = run
@@ -59,7 +59,7 @@ class FailureDetector:
         now = time.monotonic()
         self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
         self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of the times of the next requests
-        self._newest = dict.fromkeys(incarnations, 0.0)  # time of the latest request; other replies are late
+        self._newest = dict.fromkeys(incarnations, 0.0)  # time of the latest request, to detect old replies
         self._changed = threading.Condition()  # guards all mutable state
         self._round = 0
         self._numbers = 0  # number of possible answers, for histograms
@@ -85,7 +85,7 @@ class FailureDetector:
             self._news = False
 
     def observe(self, numbers: int) -> None:
-        """Request partial histograms of `numbers` possible answers with all heartbeats for OBSERVED_S seconds."""
+        """Request a partial histogram of the `numbers` possible answers with each heartbeat, for OBSERVED_S seconds."""
         self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
 
     def poll_now(self, number: int) -> None:

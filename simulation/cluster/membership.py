@@ -115,7 +115,7 @@ class Membership:
             self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
 
     def wait_for_servers(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
-        """Return the servers of the pool that are up. If all are down, wait. Raises RunAborted, Interrupted."""
+        """Wait while all servers of the pool are down, and return those that are up. Raises RunAborted, Interrupted."""
         gathered_at: float | None = None
         while not (up := self.up(pool)):
             if self.watch.stop_signal is not None:
@@ -164,7 +164,10 @@ class Membership:
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
 
     def _done(self, number: int, awaited: list[tuple[Endpoint, str, bool]], since: float) -> int:
-        """Return the number of finished participants and store the usage, from replies requested after `since`."""
+        """Return the number of finished participants, and store their usage. Ignore replies requested before `since`.
+
+        Raises the errors that objects report, and ServerLost if a server or an object is lost.
+        """
         done = 0
         gone: AgentNotFound | None = None
         for endpoint, oid, counts in awaited:

@@ -25,7 +25,7 @@ class GroupPlace:
 
 
 def even_split(total: int, parts: int) -> list[range]:
-    """Split 0 .. total-1 into `parts` consecutive ranges. Their sizes differ by at most one, in descending order."""
+    """Split 0 .. total-1 into `parts` consecutive ranges whose sizes differ by at most one. Long ranges come first."""
     size, longer = divmod(total, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
@@ -62,7 +62,7 @@ class PlacementPlan:
         self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one group
 
     def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
-        """Move groups back to their preferred server, and to their preferred moderator, if it is among those given."""
+        """Move groups back to their preferred servers and moderators, as far as these are among the given ones."""
         starts = [each.first for each in self._preferred]
         pieces_of = groupby(self.assignments, lambda piece: bisect_right(starts, piece.first) - 1)
         self.assignments = []
@@ -82,10 +82,10 @@ class PlacementPlan:
     def reassign(
         self, servers: Collection[Endpoint], moderator_servers: Sequence[Endpoint], onto: Sequence[Endpoint]
     ) -> None:
-        """Move groups away from all servers and moderators that are not given. At least one moderator must be given.
+        """Move groups away from servers outside `servers` and from moderators outside `moderator_servers`.
 
-        The participants of these servers are split evenly over the servers of `onto`. If `onto` is empty, they get no
-        server.
+        The moved participants are split evenly over the servers in `onto`. If `onto` is empty, these participants get
+        no server. `moderator_servers` must not be empty.
         """
         servers, moderators_up = set(servers), set(moderator_servers)
         displaced = sum(each.count for each in self.assignments if each.server not in servers)

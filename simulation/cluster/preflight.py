@@ -19,7 +19,7 @@ from simulation.settings import SimulationConfig
 CHECKS_AT_ONCE = 1024  # maximum number of threads; each waits for one server
 
 Identities = dict[Endpoint, Handshake]
-Errors = dict[Endpoint, SimulationError]
+Errors = dict[Endpoint, SimulationError]  # SettingsError if the host name is unknown
 
 
 def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
