@@ -119,7 +119,7 @@ class Timing:
 
 
 class PlainParticipant(AgentBase):
-    """An LLM participant in the style of AgentScope's documentation. Each has a model object and a blocking reply."""
+    """An LLM participant in the style of AgentScope's documentation, with a model object and a blocking reply."""
 
     def __init__(self, system: str, fields: dict[str, Any], *_: object) -> None:
         super().__init__(name="participant", sys_prompt=system, model_config_name="model_1", use_memory=False)

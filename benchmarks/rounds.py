@@ -148,7 +148,7 @@ def bare(participants: int, think_s: float, runs: int) -> Figures:
 
 
 def measure(play: Callable[[], tuple[float, float]], runs: int, pids: list[int]) -> Figures:
-    """Return the median durations of `runs` runs, and the peak memory of an extra run. One run serves for both."""
+    """Return the median durations of `runs` runs, and the peak memory of an extra run. A single run measures both."""
     times: list[tuple[float, float]] = [play() for _ in range(runs)] if runs > 1 else []
     memory = peak_mb((lambda: times.append(play())) if runs == 1 else play, pids)
     return Figures(statistics.median(t[0] for t in times), statistics.median(t[1] for t in times), memory, runs)
