@@ -20,7 +20,7 @@ from simulation.cluster.membership import ProgressListener
 from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError, UnusableAnswer
 from simulation.game.answer_sheet import FAILED, Answers
 from simulation.game.rules import Announcement, Game, Question, question_for
-from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge
+from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge, score
 from simulation.llm.usage import Usage
 from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
@@ -80,8 +80,7 @@ class Simulation:
         question = question_for(self.game, number, self._announcements)
 
         def ask_average_announce() -> RoundResult:  # a repeated call only does what is still missing
-            tally = self._ask(question)
-            result = self._average(tally)
+            result = score(self.game, number, self._ask(question))
             return self._record(self._announce(result))
 
         result = self.cluster.retry_on_server_loss(ask_average_announce)
@@ -112,13 +111,6 @@ class Simulation:
         if tally.asked != self.config.participant_num:
             raise SimulationError(f"{tally.asked} of {self.config.participant_num} participants were counted")
         return tally
-
-    def _average(self, tally: Tally) -> RoundResult:
-        """Return the result with average, winning number and closest answers, but without winners and times."""
-        average = tally.average()
-        winning_number = self.game.winning_number(average) if average is not None else None
-        closest = tally.closest(winning_number) if winning_number is not None else ()
-        return RoundResult(self._number, tally, average, winning_number, closest, Winners(0, ()), 0.0)
 
     def _announce(self, result: RoundResult) -> RoundResult:
         """Announce the result to all participants. Return the result, completed with the winners and the times."""

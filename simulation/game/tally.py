@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulation.errors import Ended
-from simulation.game.rules import Announcement
+from simulation.game.rules import Announcement, Game
 
 Units = NDArray[np.int64]
 
@@ -155,11 +155,11 @@ class RoundResult:
 
     round: int
     tally: Tally
-    average: Fraction | None
-    winning_number: Fraction | None
-    closest: tuple[int, ...]
-    winners: Winners
-    seconds: float
+    average: Fraction | None = None
+    winning_number: Fraction | None = None
+    closest: tuple[int, ...] = ()
+    winners: Winners = Winners(0, ())
+    seconds: float = 0.0
     reassigned: int = 0  # participants moved to another server or moderator during the round
     times: Times | None = None  # None if unknown, as in a saved run
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # the name and the average of each team, in a game with teams
@@ -171,6 +171,15 @@ class RoundResult:
             return ()
         distances = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
         return tuple(name for name in distances if distances[name] == min(distances.values()))
+
+
+def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
+    """Return the result of a counted round; its winners and times are still missing."""
+    average = tally.average()
+    if average is None:
+        return RoundResult(round_number, tally)
+    winning_number = game.winning_number(average)
+    return RoundResult(round_number, tally, average, winning_number, tally.closest(winning_number))
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:

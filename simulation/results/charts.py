@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from simulation.game.rules import Game
 from simulation.game.tally import Tally
-from simulation.results.console_report import brief, histogram, number_of
+from simulation.results.console_report import brief, histogram
 from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg, two_parts, write_png
 from simulation.results.reader import SavedRun
 
@@ -143,7 +143,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
         axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9.5, color="ink")
         average = tallies[name].average()
         if average is not None:
-            axes.axvline(number_of(average, game), color="average")
+            axes.axvline(float(average / game.scale), color="average")
     return svg(label, figure)
 
 

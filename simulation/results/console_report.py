@@ -99,11 +99,6 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     ]
 
 
-def number_of(units: Fraction, game: Game) -> float:
-    """Convert units to a number of the game."""
-    return float(units / game.scale)
-
-
 def brief(number: float | None) -> str:
     """Format a number with few digits (three decimals; three significant digits below 0.1)."""
     if number is None:

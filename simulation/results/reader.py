@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
 from simulation.game.rules import Game, game_of
-from simulation.game.tally import RoundResult, Tally, Winners
+from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.usage import Usage
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
@@ -61,9 +61,8 @@ class SavedRun:
         cast = self.game.cast
         if cast is None or not cast.groupings or not self.results:
             return {}
-        tallies = {
-            parts.topic: [{name: Tally(0) for name in parts.names} for _ in self.results] for parts in cast.groupings
-        }
+        rounds = range(len(self.results))
+        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in cast.groupings}
         for number, rows in _rows_of(self.path, self.config):
             for parts in cast.groupings if 0 < number <= len(self.results) else ():
                 part_indices = cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
@@ -78,14 +77,13 @@ class SavedRun:
 def read_run(path: Path, flag: str = "") -> SavedRun:
     """Read a run. Raises SettingsError if there is none, or one of its files is missing, damaged or contradictory."""
     config, summary = read_summary(path, flag)
-    run = SavedRun(path, config, summary, read_game(path, config), read_rounds(path, config, summary))
-    if config.teams is None or config.teams not in run.tallies_by_part:
-        return run
-    averages = [
-        tuple((name, tally.average()) for name, tally in tallies.items())
-        for tallies in run.tallies_by_part[config.teams]
-    ]
-    return replace(run, results=[replace(one, teams=teams) for one, teams in zip(run.results, averages, strict=True)])
+    game = read_game(path, config)
+    run = SavedRun(path, config, summary, game, read_rounds(path, config, summary, game))
+    by_team = run.tallies_by_part.get(config.teams, []) if config.teams is not None else []
+    for index, tallies in enumerate(by_team):
+        averages = tuple((name, tally.average()) for name, tally in tallies.items())
+        run.results[index] = replace(run.results[index], teams=averages)
+    return run
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
@@ -134,7 +132,7 @@ def rounds_finished(summary: dict[str, Any]) -> int:
 
 def tokens_spent(summary: dict[str, Any]) -> int:
     """Return the number of prompt and completion tokens that a run has used."""
-    return sum(summary["llm"][name] for name in ("prompt_tokens", "completion_tokens")) if summary["llm"] else 0
+    return Usage(**(summary["llm"] or {})).tokens
 
 
 def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
@@ -157,29 +155,23 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
     return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
-def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any]) -> list[RoundResult]:
+def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any], game: Game) -> list[RoundResult]:
     """Return the rounds of a run. Raises SettingsError if answers are missing or contradict the summary."""
-    game = game_of(config, None, None)
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(path, config) if summary["rounds"] else ():
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
-    results = []
+    results: list[RoundResult] = []
     for entry in summary["rounds"]:
-        number, tally = entry["round"], tallies.get(entry["round"])
-        if tally is None:
+        number = entry["round"]
+        if number not in tallies:
             raise SettingsError(f"{path}: the answers of round {number} are missing")
-        tally = replace(tally, ended=Ended[entry["ended"].upper()])
-        average = tally.average()
-        counts = (tally.asked, tally.answered, tally.failed, None if average is None else float(average / game.scale))
-        summarised = tuple(entry[key] for key in ("asked", "answered", "failed", "average"))
-        if counts != summarised or tally.asked != config.participant_num:
+        result = score(game, number, replace(tallies[number], ended=Ended[entry["ended"].upper()]))
+        counted = run_files.round_entry(result, game.scale)
+        same = all(counted[key] == entry[key] for key in ("asked", "answered", "failed", "average"))
+        if not same or entry["asked"] != config.participant_num:
             raise SettingsError(f"{path}: answers.parquet and summary.json say different things of round {number}")
-        winning_number = game.winning_number(average) if average is not None else None
-        closest = tally.closest(winning_number) if winning_number is not None else ()
-        lowest = tuple(int(name[1:]) for name in entry["winners"]["participants"])
-        winners, seconds = Winners(entry["winners"]["count"], lowest), entry["seconds"]
-        result = RoundResult(number, tally, average, winning_number, closest, winners, seconds, entry["reassigned"])
-        results.append(result)
+        winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
+        results.append(replace(result, winners=winners, seconds=entry["seconds"], reassigned=entry["reassigned"]))
     return results
 
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
 from simulation.results.charts import PART_LINES, PARTS_DRAWN, draw_pictures, largest, selection
-from simulation.results.console_report import brief, number_of
+from simulation.results.console_report import brief
 from simulation.results.figures import PAGES, page_chart, series_style
 from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_directory import REPORT, write_whole
@@ -109,7 +109,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "rounds": [rounds[index] for index in selected],
         "lines": {
             name: {
-                index: number_of(average, game)
+                index: float(average / game.scale)
                 for index, each in rounds
                 if (average := each[name].average()) is not None
             }

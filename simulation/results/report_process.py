@@ -42,14 +42,18 @@ class ReportProcess:
         self._to_process, self._from_process = self._process.stdin, self._process.stdout
 
     def draw(self, run: SavedRun) -> None:
-        """Draw the pictures and the report of a run into its folder, and wait for completion.
+        """Draw the pictures and the report of a run into its folder. Raises SettingsError, ResultsError."""
+        errors: list[SimulationError | None] = []  # empty if the process exits first
 
-        Raises SettingsError if the answers in its folder cannot be read, and ResultsError if results cannot be written.
-        """
-        errors: list[SimulationError | None] = []
-        request = threading.Thread(target=self._request, args=(run, errors), daemon=True)
-        request.start()
-        request.join(LONGEST_S)
+        def request() -> None:
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                pickle.dump(run, self._to_process)
+                self._to_process.flush()
+                errors.append(pickle.load(self._from_process))
+
+        thread = threading.Thread(target=request, daemon=True)
+        thread.start()
+        thread.join(LONGEST_S)
         if not errors:
             self._process.kill()
             logger.warning(f"the process that draws reports ended with status {self._process.wait()}: drawing here")
@@ -66,13 +70,6 @@ class ReportProcess:
         for pipe in (self._to_process, self._from_process):
             with contextlib.suppress(OSError):  # a run was sent only in part
                 pipe.close()
-
-    def _request(self, run: SavedRun, errors: list[SimulationError | None]) -> None:
-        """Have the process draw a run, and append the error or None; append nothing if the process exits first."""
-        with contextlib.suppress(OSError, EOFError, ValueError):
-            pickle.dump(run, self._to_process)
-            self._to_process.flush()
-            errors.append(pickle.load(self._from_process))
 
 
 def serve() -> None:

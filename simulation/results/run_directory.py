@@ -1,7 +1,7 @@
 """The run directory: its creation, its lock, the durable writing of its files, and the link runs/latest.
 
-Every file is complete: it is written to a draft next to its path, flushed to the disk and renamed. The next process
-that opens the folder for writing removes drafts of killed processes. The module knows results, not how they arise.
+A file is written to a draft beside it, flushed to the disk and renamed, so every file is complete. The next process
+that opens the folder for writing removes the drafts of killed processes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ class RunDirectory:
             raise SettingsError(failure + advice) from None
 
     def _open(self, resumed: bool, alone: bool) -> None:
-        """Create or check the folder, lock it, and remove the drafts of killed processes."""
         LATEST.parent.mkdir(exist_ok=True)
         if not LATEST.is_symlink() and is_there(LATEST):
             raise SettingsError(f"{LATEST} is meant to be a link to the last run, and is not: move it away")
@@ -111,7 +110,7 @@ class RunDirectory:
             if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):
                 raise SettingsError(f"cannot write in {folder}: it is read-only")
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.position is not None and alone:  # runs/latest points to the experiment
+        if self.position is not None and alone:  # no process may play the whole experiment; others may play its runs
             self._lock(self.path.parent, shared=True)
         if self._lock(self.path):  # otherwise drafts may be another run's
             for draft in _drafts(self.path):
@@ -120,11 +119,7 @@ class RunDirectory:
         (self.path / PROBE).unlink()
 
     def _lock(self, path: Path, shared: bool = False) -> bool:
-        """Lock a folder against other runs until `close`, and return False if its file system has no locks.
-
-        A shared lock of an experiment's folder excludes processes that play the whole experiment, not those that play
-        one of its runs.
-        """
+        """Lock a folder against other runs until `close`, and return False if its file system has no locks."""
         self._locks.append(os.open(path, os.O_RDONLY))
         try:
             return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
@@ -190,9 +185,9 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants first .. first+count-1 in rounds 1 .. rounds; NaN where there is none.
+        """Return the answers of `count` participants in these rounds, shape (rounds, count), NaN where there is none.
 
-        The shape is (rounds, count). Raises ResultsError.
+        Raises ResultsError.
         """
         try:
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
@@ -261,9 +256,9 @@ def _point_latest(target: str) -> None:
 
 def _drafts(path: Path) -> set[Path]:
     """Return the drafts that killed processes left in a run directory, and those of runs/latest that point to it."""
-    links = [link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink()]
-    links = [link for link in links if real(link) == path or not is_there(link)]
-    return {*links, *(file for file in path.iterdir() if DRAFT.fullmatch(file.name))}
+    links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
+    drafts = {link for link in links if real(link) == path or not is_there(link)}
+    return drafts | {file for file in path.iterdir() if DRAFT.fullmatch(file.name)}
 
 
 def write_whole(path: Path, content: bytes) -> None:

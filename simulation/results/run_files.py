@@ -114,9 +114,8 @@ def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
     for entry in summary["rounds"]:
-        causes = entry["failures"]
-        ended = "interrupted" if INTERRUPTED in causes else "out_of_tokens" if OUT_OF_TOKENS in causes else "complete"
-        entry.setdefault("ended", ended)
+        by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
+        entry.setdefault("ended", next((by_cause[each] for each in by_cause if each in entry["failures"]), "complete"))
     return SimulationConfig.from_json(summary["config"]), summary
 
 
@@ -133,21 +132,22 @@ def summarise(
     """Return the content of summary.json; `status` is complete, partial, interrupted or failed."""
     llm = config.agent_type == "llm"
     rpc_s = seconds["rounds"] - usage.answering_s  # the other two are of the slowest agent server
-    llm_seconds = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
-    llm_seconds = {name: round(max(value, 0.0), 4) for name, value in llm_seconds.items()}
+    llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
+    llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
     return {
         "run_id": run_id,
         **({"part_of": position} if position is not None else {}),
         "status": status,
         "config": config.to_json(),
-        "cluster": cluster | ({"llm_seconds": llm_seconds} if llm else {}),
+        "cluster": cluster | (llm_seconds if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "rounds": [_round_entry(result, 10**config.decimals) for result in rounds],
+        "rounds": [round_entry(result, 10**config.decimals) for result in rounds],
         "llm": {name: getattr(usage, name) for name in get_args(LLMCounts)} if llm else None,
     }
 
 
-def _round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
+def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
+    """Return the entry of a round in summary.json."""
     tally = result.tally
     lowest, highest = tally.units[[0, -1]].tolist() if tally.answered else (None, None)
     numbers = {"average": result.average, "median": tally.median(), "std": tally.std(), "min": lowest, "max": highest}
@@ -193,14 +193,11 @@ GAME_FILE = TypeAdapter(GameFile)
 
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
-    cast = game.cast if game.cast is not None else Population(game.seed, 0)
+    cast = game.cast or Population(game.seed, 0)
     personas = {each.name: each.personas for each in cast.persona_sets}
-    content: GameFile = {
-        "wording": game.wording,
-        "cast": {"personas": personas, "models": cast.models, "turns": cast.round_robin_models},
-    }
-    json_content: dict[str, Any] = GAME_FILE.dump_python(content, mode="json")
-    return json_content
+    population = PopulationEntry(personas=personas, models=cast.models, turns=cast.round_robin_models)
+    content: dict[str, Any] = GAME_FILE.dump_python(GameFile(wording=game.wording, cast=population), mode="json")
+    return content
 
 
 def parse_game(text: str, config: SimulationConfig) -> Game:
@@ -209,12 +206,10 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
     cast = content["cast"]
     sets = tuple(PersonaSet(name, personas) for name, personas in cast["personas"].items())
     population = Population(config.seed or 0, config.participant_num, sets, cast["models"], cast["turns"])
-    shares = [[one.share for one in personas] for personas in cast["personas"].values()]
-    shares += [[one.share for one in cast["models"]]] if cast["models"] else []
-    if any(sum(each) != 1 for each in shares):
+    mixtures: list[tuple[Persona | ModelShare, ...]] = [*cast["personas"].values(), cast["models"]]
+    if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
         raise ValueError("shares do not add up to 1")
-    names = [name for parts in population.groupings for name in (parts.topic, *parts.names)]
-    if any(name != printable(name) for name in names):
+    if any(name != printable(name) for parts in population.groupings for name in (parts.topic, *parts.names)):
         raise ValueError("a name cannot be displayed")
     return game_of(config, content["wording"], population)
 
@@ -244,8 +239,6 @@ FAILED_ANSWER_LINES = TypeAdapter(list[FailedAnswer], config=SHAPE)
 
 def read_json_lines(path: Path, name: str, shape: TypeAdapter[T]) -> T:
     """Return the lines of a JSON lines file in a run's folder. Raises SettingsError."""
-
-    def parse(text: str) -> T:
-        return shape.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
-
-    return read_run_file(path, name, parse)
+    return read_run_file(
+        path, name, lambda text: shape.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
+    )

@@ -23,18 +23,12 @@ def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) 
 
 
 def table_lines(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    dropped: Iterable[str] = (),
-    left: Iterable[str] | None = None,
+    head: Sequence[str], rows: Sequence[Sequence[str]], dropped: Iterable[str] = (), left: Iterable[str] | None = None
 ) -> list[str]:
     """Return a table for standard output; on a terminal, only the columns that fit.
 
-    Args:
-        head: The column headings.
-        rows: A cell for each column, or fewer: then the last one may have any length.
-        dropped: The headings of columns that may be dropped, the least important first.
-        left: The headings of left-aligned columns (default: the first column).
+    The last cell of a row that is shorter than `head` may have any length. Columns with the headings `dropped` may be
+    left out, the least important first. Those with the headings `left` are left-aligned (default: the first column).
     """
     from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
 
