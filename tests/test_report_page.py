@@ -29,8 +29,9 @@ from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import brief, run_lines
 from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
-from simulation.results.report_page import page_content, ranges, seconds, write_page, write_report
+from simulation.results.report_page import draw_all, page_content, seconds, write_page
 from simulation.results.run_files import game_to_json
+from simulation.rpc.endpoints import ranges
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
 HOSTILE = "<script>document.title = 'taken'</script> & \"$x$\" <img src=x onerror=alert(1)>"
@@ -75,7 +76,7 @@ def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
     summary["cluster"] |= {"times": times, "lost": ["node2:12331"]}
     (folder / "summary.json").write_text(json.dumps(summary))
     made = read_run(folder)
-    write_report(made)
+    draw_all(made)
     return made
 
 
@@ -161,7 +162,7 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     summary["config"]["seed"] = 7
     (folder / "summary.json").write_text(json.dumps(summary))
     made = read_run(folder)
-    write_report(made)
+    draw_all(made)
     return made
 
 
@@ -394,7 +395,7 @@ def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
     shutil.copytree(run, folder)
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted", "rounds": []}))
-    write_report(read_run(folder))
+    draw_all(read_run(folder))
     show(page, folder / "report.html")
     assert "No round was finished" in page.locator("main").inner_text()
 
@@ -415,7 +416,7 @@ def test_a_round_that_was_interrupted_is_not_one_that_was_played(page, run, tmp_
     }
     summary["rounds"][-1] |= nothing | nobody
     (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
-    write_report(read_run(folder))
+    draw_all(read_run(folder))
     show(page, folder / "report.html")
     assert page.locator(".lede").inner_text().split(";")[1].strip() == "interrupted in round 3."
     assert page.locator(".lede").inner_text().startswith("2 of 3 rounds played")
@@ -465,7 +466,7 @@ def test_numbers_in_words():
     assert [seconds(number) for number in (0.5, 59.999, 61, 119.7, 3599.9, 3700)] == [
         *("0.50 s", "1 min 0 s", "1 min 1 s", "2 min 0 s", "1 h 0 min", "1 h 1 min"),
     ]
-    assert ranges([1, 2, 3, 7, 9, 10]) == "1–3, 7, 9–10" and ranges([]) == ""
+    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10" and ranges([]) == ""
     assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
 
 

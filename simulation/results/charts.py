@@ -49,11 +49,10 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
     average, winning = entry["average"], entry["winning_number"]
     if average is None or winning is None:
         return
-    within = winning <= BEYOND * game.max_value
     axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
-    style: dict[str, Any] = {"color": "winning", "linestyle": "dashed", "label": f"winning number {winning:.{digits}f}"}
-    axes.axvline(winning if within else math.nan, **style)
-    if within:
+    line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=f"winning number {winning:.{digits}f}")
+    if winning <= BEYOND * game.max_value:
+        line.set_xdata([winning, winning])
         axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
 
 
@@ -74,10 +73,8 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
     _draw_line(axes, by_round(run, "average"), color="average", label="average")
-    winning = {
-        number: each if each <= highest else math.nan for number, each in by_round(run, "winning_number").items()
-    }
-    _draw_line(axes, winning, color="winning", linestyle="dashed", marker="D", clip_on=False, label="winning number")
+    drawn = {index: each if each <= highest else math.nan for index, each in by_round(run, "winning_number").items()}
+    _draw_line(axes, drawn, color="winning", linestyle="dashed", marker="D", clip_on=False, label="winning number")
     _scale_rounds(axes, [result.round for result in run.results])
 
 
@@ -126,8 +123,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     """Return stacked histograms of one round for a page, one for each of the largest parts, with its average.
 
-    The x-axis ends at the highest answer. Each part is scaled to its own highest bar, so that small parts compare with
-    large ones.
+    The x-axis ends at the highest answer. Each part is scaled to its own highest bar.
     """
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
@@ -147,9 +143,6 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     return svg(label, figure)
 
 
-# --- PNG files -------------------------------------------------------------------------------------------------------
-
-
 def draw_pictures(run: SavedRun) -> None:
     """Draw histogram.png and, for a game of several rounds, rounds.png. Raises ResultsError."""
     if run.results:
@@ -159,8 +152,7 @@ def draw_pictures(run: SavedRun) -> None:
 
 
 def _last_round(run: SavedRun) -> Figure:
-    tally = run.results[-1].tally
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    tally, figure = run.results[-1].tally, Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_answers(axes, run, -1)
     axes.set_title(f"Round {run.results[-1].round}: {tally.answered:,} of {tally.asked:,} participants answered")
@@ -173,8 +165,8 @@ def _all_rounds(run: SavedRun) -> Figure:
     """Draw small histograms above the averages by round."""
     indices = selection(len(run.results), SMALL_MULTIPLES)
     figure, above, below = two_parts(2.3 * grid_of(len(indices))[0] + 0.7, 3.4)
-    heading = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
-    above.suptitle(heading, fontsize=15, weight="bold")
+    title = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
+    above.suptitle(title, fontsize=15, weight="bold")
     above.supylabel("participants", fontsize=11, color="muted")
     for axes, index in zip(draw_small_multiples(above, [(run, index) for index in indices]), indices, strict=True):
         entry = run.summary["rounds"][index]
@@ -183,9 +175,9 @@ def _all_rounds(run: SavedRun) -> Figure:
             axes.set_title(f"average {brief(entry['average'])}", loc="right", fontsize=10.5, color="average")
     axes = below.subplots()
     draw_averages(axes, run)
-    place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+    above_point: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
     for point in by_round(run, "average").items() if len(run.results) <= LABELLED_ROUNDS else ():
-        axes.annotate(brief(point[1]), point, color="average", fontsize=10, **place)
+        axes.annotate(brief(point[1]), point, color="average", fontsize=10, **above_point)
     axes.set(xlabel="round", ylabel=f"number, 0 to {run.game.max_value:,}")
     below.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10.5)
     return figure

@@ -13,15 +13,7 @@ from matplotlib.figure import Figure
 
 from simulation.errors import ResultsError, SettingsError, printable
 from simulation.files import is_there, real
-from simulation.results.charts import (
-    SMALL_MULTIPLES,
-    by_round,
-    draw_equilibria,
-    draw_lines,
-    draw_small_multiples,
-    grid_of,
-    selection,
-)
+from simulation.results import charts
 from simulation.results.figures import series_style, two_parts, write_png
 from simulation.results.reader import SavedRun, rounds_finished, runs_in
 from simulation.results.report_page import fixed, fold, whole, write_page
@@ -70,15 +62,15 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     """Return the settings in which these runs differ, for each run: values by name."""
+
+    def text(name: str, value: Any) -> str:
+        if name == "agent_class" and value is not None:
+            return Path(value).name
+        return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
+
     names = [name for name, each in SETTINGS.items() if each.game or name in COMPARED]
     names = [name for name in names if len({getattr(run.config, name) for run in runs}) > 1]
-    return [{name.replace("_", " "): _in_words(name, getattr(run.config, name)) for name in names} for run in runs]
-
-
-def _in_words(name: str, value: Any) -> str:
-    if name == "agent_class" and value is not None:
-        return Path(value).name
-    return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
+    return [{name.replace("_", " "): text(name, getattr(run.config, name)) for name in names} for run in runs]
 
 
 def folder_names(runs: Sequence[SavedRun]) -> list[str]:
@@ -89,24 +81,19 @@ def folder_names(runs: Sequence[SavedRun]) -> list[str]:
 
 def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     """Return a row for each run: texts by column heading."""
-    texts = zip(runs, folder_names(runs), _settings(runs), strict=True)
-    return [{"run": folder, **settings, **_results(run)} for run, folder, settings in texts]
-
-
-def _results(run: SavedRun) -> dict[str, str]:
-    entries, digits = run.summary["rounds"], run.game.decimals + 3
-    first, last = (entries[0], entries[-1]) if entries else ({}, {})
-    numbers = {"first average": first.get("average"), "last average": last.get("average")}
-    numbers["winning number"] = last.get("winning_number")
-    return {
-        "played": f"{len(entries)}",
-        "answered": whole(sum(entry["answered"] for entry in entries)),
-        "asked": whole(sum(entry["asked"] for entry in entries)),
-        **{name: "-" if number is None else fixed(number, digits) for name, number in numbers.items()},
-        "equilibrium": " and ".join(f"{number:.6g}" for number in run.game.equilibria) or "any",
-        "status": run.summary["status"],
-        "seconds": f"{run.summary['seconds']['total']:.2f}",
-    }
+    rows = []
+    for run, folder, settings in zip(runs, folder_names(runs), _settings(runs), strict=True):
+        entries, game = run.summary["rounds"], run.game
+        first, last = (entries[0], entries[-1]) if entries else ({}, {})
+        numbers = {"first average": first.get("average"), "last average": last.get("average")}
+        numbers["winning number"] = last.get("winning_number")
+        row = {"run": folder, **settings, "played": f"{len(entries)}"}
+        row |= {key: whole(sum(entry[key] for entry in entries)) for key in ("answered", "asked")}
+        row |= {name: "-" if number is None else fixed(number, game.decimals + 3) for name, number in numbers.items()}
+        row["equilibrium"] = " and ".join(f"{number:.6g}" for number in game.equilibria) or "any"
+        row |= {"status": run.summary["status"], "seconds": f"{run.summary['seconds']['total']:.2f}"}
+        rows.append(row)
+    return rows
 
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
@@ -153,27 +140,27 @@ def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
         for text, folder, run in zip(texts, folder_names(runs), runs, strict=True)
         if run.results
     ]
-    return [labelled[index] for index in selection(len(labelled), LINES)]
+    return [labelled[index] for index in charts.selection(len(labelled), LINES)]
 
 
 def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
     """Draw the averages of each run by round as a line, and its equilibria in the same colour."""
     for index, (_, run) in enumerate(drawn):
-        draw_equilibria(axes, run.game, color=series_style(index)[0], linewidth=1.6)
+        charts.draw_equilibria(axes, run.game, color=series_style(index)[0], linewidth=1.6)
     rounds = [1, *(result.round for _, run in drawn for result in run.results)]
-    draw_lines(axes, rounds, {label: by_round(run, "average") for label, run in drawn})
+    charts.draw_lines(axes, rounds, {label: charts.by_round(run, "average") for label, run in drawn})
 
 
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
     """Draw the averages by round above the last rounds of the runs."""
-    selected = [drawn[index] for index in selection(len(drawn), SMALL_MULTIPLES)]
-    figure, above, below = two_parts(3.6 + 0.3 * -(-len(drawn) // 3), 2.4 * grid_of(len(selected))[0] or 0.1)
+    selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
+    figure, above, below = two_parts(3.6 + 0.3 * -(-len(drawn) // 3), 2.4 * charts.grid_of(len(selected))[0] or 0.1)
     axes = above.subplots()
     _draw_averages(axes, drawn)
     axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
     axes.set_xlabel("round")
     above.legend(frameon=False, loc="outside lower center", ncols=3)
-    grid = draw_small_multiples(below, [(run, -1) for _, run in selected])
+    grid = charts.draw_small_multiples(below, [(run, -1) for _, run in selected])
     for axes, (label, run) in zip(grid, selected, strict=True):
         axes.set_title(f"{label}, round {run.results[-1].round}", loc="left", fontsize=10)
     return figure

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from simulation.results.figures import PAGES, page_chart, series_style
 from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
+from simulation.rpc.endpoints import ranges
 
 OPEN_CHARTS = 12  # histograms shown unfolded; the others are folded
 # Row limit of all tables of rounds and parts together; beyond it, they show selected rounds and the largest parts
@@ -28,13 +28,8 @@ PART_ROWS = 1500
 
 def draw_all(run: SavedRun) -> None:
     """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
-    write_report(run)
-    draw_pictures(run)
-
-
-def write_report(run: SavedRun) -> None:
-    """Write the report of a run into its folder. Raises ResultsError."""
     write_page(run.path / REPORT, page_content(run))
+    draw_pictures(run)
 
 
 def write_page(path: Path, content: dict[str, Any]) -> None:
@@ -73,16 +68,10 @@ def seconds(duration: float) -> str:
 def page_content(run: SavedRun) -> dict[str, Any]:
     """Return the template variables of the report."""
     entries = run.summary["rounds"]
-    answered = [entry for entry in entries if entry["average"] is not None]
     return {
         "run": run,
-        "game": run.game,
-        "config": run.config,
-        "summary": run.summary,
-        "digits": run.game.decimals + 3,
         "finished": rounds_finished(run.summary),
         "position": run.position and position_in_words(run.position),
-        "last": (answered or entries or [None])[-1],
         **fold(len(entries)),
         "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
         "failures": failures_by_cause(entries),
@@ -109,8 +98,8 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "rounds": [rounds[index] for index in selected],
         "lines": {
             name: {
-                index: float(average / game.scale)
-                for index, each in rounds
+                number: float(average / game.scale)
+                for number, each in rounds
                 if (average := each[name].average()) is not None
             }
             for name in largest(tallies[-1], PART_LINES)
@@ -124,11 +113,5 @@ def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
     for entry in entries:
         for cause, count in entry["failures"].items():
             causes.setdefault(cause, {})[entry["round"]] = count
-    rows = [{"cause": cause, "count": sum(by.values()), "rounds": ranges(by)} for cause, by in causes.items()]
+    rows = [{"cause": each, "count": sum(by.values()), "rounds": ranges(by)} for each, by in causes.items()]
     return sorted(rows, key=lambda row: (-row["count"], row["cause"]))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Format ascending numbers as ranges: 1–3, 7."""
-    runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0][1]}–{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)

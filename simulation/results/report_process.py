@@ -12,7 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -38,38 +38,34 @@ class ReportProcess:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._to_process, self._from_process = self._process.stdin, self._process.stdout
+        self._requests = ThreadPoolExecutor(1)
 
     def draw(self, run: SavedRun) -> None:
         """Draw the pictures and the report of a run into its folder. Raises SettingsError, ResultsError."""
-        errors: list[SimulationError | None] = []  # empty if the process exits first
-
-        def request() -> None:
-            with contextlib.suppress(OSError, EOFError, ValueError):
-                pickle.dump(run, self._to_process)
-                self._to_process.flush()
-                errors.append(pickle.load(self._from_process))
-
-        thread = threading.Thread(target=request, daemon=True)
-        thread.start()
-        thread.join(LONGEST_S)
-        if not errors:
+        try:
+            error = self._requests.submit(self._request, run).result(LONGEST_S)
+        except (OSError, EOFError, pickle.UnpicklingError, TimeoutError):
             self._process.kill()
             logger.warning(f"the process that draws reports ended with status {self._process.wait()}: drawing here")
             from simulation.results.report_page import draw_all  # noqa: PLC0415 - only here in this process
 
             draw_all(run)
-        elif errors[0] is not None:
-            raise errors[0]
+        else:
+            if error is not None:
+                raise error
+
+    def _request(self, run: SavedRun) -> SimulationError | None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump(run, self._process.stdin)
+        self._process.stdin.flush()
+        error: SimulationError | None = pickle.load(self._process.stdout)
+        return error
 
     def close(self) -> None:
         """Kill the process, which is not drawing but may still be importing."""
         self._process.kill()
-        self._process.wait()
-        for pipe in (self._to_process, self._from_process):
-            with contextlib.suppress(OSError):  # a run was sent only in part
-                pipe.close()
+        self._process.communicate()
+        self._requests.shutdown()
 
 
 def serve() -> None:

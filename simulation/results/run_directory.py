@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, one_line, reason
+from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import TEXTS_KEPT, Answers
 from simulation.results import run_files
@@ -185,14 +185,9 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of `count` participants in these rounds, shape (rounds, count), NaN where there is none.
-
-        Raises ResultsError.
-        """
-        try:
+        """Return the answers of participants, shape (rounds, count), NaN where there is none. Raises ResultsError."""
+        with _results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise ResultsError(f"cannot read the answers in {self.path}: {one_line(error)}") from None
 
     def _part(self, round_number: int) -> Path:
         return self.path / f"answers-{round_number:05d}.parquet"
@@ -200,7 +195,7 @@ class RunDirectory:
     def go_back_to(self, rounds: int) -> None:
         """Split the answers into one file per round, and delete those after `rounds`. Raises ResultsError."""
         whole = self.path / WHOLE
-        with _results_errors(self.path):
+        with _results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
                 if number <= rounds:
                     with _on_disk(self._part(number)) as file:
@@ -213,12 +208,13 @@ class RunDirectory:
 
     def join_answers(self) -> None:
         """Merge the files of the rounds into answers.parquet. Raises ResultsError."""
-        with _results_errors(self.path / WHOLE):
+        whole = self.path / WHOLE
+        with _results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))
             if len(parts) == 1:
-                parts[0].replace(self.path / WHOLE)
+                parts[0].replace(whole)
             elif parts:
-                with _on_disk(self.path / WHOLE) as file:
+                with _on_disk(whole) as file:
                     write_rows(file, chain.from_iterable(map(rows_in, parts)))
                 for part in parts:
                     part.unlink()
@@ -229,7 +225,7 @@ class RunDirectory:
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write a JSON lines file of the folder, or remove it if there are no entries. Raises ResultsError."""
-        with _results_errors(self.path / name):
+        with _results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
             else:
@@ -272,7 +268,7 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
     """Open a draft that, flushed to the disk, replaces `path` on success only. Raises ResultsError."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # several processes may draw the same report
     try:
-        with _results_errors(path):
+        with _results_errors(f"write {path}"):
             with draft.open("wb") as file:
                 yield file
             _flush(draft)
@@ -284,12 +280,12 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _results_errors(path: Path) -> Iterator[None]:
-    """Convert errors of writing into a ResultsError that names the path."""
+def _results_errors(action: str) -> Iterator[None]:
+    """Convert errors of the disk and of unreadable answers into a ResultsError that names the action."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # the latter: the source files cannot be read
-        raise ResultsError(f"cannot write {path}: {reason(error)}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ResultsError(f"cannot {action}: {reason(error)}") from None
 
 
 def _flush(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from simulation.errors import SettingsError
@@ -77,8 +77,8 @@ def address_of(host_name: str) -> str:
     return address
 
 
-def ranges(ports: list[int]) -> str:
-    """Format sorted ports as ranges, such as `12330-12335, 12338`."""
+def ranges(ports: Collection[int]) -> str:
+    """Format sorted ports or other numbers as ranges, such as `12330-12335, 12338`."""
     starts = [port for port in ports if port - 1 not in ports]
     ends = [port for port in ports if port + 1 not in ports]
     return ", ".join(f"{start}-{end}" if start < end else f"{start}" for start, end in zip(starts, ends, strict=True))
