@@ -31,8 +31,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     names += f" and {more} more" if more else ""
     numbers = " and ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.closest)
     target = game.target_or_it
-    if target == game.target:
-        target = f"{_text(result.winning_number, game)}, {target}"
+    target = target if target == "it" else f"{_text(result.winning_number, game)}, {target}"
     lines = [
         f"Moderator: The average value is {_text(result.average, game)} {duration}",
         f"Moderator: {names} {'wins' if result.winners.count == 1 else 'win'} with {numbers}, the closest to {target}.",
@@ -82,14 +81,13 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
     """Return a text histogram of the answers, fitted to the width of the terminal."""
     if not tally.answered:
         return []
-    scale = 10**config.decimals
-    top = config.max_value * scale
+    decimals, scale, top = config.decimals, 10**config.decimals, config.max_value * 10**config.decimals
     edges, counts = histogram(tally.units, tally.counts, top, BARS)
-    labels = [f"{low / scale:.{config.decimals}f}" for low in edges[:-1]]
+    labels = [f"{low / scale:.{decimals}f}" for low in edges[:-1]]
     if edges[1] > 1:
-        last = np.minimum(edges[1:] - 1, top)
-        labels = [f"{label}-{high / scale:.{config.decimals}f}" for label, high in zip(labels, last, strict=True)]
-    label_width, longest = max(map(len, labels)), max(int(counts.max()), 1)
+        highest = np.minimum(edges[1:] - 1, top) / scale
+        labels = [f"{low}-{high:.{decimals}f}" for low, high in zip(labels, highest, strict=True)]
+    label_width, longest = max(map(len, labels)), int(counts.max())
     room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # spaces
     bar_width = min(BAR_WIDTH, max(room, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
@@ -117,8 +115,8 @@ def run_lines(run: SavedRun) -> list[str]:
     for topic, rounds in run.tallies_by_part.items() if run.results else ():
         rows = []
         for name, tally in rounds[-1].items():
-            numbers = (_text(tally.average(), run.game), _text(tally.std(), run.game))
-            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *numbers])
+            figures = [_text(units, run.game) for units in (tally.average(), tally.std())]
+            rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *figures])
         head = [topic, "asked", "answered", "average", "spread"]
         lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))
     played = f"{rounds_finished(run.summary)} of {run.config.rounds} rounds"

@@ -55,8 +55,7 @@ class SavedRun:
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
         """Return the tally of each part of the participants in each round, by topic: a set of personas, or "model".
 
-        The lists are parallel to `results`; topics and names are in the order of `game.cast.groupings`. Raises
-        SettingsError.
+        The lists are parallel to `results`. Raises SettingsError.
         """
         cast = self.game.cast
         if cast is None or not cast.groupings or not self.results:

@@ -6,7 +6,6 @@ Untrusted text, such as failure causes and persona names, is escaped.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,6 @@ OPEN_CHARTS = 12  # histograms shown unfolded; the others are folded
 PART_ROWS = 1500
 
 
-def draw_all(run: SavedRun) -> None:
-    """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
-    write_page(run.path / REPORT, page_content(run))
-    draw_pictures(run)
-
-
-def write_page(path: Path, content: dict[str, Any]) -> None:
-    """Write a page, from the template of its name. Raises ResultsError."""
-    write_whole(path, _environment().get_template(path.name).render(content).encode(errors="replace"))
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
-    environment.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds}
-    return environment
-
-
 def fixed(value: float | None, digits: int = 3) -> str:
     """Format a number with `digits` decimals; None is a dash."""
     return "–" if value is None else f"{value:,.{digits}f}"
@@ -63,6 +41,24 @@ def seconds(duration: float) -> str:
         return f"{duration:.2f} s"
     minutes, rest = divmod(round(duration), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+)
+ENVIRONMENT.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
+ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds}
+
+
+def draw_all(run: SavedRun) -> None:
+    """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
+    write_page(run.path / REPORT, page_content(run))
+    draw_pictures(run)
+
+
+def write_page(path: Path, content: dict[str, Any]) -> None:
+    """Write a page, from the template of its name. Raises ResultsError."""
+    write_whole(path, ENVIRONMENT.get_template(path.name).render(content).encode(errors="replace"))
 
 
 def page_content(run: SavedRun) -> dict[str, Any]:

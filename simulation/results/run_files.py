@@ -30,10 +30,7 @@ T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
-    """Return the parsed content of a file in a run's folder. Raises SettingsError if it is unreadable or damaged.
-
-    `parse` may raise SettingsError or an error in DAMAGED. `flag` names the folder, as prefix of error messages.
-    """
+    """Return the parsed content of a file in a run's folder. Raises SettingsError, with `flag` before the folder."""
     try:
         return parse(read_text(path / name))
     except OSError as error:
@@ -45,7 +42,7 @@ def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = 
 
 @with_config(SHAPE)
 class SweepPosition(TypedDict):
-    """The experiment that a run belongs to: its id and the name of its file, and the number of the run, from 1."""
+    """A run's place in an experiment: the experiment's id and file name, and the number of the run, from 1."""
 
     sweep_id: str
     experiment: str
