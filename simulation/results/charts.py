@@ -121,10 +121,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 
 
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
-    """Return stacked histograms of one round for a page, one for each of the largest parts, with its average.
-
-    The x-axis ends at the highest answer. Each part is scaled to its own highest bar.
-    """
+    """Return stacked histograms of the largest parts in one round, each scaled to its own highest bar, for a page."""
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1

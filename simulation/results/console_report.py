@@ -66,10 +66,7 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Count the answers in at most `bars` bins of equal width over 0 .. top units.
-
-    Returns the bin edges in units, shape (bins + 1,), and the count in each bin, shape (bins,).
-    """
+    """Return the edges in units of at most `bars` equal bins over 0 .. top, shape (bins + 1,), and their counts."""
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
     binned = np.zeros(len(edges) - 1, np.int64)

@@ -73,10 +73,7 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any) -> Markup:
-    """Draw a chart with one pair of axes, by `draw(axes, *arguments)`, and return it as `svg` does.
-
-    It has no title, as the page has a caption.
-    """
+    """Return a chart that `draw(axes, *arguments)` draws, as `svg` does; it has no title, as the page has a caption."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     draw(figure.add_axes((0.115, 0.12, 0.85, 0.84)), *arguments)
     return svg(label, figure)

@@ -53,9 +53,9 @@ class SavedRun:
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return the tally of each part of the participants in each round, by topic: a set of personas, or "model".
+        """Return the tally of each part in each of the `results`, by topic (a persona set, or "model").
 
-        The lists are parallel to `results`. Raises SettingsError.
+        Raises SettingsError.
         """
         cast = self.game.cast
         if cast is None or not cast.groupings or not self.results:

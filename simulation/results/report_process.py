@@ -1,7 +1,7 @@
 """A process that draws the pictures and reports of runs; it imports the libraries while the first run plays.
 
-It reads pickled runs from standard input, and writes a pickled error or None for each to standard output. It exits at
-the end of its input, so also when main is killed. It leaves signals to main, which draws itself if the process fails.
+It reads pickled runs from standard input, and writes a pickled error or None for each to standard output. It ignores
+signals, but exits at the end of its input, so also when main is killed. If it fails, main draws.
 """
 
 from __future__ import annotations

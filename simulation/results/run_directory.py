@@ -70,8 +70,8 @@ def resume_command(path: Path, *flags: str) -> str:
 class RunDirectory:
     """The folder of one run or of an experiment's runs, which the constructor creates, tests and locks.
 
-    It must be empty unless the run is `resumed`. `within` is the folder of the experiment that plays this run, if any.
-    Raises SettingsError if the folder cannot be used, and ResultsError if the disk is full.
+    It must be empty unless `resumed`. `within` is the folder of the experiment that plays this run, if any. Raises
+    SettingsError, or ResultsError if the disk is full.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
