@@ -384,7 +384,7 @@ def test_latest_is_what_it_was_where_nothing_of_an_experiment_was_played(tmp_pat
         directory.point_latest()
     assert (tmp_path / "runs/latest").resolve() == tmp_path / "elsewhere/s"
     (tmp_path / "elsewhere/s/sweep.json").unlink()
-    directory.discard_if_empty()
+    directory.close()
     assert not (tmp_path / "elsewhere").exists()
     assert names_in(tmp_path / "runs") == ([] if before is None else ["latest", before])
     assert before is None or str((tmp_path / "runs/latest").readlink()) == before
@@ -517,7 +517,7 @@ def test_the_link_that_another_run_makes_at_this_moment_stays(tmp_path, monkeypa
     (tmp_path / "latest.txt").touch()
     (tmp_path / "latest.00000000").symlink_to("a folder that is gone")
     with held_up(tmp_path, BEFORE_THE_LINK):
-        RunDirectory(tmp_path / "other").close()
+        RunDirectory(tmp_path / "other")
         (draft,) = (path for path in tmp_path.glob("latest.*") if path.is_symlink())
         assert draft.resolve() == tmp_path / "run" and draft.name != "latest.00000000"
     RunDirectory(tmp_path / "run", resumed=True).close()
@@ -583,6 +583,7 @@ def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, 
     places = SharedSemaphore("a", tmp_path / "in-flight")
     assert [places.acquire(2) for _ in range(3)] == [True, True, False]
     for name in ("one", "another"):
+        (tmp_path / name).mkdir()
         RunDirectory(tmp_path / name).close()
         with pid_files.one_at_a_time():
             pass

@@ -11,13 +11,13 @@ from urllib.parse import quote
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simulation.errors import ResultsError, SettingsError, printable
+from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.results import charts
 from simulation.results.figures import series_style, two_parts, write_png
 from simulation.results.reader import SavedRun, rounds_finished, runs_in
 from simulation.results.report_page import fixed, fold, whole, write_page
-from simulation.results.run_directory import REPORT, SWEEP, resume_command, sweep_position
+from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position
 from simulation.results.tables import table_lines
 from simulation.settings import SETTINGS
 
@@ -105,10 +105,8 @@ def comparison_lines(runs: list[SavedRun]) -> list[str]:
 
 def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
     """Write comparison.png and comparison.html to a folder. Raises ResultsError."""
-    try:
+    with results_errors(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultsError(f"cannot write to {folder}: {error.strerror}") from None
     write_png(folder / PICTURE, _picture(runs_to_draw(runs)))
     write_page(folder / PAGE, page_content(folder, runs))
 

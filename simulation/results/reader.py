@@ -194,9 +194,10 @@ def _rows_of(path: Path, config: SimulationConfig) -> Iterator[tuple[int, pa.Tab
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
     """Return the server and the remote id of a kept participant. Raises ClusterError if it was not kept."""
-    if not is_there(path / AGENTS):
+    groups = run_files.read_json_lines(path, AGENTS, run_files.KEPT_GROUP_LINES)
+    if not groups:
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
-    for group in run_files.read_json_lines(path, AGENTS, run_files.KEPT_GROUP_LINES):
+    for group in groups:
         if group["first"] <= participant < group["first"] + group["count"]:
             return Endpoint(group["host"], group["port"]), f"{group['oid']}/{participant}"
     raise ClusterError(f"participant {participant} of the run in {path} was not kept")

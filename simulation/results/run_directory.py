@@ -85,7 +85,6 @@ class RunDirectory:
         try:
             self._open(resumed, within is None)
         except (OSError, SimulationError) as error:
-            self.discard_if_empty()
             self.close()
             if isinstance(error, SimulationError):
                 raise
@@ -126,17 +125,14 @@ class RunDirectory:
         except BlockingIOError:
             raise SettingsError(f"{path} is being written by another run: wait for its end") from None
 
-    def discard_if_empty(self) -> None:
-        """Remove the folders created for a run that failed to start, and restore runs/latest."""
+    def close(self) -> None:
+        """Release the locks; if nothing was written, remove the created folders, and restore runs/latest."""
         with suppress(OSError):  # not empty: keep it
             for folder in self._made:
                 folder.rmdir()
         if not is_there(self.path) and LATEST.is_symlink() and real(LATEST) == self.path:
             with suppress(OSError):  # a dangling link is no worse than the original failure
                 LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
-
-    def close(self) -> None:
-        """Release the locks."""
         while self._locks:
             os.close(self._locks.pop())
 
@@ -186,7 +182,7 @@ class RunDirectory:
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return the answers of participants, shape (rounds, count), NaN where there is none. Raises ResultsError."""
-        with _results_errors(f"read the answers in {self.path}"):
+        with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
     def _part(self, round_number: int) -> Path:
@@ -195,7 +191,7 @@ class RunDirectory:
     def go_back_to(self, rounds: int) -> None:
         """Split the answers into one file per round, and delete those after `rounds`. Raises ResultsError."""
         whole = self.path / WHOLE
-        with _results_errors(f"write {self.path}"):
+        with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
                 if number <= rounds:
                     with _on_disk(self._part(number)) as file:
@@ -209,7 +205,7 @@ class RunDirectory:
     def join_answers(self) -> None:
         """Merge the files of the rounds into answers.parquet. Raises ResultsError."""
         whole = self.path / WHOLE
-        with _results_errors(f"write {whole}"):
+        with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))
             if len(parts) == 1:
                 parts[0].replace(whole)
@@ -225,7 +221,7 @@ class RunDirectory:
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write a JSON lines file of the folder, or remove it if there are no entries. Raises ResultsError."""
-        with _results_errors(f"write {self.path / name}"):
+        with results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
             else:
@@ -234,8 +230,6 @@ class RunDirectory:
 
 def read_failed_answers(path: Path) -> list[FailedAnswer]:
     """Return the saved failed answers of a run. Raises SettingsError."""
-    if not is_there(path / FAILED_ANSWERS):
-        return []
     return run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FAILED_ANSWER_LINES)
 
 
@@ -268,7 +262,7 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
     """Open a draft that, flushed to the disk, replaces `path` on success only. Raises ResultsError."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # several processes may draw the same report
     try:
-        with _results_errors(f"write {path}"):
+        with results_errors(f"write {path}"):
             with draft.open("wb") as file:
                 yield file
             _flush(draft)
@@ -280,7 +274,7 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _results_errors(action: str) -> Iterator[None]:
+def results_errors(action: str) -> Iterator[None]:
     """Convert errors of the disk and of unreadable answers into a ResultsError that names the action."""
     try:
         yield

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from simulation.errors import SettingsError, printable, reason
-from simulation.files import read_text
+from simulation.files import is_there, read_text
 from simulation.game.population import ModelShare, Persona, PersonaSet, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, RoundResult
@@ -234,8 +234,10 @@ KEPT_GROUP_LINES = TypeAdapter(list[KeptGroup], config=SHAPE)
 FAILED_ANSWER_LINES = TypeAdapter(list[FailedAnswer], config=SHAPE)
 
 
-def read_json_lines(path: Path, name: str, shape: TypeAdapter[T]) -> T:
-    """Return the lines of a JSON lines file in a run's folder. Raises SettingsError."""
+def read_json_lines(path: Path, name: str, shape: TypeAdapter[list[T]]) -> list[T]:
+    """Return the lines of a JSON lines file in a run's folder, none if it is missing. Raises SettingsError."""
+    if not is_there(path / name):
+        return []
     return read_run_file(
         path, name, lambda text: shape.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
     )

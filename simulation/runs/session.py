@@ -88,7 +88,6 @@ class Session:
         if self._is_new and self.sweep is not None and not self._has_results():
             with contextlib.suppress(OSError):  # if it stays, the folder stays too
                 (self.folder / SWEEP).unlink(missing_ok=True)
-        self._directory.discard_if_empty()
         self._directory.close()
 
     def _has_results(self) -> bool:
@@ -156,7 +155,6 @@ class Session:
             logger.error(str(error))
             return error.exit_status
         finally:
-            directory.discard_if_empty()
             directory.close()
 
     def _compare(self) -> None:
