@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from simulation.game.rules import Game
 from simulation.game.tally import Tally
 from simulation.results.console_report import brief, histogram
-from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg, two_parts, write_png
+from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg, two_parts
 from simulation.results.reader import SavedRun
 
 BINS, PART_BINS = 101, 51
@@ -140,15 +140,8 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     return svg(label, figure)
 
 
-def draw_pictures(run: SavedRun) -> None:
-    """Draw histogram.png and, for a game of several rounds, rounds.png. Raises ResultsError."""
-    if run.results:
-        write_png(run.path / "histogram.png", _last_round(run))
-    if len(run.results) > 1:
-        write_png(run.path / "rounds.png", _all_rounds(run))
-
-
-def _last_round(run: SavedRun) -> Figure:
+def last_round(run: SavedRun) -> Figure:
+    """Return the histogram of the last round as a figure for a PNG file."""
     tally, figure = run.results[-1].tally, Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_answers(axes, run, -1)
@@ -158,8 +151,8 @@ def _last_round(run: SavedRun) -> Figure:
     return figure
 
 
-def _all_rounds(run: SavedRun) -> Figure:
-    """Draw small histograms above the averages by round."""
+def all_rounds(run: SavedRun) -> Figure:
+    """Return small histograms above the averages by round as a figure for a PNG file."""
     indices = selection(len(run.results), SMALL_MULTIPLES)
     figure, above, below = two_parts(2.3 * grid_of(len(indices))[0] + 0.7, 3.4)
     title = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
-from simulation.results.charts import PART_LINES, PARTS_DRAWN, draw_pictures, largest, selection
+from simulation.results.charts import PART_LINES, PARTS_DRAWN, largest, selection
 from simulation.results.console_report import brief
-from simulation.results.figures import PAGES, page_chart, series_style
+from simulation.results.figures import PAGES, page_chart, series_style, write_png
 from simulation.results.reader import SavedRun, rounds_finished
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
@@ -53,7 +53,10 @@ ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds
 def draw_all(run: SavedRun) -> None:
     """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
     write_page(run.path / REPORT, page_content(run))
-    draw_pictures(run)
+    if run.results:
+        write_png(run.path / "histogram.png", charts.last_round(run))
+    if len(run.results) > 1:
+        write_png(run.path / "rounds.png", charts.all_rounds(run))
 
 
 def write_page(path: Path, content: dict[str, Any]) -> None:
