@@ -9,6 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ COLOURS = dict(re.findall(r"--([\w-]+): (#\w{6});", LIGHT_MODE))
 NAMES = {colour: name for name, colour in COLOURS.items()}
 COMMANDS = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE4: "C"}
 ANCHORS = {"left": "start", "center": "middle", "right": "end"}
+# Names may be in scripts that matplotlib's font lacks
+MISSING_GLYPHS_ALLOWED = partial(warnings.catch_warnings, action="ignore", category=UserWarning)
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # each line style multiplies the number of distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page: legible on a phone; wider screens show two or three side by side
 mpl.rcdefaults()  # a user's matplotlibrc may require what is not installed, such as LaTeX
@@ -67,7 +70,7 @@ def two_parts(above_inches: float, below_inches: float) -> tuple[Figure, SubFigu
 def write_png(path: Path, figure: Figure) -> None:
     """Write a figure as a PNG file for a white background. Raises ResultsError."""
     content = io.BytesIO()
-    with _missing_glyphs_allowed():
+    with MISSING_GLYPHS_ALLOWED():
         figure.savefig(content, dpi=144, format="png", metadata={"Software": None})
     write_whole(path, content.getvalue())
 
@@ -84,7 +87,7 @@ def svg(label: str, figure: Figure) -> Markup:
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     renderer = _PageRenderer(figure)
-    with _missing_glyphs_allowed():
+    with MISSING_GLYPHS_ALLOWED():
         figure.draw(renderer)
     start = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(*figure.bbox.size, label)
     return start + Markup("").join(renderer.elements) + Markup("</svg>")
@@ -124,8 +127,3 @@ class _PageRenderer(RendererBase):
 
 def _variable(colour: Any) -> str:
     return f"var(--{NAMES[to_hex(colour)]})"
-
-
-def _missing_glyphs_allowed() -> warnings.catch_warnings:
-    """Suppress warnings about missing glyphs: names may be in scripts that matplotlib's font lacks."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
