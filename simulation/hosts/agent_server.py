@@ -50,7 +50,6 @@ STOP_GRACE_S = 0.5
 SWEEP_S = 1.0  # interval between checks of the leases
 HISTOGRAM_SHARE = 0.005  # most of a server's time that partial histograms may take
 LOAD_S = 0.5  # shortest time over which the CPU load is measured
-FORGET_S = 3600.0  # how long a run without agents is remembered
 REPLIES_KEPT = 4096  # fetched replies that are kept, in case one is lost in transit
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # otherwise two servers could share a port unnoticed
@@ -66,19 +65,11 @@ class SimulationServicer(AgentServerServicer):
     def __init__(
         self, config: SimulationConfig, port: int, models: dict[str, ModelConfig], stop: threading.Event
     ) -> None:
-        super().__init__(
-            stop_event=stop,
-            host=config.host_name,
-            port=port,
-            server_id=str(port),
-            capacity=REPLIES_AT_ONCE,
-            max_timeout_seconds=POLL_S,
-        )
+        super().__init__(stop, config.host_name, port, str(port), capacity=REPLIES_AT_ONCE, max_timeout_seconds=POLL_S)
         self.result_pool = LocalPool(1, 1)
         self.result_pool.pool = {}  # in place of one that drops replies after two hours, or 8192 newer ones
         self._fetched: deque[int] = deque()  # of these, the REPLIES_KEPT latest are kept
-        self._config = config
-        self._models = models
+        self._config, self._models = config, models
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
         self._renewed: dict[str, float] = {}  # by run, time.monotonic() of the last call
@@ -95,11 +86,8 @@ class SimulationServicer(AgentServerServicer):
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)
         until = time.monotonic() + wait_s
-        playing = {
-            oid: agent
-            for oid, agent in self._hosted().items()
-            if run_of(oid) == run and isinstance(agent, (ParticipantGroup, Moderator))
-        }
+        hosted = {oid: agent for oid, agent in self._hosted().items() if run_of(oid) == run}
+        playing = {oid: agent for oid, agent in hosted.items() if isinstance(agent, (ParticipantGroup, Moderator))}
         for agent in playing.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
@@ -125,7 +113,7 @@ class SimulationServicer(AgentServerServicer):
         directives = json.loads(request)
         for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
-        first_moderator = self._config.base_port + self._config.server_per_host
+        memory = psutil.Process().memory_full_info() if messages.MEMORY in directives else None
         model_troubles = {}
         if messages.CHECK_MODELS in directives:
             from simulation.llm.http_client import check_models  # noqa: PLC0415 - openai, see import_client
@@ -136,13 +124,14 @@ class SimulationServicer(AgentServerServicer):
         shake = Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),
-            role="participant" if self.port < first_moderator else "moderator",
+            role="participant" if self.port < self._config.base_port + self._config.server_per_host else "moderator",
             base_port=self._config.base_port,
             server_per_host=self._config.server_per_host,
             moderator_per_host=self._config.moderator_per_host,
             started=self._started,
             agents=sum(getattr(agent, "agents", 1) for agent in self._hosted().values()),
-            memory_mb=_memory_mb() if messages.MEMORY in directives else None,
+            # with its share of the shared memory, if the system reports it
+            memory_mb=round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1) if memory else None,
             models={name: model.base_url for name, model in self._models.items()},
             model_troubles=model_troubles,
         )
@@ -184,20 +173,9 @@ class SimulationServicer(AgentServerServicer):
 
     def drop_expired(self) -> None:
         """Drop the objects of runs whose lease has expired."""
-        hosted = self._hosted()
-        for oid, agent in hosted.items():
-            lease_s = getattr(agent, "lease_s", None)
-            if self._drop(oid, unless=self._is_leased):
-                logger.warning(f"dropping {oid}: its run sent no heartbeat for {lease_s:g} s")
-        runs = {run_of(oid) for oid in hosted}
-        for run, renewed in list(self._renewed.items()):
-            if run not in runs and time.monotonic() - renewed > FORGET_S:
-                del self._renewed[run]
-
-    def _is_leased(self, oid: str, agent: Any) -> bool:
-        """Return whether an object stays: it has no lease, or the lease of its run has not expired."""
-        lease_s = getattr(agent, "lease_s", None)
-        return lease_s is None or time.monotonic() - self._renewed.get(run_of(oid), math.inf) <= lease_s
+        for oid, agent in self._hosted().items():
+            if self._drop(oid, only_expired=True):
+                logger.warning(f"dropping {oid}: its run sent no heartbeat for {agent.lease_s:g} s")
 
     def _begin_run(self, run: str) -> None:
         """Renew a run's lease; its first call drops objects kept by other runs, or left by an earlier part of it."""
@@ -223,11 +201,13 @@ class SimulationServicer(AgentServerServicer):
         with self.agent_id_lock:
             return dict(self.agent_pool)
 
-    def _drop(self, oid: str, unless: Callable[[str, Any], bool] | None = None) -> bool:
-        """Remove and close an object, if it exists and `unless` is false for it; return whether it was dropped."""
+    def _drop(self, oid: str, only_expired: bool = False) -> bool:
+        """Remove and close an object, if it exists; return whether it was dropped."""
         with self.agent_id_lock:
             agent = self.agent_pool.get(oid)
-            if agent is None or (unless is not None and unless(oid, agent)):
+            lease_s = getattr(agent, "lease_s", None)  # None: it stays until a client drops it
+            expired = lease_s is not None and time.monotonic() - self._renewed.get(run_of(oid), math.inf) > lease_s
+            if agent is None or (only_expired and not expired):
                 return False
             del self.agent_pool[oid]
             self._creating.pop(oid, None)
@@ -256,7 +236,8 @@ def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[
     try:
         asyncio.run(_serve(config, port, key, ready))
     except SettingsError as error:
-        _end(str(error), error.exit_status)
+        logger.error(str(error))
+        sys.exit(error.exit_status)
 
 
 async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
@@ -282,18 +263,6 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
         await asyncio.to_thread(servicer.drop_expired)
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
-    _end("stopped", 0)
-
-
-def _end(message: str, status: int) -> None:
-    """End the process without waiting for threads: participants may think for hours."""
-    logger.log("INFO" if status == 0 else "ERROR", message)
+    logger.info("stopped")
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _memory_mb() -> float:
-    """Return the memory of this process (MB); if the system reports it, with its share of the shared memory."""
-    info = psutil.Process().memory_full_info()
-    return round(float(getattr(info, "pss", 0) or info.uss) / 2**20, 1)
+    os._exit(0)  # without waiting for threads: participants may think for hours
