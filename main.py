@@ -149,10 +149,10 @@ def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup
         f"{config.moderator_per_host} for moderators, for this run"
     )
     started = time.monotonic()
-    servers = local_cluster.start(config, True, show_ready, import_meanwhile)
-    if servers is not None:
+    stop = local_cluster.start(config, True, show_ready, import_meanwhile)
+    if stop is not None:
         cleanup.callback(logger.info, f"stopped the {len(config.ports)} agent servers of this run")
-        cleanup.callback(servers.stop)
+        cleanup.callback(stop)
     logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
 
 

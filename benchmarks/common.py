@@ -37,14 +37,11 @@ def agent_servers(config: SimulationConfig, owned: bool = True, counted: bool = 
     install_tls(load_or_make(Path(config.cluster_key_dir)))
     counter = {"PYTHONPATH": CALL_COUNTER} if counted else {}
     with contextlib.closing(ConsoleProgress()) as watch, patch.dict(os.environ, counter):
-        servers = local_cluster.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
+        stop = local_cluster.start(config, owned, lambda done, total: watch.progress("servers ready", done, total))
     try:
         yield
     finally:
-        if servers is not None:
-            servers.stop()
-        else:
-            local_cluster.stop()
+        (stop or local_cluster.stop)()
 
 
 def memory_mb(pids: Iterable[int]) -> float:

@@ -37,21 +37,15 @@ STOP_FIRST = f"run {AGENT_SERVERS.stop_command} first"
 stop = AGENT_SERVERS.stop
 
 
-class OwnedServers:
-    """Servers that end with this process, however it ends: their launcher reads a pipe that this process holds open."""
-
-    def __init__(self, launcher: subprocess.Popen[bytes]) -> None:
-        self._launcher = launcher
-
-    def stop(self) -> None:
-        """Stop the servers and wait until they have ended; kill those that hang."""
-        if self._launcher.stdin is not None:
-            self._launcher.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._launcher.wait(AGENT_SERVERS.term_timeout_s)
-        if AGENT_SERVERS.running():  # the launcher hangs, or was killed and left servers running
-            stop()
-        self._launcher.wait()
+def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
+    """Stop the servers of a launcher whose standard input this process holds open; kill those that hang."""
+    if launcher.stdin is not None:
+        launcher.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(AGENT_SERVERS.term_timeout_s)
+    if AGENT_SERVERS.running():  # the launcher hangs, or was killed and left servers running
+        stop()
+    launcher.wait()
 
 
 def start(
@@ -59,17 +53,13 @@ def start(
     owned: bool,
     progress: Callable[[int, int], None],
     meanwhile: Callable[[], None] = lambda: None,
-) -> OwnedServers | None:
+) -> Callable[[], None] | None:
     """Start this host's agent servers, and return when all of them answer. Needs `install_tls`.
 
-    Args:
-        config: Host name, ports and key folder of the servers.
-        owned: Whether the servers end with this process.
-        progress: Called with the number of ready servers and their total.
-        meanwhile: Called while the launcher imports its modules (about 1 s).
-
-    Returns the servers if they are owned; None if not, or if exactly these servers are already running. Raises
-    ClusterError, and leaves no new server running, if a port is taken, other servers run, or one did not start.
+    If `owned`, the servers end with this process, however it ends, and a function that stops them is returned. It
+    returns None if exactly these servers are already running. `meanwhile` is called while the launcher imports its
+    modules (about 1 s). Raises ClusterError, and leaves no new server running, if a port is taken, other servers run,
+    or one did not start.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
     models = read_models(config) if has_models(config) else {}
@@ -79,7 +69,7 @@ def start(
         running = AGENT_SERVERS.running()
         if running:
             urls = {name: model.base_url for name, model in models.items()}
-            _check_same(config, [int(name) for name in running if name.isdigit()], urls)
+            _check_same(config, [int(name) for name in running if name != LAUNCHER], urls)
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
@@ -95,7 +85,7 @@ def start(
         except BaseException:
             AGENT_SERVERS.terminate(AGENT_SERVERS.names())
             raise
-    return OwnedServers(launcher) if owned else None
+    return partial(_stop_owned, launcher) if owned else None
 
 
 def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, str]) -> None:
@@ -105,7 +95,7 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
             f"{len(ports)} agent servers are already running on ports {ranges(ports)}, but {len(config.ports)} were "
             f"requested on {ranges(list(config.ports))}; {STOP_FIRST}"
         )
-    endpoints = [Endpoint(config.host_name, port) for port in config.ports]
+    endpoints = [Endpoint(config.host_name, port) for port in ports]
     shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
     for shake in shakes.values():
         if shake.versions != OWN_VERSIONS:
@@ -128,14 +118,10 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
     for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
-    return AGENT_SERVERS.spawn(
-        LAUNCHER,
-        command,
-        stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
-        # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
+    # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    stdin = subprocess.PIPE if owned else subprocess.DEVNULL
+    return AGENT_SERVERS.spawn(LAUNCHER, command, stdin=stdin, env=env, cwd=ROOT)
 
 
 def _answers(config: SimulationConfig, port: int) -> bool:
@@ -153,10 +139,8 @@ def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
         return [], True
     install_tls(load(Path(config.cluster_key_dir)))
     endpoints = {name: Endpoint(config.host_name, int(name)) for name in names}
-    timeout_s, directives = config.connect_timeout, {MEMORY: ""}
-    shakes, errors = call_all(
-        {name: partial(handshake, each, timeout_s, directives=directives) for name, each in endpoints.items()}
-    )
+    ask = partial(handshake, timeout_s=config.connect_timeout, directives={MEMORY: ""})
+    shakes, errors = call_all({name: partial(ask, each) for name, each in endpoints.items()})
     rows = []
     for name in names:
         restarts = AGENT_SERVERS.noted(name).restarts

@@ -1,7 +1,6 @@
 """Server processes of this host: start, readiness, pid files, logs, stop, ports in use. It knows nothing about agents.
 
-A folder of one kind of server holds `<name>.pid` and `<name>.log`; the name is a port, or LAUNCHER. The first line of
-a pid file is the pid. run/servers/lock is held by the command that starts or stops servers.
+A folder of one kind of server holds `<name>.pid`, with the pid in its first line, and `<name>.log`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from simulation.errors import ClusterError, SettingsError, reason, say
 from simulation.files import ROOT, SERVERS, files_in, is_there, lock
 from simulation.rpc.endpoints import address_of
 
-LAUNCHER = "launcher"
+LAUNCHER = "launcher"  # the name of the process that starts the agent servers; all others are named by their port
 TRIES_TO_END = 3
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
@@ -40,10 +39,7 @@ DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock of this checkout, so that only one process at a time starts or stops servers.
-
-    Raises SettingsError if the lock, or in this context a file of the servers, cannot be written.
-    """
+    """Hold the lock on starting and stopping servers. Raises SettingsError if a file of them cannot be written."""
     advice = "start and stop servers with one command at a time"
     try:
         SERVERS.mkdir(parents=True, exist_ok=True)
@@ -78,18 +74,14 @@ def deferred_signals() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A pid, and the data that distinguishes its process from all others that have or had the same pid.
-
-    It contains no clock time: clocks are set while processes run, and those of two machines differ. Without /proc, and
-    in pid files of earlier versions, only the pid is known.
-    """
+    """A pid, and what distinguishes its process from others with that pid: no clock time, as clocks are set."""
 
     pid: int
-    host: str = ""
-    boot: str = ""  # boot id of the host, in which `namespace` and `start` are valid; empty if only the pid is known
+    host: str = field(default="", compare=False)
+    boot: str = ""  # boot id of the host; empty if only the pid is known: without /proc, or from earlier versions
     namespace: str = ""  # the pid namespace in which the process has this pid
     start: str = ""  # clock ticks from the boot to the start of the process
-    restarts: int = 0  # how often its server was restarted
+    restarts: int = field(default=0, compare=False)  # how often its server was restarted
 
     @classmethod
     def of(cls, pid: int, restarts: int = 0) -> ProcessId:
@@ -145,9 +137,7 @@ class ServerProcesses:
     folder: Path  # of their pid files and logs
     stop_command: str
     term_timeout_s: float  # how long they may take to end after TERM (s)
-    # Whether this checkout starts such a process, judged by its command; called if a pid file holds only a pid, and for
-    # what a server that has exited may have left
-    is_ours: Callable[[psutil.Process], bool]
+    is_ours: Callable[[psutil.Process], bool]  # judges by the command, if only the pid or the session is known
     _spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def pid_file(self, name: str) -> Path:
@@ -173,28 +163,23 @@ class ServerProcesses:
     def process(self, name: str) -> psutil.Process | None:
         """Return the running process of a pid file; None if it has ended, even if another program has its pid now."""
         noted = self.noted(name)
-        now = ProcessId.of(noted.pid)
         try:
             process = psutil.Process(noted.pid)
-            if noted.boot:
-                same = (noted.boot, noted.namespace, noted.start) == (now.boot, now.namespace, now.start)
-            else:
-                same = self.is_ours(process)
+            same = noted == ProcessId.of(noted.pid) if noted.boot else self.is_ours(process)
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except (psutil.Error, ValueError):
             return None
 
     def running(self) -> dict[str, psutil.Process]:
         """Return the running processes of all pid files, in the order of `names`."""
-        found = {name: self.process(name) for name in self.names()}
-        return {name: process for name, process in found.items() if process is not None}
+        return {name: process for name in self.names() if (process := self.process(name)) is not None}
 
     def check_same_host(self) -> None:
         """Raise ClusterError if a pid file names a process that this host cannot see."""
         for name in self.names():
-            if place := self.noted(name).elsewhere:
+            if where := self.noted(name).elsewhere:
                 raise ClusterError(
-                    f"{self.pid_file(name)} is of {place}, whose processes cannot be stopped from here: run "
+                    f"{self.pid_file(name)} is of {where}, whose processes cannot be stopped from here: run "
                     f"{self.stop_command} there, or if that is gone remove the pid files in {self.folder}; each host "
                     "needs a checkout to itself"
                 )
@@ -266,15 +251,14 @@ class ServerProcesses:
         return len(running)
 
     def terminate(self, names: Iterable[str]) -> None:
-        """End processes and the sessions they lead or led, by TERM, then KILL; call it with the lock held.
+        """End processes and the sessions they lead or led, by TERM, then KILL, and remove all outdated pid files.
 
-        It also removes the pid files of all processes that have ended.
+        Call it with the lock held.
         """
-        noted = {name: self.noted(name) for name in names}
         pids = {
-            each.pid
-            for name, each in noted.items()  # without those that another program has now
-            if not each.elsewhere and (self.process(name) is not None or _session_of(each.pid) is None)
+            noted.pid
+            for name, noted in ((name, self.noted(name)) for name in names)  # without those of other programs now
+            if not noted.elsewhere and (self.process(name) is not None or _session_of(noted.pid) is None)
         }
         with deferred_signals():  # a second signal would leave servers running
             any(self._end(pids) for _ in range(TRIES_TO_END))  # a hanging launcher may have started more servers
@@ -317,9 +301,8 @@ def _session_of(pid: int) -> int | None:
 def end(process: psutil.Process, firmly: bool = False) -> None:
     """Send TERM to a process, or KILL if `firmly`. Raises ClusterError if it belongs to another user."""
     try:
-        process.kill() if firmly else process.terminate()
-    except psutil.NoSuchProcess:
-        pass
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill() if firmly else process.terminate()
     except psutil.AccessDenied:
         raise ClusterError(f"process {process.pid} runs as {process.username()}: stop it as that user") from None
 

@@ -1,7 +1,6 @@
 """Commands that start, show and stop the vLLM servers of this host. They know nothing about agents.
 
 The servers run in a separate environment, .venv-vllm, as vLLM and AgentScope need conflicting versions of protobuf.
-Files in run/vllm/: `<port>.pid` and `<port>.log` per server.
 """
 
 from __future__ import annotations
@@ -80,14 +79,10 @@ def gpus_here() -> tuple[str, ...]:
 
 
 def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
-    """Return the names of the GPUs that CUDA shows to a program.
+    """Return the GPUs that CUDA shows to a program, from the output of `nvidia-smi -L` and CUDA_VISIBLE_DEVICES.
 
     CUDA takes numbers or unique prefixes of ids, and no mixture of both. The first name that is no GPU, such as -1 or
     Slurm's NoDevFiles, hides the rest. A GPU that is named twice hides all.
-
-    Args:
-        listed: Output of `nvidia-smi -L`: GPUs, and MIG partitions of them on separate lines.
-        visible: Value of CUDA_VISIBLE_DEVICES, if it is set.
     """
     count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
     if visible is None:
@@ -166,11 +161,10 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
         SERVERS.folder.mkdir(parents=True, exist_ok=True)
         SERVERS.check_same_host()
         running = SERVERS.running()  # servers of another model may run on other ports
-        taken = listed(name for name in running if int(name) in ports)
-        if taken != "none":
+        if taken := [name for name in running if int(name) in ports]:
             raise ClusterError(
-                f"vLLM servers of this checkout are already running on ports {taken}: {SERVERS.stop_command} stops all "
-                "of them; another VLLM_BASE_PORT serves another model beside them"
+                f"vLLM servers of this checkout are already running on ports {listed(taken)}: {SERVERS.stop_command} "
+                "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
         SERVERS.terminate(set(SERVERS.names()) - running.keys())  # leftovers of killed servers
         for port in ports:
@@ -199,8 +193,8 @@ def status() -> tuple[list[list[str]], bool]:
     """Return the cells of STATUS for each vLLM server of this host, and whether all are healthy."""
     rows, running = [], SERVERS.running()
     for name in SERVERS.names():
-        if place := SERVERS.noted(name).elsewhere:
-            state = f"is of {place}"
+        if where := SERVERS.noted(name).elsewhere:
+            state = f"is of {where}"
         elif name not in running:
             state = f"has ended; its log is {SERVERS.log(name)}"
         else:
@@ -225,20 +219,16 @@ def _checked_path(model_path: str | None) -> str:
 
 
 def _venv_without_spaces() -> Path:
-    """Return a path of VENV without spaces: vLLM passes it to compilers and to LD_PRELOAD, which break at a space.
-
-    Raises SettingsError if no link without a space can be made.
-    """
+    """Return a path of VENV without spaces: vLLM passes it to compilers and to LD_PRELOAD, which break at a space."""
     if not re.search(r"\s", str(VENV)):
         return VENV
-    if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
+    if re.search(r"\s", str(LINK)):
         raise SettingsError(
             f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
         )
     try:
         LINK.parent.mkdir(parents=True, exist_ok=True)
-        if not (LINK.is_symlink() and LINK.readlink() == VENV):
-            LINK.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):  # then it is of VENV, as its name is
             LINK.symlink_to(VENV)
     except OSError as error:
         raise SettingsError(f"cannot make the link {LINK} to {VENV}: {error.strerror}") from None
