@@ -39,7 +39,6 @@ from simulation.rpc import messages
 from simulation.rpc.channels import MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import address_of, run_of, same_run
-from simulation.rpc.messages import Handshake, HeartbeatReply
 from simulation.settings import SimulationConfig
 
 RPC_THREADS = 1024  # concurrent calls, with threads created on demand; most are short, but per-agent dispatch holds
@@ -96,7 +95,7 @@ class SimulationServicer(AgentServerServicer):
         if counted:
             self._histogram_due = time.monotonic() + (time.thread_time() - began) / HISTOGRAM_SHARE
         load = self._load() if numbers else (None, None)
-        return HeartbeatReply(self._incarnation, progress, *load).to_json().encode()
+        return messages.HeartbeatReply(self._incarnation, progress, *load).to_json().encode()
 
     def _load(self) -> tuple[float, float]:
         """Return the share of a core that this process used lately, and its resident memory (MB)."""
@@ -121,7 +120,7 @@ class SimulationServicer(AgentServerServicer):
             names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
             models = [self._models[name] for name in names if name in self._models]
             model_troubles = {model.name: cause for model, cause in check_models(models, float(timeout_s)).items()}
-        shake = Handshake(
+        shake = messages.Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),
             role="participant" if self.port < self._config.base_port + self._config.server_per_host else "moderator",

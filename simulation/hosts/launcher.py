@@ -6,7 +6,6 @@ It imports AgentScope once and forks a server per port; importing it in each ser
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import multiprocessing
@@ -15,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,8 @@ class _Server:
     """One agent server from its parent's side: restarted when it fails, unless its starts keep failing."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
-        self._arguments = (config, port, key)
-        self._port = port
-        self._restarts = 0
-        self._failed_starts = 0  # consecutive ones
+        self._arguments, self._port = (config, port, key), port
+        self._restarts = self._failed_starts = 0  # the latter: consecutive ones
         self._started = 0.0
         self.process: Any = None
         self.start_at = 0.0  # time.monotonic() of the next start; infinite if none is planned
@@ -90,8 +88,8 @@ class _Server:
     def start(self) -> None:
         """Start the server. Without memory or disk space, a restart is retried later; a first start raises OSError."""
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self._ready, ready = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(*self._arguments, ready))
+        self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
+        self.process = context.Process(target=_child, args=(*self._arguments, self._ready))
         self._started, self.start_at = time.monotonic(), math.inf
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has set its handlers
         try:
@@ -105,7 +103,6 @@ class _Server:
             self.process, self.start_at = None, time.monotonic() + RESTART_EVERY_S
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-            ready.close()  # the child's end of the pipe
 
     def stop(self) -> None:
         self.start_at = math.inf
@@ -122,10 +119,7 @@ class _Server:
         self.process.join()
         status, pid, self.process = self.process.exitcode, self.process.pid, None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        was_ready = False
-        with contextlib.suppress(EOFError):
-            was_ready = self._ready.poll() and self._ready.recv()
-        self._ready.close()
+        was_ready = bool(self._ready.value)
         self._failed_starts = 0 if was_ready else self._failed_starts + 1
         if status == 0:
             AGENT_SERVERS.remove(str(self._port), pid)
@@ -153,4 +147,4 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
     from simulation.hosts.agent_server import serve
 
-    serve(config, port, key, lambda: ready.send(True))
+    serve(config, port, key, partial(setattr, ready, "value", 1))

@@ -62,14 +62,13 @@ def start(
     or one did not start.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
-    models = read_models(config) if has_models(config) else {}
+    models = {name: model.base_url for name, model in read_models(config).items()} if has_models(config) else {}
     with one_at_a_time():
         check_not_owned()
         AGENT_SERVERS.check_same_host()
         running = AGENT_SERVERS.running()
         if running:
-            urls = {name: model.base_url for name, model in models.items()}
-            _check_same(config, [int(name) for name in running if name != LAUNCHER], urls)
+            _check_same(config, [int(name) for name in running if name != LAUNCHER], models)
             progress(len(config.ports), len(config.ports))
             return None
         for port in config.ports:
@@ -125,11 +124,9 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
 
 
 def _answers(config: SimulationConfig, port: int) -> bool:
-    try:
-        identify(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True)
-    except ServerUnreachable:
-        return False
-    return True
+    with contextlib.suppress(ServerUnreachable):
+        return bool(identify(Endpoint(config.host_name, port), timeout_s=LOOK_AGAIN_S, starting=True))
+    return False
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:

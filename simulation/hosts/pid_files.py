@@ -225,8 +225,8 @@ class ServerProcesses:
                         which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
                         raise ClusterError(f"the {which} did not start{self._log_tail(name)}")
                 if waited_s > timeout_s:
-                    late = f"the {self.kind} on port {port} does not answer after {timeout_s:g} s"
-                    raise ClusterError(late + self._log_tail(str(port)))
+                    which = f"{self.kind} on port {port}"
+                    raise ClusterError(f"the {which} does not answer after {timeout_s:g} s{self._log_tail(str(port))}")
             took.append(time.monotonic() - began)
         progress(len(ports), len(ports), "")
         return took
