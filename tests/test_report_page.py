@@ -24,7 +24,7 @@ from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, PersonaSet, Population
 from simulation.game.rules import Game
 from simulation.results.answers_parquet import SCHEMA
-from simulation.results.charts import draw_answers, draw_averages, selection
+from simulation.results.charts import draw_answers, draw_averages, draw_lines, selection
 from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import brief, run_lines
 from simulation.results.figures import COLOURS, page_chart, series_style, short
@@ -521,3 +521,9 @@ def test_the_settings_of_other_programs_change_no_picture(cluster, run, tmp_path
 def test_the_page_is_the_same_from_memory(told_apart, tmp_path):
     write_page(tmp_path / "report.html", page_content(told_apart))
     assert (tmp_path / "report.html").read_bytes() == (told_apart.path / "report.html").read_bytes()
+
+
+def test_a_line_has_a_gap_at_a_round_without_a_figure():
+    axes = Figure().add_subplot()
+    draw_lines(axes, [1, 2, 3], {"average": {1: 30.0, 3: 10.0}})
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 30], [2, math.nan], [3, 10]])

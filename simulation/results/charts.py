@@ -94,7 +94,9 @@ def draw_lines(axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[in
 
 
 def _draw_line(axes: Axes, numbers: Mapping[int, float], **style: Any) -> None:
-    axes.plot(list(numbers), list(numbers.values()), **{"marker": "o", **style})
+    """Draw numbers by round, with a gap at each round that has none."""
+    rounds = range(min(numbers), max(numbers) + 1) if numbers else ()
+    axes.plot(list(rounds), [numbers.get(each, math.nan) for each in rounds], **{"marker": "o", **style})
 
 
 def _scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
