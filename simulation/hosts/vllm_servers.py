@@ -72,22 +72,22 @@ class Plan:
 def gpus_here() -> tuple[str, ...]:
     """Return the usable GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
+        output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return visible_gpus(listed.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible_gpus(output.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def visible_gpus(listed: str, visible: str | None) -> tuple[str, ...]:
+def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
     """Return the GPUs that CUDA shows to a program, from the output of `nvidia-smi -L` and CUDA_VISIBLE_DEVICES.
 
     CUDA takes numbers or unique prefixes of ids, and no mixture of both. The first name that is no GPU, such as -1 or
     Slurm's NoDevFiles, hides the rest. A GPU that is named twice hides all.
     """
-    count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
+    count = len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE))
     if visible is None:
         return tuple(map(str, range(count)))
-    known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", listed)
+    known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", nvidia_smi)
     kind = visible.strip()[:4]  # prefix of all ids: GPU- or MIG-
     found: dict[str, str] = {}  # names by the GPU that they denote
     for name in map(str.strip, visible.split(",")):
@@ -222,7 +222,7 @@ def _venv_without_spaces() -> Path:
     """Return a path of VENV without spaces: vLLM passes it to compilers and to LD_PRELOAD, which break at a space."""
     if not re.search(r"\s", str(VENV)):
         return VENV
-    if re.search(r"\s", str(LINK)):
+    if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
         raise SettingsError(
             f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
         )
