@@ -42,7 +42,7 @@ ACTIONS = {  # what a flag does in place of the usual work of its roles; those w
 USED_BY = {  # settings that actions use
     "status": ("host_name", "cluster_key_dir", "connect_timeout"),
     "make_key": ("cluster_key_dir",),
-    "launch": tuple(SETTINGS),
+    "launch": ("owned", *SETTINGS),
 }
 HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
 OWNED = Setting(False, "", roles=("participant",))  # as --launch, until standard input ends
@@ -169,16 +169,13 @@ def _check_used(role: str, given: dict[str, Any]) -> str | None:
     for name in given:
         if role not in (roles := FLAGS[name].roles):
             raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
-    owned = given.pop("owned", False)
     actions = [name for name in ACTIONS if given.pop(name, False)]
     if len(actions) > 1:
         raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
     for action in actions:
         if unused := [name for name in given if name not in ("role", *USED_BY.get(action, ()))]:
             raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
-    if owned and actions not in ([], ["launch"]):
-        raise SettingsError(f"--owned: does not go with {flag_of(actions[0])}")
-    return "owned" if owned else next(iter(actions), None)
+    return "owned" if given.pop("owned", False) else next(iter(actions), None)
 
 
 def exclude_from_proxy(*hosts: str) -> None:

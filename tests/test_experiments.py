@@ -383,7 +383,8 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     gates.open(1)
     if number == signal.SIGINT:
         assert game.returncode == 130, log.read_text()
-        assert f"to go on with it: ./run_simulation.sh --resume 'runs/{cut.name}'\n" in log.read_text()
+        hint = f"3 of 4 runs have rounds left; to go on with them: ./run_simulation.sh --resume 'runs/{cut.name}'\n"
+        assert hint in log.read_text()
     assert not (cut / FOLDERS[2]).exists() and cluster.summary(cut / FOLDERS[1])["status"] == "interrupted"
     assert (cluster.path / "runs/latest").resolve() == cut
     asked = cluster.run("main.py", "--role", "ask", "--winner", "--run-dir", "runs/latest", "--text", "Why?")

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
+from simulation.results.run_directory import new_run_id
 from simulation.runs.yaml_file import YamlFile
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
@@ -34,8 +36,7 @@ class Experiment:
         values = {name: self._read_values(name) for name in file.data if name != "about"}
         self.settings = {name: each for name, each in values.items() if name not in given}  # values, by setting
         self.varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
-        count = math.prod(map(len, self.settings.values()))
-        if count > MOST_COMBINATIONS:
+        if (count := math.prod(map(len, self.settings.values()))) > MOST_COMBINATIONS:
             raise file.error((), f"has {count:,} combinations; the maximum is {MOST_COMBINATIONS:,}")
         self.configs = [  # of the runs in the order they are played
             SimulationConfig(**given, **dict(zip(self.settings, each, strict=True)))
@@ -52,12 +53,11 @@ class Experiment:
         values: list[Any] = []
         for position, each in enumerate(written if isinstance(written, list) else [written]):
             try:
-                value = self._read_value(name, each)
-                if value in values:
-                    raise SettingsError(f"{name} {value_text(name, value)} is in the list twice")
+                values.append(self._read_value(name, each))
+                if values[-1] in values[:-1]:
+                    raise SettingsError(f"{name} {value_text(name, values[-1])} is in the list twice")
             except SettingsError as error:
                 raise self._error_at(name, position, error) from None
-            values.append(value)
         if not values:
             raise self._file.error((name,), f"{name} has an empty list; give at least one value")
         return values
@@ -90,19 +90,19 @@ class Experiment:
                 return self._error_at(name, values.index(getattr(config, name)), error)
         return error
 
-    def sweep(self, sweep_id: str, seed: int) -> Sweep:
-        """Return the sweep of all runs, with this seed where none is set, so that they differ only in what varies.
+    def sweep(self) -> Sweep:
+        """Return the sweep of all runs, which share a seed if none is set, so that they differ only in what varies.
 
         The names of their folders have no characters special to shells or file systems.
         """
-        digits = max(len(str(len(self.configs))), 2)
+        seed, digits = secrets.randbits(32), max(len(str(len(self.configs))), 2)
         configs = {}
         for position, config in enumerate(self.configs, start=1):
             seeded = config if config.seed is not None else replace(config, seed=seed)
             name = ",".join(f"{name}={value_text(name, getattr(seeded, name))}" for name in self.varies)
             name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
             configs[f"{position:0{digits}}-{name}"] = seeded
-        return Sweep(sweep_id, Path(self._file.name).name, self.about, self.varies, configs)
+        return Sweep(new_run_id(), Path(self._file.name).name, self.about, self.varies, configs)
 
 
 def value_text(name: str, value: Any) -> str:

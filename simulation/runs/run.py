@@ -13,7 +13,7 @@ from loguru import logger
 from simulation import errors
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
-from simulation.game.tally import RoundResult, announcement_of
+from simulation.game.tally import announcement_of
 from simulation.llm.usage import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
@@ -44,21 +44,18 @@ class Run:
         self.simulation: Simulation | None = None  # set once the servers are ready
         self.under_way = (0, 0.0)  # the last started round, and its start (time.monotonic)
         self.status: str | None = None  # as last written to summary.json
-        self.ended_early: str | None = None  # the reason, if not a signal
+        self.ended_early = False  # not by a signal
         self._draw = draw
-        self._resumed = spec.saved is not None
-        self.results: list[RoundResult] = []
-        self.usage = Usage()
+        self._saved = saved = spec.saved
+        self.results = [*saved.results] if saved is not None else []
+        self.usage = saved.usage if saved is not None else Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
-        self.cluster_summary: dict[str, Any] = {"hosts": [], "servers": 0, "moderators": 0, "lost": [], "times": []}
-        self._position = directory.position
-        if spec.saved is not None:
-            self.results, self.usage, self._position = [*spec.saved.results], spec.saved.usage, spec.saved.position
-            self.seconds |= spec.saved.summary["seconds"]
-            self.cluster_summary |= spec.saved.summary["cluster"]
+        self.cluster_summary: dict[str, Any] = {"servers": 0, "moderators": 0, "lost": [], "times": []}
+        if saved is not None:
+            self.seconds |= saved.summary["seconds"]
+            self.cluster_summary |= saved.summary["cluster"]
         times = [each for each in self.cluster_summary["times"] if each["round"] <= len(self.results)]  # where known
         self.cluster_summary |= {"hosts": list(self.config.hosts), "times": times}
-        self._lost_before: list[str] = self.cluster_summary["lost"]
         self._began = time.monotonic() - self.seconds["total"]
 
     @property
@@ -68,7 +65,7 @@ class Run:
 
     def play_rounds(self) -> int:
         """Play the remaining rounds and write the results, also before an error propagates; returns the exit status."""
-        if self._resumed:
+        if self._saved is not None:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.rounds_left:
             return self._finish()
@@ -76,7 +73,7 @@ class Run:
         servers = check_cluster(self.config)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster_summary["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
-        if self._resumed:  # not earlier: if no round can be played, the folder stays unchanged
+        if self._saved is not None:  # not earlier: if no round can be played, the folder stays unchanged
             self._write("interrupted")  # first, so that the summary never refers to deleted answers
             self.directory.go_back_to(len(self.results))
         if self.config.agent_type != "llm":  # the seed does not determine the answers of a model server
@@ -90,8 +87,8 @@ class Run:
                 self._create_agents(simulation)
                 for number in self.rounds_left:
                     self._play_round(simulation, number)
-                    self.ended_early = self._reason_to_end(simulation)
-                    if self.console.stop_signal is not None or self.ended_early is not None:
+                    self.ended_early = bool(self.rounds_left) and self._cannot_continue(simulation)
+                    if self.console.stop_signal is not None or self.ended_early:
                         break
                 if self.config.keep_agents:
                     agents = [
@@ -138,34 +135,31 @@ class Run:
             self.cluster_summary["times"].append({"round": number, **times})
         self._write("interrupted")
 
-    def _reason_to_end(self, simulation: Simulation) -> str | None:
-        """Return why the next round is pointless, which is logged: no tokens are left, or the models do not answer."""
-        if not self.rounds_left:
-            return None
-        reason = None
-        ended, max_tokens = self.results[-1].tally.ended, self.config.max_tokens
+    def _cannot_continue(self, simulation: Simulation) -> bool:
+        """Return, and log, whether the next round is pointless: no tokens are left, or the models do not answer."""
+        ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
-        elif self.console.stop_signal is None and ended is errors.Ended.MODEL_FAILED:
+        elif ended is errors.Ended.MODEL_FAILED and self.console.stop_signal is None:
             try:
                 check_models(self.config, simulation.cluster.up(simulation.cluster.participant_servers))
             except errors.ServerLost:
                 pass  # the next round handles that
             except errors.ClusterError as error:
                 reason = str(error)
-        if reason is not None:
+        if reason:
             logger.warning(f"{reason}: the game ends after round {len(self.results)} of {self.config.rounds}")
-        return reason
+        return bool(reason)
 
     def _write_after_error(self, cause: errors.SimulationError) -> None:
         """Write the results, if any. Raises ResultsError only if the cause is RunAborted or Interrupted."""
-        interrupted = isinstance(cause, errors.Interrupted)
-        if not self.results and not interrupted and not isinstance(cause, errors.RunAborted):
+        expected = isinstance(cause, errors.RunAborted | errors.Interrupted)
+        if not self.results and not expected:
             return
         try:
-            self._finish_files("interrupted" if interrupted else "failed")
+            self._finish_files("interrupted" if isinstance(cause, errors.Interrupted) else "failed")
         except errors.ResultsError as error:
-            if interrupted or isinstance(cause, errors.RunAborted):
+            if expected:
                 raise errors.ResultsError(f"{error}; the game had ended: {cause}") from None
             if not isinstance(cause, errors.ResultsError):  # otherwise it is the same disk error
                 logger.warning(str(error))
@@ -175,9 +169,8 @@ class Run:
         last = self.results[-1].tally
         for line in histogram_lines(last, self.config):
             errors.say(line)
-        unanswered = self.ended_early is not None or any(result.tally.failed for result in self.results)
-        stopped = self.ended_early is None and bool(self.rounds_left)
-        interrupted = stopped or last.ended is errors.Ended.INTERRUPTED
+        unanswered = self.ended_early or any(result.tally.failed for result in self.results)
+        interrupted = last.ended is errors.Ended.INTERRUPTED or (bool(self.rounds_left) and not self.ended_early)
         self._finish_files("interrupted" if interrupted else "partial" if unanswered else "complete")
         logger.info(f"results in {self.directory.path}")
         if self.console.stop_signal is not None:
@@ -197,11 +190,12 @@ class Run:
         """Write summary.json, and return its content. Raises ResultsError."""
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
-        lost = [*self._lost_before, *map(str, self.simulation.cluster.losses if self.simulation is not None else ())]
-        self.cluster_summary["lost"] = list(dict.fromkeys(lost))[:LOST_SHOWN]
+        lost = map(str, self.simulation.cluster.losses if self.simulation is not None else ())
+        self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])][:LOST_SHOWN]
         if self.status is None:  # not earlier: a folder with only this file could be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
-        parts = (self.cluster_summary, self.seconds, self.results, self.usage, self._position)
+        position = self._saved.position if self._saved is not None else self.directory.position
+        parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)
         summary = summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)
         self.status = status

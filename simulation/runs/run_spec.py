@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simulation.cluster.placement import even_split, place
-from simulation.errors import SettingsError
+from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.population import largest_remainder
 from simulation.game.rules import Announcement, Game, question_for
@@ -25,9 +25,6 @@ from simulation.rpc.endpoints import ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_models
 from simulation.settings import SimulationConfig
-
-MODELS_SHOWN = 8
-ROUNDS_SHOWN = 12
 
 
 class RoundEstimate(NamedTuple):
@@ -66,7 +63,7 @@ class RunSpec:
     @cached_property
     def tokens(self) -> int:
         """Return the maximum number of tokens that the remaining rounds may cost."""
-        return tokens_of(self.estimate(self.rounds_left))
+        return self.tokens_in(self.rounds_left)
 
     def plan_lines(self) -> list[str]:
         """Return a readable plan of the remaining rounds, with the cost."""
@@ -88,25 +85,28 @@ class RunSpec:
             + (f"; prompt {game.wording.name}" if game.wording is not None else "")
             + "".join(f"; personas {each.name} ({len(each.personas)})" for each in sets)
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
-            *self.cost_lines(),
+            *self._cost_lines(),
         ]
 
-    def cost_lines(self) -> list[str]:
+    def _cost_lines(self) -> list[str]:
         """Return the models and the maximum cost of the remaining rounds; empty for a run without models."""
         if self.config.agent_type != "llm":
             return []
-        asked, rounds = self.asked_models, self.estimate(self.rounds_left)
-        lines = [f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in asked[:MODELS_SHOWN]]
-        lines += [f"models: ... {len(asked)} in all"] if len(asked) > MODELS_SHOWN else []
-        parts = [(str(each.round), [each]) for each in rounds]
-        parts = parts if len(parts) <= ROUNDS_SHOWN else [*parts[: ROUNDS_SHOWN - 2], parts[-1]]
+        rounds, columns = self.estimate(self.rounds_left), RoundEstimate._fields[1:]
         rows = [
-            [name, *(f"{sum(getattr(each, column) for each in part):,}" for column in RoundEstimate._fields[1:])]
-            for name, part in [*parts, ("in all", rounds)]
+            [name, *(f"{sum(getattr(each, column) for each in part):,}" for column in columns)]
+            for name, part in [*((str(each.round), [each]) for each in rounds), ("in all", rounds)]
         ]
         head = ["round", "requests", "prompt tokens", "answer tokens"]
-        total = f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}"
-        return [*lines, *table_lines(head, rows, dropped=head[1:3], left=()), total]
+        return [
+            *(f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in self.asked_models),
+            *table_lines(head, rows, dropped=head[1:3], left=()),
+            f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}",
+        ]
+
+    def tokens_in(self, numbers: range) -> int:
+        """Return the maximum number of tokens that these rounds may cost."""
+        return sum(each.prompt_tokens + each.answer_tokens for each in self.estimate(numbers))
 
     def estimate(self, numbers: range) -> list[RoundEstimate]:
         """Estimate the cost of these rounds; empty for a run without models.
@@ -123,21 +123,18 @@ class RunSpec:
         for number in numbers:
             prompt = self._longest_prompt(number)
             second = prompt._replace(thoughts="x" * thoughts, thought_tokens=thoughts)
-            requests = prompt_tokens = answers = 0
+            parts = []
             for (name, count), groups in sharing.items():
                 fields = self.models[name].generate_args if name in self.models else {}
                 limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
+                answer = int(limit or answer_tokens(config.structured_output, game))
                 samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
                 different = min(count, characters * game.numbers ** (number - 1))
-                shared, everyone = groups * (different + (count - different) // samples), groups * count
-                requests += shared
-                prompt_tokens += shared * prompt.tokens
-                answers += everyone * int(limit or answer_tokens(config.structured_output, game))
-                if thoughts:  # a second request for each participant, as the reasoning texts all differ
-                    requests += everyone
-                    prompt_tokens += everyone * second.tokens
-                    answers += everyone * thoughts
-            rounds.append(RoundEstimate(number, requests, prompt_tokens, answers))
+                shared = different + (count - different) // samples
+                alone = count if thoughts else 0  # second requests, as the reasoning texts all differ
+                tokens = shared * prompt.tokens + alone * second.tokens
+                parts.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
+            rounds.append(RoundEstimate(number, *map(sum, zip(*parts, strict=True))))
         return rounds
 
     def _sharing(self) -> Counter[tuple[str, int]]:
@@ -172,11 +169,6 @@ class RunSpec:
         return prompt_for(system, question_for(game, number, announcements), numbers, last)
 
 
-def tokens_of(rounds: list[RoundEstimate]) -> int:
-    """Return the tokens of all prompts and answers."""
-    return sum(each.prompt_tokens + each.answer_tokens for each in rounds)
-
-
 def price_text(tokens: int, config: SimulationConfig) -> str:
     """Return the price of these tokens, to append to a line; an empty string if it is unknown."""
     price = config.price_per_million_tokens
@@ -201,20 +193,14 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
     """
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
-    mixture, in_turn = choose_models(config, models)
     assert game.cast is not None
-    before = game.cast.round_robin_models
-    if before != in_turn and len({*before, *in_turn}) > 1:
+    before, now = (game.cast.models, game.cast.round_robin_models), choose_models(config, models)
+    asked, would_ask = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
+    if asked != would_ask and len({*asked, *would_ask}) > 1:
         raise SettingsError(
-            f"--model-per-host {config.model_per_host}: participants of the run in {path} asked {', '.join(before)} in "
-            f"turn; this cannot be changed on resume, and they would ask {', '.join(in_turn)}"
+            f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}: the run in "
+            f"{path} asked {listed(asked)}; this cannot be changed on resume, and it would ask {listed(would_ask)}"
         )
-    for share, now in zip(game.cast.models, mixture, strict=False):  # --models cannot be changed on resume
-        if share.model != now.model:
-            raise SettingsError(
-                f"--model-configs {shown(config.model_configs)}: {share.name} was {share.model} when the run in {path} "
-                f"was started; this cannot be changed on resume, and it is now {now.model}"
-            )
     return RunSpec(config, models, game, real(path), saved.run_id, saved)
 
 

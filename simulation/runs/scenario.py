@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
@@ -16,14 +16,11 @@ from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import YamlFile
 from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
 
-PLACEHOLDERS = ("number", "max_value", "target", "persona", "team")
+PLACEHOLDERS = ("{number}", "{max_value}", "{target}", "{persona}", "{team}")
 MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
-OF_MODELS = (  # settings that only affect participants that use a model
-    *("prompt", "prompts_file", "models"),
-    *_names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")],
-)
-MORE_MODELS = "; with more --model-per-host one entry becomes model_1, model_2, ..."
+OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # do nothing without a model
+OF_MODELS += ["prompt", "prompts_file", "models"]
 Models = Mapping[str, ModelConfig]
 
 
@@ -32,10 +29,10 @@ def build_game(config: SimulationConfig, models: Models) -> Game:
     changed = [name for name in ("prompt", "models") if getattr(config, name) != getattr(SimulationConfig, name)]
     check_model_settings(config, changed)
     prompt, population = read_prompt(config), read_population(config, models)
-    topics = [grouping.topic for grouping in population.groupings]
     if config.teams is not None:
+        topics = [grouping.topic for grouping in population.groupings]
         advice = "" if topics else "; add --personas, or use several models"
-        _check_known("--teams", config.teams, config.teams, topics, "this game has no such grouping", advice)
+        _check_known(config, "teams", config.teams, topics, "this game has no such grouping", advice)
     for name, value in (("persona", config.personas), ("team", config.teams)):
         if prompt is not None and value is None and f"{{{name}}}" in prompt.system + prompt.instruction:
             raise SettingsError(f"--prompt {prompt.name}: tells participants of their {name}; give --{name}s, too")
@@ -43,26 +40,24 @@ def build_game(config: SimulationConfig, models: Models) -> Game:
 
 
 def check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
-    """Raise SettingsError if one of the given settings has no effect because no participant uses a model.
-
-    A custom agent class may call models itself, so `allow_remote_model` is allowed with it.
-    """
+    """Raise SettingsError if one of the given settings has no effect because no participant uses a model."""
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
-        of_class = config.agent_class is not None and name == "allow_remote_model"
+        of_class = config.agent_class is not None and name == "allow_remote_model"  # its code may call models
         if name in given and value is not None and not of_class:
             text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
             raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
 
 
-def _check_known(flag: str, value: str, name: str, known: Iterable[str], problem: str, advice: str = "") -> None:
-    """Raise SettingsError with the problem unless a name in the value of a flag is known."""
-    names = list(known)
-    if name not in names:
-        guess = meant_by(name, names)
-        hint = f"{guess} It has {listed(names)}" if guess else f"it has {listed(names)}"
+def _check_known(
+    config: SimulationConfig, setting: str, name: str, known: Collection[str], problem: str, advice: str = ""
+) -> None:
+    """Raise SettingsError with the problem unless a name in the value of a setting is known."""
+    if name not in known:
+        guess, value = meant_by(name, known), getattr(config, setting)
+        hint = f"{guess} It has {listed(known)}" if guess else f"it has {listed(known)}"
         value = printable(value) + (f": {printable(name) or 'an empty name'}" if name != value else "")
-        raise SettingsError(f"{flag} {value}: {problem}; {hint}{advice}")
+        raise SettingsError(f"{flag_of(setting)} {value}: {problem}; {hint}{advice}")
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
@@ -73,8 +68,7 @@ def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
     if config.agent_type != "llm":
         return None
     prompts = _prompts_in(config.prompts_file)
-    problem = f"{shown(config.prompts_file)} has no such prompt"
-    _check_known("--prompt", config.prompt, config.prompt, prompts, problem)
+    _check_known(config, "prompt", config.prompt, prompts, f"{shown(config.prompts_file)} has no such prompt")
     return prompts[config.prompt]
 
 
@@ -95,10 +89,9 @@ def _template(text: str) -> str:
     except ValueError:
         raise SettingsError("a single brace; write {{ or }} for a brace in the text") from None
     for _, name, form, conversion in parts:
-        if name is not None and (name not in PLACEHOLDERS or form or conversion):
-            whole = f"{name}!{conversion}" if conversion else f"{name}:{form}" if form else name
-            hint = nearest(f"{{{name}}}", [f"{{{each}}}" for each in PLACEHOLDERS])
-            raise SettingsError(f"{{{whole}}} is not known here; {hint}")
+        whole = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+        if name is not None and whole not in PLACEHOLDERS:
+            raise SettingsError(f"{whole} is not known here; {nearest(f'{{{name}}}', PLACEHOLDERS)}")
     return text
 
 
@@ -124,8 +117,7 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
     names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
     sets = _personas_in(config.personas_file) if names else {}
     for name in names:
-        problem = f"{shown(config.personas_file)} has no such set of personas"
-        _check_known("--personas", config.personas or "", name, sets, problem)
+        _check_known(config, "personas", name, sets, f"{shown(config.personas_file)} has no such set of personas")
     if len(set(names)) < len(names):
         raise SettingsError(f"--personas {config.personas}: names a set twice")
     chosen = tuple(sets[name] for name in names)
@@ -148,8 +140,7 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
             if persona.name in personas:
                 raise file.error((topic, position, "name"), f"{topic} has a persona {persona.name} already")
             personas[persona.name] = persona
-        total = sum(each.share for each in personas.values())
-        if total != 1:
+        if (total := sum(each.share for each in personas.values())) != 1:
             raise file.error((topic,), f"the shares of {topic} add up to {total}; they must add up to exactly 1")
         sets[topic] = PersonaSet(topic, tuple(personas.values()))
     return sets
@@ -169,7 +160,7 @@ def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[Model
     if config.agent_type != "llm":
         return (), ()
     if config.models is not None:
-        return _mixture(config.models, config.model_configs, models), ()
+        return _mixture(config, config.models, models), ()
     names = asked_models(config)
     missing = [name for name in names if name not in models]
     if missing:
@@ -180,19 +171,19 @@ def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[Model
     return (), tuple(models[name].model for name in names)
 
 
-def _mixture(value: str, file: str, models: Models) -> tuple[ModelShare, ...]:
+def _mixture(config: SimulationConfig, value: str, models: Models) -> tuple[ModelShare, ...]:
     """Parse shares of the models of a file, such as `model_1=2/3,model_2=1/3`. Raises SettingsError."""
-    flag = f"--models {printable(value)}"
+    flag, problem = f"--models {printable(value)}", f"{shown(config.model_configs)} has no such model"
     shares: dict[str, Fraction] = {}
     for part in value.split(","):
-        name, equals, share = (piece.strip() for piece in part.partition("="))
-        if not equals or not name:
+        name, _, share = map(str.strip, part.partition("="))
+        if not name or "=" not in part:
             raise SettingsError(f"{flag}: must be shares of models, as model_1=2/3,model_2=1/3")
-        _check_known("--models", value, name, models, f"{shown(file)} has no such model", MORE_MODELS)
+        advice = "; with more --model-per-host one entry becomes model_1, model_2, ..."
+        _check_known(config, "models", name, models, problem, advice)
         if name in shares:
             raise SettingsError(f"{flag}: names {name} twice")
         shares[name] = _share(f"{flag}: the share of {name},", share)
-    total = sum(shares.values())
-    if total != 1:
+    if (total := sum(shares.values())) != 1:
         raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
     return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())

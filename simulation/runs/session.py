@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ from simulation.errors import ResultsError, RunAborted, SettingsError, printable
 from simulation.files import ROOT, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
 from simulation.results import reader
-from simulation.results.run_directory import SWEEP, RunDirectory, new_run_id, resume_command
+from simulation.results.run_directory import SWEEP, RunDirectory, resume_command
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.experiment import Experiment, Sweep, run_label
-from simulation.runs.run_spec import RunSpec, finished_run, new_run, price_text, resumed_run, tokens_of
+from simulation.runs.run_spec import RunSpec, finished_run, new_run, price_text, resumed_run
 from simulation.runs.scenario import check_model_settings
 from simulation.settings import SimulationConfig, flag_of
 
@@ -48,7 +48,6 @@ class Session:
         self.unfinished = [spec for spec in specs if spec.rounds_left]
         self._directory = directory
         self._is_new = directory is None
-        self._number: int | None = None  # of the current run of a sweep
 
     def plan_lines(self) -> list[str]:
         """Return a readable plan of the runs."""
@@ -91,7 +90,7 @@ class Session:
         self._directory.close()
 
     def _has_results(self) -> bool:
-        return any(is_there(spec.folder) for spec in self.specs)  # folders without results are discarded
+        return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
     def play_runs(self, console: ConsoleProgress, draw: Draw, observe: Observe | None = None) -> int:
         """Play the remaining rounds; returns the exit status. Logs how to resume if rounds are left, even on errors.
@@ -99,11 +98,10 @@ class Session:
         `draw` draws the pictures and the report of a run. `observe` returns a context manager that observes a run.
         """
 
-        def play(spec: RunSpec, directory: RunDirectory) -> int:
+        def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
             import_agentscope()  # takes its time, which errors before this need not wait for
             from simulation.runs.run import Run  # noqa: PLC0415
 
-            label = self._title(self._number) if self._number is not None else ""
             run = Run(spec, directory, console, draw, label)
             with observe(run) if observe is not None else contextlib.nullcontext():
                 return run.play_rounds()
@@ -118,28 +116,24 @@ class Session:
             self._directory.point_latest()
             status = 0
             for number, spec in enumerate(self.specs, start=1):
-                self._number = number
-                logger.info(self._title(number))
-                status = max(status, self._play_one(spec, play))
+                title = self._title(number)
+                logger.info(title)
+                status = max(status, self._play_one(spec, partial(play, label=title)))
                 if console.stop_signal is not None:
                     return 128 + console.stop_signal
-            self._number = None
             self._compare()
             return status
         finally:
-            hint = self.how_to_resume()
-            if hint is not None:
+            if (hint := self.how_to_resume()) is not None:
                 logger.warning(hint)
 
     def _check_later_models(self) -> None:
         """Raise ClusterError if the cluster cannot reach a model of a later run; the first run checks its own."""
         from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - see play_runs
 
-        checked = [[], *(spec.asked_models for spec in self.unfinished[:1])]
-        for spec in self.unfinished:
-            if spec.asked_models not in checked:
-                checked.append(spec.asked_models)
-                check_cluster(spec.config)
+        configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
+        for config in [*configs.values()][1:]:
+            check_cluster(config)
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
         """Play one of several runs; returns its exit status. RunAborted is logged and does not stop the other runs."""
@@ -161,9 +155,8 @@ class Session:
         """Print and write the comparison of the runs. Raises ResultsError."""
         from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415 - matplotlib: 0.5 s
 
-        folders = [spec.folder for spec in self.specs if is_there(spec.folder / "summary.json")]
         try:
-            runs = [reader.read_run(folder) for folder in folders]
+            runs = [reader.read_run(spec.folder) for spec in self.specs if is_there(spec.folder / "summary.json")]
         except SettingsError as error:
             raise ResultsError(f"cannot compare the runs in {self.folder}: {error}") from None
         say("\n".join(comparison_lines(runs)))
@@ -172,36 +165,34 @@ class Session:
 
     def how_to_resume(self) -> str | None:
         """Return a line with the command to resume; None if no rounds are left or nothing was written."""
-        count, command = len(self.specs), resume_command(self.folder)
-        if self._number is not None:
-            hint = f"the experiment ends in run {self._number} of {count}; to go on with it: {command}"
-            return hint if self._has_results() else None
+        if not self._has_results():
+            return None
         left = [(number, *rest) for number, spec in enumerate(self.specs, start=1) if (rest := _progress_of(spec))]
         ready = sum(not flags for _, _, flags in left)
         if self.sweep is not None and ready:
-            return f"{ready} of {count} runs have rounds left; to go on: {command}"
+            command = resume_command(self.folder)
+            return f"{ready} of {len(self.specs)} runs have rounds left; to go on with them: {command}"
         for number, progress, flags in left:  # of several that need more tokens, the first
-            name = "the run" if self.sweep is None else f"run {number} of {count}"
+            name = "the run" if self.sweep is None else f"run {number} of {len(self.specs)}"
             command = resume_command(self.specs[number - 1].folder, *flags)
-            return f"{name} ends with {progress}; to go on with it: {command}"
+            return f"{name} ends with {progress} rounds played; to go on with it: {command}"
         return None
 
 
 def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
-    """Return the progress of an unfinished run, according to its folder, and the flags needed to go on; else None."""
+    """Return the progress (`2 of 3`) in a run's folder, and the flags needed to go on; None for a finished run."""
     try:
         config, summary = reader.read_summary(spec.folder)
     except SettingsError:
-        return None
+        return f"0 of {spec.config.rounds}", []
     played = reader.rounds_finished(summary)
     if played >= config.rounds:
         return None
     flags = []
     if reader.is_spent(summary, config.max_tokens, config.max_tokens):
-        rest = spec.estimate(range(played + 1, config.rounds + 1))
-        needed = reader.tokens_spent(summary) + tokens_of(rest)
+        needed = reader.tokens_spent(summary) + spec.tokens_in(range(played + 1, config.rounds + 1))
         flags = ["--max-tokens", str(max(needed, (config.max_tokens or 0) + 1))]
-    return f"{played} of {config.rounds} rounds played", flags
+    return f"{played} of {config.rounds}", flags
 
 
 # --- What the settings describe --------------------------------------------------------------------------------------
@@ -210,7 +201,7 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     """Build the session that the settings describe; those in `given`, from flags, override settings from files.
 
-    Prints the cost if models outside the cluster are used. Raises SettingsError if anything is invalid or too costly.
+    Prints the plan if models outside the cluster are used. Raises SettingsError if anything is invalid or too costly.
     """
     if config.resume is not None:
         if config.run_dir is not None:
@@ -231,7 +222,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         )
     models = [(spec.config, model) for spec in session.unfinished for model in spec.asked_models]
     if not config.dry_run and any(not is_within(model.base_url, each.hosts) for each, model in models):
-        say("\n".join(session.specs[0].cost_lines() if session.sweep is None else session.plan_lines()), sys.stderr)
+        say("\n".join(session.plan_lines()), sys.stderr)
         for each, model in models:
             check_model_is_local(each, model.name, model.base_url)
     return session
@@ -240,7 +231,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
 def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
     """Return a session of all runs of an experiment; a single combination becomes an ordinary run."""
     names = given if "agent_type" in given else {**given, **experiment.settings}
-    sweep = experiment.sweep(new_run_id(), seed=secrets.randbits(32))
+    sweep = experiment.sweep()
     folder = Path(experiment.configs[0].run_dir or ROOT / "runs" / sweep.sweep_id)
     specs = []
     for name, config in sweep.configs.items():
@@ -278,9 +269,9 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     """Return a session that resumes a sweep; finished runs are left unchanged."""
     directory = RunDirectory(path, resumed=True)
     sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
-    differing = [f"{flag_of(name)} {given[name]}" for name in sweep.varies if name in given]
-    if differing:
-        raise SettingsError(f"{differing[0]}: the runs of {path} differ in it; --resume one of them by its folder")
+    for name in given.keys() & sweep.varies:
+        flag = f"{flag_of(name)} {given[name]}"
+        raise SettingsError(f"{flag}: the runs of {path} differ in it; --resume one of them by its folder")
     configs = {name: reader.config_to_resume(path / name, each, given) for name, each in sweep.configs.items()}
     specs = []
     for name, config in configs.items():

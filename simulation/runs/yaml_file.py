@@ -23,11 +23,7 @@ LONGEST_ERROR = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
 MERGE = "<<"  # merge key: a mapping, or a list of mappings, with values for keys that are not set explicitly
 LATE = ("could not find expected ':'", "found unexpected end of stream")  # problems detected only after their cause
-TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
-    yaml.ScalarNode: ("str", "int", "float", "bool", "null"),
-    yaml.SequenceNode: ("seq",),
-    yaml.MappingNode: ("map",),
-}
+TAGS = {yaml.ScalarNode: {"str", "int", "float", "bool", "null"}, yaml.SequenceNode: {"seq"}, yaml.MappingNode: {"map"}}
 
 
 class YamlFile:
