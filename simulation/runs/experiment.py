@@ -91,16 +91,13 @@ class Experiment:
         return error
 
     def sweep(self) -> Sweep:
-        """Return the sweep of all runs, which share a seed if none is set, so that they differ only in what varies.
-
-        The names of their folders have no characters special to shells or file systems.
-        """
+        """Return the sweep of all runs, which share a seed if none is set, so that they differ only in what varies."""
         seed, digits = secrets.randbits(32), max(len(str(len(self.configs))), 2)
         configs = {}
         for position, config in enumerate(self.configs, start=1):
             seeded = config if config.seed is not None else replace(config, seed=seed)
             name = ",".join(f"{name}={value_text(name, getattr(seeded, name))}" for name in self.varies)
-            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
+            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # of nothing special to shells
             configs[f"{position:0{digits}}-{name}"] = seeded
         return Sweep(new_run_id(), Path(self._file.name).name, self.about, self.varies, configs)
 

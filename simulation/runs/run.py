@@ -23,16 +23,13 @@ from simulation.rpc.endpoints import remote_run
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
 
-Draw = Callable[[SavedRun], None]
+Draw = Callable[[SavedRun], None]  # draws the pictures and the report of a run
 
 LOST_SHOWN = 1000  # maximum number of lost servers listed in summary.json
 
 
 class Run:
-    """A run, its results so far, and its run directory.
-
-    `draw` draws the pictures and the report. `label` distinguishes the run from others of the same experiment.
-    """
+    """A run, its results so far, and its run directory."""
 
     def __init__(
         self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw, label: str
@@ -40,7 +37,7 @@ class Run:
         self.config, self.game, self.run_id = spec.config, spec.game, spec.run_id
         self.directory = directory
         self.console = console
-        self.label = label
+        self.label = label  # distinguishes it from other runs of the same experiment
         self.simulation: Simulation | None = None  # set once the servers are ready
         self.under_way = (0, 0.0)  # the last started round, and its start (time.monotonic)
         self.status: str | None = None  # as last written to summary.json

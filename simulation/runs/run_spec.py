@@ -187,10 +187,7 @@ def new_run(config: SimulationConfig) -> RunSpec:
 
 
 def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
-    """Return the spec that resumes the run in a folder, with the given settings changed.
-
-    Raises SettingsError, also if participants would use other models than the saved ones, on which reports rely.
-    """
+    """Return the spec that resumes a run with the given settings. Raises SettingsError, also if its models changed."""
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
     assert game.cast is not None

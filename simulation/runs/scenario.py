@@ -153,10 +153,7 @@ def _name(text: str) -> str:
 
 
 def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, or else the models that participants use in turn, by their servers' names.
-
-    Raises SettingsError.
-    """
+    """Return the mixture of models, or else the servers' names of those used in turn. Raises SettingsError."""
     if config.agent_type != "llm":
         return (), ()
     if config.models is not None:

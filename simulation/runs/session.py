@@ -35,10 +35,7 @@ PLANS_SHOWN = 10  # plans shown in a dry run of an experiment
 
 
 class Session:
-    """Runs that are played one after another: a single run, or those of a sweep, with a folder around theirs.
-
-    `directory` is the folder, if it exists and is locked.
-    """
+    """Runs that are played one after another: a single run, or those of a sweep, with a folder around theirs."""
 
     def __init__(self, specs: list[RunSpec], sweep: Sweep | None = None, directory: RunDirectory | None = None) -> None:
         self.specs = specs
@@ -46,7 +43,7 @@ class Session:
         self.config = specs[0].config  # all runs share the settings of the cluster
         self.folder = specs[0].folder if sweep is None else specs[0].folder.parent
         self.unfinished = [spec for spec in specs if spec.rounds_left]
-        self._directory = directory
+        self._directory = directory  # of `folder`, if it exists and is locked
         self._is_new = directory is None
 
     def plan_lines(self) -> list[str]:

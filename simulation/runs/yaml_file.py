@@ -27,15 +27,13 @@ TAGS = {yaml.ScalarNode: {"str", "int", "float", "bool", "null"}, yaml.SequenceN
 
 
 class YamlFile:
-    """The file that a flag names. Raises SettingsError, with the line if known.
+    """The file that a flag names: its `data` are text, None for null, lists and mappings.
 
-    Attributes:
-        name: The name of the file in messages.
-        data: The content: text, None for null, lists and mappings.
+    Raises SettingsError, with the line if known.
     """
 
     def __init__(self, path: str, flag: str) -> None:
-        self.name = printable(shown(path))
+        self.name = printable(shown(path))  # for messages
         self._lines: dict[Place, int] = {}
         self._values_left = MOST_VALUES
         try:
