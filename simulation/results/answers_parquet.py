@@ -1,6 +1,6 @@
-"""Parquet files of answers, read and written with a bounded number of rows in memory; knows nothing of folders.
+"""Reading and writing Parquet files of answers. Only a bounded number of rows is in memory at a time.
 
-A file has one row per participant and round, ordered by round, then by participant.
+A file contains one row per participant and round. The rows are sorted by round, then by participant.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from simulation.game.tally import Tally, top_causes, value_counts
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
-# Ten million answers take 9 MB, against 60 MB with the library's defaults, in a third of the time: participants are
-# delta-encoded, and repeated values dictionary-encoded.
+# With these encodings, a file of ten million answers has 9 MB. With the library's defaults, the file has 60 MB, and
+# writing takes three times as long.
 ENCODING: dict[str, Any] = {
     "use_dictionary": ["round", "value", "failure"],
     "column_encoding": {"participant": "DELTA_BINARY_PACKED"},
 }
-ROWS_AT_ONCE = 250_000  # in memory, and approximately per row group of a file
+ROWS_AT_ONCE = 250_000  # number of rows in memory; row groups have about this size, too
 
 
 def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
-    """Return the rows of one round's answers, given in units of 1 / scale."""
+    """Return the answers of one round as table rows. The answers are given in units of 1 / scale."""
     failed = part.units < 0
     columns = [
         pa.array(np.full(len(part.units), round_number, np.int32)),
@@ -43,7 +43,7 @@ def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-    """Write the rows to a file as they arrive; many small tables share a row group of ROWS_AT_ONCE rows or more."""
+    """Write each table as soon as it is available. Combine small tables to row groups of at least ROWS_AT_ONCE rows."""
     with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
         waiting: list[pa.Table] = []
         for table in tables:
@@ -56,7 +56,7 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
-    """Yield all rows of a file. Raises ArrowInvalid if the columns differ or a round or participant is missing."""
+    """Yield all rows of a file. Raises ArrowInvalid if the columns differ from SCHEMA or a key is missing."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
@@ -67,14 +67,14 @@ def rows_in(path: Path) -> Iterator[pa.Table]:
 
 
 def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
-    """Yield all rows of a file in tables of one round each, with the round."""
+    """Yield pairs of a round number and a table. Each table contains rows of this round only."""
     for table in rows_in(path):
         for number in np.unique(table["round"].to_numpy()):
             yield int(number), table.filter(pc.equal(table["round"], number))
 
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
-    """Return the answers of participants first .. first+count-1 from a file of one round; NaN where there is none."""
+    """Return the answers of participants first .. first+count-1 from a file of one round. Failed answers are NaN."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         stops = np.cumsum(sizes)
@@ -84,7 +84,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
-    """Return the tally of these rows; they do not record how their round ended."""
+    """Return the tally of these rows. The rows do not contain how the round ended, so `ended` is COMPLETE."""
     values = table["value"].drop_null().to_numpy()
     units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()

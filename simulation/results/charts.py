@@ -1,4 +1,4 @@
-"""Charts of a run. Each is drawn by one function on given axes, for PNG files and pages alike."""
+"""The charts of a run. PNG files and HTML pages use the same drawing functions."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, 
 from simulation.results.reader import SavedRun
 
 BINS, PART_BINS = 101, 51
-MARKED_ROUNDS = 25  # more rounds are drawn without markers
-LABELLED_ROUNDS = 12  # more averages are drawn without their numbers
-SMALL_MULTIPLES = 6  # histograms in a PNG file
-PARTS_DRAWN, PART_LINES = 24, 8  # the largest personas of a set
+MARKED_ROUNDS = 25  # if there are more rounds, lines have no markers
+LABELLED_ROUNDS = 12  # if there are more rounds, averages are not labelled
+SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
+PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in a chart: histograms, lines
 NAME_LENGTH = 18  # characters
-BEYOND = 1.25  # a winning number above this multiple of the range is labelled, not drawn
+BEYOND = 1.25  # a winning number above BEYOND * max_value is labelled, but not drawn
 
 
 def selection(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of the indices 0 .. count-1, evenly spread, including the first and the last."""
+    """Select at most `limit` of the indices 0 .. count-1 at equal distances, including the first and the last."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, limit))}) if count else []
 
 
 def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
-    """Return the `limit` parts with the most participants, in their original order."""
+    """Return the names of the `limit` parts with the most participants, in the order of `tallies`."""
     by_size = sorted(tallies, key=lambda name: -tallies[name].asked)[:limit]
     return [name for name in tallies if name in by_size]
 
 
 def by_round(run: SavedRun, key: str) -> dict[int, float]:
-    """Return a figure of the summary by round, without rounds that have none."""
+    """Return the value of `key` in the summary for each round. Omit rounds without this value."""
     return {entry["round"]: entry[key] for entry in run.summary["rounds"] if entry[key] is not None}
 
 
 def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
-    """Draw the histogram of the answers of one round, the average and the winning number."""
+    """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
     game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
     _draw_histogram(axes, game, run.results[index].tally, BINS, game.max_value * game.scale)
     average, winning = entry["average"], entry["winning_number"]
@@ -57,9 +57,9 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
 
 
 def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """Draw the histogram of the answers from 0 to `top` units."""
+    """Draw a histogram of the answers from 0 to `top` (in units) with at most `bins` bins."""
     edges, counts = histogram(tally.units, tally.counts, top, bins)
-    borders = (edges - 0.5) / game.scale  # each unit spans half a unit to either side of its number
+    borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
     axes.stairs(counts, borders, fill=True, color="bars", label="answers")
     if not tally.answered:
         axes.set_ylim(0, 1)
@@ -68,7 +68,7 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
 
 
 def draw_averages(axes: Axes, run: SavedRun) -> None:
-    """Draw the average and the winning number by round, and the equilibrium."""
+    """Draw the average and the winning number of each round as lines, and the equilibria."""
     highest = BEYOND * run.game.max_value
     label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
@@ -79,14 +79,14 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
 
 
 def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
-    """Draw a horizontal line at each equilibrium of a game."""
+    """Draw a horizontal dotted line at each equilibrium of the game."""
     if game.equilibria:
         across = axes.get_yaxis_transform()
         axes.hlines(game.equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
 
 
 def draw_lines(axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]]) -> None:
-    """Draw a line for each name, with its numbers by round; `rounds` is the range of the x-axis."""
+    """Draw a line for each name in `lines`, which maps names to numbers by round. The x-axis spans `rounds`."""
     for index, (name, numbers) in enumerate(lines.items()):
         colour, line_style = series_style(index)
         _draw_line(axes, numbers, color=colour, linestyle=line_style, label=name)
@@ -94,15 +94,15 @@ def draw_lines(axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[in
 
 
 def _draw_line(axes: Axes, numbers: Mapping[int, float], **style: Any) -> None:
-    """Draw numbers by round, with a gap at each round that has none."""
+    """Draw a line of numbers by round. The line has a gap at each round without a number."""
     rounds = range(min(numbers), max(numbers) + 1) if numbers else ()
     axes.plot(list(rounds), [numbers.get(each, math.nan) for each in rounds], **{"marker": "o", **style})
 
 
 def _scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
-    """Scale the axes to these rounds, and from 0 to slightly above the highest number."""
+    """Scale the x-axis to these rounds, and the y-axis from 0 to slightly above the highest number."""
     limit_ticks(axes, across=8, up=4, whole="x")
-    axes.spines.bottom.set_visible(False)  # an equilibrium of 0 is drawn there
+    axes.spines.bottom.set_visible(False)  # the line of an equilibrium of 0 has the same position
     margin = max(0.25, (max(rounds) - min(rounds)) / 60)
     axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
@@ -111,7 +111,7 @@ def _scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
-    """Draw stacked bars of the time breakdown of each round (seconds)."""
+    """Draw a stacked bar for each round. The segments are the times of these kinds in seconds."""
     rounds = [each["round"] for each in times]
     below = np.zeros(len(times))
     for index, kind in enumerate(kinds):
@@ -123,7 +123,10 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 
 
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
-    """Return stacked histograms of the largest parts in one round, each scaled to its own highest bar, for a page."""
+    """Return the histograms of the largest parts in one round, one below another, as inline SVG.
+
+    Each histogram is scaled to its own highest bar.
+    """
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
@@ -143,7 +146,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
 
 
 def last_round(run: SavedRun) -> Figure:
-    """Return the histogram of the last round as a figure for a PNG file."""
+    """Return a figure for a PNG file: the histogram of the last round."""
     tally, figure = run.results[-1].tally, Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_answers(axes, run, -1)
@@ -154,7 +157,7 @@ def last_round(run: SavedRun) -> Figure:
 
 
 def all_rounds(run: SavedRun) -> Figure:
-    """Return small histograms above the averages by round as a figure for a PNG file."""
+    """Return a figure for a PNG file: small histograms of some rounds above the averages by round."""
     indices = selection(len(run.results), SMALL_MULTIPLES)
     figure, above, below = two_parts(2.3 * grid_of(len(indices))[0] + 0.7, 3.4)
     title = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
@@ -176,13 +179,13 @@ def all_rounds(run: SavedRun) -> Figure:
 
 
 def grid_of(count: int) -> tuple[int, int]:
-    """Return the rows and columns of a grid of `count` small charts."""
+    """Return the number of rows and columns of a grid for `count` small charts."""
     columns = 2 if count == 4 else min(count, 3)
     return (-(-count // columns), columns) if count else (0, 0)
 
 
 def draw_small_multiples(part: SubFigure, rounds: Sequence[tuple[SavedRun, int]]) -> list[Axes]:
-    """Draw a grid of histograms of rounds, each given by its run and index; return their axes."""
+    """Draw a grid of histograms, and return their axes. Each pair of a run and an index in `results` is one round."""
     grid: Any = part.subplots(*grid_of(len(rounds)), squeeze=False).flat if rounds else []
     for axes in grid[len(rounds) :]:
         axes.set_visible(False)

@@ -1,4 +1,4 @@
-"""Comparison of several runs: a table for the terminal, a PNG picture and an HTML page."""
+"""The comparison of several runs as a text table, a PNG picture and an HTML page."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from simulation.results.tables import table_lines
 from simulation.settings import SETTINGS
 
 PAGE, PICTURE = "comparison.html", "comparison.png"
-# Compared in addition to the settings of the game: cluster settings that affect speed, not those of paths or output
+# Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-LINES = 24  # most runs drawn, evenly spread over all; more line styles are indistinguishable
+LINES = 24  # maximum number of runs in the line chart, which equals the number of distinct lines
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return the run folders, with each sweep expanded to its runs, without duplicates. Raises SettingsError."""
+    """Return the run folders without duplicates. Replace the folder of an experiment by the folders of its runs.
+
+    Raises SettingsError if an experiment has no runs.
+    """
     found: dict[Path, Path] = {}
     for path in named:
         runs = runs_in(path) if is_there(path / SWEEP) else [path]
@@ -40,7 +43,7 @@ def run_folders(named: Sequence[Path]) -> list[Path]:
 
 
 def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
-    """Return a line for each experiment with missing or unfinished runs."""
+    """Return a message for each experiment in `named` that has missing or unfinished runs."""
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
         within = [run for run in runs if real(run.path).parent == path]
@@ -53,7 +56,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
-    """Return the innermost folder that contains all runs. Raises SettingsError if that is the root folder."""
+    """Return the innermost common parent of all run folders. Raises SettingsError if this is the root folder."""
     folder = Path(os.path.commonpath([real(path).parent for path in paths]))
     if folder == folder.parent:
         raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
@@ -61,7 +64,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Return the settings in which these runs differ, for each run: values by name."""
+    """Return a dictionary for each run: the settings in which the runs differ, as texts by name."""
 
     def text(name: str, value: Any) -> str:
         if name == "agent_class" and value is not None:
@@ -74,13 +77,13 @@ def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 
 def folder_names(runs: Sequence[SavedRun]) -> list[str]:
-    """Return the folder of each run, relative to the common folder."""
+    """Return the path of each run folder, relative to the innermost common parent."""
     paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
 def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Return a row for each run: texts by column heading."""
+    """Return a table row for each run. A row maps column headings to texts."""
     rows = []
     for run, folder, settings in zip(runs, folder_names(runs), _settings(runs), strict=True):
         entries, game = run.summary["rounds"], run.game
@@ -97,14 +100,14 @@ def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
-    """Return the comparison as a table for a terminal."""
-    rows, settings = _rows(runs), _settings(runs)[0]  # the folder names contain the settings, too
+    """Return the lines of a text table that compares the runs."""
+    rows, settings = _rows(runs), _settings(runs)[0]  # droppable: the folder names mention the settings, too
     dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
     return table_lines([*rows[0]], [[*row.values()] for row in rows], [*dropped, "status", "last average"])
 
 
 def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
-    """Write comparison.png and comparison.html to a folder. Raises ResultsError."""
+    """Write comparison.png and comparison.html to a folder. Raises ResultsError if this fails."""
     with results_errors(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     write_png(folder / PICTURE, _picture(runs_to_draw(runs)))
@@ -112,7 +115,7 @@ def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
-    """Return the template variables of the page; links to the reports are relative to its folder."""
+    """Return the template variables of the page in `folder`. Links to the reports are relative to `folder`."""
     drawn, reports = runs_to_draw(runs), [real(run.path) / REPORT for run in runs]
     return {
         "runs": runs,
@@ -125,9 +128,11 @@ def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
 
 
 def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
-    """Return the runs to draw, each with its label: the settings it differs in, and its folder if those are not unique.
+    """Return at most LINES pairs of a label and a run. Omit runs without results.
 
-    The seed is a part of the label only if nothing else differs: it is random by default.
+    A label consists of the settings in which the runs differ. If several runs have the same settings, the label also
+    contains the run folder. The label contains the seed only if no other setting differs, because the default seed is
+    random.
     """
     texts = []
     for settings in _settings(runs):
@@ -142,7 +147,7 @@ def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
 
 
 def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
-    """Draw the averages of each run by round as a line, and its equilibria in the same colour."""
+    """Draw a line for each run: its averages by round. Draw the equilibria of the run in the same colour."""
     for index, (_, run) in enumerate(drawn):
         charts.draw_equilibria(axes, run.game, color=series_style(index)[0], linewidth=1.6)
     rounds = [1, *(result.round for _, run in drawn for result in run.results)]
@@ -150,7 +155,7 @@ def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
 
 
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
-    """Draw the averages by round above the last rounds of the runs."""
+    """Return a figure: above, the averages by round; below, the last round of some runs as histograms."""
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
     figure, above, below = two_parts(3.6 + 0.3 * -(-len(drawn) // 3), 2.4 * charts.grid_of(len(selected))[0] or 0.1)
     axes = above.subplots()

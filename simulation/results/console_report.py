@@ -1,4 +1,4 @@
-"""Console output of results: the moderator's lines and a text histogram."""
+"""Text output of results: the announcements of the moderator, a text histogram and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BAR_WIDTH = 50
 
 
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
-    """Return the moderator's lines after a round."""
+    """Return the lines that announce the result of a round."""
     duration = f"[takes {result.seconds:.2f} s]"
     if result.average is None or result.winning_number is None:
         return [f"Moderator: Nobody of {result.tally.asked} answered, so there is no average {duration}"]
@@ -44,18 +44,21 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
 
 
 def _text(units: Fraction | float | None, game: Game, missing: str = "-") -> str:
-    """Return units as a number with three more digits than the answers."""
+    """Format a number that is given in units, with three more decimals than the answers. Return `missing` for None."""
     return missing if units is None else f"{float(units / game.scale):.{game.decimals + 3}f}"
 
 
 def failure_line(tally: Tally) -> str:
-    """Return a line with the number of failed participants and the causes."""
+    """Return a line that states how many participants failed, and why."""
     causes = "; ".join(f"{printable(cause)}: {count}" for cause, count in most_frequent(tally.failures).items())
     return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
-    """Return a line with the usage and time of one round; `before` and `after` are the cumulative usage around it."""
+    """Return a line about the usage and the duration of one round.
+
+    `before` and `after` are the cumulative usage at the start and at the end of the round.
+    """
     answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
     return (
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
@@ -66,7 +69,10 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return the edges in units of at most `bars` equal bins over 0 .. top, shape (bins + 1,), and their counts."""
+    """Return the edges and the counts of a histogram of the answers 0 .. top, which are given in units.
+
+    There are at most `bars` bins of equal width. The edges have shape (bins + 1,), the counts have shape (bins,).
+    """
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
     binned = np.zeros(len(edges) - 1, np.int64)
@@ -75,7 +81,7 @@ def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, 
 
 
 def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
-    """Return a text histogram of the answers, fitted to the width of the terminal."""
+    """Return the lines of a text histogram of the answers. The lines fit the width of the terminal."""
     if not tally.answered:
         return []
     decimals, scale, top = config.decimals, 10**config.decimals, config.max_value * 10**config.decimals
@@ -85,7 +91,7 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
         highest = np.minimum(edges[1:] - 1, top) / scale
         labels = [f"{low}-{high:.{decimals}f}" for low, high in zip(labels, highest, strict=True)]
     label_width, longest = max(map(len, labels)), int(counts.max())
-    room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # spaces
+    room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # 5: the spaces in a line
     bar_width = min(BAR_WIDTH, max(room, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     return [
@@ -95,14 +101,18 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
 
 
 def brief(number: float | None) -> str:
-    """Format a number with few digits (three decimals; three significant digits below 0.1)."""
+    """Format a number with three decimals, or below 0.1 with three significant digits. None becomes a dash."""
     if number is None:
         return "–"
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
 def run_lines(run: SavedRun) -> list[str]:
-    """Return a run's announcements, last histogram, a table for each grouping of participants, and the final status."""
+    """Return the text report of a run.
+
+    The report contains the announcements of all rounds, the histogram of the last round, a table for each grouping of
+    the participants, and the final status.
+    """
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)

@@ -1,6 +1,7 @@
-"""Common parts of all charts: style, sizes, and the output as a PNG file or as SVG in a page.
+"""Functions that all charts share: styles, sizes, and the output as a PNG file or as inline SVG.
 
-Colours have the names of the CSS variables in style.css, which a page uses: one chart suits light and dark mode.
+The charts refer to colours by the names of the CSS variables in style.css. An SVG chart therefore adapts to light and
+dark mode.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ COLOURS = dict(re.findall(r"--([\w-]+): (#\w{6});", LIGHT_MODE))
 NAMES = {colour: name for name, colour in COLOURS.items()}
 COMMANDS = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE4: "C"}
 ANCHORS = {"left": "start", "center": "middle", "right": "end"}
-# Names may be in scripts that matplotlib's font lacks
+# Matplotlib warns if a name contains characters that its font lacks
 MISSING_GLYPHS_ALLOWED = partial(warnings.catch_warnings, action="ignore", category=UserWarning)
-SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # each line style multiplies the number of distinct lines
-WIDTH_INCHES = 4.8  # of a chart in a page: legible on a phone; wider screens show two or three side by side
-mpl.rcdefaults()  # a user's matplotlibrc may require what is not installed, such as LaTeX
+SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # 8 colours * 3 line styles = 24 distinct lines
+WIDTH_INCHES = 4.8  # of a chart in a page; legible on a phone, and wider screens show several charts per row
+mpl.rcdefaults()  # a user's matplotlibrc may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
 mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_default_template=False))
 
 
 def series_style(index: int) -> tuple[str, str]:
-    """Return the colour and the line style of a line by its index; they are CSS classes as well."""
+    """Return the colour name and the line style of the line number `index`. The page has CSS classes of these names."""
     return f"series-{index % SERIES + 1}", LINE_STYLES[index // SERIES % len(LINE_STYLES)]
 
 
@@ -53,7 +54,7 @@ def short(number: float, _index: float = 0) -> str:
 
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
-    """Limit the number of axis ticks; the axis named in `whole` ("x" or "y") has them at whole numbers only."""
+    """Limit the number of ticks per axis. The axis `whole` ("x" or "y") has ticks at whole numbers only."""
     axes.locator_params("x", nbins=across, integer=whole == "x")
     axes.locator_params("y", nbins=up, integer=whole == "y")
     axes.xaxis.set_major_formatter(short)
@@ -61,14 +62,14 @@ def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
 
 
 def two_parts(above_inches: float, below_inches: float) -> tuple[Figure, SubFigure, SubFigure]:
-    """Return a figure for a PNG file, and its upper and lower part."""
+    """Return a figure for a PNG file, its upper part and its lower part, with these heights."""
     figure = Figure(figsize=(10, above_inches + below_inches), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(above_inches, below_inches))
     return figure, parts[0], parts[1]
 
 
 def write_png(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG file for a white background. Raises ResultsError."""
+    """Write a figure to a PNG file. Raises ResultsError if the file cannot be written."""
     content = io.BytesIO()
     with MISSING_GLYPHS_ALLOWED():
         figure.savefig(content, dpi=144, format="png", metadata={"Software": None})
@@ -76,14 +77,14 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any) -> Markup:
-    """Return a chart that `draw(axes, *arguments)` draws, as `svg` does; it has no title, as the page has a caption."""
+    """Call `draw(axes, *arguments)` and return the chart as inline SVG, without a title: the page has a caption."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     draw(figure.add_axes((0.115, 0.12, 0.85, 0.84)), *arguments)
     return svg(label, figure)
 
 
 def svg(label: str, figure: Figure) -> Markup:
-    """Return a figure as inline SVG for a page; `label` describes it for screen readers."""
+    """Return a figure as inline SVG. Screen readers read `label` aloud."""
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     renderer = _PageRenderer(figure)
@@ -94,7 +95,7 @@ def svg(label: str, figure: Figure) -> Markup:
 
 
 class _PageRenderer(RendererBase):
-    """A matplotlib renderer that writes small SVG elements, with the colours and the font of the page."""
+    """A matplotlib renderer that creates compact SVG elements. The page determines their colours and their font."""
 
     def __init__(self, figure: Figure) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class _PageRenderer(RendererBase):
         return self.width, self.height
 
     def draw_path(self, gc: Any, path: Curve, transform: Transform, rgbFace: Any = None) -> None:  # noqa: N803
-        """Add a path element."""
+        """Append a path element to `elements`."""
         steps: Any = path.iter_segments(transform + Affine2D().scale(1, -1).translate(0, self.height), simplify=False)
         line = " ".join(
             "Z" if code == Curve.CLOSEPOLY else COMMANDS[code] + " ".join(f"{number:.4g}" for number in numbers)
@@ -118,7 +119,7 @@ class _PageRenderer(RendererBase):
         self.elements.append(Markup('<path d="{}" style="{}"/>').format(line, style))
 
     def draw_text(self, gc: Any, x: float, y: float, s: str, prop: Any, *_: Any, mtext: Any = None, **__: Any) -> None:
-        """Add a text element, anchored as `mtext` is: the width of the text depends on the page's font."""
+        """Append a text element to `elements`. The page's font determines the width, so the browser aligns the text."""
         x = mtext.get_transform().transform(mtext.get_unitless_position())[0]
         style = f"fill: {_variable(gc.get_rgb())}; font-size: {prop.get_size_in_points():g}px"
         style += f"; text-anchor: {ANCHORS[mtext.get_horizontalalignment()]}"

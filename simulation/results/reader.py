@@ -1,4 +1,4 @@
-"""Saved runs, read from their folders alone, to resume them, report them or question a participant."""
+"""Reading saved runs. A run folder alone suffices to resume a run, to report it or to question a participant."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as read from its folder: its settings, the content of its summary.json, its game and its rounds."""
+    """A run that was read from its folder `path`. `summary` is the content of summary.json."""
 
     path: Path
     config: SimulationConfig
@@ -42,7 +42,10 @@ class SavedRun:
 
     @property
     def position(self) -> run_files.SweepPosition | None:
-        """Return the run's position in its experiment, even if its folder was moved out of the experiment's folder."""
+        """Return the position of the run in its experiment, even if the run folder was moved out of the experiment.
+
+        Returns None if the run is not part of an experiment.
+        """
         return sweep_position(self.path) or self.summary.get("part_of")
 
     @property
@@ -53,9 +56,10 @@ class SavedRun:
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return the tally of each part in each of the `results`, by topic (a persona set, or "model").
+        """Return the tallies of the parts of each grouping: `tallies_by_part[topic][index][name]`.
 
-        Raises SettingsError.
+        `topic` is the name of a persona set or "model", `index` is the index of the round in `results`, and `name` is
+        the name of a persona or a model. Raises SettingsError if the answers cannot be read.
         """
         cast = self.game.cast
         if cast is None or not cast.groupings or not self.results:
@@ -65,7 +69,7 @@ class SavedRun:
         for number, rows in _rows_of(self.path, self.config):
             for parts in cast.groupings if 0 < number <= len(self.results) else ():
                 part_indices = cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
-                ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # sort once for all parts
+                ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # one sort for all parts
                 stops = np.cumsum(np.bincount(part_indices, minlength=len(parts.names))).tolist()
                 for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
                     tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
@@ -74,7 +78,10 @@ class SavedRun:
 
 
 def read_run(path: Path, flag: str = "") -> SavedRun:
-    """Read a run. Raises SettingsError if there is none, or one of its files is missing, damaged or contradictory."""
+    """Read the run in the folder `path`. `flag` is the start of some error messages.
+
+    Raises SettingsError if one of the files is missing or damaged, or if two files contradict each other.
+    """
     config, summary = read_summary(path, flag)
     game = read_game(path, config)
     run = SavedRun(path, config, summary, game, read_rounds(path, config, summary, game))
@@ -86,10 +93,13 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Return a run with its finished rounds and its settings updated with `given`. Raises SettingsError."""
+    """Read a run to resume it. Omit an interrupted round, and update the settings with `given`.
+
+    Raises SettingsError if the run cannot be read or cannot be resumed with these settings.
+    """
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
-    read_failed_answers(path)  # raises if damaged, before anything is started
+    read_failed_answers(path)  # detect a damaged file before servers start
     results = [*takewhile(lambda result: result.tally.ended is not Ended.INTERRUPTED, run.results)]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
@@ -97,11 +107,11 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
-    """Return the settings of a run, updated with `given`. Raises SettingsError if one cannot change on resume."""
+    """Return the settings of a run, updated with `given`. Raises SettingsError if `given` changes a fixed setting."""
     fixed = {name for name, each in SETTINGS.items() if each.fixed_on_resume}
     changed = replace(config, **given)
     for name in fixed & given.keys():
-        if getattr(changed, name) != getattr(config, name):  # equal values may be written differently, as 0.5 and 1/2
+        if getattr(changed, name) != getattr(config, name):  # compare values, not texts: 0.5 equals 1/2
             raise SettingsError(
                 f"{flag_of(name)} {given[name]}: the run in {path} was started with {getattr(config, name)}; this "
                 "setting cannot be changed on resume"
@@ -110,22 +120,28 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
 
 
 def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the summary of the run in a folder. Raises SettingsError if there is none."""
+    """Return the settings and the summary of the run in the folder `path`.
+
+    Raises SettingsError if the summary is missing or damaged, or if `path` is the folder of an experiment.
+    """
     if is_there(path / SWEEP) and not is_there(path / "summary.json"):
         runs = runs_in(path)
-        keeping = [run for run in runs if is_there(run / AGENTS)]  # suggest a run with kept agents, if there is one
+        keeping = [run for run in runs if is_there(run / AGENTS)]  # prefer a run whose agents were kept
         name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
         raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
     return run_files.read_run_file(path, "summary.json", run_files.parse_summary, flag)
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the folders of an experiment's runs that have a summary.json, in order. Raises SettingsError."""
+    """Return the run folders in an experiment's folder, in order. Omit runs without a summary.json.
+
+    Raises SettingsError if the folder cannot be read.
+    """
     return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
 
 
 def rounds_finished(summary: dict[str, Any]) -> int:
-    """Return the number of rounds of a summary that were not interrupted."""
+    """Return the number of rounds in the summary, except those that were interrupted."""
     return sum(entry["ended"] != "interrupted" for entry in summary["rounds"])
 
 
@@ -135,7 +151,7 @@ def tokens_spent(summary: dict[str, Any]) -> int:
 
 
 def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
-    """Return whether a run has used up its token budget."""
+    """Return whether a run has used up its token budget. Its budget was `budget_then` and is `budget_now` now."""
     if budget_now is None or not summary["rounds"]:
         return False
     ran_out = summary["rounds"][-1]["ended"] == "out_of_tokens" and budget_now == budget_then
@@ -143,19 +159,22 @@ def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int |
 
 
 def first_winner(run: SavedRun) -> int:
-    """Return the lowest winner of a run's last round. Raises SettingsError if there is none."""
+    """Return the lowest index of the winners of a run's last round. Raises SettingsError if nobody has won."""
     if not run.results or not run.results[-1].winners.lowest:
         raise SettingsError(f"--winner: nobody has won the last round of the run in {run.path}")
     return run.results[-1].winners.lowest[0]
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
-    """Return the game of a run, with the prompts and the population as saved in game.json. Raises SettingsError."""
+    """Return the game that the settings and game.json describe. Raises SettingsError if the file is not readable."""
     return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
 def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any], game: Game) -> list[RoundResult]:
-    """Return the rounds of a run. Raises SettingsError if answers are missing or contradict the summary."""
+    """Return the results of all rounds in the summary, computed from the saved answers.
+
+    Raises SettingsError if answers are missing, cannot be read or contradict the summary.
+    """
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(path, config) if summary["rounds"] else ():
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
@@ -175,9 +194,12 @@ def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any], g
 
 
 def _rows_of(path: Path, config: SimulationConfig) -> Iterator[tuple[int, pa.Table]]:
-    """Yield all answers of a run in tables of one round's consecutive participants. Raises SettingsError."""
+    """Yield pairs of a round number and a table. Each table contains rows of consecutive participants of the round.
+
+    Raises SettingsError if the answers are missing or invalid.
+    """
     limits = {"participant": config.participant_num - 1, "value": config.max_value}
-    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # left by a run that was killed
+    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:
         for file in [path / WHOLE] if is_there(path / WHOLE) or not parts else parts:
             for number, rows in rows_by_round(file):
@@ -193,7 +215,10 @@ def _rows_of(path: Path, config: SimulationConfig) -> Iterator[tuple[int, pa.Tab
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
-    """Return the server and the remote id of a kept participant. Raises ClusterError if it was not kept."""
+    """Return the server and the remote id of a participant that was kept after the run in `path`.
+
+    Raises ClusterError if the participant was not kept, and SettingsError if agents.jsonl is damaged.
+    """
     groups = run_files.read_json_lines(path, AGENTS, run_files.KEPT_GROUP_LINES)
     if not groups:
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")

@@ -1,6 +1,6 @@
-"""The report of a run as an HTML page: one file with all numbers and charts, which needs no network.
+"""The report of a run: one HTML file that contains all numbers and charts. The page requests nothing else.
 
-Untrusted text, such as failure causes and persona names, is escaped.
+The templates escape all text, because failure causes and persona names are not trusted.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
 from simulation.rpc.endpoints import ranges
 
-OPEN_CHARTS = 12  # histograms shown unfolded; the others are folded
-# Row limit of all tables of rounds and parts together; beyond it, they show selected rounds and the largest parts
+OPEN_CHARTS = 12  # maximum number of charts that the page shows unfolded
+# Maximum number of rows in all tables of rounds and parts together. Longer tables show only some rounds and the largest
+# parts.
 PART_ROWS = 1500
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """Format a number with `digits` decimals; None is a dash."""
+    """Format a number with `digits` decimals. None becomes a dash."""
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def whole(value: float | None) -> str:
-    """Format a number without decimals; None is a dash."""
+    """Format a number without decimals. None becomes a dash."""
     return fixed(value, 0)
 
 
 def seconds(duration: float) -> str:
-    """Format a duration given in seconds."""
+    """Format a duration that is given in seconds."""
     if duration < 59.995:
         return f"{duration:.2f} s"
     minutes, rest = divmod(round(duration), 60)
@@ -51,7 +52,10 @@ ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds
 
 
 def draw_all(run: SavedRun) -> None:
-    """Draw the pictures and the report of a run into its folder. Raises ResultsError."""
+    """Write the pictures and the report of a run to its folder.
+
+    Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
+    """
     write_page(run.path / REPORT, page_content(run))
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))
@@ -60,7 +64,7 @@ def draw_all(run: SavedRun) -> None:
 
 
 def write_page(path: Path, content: dict[str, Any]) -> None:
-    """Write a page, from the template of its name. Raises ResultsError."""
+    """Write the file `path`, rendered from the template of the same name. Raises ResultsError if this fails."""
     write_whole(path, ENVIRONMENT.get_template(path.name).render(content).encode(errors="replace"))
 
 
@@ -78,13 +82,13 @@ def page_content(run: SavedRun) -> dict[str, Any]:
 
 
 def fold(count: int) -> dict[str, list[int]]:
-    """Divide the indices of `count` charts into those shown unfolded, at most OPEN_CHARTS, and the others."""
+    """Return the indices of the unfolded charts (at most OPEN_CHARTS) and of the folded charts, of `count` charts."""
     unfolded = selection(count, OPEN_CHARTS)
     return {"open": unfolded, "folded": [index for index in range(count) if index not in unfolded]}
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
-    """Return the tables and the lines of one grouping of the participants."""
+    """Return the template variables of one grouping of the participants, for its tables and its line chart."""
     game, tallies = run.game, run.tallies_by_part[topic]
     rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
     listed = largest(tallies[-1], max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
@@ -107,7 +111,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each failure cause with its count and rounds, the most frequent first."""
+    """Return an entry for each failure cause: its count and the rounds. The most frequent cause is the first."""
     causes: dict[str, dict[int, int]] = {}
     for entry in entries:
         for cause, count in entry["failures"].items():

@@ -1,7 +1,8 @@
-"""A process that draws the pictures and reports of runs; it imports the libraries while the first run plays.
+"""A process that creates the pictures and reports of runs. It imports slow libraries while the first run is under way.
 
-It reads pickled runs from standard input, and writes a pickled error or None for each to standard output. It ignores
-signals, but exits at the end of its input, so also when main is killed. If it fails, main draws.
+The process reads pickled runs from standard input. For each run, it writes a pickled error or None to standard output.
+The process ignores signals. It exits at the end of its input, also if the main process was killed. If the report
+process fails, the main process creates the report itself.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from simulation.files import ROOT
 if TYPE_CHECKING:
     from simulation.results.reader import SavedRun
 
-LONGEST_S = 300.0  # a report that takes longer is considered hung
+LONGEST_S = 300.0  # if a report takes longer, the process counts as hung
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ReportProcess:
-    """The client side of the process, which `__init__` starts and `close` ends."""
+    """The client of the report process. `__init__` starts the process, and `close` kills it."""
 
     def __init__(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited: blocked until the process ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the child inherits this mask
         try:
             command = [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"]
             pipe = subprocess.PIPE
@@ -41,13 +42,16 @@ class ReportProcess:
         self._requests = ThreadPoolExecutor(1)
 
     def draw(self, run: SavedRun) -> None:
-        """Draw the pictures and the report of a run into its folder. Raises SettingsError, ResultsError."""
+        """Write the pictures and the report of a run to its folder. If the process fails, write them in this process.
+
+        Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
+        """
         try:
             error = self._requests.submit(self._request, run).result(LONGEST_S)
         except (OSError, EOFError, pickle.UnpicklingError, TimeoutError):
             self._process.kill()
             logger.warning(f"the process that draws reports ended with status {self._process.wait()}: drawing here")
-            from simulation.results.report_page import draw_all  # noqa: PLC0415 - only here in this process
+            from simulation.results.report_page import draw_all  # noqa: PLC0415 - slow, and needed in this case only
 
             draw_all(run)
         else:
@@ -62,20 +66,20 @@ class ReportProcess:
         return error
 
     def close(self) -> None:
-        """Kill the process, which is not drawing but may still be importing."""
+        """Kill the process. The process creates no report at this time, but its imports may still be under way."""
         self._process.kill()
         self._process.communicate()
         self._requests.shutdown()
 
 
 def serve() -> None:
-    """Run the process: draw runs until standard input ends or standard output is closed."""
+    """Run the report process until standard input ends or standard output is closed."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep output of libraries out of the replies
-    from simulation.results.report_page import draw_all  # noqa: PLC0415 - what takes long
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print do not damage the replies
+    from simulation.results.report_page import draw_all  # noqa: PLC0415 - slow
 
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:

@@ -1,7 +1,7 @@
-"""The run directory: its creation, its lock, the durable writing of its files, and the link runs/latest.
+"""Creating and locking run folders, writing their files durably, and updating the link runs/latest.
 
-A file is written to a draft beside it, flushed to the disk and renamed, so every file is complete. The next process
-that opens the folder for writing removes the drafts of killed processes.
+To write a file, the process writes a draft in the same folder, flushes the draft to the disk and renames it. Every
+file is therefore complete. A killed process may leave drafts; the next process that locks the folder deletes them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,22 @@ WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
 REPORT = "report.html"
 PICTURES = (REPORT, "histogram.png", "rounds.png")
-SWEEP = "sweep.json"  # in the folder of an experiment
-PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # detects a full disk before anything is started
+SWEEP = "sweep.json"  # only the folder of an experiment contains this file
+PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # a test file: detects a full disk before servers start
 DRAFT = re.compile(r"\.(\.probe|probe|[\w-]+\.(jsonl?|html|png|parquet))(\.\w+)*\.new")
 DRAFTS_OF_LATEST = "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
-    """Return a run id that sorts by time and is unique across hosts."""
+    """Return a new run id, unique across hosts. The alphabetical order of run ids is the order of their creation."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 def sweep_position(path: Path) -> SweepPosition | None:
-    """Return the position of a run in the experiment of the parent folder; None if there is none."""
+    """Return the position of the run folder `path` in its experiment.
+
+    Returns None if the parent folder is not the folder of an experiment that contains this run.
+    """
     folder = real(path)
     try:
         sweep = json.loads(read_text(folder.parent / SWEEP))
@@ -61,26 +64,26 @@ def sweep_position(path: Path) -> SweepPosition | None:
 
 
 def resume_command(path: Path, *flags: str) -> str:
-    """Return the shell-quoted command that resumes the run or experiment in a folder with these flags."""
+    """Return the shell command that resumes the run or the experiment in the folder `path`. Append `flags`."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
 
 
 class RunDirectory:
-    """The folder of one run or of an experiment's runs, which the constructor creates, tests and locks.
+    """The folder of a run or of an experiment. The constructor creates and locks the folder, and writes a test file.
 
-    It must be empty unless `resumed`. `within` is the folder of the experiment that plays this run, if any. Raises
-    SettingsError, or ResultsError if the disk is full.
+    The folder must be empty unless `resumed`. `within` is the folder of the experiment that executes this run, or None.
+    The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
-        self.path = real(path)  # runs/latest may be redirected during the run
+        self.path = real(path)  # resolve links now: runs/latest may change during the run
         self.position = sweep_position(self.path)
         self._failed: list[FailedAnswer] = []
         self._made: list[Path] = []
         self._locks: list[int] = []
-        self._is_latest = within is not None  # the experiment's folder is the latest
+        self._is_latest = within is not None  # in an experiment, the experiment's folder is the latest
         self._latest_before: str | None = None
         try:
             self._open(resumed, within is None)
@@ -105,20 +108,23 @@ class RunDirectory:
             raise SettingsError(f"--run-dir {self.path}: {problem}; name a new folder{advice}")
         folders = [self.path, *self.path.parents]
         self._made = [folder for folder in folders if not is_there(folder)]
-        for folder in (LATEST.parent, folders[len(self._made)]):  # root could write, but respects the mode
+        for folder in (LATEST.parent, folders[len(self._made)]):  # os.access alone always allows root
             if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):
                 raise SettingsError(f"cannot write in {folder}: it is read-only")
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.position is not None and alone:  # no process may play the whole experiment; others may play its runs
+        if self.position is not None and alone:  # other processes may play single runs, but not the whole experiment
             self._lock(self.path.parent, shared=True)
-        if self._lock(self.path):  # otherwise drafts may be another run's
+        if self._lock(self.path):  # without a lock, the drafts may be those of a running process
             for draft in _drafts(self.path):
                 draft.unlink(missing_ok=True)
         write_whole(self.path / PROBE, os.urandom(PROBE_BYTES))
         (self.path / PROBE).unlink()
 
     def _lock(self, path: Path, shared: bool = False) -> bool:
-        """Lock a folder against other runs until `close`, and return False if its file system has no locks."""
+        """Lock a folder against other runs until `close`. Return False if the file system does not support locks.
+
+        Raises SettingsError if another run has locked the folder.
+        """
         self._locks.append(os.open(path, os.O_RDONLY))
         try:
             return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
@@ -126,23 +132,26 @@ class RunDirectory:
             raise SettingsError(f"{path} is being written by another run: wait for its end") from None
 
     def close(self) -> None:
-        """Release the locks; if nothing was written, remove the created folders, and restore runs/latest."""
-        with suppress(OSError):  # not empty: keep it
+        """Release the locks. If the folder is still empty, remove the created folders and restore runs/latest."""
+        with suppress(OSError):  # the folder is not empty
             for folder in self._made:
                 folder.rmdir()
         if not is_there(self.path) and LATEST.is_symlink() and real(LATEST) == self.path:
-            with suppress(OSError):  # a dangling link is no worse than the original failure
+            with suppress(OSError):  # a dangling link does no harm
                 LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
         while self._locks:
             os.close(self._locks.pop())
 
     def point_latest(self) -> None:
-        """Point runs/latest to the run, or to the folder of its experiment. Raises ResultsError."""
+        """Point runs/latest to the folder of the experiment, or of the run if it is not part of an experiment.
+
+        Raises ResultsError if this fails. On a file system without links, log a warning instead.
+        """
         target = self.path if self.position is None else self.path.parent
         try:
             if LATEST.is_symlink() and real(LATEST) != target:
                 self._latest_before = str(LATEST.readlink())
-            root = real(LATEST.parent.parent)  # may be moved as a whole, so links inside it are relative
+            root = real(LATEST.parent.parent)  # users may move this folder, so a link inside is relative
             inside = target.is_relative_to(root)
             _point_latest(os.path.relpath(target, real(LATEST.parent)) if inside else str(target))
         except OSError as error:
@@ -153,20 +162,26 @@ class RunDirectory:
         self._is_latest = True
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, shortened if necessary; the first call points runs/latest here. Raises ResultsError."""
+        """Write summary.json. The first call also points runs/latest to the run, except in an experiment.
+
+        If the summary is too long, merge rare failure causes and omit lost servers. Raises ResultsError if this fails.
+        """
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
-            for entry in summary["rounds"]:  # causes can be long; answers.parquet has all of them
+            for entry in summary["rounds"]:  # answers.parquet still contains all causes
                 entry["failures"] = run_files.most_frequent(entry["failures"], causes)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
-        if not self._is_latest:  # once: a run started later remains the latest
+        if not self._is_latest:  # only once: a run that was started later remains the latest
             self.point_latest()
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write one round's answers as they arrive to a separate file. Raises ResultsError."""
-        failed = [entry for entry in self._failed if entry["round"] != round_number]  # not those of a failed attempt
+        """Write the answers of one round to a separate file, each part as soon as it is available.
+
+        Also update the file of failed answers. Raises ResultsError if a file cannot be written.
+        """
+        failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
 
         def rows() -> Iterator[pa.Table]:
             for part in answers:
@@ -181,7 +196,10 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants, shape (rounds, count), NaN where there is none. Raises ResultsError."""
+        """Return the answers of participants first .. first+count-1 in the first rounds, shape (rounds, count).
+
+        Failed answers are NaN. Raises ResultsError if the answers cannot be read.
+        """
         with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
@@ -189,7 +207,10 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Split the answers into one file per round, and delete those after `rounds`. Raises ResultsError."""
+        """Prepare the folder of a resumed run: split answers.parquet into one file per round.
+
+        Delete the answers of all rounds after `rounds`, the pictures and the report. Raises ResultsError if this fails.
+        """
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
@@ -203,7 +224,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the files of the rounds into answers.parquet. Raises ResultsError."""
+        """Merge the files of all rounds into answers.parquet, and delete them. Raises ResultsError if this fails."""
         whole = self.path / WHOLE
         with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))
@@ -216,11 +237,14 @@ class RunDirectory:
                     part.unlink()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file of the folder. Raises ResultsError."""
+        """Write `content` to the JSON file `name` in the folder. Raises ResultsError if this fails."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write a JSON lines file of the folder, or remove it if there are no entries. Raises ResultsError."""
+        """Write the entries to the JSON lines file `name` in the folder. Delete the file if there are no entries.
+
+        Raises ResultsError if this fails.
+        """
         with results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -229,12 +253,12 @@ class RunDirectory:
 
 
 def read_failed_answers(path: Path) -> list[FailedAnswer]:
-    """Return the saved failed answers of a run. Raises SettingsError."""
+    """Return the failed answers that are saved in a run folder. Raises SettingsError if their file is damaged."""
     return run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FAILED_ANSWER_LINES)
 
 
 def _point_latest(target: str) -> None:
-    """Point runs/latest to `target` atomically. Raises OSError."""
+    """Atomically point runs/latest to `target`. Raises OSError if this fails."""
     draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
     try:
         draft.symlink_to(target)
@@ -245,22 +269,28 @@ def _point_latest(target: str) -> None:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """Return the drafts that killed processes left in a run directory, and those of runs/latest that point to it."""
+    """Return the drafts that killed processes left in the run folder `path`.
+
+    Also return drafts of the link runs/latest that point to `path` or to a missing folder.
+    """
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
     return drafts | {file for file in path.iterdir() if DRAFT.fullmatch(file.name)}
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically and durably. Raises ResultsError."""
+    """Write a file atomically and flush it to the disk. Raises ResultsError if this fails."""
     with _on_disk(path) as file:
         file.write(content)
 
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """Open a draft that, flushed to the disk, replaces `path` on success only. Raises ResultsError."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # several processes may draw the same report
+    """Open a draft for writing. If the block succeeds, flush the draft to the disk and rename it to `path`.
+
+    Raises ResultsError if this fails.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # unique: other processes may write it, too
     try:
         with results_errors(f"write {path}"):
             with draft.open("wb") as file:
@@ -269,13 +299,13 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
             draft.replace(path)
             _flush(path.parent)  # persists the rename
     finally:
-        with suppress(OSError):  # on a failing disk the draft stays until the folder is next opened
+        with suppress(OSError):  # if this fails, the next process that locks the folder deletes the draft
             draft.unlink(missing_ok=True)
 
 
 @contextmanager
 def results_errors(action: str) -> Iterator[None]:
-    """Convert errors of the disk and of unreadable answers into a ResultsError that names the action."""
+    """Convert OSError and ArrowException into ResultsError. The message states the action that failed."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

@@ -1,4 +1,4 @@
-"""The JSON files of a run: the shape of each, how its content is made, and how it is read with one-line errors."""
+"""The JSON files of a run folder: their schemas, and functions that build, read and validate their content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from simulation.llm.usage import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
 CAUSES_SHOWN = 20
-# Errors from a damaged file: not text, not JSON, nested too deeply, or with wrong types, keys or numbers
+# Errors raised for a damaged file. Such a file is no text or no JSON, is nested too deeply, or has wrong types,
+# keys or numbers.
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
@@ -30,7 +31,10 @@ T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
-    """Return the parsed content of a file in a run's folder. Raises SettingsError, with `flag` before the folder."""
+    """Return the parsed content of the file `name` in the run folder `path`.
+
+    Raises SettingsError if the file is missing or damaged. `flag` is the start of the error message.
+    """
     try:
         return parse(read_text(path / name))
     except OSError as error:
@@ -42,7 +46,7 @@ def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = 
 
 @with_config(SHAPE)
 class SweepPosition(TypedDict):
-    """A run's place in an experiment: the experiment's id and file name, and the number of the run, from 1."""
+    """The position of a run in its experiment. `experiment` is a file name, `run` counts from 1 to `runs`."""
 
     sweep_id: str
     experiment: str
@@ -106,7 +110,10 @@ SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
 def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the content of a summary.json; old runs get the entries that they lack."""
+    """Return the settings and the content of a summary.json. Add the keys that files of older versions lack.
+
+    Raises SettingsError or an error of DAMAGED if the text is not a valid summary.
+    """
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
@@ -126,9 +133,9 @@ def summarise(
     usage: Usage,
     position: SweepPosition | None = None,
 ) -> dict[str, Any]:
-    """Return the content of summary.json; `status` is complete, partial, interrupted or failed."""
+    """Return the content of summary.json. `status` is one of the values that `Summary` allows."""
     llm = config.agent_type == "llm"
-    rpc_s = seconds["rounds"] - usage.answering_s  # the other two are of the slowest agent server
+    rpc_s = seconds["rounds"] - usage.answering_s  # `answering_s` and `client_s` are times of the slowest group
     llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
     llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
     return {
@@ -144,7 +151,7 @@ def summarise(
 
 
 def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
-    """Return the entry of a round in summary.json."""
+    """Return the entry of one round in summary.json. `scale` is 10^decimals."""
     tally = result.tally
     lowest, highest = tally.units[[0, -1]].tolist() if tally.answered else (None, None)
     numbers = {"average": result.average, "median": tally.median(), "std": tally.std(), "min": lowest, "max": highest}
@@ -164,7 +171,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
 
 
 def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
-    """Return the `kept` most frequent causes, with all others counted together."""
+    """Return the `kept` most frequent failure causes with their counts. Merge the remaining causes into one entry."""
     named = [(cause, count) for cause, count in failures.items() if cause != OTHER_CAUSES]
     first = dict(sorted(named, key=lambda item: (-item[1], item[0]))[:kept])
     others = sum(failures.values()) - sum(first.values())
@@ -179,7 +186,7 @@ class PopulationEntry(TypedDict):
 
 @with_config(SHAPE)
 class GameFile(TypedDict):
-    """The content of game.json: what the game takes from files that may change after the run."""
+    """The content of game.json: the prompts, the personas and the models. Their source files may change later."""
 
     wording: PromptTemplate | None
     cast: PopulationEntry
@@ -198,7 +205,10 @@ def game_to_json(game: Game) -> dict[str, Any]:
 
 
 def parse_game(text: str, config: SimulationConfig) -> Game:
-    """Return the game with these settings and the content of a game.json."""
+    """Return the game that the settings and the text of a game.json describe.
+
+    Raises SettingsError or an error of DAMAGED if the text is not a valid game.
+    """
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
     sets = tuple(PersonaSet(name, personas) for name, personas in cast["personas"].items())
@@ -212,7 +222,10 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
 
 
 class KeptGroup(TypedDict):
-    """A line of agents.jsonl: the address and remote id of a group of participants."""
+    """A line of agents.jsonl: one group of participants that its server keeps after the run.
+
+    `oid` is the remote id of the group. The group consists of `count` participants; `first` is the lowest index.
+    """
 
     oid: Printable
     host: Printable
@@ -222,7 +235,7 @@ class KeptGroup(TypedDict):
 
 
 class FailedAnswer(TypedDict):
-    """A line of failed_answers.jsonl."""
+    """A line of failed_answers.jsonl: the text of one unusable answer, and the failure cause."""
 
     round: int
     participant: int
@@ -235,7 +248,10 @@ FAILED_ANSWER_LINES = TypeAdapter(list[FailedAnswer], config=SHAPE)
 
 
 def read_json_lines(path: Path, name: str, shape: TypeAdapter[list[T]]) -> list[T]:
-    """Return the lines of a JSON lines file in a run's folder, none if it is missing. Raises SettingsError."""
+    """Return the lines of a JSON lines file in a run folder, or an empty list if the file is missing.
+
+    Raises SettingsError if the file cannot be read or is damaged.
+    """
     if not is_there(path / name):
         return []
     return read_run_file(

@@ -1,4 +1,4 @@
-"""Aligned tables for a terminal, reduced to the columns that fit."""
+"""Aligned text tables. On a terminal, columns that do not fit are omitted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
-INDENT = 2  # spaces; some tables are printed with it
+INDENT = 2  # spaces that the callers print before some tables
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns that fit side by side into `room`, with `gap` spaces between two of them.
+    """Return the indices of the columns that fit side by side into a line of `room` characters.
 
-    `dropped` are the indices of columns that may be dropped, the least important first.
+    Columns are separated by `gap` spaces. `dropped` lists the columns that may be omitted, the least important first.
     """
     columns = [column for column, width in enumerate(widths) if width]
     for index in dropped:
@@ -25,12 +25,13 @@ def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) 
 def table_lines(
     head: Sequence[str], rows: Sequence[Sequence[str]], dropped: Iterable[str] = (), left: Iterable[str] | None = None
 ) -> list[str]:
-    """Return a table for standard output; on a terminal, only the columns that fit.
+    """Return the lines of a table for standard output. If standard output is a terminal, omit columns that do not fit.
 
-    The last cell of a row that is shorter than `head` may have any length. Columns with the headings `dropped` may be
-    left out, the least important first. Those with the headings `left` are left-aligned (default: the first column).
+    If a row has fewer cells than `head`, its last cell may have any length. `dropped` lists the headings of columns
+    that may be omitted, the least important first. `left` lists the headings of left-aligned columns; the default is
+    the first column.
     """
-    from rich.cells import cell_len  # noqa: PLC0415 - some letters, such as Chinese ones, take two columns
+    from rich.cells import cell_len  # noqa: PLC0415 - Chinese characters, for example, are two columns wide
 
     lefts = head[:1] if left is None else [*left]
     whole = [row for row in rows if len(row) == len(head)]

@@ -1,7 +1,7 @@
-"""The --dashboard web server: the live status of the runs, served to this host only from a separate thread.
+"""The web server of --dashboard. A separate thread serves the live status of the runs, to this host only.
 
-It reads the state of the run objects and makes no calls to servers. Its only effect on a run is to request an early
-stop, as Ctrl-C does. When the process ends, open pages can still fetch the final status.
+The thread reads the run objects and sends no requests to agent servers. Its only effect on a run is the stop request,
+which has the same effect as Ctrl-C. Before the process ends, open pages can fetch the final status.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("dashboard.html")
 ADDRESS = "127.0.0.1"
-NAMES = (ADDRESS, "localhost")  # accepted host names; others may belong to a foreign site (DNS rebinding)
-OPEN_S = 3.0  # a page counts as open for this long after its last request
-END_S = 3.0  # how long `close` waits for open pages
-STATE_S = 0.3  # minimum cache time of a state, so that several pages cost no more than one
-SHARE = 0.01  # maximum share of time spent on building states (26 ms each for 4096 servers)
+NAMES = (ADDRESS, "localhost")  # accepted host names; other names may belong to a foreign site (DNS rebinding)
+OPEN_S = 3.0  # a page counts as open until this time after its last request
+END_S = 3.0  # maximum time that `close` waits for open pages
+STATE_S = 0.3  # minimum cache time of a state; several pages share a cached state
+SHARE = 0.01  # maximum share of the time that the thread computes states (26 ms per state for 4096 servers)
 RUNS_LISTED = 50
 REPORT_BYTES = 64 * 2**20
 HEADERS = {
@@ -54,10 +54,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Dashboard:
-    """Web server that runs until `close` and observes runs one after another; port 0 is a free one.
+    """A web server that runs until `close` and shows one run after another. If `port` is 0, the system chooses a port.
 
-    `watch` provides stage progress and messages about servers, and accepts the stop request. Raises SettingsError if
-    the port is not available.
+    `watch` provides the stage progress and the log warnings, and receives the stop request. The constructor raises
+    SettingsError if the port is not available.
     """
 
     def __init__(self, port: int, watch: ConsoleProgress) -> None:
@@ -71,12 +71,12 @@ class Dashboard:
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
-        self._instance = secrets.token_hex(4)  # lets a page detect that another command now uses this port
-        self._run: DashboardState | None = None  # the current or last run
+        self._instance = secrets.token_hex(4)  # a page detects by this id that another process now uses the port
+        self._run: DashboardState | None = None  # the current run, or the last one if no run is in progress
         self._running: str | None = None  # id of the current run
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_LISTED)
         self._over = False
-        self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # when the state expires, and the state
+        self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # the time when the cached state expires, and this state
         self._pages: dict[str, float] = {}  # time of the last request, by page id
         self._pages_changed = threading.Condition()  # guards _pages
         self._loop = asyncio.new_event_loop()
@@ -86,8 +86,8 @@ class Dashboard:
 
     @contextmanager
     def observe(self, run: Run) -> Iterator[None]:
-        """Show this run, and its outcome after it ends."""
-        from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - AgentScope, which the page need not wait for
+        """Show this run during the block, and its outcome afterwards."""
+        from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - slow import of AgentScope
 
         state = self._run = DashboardState(run)
         self._running = run.run_id
@@ -107,11 +107,11 @@ class Dashboard:
             self._running = None
 
     def close(self) -> None:
-        """Stop serving, after open pages have fetched the outcome (waits at most `END_S`)."""
+        """Wait at most END_S until all open pages have fetched the final state, then stop the web server."""
         self._over = True
         with self._pages_changed:
             self._pages_changed.wait_for(lambda: not self._pages_open(), END_S)
-        with suppress(RuntimeError):  # the thread has failed already, which was logged
+        with suppress(RuntimeError):  # the thread has failed already, and has logged the error
             self._loop.call_soon_threadsafe(_exit)
         self._thread.join(END_S)
 
@@ -125,12 +125,12 @@ class Dashboard:
         quiet: dict[str, Any] = {"handle_signals": False, "print": None, "access_log": None}
         try:
             web.run_app(app, sock=self._socket, loop=self._loop, shutdown_timeout=0.5, **quiet)
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: the game goes on without the page
+        except Exception as error:  # noqa: BLE001 - the run continues without the dashboard
             logger.error(f"the dashboard has failed: {one_line(error)}")
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Reject requests that come neither from our page nor from a user who opens it."""
+        """Handle a request from our page or from a user who opens the page. Reject other requests with status 403."""
         hosts = {f"{name}:{self.port}" for name in NAMES} | ({*NAMES} if self.port == 80 else set())
         own_origin = f"http://{request.host}"
         elsewhere = request.headers.get("Origin", own_origin) != own_origin
@@ -160,7 +160,7 @@ class Dashboard:
         return web.json_response(state)
 
     def _note_page(self, page: str, done: bool) -> None:
-        """Record that a page is open, or that it has fetched the final state (`done`)."""
+        """Record that the page is open. If `done`, record that the page has fetched the final state."""
         with self._pages_changed:
             self._pages = self._pages_open() | ({page: time.monotonic()} if page else {})
             if done:
@@ -174,7 +174,7 @@ class Dashboard:
         if run is not None:
             try:
                 state["run"] = run.state(stage)
-            except Exception as error:  # noqa: BLE001 - the page says what it cannot show
+            except Exception as error:  # noqa: BLE001 - the page shows the error
                 state["troubles"] = [f"the run: {one_line(error)}"]
         state["stage"] = None if stage is None or over else stage._asdict()
         state["stopping"] = self._watch.stop_signal is not None
@@ -183,7 +183,7 @@ class Dashboard:
         return state
 
     async def _report(self, request: web.Request) -> web.FileResponse:
-        """Return the report of a finished run, as a download: it must not open as a page of our origin."""
+        """Return the report of a finished run as a download. A report must not open as a page of our origin."""
         wanted = request.query.get("run")
         path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == wanted), None)
         if path is None:
@@ -191,7 +191,7 @@ class Dashboard:
         return web.FileResponse(path, headers={"Content-Disposition": "attachment"})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        """Request an early stop, as one Ctrl-C does: end the current round and keep the results."""
+        """Request an early stop, which has the same effect as Ctrl-C: end the current round and save the results."""
         token = request.headers.get("X-Token", "").encode(errors="replace")
         if "Origin" not in request.headers or not secrets.compare_digest(token, self._token.encode()):
             raise web.HTTPForbidden
@@ -206,7 +206,7 @@ def _exit() -> None:
 
 
 def _report_of(ended: dict[str, Any]) -> Path | None:
-    """Return the path of a run's report; None if it is missing or larger than REPORT_BYTES."""
+    """Return the path of a run's report. Returns None if the file is missing or larger than REPORT_BYTES."""
     path = Path(ended["path"]) / REPORT
     try:
         return path if path.stat().st_size <= REPORT_BYTES else None

@@ -1,6 +1,7 @@
-"""The state of a run that the dashboard shows, from this process's objects and the latest heartbeats.
+"""The JSON state of a run that the dashboard shows. It is computed from the run object and the latest heartbeats.
 
-Nothing here blocks the run or takes its locks, so figures in one state may differ slightly in age.
+These functions neither block the run nor acquire its locks. The numbers in one state may therefore differ slightly in
+age.
 """
 
 from __future__ import annotations
@@ -21,27 +22,28 @@ from simulation.rpc.messages import Progress
 from simulation.runs.console import Stage
 from simulation.runs.run import Run
 
-SILENT_S = 3.0  # a server without a reply for this long is shown as silent; normally it replies every second
-SERVERS_LISTED = 64  # up to this many servers get a row each; more get a grid, and rows for some of those in trouble
-TROUBLED_LISTED = 16
-GRID_CELLS = 4096
+SILENT_S = 3.0  # a server whose last reply is older is shown as silent; servers normally reply every second
+SERVERS_LISTED = 64  # if there are more servers, the page shows a grid, and rows for some failing servers only
+TROUBLED_LISTED = 16  # maximum number of failing servers with a row, below the grid
+GRID_CELLS = 4096  # maximum number of servers in the grid
 USAGE = ("requests", "retries", "prompt_tokens", "completion_tokens")
 
 
 class DashboardState:
-    """Dashboard state of one run, live and after its end."""
+    """The dashboard state of one run, during the run and after its end."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.over = False  # set at the end of the run: its state no longer changes
-        self._rounds: list[dict[str, Any]] = []  # finished rounds, as the page gets them
+        self.over = False  # True after the end of the run: the state no longer changes
+        self._rounds: list[dict[str, Any]] = []  # the finished rounds, as JSON objects for the page
         self._bars: list[int] = []  # histogram of the last finished round
-        self._progress: dict[str, Progress] = {}  # by remote id, each with its latest histogram
+        self._progress: dict[str, Progress] = {}  # by remote id; contains the latest histogram of each group
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
-        """Return everything the page shows of the run, of bounded size; `stage` is the latest progress."""
+        """Return the JSON state of the run, which has a bounded size. `stage` is the latest stage progress, if any."""
         run, simulation, config = self.run, self.run.simulation, self.run.config
-        results, (started, began) = list(run.results), run.under_way  # in this order: a finished round is not current
+        # Read the results first: they then contain no round later than the current one
+        results, (started, began) = list(run.results), run.under_way
         number = None if self.over or started <= len(results) or simulation is None else started
         self._add_rounds(results)
         statuses = simulation.cluster.observe() if simulation is not None else {}
@@ -77,7 +79,7 @@ class DashboardState:
         }
 
     def _add_rounds(self, results: list[RoundResult]) -> None:
-        """Append the rounds finished since the last call; a finished round does not change."""
+        """Append the rounds that finished after the previous call."""
         game = self.run.game
         for result in results[len(self._rounds) :]:
             tally = result.tally
@@ -104,19 +106,19 @@ class DashboardState:
                 before = known.get(oid, progress)
                 if progress.counts or before.round != progress.round:
                     self._progress[oid] = progress
-                else:  # its server does not count again yet
+                else:  # the new reply contains no histogram yet
                     self._progress[oid] = replace(progress, counts=before.counts, failures=before.failures)
 
     def _distribution(
         self, number: int | None, current: list[Progress], assignments: list[GroupAssignment]
     ) -> dict[str, Any]:
-        """Return the histogram of the current round, or of the last finished round if none is in progress."""
+        """Return the histogram of the current round, or of the last finished round if no round is in progress."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
         data = {"width": width, "scale": game.scale, "top": game.numbers - 1}
         if number is None:
             return data | {"round": len(self._rounds), "counts": self._bars or [0] * bins, "last": []}
-        one_by_one = self.run.config.dispatch == "agent"  # then the moderators record the answers
+        one_by_one = self.run.config.dispatch == "agent"  # in this case, the moderators record the answers
         return data | {
             "round": number,
             "counts": [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)],
@@ -128,10 +130,10 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a row for each server; above SERVERS_LISTED a grid, and rows for some servers in trouble."""
+        """Return a row for each server. Above SERVERS_LISTED servers, return a grid and rows of some failing ones."""
         done = {oid: each.done if each.round == started else 0 for oid, each in self._progress.items()}
-        hosted: Counter[Endpoint] = Counter()  # participants by participant server and by moderator server
-        answered: Counter[Endpoint] = Counter()  # moderators record answers themselves with per-agent dispatch only
+        hosted: Counter[Endpoint] = Counter()  # number of participants that a server hosts or moderates
+        answered: Counter[Endpoint] = Counter()  # number of participants that have answered, by server
         for assignment in assignments:
             assert assignment.server is not None
             hosted.update({assignment.server: assignment.count})
@@ -156,7 +158,7 @@ class DashboardState:
         return {
             "host": endpoint.host,
             "port": endpoint.port,
-            "participants": participants,  # a server of participants, or of moderators
+            "participants": participants,  # True: the server hosts participants; False: moderators
             "state": state,
             "why": why,
             "losses": status.losses,
@@ -168,8 +170,10 @@ class DashboardState:
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the totals by host and kind of server, and for each of the first GRID_CELLS servers two characters:
-    the first letter of its state, and a digit from 0 to 9 for the share of its participants that are done.
+    """Return the totals of the servers for each host and kind of server.
+
+    Each of the first GRID_CELLS servers also has one character in `states`, the first letter of the server's state, and
+    one digit in `done`: 0 if no participant has answered, 9 if all have.
     """
     grouped: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:
