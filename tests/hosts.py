@@ -32,7 +32,7 @@ from conftest import Checkout, copy_checkout
 from simulation.rpc.cluster_key import load_or_make
 
 NODES = ("node1", "node2", "node3", "node4")  # what HOSTS names
-UNTRUSTED = "stranger"  # on the same switch, but no host of the cluster, and with another cluster key
+UNTRUSTED = "untrusted"  # on the same switch, but not a host of the cluster, and with another cluster key
 BASE_PORT = 12330
 SERVER_PER_HOST, MODERATOR_NUM = 4, 1
 NAMES_OF_NAMESPACES = Path("/etc/netns")  # `ip netns exec` mounts what is in a namespace's folder here over /etc
@@ -81,7 +81,7 @@ class Host(Checkout):
 
 
 class Network:
-    """node1 to node4 with one cluster key and one configs/cluster.env, the stranger, and the switch between them."""
+    """node1 to node4 with one cluster key and one configs/cluster.env, the untrusted host, and their switch."""
 
     def __init__(self, folder: Path) -> None:
         self._prefix = f"{OURS}-{os.getpid()}-{_created(os.getpid())}-{next(_serial)}"
@@ -105,7 +105,7 @@ class Network:
 
     @property
     def nodes(self) -> list[Host]:
-        """The hosts of the cluster, without the stranger."""
+        """The hosts of the cluster, without the untrusted one."""
         return [self.hosts[name] for name in NODES]
 
     @property
@@ -176,7 +176,7 @@ class Network:
 
 @contextlib.contextmanager
 def network_of(folder: Path) -> Iterator[Network]:
-    """Four hosts and a stranger, with nothing running; skips where network namespaces cannot be made."""
+    """Four hosts and an untrusted one, with nothing running; skips where network namespaces cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("hosts are network namespaces here, which takes root")
     if shutil.which("ip") is None:

@@ -72,7 +72,7 @@ def agents(cluster) -> list[int]:
 
 
 @pytest.mark.parametrize("participants", [1, 2, 3, 1000, 1001])
-def test_everyone_is_asked_once(cluster, participants):
+def test_every_participant_is_asked_once(cluster, participants):
     summary = cluster.play("3", str(participants), "--sleep-time", "0", "--seed", "7")
     (played,) = summary["rounds"]
     assert (played["asked"], played["answered"], played["failed"]) == (participants, participants, 0)
@@ -89,7 +89,7 @@ def test_everyone_is_asked_once(cluster, participants):
     assert agents(cluster) == [0] * 7
 
 
-def test_summary_and_console_are_as_promised(cluster):
+def test_summary_and_console_follow_the_contract(cluster):
     done = cluster.run("run_simulation.sh", "3", "1000", "--seed", "7", "--rounds", "2")
     assert done.returncode == 0
     summary = cluster.summary()
@@ -153,7 +153,7 @@ def test_a_drawn_seed_is_printed_and_repeats_the_game(cluster):
     assert cluster.summary()["config"]["seed"] != seed
 
 
-def test_a_fine_grain_is_counted_exactly(cluster):
+def test_many_decimals_are_counted_exactly(cluster):
     summary = cluster.play(
         "3", "5000", "--seed", "7", "--sleep-time", "0", "--max-value", "1000000000", "--decimals", "6"
     )
@@ -199,7 +199,7 @@ def test_kept_agents_can_be_asked_until_the_next_run(cluster):
     assert gone.returncode == 3 and "--keep-agents" in gone.stderr and len(gone.stderr.splitlines()) == 1
 
 
-def test_a_main_killed_leaves_nothing_after_its_lease(cluster):
+def test_agents_of_a_killed_main_are_dropped_after_the_lease(cluster):
     process = cluster.start("run_simulation.sh", "3", "300", "--sleep-time", "600", "--lease", "3")
     try:
         until(lambda: sum(agents(cluster)) == 304, 30, "the agents are there")
@@ -214,13 +214,13 @@ def test_a_main_killed_leaves_nothing_after_its_lease(cluster):
     assert any("sent no heartbeat" in log.read_text() for log in cluster.path.glob("run/servers/*.log"))
 
 
-def test_the_lease_outlives_a_main_that_is_busy(cluster):
+def test_the_lease_does_not_expire_while_main_is_busy(cluster):
     """A round three times as long as the lease: polls renew it, and so does the heartbeat between them."""
     summary = cluster.play("3", "12", "--sleep-time", "6", "--lease", "2")
     assert summary["rounds"][0]["answered"] == 12
 
 
-def test_two_mains_use_the_same_servers_at_once(cluster, tmp_path):
+def test_two_mains_use_the_same_servers_concurrently(cluster, tmp_path):
     games = [
         cluster.start(
             "run_simulation.sh", "3", "200", "--seed", seed, "--sleep-time", "1", "--run-dir", str(tmp_path / seed)
@@ -250,7 +250,7 @@ def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
     assert agents(cluster) == [0] * 7
 
 
-def test_what_crosses_the_wire_does_not_grow_with_the_participants(checkout):
+def test_network_traffic_does_not_grow_with_the_participants(checkout):
     checkout.cold = True  # Python starts anew, and imports what counts the calls
     layout = ("--server-per-host", "3", "--moderator-per-host", "4", "--base-port", str(checkout.base_port))
     counter = {"PYTHONPATH": str(ROOT / "benchmarks/call_counter")}
@@ -324,7 +324,7 @@ def test_a_second_start_succeeds_for_the_same_set_only(cluster):
     assert [cluster.pid(offset) for offset in range(7)] == pids
 
 
-def test_a_run_that_asks_for_another_layout_is_refused(cluster):
+def test_a_run_with_another_layout_is_refused(cluster):
     runs = cluster.runs()
     done = cluster.run("run_simulation.sh", "2", "10", env={"MODERATOR_PER_HOST": "5"})
     assert done.returncode == 3

@@ -18,7 +18,7 @@ WIDTHS = (20, 24, 31, 40, 53, 60, 72, 80, 100, 600)
 HOSTS = "silent: " + ", ".join(f"a-rather-long-name-of-a-host-{number}.example:12345" for number in range(9))
 
 
-def test_the_least_important_columns_go_first_and_no_more_than_must():
+def test_the_least_important_columns_are_left_out_first():
     assert fitting([5, 5, 5], [2, 0], 17, gap=1) == [0, 1, 2]
     assert fitting([5, 5, 5], [2, 0], 16, gap=1) == [0, 1]
     assert fitting([5, 5, 5], [2, 0], 10, gap=1) == [1]
@@ -35,7 +35,7 @@ def test_the_least_important_columns_go_first_and_no_more_than_must():
         ("answers in", 7, 100, HOSTS),
     ],
 )
-def test_progress_is_a_line_in_which_nothing_is_cut(stage, done, total, note):
+def test_progress_is_one_line_without_truncation(stage, done, total, note):
     count, percent = f"{done:,} of {total:,}", f"{100 * done / total:.0f}%"
     rate = done / 10
     time_left = math.ceil((total - done) / rate)
@@ -88,7 +88,7 @@ def test_letters_of_two_columns_are_counted_as_two(monkeypatch):
     assert lines == [*whole, "b        51/100  か        24.825"]
 
 
-def test_what_has_no_columns_stays_whole_at_the_end_of_a_row(monkeypatch):
+def test_the_last_cell_of_a_row_is_not_padded(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "24")
     rows = [["12330", "participant", "17"], ["9", "does not answer, however long the reason is"], ["all is lost"]]

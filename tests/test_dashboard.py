@@ -164,7 +164,7 @@ def test_the_button_stops_the_run_and_keeps_results(cluster, page, tmp_path):
     assert "stopping; results so far are kept" in run.log.read_text()
 
 
-def test_strangers_are_turned_away(cluster, tmp_path):
+def test_requests_of_other_origins_are_refused(cluster, tmp_path):
     run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "600", port=cluster.base_port + 23)
     text = urllib.request.urlopen(run.url).read().decode()
     token = re.search(r'name="token" content="([\w-]{20,})"', text)[1]
@@ -199,7 +199,7 @@ def _own_address() -> str:
     return "127.0.0.2"
 
 
-def test_no_locale_keeps_the_page_from_being_read(cluster, tmp_path):
+def test_the_page_works_in_any_locale(cluster, tmp_path):
     gates, folder = Gates(tmp_path), tmp_path / "läuft"
     flags = ("--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30", *gates.flags)
     command = ("main.py", *flags, "--run-dir", str(folder))
@@ -211,7 +211,7 @@ def test_no_locale_keeps_the_page_from_being_read(cluster, tmp_path):
     assert {"summary.json", "report.html"} < {path.name for path in folder.iterdir()}
 
 
-def test_a_report_is_offered(cluster, page, tmp_path):
+def test_the_page_links_to_the_report(cluster, page, tmp_path):
     folder, gates = tmp_path / "run", Gates(tmp_path)
     run = Run(cluster, tmp_path / "stderr", "3", "300", *gates.flags, "--run-dir", str(folder))
     page.goto(run.url)
@@ -236,7 +236,7 @@ def test_a_taken_port_is_one_line(checkout):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_only_a_run_that_is_asked_to_imports_it(cluster, asked):
+def test_only_a_run_with_a_dashboard_imports_it(cluster, asked):
     flags = ["--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30"]
     flags += ["--sleep-time", "0"] + ["--dashboard", "0"] * asked
     program = "import sys, main; main.main(sys.argv[1:]); print(*sorted(sys.modules))"
@@ -248,7 +248,7 @@ def test_only_a_run_that_is_asked_to_imports_it(cluster, asked):
     assert asked or not {"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} & set(modules)
 
 
-def test_a_participant_asked_alone_is_seen_as_well(cluster, tmp_path):
+def test_participants_asked_one_by_one_are_shown_too(cluster, tmp_path):
     gates = Gates(tmp_path, "self.index % 2")
     run = Run(cluster, tmp_path / "stderr", "3", "600", "--dispatch", "agent", *gates.flags)
 
@@ -352,7 +352,7 @@ def show(page, state: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("servers", [SERVERS_LISTED, SERVERS_LISTED + 1, 600, 9000])
-def test_very_many_servers_are_a_grid_of_bounded_size(servers, page):
+def test_many_servers_are_a_grid_of_bounded_size(servers, page):
     view = DashboardState(run_on(servers, lost=30))
     stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
     run = view.state(stage)
@@ -383,7 +383,7 @@ def result_of(average: int) -> RoundResult:
 
 @pytest.mark.parametrize(("width", "height"), [(375, 812), (1280, 900)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_live_page_can_be_read_at_any_size_and_light(page, width, height, scheme):
+def test_the_live_page_is_readable_in_any_size_and_colour_scheme(page, width, height, scheme):
     page.set_viewport_size({"width": width, "height": height})
     page.emulate_media(color_scheme=scheme)
     stage = Stage("answers in", 320, 640, time.monotonic())
@@ -414,7 +414,7 @@ def test_the_live_page_can_be_read_at_any_size_and_light(page, width, height, sc
     assert page.locator("img").count() == 0
 
 
-def test_a_winning_number_beyond_the_range_is_told_and_not_drawn(page):
+def test_a_winning_number_out_of_range_is_stated_and_not_drawn(page):
     stage = Stage("answers in", 640, 640, time.monotonic())
     run = run_on(4, lost=0)
     run.results = [result_of(50)]
@@ -423,7 +423,7 @@ def test_a_winning_number_beyond_the_range_is_told_and_not_drawn(page):
     assert page.locator("#histogram .mark").count() == 1 and page.locator("#histogram .wins").count() == 0
 
 
-def test_of_several_runs_the_one_that_plays_is_shown(page):
+def test_the_page_of_several_runs_shows_the_current_one(page):
     ended = {"run_id": "first", "path": "runs/first", "error": "no servers", "status": "failed", "written": True}
     stage = Stage("participants created", 5, 40, time.monotonic())
     run = run_on(4, lost=0)
@@ -435,13 +435,13 @@ def test_of_several_runs_the_one_that_plays_is_shown(page):
     assert "first is failed" in page.locator("#runs").text_content()
 
 
-def test_one_by_one_it_is_the_moderators_who_count(page):
+def test_with_dispatch_agent_moderators_count(page):
     run = run_on(6, lost=0)
     run.config = replace(run.config, dispatch="agent")
     assert DashboardState(run).state(None)["distribution"]["groups"] == 1  # all six groups have the same moderator
 
 
-def test_a_page_whose_run_was_killed_says_so_and_shows_the_next_one(cluster, browser, tmp_path):
+def test_a_page_reports_a_killed_run_and_shows_the_next_one(cluster, browser, tmp_path):
     page = browser.new_page()
     run = Run(cluster, tmp_path / "killed", "3", "300", "--sleep-time", "600", port=cluster.base_port + 23)
     page.goto(run.url)

@@ -131,7 +131,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_experiment_is_told_in_one_line_with_its_place(refused, tmp_path, name):
+def test_an_error_in_an_experiment_is_one_line_with_its_position(refused, tmp_path, name):
     text, message = BAD[name]
     assert message in refused("x.yaml", text, "--experiment", tmp_path / "x.yaml")
 
@@ -166,19 +166,19 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("name", BAD_PERSONAS)
-def test_bad_personas_are_told_in_one_line_with_their_place(refused, tmp_path, name):
+def test_an_error_in_personas_is_one_line_with_its_position(refused, tmp_path, name):
     text, message = BAD_PERSONAS[name]
     said = refused("p.yaml", text, "--personas", "education", "--personas-file", tmp_path / "p.yaml")
     assert said.startswith(message)
 
 
 @pytest.mark.parametrize("name", BAD_PROMPTS)
-def test_bad_prompts_are_told_in_one_line_with_their_place(refused, tmp_path, name):
+def test_an_error_in_prompts_is_one_line_with_its_position(refused, tmp_path, name):
     text, message = BAD_PROMPTS[name]
     assert refused("p.yaml", text, "--agent-type", "llm", "--prompts-file", tmp_path / "p.yaml").startswith(message)
 
 
-def test_flags_are_told_as_flags(refused, tmp_path):
+def test_errors_name_flags_as_flags(refused, tmp_path):
     file = ("x.yaml", LLM + "prompt: [basic, none]\n", "--experiment", tmp_path / "x.yaml")
     assert refused(*file, "--prompt", "basci").startswith("--prompt basci: configs/prompts.yaml has no such prompt")
     assert refused(*file, "--prompt", "basic", "--max-tokens", "9").startswith("--max-tokens 9: a run may cost")
@@ -223,7 +223,7 @@ ratio: [!!float 1/2, '2/3']
 
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "byte order mark"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
-def test_all_that_yaml_allows_is_read(tmp_path, start, end):
+def test_all_forms_of_yaml_are_read(tmp_path, start, end):
     (tmp_path / "x.yaml").write_bytes((start + READ.replace("\n", end)).encode())
     experiment = Experiment(str(tmp_path / "x.yaml"), {})
     assert experiment.about == "a\ttab in quotes"
@@ -232,19 +232,19 @@ def test_all_that_yaml_allows_is_read(tmp_path, start, end):
     assert {(each.rounds, each.seed, each.max_value) for each in configs} == {(1, 7, 10)}
 
 
-def test_what_is_given_by_hand_wins(tmp_path):
+def test_a_flag_overrides_the_file(tmp_path):
     experiment = read(tmp_path, "ratio: [1/2, 2/3]\nrounds: [1, 2]\n", ratio="1")
     assert experiment.varies == ("rounds",) and [each.rounds for each in experiment.configs] == [1, 2]
     assert {each.ratio for each in experiment.configs} == {"1"}
 
 
-def test_a_mixture_may_be_written_as_a_mapping(tmp_path):
+def test_a_mixture_may_be_a_mapping(tmp_path):
     text = "models:\n- model_1: 2/3\n  model_2: 1/3\n- model_1=0.5,model_2=0.5\n"
     models = [each.models for each in read(tmp_path, text).configs]
     assert models == ["model_1=2/3,model_2=1/3", "model_1=0.5,model_2=0.5"]
 
 
-def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
+def test_a_class_path_is_relative_to_the_experiment(tmp_path):
     experiment = read(tmp_path, "agent_class: mine.py:Mine\n")
     assert [each.agent_class for each in experiment.configs] == [f"{tmp_path}/mine.py:Mine"]
     assert experiment.varies == ()
@@ -257,7 +257,7 @@ def test_a_class_is_looked_for_beside_the_experiment(tmp_path):
         min_size=1,
     )
 )
-def test_every_combination_is_there_once(tmp_path_factory, said):
+def test_combinations_are_unique(tmp_path_factory, said):
     assume(math.prod(map(len, said.values())) <= MOST_COMBINATIONS)
     text = "".join(f"{name}: {values}\n" for name, values in said.items())
     configs = read(tmp_path_factory.getbasetemp(), text).configs
@@ -265,7 +265,7 @@ def test_every_combination_is_there_once(tmp_path_factory, said):
     assert found == list(itertools.product(*said.values())) and len(found) == math.prod(map(len, said.values()))
 
 
-def test_prompts_personas_and_models_are_read_as_they_are_written(tmp_path):
+def test_prompts_personas_and_models_are_read_exactly(tmp_path):
     (tmp_path / "p.yaml").write_text(
         "free: {system: 'From {{0}} to {max_value}.', instruction: Go., reasoning_tokens: 9}"
     )
@@ -351,7 +351,7 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
     assert again.stdout.splitlines() == [head, *table]
 
 
-def test_a_single_combination_is_a_run_like_any_other(cluster):
+def test_a_single_combination_is_an_ordinary_run(cluster):
     before = cluster.runs()
     done = cluster.run(*write(cluster, FOUR), "--ratio", "1", "--max-value", "9", "--seed", "7")
     assert done.returncode == 0, done.stderr
@@ -363,7 +363,7 @@ def test_a_single_combination_is_a_run_like_any_other(cluster):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, number):
+def test_an_interrupted_sweep_resumes_with_the_same_results(cluster, number):
     gates = Gates(cluster.path, "question.max_value == 50", "question.max_value == 100 and question.round == 2")
     gates.open(0), gates.open(1)
     play = (*write(cluster, FOUR), "--seed", "7", *gates.flags)
@@ -414,7 +414,7 @@ def test_a_sweep_that_was_cut_short_goes_on_as_if_nothing_had_been(cluster, numb
     assert len(resumed.stdout.splitlines()[-4:]) == 4 and list(answers_in(cluster, cut)) == FOLDERS
 
 
-def test_a_laptop_starts_servers_once_and_plays_all_although_one_run_is_partial(checkout):
+def test_a_sweep_starts_servers_once_and_plays_on_after_a_partial_run(checkout):
     (checkout.path / "sub").mkdir()
     (checkout.path / "sub/mine.py").write_text(GREEDY)
     (checkout.path / "sub/x.yaml").write_text(
@@ -450,7 +450,7 @@ ASKING = "agent_type: llm\nmodels: {model_1: 1}\nratio: [1/2, 2/3]\nrounds: 2\np
 MINE = "mine:\n  system: About {target}.\n  instruction: Just the number.\n"
 
 
-def test_a_sweep_of_language_models_goes_on_where_it_was_cut_short(cluster, fake):
+def test_a_sweep_of_language_models_resumes(cluster, fake):
     killed = threading.Event()
     fake.held = lambda _: "About 2/3" in fake.bodies[-1]["messages"][0]["content"] and not killed.is_set()
     (cluster.path / "p.yaml").write_text(MINE)
@@ -484,7 +484,7 @@ def test_a_sweep_of_language_models_goes_on_where_it_was_cut_short(cluster, fake
 
 
 @pytest.mark.parametrize("folder", ["..", ".", "", "../x", "01-a/b", "/tmp", "02-b"])
-def test_a_sweep_of_folders_elsewhere_or_named_twice_is_damaged(folder):
+def test_a_sweep_with_foreign_or_repeated_folders_is_damaged(folder):
     config = asdict(SimulationConfig(seed=1))
     said = {"sweep_id": "s", "experiment": "x.yaml", "about": None, "varies": ["ratio"], "config": config}
     said["runs"] = [{"folder": each, "settings": {"ratio": "1/2"}} for each in ("01-a", "02-b", folder)]
@@ -494,7 +494,7 @@ def test_a_sweep_of_folders_elsewhere_or_named_twice_is_damaged(folder):
         Sweep.from_json({**said, "runs": said["runs"][:2], "varies": ["base_port"]})
 
 
-def test_all_runs_together_stay_within_a_budget_given_by_hand(cluster):
+def test_all_runs_of_a_sweep_share_a_budget_flag(cluster):
     play = write(cluster, "agent_type: llm\nrounds: 1\nratio: [1/2, 2/3, 3/4]\n")
     told = re.findall(r"at most about ([\d,]+) tokens", cluster.run(*play, "--dry-run").stdout)
     tokens = int(told[-1].replace(",", ""))  # after each run's own
@@ -503,7 +503,7 @@ def test_all_runs_together_stay_within_a_budget_given_by_hand(cluster):
     assert cluster.run(*play, "--max-tokens", str(tokens), "--dry-run").returncode == 0
 
 
-def test_a_run_that_cannot_go_on_keeps_what_there_is(checkout):
+def test_an_aborted_run_keeps_its_results(checkout):
     checkout.play("2", "50", "--rounds", "2", "--sleep-time", "0")
     run = (checkout.path / "runs/latest").resolve()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -514,7 +514,7 @@ def test_a_run_that_cannot_go_on_keeps_what_there_is(checkout):
     assert done.returncode == 2 and "cannot be changed on resume" in one_line(done.stderr)
 
 
-def test_models_in_turn_that_are_not_in_the_file_are_refused_before_anything_starts(checkout):
+def test_round_robin_models_missing_from_the_file_are_refused_before_anything_starts(checkout):
     (checkout.path / "m.json").write_text(json.dumps([ENTRY | {"config_name": "a"}, ENTRY | {"config_name": "b"}]))
     play = ("run_simulation.sh", "2", "50", "--agent-type", "llm", "--model-configs", "m.json")
     done = checkout.run(*play)
@@ -522,7 +522,7 @@ def test_models_in_turn_that_are_not_in_the_file_are_refused_before_anything_sta
     assert "m.json has no model_1: it has a, b; name yours with --models" in one_line(done.stderr)
 
 
-def test_a_sweep_whose_cluster_is_not_ready_leaves_nothing(checkout):
+def test_a_sweep_without_a_ready_cluster_leaves_no_files(checkout):
     play = write(checkout, FOUR)
     done = checkout.run(*play, "--hosts", "127.0.0.1", "--connect-timeout", "0.5")
     assert done.returncode == 3, done.stderr

@@ -72,7 +72,7 @@ def test_three_steps(checkout):
     assert (nothing.returncode, nothing.stdout) == (0, "no agent servers are running\n")
 
 
-def test_a_port_taken_by_another_program_is_named_and_left_alone(checkout):
+def test_a_port_in_use_is_named_and_its_process_left_alone(checkout):
     with socket.create_server(("127.0.0.1", checkout.base_port + 3)):
         for command in (("start_all_server.sh", "2"), ("run_simulation.sh", "2", "10")):
             done = checkout.run(*command)
@@ -102,7 +102,7 @@ def test_a_dead_server_is_named_before_the_run(checkout):
     assert checkout.runs() == set()
 
 
-def test_servers_that_all_die_end_the_game(checkout, tmp_path):
+def test_the_game_ends_when_all_servers_are_lost(checkout, tmp_path):
     assert checkout.run("start_all_server.sh", "2").returncode == 0
     kill_launcher(checkout)
     flags = ("2", "400", "--rounds", "3", "--heartbeat-timeout", "5", *Gates(tmp_path, "question.round == 2").flags)
@@ -122,19 +122,19 @@ def test_servers_that_all_die_end_the_game(checkout, tmp_path):
     assert checkout.run("stop_all_server.sh").returncode == 0
 
 
-def test_a_stale_pid_file_is_no_reason_to_signal_a_stranger(checkout):
-    with subprocess.Popen(["sleep", "60"]) as stranger:
+def test_no_other_process_is_signalled_because_of_a_stale_pid_file(checkout):
+    with subprocess.Popen(["sleep", "60"]) as other:
         servers = checkout.path / "run/servers"
         servers.mkdir(parents=True)
-        (servers / f"{checkout.base_port}.pid").write_text(f"{stranger.pid}\n")
-        (servers / "launcher.pid").write_text(f"{stranger.pid}\n")
+        (servers / f"{checkout.base_port}.pid").write_text(f"{other.pid}\n")
+        (servers / "launcher.pid").write_text(f"{other.pid}\n")
         assert checkout.run("stop_all_server.sh").stdout == "no agent servers were running\n"
-        (servers / f"{checkout.base_port}.pid").write_text(f"{stranger.pid}\n")
+        (servers / f"{checkout.base_port}.pid").write_text(f"{other.pid}\n")
         assert checkout.run("start_all_server.sh", "1").returncode == 0
-        assert checkout.pid(0) != stranger.pid
+        assert checkout.pid(0) != other.pid
         assert checkout.run("stop_all_server.sh").stdout == "stopped 5 agent servers\n"
-        assert stranger.poll() is None
-        stranger.kill()
+        assert other.poll() is None
+        other.kill()
 
 
 ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
@@ -152,7 +152,7 @@ ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
         (ANOTHER_BOOT | {"host": "node2"}, "host node2"),
     ],
 )
-def test_a_process_is_recognised_without_a_clock(tmp_path, changed, state):
+def test_a_process_is_identified_without_a_clock(tmp_path, changed, state):
     with subprocess.Popen(["sleep", "60"]) as process:
         path = tmp_path / "1234.pid"
         replace(ProcessId.of(process.pid), **changed).write(path)
@@ -183,7 +183,7 @@ def test_pid_files_of_another_host_are_left_alone(checkout):
         assert (servers / "launcher.pid").exists()
 
 
-def test_a_command_that_waits_for_another_says_so(tmp_path, monkeypatch, capfd):
+def test_a_command_reports_that_it_waits_for_another(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(pid_files, "SERVERS", tmp_path)
     said: list[str] = []
 
@@ -232,7 +232,7 @@ def test_a_server_that_hangs_is_killed(checkout):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status):
+def test_an_interrupted_round_is_recorded_and_its_agents_deleted(checkout, number, status):
     mine = checkout.path / "mine.py"
     mine.write_text(
         "import asyncio, pathlib\nfrom participant import Participant\nclass Mine(Participant):\n"
@@ -259,7 +259,7 @@ def test_an_interrupted_round_is_written_and_cleaned_up(checkout, number, status
     assert [row["value"] for row in checkout.answers()] == [50.0] * 30 + [None] * 70
 
 
-def test_participants_that_cannot_be_stopped_do_not_stop_ctrl_c(checkout):
+def test_ctrl_c_ends_a_round_of_blocking_participants(checkout):
     mine = checkout.path / "mine.py"
     mine.write_text(
         "import time\nfrom participant import Participant\nclass Mine(Participant):\n"
@@ -306,7 +306,7 @@ def test_a_second_ctrl_c_ends_at_once(checkout):
     open_again(checkout)
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+def test_a_repeated_signal_counts_once(monkeypatch):
     ended, clock, watch = [], [100.0], console.ConsoleProgress()
     monkeypatch.setattr(console.os, "_exit", ended.append)
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -330,7 +330,7 @@ def test_a_signal_that_is_ignored_stays_so(listen):
             signal.signal(number, handler)
 
 
-def test_a_terminal_that_is_closed_ends_the_round_early(checkout):
+def test_a_closed_terminal_ends_the_round_early(checkout):
     ours, theirs = pty.openpty()
     flags = ("--rounds", "3", "--sleep-time", "60")
     game = checkout.start("run_simulation.sh", "2", "10", *flags, stderr=theirs, env={"TERM": "xterm"})
@@ -354,7 +354,7 @@ def test_servers_of_a_run_end_with_a_main_that_was_killed(checkout):
     open_again(checkout)
 
 
-def test_servers_of_one_run_are_not_lent_to_another(checkout, tmp_path):
+def test_servers_of_one_run_are_not_used_by_another(checkout, tmp_path):
     gates = Gates(tmp_path)
     game = checkout.start("run_simulation.sh", "2", "20", *gates.flags)
     until((checkout.path / "run/servers/launcher.pid").exists, 20, "it starts its servers")
@@ -377,7 +377,7 @@ def test_a_key_that_others_can_read_stops_everything(checkout):
     assert checkout.runs() == runs
 
 
-def test_a_read_only_runs_folder_is_found_out_first(checkout):
+def test_a_read_only_runs_folder_is_refused_before_anything_starts(checkout):
     (checkout.path / "runs").mkdir(mode=0o555)
     done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7")
     assert done.returncode == 2 and "read-only" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -400,14 +400,14 @@ def small_disk(tmp_path):
     until(lambda: subprocess.run(["umount", str(folder)], check=False).returncode == 0, 10, "nobody uses it any more")
 
 
-def test_a_full_disk_is_found_out_first(checkout, small_disk):
+def test_a_full_disk_is_refused_before_anything_starts(checkout, small_disk):
     (small_disk / "earlier").write_bytes(b"x" * 500_000)
     done = checkout.run("run_simulation.sh", "2", "10", "--seed", "7", "--run-dir", str(small_disk / "run"))
     assert done.returncode == 5 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in small_disk.iterdir()) == ["earlier"]
 
 
-def test_a_full_disk_of_pid_files_and_logs_is_found_out_first(checkout, small_disk):
+def test_a_full_disk_for_pid_files_and_logs_is_refused_before_anything_starts(checkout, small_disk):
     (checkout.path / "run").symlink_to(small_disk)
     (small_disk / "servers").mkdir()
     (small_disk / "earlier").write_bytes(b"x" * 560_000)
@@ -421,7 +421,7 @@ def test_a_full_disk_of_pid_files_and_logs_is_found_out_first(checkout, small_di
     (checkout.path / "run").unlink()
 
 
-def test_a_run_that_can_only_be_read_is_not_resumed(checkout, small_disk):
+def test_a_read_only_run_is_not_resumed(checkout, small_disk):
     checkout.play("2", "10", "--sleep-time", "0", "--run-dir", str(small_disk / "run"))
     before = sorted(path.name for path in (small_disk / "run").iterdir())
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -430,7 +430,7 @@ def test_a_run_that_can_only_be_read_is_not_resumed(checkout, small_disk):
     assert sorted(path.name for path in (small_disk / "run").iterdir()) == before
 
 
-def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
+def test_a_full_disk_keeps_the_finished_rounds(checkout, small_disk):
     flags = ("--rounds", "5", "--max-value", "1000000000", "--decimals", "3", "--sleep-time", "0")
     run = small_disk / "run"
     done = checkout.run("run_simulation.sh", "2", "20000", *flags, "--run-dir", str(run))
@@ -443,7 +443,7 @@ def test_a_disk_that_fills_up_keeps_the_rounds_before(checkout, small_disk):
     assert kept >= 20_000 * len(summary["rounds"])
 
 
-def test_a_reader_that_goes_away_stops_nothing(checkout):
+def test_a_closed_pipe_on_standard_output_does_not_stop_a_run(checkout):
     checkout.cold = True
     game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0")
     assert game.stdout is not None and game.stderr is not None
@@ -454,7 +454,7 @@ def test_a_reader_that_goes_away_stops_nothing(checkout):
     assert checkout.summary()["status"] == "complete"
 
 
-def test_a_full_disk_behind_standard_output_stops_nothing(checkout):
+def test_a_full_disk_behind_standard_output_does_not_stop_a_run(checkout):
     checkout.cold = True
     with Path("/dev/full").open("w") as full:
         game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "0", stdout=full)
@@ -476,14 +476,14 @@ def test_output_that_cannot_be_written_changes_no_exit_status(streams, unbuffere
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_game_is_played_to_its_end_where_nothing_can_be_written(checkout):
+def test_a_game_finishes_without_writable_output(checkout):
     env = {**os.environ, "BASE_PORT": str(checkout.base_port)}
     command = ["bash", "-c", "./run_simulation.sh 2 10 --sleep-time 0 >&- 2>/dev/full"]
     done = subprocess.run(command, cwd=checkout.path, env=env, check=False, timeout=120)
     assert done.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
-def test_term_while_servers_start_leaves_none(checkout):
+def test_term_while_servers_start_stops_them(checkout):
     start = checkout.start("start_all_server.sh", "4")
     until((checkout.path / "run/servers/launcher.log").exists, 20, "the launcher is there")
     start.send_signal(signal.SIGTERM)
@@ -492,7 +492,7 @@ def test_term_while_servers_start_leaves_none(checkout):
     assert checkout.processes() == []
 
 
-def test_ports_with_four_and_five_digits_are_one_set(checkout):
+def test_ports_of_four_and_five_digits_are_sorted_as_numbers(checkout):
     env = {"BASE_PORT": "9997"}
     with socket.socket() as guard:  # another run of the tests on this machine waits for its turn
         until(lambda: bound(guard, 9996), 60, "the ports around 10000 are another's")
@@ -511,14 +511,14 @@ def bound(guard: socket.socket, port: int) -> bool:
     return True
 
 
-def test_a_link_that_cannot_be_made_is_found_out_first(checkout, tmp_path):
+def test_a_failing_link_is_refused_before_anything_starts(checkout, tmp_path):
     (checkout.path / "runs/latest").mkdir(parents=True)
     done = checkout.run("run_simulation.sh", "2", "10", "--run-dir", str(tmp_path / "results"))
     assert done.returncode == 2 and "is meant to be a link" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "results").exists()
 
 
-def test_ctrl_c_keeps_the_answers_of_one_by_one_too(checkout):
+def test_ctrl_c_with_dispatch_agent_keeps_answers(checkout):
     mine = checkout.path / "mine.py"
     mine.write_text(
         "import pathlib, time\nfrom participant import Participant\nfrom agentscope.message import Msg\n"
@@ -537,12 +537,12 @@ def test_ctrl_c_keeps_the_answers_of_one_by_one_too(checkout):
     assert (played["answered"], played["failures"]) == (5, {"interrupted": 5})
 
 
-def test_a_log_gets_a_plain_line_now_and_then(checkout):
+def test_a_log_gets_occasional_progress_lines(checkout):
     done = checkout.run("run_simulation.sh", "2", "10", "--sleep-time", "7")
     assert "answers in: 0 of 10" in done.stderr and "\x1b" not in done.stderr
 
 
-def test_a_terminal_gets_a_bar(checkout):
+def test_a_terminal_gets_a_progress_bar(checkout):
     ours, theirs = pty.openpty()
     game = checkout.start("run_simulation.sh", "2", "10", "--sleep-time", "2", stderr=theirs, env={"TERM": "xterm"})
     os.close(theirs)
@@ -564,7 +564,7 @@ def test_a_terminal_gets_a_bar(checkout):
     assert "Moderator: The average value is" in out and "\x1b" not in out
 
 
-def test_nothing_else_is_started(checkout):
+def test_no_other_process_is_started(checkout):
     """The launcher forks one process per port, and imports AgentScope once."""
     assert checkout.run("start_all_server.sh", "2").returncode == 0
     launcher = psutil.Process(checkout.pid_in("servers/launcher"))

@@ -20,7 +20,7 @@ def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Game:
     return Game(seed, max_value, decimals, 0.0)
 
 
-def test_draws_are_the_known_ones():
+def test_draws_equal_known_values():
     assert [draw(game(7), 1, index) for index in range(10)] == [61, 41, 100, 10, 52, 76, 51, 15, 85, 76]
     assert [draw(game(8), 1, index) for index in range(10)] == [77, 41, 33, 8, 87, 52, 78, 34, 73, 47]
     assert [draw(game(7), 2, index) for index in range(6)] == [16, 5, 23, 31, 60, 21]
@@ -37,7 +37,7 @@ def test_draws_are_uniform_and_independent_of_their_neighbours(seed):
     assert chisquare(np.bincount(rounds, minlength=100)).pvalue > 1e-4
 
 
-def test_draws_reach_both_ends():
+def test_draws_include_both_bounds():
     numbers = {draw(game(1, 3), 1, index) for index in range(200)}
     assert numbers == {0, 1, 2, 3}
 
@@ -45,7 +45,7 @@ def test_draws_reach_both_ends():
 @pytest.mark.parametrize(
     "answer", [None, True, "x", -1, 101, 100.5, float("nan"), float("inf"), [5], 5j, b"5", np.True_]
 )
-def test_an_unusable_answer_is_no_number(answer):
+def test_an_unusable_answer_raises_a_known_cause(answer):
     with pytest.raises(UnusableAnswer):
         to_units(answer, game())
 
@@ -70,13 +70,13 @@ def test_answers_are_counted_in_whole_units(answer, units):
 
 
 @pytest.mark.parametrize("answer", [Decimal("0.575"), Fraction(575, 1000), "0.58", np.int8(1), np.float32(0.5)])
-def test_exact_numbers_are_rounded_as_exactly(answer):
+def test_exact_number_types_are_rounded_exactly(answer):
     units = {np.int8(1): 100, np.float32(0.5): 50}.get(answer, 58)
     assert to_units(answer, game(decimals=2)) == units
 
 
 @given(units=st.integers(0, 10**15), decimals=st.integers(0, 6))
-def test_a_value_finds_back_to_its_units(units, decimals):
+def test_values_convert_back_to_their_units(units, decimals):
     rules = game(max_value=10**9, decimals=decimals)
     units = min(units, 10**9 * rules.scale)
     assert to_units(units / rules.scale, rules) == units
@@ -87,6 +87,6 @@ def test_large_sums_are_exact():
     assert tally.total == (10**15 - 1) * 10_000_000 + 10**15 * 20_000_000
 
 
-def test_a_tally_that_loses_someone_is_refused():
+def test_a_tally_that_loses_a_participant_is_refused():
     with pytest.raises(ValueError, match="asked 3"):
         Tally(3, np.array([5]), np.array([2]))

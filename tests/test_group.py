@@ -68,7 +68,7 @@ def group_of():
     assert not [thread for thread in threading.enumerate() if thread.name == "run/group-0"]
 
 
-def test_participants_are_agents_that_can_be_asked_alone(group_of):
+def test_participants_are_agents_with_their_own_proxies(group_of):
     group = group_of(RandomParticipant, 10)
     agent = group.participant(3)
     assert agent.agent_id == "run/group-0/3" and agent.name == "P3" and agent.memory is None
@@ -132,7 +132,7 @@ class Blocking(Participant):
         return Msg(self.name, f"Not {x.metadata['round']}: my number is {self.index}", "assistant")
 
 
-def test_what_agents_have_is_there_when_it_is_asked_for(group_of):
+def test_agent_attributes_are_created_on_first_use(group_of):
     group = group_of(Named, 10)
     agent = group.participant(3)
     assert isinstance(agent, AgentBase) and set(vars(agent)) == {"index", "game", "name", "itself", "_home"}
@@ -158,14 +158,14 @@ class Shy(Participant):
         return len(self.sys_prompt) + len(self.memory)
 
 
-def test_what_a_class_has_of_its_own_stays(group_of):
+def test_attributes_of_a_custom_class_are_kept(group_of):
     agent = group_of(Shy, 10).participant(3)
     assert agent._audience is None and agent.name == "P3"  # AgentBase's own, made now
     assert (agent.sys_prompt, agent.memory) == ("You are shy.", "of 3")
     assert agent.reply(None).get_text_content() == "16"
 
 
-def test_participants_in_cycles_are_let_go_of(group_of):
+def test_participants_in_reference_cycles_are_freed(group_of):
     group = group_of(Named, 10)
     group.begin(question_for(GAME, 1, ()))
     until(lambda: group.progress(1.0).finished, 10, "answered")
@@ -175,7 +175,7 @@ def test_participants_in_cycles_are_let_go_of(group_of):
     assert [agent() for agent in agents] == [None] * 10
 
 
-def test_blocking_replies_have_threads_and_fail_alone(group_of):
+def test_blocking_replies_run_in_threads_and_fail_separately(group_of):
     group = group_of(Blocking, 40)
     group.begin(question_for(GAME, 1, ()))
     until(lambda: group.progress(1.0).finished, 10, "answered")
@@ -184,7 +184,7 @@ def test_blocking_replies_have_threads_and_fail_alone(group_of):
     assert group.answers(0, 40).units.tolist() == [*range(3), -2, *range(4, 40)]
 
 
-def test_what_rounds_leave_behind_in_cycles_is_let_go_of(group_of):
+def test_reference_cycles_of_earlier_rounds_are_freed(group_of):
     group = group_of(Planning, 100)
     for number in range(1, 6):
         group.begin(question_for(GAME, number, ()))
@@ -192,7 +192,7 @@ def test_what_rounds_leave_behind_in_cycles_is_let_go_of(group_of):
     assert sum(type(each).__name__ == "Plan" for each in gc.get_objects()) <= 200  # of this round, and the last one
 
 
-def test_whoever_blocks_is_not_waited_for_when_the_round_is_halted(group_of):
+def test_halting_does_not_wait_for_blocking_participants(group_of):
     group = group_of(Stuck, 10)
     group.begin(question_for(GAME, 1, ()))
     group.halt(immediately=False)
@@ -200,7 +200,7 @@ def test_whoever_blocks_is_not_waited_for_when_the_round_is_halted(group_of):
     assert whole_tally(group).failures == {INTERRUPTED: 10}
 
 
-def test_nobody_else_is_asked_in_a_round_that_was_halted_immediately(group_of):
+def test_no_other_participant_is_asked_after_an_immediate_halt(group_of):
     group = group_of(Slow, 1000)
     group.begin(question_for(GAME, 1, ()))
     until(lambda: REPLYING, 10, "begun")
@@ -211,12 +211,12 @@ def test_nobody_else_is_asked_in_a_round_that_was_halted_immediately(group_of):
     assert len(REPLYING) <= asked + 4  # the threads may each have taken another one by then
 
 
-def test_a_participant_of_nobody_can_be_asked_too():
+def test_a_participant_without_a_group_can_be_asked():
     assert RandomParticipant(3, GAME).reply(None).get_text_content() == str(float(draw(GAME, 0, 3)))
 
 
 @pytest.mark.parametrize("attempt", range(10))
-def test_halting_at_any_moment_loses_nobody(group_of, attempt):
+def test_halting_at_any_moment_loses_no_participant(group_of, attempt):
     group = group_of(Sleeper, 2000)
     group.begin(question_for(GAME, 1, ()))
     threading.Event().wait(attempt * 0.002)
@@ -228,7 +228,7 @@ def test_halting_at_any_moment_loses_nobody(group_of, attempt):
     until(lambda: group.progress(1.0).finished, 10, "halted again")
 
 
-def test_a_task_that_exits_ends_nothing(group_of):
+def test_sys_exit_in_a_task_does_not_end_the_server(group_of):
     group = group_of(Unruly, 20)
     group.begin(question_for(GAME, 1, ()))
     until(lambda: group.progress(1.0).finished, 10, "answered")
@@ -258,7 +258,7 @@ class Meanwhile:
         return self.made
 
 
-def test_a_round_that_is_begun_twice_at_once_is_asked_once(group_of, monkeypatch):
+def test_concurrent_begins_start_a_round_once(group_of, monkeypatch):
     group = group_of(RandomParticipant, 1000)
     meanwhile = Meanwhile(AnswerSheet, lambda: group.begin(question_for(GAME, 1, ())))
     monkeypatch.setattr("simulation.agents.group.AnswerSheet", meanwhile)
@@ -269,7 +269,7 @@ def test_a_round_that_is_begun_twice_at_once_is_asked_once(group_of, monkeypatch
     assert group.progress().finished and whole_tally(group).answered == 1000 and meanwhile.made == 1
 
 
-def test_a_round_of_those_who_are_asked_alone_is_begun_once(monkeypatch):
+def test_concurrent_begins_with_dispatch_agent_start_a_round_once(monkeypatch):
     asked = Counter()
     alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
     monkeypatch.setattr(alone, "_ask", lambda place, question: asked.update([place]) or {"units": place})
@@ -301,7 +301,7 @@ class Asked(Participant):
 OPEN = threading.Event()
 
 
-def test_whoever_is_asked_again_in_a_round_says_what_it_said(group_of):
+def test_a_repeated_question_of_a_round_gets_the_same_answer(group_of):
     group = group_of(Asked, 4)
     first, second = (message_of(question_for(GAME, number, ())) for number in (1, 2))
     with ThreadPoolExecutor(8) as pool:
@@ -319,14 +319,14 @@ def test_whoever_is_asked_again_in_a_round_says_what_it_said(group_of):
     assert [group.participant(0).play(beside).metadata["units"] for _ in range(2)] == [3, 4]
 
 
-def test_a_failure_that_cannot_be_recorded_holds_up_nobody(monkeypatch):
+def test_a_failure_that_cannot_be_recorded_delays_no_other_participant(monkeypatch):
     alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
     monkeypatch.setattr(alone, "_ask", lambda place, question: {"units": -5})
     alone.begin(question_for(GAME, 1, ()))
     assert until(lambda: alone.progress(1.0).error, 10, "told") == "ValueError: an answer of -5 units"
 
 
-def test_a_group_that_is_closed_begins_nothing(group_of):
+def test_a_closed_group_begins_no_round(group_of):
     group = group_of(RandomParticipant, 10)
     group.close()
     with pytest.raises(RuntimeError, match="is closed"):
@@ -336,7 +336,7 @@ def test_a_group_that_is_closed_begins_nothing(group_of):
     assert group.progress().done == 0 and group.participant(3) is None
 
 
-def test_an_object_that_is_created_twice_at_once_is_one():
+def test_concurrent_creation_makes_one_object():
     servicer = SimulationServicer(SimulationConfig(), 1, {}, threading.Event())
     request = SimpleNamespace(agent_id="run/twice", agent_init_args=b"")
     request.agent_init_args = cloudpickle.dumps({"class_name": "Hosted", "args": (), "kwargs": {}})

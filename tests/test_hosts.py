@@ -106,8 +106,8 @@ def test_64000_participants_on_four_hosts_answer_as_on_one(hosts):
     assert hosts["node1"].values() == drawn(7, 64_000)
 
 
-def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path):
-    node1, written = hosts["node1"], tmp_path / "written by a stranger"
+def test_an_untrusted_client_on_the_network_is_refused_for_any_request(hosts, tmp_path):
+    node1, written = hosts["node1"], tmp_path / "written by an untrusted client"
     pids = [host.pid_at(port) for host in hosts.nodes for port in PORTS]
     patient, over = tmp_path / "patient.py", tmp_path / "the attack is over"
     patient.write_text(PATIENT.format(over=str(over)))
@@ -118,7 +118,7 @@ def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path
         until(lambda: node1.logs()[BASE_PORT].count("group-0") > groups, 20, "the round has begun")
         certificate, own = node1.path / ".cluster/cluster.crt", tmp_path / "a key of their own"
         targets = (f"node1:{PORTS[0]}", f"node2:{PORTS[1]}", f"node3:{PORTS[-1]}")
-        attack = ("-m", "tests.strangers", str(written), str(own), str(certificate), *targets)
+        attack = ("-m", "tests.untrusted", str(written), str(own), str(certificate), *targets)
         done = hosts[UNTRUSTED].run(".venv/bin/python", *attack)
     finally:
         over.touch()
@@ -131,14 +131,14 @@ def test_a_stranger_in_the_network_is_refused_whatever_they_send(hosts, tmp_path
     assert [host.pid_at(port) for host in hosts.nodes for port in PORTS] == pids
 
 
-def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
-    node1, node4, stranger = hosts["node1"], hosts["node4"], hosts[UNTRUSTED]
+def test_each_failing_host_gets_its_own_line(hosts, tmp_path):
+    node1, node4, untrusted = hosts["node1"], hosts["node4"], hosts[UNTRUSTED]
     (tmp_path / "sitecustomize.py").write_text(OTHER_VERSIONS)
     participant = node4.path / "participant.py"
     source = participant.read_bytes()
     hung = hosts["node2"].pid_at(PORTS[2])
     hosts.stop_servers(("node3", "node4"))
-    name_server = stranger.start(".venv/bin/python", "-c", SILENT_NAME_SERVER, stranger.address)
+    name_server = untrusted.start(".venv/bin/python", "-c", SILENT_NAME_SERVER, untrusted.address)
     try:
         participant.write_bytes(source + b"\n# edited on this host alone\n")
         with ThreadPoolExecutor() as pool:
@@ -151,7 +151,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
         os.kill(hung, signal.SIGSTOP)
         node1.names({**hosts.names, "looped": "127.0.1.1", "gone": NOBODY})
         assert name_server.stdout.readline() == "listening\n"
-        node1.etc("resolv.conf", f"nameserver {stranger.address}\noptions timeout:30\n")
+        node1.etc("resolv.conf", f"nameserver {untrusted.address}\noptions timeout:30\n")
         before = node1.logs()
         lines, seconds = check(node1, "--hosts", *NODES, UNTRUSTED, "gone", "looped", "nowhere")
         assert node1.logs() == before and agents(node1) == [0] * 5  # nothing was created where all was well
@@ -172,7 +172,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
         "node4": rf"node4:{BASE_PORT} runs another version of the program \(\w+ there, \w+ here\), "
         rf"Python \(3.12.99 there, {platform.python_version()} here\), AgentScope \(0.1.5 there, 0.1.6 here\); "
         f"make the host like this one, and {restart}",
-        "stranger": f"0 of 5 agent servers are ready; stranger:{BASE_PORT}: what listens there does not hold this "
+        "untrusted": f"0 of 5 agent servers are ready; untrusted:{BASE_PORT}: what listens there does not hold this "
         f"cluster's key; copy the folder of the cluster key there, and {restart}",
         "gone": rf"0 of 5 agent servers are ready; gone:{BASE_PORT}: "
         r"(cannot be reached \(.*\)|does not answer in time); "
@@ -186,7 +186,7 @@ def test_every_host_in_trouble_is_told_in_a_line_of_its_own(hosts, tmp_path):
     assert seconds < CHECK_TIMEOUT_S + MARGIN_S
 
 
-def test_hosts_that_are_cut_off_share_one_deadline(hosts):
+def test_unreachable_hosts_share_one_deadline(hosts):
     lost = NODES[1:]
     for name in lost:
         hosts.cut(name)
@@ -214,7 +214,7 @@ def test_hosts_that_are_cut_off_share_one_deadline(hosts):
         ("node2", "is not an address of this host"),
     ],
 )
-def test_a_host_name_that_others_could_not_use_is_refused(network, name, trouble):
+def test_a_loopback_host_name_of_a_cluster_is_refused(network, name, trouble):
     host = network[UNTRUSTED]
     host.names({**network.names, UNTRUSTED: "127.0.1.1"})  # as Debian writes it
     try:

@@ -45,7 +45,7 @@ def modules_after(checkout: Checkout, *arguments: str, status: int = 0) -> set[s
         "--colour red",
     ],
 )
-def test_what_needs_no_agents_imports_no_agentscope(checkout, arguments):
+def test_commands_without_agents_do_not_import_agentscope(checkout, arguments):
     refused = "no_such_file" in arguments or "--colour" in arguments
     modules = modules_after(checkout, *arguments.split(), status=2 if refused else 0)
     needed = AGENTSCOPE if "no_such_file" in arguments else ()  # its class is looked for first, as a game would need it
@@ -53,7 +53,7 @@ def test_what_needs_no_agents_imports_no_agentscope(checkout, arguments):
 
 
 @pytest.mark.parametrize("name", ["moderator/__init__.py", "participant/__init__.py", "simulation.py", "loguru.py"])
-def test_files_of_a_researcher_stand_for_none_of_the_program(checkout, name):
+def test_user_files_do_not_replace_modules_of_the_program(checkout, name):
     (checkout.path / name).parent.mkdir(exist_ok=True)
     (checkout.path / name).write_text("raise RuntimeError('a file of a researcher')\n")
     for arguments in (["--dry-run"], ["--role", "participant", "--stop"]):
@@ -62,7 +62,7 @@ def test_files_of_a_researcher_stand_for_none_of_the_program(checkout, name):
         assert done.returncode == 0, done.stderr
 
 
-def test_files_that_an_editor_makes_are_none_of_the_program(checkout, monkeypatch):
+def test_hidden_files_of_editors_do_not_change_the_version(checkout, monkeypatch):
     (checkout.path / "simulation/.#run.py").symlink_to("somebody@some-host.1234:1600000000")  # Emacs' lock
     (checkout.path / "simulation/.run.py").write_text("a draft")
     monkeypatch.setattr("simulation.rpc.messages.ROOT", checkout.path)
@@ -90,7 +90,7 @@ def test_a_user_without_a_home_folder_plays(checkout):
     assert json.loads(done.stdout.splitlines()[-1])[0] == 0, done.stderr
 
 
-def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhere(checkout):
+def test_a_random_game_imports_no_model_client_and_draws_in_another_process(checkout):
     flags = ("--server-per-host", "1", "--participant-num", "10", "--moderator-per-host", "1", "--sleep-time", "0")
     base_port = ("--base-port", str(checkout.base_port))
     modules = modules_after(checkout, *flags, *base_port)
@@ -103,7 +103,7 @@ def test_a_game_of_random_participants_imports_no_model_client_and_draws_elsewhe
 
 
 @pytest.mark.parametrize(("kind", "needed"), [("random", False), ("llm", True)])
-def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, kind, needed):
+def test_servers_for_language_models_import_the_client_at_start(checkout, kind, needed):
     """The launcher imports for all its servers, and tells so in its log."""
     checkout.cold = True
     flags = ("--server-per-host", "1", "--moderator-per-host", "1", "--agent-type", kind)
@@ -121,7 +121,7 @@ def test_servers_import_the_model_client_where_models_are_to_be_asked(checkout, 
     assert not packages & {*NEVER, *PICTURES}
 
 
-def test_the_client_of_models_is_imported_before_anybody_waits_for_an_answer(checkout):
+def test_the_model_client_is_imported_before_the_first_request(checkout):
     """Not when the first request is made, whose time-out would run meanwhile: importing takes each server a while."""
     (checkout.path / "make_chat.py").write_text(
         "import sys\n"

@@ -63,7 +63,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_folder_has_its_row_and_is_small():
+def test_every_folder_has_a_row_and_at_most_eleven_files():
     assert {folder_of(name) for name in files()} == set(MAY_IMPORT)
     for folder in {path.parent for path in files().values()} - {ROOT}:
         assert len([path for path in folder.iterdir() if path.is_file()]) <= MOST_FILES, folder
@@ -91,7 +91,7 @@ def touches_agentscope(tree: ast.AST) -> bool:
     return False
 
 
-def test_agentscope_is_entered_where_it_should_be():
+def test_only_listed_files_use_agentscope():
     entered = {name for name, path in files().items() if touches_agentscope(ast.parse(path.read_text()))}
     assert entered == AGENTSCOPE | VERSION_ONLY
 
@@ -99,7 +99,7 @@ def test_agentscope_is_entered_where_it_should_be():
 @pytest.mark.parametrize(
     "text", ["import agentscope", "def f():\n  from agentscope.rpc import x", "m['agentscope.rpc']", "one._oid"]
 )
-def test_every_way_to_agentscope_is_seen(text):
+def test_every_way_to_use_agentscope_is_detected(text):
     assert touches_agentscope(ast.parse(text))
 
 
@@ -114,7 +114,7 @@ def calls_in(path: Path) -> list[ast.Call]:
 
 
 @pytest.mark.parametrize("name", [*files(), "scripts/install.py"])
-def test_every_text_names_its_encoding(name):
+def test_text_files_are_opened_with_an_encoding(name):
     """Otherwise the locale does."""
     for call in calls_in(ROOT / name):
         function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
@@ -128,7 +128,7 @@ def test_every_text_names_its_encoding(name):
 
 
 @pytest.mark.parametrize("name", [name for name in files() if name != "simulation/files.py"])
-def test_paths_are_looked_at_in_one_place(name):
+def test_paths_are_checked_in_one_module(name):
     """These functions of pathlib raise PermissionError, RuntimeError and more: see is_there, real and full_path."""
     raising = {"exists", "is_file", "is_dir", "resolve", "expanduser", "absolute", "home", "cwd"}
     for call in calls_in(files()[name]):
@@ -148,14 +148,14 @@ def test_linters_see_every_file_of_the_program():
         ), name
 
 
-def test_the_program_s_own_files_are_known_without_the_command_git(tmp_path, monkeypatch):
+def test_files_of_the_program_are_known_without_git(tmp_path, monkeypatch):
     named = own_files()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert {*named} <= {*own_files()}
 
 
 @pytest.mark.parametrize("committed", [False, True], ids=["in an archive", "committed"])
-def test_files_of_a_researcher_in_the_checkout_are_left_alone(tmp_path, committed):
+def test_user_files_in_the_checkout_are_not_checked(tmp_path, committed):
     """As README and Python's habits have it; an archive is a copy without git."""
     path = copy_checkout(tmp_path / "a b")
     modules = ("random.py", "struct.py", "yaml.py")

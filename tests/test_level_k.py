@@ -29,7 +29,7 @@ def played_by_levels(ratio, offset, heard, level):
 
 
 @pytest.mark.parametrize(("ratio", "offset"), [("2/3", "0"), ("1/2", "5"), ("51/100", "0")])
-def test_averages_follow_theory_to_the_digit(cluster, tmp_path, ratio, offset):
+def test_averages_equal_theory(cluster, tmp_path, ratio, offset):
     (tmp_path / "thinkers.yaml").write_text(THINKERS)
     flags = (*LEVEL_K, "--personas", "levels", "--personas-file", str(tmp_path / "thinkers.yaml"))
     game = ("--ratio", ratio, "--offset", offset, "--rounds", str(ROUNDS), "--decimals", str(DECIMALS))
@@ -51,7 +51,7 @@ def test_averages_follow_theory_to_the_digit(cluster, tmp_path, ratio, offset):
     assert abs(averages[-1] - equilibrium) < abs(averages[0] - equilibrium) / 8
 
 
-def test_with_those_who_do_not_think_it_is_the_draw_that_adds(cluster):
+def test_level_0_adds_the_random_draw(cluster):
     flags = (*LEVEL_K, "--personas", "levels", "--ratio", "2/3", "--decimals", str(DECIMALS), "--rounds", "2")
     summary = cluster.play("3", str(COUNT), *flags)
     run = read_run(cluster.path / "runs/latest")
@@ -79,7 +79,7 @@ def heard_before(summary, entry):
     return Fraction(50) if entry["round"] == 1 else Fraction(summary["rounds"][entry["round"] - 2]["average"])
 
 
-def test_personas_are_the_same_on_any_servers_and_one_by_one(cluster):
+def test_personas_do_not_depend_on_servers_or_dispatch(cluster):
     flags = (*LEVEL_K, "--personas", "levels+education", "--ratio", "2/3", "--decimals", "2", "--rounds", "2")
     whole = cluster.play("3", "200", *flags)
     answers = cluster.answers()
@@ -88,13 +88,13 @@ def test_personas_are_the_same_on_any_servers_and_one_by_one(cluster):
     assert [each["average"] for each in alone["rounds"]] == [each["average"] for each in whole["rounds"]]
 
 
-def test_without_its_personas_it_says_what_it_needs(cluster):
+def test_a_class_without_its_personas_names_them(cluster):
     summary = cluster.play("3", "10", *LEVEL_K, status=4)
     (cause,) = summary["rounds"][0]["failures"]
     assert "--personas levels" in cause
 
 
-def test_teams_hear_their_averages(cluster):
+def test_averages_of_teams_are_announced(cluster):
     flags = (*LEVEL_K, "--personas", "levels", "--teams", "levels", "--ratio", "2/3", "--decimals", "2")
     done = cluster.run("run_simulation.sh", "3", "300", *flags, "--rounds", "2")
     assert done.returncode == 0, done.stderr
@@ -111,7 +111,7 @@ def test_teams_hear_their_averages(cluster):
     assert unknown.returncode == 2 and "--teams model" in one_line(unknown.stderr)
 
 
-def test_a_run_that_was_killed_in_its_first_round_is_reported_and_goes_on(cluster):
+def test_a_run_killed_in_its_first_round_is_reported_and_resumed(cluster):
     flags = ("--personas", "levels", "--teams", "levels", "--seed", "7", "--rounds", "2")
     run = cluster.path / "runs/killed"
     play = cluster.start("run_simulation.sh", "3", "60", *flags, "--sleep-time", "60", "--run-dir", str(run))

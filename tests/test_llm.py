@@ -67,13 +67,13 @@ def test_two_rounds_are_answered_and_accounted_for(cluster, fake, play):
     assert sum(body.get("n", 1) for body in first) == 600 and len(first) <= 12
 
 
-def test_one_by_one_is_the_same_game(cluster, fake, play):
+def test_dispatch_agent_plays_the_same_game(cluster, fake, play):
     summary = play("20", "--dispatch", "agent", "--rounds", "2")
     assert [entry["answered"] for entry in summary["rounds"]] == [20, 20]
     assert len(fake.texts) == 40 and summary["llm"]["requests"] == len(fake.bodies)
 
 
-def test_the_limit_of_requests_is_common_to_all_servers_of_the_host(cluster, fake, play):
+def test_all_servers_of_a_host_share_the_limit_of_requests(cluster, fake, play):
     fake.delay_s = 0.02
     play("300", "--samples-per-request", "1", "--max-in-flight", "4")
     assert fake.most_at_once == 4
@@ -91,7 +91,7 @@ def test_failed_answers_are_kept_and_counted(cluster, fake, play):
     assert kept[0] == {"round": 1, "participant": 0, "failure": "no number in the answer", "text": "I will not say"}
 
 
-def test_an_answer_that_no_file_can_hold_ends_nothing(cluster, fake, play):
+def test_an_answer_that_cannot_be_encoded_does_not_end_the_game(cluster, fake, play):
     fake.for_ever("half an emoji")
     summary = play("5", "--max-attempts", "1", status=4)
     assert summary["rounds"][0]["failures"] == {"no number in the answer": 5}
@@ -105,7 +105,7 @@ def test_a_budget_ends_the_game(cluster, fake, play):
     assert "out of tokens (--max-tokens)" in summary["rounds"][-1]["failures"]
 
 
-def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fake):
+def test_a_game_out_of_tokens_resumes_only_with_a_larger_budget(cluster, fake):
     flags = ("--agent-type", "llm", "--seed", "7", "--rounds", "6", "--max-tokens", "700")
     done = cluster.run("run_simulation.sh", "3", "60", *flags)
     before = cluster.summary()
@@ -125,7 +125,7 @@ def test_a_game_without_tokens_left_goes_on_with_more_of_them_alone(cluster, fak
     assert all(entry["answered"] == 60 for entry in after[len(before["rounds"]) :])
 
 
-def test_a_budget_that_is_spent_with_a_round_ends_the_game_before_the_next(cluster, fake, play):
+def test_a_budget_spent_by_a_round_ends_the_game_before_the_next(cluster, fake, play):
     fake.for_ever("talks")  # so that round 2 costs what round 1 did
     spent = 2 * 2 * PROMPT_TOKENS + 60 * ANSWER_TOKENS
     done = cluster.run(
@@ -135,7 +135,7 @@ def test_a_budget_that_is_spent_with_a_round_ends_the_game_before_the_next(clust
     assert all(entry["asked"] == entry["answered"] + entry["failed"] for entry in cluster.summary()["rounds"])
 
 
-def test_after_the_last_round_nobody_asks_what_the_next_one_would_need(cluster, fake, play):
+def test_no_budget_is_estimated_after_the_last_round(cluster, fake, play):
     listed: list[str] = []
     fake.listed = lambda said: listed.append(json.dumps(said)) or listed[-1]
     fake.habits = itertools.cycle(["404", "well"])
@@ -149,7 +149,7 @@ def test_after_the_last_round_nobody_asks_what_the_next_one_would_need(cluster, 
     assert cluster.summary()["rounds"][0]["ended"] == "out_of_tokens"
 
 
-def test_models_that_stop_for_good_end_the_game(cluster, fake, play):
+def test_models_that_stay_down_end_the_game(cluster, fake, play):
     fake.habits = itertools.chain(["well"] * 20, itertools.repeat("never"))
     done = cluster.start(
         *("run_simulation.sh", "3", "300", "--agent-type", "llm", "--samples-per-request", "1", "--max-in-flight", "2"),
@@ -166,7 +166,7 @@ def test_models_that_stop_for_good_end_the_game(cluster, fake, play):
     assert entry["seconds"] < 100  # one after the other they would take 20 minutes
 
 
-def test_models_that_come_back_in_mid_round_lose_nobody(cluster, fake, play):
+def test_models_that_restart_during_a_round_lose_no_participant(cluster, fake, play):
     fake.delay_s = 0.05
     flags = ("--agent-type", "llm", "--samples-per-request", "1", "--max-in-flight", "4")
     done = cluster.start("run_simulation.sh", "3", "200", *flags)
@@ -181,7 +181,7 @@ def test_models_that_come_back_in_mid_round_lose_nobody(cluster, fake, play):
 
 
 @pytest.mark.parametrize("victim", ["a participant server", "main"])
-def test_whoever_is_made_anew_remembers_its_own_numbers(cluster, fake, tmp_path, victim):
+def test_a_recreated_participant_remembers_its_numbers(cluster, fake, tmp_path, victim):
     going_on = threading.Event()
     fake.held = lambda words: "Round 3:" in words and not going_on.is_set()
     log = tmp_path / "stderr"
@@ -225,7 +225,7 @@ def test_an_interrupted_round_waits_for_no_model(cluster, fake, play):
     until(lambda: fake.now == 0, 5, "the requests are given up")
 
 
-def test_a_kept_participant_talks(cluster, fake, play):
+def test_a_kept_participant_answers_questions(cluster, fake, play):
     play("30", "--keep-agents")
     said = cluster.run(
         *("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", "17", "--text", "Why that one?"),
@@ -236,7 +236,7 @@ def test_a_kept_participant_talks(cluster, fake, play):
     assert "Your numbers so far" in asked["messages"][1]["content"]
 
 
-def test_what_a_participant_says_is_not_cut_off_in_silence(cluster, fake, play):
+def test_a_truncated_answer_to_a_question_is_marked(cluster, fake, play):
     play("30", "--keep-agents")
     fake.thoughts, fake.cut_off = ["because it is"], {"because it is"}
     ask = ("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", "17", "--text", "Why that one?")
@@ -245,7 +245,7 @@ def test_what_a_participant_says_is_not_cut_off_in_silence(cluster, fake, play):
     assert fake.bodies[-1]["max_tokens"] == 512
 
 
-def test_a_character_of_ones_own(cluster, fake, play):
+def test_a_custom_subclass_of_llm_participants_plays(cluster, fake, play):
     (cluster.path / "mine.py").write_text(CHARACTER)
     play("30", "--agent-class", "mine.py:Pirate")
     assert all(body["messages"][0]["content"].endswith("You are a pirate.") for body in fake.bodies)
@@ -281,7 +281,7 @@ def test_a_model_of_a_later_run_that_does_not_answer_stops_the_experiment(cluste
     assert cluster.runs() == before
 
 
-def test_what_would_be_in_vain_starts_no_servers(checkout):
+def test_a_run_that_cannot_succeed_starts_no_servers(checkout):
     entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "m"}
     entry["client_args"] = {"base_url": f"http://127.0.0.1:{checkout.model_port + 1}/v1"}
     (checkout.path / "own.json").write_text(json.dumps([entry]))
@@ -299,7 +299,7 @@ def test_what_would_be_in_vain_starts_no_servers(checkout):
     assert checkout.runs() == set() and not list((checkout.path / "run").rglob("*.log"))
 
 
-def test_a_model_that_no_server_knows_stops_the_run(cluster, fake):
+def test_a_model_unknown_to_the_servers_stops_the_run(cluster, fake):
     error, _ = refused(cluster, "--model-per-host", "3", status=3)
     assert "model_2 is not among them" in error and f"localhost:{cluster.base_port}" in error
     assert fake.bodies == []
@@ -331,6 +331,6 @@ def test_a_broken_models_file_is_one_line(checkout):
         assert done.returncode == 2 and "model_configs.json" in one_line(done.stderr)
 
 
-def test_servers_that_know_other_models_are_not_taken_for_the_same(cluster):
+def test_servers_with_other_models_are_refused(cluster):
     done = cluster.run("start_all_server.sh", "3", env={"VLLM_BASE_PORT": str(free_ports(1))})
     assert done.returncode == 3 and "know model_1 at" in one_line(done.stderr)

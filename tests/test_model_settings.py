@@ -35,23 +35,23 @@ URL = ENTRY["client_args"]
 
 
 @given(st.integers(1, 10**9), st.integers(0, 2 * 10**9))
-def test_the_pattern_takes_the_numbers_in_range_and_no_others(max_value, number):
+def test_the_pattern_matches_exactly_the_numbers_in_range(max_value, number):
     assert bool(re.fullmatch(number_pattern(max_value, 0), str(number))) == (number <= max_value)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 6), st.decimals(0, 2 * 10**6, places=6))
-def test_the_pattern_knows_decimals(max_value, decimals, number):
+def test_the_pattern_supports_decimals(max_value, decimals, number):
     text = f"{number:f}"[: len(str(int(number))) + 1 + decimals]
     assert bool(re.fullmatch(number_pattern(max_value, decimals), text)) == (float(text) <= max_value)
     assert not re.fullmatch(number_pattern(max_value, decimals), text + "0" * 7)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "007", "1.", ".5", "5 ", "1e2", "٣"])
-def test_the_pattern_takes_nothing_else(text):
+def test_the_pattern_matches_no_other_text(text):
     assert not re.fullmatch(number_pattern(100, 2), text)
 
 
-def test_who_remembers_the_same_is_asked_the_same():
+def test_participants_with_equal_memory_have_equal_prompts():
     game = Game(1, 100, 0, 0.0, wording=WORDING)
     told = (Announcement(1, 49.561, 49.561, (50,)), Announcement(2, None, None, ()))
     prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
@@ -64,7 +64,7 @@ def test_who_remembers_the_same_is_asked_the_same():
     assert "0 to 100" in prompt.system and prompt.tokens > 50
 
 
-def test_how_an_answer_is_held_to_a_number_and_to_a_length():
+def test_structured_output_limits_answers_to_numbers_and_length():
     game = Game(1, 100, 2, 0.0)
     assert structured_fields("none", game) == {}
     assert answer_tokens("structured_outputs", game) >= len("100.00")
@@ -94,14 +94,14 @@ def test_an_absurd_usage_is_none(count):
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-def test_a_reply_nested_without_end_is_a_trouble(status):
+def test_a_deeply_nested_response_is_an_error(status):
     for body in (b"[" * 100_000, b'{"error":' * 100_000, b'{"choices":[' * 100_000):
         with pytest.raises(RequestError) as caught:
             read_reply(status, {}, body, 0.0)
         assert caught.value.malformed == (status == 200)
 
 
-def test_what_a_server_says_steers_no_terminal():
+def test_text_of_a_server_cannot_control_the_terminal():
     with pytest.raises(RequestError) as caught:
         read_reply(404, {}, json.dumps({"error": {"message": "\x1b[2Jno\n" + "x" * 500}}).encode(), 0.0)
     assert str(caught.value).startswith("model server: HTTP 404: \\x1b[2Jno xxx") and len(str(caught.value)) < 150
@@ -126,7 +126,7 @@ def test_what_a_server_says_steers_no_terminal():
         (502, b"", True, False, False),
     ],
 )
-def test_every_other_reply_is_a_trouble(status, body, again, endpoint, malformed):
+def test_every_malformed_response_is_an_error(status, body, again, endpoint, malformed):
     with pytest.raises(RequestError) as caught:
         read_reply(status, {}, body, 0.0)
     trouble = caught.value
@@ -154,7 +154,7 @@ def test_retry_after_is_seconds_or_a_date(value, seconds):
     assert retry_after(value, now=10.0) == seconds
 
 
-def test_pauses_grow_with_jitter_and_an_end_and_are_never_shorter_than_asked_for():
+def test_backoff_grows_with_jitter_to_a_limit_and_honours_retry_after():
     assert [pause_s(troubles, 0.0, 1.0) for troubles in (1, 2, 3)] == [0.25, 0.5, 1.0]
     assert pause_s(3, 0.0, 0.0) == 0.5 and pause_s(1000, 0.0, 1.0) == LONGEST_PAUSE_S
     assert pause_s(1, 30.0, 0.5) == 30.0
@@ -178,7 +178,7 @@ def test_one_entry_without_a_port_is_the_template(tmp_path):
     assert [model_of(index, 3) for index in range(4)] == ["model_1", "model_2", "model_3", "model_1"]
 
 
-def test_entries_written_out_keep_their_addresses(tmp_path):
+def test_explicit_entries_keep_their_addresses(tmp_path):
     urls = ["http://localhost:1234/v1", "https://[::1]:99/v1/"]
     entries = [
         ENTRY | {"config_name": f"model_{number + 1}", "client_args": {"base_url": url}}
@@ -249,7 +249,7 @@ def test_an_api_key_is_shown_nowhere(tmp_path):
         ("http://localhost@example.com/v1", False),
     ],
 )
-def test_what_is_outside_the_cluster_is_refused(url, within):
+def test_models_outside_the_cluster_are_refused(url, within):
     assert is_within(url, ["Node1", "node2"]) == within
     config = SimulationConfig(hosts=("Node1", "node2"))
     if not within:
@@ -278,7 +278,7 @@ def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
     assert rounds[2].prompt_tokens > rounds[2].requests * rounds[0].prompt_tokens / rounds[0].requests
 
 
-def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
+def test_the_estimate_of_greedy_sampling_shares_no_requests(tmp_path):
     config = config_with(
         tmp_path, [ENTRY | {"generate_args": {"temperature": 0}}], participant_num=1000, agent_type="llm"
     )
@@ -288,7 +288,7 @@ def test_the_estimate_knows_that_without_chance_nothing_is_shared(tmp_path):
 # --- The common limit ------------------------------------------------------------------------------------------------
 
 
-def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
+def test_slots_are_limited_and_go_to_the_process_with_the_fewest(tmp_path):
     one, two = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
     assert [one.acquire(3) for _ in range(4)] == [True, True, True, False]
     assert not two.acquire(3)
@@ -300,7 +300,7 @@ def test_places_are_few_and_go_to_whoever_has_least(tmp_path):
     assert SharedSemaphore("b", tmp_path).acquire(1)
 
 
-def test_who_has_waited_longest_is_first_among_equals(tmp_path):
+def test_among_equals_the_longest_waiting_comes_first(tmp_path):
     one, two, three = (SharedSemaphore("a", tmp_path) for _ in range(3))
     assert one.acquire(1) and not two.acquire(1) and not three.acquire(1)
     one.release()
@@ -317,7 +317,7 @@ def test_many_processes_keep_the_limit(tmp_path):
     assert [each.held for each in everyone] == [0, *[1] * 7]
 
 
-def test_the_places_of_a_dead_process_come_back(tmp_path, monkeypatch):
+def test_slots_of_an_exited_process_are_released(tmp_path, monkeypatch):
     gone, one = SharedSemaphore("a", tmp_path), SharedSemaphore("a", tmp_path)
     assert gone.acquire(1) and not one.acquire(1)
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**8)

@@ -95,7 +95,7 @@ def tally_of(group):
     return tally
 
 
-def test_equal_prompts_are_few_requests_and_everyone_has_a_sample_of_their_own(play, fake_of):
+def test_equal_prompts_share_requests_with_one_sample_each(play, fake_of):
     fake = fake_of()
     group = play(fake, 250)
     assert sorted(fake.samples) == [50, 100, 100]
@@ -107,14 +107,14 @@ def test_equal_prompts_are_few_requests_and_everyone_has_a_sample_of_their_own(p
 
 
 @pytest.mark.parametrize("setting", [{"samples_per_request": 1}, {"temperature": 0}])
-def test_one_request_each_where_samples_are_not_shared(play, fake_of, setting):
+def test_without_sharing_each_participant_has_one_request(play, fake_of, setting):
     fake = fake_of()
     assert tally_of(play(fake, 50, **setting)).answered == 50
     assert len(fake.bodies) == 50 and not any("n" in body for body in fake.bodies)
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_every_trouble_passes(play, fake_of, trouble):
+def test_temporary_errors_are_retried(play, fake_of, trouble):
     fake = fake_of(trouble, trouble)
     group = play(fake, 150)
     assert tally_of(group).answered == 150
@@ -143,7 +143,7 @@ def test_every_trouble_passes(play, fake_of, trouble):
         ("cut off", CUT_OFF["length"]),
     ],
 )
-def test_a_trouble_that_stays_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
+def test_a_lasting_error_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
     fake = fake_of(for_ever=trouble)
     timeouts = {"reply_timeout_s": 1.5, "attempt_timeout_s": 0.5} if trouble == "never" else {"reply_timeout_s": 3.0}
     tally = tally_of(play(fake, 150, **timeouts))
@@ -151,12 +151,12 @@ def test_a_trouble_that_stays_is_a_failure_with_its_cause(play, fake_of, trouble
     assert cause in next(iter(tally.failures))
 
 
-def test_a_server_that_is_not_there_is_a_failure_in_time(play):
+def test_an_unreachable_server_is_a_failure_within_the_timeout(play):
     tally = tally_of(play(f"http://127.0.0.1:{free_ports(1)}/v1", 1000, reply_timeout_s=1.0))
     assert tally.failures == {"model server: connection refused": 1000}
 
 
-def test_what_waits_in_the_queue_fails_in_time_too(play, fake_of):
+def test_queued_requests_fail_within_the_timeout(play, fake_of):
     fake = fake_of(for_ever="never")
     began = time.monotonic()
     tally = tally_of(
@@ -166,14 +166,14 @@ def test_what_waits_in_the_queue_fails_in_time_too(play, fake_of):
     assert time.monotonic() - began < 60  # one after the other they would take 250 s
 
 
-def test_a_long_queue_is_no_trouble_while_the_server_answers(play, fake_of):
+def test_a_long_queue_is_no_failure_while_the_server_answers(play, fake_of):
     fake = fake_of(delay_s=0.2)
     tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout_s=4.0))
     assert tally.answered == 60 and fake.most_at_once == 2
 
 
 @pytest.mark.parametrize("habit", ["refuses n", "ignores n", "with n: 501", "with n: 404"])
-def test_a_server_without_n_is_asked_for_one_each(play, fake_of, habit):
+def test_a_server_without_n_gets_single_requests(play, fake_of, habit):
     fake = fake_of(for_ever=habit)
     group = play(fake, 300)
     assert tally_of(group).answered == 300
@@ -181,7 +181,7 @@ def test_a_server_without_n_is_asked_for_one_each(play, fake_of, habit):
 
 
 @pytest.mark.parametrize("trouble", ["500", "an error with 200", "no choices", "garbage", "reset", "breaks off"])
-def test_a_server_that_stumbles_over_n_is_asked_for_one_each(play, fake_of, trouble):
+def test_a_server_that_fails_on_n_gets_single_requests(play, fake_of, trouble):
     fake = fake_of(for_ever=f"with n: {trouble}")
     group = play(fake, 300)
     assert tally_of(group).answered == 300
@@ -189,21 +189,21 @@ def test_a_server_that_stumbles_over_n_is_asked_for_one_each(play, fake_of, trou
 
 
 @pytest.mark.parametrize("trouble", ["500", "garbage", "reset"])
-def test_a_server_that_recovers_is_not_taken_for_one_without_n(play, fake_of, trouble):
+def test_a_recovered_server_keeps_shared_requests(play, fake_of, trouble):
     fake = fake_of(*[trouble] * ERRORS_WITH_N)
     assert tally_of(play(fake, 100)).answered == 100
     assert fake.samples == [100] * ERRORS_WITH_N + [1, 99]
 
 
 @pytest.mark.parametrize("trouble", ["429", "503"])
-def test_a_busy_server_is_asked_for_as_many_again(play, fake_of, trouble):
+def test_a_busy_server_gets_requests_of_the_same_size_again(play, fake_of, trouble):
     fake = fake_of(*[trouble] * ERRORS_WITH_N)
     assert tally_of(play(fake, 100)).answered == 100
     assert fake.samples == [100] * (ERRORS_WITH_N + 1)
 
 
 @pytest.mark.parametrize("trouble", ["429", "503", "reset"])
-def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
+def test_a_burst_of_errors_counts_as_one(play, fake_of, monkeypatch, trouble):
     in_a_row = []
 
     def value_counts(troubles, *more):
@@ -216,7 +216,7 @@ def test_a_burst_of_troubles_is_one(play, fake_of, monkeypatch, trouble):
     assert len(in_a_row) == 50 and max(in_a_row) < 5  # more than 1 where pauses end meanwhile, on a busy machine
 
 
-def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, monkeypatch):
+def test_an_internal_error_fails_the_participants_of_its_request(play, fake_of, monkeypatch):
     def commit(chat, request, tokens=None, answered=False):
         if answered:
             raise OverflowError("too many")
@@ -225,7 +225,7 @@ def test_an_error_of_our_own_is_the_failure_of_those_who_asked(play, fake_of, mo
     assert tally_of(play(fake_of(), 50)).failures == {"OverflowError: too many": 50}
 
 
-def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
+def test_missing_samples_of_a_short_response_are_requested_again(play, fake_of):
     fake = fake_of("gives one fewer", "gives one fewer")
     group = play(fake, 100)
     assert tally_of(group).answered == 100
@@ -234,7 +234,7 @@ def test_a_short_reply_asks_again_only_for_what_is_missing(play, fake_of):
     assert tally_of(play(fake, 100)).answered == 100
 
 
-def test_a_refusal_of_something_else_is_no_storm_of_requests(play, fake_of):
+def test_another_refusal_does_not_split_requests(play, fake_of):
     fake = fake_of(for_ever="404")
     tally = tally_of(play(fake, 1000))
     assert tally.failed == 1000 and tally.ended is Ended.MODEL_FAILED
@@ -242,13 +242,13 @@ def test_a_refusal_of_something_else_is_no_storm_of_requests(play, fake_of):
 
 
 @pytest.mark.parametrize("words", ["talks", "a total"])
-def test_free_text_is_read_with_care(play, fake_of, words):
+def test_free_text_is_parsed_strictly(play, fake_of, words):
     fake = fake_of(for_ever=words)
     assert tally_of(play(fake, 20, structured_output="none")).units.tolist() == [37]
     assert not {"structured_outputs", "response_format"} & fake.bodies[0].keys()
 
 
-def test_both_ways_of_structured_output(play, fake_of):
+def test_both_fields_of_structured_output_work(play, fake_of):
     fake = fake_of()
     play(fake, 1)
     pattern = fake.bodies[0]["structured_outputs"]["regex"]
@@ -259,7 +259,7 @@ def test_both_ways_of_structured_output(play, fake_of):
     assert re.fullmatch(schema["properties"]["number"]["pattern"], "37")
 
 
-def test_an_unusable_answer_is_asked_for_again_by_those_who_got_it(play, fake_of):
+def test_only_participants_with_unusable_answers_ask_again(play, fake_of):
     fake = fake_of("words", "well")
     group = play(fake, 150)
     assert tally_of(group).answered == 150
@@ -272,7 +272,7 @@ def test_an_unusable_answer_is_asked_for_again_by_those_who_got_it(play, fake_of
     assert len(said.texts) == 20 and set(said.texts.values()) == {"I will not say"}
 
 
-def test_memory_is_ones_own_numbers_and_what_was_announced(play, fake_of):
+def test_memory_is_the_participant_s_numbers_and_all_announcements(play, fake_of):
     fake = fake_of()
     group = play(fake, 300, rounds=2)
     later = [body["messages"][1]["content"] for body in fake.bodies if "Round 2" in body["messages"][1]["content"]]
@@ -283,7 +283,7 @@ def test_memory_is_ones_own_numbers_and_what_was_announced(play, fake_of):
     assert not any(re.search(r"\bP\d+\b", json.dumps(body["messages"])) for body in fake.bodies)
 
 
-def test_those_without_a_number_remember_that(play, fake_of):
+def test_a_failed_answer_is_part_of_the_memory(play, fake_of):
     fake = fake_of("words", "words", "words")
     play(fake, 10, rounds=2)
     assert "Your numbers so far: none." in fake.bodies[-1]["messages"][1]["content"]
@@ -298,13 +298,13 @@ def test_a_budget_of_tokens_is_never_overspent(play, fake_of):
     assert group.usage().tokens <= 1200 + PROMPT_TOKENS
 
 
-def test_a_budget_holds_where_the_usage_is_absurd(play, fake_of):
+def test_a_budget_holds_with_absurd_usage(play, fake_of):
     fake = fake_of(for_ever="absurd usage")
     group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
     assert set(tally_of(group).failures) == {OUT_OF_TOKENS} and group.usage().tokens == 0
 
 
-def test_a_key_that_no_header_can_hold_is_named(play, fake_of, monkeypatch):
+def test_an_api_key_that_is_no_valid_header_is_named(play, fake_of, monkeypatch):
     fake = fake_of()
     monkeypatch.setenv("OPENAI_ORG_ID", "two\nlines")
     group = play(fake, 3)
@@ -312,13 +312,13 @@ def test_a_key_that_no_header_can_hold_is_named(play, fake_of, monkeypatch):
     assert "cannot be asked with these settings" in troubles()["model_1"]
 
 
-def test_a_budget_holds_where_the_server_tells_no_tokens(play, fake_of):
+def test_a_budget_holds_without_reported_usage(play, fake_of):
     fake = fake_of(for_ever="keeps mum")
     group = play(fake, 400, tokens_each=3.0, samples_per_request=20)
     assert 0 < len(fake.bodies) < 20 and group.usage().tokens == 0
 
 
-def test_what_is_spent_in_a_round_stays_spent(play, fake_of):
+def test_tokens_spent_in_a_round_stay_spent(play, fake_of):
     """Whoever takes over from a moderator that was lost says again what a round may cost."""
     group = play(fake_of(), 40, tokens_each=0.0)
     for number, tokens_each, ended in ((1, 1e9, Ended.OUT_OF_TOKENS), (2, 1e9, None), (2, 0.0, None)):
@@ -327,7 +327,7 @@ def test_what_is_spent_in_a_round_stays_spent(play, fake_of):
         assert said["failure"].ended is ended if ended else said["units"] >= 0
 
 
-def test_halting_waits_for_no_model(play, fake_of):
+def test_halting_does_not_wait_for_models(play, fake_of):
     fake = fake_of(for_ever="never")
     group = play("http://127.0.0.1:9/v1", 50, reply_timeout_s=0.2)
     group = play(fake, 200, rounds=0)
@@ -352,7 +352,7 @@ def test_a_closed_group_retries_nothing(play, fake_of):
     assert len(fake.bodies) == asked
 
 
-def test_one_participant_alone_and_one_of_nobody(play, fake_of):
+def test_single_participants_with_and_without_a_group_can_be_asked(play, fake_of):
     fake = fake_of()
     group = play(fake, 3)
     assert group.participant(1).reply(None).get_text_content().isdecimal()
@@ -361,12 +361,12 @@ def test_one_participant_alone_and_one_of_nobody(play, fake_of):
     assert len(group.participant(1).numbers) == 1  # a talk is no round
 
 
-def test_a_model_that_nobody_knows(play, fake_of):
+def test_an_unknown_model_is_an_error(play, fake_of):
     tally = tally_of(play(fake_of(), 4, models=2))
     assert tally.failures == {"this agent server knows no model model_2": 2}
 
 
-def test_what_a_server_knows_instead_of_a_model_is_named():
+def test_an_unknown_model_error_lists_the_known_ones():
     config = SimulationConfig(model_per_host=2)
     for known, words in (
         ({"model": "http://node2/v1"}, "knows model at http://node2/v1, and model_1 is not among them"),
@@ -377,7 +377,7 @@ def test_what_a_server_knows_instead_of_a_model_is_named():
             check_models_known(config, {Endpoint("localhost", 1): SimpleNamespace(models=known)})
 
 
-def test_check_names_what_is_wrong(play, fake_of):
+def test_the_check_of_a_model_names_the_error(play, fake_of):
     fake = fake_of()
     play(fake, 1)
     assert troubles() == {}
@@ -412,7 +412,7 @@ def test_ask_raises_the_last_cause(play, fake_of):
     assert Chat(group.game).usage().requests == 0
 
 
-def test_different_prompts_keep_a_server_as_busy_as_equal_ones(play, fake_of):
+def test_different_prompts_load_a_server_as_much_as_equal_ones(play, fake_of):
     fake = fake_of()
     fake.held = lambda words: "Round 2:" in words and fake.most_at_once <= 20  # until so many are under way at a time
     group = play(fake, 2000, rounds=2)
@@ -420,7 +420,7 @@ def test_different_prompts_keep_a_server_as_busy_as_equal_ones(play, fake_of):
     assert fake.most_at_once > 20  # in round 2 some 20 remember the same, so that requests are small
 
 
-def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
+def test_a_cancelled_request_holds_no_slot(play, fake_of):
     fake = fake_of(delay_s=0.2)
     for _ in range(5):
         group = play(fake, 30, rounds=0, samples_per_request=1, max_in_flight=20)
@@ -431,7 +431,7 @@ def test_what_is_taken_back_at_once_holds_no_place(play, fake_of):
     until(lambda: [each.held for each in places] == [0], 5, "all places are given back")
 
 
-def test_an_empty_purse_holds_up_nobody_else(play, fake_of):
+def test_an_exhausted_budget_delays_no_other_group(play, fake_of):
     fake = fake_of("never")
     poor, rich = play(fake, 5, rounds=0, samples_per_request=1), play(fake, 40, rounds=0)
     poor.begin(question_for(poor.game, 1, ()), tokens_each=25.0)
@@ -442,7 +442,7 @@ def test_an_empty_purse_holds_up_nobody_else(play, fake_of):
     poor.halt(False)
 
 
-def test_a_long_talk_is_heard_to_its_end(play, fake_of):
+def test_a_long_response_is_read_completely(play, fake_of):
     group = play(fake_of("well", for_ever="cut off"), 1)
     assert group.participant(0).reply(None).get_text_content() == "3 [cut off after 512 tokens]"
 
@@ -499,7 +499,7 @@ def asked(url: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how openai's client gives aiohttp the password
-def test_the_proxy_that_refuses_is_named(proxy, monkeypatch):
+def test_a_refusing_proxy_is_named(proxy, monkeypatch):
     for url, names in (
         ("http://node.invalid:8010/v1", ("http_proxy", "ALL_PROXY")),
         ("https://node.invalid/v1", ("https_proxy", "HTTPS_PROXY")),
@@ -513,7 +513,7 @@ def test_the_proxy_that_refuses_is_named(proxy, monkeypatch):
             monkeypatch.delenv(name)
 
 
-def test_hosts_of_the_cluster_are_asked_without_a_proxy(proxy, monkeypatch):
+def test_requests_to_cluster_hosts_bypass_the_proxy(proxy, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://{proxy}")
     monkeypatch.setenv("no_proxy", "intranet")
     monkeypatch.setenv("NO_PROXY", "")

@@ -110,7 +110,7 @@ def test_an_old_run_is_read(name: str, tmp_path: Path):
     }.get(name, set())
 
 
-def test_causes_tell_how_a_round_ended_in_old_runs_alone(tmp_path: Path):
+def test_only_in_old_runs_causes_determine_how_a_round_ended(tmp_path: Path):
     folder = copy_of("sweep/03-ratio=2-3,seed=1", tmp_path / "run")
     ended = [result.tally.ended for result in read_run(folder).results]
     assert ended == [Ended.COMPLETE, Ended.INTERRUPTED]
@@ -305,7 +305,7 @@ def test_old_runs_of_a_class_are_resumed(cluster: Checkout):
         assert summary_in(folder)["status"] == "complete" and answers_in(folder) == fresh
 
 
-def test_a_class_outside_the_checkout_that_is_gone_is_named(cluster: Checkout, tmp_path: Path):
+def test_a_missing_class_outside_the_checkout_is_named(cluster: Checkout, tmp_path: Path):
     folder = copy_of("two_thirds", cluster.path / "runs/class_gone")
     text = (folder / "summary.json").read_text()
     assert text.count(CLASS_BEFORE) == 1

@@ -182,7 +182,7 @@ def test_the_page_about_clusters(outside):
     assert all(entry["answered"] == entry["asked"] > 0 for entry in summary["rounds"])
 
 
-def test_output_comes_at_once_with_the_name_of_its_host(hosts):
+def test_output_is_streamed_with_the_name_of_its_host(hosts):
     script = hosts.script('echo "one  $HOST_NAME"; echo two >&2; read -r _ <go; printf three')
     for address in hosts.addresses:
         os.mkfifo(hosts.checkout(address) / "go")
@@ -198,7 +198,7 @@ def test_output_comes_at_once_with_the_name_of_its_host(hosts):
     assert process.returncode == 0 and err.splitlines()[-1] == "3 of 3 hosts succeeded"
 
 
-def test_settings_arrive_as_they_were_given(hosts):
+def test_settings_arrive_unchanged(hosts):
     script = hosts.script(
         'for a in "$@" "$HOST_NAME" "$BASE_PORT" "$MODEL_PATH" "$CLUSTER_KEY_DIR" "${HOSTS-}" "${MAX_VALUE-none}"; '
         'do printf "[%s]" "$a"; done; echo; read -r line || echo "no input"; echo "${SSH_CONFIG-none}"'
@@ -214,7 +214,7 @@ def test_settings_arrive_as_they_were_given(hosts):
         ]
 
 
-def test_exit_statuses_are_kept_and_told(hosts):
+def test_exit_statuses_are_kept_and_reported(hosts):
     script = hosts.script('case "$HOST_NAME" in *.2) echo broken >&2; exit 4 ;; *.3) exit 1 ;; esac')
     done = hosts.run(script, status=4)
     assert lines_of(done.stderr, LOOPBACK[1])[-1] == "broken"
@@ -226,7 +226,7 @@ def test_exit_statuses_are_kept_and_told(hosts):
     assert hosts.run("stop_all_server.sh").stdout.count("no agent servers were running") == 3
 
 
-def test_only_what_a_host_has_run_succeeds(hosts):
+def test_only_a_script_that_ran_to_its_end_succeeds(hosts):
     """Some login shells end with 0 though they run nothing, and some with a status of their own."""
     login_shell = hosts.known.parent / "login shell"
     script = hosts.script('printf "no end of line"; exit "$1"')
@@ -242,7 +242,7 @@ def test_only_what_a_host_has_run_succeeds(hosts):
         assert summary_of(done) == f"0 of 1 hosts succeeded; {LOOPBACK[0]} failed with exit status 4"
 
 
-def test_a_host_that_is_not_reached_fails_alone(hosts):
+def test_an_unreachable_host_fails_alone(hosts):
     done = hosts.run("stop_all_server.sh", status=3, HOSTS=f"{LOOPBACK[0]} {NO_SSHD_THERE} no.such.host.invalid")
     assert lines_of(done.stdout, LOOPBACK[0]) == ["no agent servers were running"]
     assert "Connection refused" in lines_of(done.stderr, NO_SSHD_THERE)[-1]
@@ -250,7 +250,7 @@ def test_a_host_that_is_not_reached_fails_alone(hosts):
     assert summary_of(done) == f"1 of 3 hosts succeeded; {failed}"
 
 
-def test_a_host_without_the_checkout_is_told(hosts):
+def test_a_host_without_the_checkout_is_reported(hosts):
     shutil.rmtree(hosts.checkout(LOOPBACK[1]))
     done = hosts.run("stop_all_server.sh", status=2)
     assert lines_of(done.stderr, LOOPBACK[1])[-1].startswith("error: there is no folder a b: clone")
@@ -279,7 +279,7 @@ def key_files(checkout: Path, folder: str = ".cluster") -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("folder", [".cluster", "my keys/of the cluster"])
-def test_push_key_gives_all_hosts_the_key_of_this_one(hosts, folder):
+def test_push_key_copies_the_key_to_all_hosts(hosts, folder):
     settings = {} if folder == ".cluster" else {"CLUSTER_KEY_DIR": folder}
     done = hosts.run("push-key", **settings)
     assert lines_of(done.stdout, LOOPBACK[0]) == ["has the cluster key already"]
@@ -310,13 +310,13 @@ def test_push_key_replaces_another_key_by_force_only(hosts):
     assert mode(hosts.checkout(LOOPBACK[1]) / ".cluster/cluster.key") == 0o600
 
 
-def test_push_key_closes_a_folder_that_was_open(hosts):
+def test_push_key_makes_an_open_folder_private(hosts):
     (hosts.checkout(LOOPBACK[1]) / ".cluster").mkdir(mode=0o755)
     hosts.run("push-key")
     assert mode(hosts.checkout(LOOPBACK[1]) / ".cluster") == 0o700
 
 
-def test_the_key_is_open_to_others_at_no_moment(tmp_path):
+def test_the_key_is_never_readable_by_others(tmp_path):
     """The receiving side under a umask that lets everyone read, held up in the middle by its own input."""
     lines = b"secret\n" * 20_000  # more than a pipe holds
     process = subprocess.Popen(
@@ -383,7 +383,7 @@ def test_bad_settings_are_one_line(checkout, settings: dict[str, Any], said):
     assert done.returncode == 2 and said in one_line(done.stderr)
 
 
-def test_the_key_is_made_and_its_folder_told(checkout):
+def test_make_key_prints_the_folder_of_the_key(checkout):
     done = checkout.run("main.py", "--role", "participant", "--make-key")
     assert done.returncode == 0 and done.stdout == f"{checkout.path}/.cluster\n"
     made = key_files(checkout.path)

@@ -123,7 +123,7 @@ def mine(tmp_path_factory):
     return path
 
 
-def test_what_a_class_imports_comes_from_its_folder_or_an_extra_one(checkout):
+def test_imports_of_a_class_come_from_its_folder_or_extra_folders(checkout):
     """On the servers, too, whose current folder is another; also what is imported late."""
     own = checkout.path.parent / "mine"
     own.mkdir()
@@ -152,7 +152,7 @@ def test_what_a_class_imports_comes_from_its_folder_or_an_extra_one(checkout):
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
-def test_both_kinds_play(cluster, mine, dispatch):
+def test_answer_and_reply_classes_play(cluster, mine, dispatch):
     for cls, expected in (
         ("Answering", [41.0] * 9 + [42.0] * 9),
         ("Replying", [20.0, 21.0, 22.0] * 6),
@@ -164,7 +164,7 @@ def test_both_kinds_play(cluster, mine, dispatch):
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
-def test_a_failure_is_the_participants_own_with_its_cause(cluster, mine, dispatch):
+def test_an_exception_fails_only_its_participant_with_the_cause(cluster, mine, dispatch):
     summary = cluster.play("3", "20", "--agent-class", f"{mine}:Failing", "--dispatch", dispatch, status=4)
     (played,) = summary["rounds"]
     assert summary["status"] == "partial"
@@ -179,7 +179,7 @@ def test_a_failure_is_the_participants_own_with_its_cause(cluster, mine, dispatc
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
-def test_words_of_a_cause_decide_nothing(cluster, mine, dispatch):
+def test_the_text_of_a_cause_has_no_effect(cluster, mine, dispatch):
     kind = ("--agent-class", f"{mine}:Quoting", "--dispatch", dispatch)
     summary = cluster.play("3", "60", "--rounds", "2", *kind, status=4)
     assert summary["status"] == "partial"
@@ -209,7 +209,7 @@ class Mine(Participant):
 """
 
 
-def test_a_class_is_one_for_a_run_and_another_for_the_next(cluster, tmp_path):
+def test_a_class_is_loaded_once_per_run(cluster, tmp_path):
     """Two runs at once, whose classes have the same name, in files of the same name; each has 6 groups on 3 servers."""
     classes = []
     for base in (10, 50):
@@ -232,7 +232,7 @@ def test_a_class_is_one_for_a_run_and_another_for_the_next(cluster, tmp_path):
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
-def test_any_kind_of_number_counts_alike(cluster, mine, dispatch):
+def test_all_number_types_count_equally(cluster, mine, dispatch):
     cluster.play("3", "7", "--agent-class", f"{mine}:Kinds", "--dispatch", dispatch, status=4)
     assert cluster.values() == [33, 4, 7, None, None, None, None]
 
@@ -245,7 +245,7 @@ def test_the_servers_see_the_newest_version_of_the_file(cluster, tmp_path):
         assert cluster.values() == [number] * 5
 
 
-def test_nobody_answers(cluster, tmp_path):
+def test_a_round_without_answers(cluster, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(SHORT + "        raise OSError('silent')\n")
     done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine", "--rounds", "2")
@@ -266,7 +266,7 @@ def test_nobody_answers(cluster, tmp_path):
         ("Missing", "no class Missing derived from Participant"),
     ],
 )
-def test_a_class_that_cannot_play_is_refused_before_anything_starts(cluster, mine, cls, expected):
+def test_an_invalid_class_is_refused_before_anything_starts(cluster, mine, cls, expected):
     runs = cluster.runs()
     done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{mine}:{cls}")
     assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
@@ -329,7 +329,7 @@ class WildReply(Participant):
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
-def test_nothing_that_a_participant_raises_holds_up_the_others(cluster, tmp_path, dispatch):
+def test_no_exception_of_a_participant_delays_others(cluster, tmp_path, dispatch):
     path = tmp_path / "wild.py"
     path.write_text(WILD)
     summary = cluster.play("3", "10", "--agent-class", f"{path}:Wild", "--dispatch", dispatch, status=4)
@@ -342,7 +342,7 @@ def test_nothing_that_a_participant_raises_holds_up_the_others(cluster, tmp_path
     assert (cluster.path / "runs/latest/summary.json").stat().st_size < 100_000
 
 
-def test_a_reply_that_never_ends_is_left_behind(cluster, tmp_path):
+def test_a_blocked_reply_does_not_keep_the_server(cluster, tmp_path):
     path = tmp_path / "wild.py"
     path.write_text(WILD)
     flags = ("--agent-class", f"{path}:WildReply", "--reply-threads", "2")
@@ -357,7 +357,7 @@ def test_a_reply_that_never_ends_is_left_behind(cluster, tmp_path):
     assert cluster.summary()["rounds"][0]["failures"] == {"StopIteration": 1, "Odd: odd": 1}
 
 
-def test_a_file_in_the_checkout_is_a_persons_own(cluster):
+def test_a_user_file_in_the_checkout_can_be_an_agent_class(cluster):
     path = cluster.path / "my_file.py"  # written after the servers were started
     for number in (3, 4):
         path.write_text(SHORT + f"        return {number}\n")

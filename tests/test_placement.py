@@ -13,7 +13,7 @@ small = st.integers(1, 40)
 
 
 @given(st.integers(0, 10_000), small)
-def test_a_split_is_even_and_whole(total, parts):
+def test_a_split_is_even_and_complete(total, parts):
     ranges = even_split(total, parts)
     sizes = [len(each) for each in ranges]
     assert [index for each in ranges for index in each] == list(range(total))
@@ -21,7 +21,7 @@ def test_a_split_is_even_and_whole(total, parts):
 
 
 @given(st.integers(1, 3000), small, small)
-def test_everyone_sits_in_one_group_and_nobody_is_idle(participants, servers, moderators):
+def test_every_participant_is_in_one_group_and_no_server_is_idle(participants, servers, moderators):
     groups = place(participants, servers, moderators)
     assert [i for g in groups for i in range(g.first, g.first + g.count)] == list(range(participants))
     assert len(groups) < servers + moderators

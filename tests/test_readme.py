@@ -90,7 +90,7 @@ def test_architecture_names_every_folder_and_readme_every_page():
     assert len(pages) > 5 and not [name for name in pages if f"]({name})" not in README]
 
 
-def test_every_test_that_the_table_of_faults_names_is_there():
+def test_every_test_named_in_faults_exists():
     table = (ROOT / "docs/faults.md").read_text()
     named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", table)
     assert len(named) > 15

@@ -156,7 +156,7 @@ def test_a_host_that_is_cut_off_and_comes_back(hosts, play, tmp_path):
     check_whole(hosts, summary, 6)
 
 
-def test_slow_is_not_dead(hosts, play, tmp_path):
+def test_a_slow_server_is_not_marked_down(hosts, play, tmp_path):
     gates = Gates(tmp_path)
     game = play(*gates.flags, *SOON, "--lease", str(SOON_S))
     game.logged("answers in: 0 of 8,000 (0/s); 20 of 20 servers answer", times=1 + SOON_S // 5)  # a line every 5 s
@@ -166,7 +166,7 @@ def test_slow_is_not_dead(hosts, play, tmp_path):
     check_whole(hosts, summary, 1)
 
 
-def test_too_few_servers_end_the_game_with_what_was_played(hosts, play, tmp_path):
+def test_too_few_servers_end_the_game_and_keep_finished_rounds(hosts, play, tmp_path):
     gates = Gates(tmp_path, "question.round == 2")
     game = play("--rounds", "3", *gates.flags, "--min-servers", str(4 * SERVER_PER_HOST))
     game.logged("round 2: asking")

@@ -118,7 +118,7 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
         assert expected in words
 
 
-def test_pictures_say_what_they_show(page, run, played):
+def test_charts_have_text_alternatives(page, run, played):
     show(page, run / "report.html")
     pictures = page.locator("figure svg[role=img]")
     # each round, the average and the spread by round, the times
@@ -138,7 +138,7 @@ def test_pictures_say_what_they_show(page, run, played):
     assert set(used) <= set(ids)
 
 
-def test_what_strangers_wrote_is_text(page, run, played):
+def test_text_of_users_is_escaped(page, run, played):
     show(page, run / "report.html")
     (cause,) = played["rounds"][0]["failures"]
     assert cause == f"ValueError: {HOSTILE}"
@@ -166,7 +166,7 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     return made
 
 
-def test_very_many_personas_are_told_of_by_the_largest(page, huge):
+def test_of_many_personas_the_largest_are_shown(page, huge):
     show(page, huge.path / "report.html")
     (section,) = page.locator("section[data-topic]").all()
     assert section.locator("tr[data-part]").count() == 500
@@ -194,7 +194,7 @@ def test_nothing_is_wider_than_the_screen(page, request, name, size):
         assert min(heights) >= 9
 
 
-def test_dark_and_light_differ_and_both_can_be_read(page, told_apart):
+def test_dark_and_light_schemes_are_both_readable(page, told_apart):
     show(page, told_apart.path / "report.html")
     papers = set()
     for scheme in ("light", "dark"):
@@ -221,7 +221,7 @@ def test_dark_and_light_differ_and_both_can_be_read(page, told_apart):
     assert len(papers) == 2
 
 
-def test_participants_are_told_apart(page, told_apart):
+def test_participants_are_distinguished_by_persona_and_model(page, told_apart):
     show(page, told_apart.path / "report.html")
     for topic, rounds in told_apart.tallies_by_part.items():
         section = page.locator(f'section[data-topic="{topic}"]')
@@ -247,7 +247,7 @@ def test_participants_are_told_apart(page, told_apart):
         assert expected in words
 
 
-def test_time_is_told_apart_and_lost_servers_are_named(page, told_apart):
+def test_times_by_activity_and_lost_servers_are_shown(page, told_apart):
     show(page, told_apart.path / "report.html")
     assert float(figure(page, 2, "slowest_s")) == 0.05 and float(figure(page, 3, "model_s")) == 0.5
     time = page.locator("section", has=page.locator("#time")).inner_text()
@@ -271,7 +271,7 @@ def test_a_copied_folder_gives_the_same_report(cluster, run, played, tmp_path):
     assert lines[-1] == f"run {played['run_id']} is partial: 3 of 3 rounds"
 
 
-def test_the_terminal_shows_the_parts_too(cluster, told_apart):
+def test_the_terminal_shows_parts_of_the_population(cluster, told_apart):
     done = cluster.run("main.py", "--role", "report", str(told_apart.path))
     assert re.search(
         r"^model +asked +answered +average +spread\nsmall +150 +\d+ +\d+\.\d{3} +\d+\.\d{3}$", done.stdout, re.M
@@ -323,7 +323,7 @@ def test_several_runs_are_compared(page, cluster, run, played):
     assert len(beside.stdout.splitlines()) == 4  # the same run is not compared with itself
 
 
-def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
+def test_a_run_that_cannot_be_reported_is_one_line(cluster, run, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
     (damaged / "game.json").write_text("{")
@@ -334,17 +334,17 @@ def test_what_cannot_be_reported_is_one_line(cluster, run, tmp_path):
     pq.write_table(pq.read_table(cut / "answers.parquet").slice(0, 899), cut / "answers.parquet")
     other_columns = shutil.copytree(run, tmp_path / "other columns")
     pq.write_table(pa.table({"x": [1]}), other_columns / "answers.parquet")
-    strangers = shutil.copytree(run, tmp_path / "strangers")  # far away participants once led the dealing to no end
-    answers = pq.read_table(strangers / "answers.parquet")
+    foreign = shutil.copytree(run, tmp_path / "foreign")  # far away participants once led the dealing to no end
+    answers = pq.read_table(foreign / "answers.parquet")
     far = pa.array([10**15] * len(answers), pa.int64())
-    pq.write_table(answers.set_column(1, answers.field(1), far), strangers / "answers.parquet")
+    pq.write_table(answers.set_column(1, answers.field(1), far), foreign / "answers.parquet")
     gone = shutil.copytree(run, tmp_path / "gone")
     (gone / "answers.parquet").unlink()
     for folders, expected in (
         (["nowhere"], "summary.json"),
         ([str(cut)], "say different things of round 3"),
         ([str(other_columns)], "has other columns than round, participant, value, failure"),
-        ([str(strangers)], "a participant is not from 0 to 299"),
+        ([str(foreign)], "a participant is not from 0 to 299"),
         ([str(gone)], "its answers.parquet is missing"),
         ([str(damaged)], "game.json is damaged"),
         ([str(run), str(damaged)], "game.json is damaged"),
@@ -382,7 +382,7 @@ def _without(key: str, of: dict) -> dict:
         lambda said: said | {"rounds": [said["rounds"][0] | {"winners": {"count": 1, "participants": ["X1"]}}]},
     ],
 )
-def test_a_damaged_summary_is_told_as_one(run, tmp_path, spoil):
+def test_a_damaged_summary_is_named(run, tmp_path, spoil):
     folder = shutil.copytree(run, tmp_path / "spoilt")
     said = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(spoil(said)))
@@ -390,7 +390,7 @@ def test_a_damaged_summary_is_told_as_one(run, tmp_path, spoil):
         read_run(folder)
 
 
-def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
+def test_a_run_without_finished_rounds_has_a_report(page, run, tmp_path):
     folder = tmp_path / "begun"
     shutil.copytree(run, folder)
     summary = json.loads((folder / "summary.json").read_text())
@@ -400,7 +400,7 @@ def test_a_run_of_which_no_round_is_finished_has_a_report(page, run, tmp_path):
     assert "No round was finished" in page.locator("main").inner_text()
 
 
-def test_a_round_that_was_interrupted_is_not_one_that_was_played(page, run, tmp_path):
+def test_an_interrupted_round_does_not_count_as_played(page, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "cut")
     answers = pq.read_table(folder / "answers.parquet").to_pylist()
     cut = [row | {"value": None, "failure": "interrupted"} if row["round"] == 3 else row for row in answers]
@@ -425,7 +425,7 @@ def test_a_round_that_was_interrupted_is_not_one_that_was_played(page, run, tmp_
     assert run_lines(read_run(folder))[-1].endswith("is interrupted: 2 of 3 rounds")
 
 
-def test_nobody_answers(page, cluster):
+def test_a_round_without_answers(page, cluster):
     (cluster.path / "mute.py").write_text(FAILING.replace("if self.index % 10 == 3", "if True"))
     arguments = ("--agent-class", "mute.py:Failing", "--rounds", "2", "--run-dir", "runs/mute")
     cluster.play("3", "50", *SEVEN, *arguments, status=4)
@@ -470,7 +470,7 @@ def test_numbers_in_words():
     assert selection(3, 6) == [0, 1, 2] and selection(100, 3) == [0, 50, 99] and selection(0, 3) == []
 
 
-def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):
+def test_a_number_far_out_of_range_is_stated_and_not_drawn(told_apart):
     rounds = [entry | {"winning_number": 150.0} for entry in told_apart.summary["rounds"]]
     far = replace(told_apart, summary=told_apart.summary | {"rounds": rounds})
     axes = Figure().subplots()
@@ -483,7 +483,7 @@ def test_a_number_far_beyond_the_range_is_told_and_not_drawn(told_apart):
     assert np.isnan(winning.get_ydata()).all() and axes.get_ylim()[1] < 120
 
 
-def test_of_very_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
+def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     folders = [tmp_path / f"{number:02}" for number in range(60)]
     runs = [replace(told_apart, path=folder) for folder in folders]
     content = comparison_content(tmp_path, runs)
@@ -508,7 +508,7 @@ def test_a_chart_has_the_colours_of_the_pages_and_is_the_same_every_time():
     assert "#" not in chart().replace("&#34;", "")  # no colour but by its variable
 
 
-def test_the_settings_of_other_programs_change_no_picture(cluster, run, tmp_path):
+def test_settings_of_other_programs_change_no_chart(cluster, run, tmp_path):
     drawn = (run / "rounds.png").read_bytes()
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\nbackend: qtagg\n")
     command = [cluster.path / ".venv/bin/python", cluster.path / "main.py", "--role", "report", "--run-dir", run]

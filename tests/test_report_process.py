@@ -29,7 +29,7 @@ def game_under_way(checkout, gates):
     return game, until(lambda: drawer_of(checkout), 60, "a process draws reports")
 
 
-def test_one_that_is_killed_costs_no_report(cluster, tmp_path):
+def test_a_killed_report_process_costs_no_report(cluster, tmp_path):
     gates = Gates(tmp_path)
     game, drawer = game_under_way(cluster, gates)
     drawer.kill()
@@ -62,7 +62,7 @@ def test_a_signal_to_every_process_of_a_run_costs_no_report(cluster, tmp_path, n
     assert drawer_of(cluster) is None
 
 
-def test_one_that_hangs_is_ended_and_its_work_is_done_here(tmp_path, monkeypatch):
+def test_a_hanging_report_process_is_replaced(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(ROOT / "tests/data/old_runs/random", folder)
     reports = ReportProcess()
@@ -77,7 +77,7 @@ def test_one_that_hangs_is_ended_and_its_work_is_done_here(tmp_path, monkeypatch
         reports.close()
 
 
-def test_what_it_cannot_draw_is_told_as_if_it_were_drawn_here(tmp_path):
+def test_errors_of_the_report_process_are_reported_by_main(tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(ROOT / "tests/data/old_runs/level_k", folder)
     reports = ReportProcess()

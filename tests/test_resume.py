@@ -96,7 +96,7 @@ class SlowlyMade(RandomParticipant):
 """
 
 
-def test_a_folder_whose_run_came_to_nothing_takes_another_run(checkout, gate):
+def test_the_folder_of_a_run_without_results_can_be_used_again(checkout, gate):
     """Its participants cannot be made, or its process is killed while they are."""
     (checkout.path / "slowly_made.py").write_text(SLOWLY_MADE.format(gate=str(gate)))
     (checkout.path / "more").mkdir()
@@ -119,7 +119,7 @@ def test_a_folder_whose_run_came_to_nothing_takes_another_run(checkout, gate):
     assert checkout.summary(checkout.path / "runs/once")["status"] == "complete"
 
 
-def test_a_resume_that_is_killed_while_participants_are_made_can_be_resumed(checkout, gate):
+def test_a_resume_killed_while_creating_participants_can_be_resumed(checkout, gate):
     """Its last round was cut, so it is played again: the summary says so before the answers go."""
     (checkout.path / "mine.py").write_text("SECONDS = 0.02\n")
     (checkout.path / "slowly_made.py").write_text(SLOWLY_MADE.format(gate=str(gate)))
@@ -144,7 +144,7 @@ def test_a_resume_that_is_killed_while_participants_are_made_can_be_resumed(chec
     assert checkout.answers() == before and checkout.summary()["status"] == "complete"
 
 
-def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
+def test_recreated_participants_remember(checkout, mindful, gate):
     assert checkout.run("start_all_server.sh", "3").returncode == 0
     checkout.play("3", "300", *mindful, status=4)
     undisturbed = checkout.answers()
@@ -163,7 +163,7 @@ def test_participants_who_are_made_anew_remember(checkout, mindful, gate):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindful, gate, number):
+def test_an_interrupted_run_resumes_with_the_same_results(checkout, mindful, gate, number):
     checkout.play("3", "300", *mindful, status=4)
     undisturbed, whole = checkout.answers(), checkout.summary()
     gate.unlink()
@@ -197,7 +197,7 @@ def test_a_run_that_was_cut_short_goes_on_as_if_nothing_had_been(checkout, mindf
     ]
 
 
-def test_a_run_that_is_over_can_be_played_on(checkout):
+def test_a_finished_run_can_be_extended(checkout):
     checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "4")
     four = checkout.answers()
     run = checkout.path / "runs/two"
@@ -212,7 +212,7 @@ def test_a_run_that_is_over_can_be_played_on(checkout):
     assert shorter.returncode == 2 and "has played 4 already" in one_line(shorter.stderr)
 
 
-def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
+def test_a_run_that_cannot_be_resumed_is_refused_and_unchanged(checkout):
     summary = checkout.play("2", "50", "--seed", "7", "--sleep-time", "0")
     run = checkout.path / "runs" / summary["run_id"]
     files = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -235,7 +235,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(checkout):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == files
 
 
-def test_a_checkout_that_was_moved_goes_on(checkout, tmp_path):
+def test_a_moved_checkout_resumes_its_runs(checkout, tmp_path):
     (checkout.path / "my").mkdir()
     code = "from participant import Participant\nclass Calm(Participant):\n    async def answer(self, question):\n"
     (checkout.path / "my/calm.py").write_text(code + "        return 10 * question.round\n")
@@ -249,7 +249,7 @@ def test_a_checkout_that_was_moved_goes_on(checkout, tmp_path):
     assert str(tmp_path) not in (moved.path / "runs/latest/summary.json").read_text()
 
 
-def test_servers_whose_checkout_was_moved_are_to_be_restarted(checkout, tmp_path):
+def test_servers_of_a_moved_checkout_must_be_restarted(checkout, tmp_path):
     assert checkout.run("start_all_server.sh", "2", env={"MODERATOR_NUM": "1"}).returncode == 0
     path = checkout.path
     moved = replace(checkout, path=path.rename(tmp_path / "moved"))
@@ -264,7 +264,7 @@ def test_servers_whose_checkout_was_moved_are_to_be_restarted(checkout, tmp_path
         moved.path.rename(path)
 
 
-def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
+def test_a_running_run_is_not_resumed(checkout, tmp_path):
     gates = Gates(tmp_path)
     game = play(checkout, "2", "50", *gates.flags)
     until((checkout.path / "runs/latest/summary.json").exists, 30, "it has begun")
@@ -276,7 +276,7 @@ def test_a_run_under_way_is_not_resumed(checkout, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [0, 1])
-def test_rounds_recorded_but_not_yet_told_are_played_again(checkout, finished):
+def test_rounds_recorded_but_missing_in_the_summary_are_played_again(checkout, finished):
     """As after a kill between two files: the summary says what is finished, whatever else lies there."""
     checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "3")
     three = checkout.answers()
@@ -292,7 +292,7 @@ def test_rounds_recorded_but_not_yet_told_are_played_again(checkout, finished):
     assert checkout.answers() == three and not list(run.glob("answers-*"))
 
 
-def test_a_server_that_dies_is_started_again_until_that_is_in_vain(checkout):
+def test_a_server_that_exits_is_restarted_a_limited_number_of_times(checkout):
     assert checkout.run("start_all_server.sh", "2", env={"MODERATOR_NUM": "1"}).returncode == 0
     launcher = checkout.path / "run/servers/launcher.log"
 
@@ -367,14 +367,14 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ['{"sweep_id": [], "experiment": "e", "runs": [{"folder": "run"}]}', "[" * 50_000])
-def test_a_run_beside_a_damaged_file_of_an_experiment_is_a_run_alone(tmp_path, text):
+def test_a_run_beside_a_damaged_experiment_file_is_a_single_run(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     (tmp_path / "run").mkdir()
     assert sweep_position(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("before", [None, "the one before"])
-def test_latest_is_what_it_was_where_nothing_of_an_experiment_was_played(tmp_path, monkeypatch, before):
+def test_latest_is_unchanged_if_nothing_of_an_experiment_was_played(tmp_path, monkeypatch, before):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "runs/latest")
     if before is not None:
         RunDirectory(tmp_path / "runs" / before).write_summary({"rounds": [], "status": "complete"})
@@ -400,7 +400,7 @@ TO_RESUME = {
 
 
 @pytest.mark.parametrize("name", TO_RESUME)
-def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
+def test_the_resume_command_is_printed_if_rounds_are_left(tmp_path, name):
     if (OLD_RUNS / name).exists():
         shutil.copytree(OLD_RUNS / name, tmp_path / "it's a run")
     config = SimulationConfig(seed=1)
@@ -409,7 +409,7 @@ def test_the_command_that_resumes_is_told_where_rounds_are_left(tmp_path, name):
     assert session.how_to_resume() == (TO_RESUME[name] and TO_RESUME[name].format(*command))
 
 
-def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
+def test_a_summary_stays_small_with_many_failures(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     config = SimulationConfig(rounds=100, decimals=6, seed=1)
     failures = {f"cause {place} in many words": 10**9 for place in range(20)}
@@ -429,7 +429,7 @@ def test_a_summary_stays_small_however_much_went_wrong(tmp_path, monkeypatch):
     assert json.loads(text)["rounds"][99]["failed"] == 20 * 10**9
 
 
-def test_servers_of_a_run_end_with_it_although_their_launcher_was_killed(checkout, tmp_path):
+def test_servers_of_a_run_end_with_it_even_if_their_launcher_was_killed(checkout, tmp_path):
     gates = Gates(tmp_path)
     game = play(checkout, "2", "50", *gates.flags)
     until(lambda: "round 1: asking" in log_of(checkout), 30, "round 1")
@@ -477,7 +477,7 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_path, monkeypatch):
+def test_a_half_written_summary_of_a_killed_process_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
         (draft,) = names_in(tmp_path / "run")
@@ -490,7 +490,7 @@ def test_a_summary_that_was_half_written_by_a_killed_process_is_no_fault(tmp_pat
     assert names_in(tmp_path / "run") == ["answers-00001.parquet"]
 
 
-def test_a_file_that_two_write_at_once_is_whole_and_of_the_last(tmp_path):
+def test_a_file_written_concurrently_is_complete_and_the_last_wins(tmp_path):
     """As --role report does, which locks no folder."""
     with _on_disk(tmp_path / "report.html") as file:
         file.write(b"one")
@@ -498,7 +498,7 @@ def test_a_file_that_two_write_at_once_is_whole_and_of_the_last(tmp_path):
     assert (tmp_path / "report.html").read_bytes() == b"one" and names_in(tmp_path) == ["report.html"]
 
 
-def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch):
+def test_a_folder_with_only_drafts_holds_no_results(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     with held_up(tmp_path, BEFORE_THE_FILE):
         pass
@@ -512,7 +512,7 @@ def test_a_folder_with_nothing_but_drafts_holds_no_results(tmp_path, monkeypatch
         RunDirectory(tmp_path / "run")
 
 
-def test_the_link_that_another_run_makes_at_this_moment_stays(tmp_path, monkeypatch):
+def test_a_link_made_concurrently_by_another_run_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "latest")
     (tmp_path / "latest.txt").touch()
     (tmp_path / "latest.00000000").symlink_to("a folder that is gone")
@@ -578,7 +578,7 @@ ANSWERS = "tests/data/old_runs/killed/answers-00001.parquet"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, monkeypatch, told, number):
+def test_without_file_locks_a_warning_is_logged_once(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, fcntl, "flock", number)
     places = SharedSemaphore("a", tmp_path / "in-flight")
     assert [places.acquire(2) for _ in range(3)] == [True, True, False]
@@ -597,7 +597,7 @@ def test_where_nothing_can_be_locked_it_is_told_once_and_done_without(tmp_path, 
     assert draft.exists()  # it may be another run's
 
 
-def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch, told):
+def test_another_lock_failure_is_one_line(tmp_path, monkeypatch, told):
     failing(monkeypatch, fcntl, "flock", errno.EIO)
     with pytest.raises(SettingsError, match=r"cannot write results to .*: it cannot be locked .Input/output error"):
         RunDirectory(tmp_path / "run")
@@ -620,7 +620,7 @@ def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EROFS])
-def test_a_limit_that_cannot_be_shared_is_kept_by_each(tmp_path, monkeypatch, told, number):
+def test_without_file_locks_each_server_keeps_the_limit(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, os, "pwrite", number)
     for _ in range(2):
         places = SharedSemaphore("a", tmp_path)
@@ -630,7 +630,7 @@ def test_a_limit_that_cannot_be_shared_is_kept_by_each(tmp_path, monkeypatch, to
 
 # What vfat, some network file systems and shared folders of VirtualBox answer
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EPROTO])
-def test_a_file_system_without_links_or_flushed_folders_takes_results(tmp_path, monkeypatch, told, number):
+def test_results_are_written_without_links_or_folder_flushes(tmp_path, monkeypatch, told, number):
     failing(monkeypatch, os, "symlink", number)
     failing(monkeypatch, os, "fsync", errno.EINVAL)
     directory = RunDirectory(tmp_path / "run")
@@ -641,7 +641,7 @@ def test_a_file_system_without_links_or_flushed_folders_takes_results(tmp_path, 
     assert names_in(tmp_path / "run") == ["summary.json"] and names_in(tmp_path / "runs") == []
 
 
-def test_the_last_run_is_found_where_the_checkout_or_the_results_stay(tmp_path, monkeypatch):
+def test_latest_survives_moves_of_the_checkout_or_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.results.run_directory.LATEST", tmp_path / "a/runs/latest")
     for folder, target in ((tmp_path / "a/runs/x", "x"), (tmp_path / "a/y", "../y"), (tmp_path / "z", f"{tmp_path}/z")):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_a_seed_repeats_the_game_on_any_layout(cluster, checkout, drawn):
     check_whole(checkout, other, drawn[:1])
 
 
-def test_a_server_that_is_killed_in_mid_round_costs_no_answer(cluster, drawn, tmp_path):
+def test_a_server_killed_during_a_round_costs_no_answer(cluster, drawn, tmp_path):
     log = tmp_path / "stderr"
     with log.open("w") as stderr:
         game = cluster.start("run_simulation.sh", "3", str(PARTICIPANTS), *PLAY, "--rounds", "2", stderr=stderr)

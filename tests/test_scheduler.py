@@ -265,16 +265,16 @@ COME_TO = {
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from(WORKS), max_size=60), st.sampled_from([None, 2, 7]))
-def test_everyone_fares_as_a_task_of_its_own(works, most):
+def test_every_participant_behaves_like_a_separate_task(works, most):
     assert play(works, most) == [COME_TO.get(work, place) for place, work in enumerate(works)]
 
 
 @pytest.mark.parametrize("work", WORKS)
-def test_many_of_a_kind(work):
+def test_many_equal_participants(work):
     assert play([work] * 300) == [COME_TO.get(work, place) for place in range(300)]
 
 
-def test_pauses_are_as_long_as_asked_and_go_on_together():
+def test_think_times_are_exact_and_concurrent():
     began = time.monotonic()
 
     async def late(place):
@@ -286,7 +286,7 @@ def test_pauses_are_as_long_as_asked_and_go_on_together():
     assert min(over) >= 0 and time.monotonic() - began < 100  # one after the other they would take 400 s
 
 
-def test_no_more_are_under_way_than_may_be():
+def test_concurrency_is_limited():
     under_way = most = 0
 
     async def value_counts(place):
@@ -301,7 +301,7 @@ def test_no_more_are_under_way_than_may_be():
     assert most == 40
 
 
-def test_the_event_loop_is_not_held_up():
+def test_the_event_loop_is_not_blocked():
     """Between two batches others have their turn."""
     turns = 0
 
@@ -342,18 +342,18 @@ async def answers_all_the_same(place):
 
 @pytest.mark.parametrize("halt_after", [0.0, 0.001, 0.01, 0.1])
 @pytest.mark.parametrize("most", [None, 100])
-def test_halting_ends_everyone_once(halt_after, most):
+def test_halting_ends_every_participant_once(halt_after, most):
     outcomes = play([forever] * 3000, most, halt_after)
     assert outcomes == ["CancelledError"] * 3000
 
 
-def test_who_is_cancelled_may_still_answer():
+def test_a_cancelled_participant_may_still_answer():
     ASKED.clear()
     assert play([answers_all_the_same] * 100, halt_when=lambda: len(ASKED) == 100) == list(range(100))
 
 
 @pytest.mark.parametrize("work", [at_once, pauses, sleeps])
-def test_a_defect_of_whoever_records_comes_out(work):
+def test_an_error_in_the_recorder_is_raised(work):
     async def run():
         def answered(places, values):
             raise ZeroDivisionError
@@ -365,7 +365,7 @@ def test_a_defect_of_whoever_records_comes_out(work):
         asyncio.run(run())
 
 
-def test_a_pause_is_awaited_anywhere():
+def test_think_works_in_any_task():
     began = time.monotonic()
     asyncio.run(pauses(1))
     assert time.monotonic() - began >= 0.02

@@ -59,7 +59,7 @@ def test_help_is_the_comment_at_the_top(shell, script):
     assert not (shell.path / ".venv").exists()
 
 
-def test_what_is_resumed_may_follow_an_equals_sign(shell):
+def test_resume_accepts_an_equals_sign(shell):
     assert (
         shell("run_simulation.sh", "--resume=runs/latest").stdout
         == shell("run_simulation.sh", "--resume", "runs/latest").stdout
@@ -148,7 +148,7 @@ def test_bad_usage_is_one_line_before_anything_is_installed(shell, arguments):
         ("on_all_hosts.sh dance", "known are push-key, --help, run_simulation.sh, start_all_server.sh, "),
     ],
 )
-def test_what_may_have_been_meant_is_told_before_anything_is_installed(shell, arguments, meant):
+def test_suggestions_are_printed_before_anything_is_installed(shell, arguments, meant):
     done = shell(*arguments.split(), echo=False)
     assert done.returncode == 2 and meant in one_line(done.stderr)
     assert not (shell.path / ".venv").exists() and not (shell.path / "run").exists()
@@ -175,7 +175,7 @@ def test_usage_comes_with_an_example(shell, arguments, said):
 
 
 @pytest.mark.parametrize("command", [("simulation.sbatch", "10", "1000"), ("simulation.sbatch",), ("node.sh", "10")])
-def test_what_slurm_starts_is_refused_without_it(shell, command):
+def test_slurm_scripts_are_refused_without_slurm(shell, command):
     done = shell(f"examples/slurm/{command[0]}", *command[1:], echo=False)
     assert done.returncode == 2 and "error: submit it with sbatch " in one_line(done.stderr)
 
@@ -236,7 +236,7 @@ def test_precedence_is_file_environment_flag(shell):
     assert done.returncode == 2 and "line 3: BASE_PORT is set above" in one_line(done.stderr)
 
 
-def test_paths_in_the_file_are_of_the_checkout(shell):
+def test_paths_in_the_file_are_relative_to_the_checkout(shell):
     (shell.path / "models/x").mkdir(parents=True)
     settings = "CLUSTER_KEY_DIR=keys\nEXTRA_PYTHONPATH=one:/two:~/three:four\nMODEL_PATH=models/x\n"
     (shell.path / "configs/cluster.env").write_text(settings)
@@ -261,7 +261,7 @@ def test_paths_in_the_file_are_of_the_checkout(shell):
         *(("BASE_PORT 14000", "known are BASE_PORT, HOSTS"), ("export BASE_PORT=1", "known are BASE_PORT, HOSTS")),
     ],
 )
-def test_a_mistake_in_the_file_is_named_and_not_run(shell, line, meant):
+def test_an_error_in_the_file_is_named_and_not_executed(shell, line, meant):
     (shell.path / "configs/cluster.env").write_text(f"# ours\n{line}\n")
     done = shell("run_simulation.sh", "1", "2")
     assert done.returncode == 2 and "configs/cluster.env, line 2" in one_line(done.stderr)
@@ -280,12 +280,12 @@ def test_the_settings_may_come_from_any_editor(shell, text):
 
 
 @pytest.mark.parametrize("text", ["'a b'", '"a b"', "a b"])
-def test_a_value_may_stand_in_quotes_of_either_kind(shell, text):
+def test_a_value_may_have_quotes_of_either_kind(shell, text):
     (shell.path / "configs/cluster.env").write_text(f"EXTRA_PYTHONPATH={text}\nHOSTS=''\n")
     assert shell("run_simulation.sh", "1", "2").stdout.endswith(f"[--extra-pythonpath][{shell.path}/a b]")
 
 
-def test_settings_that_cannot_be_read_are_no_defaults(shell):
+def test_an_unreadable_settings_file_is_an_error(shell):
     (shell.path / "configs/cluster.env").unlink()
     (shell.path / "configs/cluster.env").mkdir()
     done = shell("run_simulation.sh", "1", "2")
@@ -293,7 +293,7 @@ def test_settings_that_cannot_be_read_are_no_defaults(shell):
 
 
 @pytest.mark.parametrize("start", ["~", "$HOME", "${HOME}"])
-def test_a_home_folder_is_meant_wherever_a_script_takes_a_path(shell, tmp_path, start):
+def test_a_home_folder_is_expanded_in_every_path_of_a_script(shell, tmp_path, start):
     """Paths that main.py takes are expanded there."""
     python = fake_python(tmp_path / "home", "python", "3.10", True)
     done = shell("run_simulation.sh", "1", "2", PYTHON="~/python", HOME=str(tmp_path / "home"))
@@ -337,7 +337,7 @@ def fake_python(folder: Path, name: str, version: str, modules: bool) -> str:
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.13"])
-def test_a_python_that_does_not_fit_is_named(shell, tmp_path, version):
+def test_an_unsupported_python_is_named(shell, tmp_path, version):
     python = fake_python(tmp_path / "bin", "somepython", version, modules=True)
     done = shell("run_simulation.sh", "1", "2", echo=False, PYTHON=python)
     assert done.returncode == 2 and f"is Python {version}: install Python 3.11 or 3.12" in one_line(done.stderr)
@@ -355,14 +355,14 @@ def test_a_missing_venv_module_is_named(shell, tmp_path):
     assert done.returncode == 2 and "has no venv module: install it" in one_line(done.stderr)
 
 
-def test_a_link_to_a_script_is_as_good(shell, tmp_path):
+def test_a_link_to_a_script_works(shell, tmp_path):
     (tmp_path / "play").symlink_to(shell.path / "run_simulation.sh")
     shell("run_simulation.sh", "1", "2")  # for the environment
     done = subprocess.run([tmp_path / "play", "1", "2"], capture_output=True, text=True, check=True)
     assert done.stdout == "[--server-per-host][1][--participant-num][2]"
 
 
-def test_an_environment_that_is_up_to_date_costs_no_start_of_python(shell):
+def test_checking_a_complete_environment_does_not_start_python(shell):
     calls, settings = shell.path / ".venv/bin/python.calls", shell.path / ".venv/pyvenv.cfg"
     assert shell("run_simulation.sh", "1", "2").returncode == 0
     assert calls.read_text() == f"{shell.path}/main.py\n"
@@ -372,7 +372,7 @@ def test_an_environment_that_is_up_to_date_costs_no_start_of_python(shell):
     assert calls.read_text() == f"-c\n{shell.path}/main.py\n"
 
 
-def test_another_python_by_name_makes_another_environment(shell, tmp_path):
+def test_another_python_rebuilds_the_environment(shell, tmp_path):
     shell("run_simulation.sh", "1", "2")
     python = fake_python(tmp_path / "bin", "python3.12", "3.12", modules=True)
     done = shell("run_simulation.sh", "1", "2", PYTHON=python)
@@ -381,7 +381,7 @@ def test_another_python_by_name_makes_another_environment(shell, tmp_path):
     assert shell("run_simulation.sh", "1", "2", PYTHON=python).stderr == ""
 
 
-def test_the_file_of_settings_may_name_the_python(shell, tmp_path):
+def test_the_settings_file_may_name_the_python(shell, tmp_path):
     python = fake_python(tmp_path / "bin", "python", "3.10", True)
     (shell.path / "configs/cluster.env").write_text(f"PYTHON={python}\n")
     fresh = shell("run_simulation.sh", "--help-all", echo=False)  # which makes an environment if there is none
@@ -535,14 +535,14 @@ def test_a_damaged_environment_is_repaired(shell, install):
     assert done.returncode == 0 and calls
 
 
-def test_a_missing_module_is_named_with_what_repairs_it():
+def test_a_missing_module_is_named_with_its_repair():
     without_libraries = [sys.executable, "-S"]
     command = [*without_libraries, ROOT / "main.py", "--role", "participant", "--status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "has no module " in one_line(done.stderr) and "--install-only" in done.stderr
 
 
-def test_no_variable_of_the_caller_moves_packages_or_stands_in_for_them(shell, install, tmp_path):
+def test_no_variable_of_the_caller_moves_or_replaces_packages(shell, install, tmp_path):
     elsewhere = {"PYTHONPATH": f"{tmp_path}/packages", "PYTHONHOME": "/nowhere", "PYTHONSAFEPATH": "1"}
     elsewhere |= {"PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error"}
     moving = {"PIP_TARGET": "/t", "PIP_USER": "1", "PIP_NO_DEPS": "1", "PIP_DRY_RUN": "1", "PIP_REQUIREMENT": "/r"}

@@ -1,4 +1,4 @@
-"""No stranger in: servers and clients that do not hold the cluster key, and keys that others can read."""
+"""Servers and clients without the cluster key are refused, and so are keys that others can read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 from conftest import until
-from strangers import attack
+from untrusted import attack
 from waiting import Gates
 
 from simulation.errors import ClusterError, SettingsError
@@ -18,8 +18,8 @@ from simulation.rpc.cluster_key import load, load_or_make
 from simulation.rpc.endpoints import Endpoint
 
 
-def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
-    written = tmp_path / "written by a stranger"
+def test_untrusted_clients_are_refused_for_any_request(cluster, tmp_path):
+    written = tmp_path / "written by an untrusted client"
     gates = Gates(tmp_path)
     process = cluster.start("run_simulation.sh", "3", "100", "--seed", "7", *gates.flags)
     try:
@@ -36,12 +36,12 @@ def test_strangers_are_refused_whatever_they_send(cluster, tmp_path):
     assert cluster.summary()["rounds"][0]["answered"] == 100
 
 
-def test_a_holder_of_the_key_is_let_in(cluster):
+def test_a_client_with_the_key_is_accepted(cluster):
     install_tls(load(cluster.path / ".cluster"))
     assert handshake(Endpoint("localhost", cluster.base_port), 60).pid == cluster.pid(0)
 
 
-def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
+def test_a_client_with_another_key_gets_an_error_that_says_so(cluster, tmp_path):
     install_tls(load_or_make(tmp_path / "other"))
     with pytest.raises(ClusterError, match="does not hold this cluster's key"):
         handshake(Endpoint("localhost", cluster.base_port), 60)
@@ -50,7 +50,7 @@ def test_a_client_with_another_key_is_told_so(cluster, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["localhost", "build-localhost", "mylocalhost", "localhost.example.org", "n1"])
-def test_only_localhost_itself_stands_for_the_loopback_address(tmp_path, monkeypatch, name):
+def test_only_localhost_means_the_loopback_address(tmp_path, monkeypatch, name):
     install_tls(load_or_make(tmp_path / "key"))
     monkeypatch.setattr("simulation.rpc.channels.grpc.secure_channel", lambda target, *_, **__: target)
     assert channel_to(f"{name}:12330") == f"{'127.0.0.1' if name == 'localhost' else name}:12330"
@@ -67,7 +67,7 @@ def test_servers_listen_on_loopback_only(cluster):
     assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
-def test_the_key_is_private_and_stays(tmp_path):
+def test_the_key_is_private_and_kept(tmp_path):
     folder = tmp_path / "deep" / "key"
     made = load_or_make(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -77,7 +77,7 @@ def test_the_key_is_private_and_stays(tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_key_is_made_where_a_link_leads(tmp_path, there):
+def test_a_key_is_made_at_the_target_of_a_link(tmp_path, there):
     target, link = tmp_path / "secrets/of mine", tmp_path / "key"
     if there:
         target.mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_a_key_is_made_where_a_link_leads(tmp_path, there):
     assert load_or_make(link) == load(target) and link.is_symlink()
 
 
-def test_many_first_starts_agree_on_one_key(tmp_path):
+def test_concurrent_first_starts_agree_on_one_key(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda _: load_or_make(tmp_path / "key"), range(8)))
     assert len({key.certificate for key in keys}) == 1
@@ -116,14 +116,14 @@ def test_a_damaged_key_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("ahead", "said"), [(timedelta(days=2), "is valid from"), (timedelta(days=-3651), "expired")])
-def test_a_key_is_refused_outside_its_time(tmp_path, monkeypatch, ahead, said):
+def test_a_key_outside_its_validity_is_refused(tmp_path, monkeypatch, ahead, said):
     monkeypatch.setattr("simulation.rpc.cluster_key.CLOCK_SKEW", -ahead)
     monkeypatch.setattr("simulation.rpc.cluster_key.VALID_FOR", ahead + timedelta(days=3650))
     with pytest.raises(SettingsError, match=said):
         load_or_make(tmp_path / "key")
 
 
-def test_a_port_that_speaks_something_else_is_a_stranger(checkout):
+def test_a_port_with_another_protocol_is_untrusted(checkout):
     with socket.create_server(("127.0.0.1", checkout.base_port)) as server:
         server.settimeout(20)
         process = checkout.start("run_simulation.sh", "2", "10")

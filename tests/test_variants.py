@@ -55,7 +55,7 @@ def test_a_ratio_is_a_fraction_or_a_decimal(text, same):
         ("offset", "five"),
     ],
 )
-def test_a_ratio_or_an_offset_that_makes_no_game_is_refused(setting, value):
+def test_an_invalid_ratio_or_offset_is_refused(setting, value):
     with pytest.raises(SettingsError, match=f"--{setting} {value[:20]}.*: must be"):
         SimulationConfig(**{setting: value})
 
@@ -80,7 +80,7 @@ def test_the_target_in_words(ratio, offset, words):
     st.fractions(0, 200, max_denominator=10),
     st.integers(1, 1000),
 )
-def test_nobody_moves_away_from_an_equilibrium(ratio, offset, max_value):
+def test_no_player_gains_by_leaving_an_equilibrium(ratio, offset, max_value):
     for number in equilibria(ratio, offset, max_value):
         best = min(max(offset + ratio * Fraction(number), 0), max_value)
         assert float(best) == pytest.approx(number, abs=1e-9)
@@ -97,7 +97,7 @@ def result_of(game, *units):
     return RoundResult(1, tally, average, winning, closest, Winners(len(winners), tuple(winners[:10])), 0.5)
 
 
-def test_whoever_is_closest_to_offset_and_ratio_wins_not_to_the_average():
+def test_the_closest_to_offset_and_ratio_win():
     game = replace(GAME, decimals=1)
     result = result_of(game, 0, 250, 300, 1000)  # 0, 25, 30 and 100: 38.75 on average
     assert result.winning_number == Fraction(5 * 10) + Fraction(2, 3) * Fraction(1550, 4)
@@ -109,12 +109,12 @@ def test_whoever_is_closest_to_offset_and_ratio_wins_not_to_the_average():
     ]
 
 
-def test_a_winning_number_beyond_the_range_has_its_winners_too():
+def test_a_winning_number_out_of_range_has_winners():
     result = result_of(replace(GAME, ratio=Fraction(4)), 10, 90, 100)
     assert result.winning_number > 100 and result.closest == (100,)
 
 
-def test_what_was_announced_is_told_to_whoever_has_a_prompt():
+def test_prompts_contain_the_announcements():
     announcement = announcement_of(result_of(GAME, 0, 25, 30, 100), 1)
     question = question_for(GAME, 2, (announcement, Announcement(2, None, None, ())))
     prompt = prompt_for(rules(GAME), question, (30.0,), instruction(GAME))
@@ -128,7 +128,7 @@ def test_what_was_announced_is_told_to_whoever_has_a_prompt():
     assert "whoever is closest to 5 plus 2/3 of the average wins" in prompt.system
 
 
-def test_the_averages_of_teams_are_told_and_whose_is_closest():
+def test_prompts_contain_the_averages_of_teams():
     told = Announcement(1, 30.0, 20.0, (20,), 4, (("red", 18.5), ("blue", 21.5), ("green", None)), ("red", "blue"))
     heard = prompt_for("", question_for(GAME, 2, (told,)), ()).user.splitlines()[0]
     assert heard == (
@@ -139,13 +139,13 @@ def test_the_averages_of_teams_are_told_and_whose_is_closest():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 1000), st.integers(1, 99))
-def test_teams_on_either_side_of_the_winning_number_tie_whatever_floats_say(off, parts, winning):
+def test_teams_at_equal_distance_tie_exactly(off, parts, winning):
     teams = (("low", winning - Fraction(off, parts)), ("high", winning + Fraction(off, parts)), ("none", None))
     result = RoundResult(1, Tally(0), Fraction(winning), Fraction(winning), (), Winners(0, ()), 0.0, teams=teams)
     assert announcement_of(result, 7).closest_teams == ("low", "high")
 
 
-def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
+def test_a_persona_fills_its_placeholder_or_comes_first():
     nurse = [
         Persona("nurse", Fraction(1), "You are a nurse {with braces}."),
         Persona("old", Fraction(1), "You are old."),
@@ -155,14 +155,14 @@ def test_a_persona_has_its_place_in_a_prompt_or_comes_first():
     assert rules(placed, nurse) == "Rules. You are a nurse {with braces}. You are old. Play on."
 
 
-def test_a_team_has_its_place_in_a_prompt_or_comes_last():
+def test_a_team_fills_its_placeholder_or_comes_last():
     assert rules(GAME, team="red").endswith("\nYour team is red.") and "team" not in rules(GAME)
     placed = replace(GAME, wording=replace(WORDING, system="Play for {team}."))
     assert rules(placed, team="red {1}") == "Play for red {1}."
 
 
 @pytest.mark.parametrize(("number", "decimals", "said"), [(123456789.123456, 6, "123456789.123456"), (700.0, 0, "700")])
-def test_numbers_are_told_to_the_last_digit(number, decimals, said):
+def test_numbers_in_prompts_have_all_digits(number, decimals, said):
     question = replace(QUESTION, announcements=(Announcement(1, number, number, ()),), decimals=decimals)
     lines = prompt_for("", question, (number, None)).user.splitlines()
     assert lines[0] == f"Round 1: the average was {said}." and lines[1] == f"Your numbers so far: {said}, none."
@@ -229,7 +229,7 @@ def said_to(fake):
     return [tuple(message["content"] for message in body["messages"]) for body in fake.bodies]
 
 
-def test_the_prompt_of_the_settings_is_said_and_kept_in_the_run(cluster, fake):
+def test_the_selected_prompt_is_used_and_stored(cluster, fake):
     summary = cluster.play("3", "30", "--agent-type", "llm", "--prompt", "rational", "--ratio", "2/3", "--rounds", "2")
     assert summary["config"]["prompt"] == "rational"
     assert all("2/3 of the average" in system for system, *_ in said_to(fake))
@@ -243,7 +243,7 @@ def test_the_prompt_of_the_settings_is_said_and_kept_in_the_run(cluster, fake):
     assert len(systems) == 2
 
 
-def test_step_by_step_reads_the_last_line_or_asks_for_the_number(cluster, fake):
+def test_step_by_step_parses_the_last_line_or_asks_for_the_number(cluster, fake):
     fake.thoughts = ["First I think of 50.\nThen of 2/3 of it.\n33\n", "I cannot say 20 or 30", "so it is 4"]
     fake.cut_off = {"so it is 4"}
     summary = cluster.play("3", "60", "--agent-type", "llm", "--prompt", "step_by_step", "--keep-agents")
@@ -284,7 +284,7 @@ def test_a_winner_is_asked_with_what_it_remembers(cluster, fake):
     assert both.returncode == 2 and "--winner" in one_line(both.stderr)
 
 
-def test_models_of_a_mixture_are_asked_by_their_shares(checkout):
+def test_models_of_a_mixture_get_their_shares(checkout):
     port = free_ports(3)
     fakes = [FakeModel(port=port + place) for place in range(2)]
     entries = [
@@ -323,7 +323,7 @@ def test_models_of_a_mixture_are_asked_by_their_shares(checkout):
             fake.close()
 
 
-def test_models_that_take_turns_stay_the_same_in_a_run(checkout):
+def test_round_robin_models_stay_the_same_in_a_run(checkout):
     port = free_ports(3)
     fakes = [FakeModel(port=port + place) for place in range(2)]
     for fake, model in zip(fakes, ("llama", "qwen"), strict=True):
@@ -374,7 +374,7 @@ def test_the_estimate_knows_every_model_of_a_mixture(tmp_path):
         assert entry.answer_tokens == pytest.approx(750 * 8 + 250 * 4096, rel=0.05)
 
 
-def test_the_estimate_of_a_round_is_no_shorter_than_what_is_said(tmp_path):
+def test_the_estimate_of_tokens_is_an_upper_bound(tmp_path):
     config = config_of_a_mixture(
         tmp_path, "short=1/2,long=1/2", teams="model", ratio="2/3", decimals=2, rounds=4, prompt="team"
     )

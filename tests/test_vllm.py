@@ -138,7 +138,7 @@ def test_two_thousand_participants_play_two_rounds(vllm):
 
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
-def test_the_other_way_of_structured_output(vllm):
+def test_the_openai_field_of_structured_output_works(vllm):
     summary = vllm.play(
         *("2", "100", "--agent-type", "llm", "--structured-output", "response_format", "--decimals", "1"),
         *("--max-attempts", "100"),  # a random text may be a number with more digits than there are tokens for
@@ -214,7 +214,7 @@ def test_thinking_aloud_ends_in_a_number(vllm, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
-def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
+def test_a_model_server_restarted_during_a_round_loses_no_participant(vllm, tiny_model):
     flags = ("--agent-type", "llm", "--samples-per-request", "4")
     begun = requests_of(vllm)
     run = vllm.start("run_simulation.sh", "2", "4000", *flags)
@@ -236,7 +236,7 @@ def test_killed_in_mid_round_and_started_again_nobody_is_lost(vllm, tiny_model):
 
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
-def test_stopped_for_good_ends_the_game(vllm):
+def test_a_stopped_model_server_ends_the_game(vllm):
     longer = str(TERM_TIMEOUT_S + 5)  # than vLLM may take to stop: meanwhile it still accepts requests
     flags = ("--agent-type", "llm", "--samples-per-request", "4", "--reply-timeout", longer, "--rounds", "3")
     begun = requests_of(vllm)
@@ -258,7 +258,7 @@ def test_stopped_for_good_ends_the_game(vllm):
 
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
-def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
+def test_a_model_that_does_not_load_is_reported_with_the_end_of_the_log(checkout, tiny_model, tmp_path):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     done = start_vllm(checkout, broken)
@@ -282,7 +282,7 @@ def test_a_model_that_does_not_load_is_told_with_the_end_of_the_log(checkout, ti
         ({"MODEL_PATH": "model", "VLLM_BASE_PORT": "taken"}, 3, "is taken by another program"),
     ],
 )
-def test_what_cannot_start_is_one_line(checkout, env, status, words):
+def test_a_failed_start_is_one_line(checkout, env, status, words):
     (checkout.path / "model").mkdir()
     (checkout.path / "model/config.json").write_text("{}")
     lend_vllm(checkout, without_gpus=True)
@@ -326,7 +326,7 @@ def test_other_flags_of_vllm_pass():
     )
 
 
-def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
+def test_start_reports_what_it_waits_for(tmp_path, monkeypatch):
     port, told = free_ports(1), []
     healthy = iter([False, False, True])
     monkeypatch.setattr(SERVERS, "folder", tmp_path)
@@ -356,9 +356,7 @@ def test_what_start_waits_for_is_told(tmp_path, monkeypatch):
     ],
     ids=["a signal", "a signal after the first", "a full disk", "a second signal"],
 )
-def test_no_server_is_left_by_what_happens_while_they_start(
-    command, tmp_path, monkeypatch, wrapped, server, happens, status
-):
+def test_a_failed_start_leaves_no_server(command, tmp_path, monkeypatch, wrapped, server, happens, status):
     calls = itertools.count(1)
     really = {"hosts.pid_files.ProcessId.write": pid_files.ProcessId.write, "hosts.pid_files.end": pid_files.end}[
         wrapped
@@ -518,7 +516,7 @@ def seen(checkout: Checkout) -> dict[int, str]:
         ({"CUDA_VISIBLE_DEVICES": "2,-1,3"}, ["2"]),
     ],
 )
-def test_each_server_has_gpus_of_its_own(gpus, env, devices):
+def test_each_server_has_separate_gpus(gpus, env, devices):
     done = gpus.run("start_vllm.sh", "--", "--max-num-seqs", "8", env=env)
     assert done.returncode == 0, done.stderr
     calls = [words.split() for _, words in sorted(seen(gpus).items())]
@@ -535,7 +533,7 @@ def test_each_server_has_gpus_of_its_own(gpus, env, devices):
     assert f"model_{len(devices)} is" in planned.stdout and f"model_{len(devices) + 1} is" not in planned.stdout
 
 
-def test_another_model_is_served_beside_the_first_on_a_port_of_its_own(gpus):
+def test_another_model_is_served_on_another_port(gpus):
     (gpus.path / "configs/model_configs.json").write_text(json.dumps(two_models(gpus)))
     port = gpus.model_port + 1
     first = gpus.run("start_vllm.sh", env={"GPU_NUM": "1"})
@@ -552,7 +550,7 @@ def test_another_model_is_served_beside_the_first_on_a_port_of_its_own(gpus):
     assert gpus.run("stop_vllm.sh").stdout == "stopped 2 vLLM servers\n"
 
 
-def test_one_that_dies_takes_the_others_with_it(gpus):
+def test_a_server_that_exits_during_the_start_stops_the_others(gpus):
     done = gpus.run("start_vllm.sh", env={"DIES": str(gpus.model_port + 2)})
     assert done.returncode == 3
     assert f"port {gpus.model_port + 2} did not start: ValueError: no kernel image" in done.stderr

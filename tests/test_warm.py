@@ -41,12 +41,12 @@ def ended(popen, folder, code, unbuffered="", **options):
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_command_ends_as_ever(tmp_path, end):
+def test_a_warm_command_ends_like_a_cold_one(tmp_path, end):
     assert ended(WarmPopen, tmp_path, ENDS[end]) == ended(subprocess.Popen, tmp_path, ENDS[end])
 
 
 @pytest.mark.parametrize(("unbuffered", "status"), [("", 120), ("1", 1)])
-def test_a_full_disk_is_a_failure_as_ever(tmp_path, unbuffered, status):
+def test_a_full_disk_fails_a_warm_command(tmp_path, unbuffered, status):
     with Path("/dev/full").open("w") as full:
         options = {"stdout": full, "unbuffered": unbuffered}
         ends = [ended(each, tmp_path, "print('x')", **options) for each in (WarmPopen, subprocess.Popen)]
@@ -54,7 +54,7 @@ def test_a_full_disk_is_a_failure_as_ever(tmp_path, unbuffered, status):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_reaches_it(tmp_path, number):
+def test_a_signal_reaches_a_warm_command(tmp_path, number):
     (tmp_path / "main.py").write_text(HEAD + "pathlib.Path('ready').touch(); time.sleep(600)")
     command = [sys.executable, str(tmp_path / "main.py")]
     with WarmPopen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True) as process:
@@ -64,7 +64,7 @@ def test_a_signal_reaches_it(tmp_path, number):
         assert process.wait(timeout=120) == -number
 
 
-def test_it_ends_with_the_process_that_started_it_however_that_ends(tmp_path):
+def test_a_warm_process_ends_with_its_parent(tmp_path):
     code = "import sys, time, pathlib, warm\nwith warm.WarmPython(pathlib.Path(sys.argv[1])) as made:\n"
     code += "    print(made._process.pid, flush=True)\n    time.sleep(600)\n"
     command = [sys.executable, "-c", code, str(tmp_path)]

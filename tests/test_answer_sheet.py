@@ -60,7 +60,7 @@ def test_figures_are_those_of_the_list(entries):
 
 
 @given(answers, st.fractions(-10, 70))
-def test_the_closest_are_closest(entries, target):
+def test_the_closest_answers_are_exact(entries, target):
     sheet = sheet_of(entries, first=1000)
     distances = {1000 + place: abs(e - target) for place, e in enumerate(entries) if isinstance(e, int)}
     best = [index for index, distance in distances.items() if distance == min(distances.values())]
@@ -69,7 +69,7 @@ def test_the_closest_are_closest(entries, target):
 
 
 @given(answers, st.integers(1, 7))
-def test_parts_are_the_whole(entries, distinct):
+def test_parts_add_up_to_the_tally(entries, distinct):
     tally = sheet_of(entries).tally()
     assert merge(tally.parts(distinct)) == tally
     assert all(len(part.units) <= distinct for part in tally.parts(distinct))
@@ -80,14 +80,14 @@ def test_an_undecided_participant_is_not_counted():
         AnswerSheet(0, 2).tally()
 
 
-def test_causes_are_bounded_and_nobody_is_lost():
+def test_causes_are_bounded_and_no_failure_is_lost():
     sheet = sheet_of([f"cause {place}" for place in range(3 * CAUSES_COUNTED)])
     assert len(sheet.tally().failures) == CAUSES_COUNTED + 1
     assert sheet.tally().failed == 3 * CAUSES_COUNTED
 
 
 @pytest.mark.parametrize("ended", Ended)
-def test_how_a_round_ended_goes_with_any_number_of_causes(ended):
+def test_how_a_round_ended_survives_any_number_of_causes(ended):
     often = [f"cause {place}" for place in range(CAUSES_COUNTED + 50)] * 2
     sheet = AnswerSheet(0, len(often) + 1)
     for place, cause in enumerate(often):
@@ -99,7 +99,7 @@ def test_how_a_round_ended_goes_with_any_number_of_causes(ended):
     assert read.failed == len(often) + 1 and read.ended is Ended.COMPLETE
 
 
-def test_a_round_that_everyone_has_finished_cannot_be_interrupted():
+def test_a_finished_round_cannot_be_interrupted():
     assert sheet_of([3, "interrupted"]).with_missing_failed().tally().ended is Ended.COMPLETE
     assert AnswerSheet(0, 1).with_missing_failed().tally().ended is Ended.INTERRUPTED
 
@@ -131,14 +131,14 @@ class Rude(UnusableAnswer):
         (KnownCause("interrupted", 5, ended=Ended.INTERRUPTED), "interrupted", None),  # type: ignore[arg-type]
     ],
 )
-def test_nobody_takes_words_of_a_participant_for_those_of_the_program(error, cause, text):
+def test_causes_of_participants_differ_from_those_of_the_program(error, cause, text):
     known = type(error) is KnownCause
     assert failure_of(error) == (cause, text, Ended.INTERRUPTED if known else Ended.COMPLETE)
     assert type(failure_of(error).text) in (str, type(None))
 
 
 @given(answers, st.integers(0, 80), st.integers(0, 80))
-def test_answers_are_cut_where_asked(entries, first, count):
+def test_answers_are_sliced_exactly(entries, first, count):
     part = sheet_of(entries, first=10).answers(first, count)
     expected = {10 + place: entry for place, entry in enumerate(entries) if first <= 10 + place < first + count}
     assert said_in(part) == expected
@@ -146,7 +146,7 @@ def test_answers_are_cut_where_asked(entries, first, count):
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60))
-def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
+def test_missing_answers_count_as_failed(entries):
     sheet = AnswerSheet(0, len(entries))
     for place, entry in enumerate(entries):
         if isinstance(entry, str):
@@ -162,7 +162,7 @@ def test_a_closed_sheet_counts_the_undecided_as_failed(entries):
     assert [int(units) == UNDECIDED for units in sheet.answers(0, len(entries)).units] == [e is None for e in entries]
 
 
-def test_no_answer_is_taken_for_a_failure():
+def test_no_answer_is_mistaken_for_a_failure():
     with pytest.raises(ValueError, match="-3 units"):
         AnswerSheet(0, 1).record(0, -3)
 
@@ -192,7 +192,7 @@ in_range = st.one_of(st.integers(0, 100), st.floats(0, 100), st.integers(0, 200)
 )
 @example([0.5, 1.5, 2.5, 100.0, 0], 0, True)
 @example([10**400, 1], 2, False)
-def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbours):
+def test_recording_many_equals_recording_one_by_one(said, decimals, neighbours):
     game = Game(7, 100, decimals, 0.0)
     places: Any = range(2, 2 + len(said)) if neighbours else [2 * (len(said) - at) for at in range(len(said))]
     one, together = (AnswerSheet(5, 2 * len(said) + 2) for _ in range(2))
@@ -208,12 +208,12 @@ def test_answers_put_together_are_as_if_put_one_by_one(said, decimals, neighbour
     assert said_in(everyone[0]) == said_in(everyone[1])
 
 
-def test_answers_and_places_go_together():
+def test_answers_match_their_indices():
     with pytest.raises(ValueError, match="1 answers for 2 offsets"):
         AnswerSheet(0, 2).record_many([0, 1], [5], Game(7, 100, 0, 0.0))
 
 
-def test_causes_as_different_as_the_participants_are_kept():
+def test_a_different_cause_per_participant_is_kept():
     sheet = AnswerSheet(0, 100_000)
     for place in range(100_000):
         sheet.fail(place, f"cause {place}", f"text {place}")

@@ -24,7 +24,7 @@ def some_of(pool):
     st.integers(1, len(MODERATORS)),
     st.lists(st.tuples(some_of(SERVERS), some_of(MODERATORS), st.booleans()), max_size=6),
 )
-def test_everyone_sits_in_exactly_one_group_on_a_living_server(participants, servers, moderator_servers, events):
+def test_every_participant_is_in_one_group_on_a_live_server(participants, servers, moderator_servers, events):
     plan = PlacementPlan("run", participants, SERVERS[:servers], MODERATORS[:moderator_servers])
     ids = {assignment.oid: (assignment.first, assignment.count, assignment.server) for assignment in plan.assignments}
     for up, moderators_up, new_round in events:
@@ -54,7 +54,7 @@ def test_everyone_sits_in_exactly_one_group_on_a_living_server(participants, ser
 
 
 @given(st.integers(9, 500), some_of(SERVERS))
-def test_those_of_lost_servers_are_shared_out_evenly(participants, up):
+def test_participants_of_lost_servers_are_distributed_evenly(participants, up):
     plan = PlacementPlan("run", participants, SERVERS, MODERATORS)
     before = {assignment.oid for assignment in plan.assignments}
     plan.reassign(up, MODERATORS, up)
@@ -81,7 +81,7 @@ def test_they_move_back_when_their_server_is_back():
     ] == preferred
 
 
-def test_without_servers_they_sit_nowhere():
+def test_without_servers_groups_are_unassigned():
     plan = PlacementPlan("run", 10, SERVERS[:2], MODERATORS[:1])
     plan.reassign(SERVERS[:1], MODERATORS, SERVERS[:1])
     assert {assignment.server for assignment in plan.assignments} == {SERVERS[0]}

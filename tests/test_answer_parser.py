@@ -25,7 +25,7 @@ def read(text: str) -> float | None:
         return None
 
 
-def test_no_number_is_read_but_the_writers_own():
+def test_only_the_author_s_own_number_is_read():
     """Who wrote these texts, and says what a careful reader takes them for, did not know the program."""
     answers = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
     assert len(answers) > 900
@@ -96,7 +96,7 @@ def test_no_number_is_read_but_the_writers_own():
         "Expected avg.\n47",
     ],
 )
-def test_a_number_that_may_be_another_s_is_refused(text):
+def test_a_number_that_may_be_another_player_s_is_refused(text):
     assert read(text) is None
 
 
@@ -121,7 +121,7 @@ def test_a_number_that_may_be_another_s_is_refused(text):
         "３１",
     ],
 )
-def test_one_s_own_number_is_read_among_others(text):
+def test_the_author_s_number_is_read_among_others(text):
     assert read(text) == 31
 
 
@@ -222,7 +222,7 @@ ODD_AFTER = [
     odd=st.sampled_from([(before, "") for before in ODD_BEFORE] + [("", after) for after in ODD_AFTER]),
     around=st.sampled_from(["{}", "I choose {}", '{{"number": "{}"}}', "it is {}.", "{}, as 37"]),
 )
-def test_a_number_that_may_be_part_of_another_is_not_made_up(number, odd, around):
+def test_a_number_that_may_be_part_of_an_expression_is_refused(number, odd, around):
     with pytest.raises(UnusableAnswer):
         parse_number(around.format(odd[0] + str(number) + odd[1]))
 
@@ -265,7 +265,7 @@ def test_a_number_that_may_be_part_of_another_is_not_made_up(number, odd, around
         "٣",
     ],
 )
-def test_no_text_holds_up_a_server(piece):
+def test_no_text_delays_a_server(piece):
     texts = [(begin + piece * TEXT_READ)[: TEXT_READ - 1] + end for begin in ("", "not 1") for end in ("1", "x")]
     for text in texts:
         began = time.process_time()

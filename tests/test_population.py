@@ -45,7 +45,7 @@ def cast_of(seed, total, *sets, models=(), turns=()):
 
 
 @given(totals, weights)
-def test_everyone_is_dealt_out_and_no_share_is_off_by_one(total, weights):
+def test_every_participant_is_assigned_and_each_share_is_exact_to_one(total, weights):
     shares = shares_of(weights)
     counts = largest_remainder(total, shares)
     assert sum(counts) == total
@@ -53,7 +53,7 @@ def test_everyone_is_dealt_out_and_no_share_is_off_by_one(total, weights):
 
 
 @given(seeds, totals, weights, st.integers(1, 40), st.integers(1, 5))
-def test_the_same_for_any_placement(seed, total, weights, servers, moderators):
+def test_assignment_does_not_depend_on_placement(seed, total, weights, servers, moderators):
     counts = largest_remainder(total, shares_of(weights))
     together = assign_many(seed, "education", counts, 0, total)
     assert np.bincount(together, minlength=len(counts)).tolist() == list(counts)
@@ -65,7 +65,7 @@ def test_the_same_for_any_placement(seed, total, weights, servers, moderators):
 
 
 @given(seeds, totals, weights, weights)
-def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
+def test_one_participant_and_arrays_give_the_same_parts(seed, total, first, second):
     cast = cast_of(seed, total, first, second, models=shares_of([1, 2]))
     *sets, models = cast.groupings
     assert [parts.topic for parts in sets] == ["set 0", "set 1"] and models.topic == MODEL
@@ -80,7 +80,7 @@ def test_a_cast_tells_one_and_all_the_same(seed, total, first, second):
     assert f"model {cast.model_of(participant)[1:]}" == called == cast.part_of(MODEL, participant)
 
 
-def test_what_a_seed_deals_is_fixed():
+def test_the_assignment_of_a_seed_is_fixed():
     assert (
         assign_many(7, "education", largest_remainder(20, shares_of([1, 1, 2])), 0, 20).tolist() == EDUCATION_OF_SEED_7
     )
@@ -89,7 +89,7 @@ def test_what_a_seed_deals_is_fixed():
     )
 
 
-def test_topics_say_nothing_about_each_other():
+def test_assignments_of_topics_are_independent():
     halves = largest_remainder(100_000, shares_of([1, 1]))
     one, other = (assign_many(7, topic, halves, 0, 100_000) for topic in ("education", "occupation"))
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
@@ -115,7 +115,7 @@ def test_round_robin_models_are_grouped_by_their_server_name():
 
 
 @given(seeds, totals, weights)
-def test_a_cast_is_written_and_read_again(seed, total, weights):
+def test_a_population_survives_a_round_trip_through_json(seed, total, weights):
     cast = cast_of(seed, total, weights, models=shares_of([1, 1]), turns=("m",))
     text = json.dumps(game_to_json(Game(seed, 100, 0, 0.0, cast=cast)))
     assert parse_game(text, SimulationConfig(seed=seed, participant_num=total)).cast == cast

@@ -1,6 +1,6 @@
 """Whoever does not hold the cluster key, sending a server all that could do harm; as a script, from another host.
 
-python -m tests.strangers <file to write> <folder of a key of their own> <certificate of the cluster> <host:port> ...
+python -m tests.untrusted <file to write> <folder of a key of their own> <certificate of the cluster> <host:port> ...
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Payload:
 
 
 def attack(target: str, certificate: bytes, other: ClusterKey, written: Path) -> dict[str, str]:
-    """Send everything in every way that a stranger has, and return what became of each call: a gRPC code, or "let in".
+    """Try all calls in all ways of an untrusted client. Return the outcome of each: a gRPC code, or "let in".
 
     Args:
         target: Host and port of a server.
         certificate: The cluster's, which the server shows to everyone.
-        other: A key of the stranger's own.
+        other: The key of the untrusted client.
         written: The file that is there if a server unpickled what it was sent.
     """
     no_certificate = grpc.ssl_channel_credentials(certificate)

@@ -128,7 +128,7 @@ def test_bad_settings_are_one_line_and_status_2(arguments, expected):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_mistyped_flag_of_any_role_is_recognised(role):
+def test_a_mistyped_flag_of_any_role_gets_a_suggestion(role):
     flags = cli.flags_of(role)
     for flag in set(flags) - {"--help"}:
         middle = len(flag) // 2
@@ -167,7 +167,7 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), UNUSED)
-def test_what_the_role_does_not_use_is_refused(arguments, expected, capsys):
+def test_a_flag_that_the_role_does_not_use_is_refused(arguments, expected, capsys):
     assert main.main(arguments.split()) == 2
     assert expected in one_line(capsys.readouterr().err)
 
@@ -185,13 +185,13 @@ def test_each_pair_of_actions_is_refused(role, pair, capsys):
     assert one_line(capsys.readouterr().err)
 
 
-def test_two_roles_at_once_are_refused(capsys):
+def test_two_roles_are_refused(capsys):
     assert main.main(["--role", "participant", "--server-per-host", "2", "--role=main", "--dry-run"]) == 2
     assert "--role participant and --role main: do not go together" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_help_lists_every_flag_of_a_role_with_what_holds_without_it(role, capsys, monkeypatch):
+def test_help_lists_every_flag_of_a_role_with_its_default(role, capsys, monkeypatch):
     for columns in (70, 100, 300):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert main.main(["--role", role, "--no-such-flag", "--help"]) == 0
@@ -210,7 +210,7 @@ def test_help_lists_every_flag_of_a_role_with_what_holds_without_it(role, capsys
         assert title in told.splitlines()
 
 
-def test_help_shows_defaults_and_bounds_as_people_write_them():
+def test_help_shows_readable_defaults_and_bounds():
     for name, end in {
         "decimals": "; from 0 to 6 (default: 0)",
         "offset": " (default: 0)",
@@ -281,7 +281,7 @@ def out_of_reach(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", GIVEN_AS)
-def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, flags):
+def test_an_inaccessible_path_is_one_line_and_status_2(command, out_of_reach, flags):
     path, trouble = out_of_reach
     status, err = command(*words_in(flags, path))
     assert status == 2 and trouble in one_line(err), err
@@ -289,7 +289,7 @@ def test_a_path_out_of_reach_is_one_line_and_status_2(command, out_of_reach, fla
 
 @pytest.mark.parametrize("flags", GIVEN_AS)
 @pytest.mark.parametrize("start", ["~", "~{user}", "$HOME", "${{HOME}}"])
-def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monkeypatch, flags, start):
+def test_a_home_folder_is_expanded_in_every_path(command, tmp_path, monkeypatch, flags, start):
     user = pwd.getpwuid(os.getuid())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -300,7 +300,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(command, tmp_path, monk
     assert not list(tmp_path.glob("[~$]*")) and not list(ROOT.glob("[~$]*"))
 
 
-def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp_path):
+def test_only_the_environment_of_the_checkout_is_repaired(monkeypatch, tmp_path):
     for prefix, fixed_on_resume in ((tmp_path / "another", True), (tmp_path / ".venv", False)):
         prefix.mkdir()
         (prefix / "installed-run").touch()
@@ -317,7 +317,7 @@ def test_only_the_checkout_s_own_environment_is_installed_again(monkeypatch, tmp
         ("simulation.runs.console", 1, "a defect of the program: ImportError"),
     ],
 )
-def test_a_module_of_a_library_that_is_not_found_is_damage_and_one_of_ours_a_defect(
+def test_a_missing_library_is_damage_and_a_missing_module_of_the_program_a_defect(
     monkeypatch, capsys, module, status, said
 ):
     def fail(*_):
@@ -334,13 +334,13 @@ def test_a_variable_that_stops_tls_is_named(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["{}/closed/lib", "{}/file"])
-def test_an_extra_folder_that_cannot_be_read_is_told_before_anything_starts(monkeypatch, tmp_path, text):
+def test_an_unreadable_extra_folder_is_refused_before_anything_starts(monkeypatch, tmp_path, text):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"cannot read the folder .*: "):
         add_extra_folders(text.format(tmp_path))
 
 
-def test_pid_files_that_cannot_be_read_are_not_taken_for_none(monkeypatch, tmp_path):
+def test_unreadable_pid_files_are_an_error(monkeypatch, tmp_path):
     (tmp_path / "1.pid").mkdir()  # reading it fails, also as root
     assert files_in(tmp_path, ".pid") == [tmp_path / "1.pid"] and files_in(tmp_path / "none", ".pid") == []
     with pytest.raises(SettingsError, match="cannot read "):
@@ -354,13 +354,13 @@ def test_pid_files_that_cannot_be_read_are_not_taken_for_none(monkeypatch, tmp_p
     ("text", "trouble"),
     [("", "is empty"), ("~no-such-user/x", "no home folder is known for ~no-such-user"), ("a\0b", "must be a path")],
 )
-def test_what_can_be_no_path_is_refused(text, trouble):
+def test_an_invalid_path_is_refused(text, trouble):
     for name in PATHS:
         with pytest.raises(SettingsError, match=trouble):
             SimulationConfig(**{name: text})
 
 
-def test_a_working_directory_that_is_gone_is_told(tmp_path, monkeypatch):
+def test_a_removed_working_directory_is_an_error_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
     assert SimulationConfig(run_dir="/somewhere").run_dir == "/somewhere"
@@ -394,7 +394,7 @@ def test_paths_inside_the_checkout_move_with_it(tmp_path, monkeypatch, given, wr
     assert again.extra_pythonpath == "{0}:{0}/lib".format(read.format(**places))
 
 
-def test_defaults_of_an_earlier_version_are_those_of_this_checkout():
+def test_default_paths_of_an_earlier_version_belong_to_this_checkout():
     """It wrote all paths as absolute ones, of which some may have been given by hand."""
     said = SimulationConfig(agent_class="/old/a b/my/x.py:X", cluster_key_dir="/shared/.cluster").to_json()
     said |= {name: f"/old/a b/{said[name]}" for name in ("prompts_file", "personas_file", "model_configs")}
@@ -402,7 +402,7 @@ def test_defaults_of_an_earlier_version_are_those_of_this_checkout():
     assert again == SimulationConfig(agent_class=f"{ROOT}/my/x.py:X", cluster_key_dir="/shared/.cluster")
 
 
-def test_the_key_of_a_run_that_is_resumed_is_not_made_again(command, tmp_path):
+def test_resuming_a_run_does_not_create_its_key(command, tmp_path):
     run = shutil.copytree(ROOT / "tests/data/old_runs/random", tmp_path / "run")
     text = (run / "summary.json").read_text().replace("/srv/simulation/.cluster", str(tmp_path / "gone/keys"))
     (run / "summary.json").write_text(text)
@@ -434,7 +434,7 @@ def test_files_and_arguments_are_in_utf8_whatever_the_locale(tmp_path, start, en
     assert "; prompt \\u63d0\\u793a" in done.stdout and "model_1 is \\u6a21\\u578b at" in done.stdout
 
 
-def test_an_argument_that_the_locale_has_garbled_is_read_as_it_was_written(monkeypatch):
+def test_an_argument_garbled_by_the_locale_is_restored(monkeypatch):
     import main
 
     monkeypatch.setattr(main.os, "fsencode", lambda text: text.encode("latin-1"))

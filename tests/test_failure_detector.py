@@ -88,7 +88,7 @@ def test_a_heartbeat_reports_the_progress_of_the_objects_of_the_run(server, dete
     assert group.client.delete_agent("run~1/group-0")
 
 
-def test_calls_to_a_server_that_hangs_end_with_its_heartbeats(server, detector):
+def test_calls_to_a_hanging_server_end_when_its_heartbeats_stop(server, detector):
     endpoint, pid = server
     group = group_on(endpoint, "run~1/group-1")
     os.kill(pid, signal.SIGSTOP)
@@ -118,7 +118,7 @@ def suspended_main(cluster, log: Path, *flags: str):
     return game, main
 
 
-def test_a_main_that_was_stopped_takes_nobody_for_lost(cluster, tmp_path):
+def test_a_suspended_main_does_not_mark_servers_down(cluster, tmp_path):
     log, gates = tmp_path / "stderr", Gates(tmp_path)
     game, main = suspended_main(cluster, log, *gates.flags, "--heartbeat-timeout", "5")
     time.sleep(9)  # what is tested is a time in which main does nothing, longer than that
@@ -129,7 +129,7 @@ def test_a_main_that_was_stopped_takes_nobody_for_lost(cluster, tmp_path):
     assert cluster.summary()["cluster"]["lost"] == [] and "is lost" not in log.read_text()
 
 
-def test_a_main_that_was_stopped_for_longer_than_its_lease_makes_everyone_anew(cluster, tmp_path):
+def test_a_main_suspended_beyond_its_lease_recreates_all_participants(cluster, tmp_path):
     log, gates = tmp_path / "stderr", Gates(tmp_path)
     game, main = suspended_main(cluster, log, *gates.flags, "--lease", "5")
     servers = [cluster.path / f"run/servers/{cluster.base_port + offset}.log" for offset in range(7)]
