@@ -1,4 +1,4 @@
-"""Terminal output of the main process: log lines and stage progress, both on standard error."""
+"""Terminal output of the main process on standard error: log lines and the progress of stages."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from simulation.results.tables import fitting
 
 LINE_EVERY_S = 5.0
 WARNINGS_KEPT = 100
-SAME_SIGNAL_S = 1.0  # `timeout` and similar tools signal a process and then its process group
+SAME_SIGNAL_S = 1.0  # `timeout` and similar tools send the same signal twice
 SHORTEST_BAR, LONGEST_BAR, USUAL_WIDTH = 8, 40, 80  # terminal columns
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
 
 def log_to_stderr() -> None:
-    """Send the log to standard error, without tracebacks: `keep_traceback` writes those to DEFECT_LOG."""
+    """Configure the log: lines without tracebacks on standard error."""
     logger.remove()
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}", level="INFO")
 
 
 def keep_traceback() -> str:
-    """Append the current traceback to DEFECT_LOG; returns its path, or the traceback if the log cannot be written."""
+    """Append the current traceback to DEFECT_LOG, and return the path of this file as text.
+
+    If the file cannot be written, return a text that contains the traceback.
+    """
     text = traceback.format_exc()
     try:
         DEFECT_LOG.parent.mkdir(exist_ok=True)
@@ -46,7 +49,7 @@ def keep_traceback() -> str:
 
 
 class Stage(NamedTuple):
-    """Progress of a stage, and its start time (time.monotonic)."""
+    """The progress of a stage, such as the answers of a round. `began` is the start time (time.monotonic)."""
 
     name: str
     done: int
@@ -55,19 +58,22 @@ class Stage(NamedTuple):
 
 
 class ConsoleProgress:
-    """Progress display: a bar for each stage on a terminal, otherwise a log line every LINE_EVERY_S seconds."""
+    """The progress display. A terminal shows a bar for each stage. Otherwise, a line is logged every LINE_EVERY_S.
+
+    This class also handles the signals that stop a run.
+    """
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
-        self.stage: Stage | None = None  # the most recent one
+        self.stage: Stage | None = None  # the latest stage
         self.warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS_KEPT)  # (time.time, message)
         self.how_to_resume: Callable[[], str | None] = lambda: None  # printed on the second signal
-        self._is_open = False  # whether the stage is under way
+        self._is_open = False  # whether the latest stage is still in progress
         self._has_bar = False
         self._signalled_at = self._last_line = 0.0
 
     def progress(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Show the progress of a stage, with an optional note."""
+        """Show the progress of a stage. `note` is an additional text."""
         now = time.monotonic()
         if not self._is_open or self.stage is None or name != self.stage.name:
             self.stage, self._last_line = Stage(name, done, total, now), now
@@ -87,7 +93,7 @@ class ConsoleProgress:
         self._draw_bar(None)
 
     def _draw_bar(self, note: str | None) -> None:
-        """Replace the bar by one of the current stage with this note; None removes it."""
+        """Draw the bar of the latest stage with this note. If the note is None, only remove the previous bar."""
         line = "\r\x1b[K" if self._has_bar else ""
         self._has_bar = note is not None
         with contextlib.suppress(OSError):  # the terminal is closed
@@ -98,13 +104,13 @@ class ConsoleProgress:
             sys.stderr.flush()
 
     def warn(self, line: str) -> None:
-        """Log a message about a server and keep it for the dashboard."""
+        """Log a warning about a server, and store the warning for the dashboard."""
         self.warnings.append((time.time(), line))
         self._draw_bar(None)
         logger.warning(line)
 
     def listen(self) -> None:
-        """Install signal handlers: the first INT, TERM or HUP requests an early stop, the second exits at once."""
+        """Handle INT, TERM and HUP signals. The first signal requests an early stop, the second ends the process."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
                 signal.signal(number, self._signalled)
@@ -119,16 +125,16 @@ class ConsoleProgress:
                 os._exit(128 + number)
 
     def stop(self, number: int) -> None:
-        """Request an early stop, as the first signal with this number does."""
-        self._signalled_at = time.monotonic()  # first: another signal may arrive before the next line
+        """Request an early stop, as if the signal with this number had arrived."""
+        self._signalled_at = time.monotonic()  # set this first: another signal may arrive before the next line
         self.stop_signal = number
-        # not through the log: the interrupted code may hold its lock
+        # Do not use the log: the interrupted code may have locked it
         with contextlib.suppress(OSError):  # the terminal is closed
             os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
 
 
 def progress_line(stage: Stage, now: float, note: str, room: int) -> str:
-    """Return the progress of a stage in at most `room` columns; the least important parts are dropped, never cut."""
+    """Return a line of at most `room` columns that shows the progress of a stage. Omit the least important parts."""
     _, done, total, began = stage
     rate = done / (now - began) if now > began else 0.0
     left = str(timedelta(seconds=math.ceil((total - done) / rate))) if rate else ""
@@ -136,7 +142,7 @@ def progress_line(stage: Stage, now: float, note: str, room: int) -> str:
     name, bar, count, speed, time_left, last = range(len(cells))
     columns = fitting([len(cell) for cell in cells], (last, bar, speed, time_left, name), room, gap=1)
     spare = room - sum(len(cells[column]) + 1 for column in columns) + 1
-    if spare < 0:  # even the count does not fit
+    if spare < 0:  # the count does not fit, either
         cells[count] = f"{100 * done / total:.0f}%"
     width = min(SHORTEST_BAR + spare, LONGEST_BAR)
     filled = width * done // max(total, 1)

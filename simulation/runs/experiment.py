@@ -1,4 +1,7 @@
-"""Experiments: a YAML file of game settings, in which a list of values runs a sweep. Contacts no server."""
+"""Experiment files: YAML files of game settings. A list of values for a setting describes a sweep over these values.
+
+This module sends no requests to servers.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,16 @@ from simulation.runs.yaml_file import YamlFile
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
 MOST_COMBINATIONS = 1000
-LONGEST_NAME = 120  # characters of a folder's name
+LONGEST_NAME = 120  # maximum number of characters in the name of a run folder, after the number
 OF_GAME = {name: each for name, each in SETTINGS.items() if each.game}
 RUN_FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
 
 class Experiment:
-    """An experiment file, whose settings those in `given` (from flags) override. Raises SettingsError with the line."""
+    """An experiment file. The settings in `given`, which come from flags, override those in the file.
+
+    The constructor raises SettingsError with the line number if the file is invalid.
+    """
 
     def __init__(self, path: str, given: dict[str, Any]) -> None:
         self._file = file = YamlFile(path, "--experiment")
@@ -34,11 +40,11 @@ class Experiment:
         if not isinstance(self.about, str | None):
             raise file.error(("about",), "about must be text")
         values = {name: self._read_values(name) for name in file.data if name != "about"}
-        self.settings = {name: each for name, each in values.items() if name not in given}  # values, by setting
+        self.settings = {name: each for name, each in values.items() if name not in given}  # the values of each setting
         self.varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
         if (count := math.prod(map(len, self.settings.values()))) > MOST_COMBINATIONS:
             raise file.error((), f"has {count:,} combinations; the maximum is {MOST_COMBINATIONS:,}")
-        self.configs = [  # of the runs in the order they are played
+        self.configs = [  # the settings of each run, in the order of execution
             SimulationConfig(**given, **dict(zip(self.settings, each, strict=True)))
             for each in itertools.product(*self.settings.values())
         ]
@@ -63,7 +69,7 @@ class Experiment:
         return values
 
     def _read_value(self, name: str, value: Any) -> Any:
-        """Return a value, validated like its flag; a path is relative to the folder of the file."""
+        """Validate and convert a value like the value of the flag. A path is relative to the folder of the file."""
         if value is None and OF_GAME[name].default is None:
             return None
         if name == "models" and isinstance(value, dict):
@@ -80,52 +86,52 @@ class Experiment:
         return getattr(SimulationConfig(**{name: value}), name)
 
     def _error_at(self, name: str, position: int, error: SettingsError) -> SettingsError:
-        """Return the error with its line, and with the setting's name in place of its flag."""
+        """Return the error with the line number in the file, and with the name of the setting instead of the flag."""
         return self._file.error((name, position), str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
-        """Return the error of a run with its line in the file, or unchanged if the setting is not from the file."""
+        """Add the line number in the file to the error of a run. Return other errors unchanged."""
         for name, values in self.settings.items():
             if str(error).startswith((f"{flag_of(name)} ", f"{flag_of(name)}:")):
                 return self._error_at(name, values.index(getattr(config, name)), error)
         return error
 
     def sweep(self) -> Sweep:
-        """Return the sweep of all runs, which share a seed if none is set, so that they differ only in what varies."""
+        """Return the sweep of all runs. If the seed is not set, all runs get the same random seed."""
         seed, digits = secrets.randbits(32), max(len(str(len(self.configs))), 2)
         configs = {}
         for position, config in enumerate(self.configs, start=1):
             seeded = config if config.seed is not None else replace(config, seed=seed)
             name = ",".join(f"{name}={value_text(name, getattr(seeded, name))}" for name in self.varies)
-            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # of nothing special to shells
+            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # for shells
             configs[f"{position:0{digits}}-{name}"] = seeded
         return Sweep(new_run_id(), Path(self._file.name).name, self.about, self.varies, configs)
 
 
 def value_text(name: str, value: Any) -> str:
-    """Return the text of a setting's value."""
+    """Format the value of a setting."""
     if value is None:
         return "none"
     return printable(Path(value).name if name == "agent_class" else str(value))
 
 
 def run_label(config: SimulationConfig, varies: Iterable[str]) -> str:
-    """Return the settings that distinguish a run from the others, as text: `ratio 1/2, prompt basic`."""
+    """Format the settings in `varies`, which distinguish a run from the others: `ratio 1/2, prompt basic`."""
     return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in varies)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of an experiment, as saved in sweep.json."""
+    """All runs of an experiment. sweep.json contains this information."""
 
     sweep_id: str
-    experiment: str  # the name of its file
+    experiment: str  # the name of the experiment file
     about: str | None
     varies: tuple[str, ...]  # the settings that differ between the runs
-    configs: dict[str, SimulationConfig]  # in the order they are played, by the name of the run's folder
+    configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of sweep.json: the shared settings, and the folder and varied settings of each run."""
+        """Return the content of sweep.json: the settings that all runs share, and the other settings of each run."""
         settings = {folder: config.to_json() for folder, config in self.configs.items()}
         shared = next(iter(settings.values()))
         return {
@@ -142,7 +148,10 @@ class Sweep:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sweep:
-        """Build a sweep from sweep.json. Invalid content raises KeyError, TypeError, ValueError or SettingsError."""
+        """Return the sweep that the content of sweep.json describes.
+
+        Raises KeyError, TypeError, ValueError or SettingsError if the content is invalid.
+        """
         configs = {
             each["folder"]: SimulationConfig.from_json({**data["config"], **each["settings"]}) for each in data["runs"]
         }

@@ -1,4 +1,4 @@
-"""One run on ready servers: play the rounds, and print and write each before the next begins."""
+"""The execution of one run on agent servers that are ready. Each round is printed and saved before the next one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from simulation.rpc.endpoints import remote_run
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
 
-Draw = Callable[[SavedRun], None]  # draws the pictures and the report of a run
+Draw = Callable[[SavedRun], None]  # writes the pictures and the report of a run
 
-LOST_SHOWN = 1000  # maximum number of lost servers listed in summary.json
+LOST_SHOWN = 1000  # maximum number of lost servers in summary.json
 
 
 class Run:
-    """A run, its results so far, and its run directory."""
+    """A run in progress: its settings, its run folder and its results so far."""
 
     def __init__(
         self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw, label: str
@@ -37,11 +37,11 @@ class Run:
         self.config, self.game, self.run_id = spec.config, spec.game, spec.run_id
         self.directory = directory
         self.console = console
-        self.label = label  # distinguishes it from other runs of the same experiment
-        self.simulation: Simulation | None = None  # set once the servers are ready
-        self.under_way = (0, 0.0)  # the last started round, and its start (time.monotonic)
-        self.status: str | None = None  # as last written to summary.json
-        self.ended_early = False  # not by a signal
+        self.label = label  # distinguishes this run from other runs of the experiment
+        self.simulation: Simulation | None = None  # None until the servers are ready
+        self.under_way = (0, 0.0)  # the number and the start time (time.monotonic) of the latest round
+        self.status: str | None = None  # the status in summary.json; None before the first write
+        self.ended_early = False  # whether the run ended early for a reason other than a signal
         self._draw = draw
         self._saved = saved = spec.saved
         self.results = [*saved.results] if saved is not None else []
@@ -51,17 +51,20 @@ class Run:
         if saved is not None:
             self.seconds |= saved.summary["seconds"]
             self.cluster_summary |= saved.summary["cluster"]
-        times = [each for each in self.cluster_summary["times"] if each["round"] <= len(self.results)]  # where known
+        times = [each for each in self.cluster_summary["times"] if each["round"] <= len(self.results)]
         self.cluster_summary |= {"hosts": list(self.config.hosts), "times": times}
         self._began = time.monotonic() - self.seconds["total"]
 
     @property
     def rounds_left(self) -> range:
-        """Return the numbers of the rounds that remain."""
+        """Return the numbers of the remaining rounds."""
         return range(len(self.results) + 1, self.config.rounds + 1)
 
     def play_rounds(self) -> int:
-        """Play the remaining rounds and write the results, also before an error propagates; returns the exit status."""
+        """Execute the remaining rounds, write the results, and return the exit status.
+
+        Before an error propagates, write the results, too.
+        """
         if self._saved is not None:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.rounds_left:
@@ -70,10 +73,10 @@ class Run:
         servers = check_cluster(self.config)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster_summary["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
-        if self._saved is not None:  # not earlier: if no round can be played, the folder stays unchanged
-            self._write("interrupted")  # first, so that the summary never refers to deleted answers
+        if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
+            self._write("interrupted")  # before answers are deleted: the summary must not refer to them
             self.directory.go_back_to(len(self.results))
-        if self.config.agent_type != "llm":  # the seed does not determine the answers of a model server
+        if self.config.agent_type != "llm":  # the answers of models do not depend on the seed alone
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
         announced = tuple(announcement_of(each, self.game.scale) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
@@ -107,10 +110,10 @@ class Run:
         logger.info(f"init {simulation.moderator_num} moderator agents...")
         self.seconds["create"] = simulation.create()
         logger.info(f"[init takes {self.seconds['create']:.2f} s]")
-        self._write("interrupted")  # the status if this process is killed from now on
+        self._write("interrupted")  # the status that remains if this process is killed
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
-        """Play, print and write one round. Raises RunAborted if too few servers are left."""
+        """Execute one round, print its result and save it. Raises RunAborted if too few servers are left."""
         self.under_way = (number, time.monotonic())
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
@@ -133,7 +136,10 @@ class Run:
         self._write("interrupted")
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
-        """Return, and log, whether the next round is pointless: no tokens are left, or the models do not answer."""
+        """Check the token budget and, after a failure, the models. If they do not suffice for a further round, log why.
+
+        Return whether the run must end.
+        """
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
@@ -141,7 +147,7 @@ class Run:
             try:
                 check_models(self.config, simulation.cluster.up(simulation.cluster.participant_servers))
             except errors.ServerLost:
-                pass  # the next round handles that
+                pass  # the next round handles lost servers
             except errors.ClusterError as error:
                 reason = str(error)
         if reason:
@@ -149,7 +155,10 @@ class Run:
         return bool(reason)
 
     def _write_after_error(self, cause: errors.SimulationError) -> None:
-        """Write the results, if any. Raises ResultsError only if the cause is RunAborted or Interrupted."""
+        """Write the results, if there are any, after the error `cause`.
+
+        Raises ResultsError if this fails and the cause is RunAborted or Interrupted. Otherwise, log the failure.
+        """
         expected = isinstance(cause, errors.RunAborted | errors.Interrupted)
         if not self.results and not expected:
             return
@@ -158,11 +167,11 @@ class Run:
         except errors.ResultsError as error:
             if expected:
                 raise errors.ResultsError(f"{error}; the game had ended: {cause}") from None
-            if not isinstance(cause, errors.ResultsError):  # otherwise it is the same disk error
+            if not isinstance(cause, errors.ResultsError):  # otherwise, this is probably the same disk error
                 logger.warning(str(error))
 
     def _finish(self) -> int:
-        """Print and write the final results; returns the exit status."""
+        """Print and write the final results. Return the exit status."""
         last = self.results[-1].tally
         for line in histogram_lines(last, self.config):
             errors.say(line)
@@ -175,21 +184,21 @@ class Run:
         return errors.RunAborted.exit_status if unanswered else 0
 
     def _finish_files(self, status: str) -> None:
-        """Write the answers, the summary, the pictures and the report. Raises ResultsError."""
+        """Write the answers, the summary, the pictures and the report. Raises ResultsError if this fails."""
         self.directory.join_answers()
         summary = self._write(status)
         try:
             self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results))
-        except errors.SettingsError as error:  # the results just written cannot be read
+        except errors.SettingsError as error:  # the saved answers cannot be read
             raise errors.ResultsError(str(error)) from None
 
     def _write(self, status: str) -> dict[str, Any]:
-        """Write summary.json, and return its content. Raises ResultsError."""
+        """Write summary.json, and at the first call game.json. Return the summary. Raises ResultsError on failure."""
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
         lost = map(str, self.simulation.cluster.losses if self.simulation is not None else ())
         self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])][:LOST_SHOWN]
-        if self.status is None:  # not earlier: a folder with only this file could be neither resumed nor reused
+        if self.status is None:  # not earlier: a folder with this file only cannot be resumed or reused
             self.directory.write_json(GAME, game_to_json(self.game))
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)

@@ -1,4 +1,7 @@
-"""A run to play: its validated settings, files and models, and what it may cost. No server is contacted."""
+"""The specification of a run: the validated settings, files and models, and the maximum cost.
+
+This module sends no requests to servers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from simulation.settings import SimulationConfig
 
 
 class RoundEstimate(NamedTuple):
-    """Upper bound of the cost of one round if every answer is usable. Prompts count 4 characters per token."""
+    """The maximum cost of one round if every answer is usable. Prompts are assumed to have 4 characters per token."""
 
     round: int
     requests: int
@@ -38,35 +41,35 @@ class RoundEstimate(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run to play, with its files read and checked."""
+    """The specification of a run whose files were read and checked."""
 
     config: SimulationConfig
-    models: dict[str, ModelConfig]  # all that are available, by name
+    models: dict[str, ModelConfig]  # all models of the model configurations, by name
     game: Game
     folder: Path
     run_id: str = field(default_factory=new_run_id)
-    saved: reader.SavedRun | None = None  # if it is resumed
-    label: str = ""  # the settings that distinguish it from the other runs
-    status: str | None = None  # if it is finished
+    saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
+    label: str = ""  # the settings that distinguish this run from the others of the experiment
+    status: str | None = None  # the saved status, if the run is finished
 
     @property
     def rounds_left(self) -> range:
-        """Return the numbers of the rounds to play; empty if the run is finished."""
+        """Return the numbers of the remaining rounds. If the run is finished, the range is empty."""
         played = len(self.saved.results) if self.saved is not None else 0
         return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
 
     @property
     def asked_models(self) -> list[ModelConfig]:
-        """Return the models of the mixture, or those that participants use in turn."""
+        """Return the models that participants of this run use."""
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
     @cached_property
     def tokens(self) -> int:
-        """Return the maximum number of tokens that the remaining rounds may cost."""
+        """Return the maximum number of tokens for the remaining rounds."""
         return self.tokens_in(self.rounds_left)
 
     def plan_lines(self) -> list[str]:
-        """Return a readable plan of the remaining rounds, with the cost."""
+        """Return the lines of a text that describes the remaining rounds and their maximum cost."""
         config, game, left = self.config, self.game, len(self.rounds_left)
         shares = even_split(config.participant_num, len(config.hosts) * config.server_per_host)
         most, fewest = len(shares[0]), len(shares[-1])
@@ -89,7 +92,7 @@ class RunSpec:
         ]
 
     def _cost_lines(self) -> list[str]:
-        """Return the models and the maximum cost of the remaining rounds; empty for a run without models."""
+        """Return lines about the models and the maximum cost of the remaining rounds. Without models, return none."""
         if self.config.agent_type != "llm":
             return []
         rounds, columns = self.estimate(self.rounds_left), RoundEstimate._fields[1:]
@@ -105,14 +108,14 @@ class RunSpec:
         ]
 
     def tokens_in(self, numbers: range) -> int:
-        """Return the maximum number of tokens that these rounds may cost."""
+        """Return the maximum number of tokens for these rounds."""
         return sum(each.prompt_tokens + each.answer_tokens for each in self.estimate(numbers))
 
     def estimate(self, numbers: range) -> list[RoundEstimate]:
-        """Estimate the cost of these rounds; empty for a run without models.
+        """Return the maximum cost of each of these rounds. For a run without models, the list is empty.
 
-        Participants with the same personas and the same previous answers share requests. In round r there are at most
-        (persona combinations) * (possible numbers)^(r-1) different prompts.
+        Participants with the same prompt share requests. The prompt depends on the personas and on the previous answers
+        of the participant. Round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
         """
         config, game, rounds = self.config, self.game, []
         if game.wording is None or game.cast is None:
@@ -131,27 +134,30 @@ class RunSpec:
                 samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
                 different = min(count, characters * game.numbers ** (number - 1))
                 shared = different + (count - different) // samples
-                alone = count if thoughts else 0  # second requests, as the reasoning texts all differ
+                alone = count if thoughts else 0  # the second requests: the reasoning texts differ, so none is shared
                 tokens = shared * prompt.tokens + alone * second.tokens
                 parts.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
             rounds.append(RoundEstimate(number, *map(sum, zip(*parts, strict=True))))
         return rounds
 
     def _sharing(self) -> Counter[tuple[str, int]]:
-        """Count the groups by model and number of participants that use it, and so share requests."""
+        """Count the groups by the model and the number of participants that use this model in the group.
+
+        Only participants of the same group share requests.
+        """
         config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
         mixture = self.game.cast.models if self.game.cast is not None else ()
         shares = [each.share for each in mixture] or [Fraction(1, len(names))] * len(names)
         servers, moderators = (len(config.hosts) * each for each in (config.server_per_host, config.moderator_per_host))
         sizes = Counter(group.count for group in place(config.participant_num, servers, moderators))
         for size, groups in sizes.items():
-            # approximate for a mixture, whose shares are exact over all groups, not within each
+            # For a mixture, this is approximate: the shares are exact for all groups together, but not for each group
             for name, count in zip(names, largest_remainder(size, shares), strict=True):
                 sharing[name, count] += groups
         return sharing
 
     def _longest_prompt(self, number: int) -> Prompt:
-        """Build roughly the longest prompt of a round: all announcements so far, with the maximum number of digits."""
+        """Build a prompt about as long as the longest one of a round, with all announcements and the most digits."""
         game, cast = self.game, self.game.cast
         assert cast is not None
         personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in cast.persona_sets]
@@ -170,7 +176,7 @@ class RunSpec:
 
 
 def price_text(tokens: int, config: SimulationConfig) -> str:
-    """Return the price of these tokens, to append to a line; an empty string if it is unknown."""
+    """Return a text with the price of these tokens, or an empty string if the price per token is unknown."""
     price = config.price_per_million_tokens
     return f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if price is not None else ""
 
@@ -179,7 +185,10 @@ def price_text(tokens: int, config: SimulationConfig) -> str:
 
 
 def new_run(config: SimulationConfig) -> RunSpec:
-    """Return the spec of a new run, whose seed is drawn unless it is set. Raises SettingsError."""
+    """Return the specification of a new run. If the seed is not set, choose a random seed.
+
+    Raises SettingsError if a setting or a file is invalid.
+    """
     config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
     models, run_id = _checked_models(config), new_run_id()
     folder = Path(config.run_dir or ROOT / "runs" / run_id)
@@ -187,7 +196,10 @@ def new_run(config: SimulationConfig) -> RunSpec:
 
 
 def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
-    """Return the spec that resumes a run with the given settings. Raises SettingsError, also if its models changed."""
+    """Return the specification that resumes the run in `path` with the settings in `given`.
+
+    Raises SettingsError if the run cannot be resumed or its participants would use other models.
+    """
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
     assert game.cast is not None
@@ -202,7 +214,10 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
 
 
 def finished_run(path: Path, given: dict[str, Any]) -> RunSpec | None:
-    """Return the spec of a run with no rounds or tokens left, else None. Reads no answers; raises SettingsError."""
+    """Return the specification of a finished run, which has no rounds or no tokens left. Otherwise return None.
+
+    This function does not read the answers. Raises SettingsError if a file is missing or damaged.
+    """
     before, summary = reader.read_summary(path, "--resume ")
     config = reader.config_to_resume(path, before, given)
     spent = reader.is_spent(summary, before.max_tokens, config.max_tokens)
@@ -214,10 +229,13 @@ def finished_run(path: Path, given: dict[str, Any]) -> RunSpec | None:
 
 
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models of a run, if it uses any. Raises SettingsError if its participants cannot be created."""
-    if config.agent_class is not None:  # find errors in the user's file before anything starts
+    """Return the models in the model configurations; for a run without models, an empty dictionary.
+
+    Raises SettingsError if the configurations or the user's agent class are invalid.
+    """
+    if config.agent_class is not None:  # detect errors in the user's file before servers start
         import_agentscope()
-        from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - AgentScope, which few need
+        from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - imports AgentScope
 
         add_extra_folders(config.extra_pythonpath)
         pickled_agent_class(config.agent_class, config.agent_type)

@@ -1,4 +1,4 @@
-"""Scenario of a game: the prompts and personas that the settings select from files, and the shares of models."""
+"""Building a game from the settings: the prompt, the personas and the models, which are read from files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConf
 PLACEHOLDERS = ("{number}", "{max_value}", "{target}", "{persona}", "{team}")
 MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
-OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # do nothing without a model
+OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # need a model
 OF_MODELS += ["prompt", "prompts_file", "models"]
 Models = Mapping[str, ModelConfig]
 
 
 def build_game(config: SimulationConfig, models: Models) -> Game:
-    """Build the game from the settings and the files they name. Raises SettingsError."""
+    """Build the game that the settings describe. Raises SettingsError if a setting or one of the files is invalid."""
     changed = [name for name in ("prompt", "models") if getattr(config, name) != getattr(SimulationConfig, name)]
     check_model_settings(config, changed)
     prompt, population = read_prompt(config), read_population(config, models)
@@ -43,7 +43,7 @@ def check_model_settings(config: SimulationConfig, given: Collection[str]) -> No
     """Raise SettingsError if one of the given settings has no effect because no participant uses a model."""
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
-        of_class = config.agent_class is not None and name == "allow_remote_model"  # its code may call models
+        of_class = config.agent_class is not None and name == "allow_remote_model"  # the class may call models
         if name in given and value is not None and not of_class:
             text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
             raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
@@ -52,7 +52,7 @@ def check_model_settings(config: SimulationConfig, given: Collection[str]) -> No
 def _check_known(
     config: SimulationConfig, setting: str, name: str, known: Collection[str], problem: str, advice: str = ""
 ) -> None:
-    """Raise SettingsError with the problem unless a name in the value of a setting is known."""
+    """Raise SettingsError if `name`, a part of the value of a setting, is not in `known`."""
     if name not in known:
         guess, value = meant_by(name, known), getattr(config, setting)
         hint = f"{guess} It has {listed(known)}" if guess else f"it has {listed(known)}"
@@ -64,7 +64,10 @@ def _check_known(
 
 
 def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
-    """Return the prompt that the settings name; None without models. Raises SettingsError with the place."""
+    """Return the prompt that the settings select, or None if no participant uses a model.
+
+    Raises SettingsError if the prompts file is invalid or does not contain the prompt.
+    """
     if config.agent_type != "llm":
         return None
     prompts = _prompts_in(config.prompts_file)
@@ -72,7 +75,7 @@ def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
     return prompts[config.prompt]
 
 
-@lru_cache(maxsize=8)  # an experiment names the same file in every combination
+@lru_cache(maxsize=8)  # all runs of an experiment read the same file
 def _prompts_in(path: str) -> dict[str, PromptTemplate]:
     file = YamlFile(path, "--prompts-file")
     readers = {"system": _template, "instruction": _template, "reasoning_tokens": _reasoning_tokens}
@@ -83,7 +86,7 @@ def _prompts_in(path: str) -> dict[str, PromptTemplate]:
 
 
 def _template(text: str) -> str:
-    """Return a text whose placeholders are all known. Raises SettingsError."""
+    """Return the text unchanged. Raises SettingsError if the text is empty or contains an unknown placeholder."""
     try:
         parts = list(string.Formatter().parse(_text(text)))
     except ValueError:
@@ -113,7 +116,10 @@ _share = partial(fraction, low=Fraction(1, FINEST), high=1)
 
 
 def read_population(config: SimulationConfig, models: Models) -> Population:
-    """Return the personas and models that the settings, with a seed, name. Raises SettingsError with the place."""
+    """Return the personas and models that the settings select.
+
+    Raises SettingsError if the personas file is invalid, or if a persona set or a model does not exist.
+    """
     names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
     sets = _personas_in(config.personas_file) if names else {}
     for name in names:
@@ -124,7 +130,7 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
     return Population(config.seed or 0, config.participant_num, chosen, *choose_models(config, models))
 
 
-@lru_cache(maxsize=8)  # as for prompts
+@lru_cache(maxsize=8)  # as for the prompts file
 def _personas_in(path: str) -> dict[str, PersonaSet]:
     file = YamlFile(path, "--personas-file")
     readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
@@ -147,13 +153,16 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
 
 
 def _name(text: str) -> str:
-    if _text(text) != printable(text):  # it is shown on terminals and pages
+    if _text(text) != printable(text):  # terminals and pages show the name
         raise SettingsError("must be one line of printable characters")
     return text
 
 
 def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, or else the servers' names of those used in turn. Raises SettingsError."""
+    """Return the mixture of models, and the names of the models that participants use in turn. One of both is empty.
+
+    Raises SettingsError if a model does not exist or the shares are invalid.
+    """
     if config.agent_type != "llm":
         return (), ()
     if config.models is not None:
@@ -169,7 +178,7 @@ def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[Model
 
 
 def _mixture(config: SimulationConfig, value: str, models: Models) -> tuple[ModelShare, ...]:
-    """Parse shares of the models of a file, such as `model_1=2/3,model_2=1/3`. Raises SettingsError."""
+    """Parse the shares of models, such as `model_1=2/3,model_2=1/3`. Raises SettingsError if they are invalid."""
     flag, problem = f"--models {printable(value)}", f"{shown(config.model_configs)} has no such model"
     shares: dict[str, Fraction] = {}
     for part in value.split(","):

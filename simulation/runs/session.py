@@ -1,4 +1,4 @@
-"""The runs of one command: one run, new or resumed, or all runs of an experiment on the same servers."""
+"""The runs of one command: a single run, or all runs of an experiment. They are new or resumed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 
     Observe = Callable[[Run], contextlib.AbstractContextManager[None]]
 
-PLANS_SHOWN = 10  # plans shown in a dry run of an experiment
+PLANS_SHOWN = 10  # maximum number of runs whose plans a dry run shows
 
 
 class Session:
-    """Runs that are played one after another: a single run, or those of a sweep, with a folder around theirs."""
+    """Runs that are executed one after another: a single run, or the runs of a sweep.
+
+    `folder` is the folder of the single run or of the experiment.
+    """
 
     def __init__(self, specs: list[RunSpec], sweep: Sweep | None = None, directory: RunDirectory | None = None) -> None:
         self.specs = specs
@@ -43,11 +46,11 @@ class Session:
         self.config = specs[0].config  # all runs share the settings of the cluster
         self.folder = specs[0].folder if sweep is None else specs[0].folder.parent
         self.unfinished = [spec for spec in specs if spec.rounds_left]
-        self._directory = directory  # of `folder`, if it exists and is locked
+        self._directory = directory  # None until `folder` is created and locked
         self._is_new = directory is None
 
     def plan_lines(self) -> list[str]:
-        """Return a readable plan of the runs."""
+        """Return the lines of a text that describes the runs."""
         if self.sweep is None:
             return self.specs[0].plan_lines()
         about = f": {printable(self.sweep.about)}" if self.sweep.about else ""
@@ -66,7 +69,10 @@ class Session:
         return f"run {number} of {len(self.specs)}: {spec.label}{status}"
 
     def check_models(self) -> None:
-        """Check all models of all runs from this process, before it starts agent servers; raises ClusterError."""
+        """Check from this process, before agent servers are started, whether all models of all runs are available.
+
+        Raises ClusterError if this is not the case.
+        """
         models = [model for spec in self.unfinished for model in spec.asked_models]
         if models:
             from simulation.cluster.preflight import check_models_here  # noqa: PLC0415 - see play_runs
@@ -74,15 +80,18 @@ class Session:
             check_models_here(models, self.config.connect_timeout)
 
     def open(self) -> None:
-        """Create the folder, unless it exists. Raises SettingsError or ResultsError."""
+        """Create and lock the folder, unless this is done already.
+
+        Raises SettingsError if the folder cannot be used, and ResultsError if the disk is full.
+        """
         self._directory = self._directory or RunDirectory(self.folder)
 
     def close(self) -> None:
-        """Release the lock, and remove the folder if no results were written."""
+        """Release the lock of the folder. Remove a new folder if no results were written."""
         if self._directory is None:
             return
         if self._is_new and self.sweep is not None and not self._has_results():
-            with contextlib.suppress(OSError):  # if it stays, the folder stays too
+            with contextlib.suppress(OSError):  # if this fails, the folder remains, too
                 (self.folder / SWEEP).unlink(missing_ok=True)
         self._directory.close()
 
@@ -90,13 +99,14 @@ class Session:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
     def play_runs(self, console: ConsoleProgress, draw: Draw, observe: Observe | None = None) -> int:
-        """Play the remaining rounds; returns the exit status. Logs how to resume if rounds are left, even on errors.
+        """Execute the remaining rounds of all runs. Return the exit status.
 
-        `draw` draws the pictures and the report of a run. `observe` returns a context manager that observes a run.
+        `draw` writes the pictures and the report of a run. `observe` returns a context manager that observes a run. If
+        rounds are left at the end, also after an error, log the command that resumes them.
         """
 
         def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
-            import_agentscope()  # takes its time, which errors before this need not wait for
+            import_agentscope()  # slow: earlier errors need not wait for this
             from simulation.runs.run import Run  # noqa: PLC0415
 
             run = Run(spec, directory, console, draw, label)
@@ -125,7 +135,10 @@ class Session:
                 logger.warning(hint)
 
     def _check_later_models(self) -> None:
-        """Raise ClusterError if the cluster cannot reach a model of a later run; the first run checks its own."""
+        """Check that the cluster reaches the models of all runs except the first, which checks its models itself.
+
+        Raises ClusterError if a model cannot be reached.
+        """
         from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - see play_runs
 
         configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
@@ -133,10 +146,10 @@ class Session:
             check_cluster(config)
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Play one of several runs; returns its exit status. RunAborted is logged and does not stop the other runs."""
+        """Execute one of several runs. Return its exit status. If the run raises RunAborted, log the error."""
         try:
             directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
-        except SettingsError as error:  # not a wrong setting: the experiment's folder was writable at the start
+        except SettingsError as error:  # no setting is wrong: the experiment's folder was writable before
             raise ResultsError(str(error)) from None
         try:
             if spec.status is not None:
@@ -149,7 +162,7 @@ class Session:
             directory.close()
 
     def _compare(self) -> None:
-        """Print and write the comparison of the runs. Raises ResultsError."""
+        """Print and write the comparison of the runs. Raises ResultsError if this fails."""
         from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415 - matplotlib: 0.5 s
 
         try:
@@ -161,7 +174,10 @@ class Session:
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
 
     def how_to_resume(self) -> str | None:
-        """Return a line with the command to resume; None if no rounds are left or nothing was written."""
+        """Return a line with the command that resumes the remaining rounds.
+
+        Returns None if no rounds are left or no results were written.
+        """
         if not self._has_results():
             return None
         left = [(number, *rest) for number, spec in enumerate(self.specs, start=1) if (rest := _progress_of(spec))]
@@ -169,7 +185,7 @@ class Session:
         if self.sweep is not None and ready:
             command = resume_command(self.folder)
             return f"{ready} of {len(self.specs)} runs have rounds left; to go on with them: {command}"
-        for number, progress, flags in left:  # of several that need more tokens, the first
+        for number, progress, flags in left:  # if all need more tokens, use the first
             name = "the run" if self.sweep is None else f"run {number} of {len(self.specs)}"
             command = resume_command(self.specs[number - 1].folder, *flags)
             return f"{name} ends with {progress} rounds played; to go on with it: {command}"
@@ -177,7 +193,10 @@ class Session:
 
 
 def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
-    """Return the progress (`2 of 3`) in a run's folder, and the flags needed to go on; None for a finished run."""
+    """Return the progress of a run, such as `2 of 3`, and the flags that are necessary to resume the run.
+
+    Returns None if the run is finished.
+    """
     try:
         config, summary = reader.read_summary(spec.folder)
     except SettingsError:
@@ -192,13 +211,14 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
     return f"{played} of {config.rounds}", flags
 
 
-# --- What the settings describe --------------------------------------------------------------------------------------
+# --- Building sessions -----------------------------------------------------------------------------------------------
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
-    """Build the session that the settings describe; those in `given`, from flags, override settings from files.
+    """Build the session that the settings describe. The settings in `given`, from flags, override those in files.
 
-    Prints the plan if models outside the cluster are used. Raises SettingsError if anything is invalid or too costly.
+    If models outside the cluster are used, print the plan. Raises SettingsError if a setting or file is invalid, or if
+    the runs may cost more than the token budget.
     """
     if config.resume is not None:
         if config.run_dir is not None:
@@ -226,7 +246,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
 
 
 def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
-    """Return a session of all runs of an experiment; a single combination becomes an ordinary run."""
+    """Return a session with all runs of an experiment. If the experiment has one run, the session has no sweep."""
     names = given if "agent_type" in given else {**given, **experiment.settings}
     sweep = experiment.sweep()
     folder = Path(experiment.configs[0].run_dir or ROOT / "runs" / sweep.sweep_id)
@@ -253,7 +273,7 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     budget, rounds = (given.get(name, getattr(config, name)) for name in ("max_tokens", "rounds"))
     if len(summary["rounds"]) < rounds and reader.is_spent(summary, config.max_tokens, budget):
         raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
-    directory = RunDirectory(path, resumed=True)  # locks the folder against other writers
+    directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
         logger.warning(
             f"this run is one of an experiment's, {position_in_words(directory.position)}; to go on with all of them: "
@@ -263,7 +283,7 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
 
 
 def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
-    """Return a session that resumes a sweep; finished runs are left unchanged."""
+    """Return a session that resumes a sweep. Finished runs stay unchanged."""
     directory = RunDirectory(path, resumed=True)
     sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
     for name in given.keys() & sweep.varies:
@@ -274,7 +294,7 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     for name, config in configs.items():
         folder = directory.path / name
         if is_there(folder / "summary.json"):
-            settings = asdict(config)  # all settings: a run begun on another cluster continues on this one
+            settings = asdict(config)  # all settings: the runs may have started on another cluster
             spec = finished_run(folder, settings) or resumed_run(folder, settings)
         else:
             spec = new_run(replace(config, run_dir=str(folder)))

@@ -1,6 +1,6 @@
-"""User-written YAML files, whose errors are reported in one line with the line number.
+"""Reading YAML files that users write. An error message is one line and contains the line number.
 
-Every scalar stays text, so that 2/3 and 0.51 are exact; the readers of each kind of file interpret it.
+All scalars stay text, so that numbers such as 2/3 and 0.51 are exact. The callers interpret the text.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import yaml
 from simulation.errors import SettingsError, near_file, nearest, printable, reason
 from simulation.files import shown
 
-Place = tuple[str | int, ...]  # path to a value: keys, and positions in lists
+Place = tuple[str | int, ...]  # the path to a value in the file: keys, and positions in lists
 
 LARGEST_BYTES = 2**20
-MOST_VALUES = 50_000  # a few nested aliases could expand beyond any memory
+MOST_VALUES = 50_000  # limits the expansion of nested aliases
 DEEPEST = 20
 LONGEST_ERROR = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
-MERGE = "<<"  # merge key: a mapping, or a list of mappings, with values for keys that are not set explicitly
-LATE = ("could not find expected ':'", "found unexpected end of stream")  # problems detected only after their cause
+MERGE = "<<"  # merge key; its value is a mapping or a list of mappings, with defaults for the other keys
+LATE = ("could not find expected ':'", "found unexpected end of stream")  # reported far after their cause
 TAGS = {yaml.ScalarNode: {"str", "int", "float", "bool", "null"}, yaml.SequenceNode: {"seq"}, yaml.MappingNode: {"map"}}
 
 
 class YamlFile:
-    """The file that a flag names: its `data` are text, None for null, lists and mappings.
+    """A YAML file whose path a flag gives. `data` consists of texts, None (for null), lists and mappings.
 
-    Raises SettingsError, with the line if known.
+    The constructor raises SettingsError if the file cannot be read or parsed.
     """
 
     def __init__(self, path: str, flag: str) -> None:
@@ -50,7 +50,10 @@ class YamlFile:
         self.data: dict[str, Any] = self._value(self._parse(text), ())
 
     def error(self, place: Place, text: str) -> SettingsError:
-        """Return an error with the file name and the line of a value, or of the innermost one around it."""
+        """Return an error with the file name and the line number of the value at `place`.
+
+        If no value has this place, use the line of the innermost list or mapping that contains the place.
+        """
         while place not in self._lines:
             place = place[:-1]
         return self._error_in(self._lines[place], text)
@@ -80,7 +83,7 @@ class YamlFile:
         return node
 
     def _value(self, node: yaml.Node, place: Place) -> Any:
-        """Return the value of a node, and record the lines of all values in it."""
+        """Return the value of a node. Record the line numbers of this value and of all values inside."""
         line = node.start_mark.line
         self._lines.setdefault(place, line)
         self._values_left -= 1
@@ -113,7 +116,7 @@ class YamlFile:
                 for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if not isinstance(each, yaml.MappingNode):
                         raise self._error_in(each.start_mark.line, f"{MERGE} must be a mapping or a list of mappings")
-                    merged = self._value(each, (*place, MERGE)) | merged  # the first one wins
+                    merged = self._value(each, (*place, MERGE)) | merged  # earlier mappings take precedence
                 continue
             name = self._value(key, (*place, key.value)) if isinstance(key, yaml.ScalarNode) and key.value else None
             if name is None:
@@ -128,7 +131,10 @@ class YamlFile:
     def read_entry(
         self, place: Place, data: Any, readers: Mapping[str, Callable[[str], Any]], defaults: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return the fields of the mapping `data`, each parsed by its reader, which may raise SettingsError."""
+        """Return the fields of the mapping `data` at `place`. Parse each field with the function in `readers`.
+
+        `defaults` are the values of missing fields. Raises SettingsError with the line number if a field is invalid.
+        """
         if not isinstance(data, dict):
             raise self.error(place, f"{_last_name(place)} must be a mapping: lines such as name: value")
         for name in [*data, *readers]:
