@@ -1,4 +1,4 @@
-"""The command line: the flags of each role, and the roles other than main. Imports of AgentScope are in functions."""
+"""The command line: the flags of all roles, and the work of all roles except main. Only functions import AgentScope."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from simulation.errors import ClusterError, Interrupted, SettingsError, meant_by
 from simulation.files import ROOT, full_path, shown
 from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
-HELP_WIDTH = 100  # columns; fewer on a narrower terminal
-VERY_LIKE = 0.8  # similarity from which a flag of the same role is preferred to another role's
-DASHES = tuple("-–—−")  # word processors turn the first into the others
+HELP_WIDTH = 100  # maximum number of columns
+VERY_LIKE = 0.8  # a flag of the same role that is at least so similar is preferred to other roles' flags
+DASHES = tuple("-–—−")  # word processors replace the first by one of the others
 USAGES = {
     "main": "main.py [flags]",
     "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
@@ -31,26 +31,30 @@ USAGES = {
     "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
 }
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
-ACTIONS = {  # what a flag does in place of the usual work of its roles; those without a help text are internal
+ACTIONS = {  # flags that replace the usual work of a role; flags without a help text are internal
     "status": Setting(False, "show the servers of this host", roles=("participant", "vllm")),
     "stop": Setting(False, "stop the servers of this host", roles=("participant", "vllm")),
     "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
-    "launch": Setting(False, "", roles=("participant",)),  # run as the launcher process
-    "draw_for_main": Setting(False, "", roles=("report",)),  # run as the report process
+    "launch": Setting(False, "", roles=("participant",)),  # this process becomes the launcher
+    "draw_for_main": Setting(False, "", roles=("report",)),  # this process becomes the report process
 }
-USED_BY = {  # settings that actions use
+USED_BY = {  # the settings that each action uses
     "status": ("host_name", "cluster_key_dir", "connect_timeout"),
     "make_key": ("cluster_key_dir",),
     "launch": ("owned", *SETTINGS),
 }
 HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
-OWNED = Setting(False, "", roles=("participant",))  # as --launch, until standard input ends
+OWNED = Setting(False, "", roles=("participant",))  # like --launch, but stops at the end of standard input
 FLAGS = {"help": HELP, **ACTIONS, "owned": OWNED, **SETTINGS}
 
 
 class Command(NamedTuple):
-    """A parsed command line: settings, those given by flags, an action, folders of runs, and flags for vLLM."""
+    """A parsed command line.
+
+    `given` contains the settings that flags have set. `action` is a name in ACTIONS, or "owned". `runs` are the run
+    folders, and `for_vllm` are the flags after `--`.
+    """
 
     config: SimulationConfig
     given: dict[str, Any]
@@ -60,7 +64,7 @@ class Command(NamedTuple):
 
 
 def make_parser(role: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser for the flags of all roles, or (for a help page) of one role."""
+    """Return a parser for the flags of all roles. For a help page, return one for `role` only."""
     about: dict[str, Any] = {}
     if role is not None:
         about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG}
@@ -82,7 +86,7 @@ def make_parser(role: str | None = None) -> argparse.ArgumentParser:
 
 
 def _options_of(name: str) -> dict[str, Any]:
-    """Return the `add_argument` options of a flag that follow from its type."""
+    """Return the keyword arguments of `add_argument` that depend on the type of a flag."""
     flag, kind = FLAGS[name], KINDS.get(name, (bool,))[0]
     if kind is bool:
         return {"action": "store_true"}
@@ -101,7 +105,7 @@ def _options_of(name: str) -> dict[str, Any]:
 
 
 def _in_utf8(text: str) -> str:
-    """Return a command-line argument decoded as UTF-8, whatever the locale; unchanged if it is not UTF-8."""
+    """Decode a command-line argument as UTF-8, independently of the locale. If this fails, return it unchanged."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
@@ -109,10 +113,13 @@ def _in_utf8(text: str) -> str:
 
 
 def parse(arguments: list[str]) -> Command | None:
-    """Return the checked command; None after printing a help page. No flag is ignored. Raises SettingsError."""
+    """Parse and check the command line. For --help, print the help page and return None.
+
+    Raises SettingsError if an argument is invalid or has no effect.
+    """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
-    words = itertools.pairwise([*flags, ""])  # not parsed, as other flags may be invalid
+    words = itertools.pairwise([*flags, ""])  # without the parser: other flags may be invalid
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
     *others, role = list(dict.fromkeys(roles)) or [SimulationConfig.role]
     SETTINGS["role"].check("--role", role)
@@ -129,7 +136,7 @@ def parse(arguments: list[str]) -> Command | None:
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
     config = SimulationConfig(**given)
     may_ask = role == "main" and (config.agent_type == "llm" or config.experiment is not None)
-    asks = role == "participant" or (may_ask and config.resume is None)  # a resumed run has the number of models
+    asks = role == "participant" or (may_ask and config.resume is None)  # a resumed run has saved this number
     if action is None and asks and "model_per_host" not in given:
         from simulation.hosts.vllm_servers import servers_per_host
 
@@ -138,7 +145,7 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the given settings and actions, of any role, and the run folders. Raises SettingsError."""
+    """Return the values of all flags, of any role, and the run folders. Raises SettingsError if a flag is invalid."""
     try:
         known, unknown = make_parser().parse_known_intermixed_args(flags)
     except argparse.ArgumentError as error:
@@ -160,12 +167,12 @@ def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]
 
 
 def flags_of(role: str) -> list[str]:
-    """Return the visible flags of a role."""
+    """Return the flags that the help page of a role shows."""
     return [flag_of(name) for name, flag in FLAGS.items() if role in flag.roles and flag.about]
 
 
 def _check_used(role: str, given: dict[str, Any]) -> str | None:
-    """Remove the action from `given` and return it. Raises SettingsError if the role or action does not use a flag."""
+    """Remove the action from `given`, and return the action. Raises SettingsError if a flag has no effect."""
     for name in given:
         if role not in (roles := FLAGS[name].roles):
             raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
@@ -179,12 +186,12 @@ def _check_used(role: str, given: dict[str, Any]) -> str | None:
 
 
 def exclude_from_proxy(*hosts: str) -> None:
-    """Bypass proxies for requests to these hosts and localhost, in this process and its children.
+    """Disable proxies for requests to these hosts and localhost, in this process and its children.
 
-    Raises SettingsError if the file named by SSLKEYLOGFILE cannot be written: the TLS library always opens it.
+    Raises SettingsError if the file SSLKEYLOGFILE cannot be written, because the TLS library always opens this file.
     """
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    if named != "*":  # which means all hosts only if it is the whole value
+    if named != "*":  # "*" means all hosts, but only as the whole value
         named = ",".join(filter(None, [named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = named
     keys = os.environ.get("SSLKEYLOGFILE")
@@ -196,7 +203,7 @@ def exclude_from_proxy(*hosts: str) -> None:
 
 
 def describe_damage(error: ImportError) -> str:
-    """Return an error text for a damaged environment; if it is .venv, make the next script reinstall it."""
+    """Return the error text for a damaged environment. If this is .venv, the next script installs it again."""
     for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
@@ -206,7 +213,7 @@ def describe_damage(error: ImportError) -> str:
 
 
 def raise_on_signals() -> None:
-    """Make TERM, HUP and INT raise Interrupted, so that processes started so far are stopped."""
+    """Raise Interrupted at a TERM, HUP or INT signal, so that the caller stops the processes it has started."""
 
     def interrupt(number: int, _frame: object) -> NoReturn:
         raise Interrupted(number)
@@ -233,7 +240,7 @@ def serve(command: Command) -> int:
         launch(config, action == "owned")
     elif action == "make_key":
         load_or_make(Path(config.cluster_key_dir))
-        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # for scripts, whatever bytes it has
+        sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # as bytes: the path may not be UTF-8
     else:
         from simulation.runs.console import ConsoleProgress
 
@@ -281,7 +288,7 @@ def say_stopped(what: str, number: int) -> int:
 
 
 def say_status(what: str, head: Sequence[str], rows: list[list[str]], all_work: bool) -> int:
-    """Print a row per server and return the exit status."""
+    """Print a table with a row for each server. Return the exit status."""
     from simulation.results.tables import table_lines
 
     dropped = ("up since", "restarts", "pid", "memory", "agents")
@@ -314,12 +321,12 @@ def ask(command: Command) -> int:
     announcements = tuple(announcement_of(each, run.game.scale) for each in run.results)
     question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
     answer = ask_participant(*read_agents(path, participant), question)
-    say("\n".join(map(printable, answer.splitlines())))  # a model may return any characters
+    say("\n".join(map(printable, answer.splitlines())))  # a model may return control characters
     return 0
 
 
 def report(command: Command) -> int:
-    """Show one run, or compare several, from their folders alone. Return the exit status."""
+    """Report one run, or compare several runs. Only the run folders are needed. Return the exit status."""
     if command.action is not None:
         from simulation.results.report_process import serve as draw_for_main
 
@@ -335,7 +342,7 @@ def report(command: Command) -> int:
     if not named:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
     paths = comparison.run_folders(named)
-    target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # of the comparison
+    target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # the folder of the comparison
     if paths != named[:1]:
         target = target or comparison.common_folder(paths)
         runs = [read_run(path) for path in paths]

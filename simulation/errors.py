@@ -1,18 +1,18 @@
-"""The errors that this program raises on purpose: one line each, and the exit status of main.
+"""The exceptions that this program raises on purpose. A message is one line. The numbers are exit statuses of main.
 
 SimulationError          1   a bug in this program
-├── SettingsError        2   bad usage, settings or files: nothing was started
-├── ClusterError         3   the cluster is not ready, or does not hold our key
-│   └── ServerLost           one server is lost; the game may continue without it
-│       ├── ServerUnreachable    nothing answers at the address
-│       ├── UntrustedServer      the process that answers does not hold our key, or hangs before it proves it
-│       └── AgentNotFound        the server answers, but no longer holds the agent
-├── RunAborted           4   the game ended with participants unanswered; finished rounds are written
+├── SettingsError        2   a flag, setting or file is invalid; nothing was started
+├── ClusterError         3   the cluster is not ready, or has another cluster key
+│   └── ServerLost           one server has failed; the run may continue without this server
+│       ├── ServerUnreachable    no process answers at the address
+│       ├── UntrustedServer      the process at the address does not prove that it has our cluster key
+│       └── AgentNotFound        the server answers, but the agent no longer exists
+├── RunAborted           4   the run ended before all participants answered; the finished rounds are saved
 ├── ResultsError         5   results could not be written
 └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
-UnusableAnswer               the failure of one participant, counted by cause; the game continues
-└── KnownCause               with a cause in the words of this program
+UnusableAnswer               one participant has failed; the failure is counted by its cause, and the run continues
+└── KnownCause               the text of the cause is from this program
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-LIKENESS = 0.65  # difflib ratio from which a name is suggested
-SHORTEST_BEGINNING = 3  # characters of a prefix for which a longer name is suggested
+LIKENESS = 0.65  # a name is suggested if its difflib ratio is at least this
+SHORTEST_BEGINNING = 3  # a longer name is suggested for a prefix of at least so many characters
 NAMES_SHOWN = 12
 CAUSE_LENGTH = 200  # characters
 
-# Errors of file systems for unsupported operations: locks, links, flushing a folder
+# Errors of file systems that do not support an operation: locking, linking, or flushing a folder
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 class SimulationError(Exception):
-    """The root class; its message is one line that states what failed, where, and what to do."""
+    """The base class. A message is one line that states what failed, where it failed, and what the user can do."""
 
     exit_status = 1
 
@@ -49,11 +49,11 @@ class ClusterError(SimulationError):
 
 
 class ServerLost(ClusterError):
-    """The message starts with the address of the server."""
+    """One server has failed. The message starts with the address of the server."""
 
     @property
     def address(self) -> str:
-        """Return `host:port` of the server."""
+        """Return the address of the server as `host:port`."""
         return str(self).partition(": ")[0]
 
 
@@ -81,7 +81,7 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """An answer that is not a number in range, with its cause and text. Custom participants may raise it too."""
+    """A participant gave no valid number. `text` is the text of the answer. Custom participants may raise this, too."""
 
     def __init__(self, cause: str, text: str | None = None) -> None:
         super().__init__(cause)
@@ -89,16 +89,16 @@ class UnusableAnswer(Exception):
 
 
 class Ended(IntEnum):
-    """The way a round ended for some of its participants; over all participants, the highest value applies."""
+    """The way in which a round ended for a participant. The highest value of all participants applies to the round."""
 
-    COMPLETE = 0  # no participant was cut off, whatever the answers
+    COMPLETE = 0  # no participant was cut off; answers may be unusable
     MODEL_FAILED = 1  # a model server did not answer
     OUT_OF_TOKENS = 2  # the token budget was too small
-    INTERRUPTED = 3  # the user ended it
+    INTERRUPTED = 3  # the user ended the round
 
 
 class KnownCause(UnusableAnswer):
-    """An unusable answer whose cause is counted verbatim. Only `ended`, not the text, affects the run."""
+    """An unusable answer whose cause is counted verbatim. `ended` is how the round ended for the participant."""
 
     def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
         super().__init__(cause, text)
@@ -106,7 +106,7 @@ class KnownCause(UnusableAnswer):
 
 
 class Failure(NamedTuple):
-    """The record of a participant's failure: the cause it is counted by, its text, and how its round ended."""
+    """The failure of a participant. `text` is the unusable answer, and `ended` is how the round ended for it."""
 
     cause: str
     text: str | None = None
@@ -114,19 +114,19 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return the record of any exception that a participant raised; never raises."""
-    text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may lack it
+    """Return the failure that any exception of a participant describes. This function never raises."""
+    text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may have no text
     ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
     return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the cause of a failure as `ValueError: text`, or the text alone of a KnownCause; never raises."""
+    """Return the cause of a failure as `ValueError: text`; for a KnownCause, only the text. Never raises."""
     try:
         text = printable(str(error), CAUSE_LENGTH)
     except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
         text = "(its text cannot be shown)"
-    if type(error) is KnownCause:  # a derived class is a user's own
+    if type(error) is KnownCause:  # users may define subclasses
         return text
     name = type(error).__name__
     name = name if name.isidentifier() else "Exception"  # type() accepts any text as a class name
@@ -134,7 +134,7 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return a short reason why a file cannot be read or written."""
+    """Return in a few words why a file cannot be read or written."""
     if isinstance(error, UnicodeDecodeError):
         return "is no text in UTF-8"
     if isinstance(error, UnicodeEncodeError):
@@ -143,22 +143,22 @@ def reason(error: Exception) -> str:
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Return the text in one line of at most `limit` characters, with unprintable characters escaped."""
+    """Convert the text to one line of at most `limit` characters. Escape unprintable characters."""
     words = " ".join((text if limit is None else text[: 10 * limit]).split())
     line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion for an unknown name, or else the list of known names."""
+    """Return a suggestion for an unknown name. If no known name is similar, return a list of the known names."""
     names = list(known)
     return meant_by(name, names) or f"known are {listed(names)}"
 
 
 def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Return "did you mean ...?" with the most similar known name; an empty string if none is similar.
+    """Return "did you mean ...?" with the most similar known name, or an empty string if no name is similar.
 
-    The comparison ignores leading dashes and case, and treats _ as -.
+    The comparison ignores leading dashes and case, and does not distinguish _ from -.
     """
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
@@ -172,10 +172,13 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
 
 
 def near_file(path: str | Path) -> str:
-    """Return "; did you mean ...?" with a similarly named file beside a missing path, or an empty string."""
+    """Return "; did you mean ...?" with the name of a similar file in the folder of a missing path.
+
+    Returns an empty string if the path exists or no file has a similar name.
+    """
     wanted = Path(path)
     try:
-        if os.path.exists(wanted):  # noqa: PTH110 - it raises less
+        if os.path.exists(wanted):  # noqa: PTH110 - raises fewer errors than Path.exists
             return ""
         names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix and each != wanted]
     except (OSError, ValueError):
@@ -185,14 +188,14 @@ def near_file(path: str | Path) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the names joined by commas, at most NAMES_SHOWN of them."""
+    """Join at most NAMES_SHOWN names with commas. State how many names are omitted."""
     all_names = list(names)
     more = f" and {len(all_names) - NAMES_SHOWN} more" if len(all_names) > NAMES_SHOWN else ""
     return (", ".join(all_names[:NAMES_SHOWN]) or "none") + more
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """Print to standard output or another stream; a closed pipe or a full disk is not an error."""
+    """Print a line to `stream` (default: standard output). After a write error, discard all further output."""
     stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)

@@ -1,6 +1,6 @@
-"""One agent server: AgentScope's servicer behind mutual TLS, with handshake, leases and immediate shutdown.
+"""One agent server: the servicer of AgentScope, extended by mutual TLS, handshakes, leases and an immediate shutdown.
 
-It returns the exception of an agent as one line, and closes an object before deleting it.
+If an agent raises an exception, the server returns the error as one line. The server closes an object that it deletes.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import address_of, run_of, same_run
 from simulation.settings import SimulationConfig
 
-RPC_THREADS = 1024  # concurrent calls, with threads created on demand; most are short, but per-agent dispatch holds
-# a thread for each participant, and a heartbeat must never wait for one
-REPLIES_AT_ONCE = 32  # participants asked individually that think concurrently
-POLL_S = 2  # how long a poll for one participant's reply blocks; the client's deadline is 5 s
+RPC_THREADS = 1024  # maximum number of concurrent calls. Threads are created on demand. With per-agent dispatch, each
+# waiting participant occupies a thread; heartbeats must still find a free thread.
+REPLIES_AT_ONCE = 32  # participants that answer concurrently with per-agent dispatch
+POLL_S = 2  # maximum time that a poll for a reply blocks; the client's deadline is 5 s
 STOP_GRACE_S = 0.5
 SWEEP_S = 1.0  # interval between checks of the leases
-HISTOGRAM_SHARE = 0.005  # most of a server's time that partial histograms may take
-LOAD_S = 0.5  # shortest time over which the CPU load is measured
-REPLIES_KEPT = 4096  # fetched replies that are kept, in case one is lost in transit
+HISTOGRAM_SHARE = 0.005  # maximum share of a server's time for partial histograms
+LOAD_S = 0.5  # minimum interval of a measurement of the CPU load
+REPLIES_KEPT = 4096  # number of fetched replies that are kept, so that a client can fetch a reply again
 SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # otherwise two servers could share a port unnoticed
+    ("grpc.so_reuseport", 0),  # two servers must not share a port
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send a keepalive ping every 20 s
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -59,28 +59,30 @@ SERVER_OPTIONS = (
 
 
 class SimulationServicer(AgentServerServicer):
-    """AgentScope's servicer for groups and moderators; `stop` is set when a client requests it."""
+    """AgentScope's servicer, extended for groups and moderators. A `stop` call of a client sets the event `stop`."""
 
     def __init__(
         self, config: SimulationConfig, port: int, models: dict[str, ModelConfig], stop: threading.Event
     ) -> None:
         super().__init__(stop, config.host_name, port, str(port), capacity=REPLIES_AT_ONCE, max_timeout_seconds=POLL_S)
         self.result_pool = LocalPool(1, 1)
-        self.result_pool.pool = {}  # in place of one that drops replies after two hours, or 8192 newer ones
-        self._fetched: deque[int] = deque()  # of these, the REPLIES_KEPT latest are kept
+        self.result_pool.pool = {}  # AgentScope's pool would drop replies after two hours
+        self._fetched: deque[int] = deque()  # task ids of fetched replies; the pool keeps the latest REPLIES_KEPT
         self._config, self._models = config, models
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
-        self._renewed: dict[str, float] = {}  # by run, time.monotonic() of the last call
+        self._renewed: dict[str, float] = {}  # time of the last call (time.monotonic) by run
         self._beginning = threading.Lock()
-        self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by object
-        self._histogram_due = 0.0  # when the next partial histogram may be taken (time.monotonic)
-        self._cpu = (time.monotonic(), time.process_time(), 0.0)  # the last measurement, and the share of a core
+        self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by remote id
+        self._histogram_due = 0.0  # earliest time of the next partial histograms (time.monotonic)
+        self._cpu = (time.monotonic(), time.process_time(), 0.0)  # last measurement: time, CPU time, load
 
     def heartbeat(self, request: bytes, context: Any) -> bytes:
-        """Return the progress of a run's objects; wait up to `wait_s` for those in round `number` to finish it.
+        """Return the progress of the groups and moderators of a run. Renew the lease of the run.
 
-        If `numbers`, the count of possible answers, is not 0, add the load and, when due, partial histograms.
+        The request contains `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` until the objects in round
+        `number` have finished this round. `numbers` is the number of possible answers. If `numbers` is not 0, add the
+        load and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)
@@ -98,15 +100,15 @@ class SimulationServicer(AgentServerServicer):
         return messages.HeartbeatReply(self._incarnation, progress, *load).to_json().encode()
 
     def _load(self) -> tuple[float, float]:
-        """Return the share of a core that this process used lately, and its resident memory (MB)."""
+        """Return the recent CPU load of this process as a share of one core, and the resident memory (MB)."""
         (since, used_before_s, _), now, used_s = self._cpu, time.monotonic(), time.process_time()
         if now - since >= LOAD_S:
             self._cpu = (now, used_s, (used_s - used_before_s) / (now - since))
         return self._cpu[2], round(psutil.Process().memory_info().rss / 2**20, 1)
 
     def handshake(self, request: bytes, context: Any) -> bytes:
-        """Return the identity and state of this server, after following the directives of the request."""
-        if not Path(__file__).exists():  # later imports would fail, too
+        """Execute the directives of the request. Return the identity and the status of this server."""
+        if not Path(__file__).exists():  # the code is gone: later imports would fail
             restart = "stop all agent servers of this host, and start them again"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
         directives = json.loads(request)
@@ -129,7 +131,7 @@ class SimulationServicer(AgentServerServicer):
             moderator_per_host=self._config.moderator_per_host,
             started=self._started,
             agents=sum(getattr(agent, "agents", 1) for agent in self._hosted().values()),
-            # with its share of the shared memory, if the system reports it
+            # pss includes a share of the shared memory; some systems report only uss
             memory_mb=round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1) if memory else None,
             models={name: model.base_url for name, model in self._models.items()},
             model_troubles=model_troubles,
@@ -140,7 +142,7 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run_of(agent_id)] = time.monotonic()
         agent = super().get_agent(agent_id)
         if agent is None:
-            group, _, index = agent_id.rpartition("/")  # by arithmetic: the pool does not need a million entries
+            group, _, index = agent_id.rpartition("/")  # participants have no entries in the pool
             found = super().get_agent(group)
             if isinstance(found, ParticipantGroup) and index.isdecimal():
                 return found.participant(int(index))
@@ -152,7 +154,7 @@ class SimulationServicer(AgentServerServicer):
             self._begin_run(run)
         with self._creating[request.agent_id]:
             if self.get_agent(request.agent_id) is not None:
-                return GeneralResponse(ok=True)  # AgentScope would create another object first, and leak it
+                return GeneralResponse(ok=True)  # AgentScope would create, and leak, a second object
             return super().create_agent(request, context)
 
     def update_placeholder(self, request: Any, context: Any) -> CallFuncResponse:
@@ -171,15 +173,18 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=True)
 
     def drop_expired(self) -> None:
-        """Drop the objects of runs whose lease has expired."""
+        """Delete the objects of all runs whose lease has expired."""
         for oid, agent in self._hosted().items():
             if self._drop(oid, only_expired=True):
                 logger.warning(f"dropping {oid}: its run sent no heartbeat for {agent.lease_s:g} s")
 
     def _begin_run(self, run: str) -> None:
-        """Renew a run's lease; its first call drops objects kept by other runs, or left by an earlier part of it."""
+        """Renew the lease of a run. The first call for a run deletes objects that are no longer needed.
+
+        These are objects that other runs have kept, and objects of an earlier process of the same run.
+        """
         if run not in self._renewed:
-            with self._beginning:  # further first calls wait until the objects are dropped
+            with self._beginning:  # concurrent first calls wait until the objects are deleted
                 for oid, agent in self._hosted().items():
                     kept = getattr(agent, "lease_s", 0) is None
                     if run_of(oid) != run and (kept or same_run(run_of(oid), run)):
@@ -187,11 +192,11 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run] = time.monotonic()
 
     def _end_run(self, run: str, keep: bool) -> None:
-        """Drop the objects of a run, or keep them until the next run begins."""
-        self._begin_run(run)  # its first heartbeat may not be handled yet
+        """Delete the objects of a run. If `keep`, keep these objects without a lease until the next run begins."""
+        self._begin_run(run)  # the first heartbeat may still be waiting
         for oid, agent in self._hosted().items():
             if run_of(oid) == run and keep:
-                with self.agent_id_lock:  # `drop_expired` may be about to drop it
+                with self.agent_id_lock:  # `drop_expired` runs in another thread
                     agent.lease_s = None
             elif run_of(oid) == run:
                 self._drop(oid)
@@ -201,10 +206,13 @@ class SimulationServicer(AgentServerServicer):
             return dict(self.agent_pool)
 
     def _drop(self, oid: str, only_expired: bool = False) -> bool:
-        """Remove and close an object, if it exists; return whether it was dropped."""
+        """Delete an object and close it. If `only_expired`, do this only if the lease has expired.
+
+        Return whether the object was deleted.
+        """
         with self.agent_id_lock:
             agent = self.agent_pool.get(oid)
-            lease_s = getattr(agent, "lease_s", None)  # None: it stays until a client drops it
+            lease_s = getattr(agent, "lease_s", None)  # None: the object has no lease
             expired = lease_s is not None and time.monotonic() - self._renewed.get(run_of(oid), math.inf) > lease_s
             if agent is None or (only_expired and not expired):
                 return False
@@ -212,7 +220,7 @@ class SimulationServicer(AgentServerServicer):
             self._creating.pop(oid, None)
         if hasattr(agent, "close"):
             agent.close()
-        # AgentScope has set a bound method on the instance: a cycle that only the collector would free
+        # Break a reference cycle: AgentScope has stored a bound method in the instance
         agent.__dict__.pop("__reduce_ex__", None)
         return True
 
@@ -222,15 +230,15 @@ class SimulationServicer(AgentServerServicer):
             if agent is None:
                 raise KnownCause("the agent is gone")
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
-        except BaseException as error:  # noqa: BLE001 - a user's own reply may raise anything; it must come back
+        except BaseException as error:  # noqa: BLE001 - the code of users may raise any exception
             result = MAGIC_PREFIX + one_line(error).encode()
         self.result_pool.set(task_id, result)
 
 
 def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
-    """Serve until TERM, INT or a `stop` call, then end this process immediately, even if participants are busy.
+    """Run the server until a TERM or INT signal or a `stop` call. Then end the process, even if participants are busy.
 
-    `ready` is called when the server accepts calls.
+    The server calls `ready` as soon as it accepts calls.
     """
     try:
         asyncio.run(_serve(config, port, key, ready))
@@ -240,14 +248,14 @@ def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[
 
 
 async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
-    install_tls(key)  # a moderator is a client of its groups' servers
+    install_tls(key)  # moderators send requests to the servers of their groups
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     servicer = SimulationServicer(config, port, load_models(config) if has_models(config) else {}, stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
-    calls = {messages.HANDSHAKE: servicer.handshake, messages.HEARTBEAT: servicer.heartbeat}  # from bytes to bytes
+    calls = {messages.HANDSHAKE: servicer.handshake, messages.HEARTBEAT: servicer.heartbeat}
     handlers = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(messages.SERVICE, handlers),))
     address = f"{address_of(config.host_name)}:{port}"
@@ -264,4 +272,4 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     await server.stop(STOP_GRACE_S)
     logger.info("stopped")
     sys.stdout.flush()
-    os._exit(0)  # without waiting for threads: participants may think for hours
+    os._exit(0)  # do not wait for threads, because participants may be busy for hours

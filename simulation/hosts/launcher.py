@@ -1,7 +1,7 @@
-"""The process that forks the agent servers of this host and restarts those that fail.
+"""The launcher: a process that starts the agent servers of this host and restarts servers that fail.
 
-It imports AgentScope once and forks a server per port; importing it in each server would take a second of CPU and
-125 MB. Where forking is unsafe (macOS), it spawns the servers instead.
+The launcher imports AgentScope once, then forks one server per port. An import in each server would take a second of
+CPU time and 125 MB. On macOS, where forks are unsafe, the launcher spawns the servers instead.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
-    """Fork a server per port, restart those that fail, pass TERM on, and return when all servers have ended.
+    """Run one server per port until all servers have ended. Restart servers that fail.
 
-    If `owned`, also stop at the end of standard input, which the parent process holds open.
+    At a TERM or INT signal, stop all servers. If `owned`, do the same at the end of standard input. The parent process
+    keeps standard input open until the servers shall stop.
     """
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)
     import_agentscope()
-    import simulation.hosts.agent_server  # noqa: F401 - once, for all servers to share
+    import simulation.hosts.agent_server  # noqa: F401 - all servers share this import
 
     if config.agent_type == "llm":
         from simulation.llm.chat import import_client
 
-        import_client()  # likewise; otherwise each server imports it for its first participants that ask a model
+        import_client()  # all servers share this import, too
 
     gc.collect()
-    gc.freeze()  # all servers keep sharing the memory pages of the imports
+    gc.freeze()  # all servers share the memory pages of the imports
     wake, woken = os.pipe()
-    for number in ENDING:  # before the first fork: a signal that ends the launcher would leave its servers running
+    for number in ENDING:  # set these handlers before any server runs
         signal.signal(number, lambda *_: os.write(woken, b"."))
     stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
     servers = [_Server(config, port, key) for port in config.ports]
@@ -66,9 +67,9 @@ def launch(config: SimulationConfig, owned: bool) -> None:
             for sentinel in running.keys() & ready:
                 running[sentinel].on_exit(stopping)
             due = [server for server in servers if server.start_at <= time.monotonic()]
-            for server in due[:1]:  # one, as a stop sign is looked for between any two
+            for server in due[:1]:  # one at a time: check the stop signs before the next
                 server.start()
-    except BaseException:  # no memory or disk space, for instance: the parent process finds the reason in the log
+    except BaseException:  # no memory, for instance; the log contains the reason
         for server in servers:
             server.kill()
         raise
@@ -76,27 +77,30 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
 
 class _Server:
-    """One agent server from its parent's side: restarted when it fails, unless its starts keep failing."""
+    """One agent server as a child process. A server that fails is restarted, unless its starts fail repeatedly."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments, self._port = (config, port, key), port
-        self._restarts = self._failed_starts = 0  # the latter: consecutive ones
+        self._restarts = self._failed_starts = 0  # consecutive failed starts
         self._started = 0.0
         self.process: Any = None
-        self.start_at = 0.0  # time.monotonic() of the next start; infinite if none is planned
+        self.start_at = 0.0  # time of the next start (time.monotonic); infinite if no start is planned
 
     def start(self) -> None:
-        """Start the server. Without memory or disk space, a restart is retried later; a first start raises OSError."""
+        """Start the server. If memory or disk space is missing, plan a further restart.
+
+        Raises OSError if memory or disk space is missing at the first start.
+        """
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
         self.process = context.Process(target=_child, args=(*self._arguments, self._ready))
         self._started, self.start_at = time.monotonic(), math.inf
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has set its handlers
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the child unblocks the signals
         try:
             self.process.start()
             ProcessId.of(self.process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
         except OSError as error:
-            self.kill()  # without a pid file no command could find it
+            self.kill()  # without a pid file, no command can stop the server
             if self._restarts == 0:
                 raise
             logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
@@ -115,7 +119,7 @@ class _Server:
             self.process.join()
 
     def on_exit(self, stopping: bool) -> None:
-        """Log how the server ended, and schedule a restart if it failed."""
+        """Log how the server ended. If the server has failed, plan a restart."""
         self.process.join()
         status, pid, self.process = self.process.exitcode, self.process.pid, None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
@@ -135,9 +139,12 @@ class _Server:
 
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
-    """Run the agent server of one port with its log file, and report when it is ready."""
+    """Run the agent server of one port in this process. Redirect the output to its log file.
+
+    Set `ready` to 1 as soon as the server accepts calls.
+    """
     for number in ENDING:
-        signal.signal(number, signal.SIG_DFL)  # the launcher's handlers would stop all servers
+        signal.signal(number, signal.SIG_DFL)  # replace the launcher's handlers, which stop all servers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

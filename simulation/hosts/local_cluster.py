@@ -1,6 +1,6 @@
-"""Commands that start, show and stop the agent servers of this host.
+"""Starting, stopping and checking the agent servers of this host.
 
-This module starts a separate process, the launcher (simulation/hosts/launcher.py), which forks the servers.
+This module starts a separate process, the launcher (simulation/hosts/launcher.py). The launcher starts the servers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from simulation.settings import SimulationConfig, flag_of
 
 READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
-SERVER_SETTINGS = (  # settings passed to the servers
+SERVER_SETTINGS = (  # the settings that the servers need
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
     *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
 )
@@ -38,12 +38,12 @@ stop = AGENT_SERVERS.stop
 
 
 def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
-    """Stop the servers of a launcher whose standard input this process holds open; kill those that hang."""
+    """Stop an owned launcher and its servers by closing the standard input of the launcher. Kill servers that hang."""
     if launcher.stdin is not None:
         launcher.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         launcher.wait(AGENT_SERVERS.term_timeout_s)
-    if AGENT_SERVERS.running():  # the launcher hangs, or was killed and left servers running
+    if AGENT_SERVERS.running():  # the launcher hangs, or was killed before its servers
         stop()
     launcher.wait()
 
@@ -54,14 +54,15 @@ def start(
     progress: Callable[[int, int], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Callable[[], None] | None:
-    """Start this host's agent servers, and return when all of them answer. Needs `install_tls`.
+    """Start the agent servers of this host, and wait until all servers answer. Call `install_tls` before.
 
-    If `owned`, the servers end with this process, however it ends, and a function that stops them is returned. It
-    returns None if exactly these servers are already running. `meanwhile` is called while the launcher imports its
-    modules (about 1 s). Raises ClusterError, and leaves no new server running, if a port is taken, other servers run,
-    or one did not start.
+    If `owned`, return a function that stops the servers; they also end with this process. Otherwise, or if exactly
+    these servers are already running, return None. Call `meanwhile` while the launcher imports its modules (about 1 s).
+
+    Raises ClusterError if a port is in use, if other servers are running or if a server does not start. In this case,
+    stop all new servers.
     """
-    add_extra_folders(config.extra_pythonpath)  # the launcher does it, too; here an error takes one line
+    add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line
     models = {name: model.base_url for name, model in read_models(config).items()} if has_models(config) else {}
     with one_at_a_time():
         check_not_owned()
@@ -74,7 +75,7 @@ def start(
         for port in config.ports:
             check_free(config.host_name, port, "BASE_PORT")
             AGENT_SERVERS.log(str(port)).unlink(missing_ok=True)
-        AGENT_SERVERS.terminate(AGENT_SERVERS.names())  # leftovers of killed servers
+        AGENT_SERVERS.terminate(AGENT_SERVERS.names())  # remove what killed servers have left
         try:
             launcher = _spawn_launcher(config, owned)
             meanwhile()
@@ -88,7 +89,7 @@ def start(
 
 
 def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, str]) -> None:
-    """Raise ClusterError unless the running servers are the requested ones, and answer."""
+    """Raise ClusterError if a running server does not answer or differs from the requested servers."""
     if ports != list(config.ports):
         raise ClusterError(
             f"{len(ports)} agent servers are already running on ports {ranges(ports)}, but {len(config.ports)} were "
@@ -111,13 +112,13 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
-    # -P is for servers that are spawned, not forked: their Python would search the current folder first
+    # -P: a spawned server must not import modules from the current folder
     command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
     command += ["--owned"] if owned else []
     for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
-    # OpenBLAS would start threads, and forking is safe with one only; nothing here needs a fast numpy
+    # Prevent OpenBLAS from starting threads, because a process with several threads cannot fork safely
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     stdin = subprocess.PIPE if owned else subprocess.DEVNULL
     return AGENT_SERVERS.spawn(LAUNCHER, command, stdin=stdin, env=env, cwd=ROOT)
@@ -130,7 +131,10 @@ def _answers(config: SimulationConfig, port: int) -> bool:
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return the cells of STATUS for each agent server of this host, or its port and error; and whether all answer."""
+    """Return table rows with the columns STATUS, and whether all agent servers of this host answer.
+
+    The row of a server that does not answer contains the port and the error.
+    """
     names = [name for name in AGENT_SERVERS.names() if name != LAUNCHER]
     if not names:
         return [], True

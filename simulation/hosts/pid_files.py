@@ -1,6 +1,7 @@
-"""Server processes of this host: start, readiness, pid files, logs, stop, ports in use. It knows nothing about agents.
+"""The server processes of this host: starting, waiting, stopping, pid files, logs and ports in use.
 
-A folder of one kind of server holds `<name>.pid`, with the pid in its first line, and `<name>.log`.
+Each kind of server has a folder with the files `<name>.pid` and `<name>.log` for each process. The first line of
+`<name>.pid` is the pid.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from simulation.errors import ClusterError, SettingsError, reason, say
 from simulation.files import ROOT, SERVERS, files_in, is_there, lock
 from simulation.rpc.endpoints import address_of
 
-LAUNCHER = "launcher"  # the name of the process that starts the agent servers; all others are named by their port
+LAUNCHER = "launcher"  # name of the process that starts the agent servers; the name of a server is its port
 TRIES_TO_END = 3
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 PROBE_BYTES = 64 * 1024
-HARMLESS = " WARNING | INFO "  # lines of a log that are no errors
+HARMLESS = " WARNING | INFO "  # log lines with these levels are no errors
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock on starting and stopping servers. Raises SettingsError if a file of them cannot be written."""
+    """Lock the starting and stopping of servers during the block. Wait if another command has the lock.
+
+    Raises SettingsError if a file in the folder of the servers cannot be written.
+    """
     advice = "start and stop servers with one command at a time"
     try:
         SERVERS.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Defer TERM, HUP and INT signals that arrive in this context until its end."""
+    """Defer TERM, HUP and INT signals that arrive during the block until the end of the block."""
     came: list[int] = []
     numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
@@ -74,18 +78,21 @@ def deferred_signals() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A pid, and what distinguishes its process from others with that pid: no clock time, as clocks are set."""
+    """The identity of a process: its pid, and properties that distinguish the process from others with the same pid.
+
+    The properties do not include the clock time, because clocks can be changed.
+    """
 
     pid: int
     host: str = field(default="", compare=False)
-    boot: str = ""  # boot id of the host; empty if only the pid is known: without /proc, or from earlier versions
-    namespace: str = ""  # the pid namespace in which the process has this pid
-    start: str = ""  # clock ticks from the boot to the start of the process
-    restarts: int = field(default=0, compare=False)  # how often its server was restarted
+    boot: str = ""  # boot id of the host; empty if only the pid is known, for example without /proc
+    namespace: str = ""  # the namespace of the pid
+    start: str = ""  # start of the process in clock ticks after the boot
+    restarts: int = field(default=0, compare=False)  # how often the server was restarted
 
     @classmethod
     def of(cls, pid: int, restarts: int = 0) -> ProcessId:
-        """Identify a process of this host; one that has ended, as long as it is visible."""
+        """Return the identity of a process of this host. If the process is not visible, return only the pid."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
@@ -96,7 +103,10 @@ class ProcessId:
 
     @classmethod
     def read(cls, path: Path) -> ProcessId:
-        """Read a pid file; return pid -1 if it is missing or holds none. Raises SettingsError if it is unreadable."""
+        """Read a pid file. If the file is missing or contains no pid, the pid is -1.
+
+        Raises SettingsError if the file cannot be read.
+        """
         try:
             words = path.read_text(encoding="utf-8").split()
             pid, identity, restarts = words + ["", ":::", "restarts=0"][len(words) :]
@@ -108,8 +118,8 @@ class ProcessId:
             raise SettingsError(f"cannot read {path}: {reason(error)}") from None
 
     def write(self, path: Path) -> None:
-        """Write a pid file atomically: readers see the old content or the new."""
-        # lines 2 and 3 are no numbers: a script that passes the whole file to kill signals no other process
+        """Write a pid file atomically."""
+        # Lines 2 and 3 are no numbers, so that a script can pass the content of the file to kill
         identity = ":".join((self.host, self.boot, self.namespace, self.start))
         draft = path.with_name(f"{path.name}.new")
         try:
@@ -120,24 +130,27 @@ class ProcessId:
 
     @property
     def elsewhere(self) -> str:
-        """Return where the process runs, if this host and pid namespace cannot see it; otherwise an empty text."""
+        """Return where the process runs if it is not visible from this host and pid namespace.
+
+        Returns an empty text if the process is visible, or if it ended when this host was rebooted.
+        """
         here = ProcessId.of(os.getpid())
         if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
             return ""
         if self.boot == here.boot:
             return "a container or other pid namespace of this host"
-        return "" if self.host == socket.gethostname() else f"host {self.host}"  # this host was rebooted
+        return "" if self.host == socket.gethostname() else f"host {self.host}"  # empty if this host was rebooted
 
 
 @dataclass
 class ServerProcesses:
-    """The processes of one kind of server, by name: a port, or LAUNCHER."""
+    """The processes of one kind of server. The name of a process is its port, or LAUNCHER."""
 
-    kind: str  # in messages
-    folder: Path  # of their pid files and logs
+    kind: str  # the name of this kind in messages
+    folder: Path  # contains the pid files and the logs
     stop_command: str
-    term_timeout_s: float  # how long they may take to end after TERM (s)
-    is_ours: Callable[[psutil.Process], bool]  # judges by the command, if only the pid or the session is known
+    term_timeout_s: float  # time after TERM until the processes are killed (s)
+    is_ours: Callable[[psutil.Process], bool]  # checks the command of a process
     _spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def pid_file(self, name: str) -> Path:
@@ -150,18 +163,21 @@ class ServerProcesses:
         return ProcessId.read(self.pid_file(name))
 
     def remove(self, name: str, pid: int) -> None:
-        """Remove a pid file, unless it now names another process."""
+        """Remove a pid file, unless it contains another pid now."""
         if self.noted(name).pid == pid:
             self.pid_file(name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
-        """Return the names of all pid files, the launcher first, then the servers by port."""
+        """Return the names of all processes with a pid file: the launcher first, then the servers by port."""
         stems = [path.stem for path in files_in(self.folder, ".pid")]
         ports = sorted(int(stem) for stem in stems if stem.isdigit())
         return [*([LAUNCHER] if LAUNCHER in stems else []), *map(str, ports)]
 
     def process(self, name: str) -> psutil.Process | None:
-        """Return the running process of a pid file; None if it has ended, even if another program has its pid now."""
+        """Return the running process with this name, or None if the process has ended.
+
+        If another program has the pid now, return None.
+        """
         noted = self.noted(name)
         try:
             process = psutil.Process(noted.pid)
@@ -171,11 +187,11 @@ class ServerProcesses:
             return None
 
     def running(self) -> dict[str, psutil.Process]:
-        """Return the running processes of all pid files, in the order of `names`."""
+        """Return all running processes by name, in the order of `names`."""
         return {name: process for name in self.names() if (process := self.process(name)) is not None}
 
     def check_same_host(self) -> None:
-        """Raise ClusterError if a pid file names a process that this host cannot see."""
+        """Raise ClusterError if a pid file belongs to a process that is not visible from this host."""
         for name in self.names():
             if where := self.noted(name).elsewhere:
                 raise ClusterError(
@@ -185,15 +201,15 @@ class ServerProcesses:
                 )
 
     def spawn(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process in its own session, with its log and its pid file. Raises OSError without room for them."""
-        with tempfile.TemporaryFile(dir=self.folder) as probe:  # a server without room fails, and cannot log why
+        """Start a process in its own session, and create its log and pid file. Raises OSError if the disk is full."""
+        with tempfile.TemporaryFile(dir=self.folder) as probe:  # detect a full disk: a server could not log it
             probe.write(os.urandom(PROBE_BYTES))
         with deferred_signals(), self.log(name).open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **options)
             self._spawned.append(process)
             try:
                 ProcessId.of(process.pid).write(self.pid_file(name))
-            except OSError:  # without a pid file no command could find it
+            except OSError:  # without a pid file, no command can stop the process
                 process.kill()
                 process.wait()
                 raise
@@ -206,10 +222,11 @@ class ServerProcesses:
         progress: Callable[[int, int, str], None],
         timeout_s: float = math.inf,
     ) -> list[float]:
-        """Wait until all servers are ready; return the seconds that it took for each.
+        """Wait until all servers are ready. Return the waiting time for each server in seconds.
 
-        `is_ready` waits a little if the server is not ready. `progress` is called with the number of ready servers,
-        their total, and a text about the one that is awaited. Raises ClusterError if a server or the launcher exits.
+        `is_ready` checks the server on a port, and waits briefly if the server is not ready. `progress` receives the
+        number of ready servers, the number of all servers, and a text about the server that is checked. Raises
+        ClusterError if a server or the launcher ends, or if a server is not ready after `timeout_s`.
         """
         names = [*map(str, ports), *({LAUNCHER} & {*self.names()})]
         began, took = time.monotonic(), []
@@ -232,7 +249,10 @@ class ServerProcesses:
         return took
 
     def _log_tail(self, name: str) -> str:
-        """Return the first error in a log, which causes the later ones, and the last lines; empty without a log."""
+        """Return a text with the first error in a log and the last lines, or an empty text if there is no log.
+
+        The first error is usually the cause of the others.
+        """
         try:
             lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -243,7 +263,10 @@ class ServerProcesses:
         return f"{cause}; the end of its log {self.log(name)}:{tail}" if lines else ""
 
     def stop(self) -> int:
-        """Stop all servers and return how many were running; ClusterError if this host may not see all of them."""
+        """Stop all servers. Return how many servers were running.
+
+        Raises ClusterError if some servers are not visible from this host.
+        """
         with one_at_a_time():
             running = self.running().keys() - {LAUNCHER}
             self.terminate(self.names())
@@ -251,28 +274,32 @@ class ServerProcesses:
         return len(running)
 
     def terminate(self, names: Iterable[str]) -> None:
-        """End processes and the sessions they lead or led, by TERM, then KILL, and remove all outdated pid files.
+        """Stop the processes with these names and all processes in their sessions. Remove all outdated pid files.
 
-        Call it with the lock held.
+        Send TERM first, and KILL to processes that are still running `term_timeout_s` seconds later. Call this inside
+        `one_at_a_time`.
         """
         pids = {
             noted.pid
-            for name, noted in ((name, self.noted(name)) for name in names)  # without those of other programs now
+            for name, noted in ((name, self.noted(name)) for name in names)  # omit pids that other programs have now
             if not noted.elsewhere and (self.process(name) is not None or _session_of(noted.pid) is None)
         }
-        with deferred_signals():  # a second signal would leave servers running
-            any(self._end(pids) for _ in range(TRIES_TO_END))  # a hanging launcher may have started more servers
+        with deferred_signals():  # a signal must not interrupt this
+            any(self._end(pids) for _ in range(TRIES_TO_END))  # a hanging launcher may start more servers meanwhile
             for process in self._spawned:
-                process.poll()  # so that Popen knows, too
+                process.poll()  # Popen must notice the end, too
             for name in self.names():
                 if self.process(name) is None and not self.noted(name).elsewhere:
                     self.pid_file(name).unlink(missing_ok=True)
-            if self.process(LAUNCHER) is None:  # otherwise it may be writing one
+            if self.process(LAUNCHER) is None:  # a running launcher may be writing a draft
                 for draft in self.folder.glob("*.pid.new"):
                     draft.unlink(missing_ok=True)
 
     def _end(self, pids: set[int]) -> bool:
-        """Send TERM, then KILL after `term_timeout_s`; return whether TERM was enough."""
+        """Send TERM to the processes and their sessions, and KILL to those that still run after `term_timeout_s`.
+
+        Return whether all processes ended within this time.
+        """
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
         living = {process.pid for process, session in sessions.items() if session is not None} & pids
         doomed = [
@@ -280,7 +307,7 @@ class ServerProcesses:
             for process, session in sessions.items()
             if process.pid in living or session in living or (session in pids and self.is_ours(process))
         ]
-        for process in doomed:  # a server ends the other processes of its session, unless it has exited
+        for process in doomed:  # a running server ends the other processes of its session itself
             if process.pid in living or sessions[process] not in living:
                 end(process, firmly=process.pid not in living)
         _, alive = psutil.wait_procs(doomed, timeout=self.term_timeout_s)
@@ -291,7 +318,7 @@ class ServerProcesses:
 
 
 def _session_of(pid: int) -> int | None:
-    """Return the session id of a process; None if it has ended."""
+    """Return the session id of a process, or None if the process has ended."""
     try:
         return os.getsid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError, ValueError):
@@ -299,7 +326,7 @@ def _session_of(pid: int) -> int | None:
 
 
 def end(process: psutil.Process, firmly: bool = False) -> None:
-    """Send TERM to a process, or KILL if `firmly`. Raises ClusterError if it belongs to another user."""
+    """Send TERM to a process, or KILL if `firmly`. Raises ClusterError if the process belongs to another user."""
     try:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill() if firmly else process.terminate()
@@ -308,12 +335,12 @@ def end(process: psutil.Process, firmly: bool = False) -> None:
 
 
 def _is_agent_server(process: psutil.Process) -> bool:
-    """Return whether a process is a launcher of this checkout, or one of its servers."""
+    """Return whether a process is a launcher or an agent server of this checkout."""
     with contextlib.suppress(psutil.NoSuchProcess):
         seen = process.as_dict(["cmdline", "cwd"])
         command = seen["cmdline"] or []
         launched = "--launch" in command and str(ROOT / "main.py") in command
-        return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(ROOT))  # spawned, not forked
+        return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(ROOT))  # a spawned server
     return False
 
 
@@ -321,7 +348,7 @@ AGENT_SERVERS = ServerProcesses("agent server", SERVERS, "./stop_all_server.sh",
 
 
 def check_not_owned() -> None:
-    """Raise ClusterError if this checkout's agent servers belong to one run and end with it."""
+    """Raise ClusterError if the agent servers of this checkout are owned by a run, which stops them at its end."""
     launcher = AGENT_SERVERS.process(LAUNCHER)
     if launcher is not None and "--owned" in launcher.cmdline():
         raise ClusterError(
@@ -331,7 +358,7 @@ def check_not_owned() -> None:
 
 
 def check_free(host_name: str, port: int, setting: str) -> None:
-    """Raise ClusterError if another program has the port, SettingsError if this program can never bind it."""
+    """Raise ClusterError if another program uses the port. Raise SettingsError if port or host are invalid."""
     try:
         socket.create_server((address_of(host_name), port)).close()
     except SettingsError as error:
@@ -347,7 +374,7 @@ def check_free(host_name: str, port: int, setting: str) -> None:
 
 
 def any_port_in_use(ports: range) -> bool:
-    """Return whether any process listens on one of the ports, on the loopback address."""
+    """Return whether a process listens on one of these ports on the loopback address."""
     for port in ports:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
             return True

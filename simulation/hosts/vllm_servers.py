@@ -1,6 +1,6 @@
-"""Commands that start, show and stop the vLLM servers of this host. They know nothing about agents.
+"""Starting, stopping and checking the vLLM servers of this host.
 
-The servers run in a separate environment, .venv-vllm, as vLLM and AgentScope need conflicting versions of protobuf.
+The servers use a separate environment, .venv-vllm, because vLLM and AgentScope need different versions of protobuf.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from simulation.settings import SimulationConfig
 
 VENV = ROOT / ".venv-vllm"
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "large-scale-simulation")  # noqa: PTH111
-LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # see _venv_without_spaces
+LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # used by _venv_without_spaces
 HOST = "127.0.0.1"
 STARTED, STATUS = ("port", "on", "pid", "model", "ready after"), ("port", "pid", "state")
 LOOK_S = 0.5
 BY_HTTP = "agent servers reach vLLM by HTTP, at its port"
-RESERVED_FLAGS = {  # flags of vLLM that users must not pass, and the reason
+RESERVED_FLAGS = {  # flags of vLLM that users must not give, and the reasons
     "--model": "MODEL_PATH sets it",
     "--port": "VLLM_BASE_PORT sets it",
     "--host": "servers listen on the loopback address",
@@ -41,12 +41,12 @@ RESERVED_FLAGS = {  # flags of vLLM that users must not pass, and the reason
     "--config": "flags in a file would not be seen here",
     **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
 }
-TERM_TIMEOUT_S = 15.0  # vLLM finishes running requests
-KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's default is nine tenths of the memory, and often fails
+TERM_TIMEOUT_S = 15.0  # within this time, vLLM finishes running requests
+KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's default, nine tenths of the memory, often fails
 
 
 def _is_vllm(process: psutil.Process) -> bool:
-    """Return whether a process belongs to vLLM."""
+    """Return whether a process belongs to a vLLM server."""
     with contextlib.suppress(psutil.Error):
         here = (str(VENV), str(LINK))
         return process.name().startswith("VLLM") or any(part.startswith(here) for part in process.cmdline())
@@ -58,7 +58,7 @@ SERVERS = ServerProcesses("vLLM server", ROOT / "run" / "vllm", "./stop_vllm.sh"
 
 @dataclass(frozen=True)
 class Plan:
-    """One planned vLLM server: its port, its GPUs (empty: the CPU), and the name of its model."""
+    """A vLLM server that will be started. Without `gpus`, the server uses the CPU. `model` is the name for clients."""
 
     port: int
     gpus: tuple[str, ...]
@@ -70,7 +70,7 @@ class Plan:
 
 
 def gpus_here() -> tuple[str, ...]:
-    """Return the usable GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the usable GPUs of this host, in the notation of CUDA_VISIBLE_DEVICES."""
     try:
         output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -79,17 +79,18 @@ def gpus_here() -> tuple[str, ...]:
 
 
 def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
-    """Return the GPUs that CUDA shows to a program, from the output of `nvidia-smi -L` and CUDA_VISIBLE_DEVICES.
+    """Return the GPUs that CUDA makes available to a program.
 
-    CUDA takes numbers or unique prefixes of ids, and no mixture of both. The first name that is no GPU, such as -1 or
-    Slurm's NoDevFiles, hides the rest. A GPU that is named twice hides all.
+    `nvidia_smi` is the output of `nvidia-smi -L`, and `visible` is the value of CUDA_VISIBLE_DEVICES. CUDA accepts
+    either numbers or unique prefixes of ids. At the first name that is no GPU, such as -1 or Slurm's NoDevFiles, CUDA
+    ignores this and all further names. If a GPU is named twice, no GPU is available.
     """
     count = len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE))
     if visible is None:
         return tuple(map(str, range(count)))
     known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", nvidia_smi)
-    kind = visible.strip()[:4]  # prefix of all ids: GPU- or MIG-
-    found: dict[str, str] = {}  # names by the GPU that they denote
+    kind = visible.strip()[:4]  # all ids start with GPU- or MIG-
+    found: dict[str, str] = {}  # the given names by GPU
     for name in map(str.strip, visible.split(",")):
         if kind in ("GPU-", "MIG-"):
             matches = [each for each in known if name.startswith(kind) and each.startswith(name)]
@@ -104,13 +105,13 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
 
 
 def servers_per_host(config: SimulationConfig) -> int:
-    """Return the number of servers per host: one per --tensor-parallel GPUs, or one on the CPU without GPUs."""
+    """Return the number of servers on this host: one for each --tensor-parallel GPUs. Without GPUs, return 1."""
     gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
     return max(gpus // config.tensor_parallel, 1)
 
 
 def check_vllm_flags(flags: Iterable[str]) -> None:
-    """Raise SettingsError if flags for vLLM include one of RESERVED_FLAGS, in any spelling that vLLM accepts."""
+    """Raise SettingsError if one of the flags for vLLM is in RESERVED_FLAGS, in any spelling that vLLM accepts."""
     for each in flags:
         name = each.partition("=")[0]
         if name.startswith("--"):
@@ -121,9 +122,9 @@ def check_vllm_flags(flags: Iterable[str]) -> None:
 
 
 def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
-    """Return the servers to start, one per --tensor-parallel GPUs; `more` are further flags for vLLM.
+    """Return the servers to start: one for each --tensor-parallel GPUs. `more` are additional flags for vLLM.
 
-    Raises SettingsError if there are too few GPUs, the model does not exist, or users must not pass one of the flags.
+    Raises SettingsError if there are too few GPUs, if the model does not exist, or if a flag in `more` is reserved.
     """
     check_vllm_flags(more)
     _checked_path(config.model_path)
@@ -149,10 +150,10 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
-    """Start the servers and wait until all are healthy; return the cells of STARTED for each.
+    """Start the servers, and wait until all servers are healthy. Return table rows with the columns STARTED.
 
-    `more` are further flags for vLLM. Raises ClusterError, and leaves no new server running, if a port is taken,
-    servers run already, or one did not start.
+    `more` are additional flags for vLLM. Raises ClusterError if a port is in use or if a server does not start. In this
+    case, stop all new servers.
     """
     plans = plan(config, more)
     model_path, venv = _checked_path(config.model_path), _venv_without_spaces()
@@ -160,13 +161,13 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     with one_at_a_time():
         SERVERS.folder.mkdir(parents=True, exist_ok=True)
         SERVERS.check_same_host()
-        running = SERVERS.running()  # servers of another model may run on other ports
+        running = SERVERS.running()  # servers with another model may run on other ports
         if taken := [name for name in running if int(name) in ports]:
             raise ClusterError(
                 f"vLLM servers of this checkout are already running on ports {listed(taken)}: {SERVERS.stop_command} "
                 "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
-        SERVERS.terminate(set(SERVERS.names()) - running.keys())  # leftovers of killed servers
+        SERVERS.terminate(set(SERVERS.names()) - running.keys())  # remove what killed servers have left
         for port in ports:
             check_free("localhost", port, "VLLM_BASE_PORT")
         try:
@@ -183,14 +184,14 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
 
 
 def stop() -> int:
-    """Stop all vLLM servers of this checkout, and return how many were running; see ServerProcesses.stop."""
+    """Stop all vLLM servers of this checkout. Return how many servers were running (see ServerProcesses.stop)."""
     stopped = SERVERS.stop()
     LINK.unlink(missing_ok=True)
     return stopped
 
 
 def status() -> tuple[list[list[str]], bool]:
-    """Return the cells of STATUS for each vLLM server of this host, and whether all are healthy."""
+    """Return table rows with the columns STATUS, and whether all vLLM servers of this host are healthy."""
     rows, running = [], SERVERS.running()
     for name in SERVERS.names():
         if where := SERVERS.noted(name).elsewhere:
@@ -204,7 +205,10 @@ def status() -> tuple[list[list[str]], bool]:
 
 
 def _checked_path(model_path: str | None) -> str:
-    """Return the model as vLLM takes it. Raises SettingsError if it is a path but not the folder of a model."""
+    """Return the argument of vLLM for the model: the path of a folder, or the name of a model on a hub.
+
+    Raises SettingsError if the folder does not exist or contains no model.
+    """
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
     path = Path(full_path("--model-path", model_path))
@@ -213,13 +217,17 @@ def _checked_path(model_path: str | None) -> str:
             raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
         return str(path)
     parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # otherwise it may be a name on a hub
+    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # not a hub name
         raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 
 
 def _venv_without_spaces() -> Path:
-    """Return a path of VENV without spaces: vLLM passes it to compilers and to LD_PRELOAD, which break at a space."""
+    """Return a path of VENV without spaces: VENV itself, or the link LINK, which is created if necessary.
+
+    vLLM fails at spaces, because it passes the path to compilers and to LD_PRELOAD. Raises SettingsError if there is
+    no such path.
+    """
     if not re.search(r"\s", str(VENV)):
         return VENV
     if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
@@ -228,7 +236,7 @@ def _venv_without_spaces() -> Path:
         )
     try:
         LINK.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # then it is of VENV, as its name is
+        with contextlib.suppress(FileExistsError):  # the name of the link depends on VENV, so the link is correct
             LINK.symlink_to(VENV)
     except OSError as error:
         raise SettingsError(f"cannot make the link {LINK} to {VENV}: {error.strerror}") from None
@@ -236,14 +244,14 @@ def _venv_without_spaces() -> Path:
 
 
 def _spawn(venv: Path, each: Plan, model_path: str, more: list[str]) -> None:
-    # VLLM_PORT would be the port between the processes of a server, the same for all servers
+    # Remove VLLM_PORT, the port for connections between the processes of a server: all servers would use it
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
-    env["PYTHONSAFEPATH"] = "1"  # otherwise vLLM and its workers would import modules from the current folder
+    env["PYTHONSAFEPATH"] = "1"  # do not import modules from the current folder
     if each.gpus:
         command = [str(venv / "bin/python"), str(venv / "bin/vllm"), "serve", model_path]
         command += ["--tensor-parallel-size", str(len(each.gpus))] if len(each.gpus) > 1 else []
         env["CUDA_VISIBLE_DEVICES"] = ",".join(each.gpus)
-    else:  # the vllm command looks for a package named vllm, but the wheel for CPUs has another name
+    else:  # the vllm command requires the package vllm, but the CPU wheel has another name
         command = [str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
         env.setdefault(*KV_CACHE_GB)
     command += ["--host", HOST, "--port", str(each.port), "--served-model-name", each.model, *more]
@@ -251,8 +259,8 @@ def _spawn(venv: Path, each: Plan, model_path: str, more: list[str]) -> None:
 
 
 def _is_healthy(port: int) -> bool:
-    """Return whether a server is ready, LOOK_S later if it is not."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this host: use no proxy
+    """Return whether a server is ready. If the server is not ready, wait LOOK_S seconds before returning."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is on this host
     with contextlib.suppress(OSError, ValueError), opener.open(f"http://{HOST}:{port}/health", timeout=5) as reply:
         if reply.status == 200:
             return True
