@@ -88,12 +88,12 @@ class SimulationServicer(AgentServerServicer):
         self._begin_run(run)
         until = time.monotonic() + wait_s
         hosted = {oid: agent for oid, agent in self._hosted().items() if run_of(oid) == run}
-        playing = {oid: agent for oid, agent in hosted.items() if isinstance(agent, (ParticipantGroup, Moderator))}
-        for agent in playing.values():
+        objects = {oid: agent for oid, agent in hosted.items() if isinstance(agent, (ParticipantGroup, Moderator))}
+        for agent in objects.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
         began, counted = time.thread_time(), numbers if time.monotonic() >= self._histogram_due else 0
-        progress = {oid: agent.progress(numbers=counted) for oid, agent in playing.items()}
+        progress = {oid: agent.progress(numbers=counted) for oid, agent in objects.items()}
         if counted:
             self._histogram_due = time.monotonic() + (time.thread_time() - began) / HISTOGRAM_SHARE
         load = self._load() if numbers else (None, None)
@@ -122,7 +122,7 @@ class SimulationServicer(AgentServerServicer):
             names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
             models = [self._models[name] for name in names if name in self._models]
             model_troubles = {model.name: cause for model, cause in check_models(models, float(timeout_s)).items()}
-        shake = messages.Handshake(
+        reply = messages.Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),
             role="participant" if self.port < self._config.base_port + self._config.server_per_host else "moderator",
@@ -136,7 +136,7 @@ class SimulationServicer(AgentServerServicer):
             models={name: model.base_url for name, model in self._models.items()},
             model_troubles=model_troubles,
         )
-        return shake.to_json().encode()
+        return reply.to_json().encode()
 
     def get_agent(self, agent_id: str) -> Any:
         self._renewed[run_of(agent_id)] = time.monotonic()

@@ -48,10 +48,10 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
     gc.collect()
     gc.freeze()  # all servers share the memory pages of the imports
-    wake, woken = os.pipe()
+    wake_reader, wake_writer = os.pipe()
     for number in ENDING:  # set these handlers before any server runs
-        signal.signal(number, lambda *_: os.write(woken, b"."))
-    stop_signs: list[Any] = [wake, *([sys.stdin.fileno()] if owned else [])]
+        signal.signal(number, lambda *_: os.write(wake_writer, b"."))
+    stop_signs: list[Any] = [wake_reader, *([sys.stdin.fileno()] if owned else [])]
     servers = [_Server(config, port, key) for port in config.ports]
     stopping = False
     try:
@@ -95,7 +95,7 @@ class _Server:
         self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
         self.process = context.Process(target=_child, args=(*self._arguments, self._ready))
         self._started, self.start_at = time.monotonic(), math.inf
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the child unblocks the signals
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the child unblocks the signals
         try:
             self.process.start()
             ProcessId.of(self.process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
@@ -106,7 +106,7 @@ class _Server:
             logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
             self.process, self.start_at = None, time.monotonic() + RESTART_EVERY_S
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
     def stop(self) -> None:
         self.start_at = math.inf

@@ -64,16 +64,16 @@ def one_at_a_time() -> Iterator[None]:
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
     """Defer TERM, HUP and INT signals that arrive during the block until the end of the block."""
-    came: list[int] = []
+    received: list[int] = []
     numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    handlers = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
+    handlers = {number: signal.signal(number, lambda which, _: received.append(which)) for number in numbers}
     try:
         yield
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
-        for late in came:
-            signal.raise_signal(late)
+        for number in received:
+            signal.raise_signal(number)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class ServerProcesses:
         ClusterError if a server or the launcher ends, or if a server is not ready after `timeout_s`.
         """
         names = [*map(str, ports), *({LAUNCHER} & {*self.names()})]
-        began, took = time.monotonic(), []
+        began, waited = time.monotonic(), []
         for done, port in enumerate(ports):
             while True:
                 waited_s = time.monotonic() - began
@@ -244,9 +244,9 @@ class ServerProcesses:
                 if waited_s > timeout_s:
                     which = f"{self.kind} on port {port}"
                     raise ClusterError(f"the {which} does not answer after {timeout_s:g} s{self._log_tail(str(port))}")
-            took.append(time.monotonic() - began)
+            waited.append(time.monotonic() - began)
         progress(len(ports), len(ports), "")
-        return took
+        return waited
 
     def _log_tail(self, name: str) -> str:
         """Return a text with the first error in a log and the last lines, or an empty text if there is no log.
@@ -301,18 +301,18 @@ class ServerProcesses:
         Return whether all processes ended within this time.
         """
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
-        living = {process.pid for process, session in sessions.items() if session is not None} & pids
-        doomed = [
+        running_pids = {process.pid for process, session in sessions.items() if session is not None} & pids
+        targets = [
             process
             for process, session in sessions.items()
-            if process.pid in living or session in living or (session in pids and self.is_ours(process))
+            if process.pid in running_pids or session in running_pids or (session in pids and self.is_ours(process))
         ]
-        for process in doomed:  # a running server ends the other processes of its session itself
-            if process.pid in living or sessions[process] not in living:
-                end(process, firmly=process.pid not in living)
-        _, alive = psutil.wait_procs(doomed, timeout=self.term_timeout_s)
+        for process in targets:  # a running server ends the other processes of its session itself
+            if process.pid in running_pids or sessions[process] not in running_pids:
+                end(process, kill=process.pid not in running_pids)
+        _, alive = psutil.wait_procs(targets, timeout=self.term_timeout_s)
         for process in alive:
-            end(process, firmly=True)
+            end(process, kill=True)
         psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
         return not alive
 
@@ -325,11 +325,11 @@ def _session_of(pid: int) -> int | None:
         return None
 
 
-def end(process: psutil.Process, firmly: bool = False) -> None:
-    """Send TERM to a process, or KILL if `firmly`. Raises ClusterError if the process belongs to another user."""
+def end(process: psutil.Process, kill: bool = False) -> None:
+    """Send TERM to a process, or KILL if `kill`. Raises ClusterError if the process belongs to another user."""
     try:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill() if firmly else process.terminate()
+            process.kill() if kill else process.terminate()
     except psutil.AccessDenied:
         raise ClusterError(f"process {process.pid} runs as {process.username()}: stop it as that user") from None
 

@@ -173,13 +173,13 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
         try:
             for each in plans:
                 _spawn(venv, each, model_path, more)
-            took = SERVERS.wait_until_ready(ports, _is_healthy, progress)
+            waited = SERVERS.wait_until_ready(ports, _is_healthy, progress)
         except BaseException:
             SERVERS.terminate(map(str, ports))
             raise
     return [
         [str(each.port), each.place, str(SERVERS.noted(str(each.port)).pid), each.model, f"{ready_s:.0f} s"]
-        for each, ready_s in zip(plans, took, strict=True)
+        for each, ready_s in zip(plans, waited, strict=True)
     ]
 
 

@@ -46,9 +46,9 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
     """Return a message for each experiment in `named` that has missing or unfinished runs."""
     lines = []
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
-        within = [run for run in runs if real(run.path).parent == path]
-        position = sweep_position(within[0].path)
-        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in within)
+        existing = [run for run in runs if real(run.path).parent == path]
+        position = sweep_position(existing[0].path)
+        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in existing)
         if position is not None and finished < position["runs"]:
             left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
             lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")

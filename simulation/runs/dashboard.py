@@ -184,8 +184,8 @@ class Dashboard:
 
     async def _report(self, request: web.Request) -> web.FileResponse:
         """Return the report of a finished run as a download. A report must not open as a page of our origin."""
-        wanted = request.query.get("run")
-        path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == wanted), None)
+        run_id = request.query.get("run")
+        path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == run_id), None)
         if path is None:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Content-Disposition": "attachment"})

@@ -103,7 +103,7 @@ class Experiment:
         for position, config in enumerate(self.configs, start=1):
             seeded = config if config.seed is not None else replace(config, seed=seed)
             name = ",".join(f"{name}={value_text(name, getattr(seeded, name))}" for name in self.varies)
-            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # for shells
+            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # safe in shells
             configs[f"{position:0{digits}}-{name}"] = seeded
         return Sweep(new_run_id(), Path(self._file.name).name, self.about, self.varies, configs)
 

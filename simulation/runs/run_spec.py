@@ -204,11 +204,12 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
     assert game.cast is not None
     before, now = (game.cast.models, game.cast.round_robin_models), choose_models(config, models)
-    asked, would_ask = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
-    if asked != would_ask and len({*asked, *would_ask}) > 1:
+    models_before, models_now = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
+    if models_before != models_now and len({*models_before, *models_now}) > 1:
         raise SettingsError(
             f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}: the run in "
-            f"{path} asked {listed(asked)}; this cannot be changed on resume, and it would ask {listed(would_ask)}"
+            f"{path} asked {listed(models_before)}; this cannot be changed on resume, and it would ask "
+            f"{listed(models_now)}"
         )
     return RunSpec(config, models, game, real(path), saved.run_id, saved)
 
