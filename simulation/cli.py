@@ -64,7 +64,7 @@ class Command(NamedTuple):
 
 
 def make_parser(role: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser for the flags of all roles. For a help page, return one for `role` only."""
+    """Return a parser for the flags of all roles. If `role` is given, include only the flags of this role."""
     about: dict[str, Any] = {}
     if role is not None:
         about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG}
@@ -105,7 +105,7 @@ def _options_of(name: str) -> dict[str, Any]:
 
 
 def _in_utf8(text: str) -> str:
-    """Decode a command-line argument as UTF-8, independently of the locale. If this fails, return it unchanged."""
+    """Decode a command-line argument as UTF-8, independently of the locale. Return other arguments unchanged."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:

@@ -106,7 +106,7 @@ class KnownCause(UnusableAnswer):
 
 
 class Failure(NamedTuple):
-    """The failure of a participant. `text` is the unusable answer, and `ended` is how the round ended for it."""
+    """The failure of a participant. `text` is the unusable answer, and `ended` is how the round ended."""
 
     cause: str
     text: str | None = None

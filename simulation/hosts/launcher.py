@@ -34,7 +34,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     """Run one server per port until all servers have ended. Restart servers that fail.
 
     At a TERM or INT signal, stop all servers. If `owned`, do the same at the end of standard input. The parent process
-    keeps standard input open until the servers shall stop.
+    keeps standard input open until the servers must stop.
     """
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)

@@ -56,7 +56,7 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
-    """Yield all rows of a file. Raises ArrowInvalid if the columns differ from SCHEMA or a key is missing."""
+    """Yield all rows of a file. Raises ArrowInvalid for wrong columns or a missing round or participant."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")

@@ -185,7 +185,7 @@ def grid_of(count: int) -> tuple[int, int]:
 
 
 def draw_small_multiples(part: SubFigure, rounds: Sequence[tuple[SavedRun, int]]) -> list[Axes]:
-    """Draw a grid of histograms, and return their axes. Each pair of a run and an index in `results` is one round."""
+    """Draw a grid of histograms, and return their axes. `rounds` are pairs of a run and an index in its `results`."""
     grid: Any = part.subplots(*grid_of(len(rounds)), squeeze=False).flat if rounds else []
     for axes in grid[len(rounds) :]:
         axes.set_visible(False)

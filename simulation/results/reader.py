@@ -151,7 +151,7 @@ def tokens_spent(summary: dict[str, Any]) -> int:
 
 
 def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
-    """Return whether a run has used up its token budget. Its budget was `budget_then` and is `budget_now` now."""
+    """Return whether a run has no tokens left if its budget changes from `budget_then` to `budget_now`."""
     if budget_now is None or not summary["rounds"]:
         return False
     ran_out = summary["rounds"][-1]["ended"] == "out_of_tokens" and budget_now == budget_then

@@ -82,7 +82,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
 
 
 def fold(count: int) -> dict[str, list[int]]:
-    """Return the indices of the unfolded charts (at most OPEN_CHARTS) and of the folded charts, of `count` charts."""
+    """Split the indices of `count` charts: at most OPEN_CHARTS charts are shown unfolded, the others are folded."""
     unfolded = selection(count, OPEN_CHARTS)
     return {"open": unfolded, "folded": [index for index in range(count) if index not in unfolded]}
 

@@ -143,7 +143,7 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def point_latest(self) -> None:
-        """Point runs/latest to the folder of the experiment, or of the run if it is not part of an experiment.
+        """Point runs/latest to the folder of the experiment. Without an experiment, point the link to the run folder.
 
         Raises ResultsError if this fails. On a file system without links, log a warning instead.
         """
@@ -224,7 +224,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the files of all rounds into answers.parquet, and delete them. Raises ResultsError if this fails."""
+        """Merge the files of all rounds into answers.parquet, then delete them. Raises ResultsError on failure."""
         whole = self.path / WHOLE
         with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))

@@ -130,7 +130,7 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a row for each server. Above SERVERS_LISTED servers, return a grid and rows of some failing ones."""
+        """Return a row for each server. Above SERVERS_LISTED rows, return a grid and rows of some failing servers."""
         done = {oid: each.done if each.round == started else 0 for oid, each in self._progress.items()}
         hosted: Counter[Endpoint] = Counter()  # number of participants that a server hosts or moderates
         answered: Counter[Endpoint] = Counter()  # number of participants that have answered, by server

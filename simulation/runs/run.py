@@ -136,10 +136,7 @@ class Run:
         self._write("interrupted")
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
-        """Check the token budget and, after a failure, the models. If they do not suffice for a further round, log why.
-
-        Return whether the run must end.
-        """
+        """Return whether no tokens are left or the models do not answer. Log the reason for which the run must end."""
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"

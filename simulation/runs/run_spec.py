@@ -60,7 +60,7 @@ class RunSpec:
 
     @property
     def asked_models(self) -> list[ModelConfig]:
-        """Return the models that participants of this run use."""
+        """Return the available models that the participants of this run use."""
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
     @cached_property

@@ -159,7 +159,7 @@ def _name(text: str) -> str:
 
 
 def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, and the names of the models that participants use in turn. One of both is empty.
+    """Return the mixture of models, or else the names of the models that participants use in turn. The other is empty.
 
     Raises SettingsError if a model does not exist or the shares are invalid.
     """

@@ -71,7 +71,7 @@ class Session:
     def check_models(self) -> None:
         """Check from this process, before agent servers are started, whether all models of all runs are available.
 
-        Raises ClusterError if this is not the case.
+        Raises ClusterError if a model is not available.
         """
         models = [model for spec in self.unfinished for model in spec.asked_models]
         if models:
@@ -146,7 +146,7 @@ class Session:
             check_cluster(config)
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Execute one of several runs. Return its exit status. If the run raises RunAborted, log the error."""
+        """Execute one of several runs. Return the exit status. If the run raises RunAborted, log the error."""
         try:
             directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
         except SettingsError as error:  # no setting is wrong: the experiment's folder was writable before
