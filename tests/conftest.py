@@ -419,7 +419,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Four hosts, and an untrusted one on their switch, for all tests of a module, with nothing running (tests/hosts.py)."""
+    """Four hosts, and an untrusted one on their switch, with nothing running, for the tests of a module (hosts.py)."""
     from hosts import network_of
 
     with network_of(tmp_path_factory.mktemp("network")) as made:
