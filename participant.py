@@ -59,8 +59,8 @@ class LLMParticipant(Participant):
     async def answer(self, question: Question) -> float | str:
         """Ask the model and return its number, or, in round 0, its text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        mixed = self.game.cast.model_of(self.index) if self.game.cast is not None else None
-        model = mixed or model_of(self.index, chat.sampling.models)
+        mixed = self.game.population.model_of(self.index) if self.game.population is not None else None
+        model = mixed or model_of(self.index, chat.settings.models)
         if question.round == 0:
             text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
@@ -68,8 +68,8 @@ class LLMParticipant(Participant):
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
         prompt = self.prompt(question)
-        if self.game.wording is not None and self.game.wording.reasoning_tokens is not None:
-            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.wording.reasoning_tokens)
+        if self.game.prompt is not None and self.game.prompt.reasoning_tokens is not None:
+            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.prompt.reasoning_tokens)
         else:
             units, thoughts = await chat.ask(model, prompt, self._units), ""
         number = units / self.game.scale
@@ -88,8 +88,8 @@ class LLMParticipant(Participant):
 
     def _character(self) -> tuple[tuple[Persona, ...], str | None]:
         """Return the personas and the team of this participant; the team is None in a game without teams."""
-        cast, teams = self.game.cast, self.game.teams
-        return self._played(), None if cast is None or teams is None else cast.part_of(teams, self.index)
+        population, teams = self.game.population, self.game.teams
+        return self._played(), None if population is None or teams is None else population.part_of(teams, self.index)
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)

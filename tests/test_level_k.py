@@ -55,8 +55,10 @@ def test_level_0_adds_the_random_draw(cluster):
     flags = (*LEVEL_K, "--personas", "levels", "--ratio", "2/3", "--decimals", str(DECIMALS), "--rounds", "2")
     summary = cluster.play("3", str(COUNT), *flags)
     run = read_run(cluster.path / "runs/latest")
-    (parts,) = run.game.cast.groupings
-    levels = [int(parts.names[place].removeprefix("level ")) for place in run.game.cast.part_indices(parts, 0, COUNT)]
+    (parts,) = run.game.population.groupings
+    levels = [
+        int(parts.names[place].removeprefix("level ")) for place in run.game.population.part_indices(parts, 0, COUNT)
+    ]
     game, heard = Game(7, 100, DECIMALS, 0.0), Fraction(50)
     for entry in summary["rounds"]:
         units = [

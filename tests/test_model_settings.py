@@ -52,7 +52,7 @@ def test_the_pattern_matches_no_other_text(text):
 
 
 def test_participants_with_equal_memory_have_equal_prompts():
-    game = Game(1, 100, 0, 0.0, wording=WORDING)
+    game = Game(1, 100, 0, 0.0, prompt=WORDING)
     told = (Announcement(1, 49.561, 49.561, (50,)), Announcement(2, None, None, ()))
     prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
     assert prompt is prompt_for(rules(game), question_for(game, 3, told), (12.0, None))

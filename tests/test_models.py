@@ -55,7 +55,7 @@ def play(tmp_path):
         entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": temperature}}
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
-        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), wording=WORDING)
+        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING)
         group = ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")

@@ -35,13 +35,13 @@ def shares_of(weights):
     return [Fraction(weight, sum(weights)) for weight in weights]
 
 
-def cast_of(seed, total, *sets, models=(), turns=()):
+def population_of(seed, total, *sets, models=(), round_robin_models=()):
     made = tuple(
         PersonaSet(f"set {place}", tuple(Persona(f"P{number}", share) for number, share in enumerate(shares_of(each))))
         for place, each in enumerate(sets)
     )
     mixture = tuple(ModelShare(f"m{place}", share, f"model {place}") for place, share in enumerate(models))
-    return Population(seed, total, made, mixture, turns)
+    return Population(seed, total, made, mixture, round_robin_models)
 
 
 @given(totals, weights)
@@ -66,18 +66,22 @@ def test_assignment_does_not_depend_on_placement(seed, total, weights, servers, 
 
 @given(seeds, totals, weights, weights)
 def test_one_participant_and_arrays_give_the_same_parts(seed, total, first, second):
-    cast = cast_of(seed, total, first, second, models=shares_of([1, 2]))
-    *sets, models = cast.groupings
+    population = population_of(seed, total, first, second, models=shares_of([1, 2]))
+    *sets, models = population.groupings
     assert [parts.topic for parts in sets] == ["set 0", "set 1"] and models.topic == MODEL
     participant = total - 1
     for place, parts in enumerate(sets):
-        there = cast.part_indices(parts, participant, 1)[0]
-        assert cast.personas_of(participant)[place].name == parts.names[there] == cast.part_of(parts.topic, participant)
-        assert np.bincount(cast.part_indices(parts, 0, total), minlength=len(parts.names)).tolist() == list(
+        there = population.part_indices(parts, participant, 1)[0]
+        assert (
+            population.personas_of(participant)[place].name
+            == parts.names[there]
+            == population.part_of(parts.topic, participant)
+        )
+        assert np.bincount(population.part_indices(parts, 0, total), minlength=len(parts.names)).tolist() == list(
             parts.counts
         )
-    called = models.names[cast.part_indices(models, participant, 1)[0]]
-    assert f"model {cast.model_of(participant)[1:]}" == called == cast.part_of(MODEL, participant)
+    called = models.names[population.part_indices(models, participant, 1)[0]]
+    assert f"model {population.model_of(participant)[1:]}" == called == population.part_of(MODEL, participant)
 
 
 def test_the_assignment_of_a_seed_is_fixed():
@@ -97,13 +101,13 @@ def test_assignments_of_topics_are_independent():
 
 
 def test_round_robin_models_are_grouped_by_their_server_name():
-    cast = cast_of(7, 11, turns=("llama", "qwen", "llama"))
-    (parts,) = cast.groupings
-    assert parts.names == ("llama", "qwen") and cast.model_of(3) is None
-    assert cast.part_indices(parts, 3, 3).tolist() == [0, 1, 0]
-    assert [cast.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
-    assert np.bincount(cast.part_indices(parts, 0, 11)).tolist() == list(parts.counts)
-    assert cast_of(7, 11, turns=("llama", "llama")).groupings == ()
+    population = population_of(7, 11, round_robin_models=("llama", "qwen", "llama"))
+    (parts,) = population.groupings
+    assert parts.names == ("llama", "qwen") and population.model_of(3) is None
+    assert population.part_indices(parts, 3, 3).tolist() == [0, 1, 0]
+    assert [population.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
+    assert np.bincount(population.part_indices(parts, 0, 11)).tolist() == list(parts.counts)
+    assert population_of(7, 11, round_robin_models=("llama", "llama")).groupings == ()
     alike = Population(
         7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
     )
@@ -116,6 +120,6 @@ def test_round_robin_models_are_grouped_by_their_server_name():
 
 @given(seeds, totals, weights)
 def test_a_population_survives_a_round_trip_through_json(seed, total, weights):
-    cast = cast_of(seed, total, weights, models=shares_of([1, 1]), turns=("m",))
-    text = json.dumps(game_to_json(Game(seed, 100, 0, 0.0, cast=cast)))
-    assert parse_game(text, SimulationConfig(seed=seed, participant_num=total)).cast == cast
+    population = population_of(seed, total, weights, models=shares_of([1, 1]), round_robin_models=("m",))
+    text = json.dumps(game_to_json(Game(seed, 100, 0, 0.0, population=population)))
+    assert parse_game(text, SimulationConfig(seed=seed, participant_num=total)).population == population

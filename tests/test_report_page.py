@@ -69,8 +69,10 @@ def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
         PersonaSet("education", (Persona("none <b>", half), Persona("$much$ 多", half))),
         PersonaSet("job", tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30))),
     )
-    cast = Population(7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large")))
-    (folder / "game.json").write_text(json.dumps(game_to_json(Game(7, 100, 0, 0.0, cast=cast))))
+    population = Population(
+        7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large"))
+    )
+    (folder / "game.json").write_text(json.dumps(game_to_json(Game(7, 100, 0, 0.0, population=population))))
     times = [{"round": each, "model_s": 0.5, "client_s": 0.2, "rpc_s": 0.1, "slowest_s": 0.05} for each in (1, 2, 3)]
     summary = json.loads((folder / "summary.json").read_text())
     summary["cluster"] |= {"times": times, "lost": ["node2:12331"]}
@@ -155,7 +157,7 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
     folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
     personas = PersonaSet("S" * 80, tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600)))
-    game = Game(7, 10**9, 0, 0.0, cast=Population(7, 100, (personas,)))
+    game = Game(7, 10**9, 0, 0.0, population=Population(7, 100, (personas,)))
     (folder / "game.json").write_text(json.dumps(game_to_json(game)))
     for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
         assert entry["winning_number"] == 3 * entry["average"]

@@ -25,7 +25,7 @@ from simulation.results.console_report import announcement_lines
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
-GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), wording=WORDING)
+GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), prompt=WORDING)
 QUESTION = question_for(GAME, 2, ())
 
 
@@ -151,13 +151,13 @@ def test_a_persona_fills_its_placeholder_or_comes_first():
         Persona("old", Fraction(1), "You are old."),
     ]
     assert rules(GAME, nurse).startswith("You are a nurse {with braces}. You are old. You give a whole number")
-    placed = replace(GAME, wording=replace(WORDING, system="Rules. {persona} Play on."))
+    placed = replace(GAME, prompt=replace(WORDING, system="Rules. {persona} Play on."))
     assert rules(placed, nurse) == "Rules. You are a nurse {with braces}. You are old. Play on."
 
 
 def test_a_team_fills_its_placeholder_or_comes_last():
     assert rules(GAME, team="red").endswith("\nYour team is red.") and "team" not in rules(GAME)
-    placed = replace(GAME, wording=replace(WORDING, system="Play for {team}."))
+    placed = replace(GAME, prompt=replace(WORDING, system="Play for {team}."))
     assert rules(placed, team="red {1}") == "Play for red {1}."
 
 

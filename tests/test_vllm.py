@@ -191,7 +191,7 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
         "participant-model": 100,
         "other-model": 200,
     }
-    counts = {parts.topic: parts.counts for parts in run.game.cast.groupings}
+    counts = {parts.topic: parts.counts for parts in run.game.population.groupings}
     assert [tally.asked for tally in run.tallies_by_part["education"][1].values()] == list(counts["education"])
     page = (vllm.path / "runs/latest/report.html").read_text()
     for told in ("2/3 of the average", "other-model", "participant-model", *run.tallies_by_part["education"][0]):

@@ -170,7 +170,7 @@ class ParticipantGroup(AskedGroup):
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
         self._scheduler: Scheduler | None = None  # runs the current round
         self._closing = False
-        self._chat = Chat(game) if game.sampling is not None else None
+        self._chat = Chat(game) if game.llm is not None else None
         self._budgeted = 0  # the last round whose token budget was set
         # Elapsed and CPU seconds of all finished rounds, and the readings of both clocks when the current one began
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
@@ -343,7 +343,7 @@ class ParticipantGroup(AskedGroup):
             begin=lambda offset: agents[offset].answer(question),
             answered=partial(sheet.record_many, game=self.game),
             failed=lambda offset, error: sheet.fail(offset, *(CUT_SHORT if self._halted else failure_of(error))),
-            max_concurrent=None if self._chat is None else max(TURN, 2 * self._chat.sampling.samples_per_request),
+            max_concurrent=None if self._chat is None else max(TURN, 2 * self._chat.settings.samples_per_request),
         )
         if self._halted:
             self._scheduler.halt()

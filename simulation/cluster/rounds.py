@@ -101,7 +101,7 @@ class Simulation:
         assignments, tokens_each = self.cluster.active_assignments, self._tokens_each()
         self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
         self.cluster.wait("answers in", question.round, assignments)
-        if self.config.dispatch == "agent" and self.game.sampling is not None:
+        if self.config.dispatch == "agent" and self.game.llm is not None:
             # the first wait ends when the moderators have all answers; the second gets the final usage of the groups
             self.cluster.wait("answers in", question.round, assignments)
         tally = merge(self.cluster.all(whole_tally).values())
@@ -199,11 +199,11 @@ class Simulation:
 
 def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[int, int]]) -> Iterator[Answers]:
     """Yield the given answers. Meanwhile, store the exact sum and the number of each team's answers in `sums`."""
-    assert game.cast is not None
-    teams = next(each for each in game.cast.groupings if each.topic == game.teams)
+    assert game.population is not None
+    teams = next(each for each in game.population.groupings if each.topic == game.teams)
     sums.update(dict.fromkeys(teams.names, (0, 0)))
     for part in answers:
-        indices = game.cast.part_indices(teams, part.first, len(part.units))
+        indices = game.population.part_indices(teams, part.first, len(part.units))
         for number, name in enumerate(teams.names):
             units = part.units[(part.units >= 0) & (indices == number)]
             total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # the sum may exceed 64 bits

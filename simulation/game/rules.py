@@ -63,12 +63,12 @@ class Game:
     max_value: int
     decimals: int
     sleep_time_s: float
-    sampling: LLMSettings | None = None  # None if no participant asks a model
+    llm: LLMSettings | None = None  # None if no participant asks a model
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
-    wording: PromptTemplate | None = None  # None if no participant asks a model
-    cast: Population | None = None  # personas and models, if any
-    teams: str | None = None  # the topic of the cast that defines teams, if any
+    prompt: PromptTemplate | None = None  # None if no participant asks a model
+    population: Population | None = None  # personas and models, if any
+    teams: str | None = None  # the topic of the population that defines teams, if any
 
     @cached_property
     def scale(self) -> int:
@@ -183,7 +183,7 @@ def to_units(answer: Any, game: Game) -> int:
     return round(number * game.scale)
 
 
-def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Population | None) -> Game:
+def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population | None) -> Game:
     """Return the game that the settings describe."""
     llm = LLMSettings(
         models=config.model_per_host,
@@ -199,10 +199,10 @@ def game_of(config: SimulationConfig, wording: PromptTemplate | None, cast: Popu
         max_value=config.max_value,
         decimals=config.decimals,
         sleep_time_s=config.sleep_time,
-        sampling=llm if config.agent_type == "llm" else None,
+        llm=llm if config.agent_type == "llm" else None,
         ratio=Fraction(config.ratio),
         offset=Fraction(config.offset),
-        wording=wording,
-        cast=cast,
+        prompt=prompt,
+        population=population,
         teams=config.teams,
     )

@@ -31,9 +31,9 @@ class Chat:
     """The model access of one group, whose participants all run on one event loop."""
 
     def __init__(self, game: Game) -> None:
-        assert game.sampling is not None  # groups without LLM participants have no Chat
+        assert game.llm is not None  # groups without LLM participants have no Chat
         import_client()
-        self.sampling = game.sampling
+        self.settings = game.llm
         self.closed = False
         self.n_unsupported: set[str] = set()  # addresses of servers that do not support n
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
@@ -50,7 +50,7 @@ class Chat:
         UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
-        for _ in range(self.sampling.max_attempts):
+        for _ in range(self.settings.max_attempts):
             text, cause, deadline = await self._sample(model, prompt, None, deadline)
             if text is None or cause is not None:
                 unusable: UnusableAnswer = KnownCause(cause or "", text)
@@ -68,7 +68,7 @@ class Chat:
         Raises UnusableAnswer in the same cases as `ask`.
         """
         deadline = math.inf
-        for _ in range(self.sampling.max_attempts):
+        for _ in range(self.settings.max_attempts):
             text, cause, deadline = await self._sample(model, prompt, tokens, deadline)
             if text is not None and cause in (None, CUT_OFF["length"]):
                 return text, cause is None
@@ -143,7 +143,7 @@ class Chat:
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
         """Return the fields of a request other than model, messages and n."""
-        kind = self.sampling.structured_output if free_tokens is None else "none"
+        kind = self.settings.structured_output if free_tokens is None else "none"
         fields = config.generate_args
         if free_tokens is not None:  # the token limit of the model file applies only to numbers
             fields.pop("max_completion_tokens", None)

@@ -54,8 +54,8 @@ def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None)
 
     If the template has no `{persona}`, insert the personas at the beginning. If it has no `{team}`, append the team.
     """
-    assert game.wording is not None  # set in every game with LLM participants
-    text = game.wording.system
+    assert game.prompt is not None  # set in every game with LLM participants
+    text = game.prompt.system
     if "{persona}" not in text and any(persona.text for persona in personas):
         text = f"{{persona}} {text}"
     if "{team}" not in text and team is not None:
@@ -65,8 +65,8 @@ def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None)
 
 def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
     """Return the instruction that states how to answer in a round."""
-    assert game.wording is not None
-    return _filled(game.wording.instruction, game, personas, team)
+    assert game.prompt is not None
+    return _filled(game.prompt.instruction, game, personas, team)
 
 
 def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None) -> str:

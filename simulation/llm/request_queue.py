@@ -127,7 +127,7 @@ class ModelClient:
         """Drop participants that no longer wait. Fail the request if expired. Return whether no participant is left."""
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
-            end = max(request.queued_at, self._last_success) + request.chat.sampling.reply_timeout_s
+            end = max(request.queued_at, self._last_success) + request.chat.settings.reply_timeout_s
         while request.waiting and (request.chat.closed or request.waiting[0].done()):
             request.waiting.popleft()
         if time.monotonic() >= end:
@@ -146,14 +146,14 @@ class ModelClient:
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config.address not in chat.n_unsupported
-            wanted = min(len(request.waiting), chat.sampling.samples_per_request if several else 1)
+            wanted = min(len(request.waiting), chat.settings.samples_per_request if several else 1)
             count = chat.affordable(request, wanted)
             if count == 0:
                 if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
                 self._queue.rotate(-1)
                 continue
-            limit = chat.sampling.max_in_flight  # counts requests; the default limit counts answers
+            limit = chat.settings.max_in_flight  # counts requests; the default limit counts answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
             if not self._semaphore.acquire(limit, slots):
                 return False
@@ -165,7 +165,7 @@ class ModelClient:
     def _send(self, batch: SampleRequest, slots: int) -> None:
         chat = batch.chat
         chat.reserve(batch, len(batch.waiting))
-        batch.deadline = min(batch.deadline, time.monotonic() + chat.sampling.reply_timeout_s)
+        batch.deadline = min(batch.deadline, time.monotonic() + chat.settings.reply_timeout_s)
         task = asyncio.create_task(self._serve(batch))
         chat.tasks.add(task)
 
@@ -199,7 +199,7 @@ class ModelClient:
 
     async def _request(self, batch: SampleRequest, count: int) -> Reply:
         """Send a request once, commit its cost, and return the reply. Raises RequestError if the request fails."""
-        attempt_s, left_s = batch.chat.sampling.attempt_timeout_s, batch.deadline - time.monotonic()
+        attempt_s, left_s = batch.chat.settings.attempt_timeout_s, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
         try:

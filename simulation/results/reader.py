@@ -61,14 +61,16 @@ class SavedRun:
         `topic` is the name of a persona set or "model", `index` is the index of the round in `results`, and `name` is
         the name of a persona or a model. Raises SettingsError if the answers cannot be read.
         """
-        cast = self.game.cast
-        if cast is None or not cast.groupings or not self.results:
+        population = self.game.population
+        if population is None or not population.groupings or not self.results:
             return {}
         rounds = range(len(self.results))
-        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in cast.groupings}
+        tallies = {
+            parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in population.groupings
+        }
         for number, rows in _rows_of(self.path, self.config):
-            for parts in cast.groupings if 0 < number <= len(self.results) else ():
-                part_indices = cast.part_indices(parts, rows["participant"][0].as_py(), len(rows))
+            for parts in population.groupings if 0 < number <= len(self.results) else ():
+                part_indices = population.part_indices(parts, rows["participant"][0].as_py(), len(rows))
                 ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # one sort for all parts
                 stops = np.cumsum(np.bincount(part_indices, minlength=len(parts.names))).tolist()
                 for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
@@ -103,7 +105,7 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
     results = [*takewhile(lambda result: result.tally.ended is not Ended.INTERRUPTED, run.results)]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
-    return replace(run, config=config, game=game_of(config, run.game.wording, run.game.cast), results=results)
+    return replace(run, config=config, game=game_of(config, run.game.prompt, run.game.population), results=results)
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:

@@ -197,10 +197,10 @@ GAME_FILE = TypeAdapter(GameFile)
 
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
-    cast = game.cast or Population(game.seed, 0)
-    personas = {each.name: each.personas for each in cast.persona_sets}
-    population = PopulationEntry(personas=personas, models=cast.models, turns=cast.round_robin_models)
-    content: dict[str, Any] = GAME_FILE.dump_python(GameFile(wording=game.wording, cast=population), mode="json")
+    population = game.population or Population(game.seed, 0)
+    personas = {each.name: each.personas for each in population.persona_sets}
+    entry = PopulationEntry(personas=personas, models=population.models, turns=population.round_robin_models)
+    content: dict[str, Any] = GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry), mode="json")
     return content
 
 

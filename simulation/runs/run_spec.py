@@ -76,7 +76,7 @@ class RunSpec:
         each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         ports = list(config.ports)
         kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
-        sets = game.cast.persona_sets if game.cast is not None else ()
+        sets = game.population.persona_sets if game.population is not None else ()
         return [
             f"hosts: {len(config.hosts)} ({' '.join(config.hosts)})",
             f"servers on each host: {config.server_per_host} for participants, ports "
@@ -85,7 +85,7 @@ class RunSpec:
             f"participants: {config.participant_num:,} {kind}, {each} on each server",
             f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
             f"game: numbers from 0 to {game.max_value:,}, closest to {game.target} wins"
-            + (f"; prompt {game.wording.name}" if game.wording is not None else "")
+            + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
             + "".join(f"; personas {each.name} ({len(each.personas)})" for each in sets)
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
             *self._cost_lines(),
@@ -118,10 +118,10 @@ class RunSpec:
         of the participant. Round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
         """
         config, game, rounds = self.config, self.game, []
-        if game.wording is None or game.cast is None:
+        if game.prompt is None or game.population is None:
             return []
-        thoughts = game.wording.reasoning_tokens or 0
-        characters = math.prod(len(one.personas) for one in game.cast.persona_sets)
+        thoughts = game.prompt.reasoning_tokens or 0
+        characters = math.prod(len(one.personas) for one in game.population.persona_sets)
         sharing = self._sharing()
         for number in numbers:
             prompt = self._longest_prompt(number)
@@ -146,7 +146,7 @@ class RunSpec:
         Only participants of the same group share requests.
         """
         config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
-        mixture = self.game.cast.models if self.game.cast is not None else ()
+        mixture = self.game.population.models if self.game.population is not None else ()
         shares = [each.share for each in mixture] or [Fraction(1, len(names))] * len(names)
         servers, moderators = (len(config.hosts) * each for each in (config.server_per_host, config.moderator_per_host))
         sizes = Counter(group.count for group in place(config.participant_num, servers, moderators))
@@ -158,10 +158,10 @@ class RunSpec:
 
     def _longest_prompt(self, number: int) -> Prompt:
         """Build a prompt about as long as the longest one of a round, with all announcements and the most digits."""
-        game, cast = self.game, self.game.cast
-        assert cast is not None
-        personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in cast.persona_sets]
-        teams = next((grouping.names for grouping in cast.groupings if grouping.topic == game.teams), ())
+        game, population = self.game, self.game.population
+        assert population is not None
+        personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in population.persona_sets]
+        teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
         long = game.max_value * 2 / 3
         units = (game.numbers - 2, game.numbers - 1)
         winning, averages = long if game.target == "the average" else long / 2, tuple((name, long) for name in teams)
@@ -202,8 +202,8 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
     """
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
-    assert game.cast is not None
-    before, now = (game.cast.models, game.cast.round_robin_models), choose_models(config, models)
+    assert game.population is not None
+    before, now = (game.population.models, game.population.round_robin_models), choose_models(config, models)
     models_before, models_now = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
     if models_before != models_now and len({*models_before, *models_now}) > 1:
         raise SettingsError(
