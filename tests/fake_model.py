@@ -125,6 +125,8 @@ class FakeModel:
 
     async def _answer(self, request: web.Request, body: dict[str, Any], habit: str) -> web.StreamResponse:
         asked = body.get("n", 1)
+        if request.headers.getall("Content-Type") != ["application/json"]:  # as vLLM does
+            return web.Response(status=400, text="Unsupported Media Type: Only 'application/json' is allowed")
         if habit in HABITS:
             status, headers, text = HABITS[habit]
             return web.Response(status=status, headers=headers, body=text.encode())

@@ -69,8 +69,9 @@ class ModelHttp:
             http_client=self._client,
             **(config.entry["client_args"] | {"base_url": self.url}),
         )
-        headers = {**settings.default_headers, **settings.auth_headers, "content-type": "application/json"}
+        headers = {**settings.default_headers, **settings.auth_headers}
         self._headers = httpx2.Headers({name: value for name, value in headers.items() if isinstance(value, str)})
+        self._headers["content-type"] = "application/json"  # replaces openai's; vLLM refuses a header that comes twice
         for name, value in self._headers.items():
             if not value.isprintable():
                 raise ValueError(f"the header {name} holds characters that cannot be sent")
