@@ -40,12 +40,13 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse(f"there is no file {path}{near_file(path)}")
     name = OWN + path.stem  # with the prefix, a user file random.py hides no library
     module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None  # holds for every .py file
+    assert module_spec is not None  # holds for every .py file
     module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
     append_to_path(full_path("--agent-class", str(path.parent)))
     try:
         with unregistered():
-            module_spec.loader.exec_module(module)
+            # not `exec_module`: cached bytecode may be of a version of the same size, saved in the same second
+            exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
     cls: Any = getattr(module, class_name, None)
