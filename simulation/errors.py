@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 LIKENESS = 0.65  # a name is suggested if its difflib ratio is at least this
-SHORTEST_BEGINNING = 3  # a longer name is suggested for a prefix of at least so many characters
+SHORTEST_BEGINNING = 3  # minimum length of a prefix for which a longer name is suggested
 NAMES_SHOWN = 12
 CAUSE_LENGTH = 200  # characters
 

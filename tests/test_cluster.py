@@ -251,7 +251,7 @@ def test_twenty_runs_leave_the_memory_of_the_servers_flat(cluster):
 
 
 def test_network_traffic_does_not_grow_with_the_participants(checkout):
-    checkout.cold = True  # Python starts anew, and imports what counts the calls
+    checkout.cold = True  # a new Python process imports the module that counts the calls
     layout = ("--server-per-host", "3", "--moderator-per-host", "4", "--base-port", str(checkout.base_port))
     counter = {"PYTHONPATH": str(ROOT / "benchmarks/call_counter")}
     started = checkout.run("main.py", "--role", "participant", *layout, env=counter)  # scripts ignore the variable

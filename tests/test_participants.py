@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 import pytest
 from conftest import one_line, until
+
+from simulation.cluster.agent_class import load_agent_class
 
 MINE = """
 import asyncio
@@ -355,6 +359,18 @@ def test_a_blocked_reply_does_not_keep_the_server(cluster, tmp_path):
     assert cluster.summary()["rounds"][0]["failures"]["interrupted"] >= 1
     cluster.play("3", "4", *flags[:1], f"{path}:WildReply", "--reply-threads", "1", status=4)  # with threads of its own
     assert cluster.summary()["rounds"][0]["failures"] == {"StopIteration": 1, "Odd: odd": 1}
+
+
+def test_the_newest_version_of_a_file_is_loaded_even_if_its_size_and_time_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "mine.py"
+    for number in (3, 4):
+        path.write_text(f"{SHORT}        return {number}\n    def plus(self, x: {number}): ...\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        load_agent_class.cache_clear()
+        found = load_agent_class(f"{path}:Mine", "random")
+        assert found.plus.__annotations__ == {"x": number}  # evaluated: the program's own future imports do not apply
 
 
 def test_a_user_file_in_the_checkout_can_be_an_agent_class(cluster):

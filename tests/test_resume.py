@@ -303,7 +303,7 @@ def test_a_server_that_exits_is_restarted_a_limited_number_of_times(checkout):
     first = checkout.pid(0)
     os.kill(first, signal.SIGKILL)
     assert until(restarts, 20, "all answer again") in (["1", "0", "0"], ["0", "0", "0"])
-    until(lambda: restarts() == ["1", "0", "0"], 20, "the restart is told")
+    until(lambda: restarts() == ["1", "0", "0"], 20, "the restart is reported")
     assert checkout.pid(0) != first
     port = checkout.base_port
     assert f"the server on port {port} was ended by SIGKILL: starting it again" in launcher.read_text()
@@ -539,7 +539,7 @@ def test_a_pid_file_that_was_half_written_is_removed_by_start_and_stop(checkout)
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
+def warnings(tmp_path, monkeypatch):
     """The warnings that are logged; all that is written is in a folder of the test's own."""
     from loguru import logger
 
@@ -578,7 +578,7 @@ ANSWERS = "tests/data/old_runs/killed/answers-00001.parquet"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_without_file_locks_a_warning_is_logged_once(tmp_path, monkeypatch, told, number):
+def test_without_file_locks_a_warning_is_logged_once(tmp_path, monkeypatch, warnings, number):
     failing(monkeypatch, fcntl, "flock", number)
     places = SharedSemaphore("a", tmp_path / "in-flight")
     assert [places.acquire(2) for _ in range(3)] == [True, True, False]
@@ -588,7 +588,7 @@ def test_without_file_locks_a_warning_is_logged_once(tmp_path, monkeypatch, told
         with pid_files.one_at_a_time():
             pass
     folders = ("in-flight", "one", "servers", "another")
-    assert [line.split(" has no locks")[0] for line in told] == [
+    assert [line.split(" has no locks")[0] for line in warnings] == [
         f"the file system of {tmp_path / each}" for each in folders
     ]
     draft = tmp_path / "one/.summary.json.new"
@@ -597,7 +597,7 @@ def test_without_file_locks_a_warning_is_logged_once(tmp_path, monkeypatch, told
     assert draft.exists()  # it may be another run's
 
 
-def test_another_lock_failure_is_one_line(tmp_path, monkeypatch, told):
+def test_another_lock_failure_is_one_line(tmp_path, monkeypatch, warnings):
     failing(monkeypatch, fcntl, "flock", errno.EIO)
     with pytest.raises(SettingsError, match=r"cannot write results to .*: it cannot be locked .Input/output error"):
         RunDirectory(tmp_path / "run")
@@ -606,11 +606,11 @@ def test_another_lock_failure_is_one_line(tmp_path, monkeypatch, told):
         pid_files.one_at_a_time(),
     ):
         pass
-    assert not (tmp_path / "run").exists() and told == []
+    assert not (tmp_path / "run").exists() and warnings == []
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch, told, number):
+def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch, warnings, number):
     with pytest.raises(SettingsError, match=f"cannot write in .*: {os.strerror(number)}"), pid_files.one_at_a_time():
         failing(monkeypatch, os, "replace", number)
         failing(monkeypatch, os, "unlink", number)
@@ -620,24 +620,24 @@ def test_a_disk_that_fails_while_servers_start_is_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EROFS])
-def test_without_file_locks_each_server_keeps_the_limit(tmp_path, monkeypatch, told, number):
+def test_without_file_locks_each_server_keeps_the_limit(tmp_path, monkeypatch, warnings, number):
     failing(monkeypatch, os, "pwrite", number)
     for _ in range(2):
         places = SharedSemaphore("a", tmp_path)
         assert [places.acquire(1), places.acquire(1)] == [True, False]
-    assert [os.strerror(number) in line for line in told] == [True]
+    assert [os.strerror(number) in line for line in warnings] == [True]
 
 
 # What vfat, some network file systems and shared folders of VirtualBox answer
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EPROTO])
-def test_results_are_written_without_links_or_folder_flushes(tmp_path, monkeypatch, told, number):
+def test_results_are_written_without_links_or_folder_flushes(tmp_path, monkeypatch, warnings, number):
     failing(monkeypatch, os, "symlink", number)
     failing(monkeypatch, os, "fsync", errno.EINVAL)
     directory = RunDirectory(tmp_path / "run")
     for _ in range(2):
         directory.write_summary({"rounds": []})
     directory.close()
-    assert len(told) == 1 and "name the run by its folder" in told[0]
+    assert len(warnings) == 1 and "name the run by its folder" in warnings[0]
     assert names_in(tmp_path / "run") == ["summary.json"] and names_in(tmp_path / "runs") == []
 
 
@@ -665,18 +665,18 @@ def test_latest_survives_moves_of_the_checkout_or_the_results(tmp_path, monkeypa
         (1, "fsync", lambda directory: directory.write_lines("agents.jsonl", [{}])),
     ],
 )
-def test_a_disk_that_fails_is_a_failure_to_write_results(tmp_path, monkeypatch, told, number, rounds, what, write):
+def test_a_disk_that_fails_is_a_failure_to_write_results(tmp_path, monkeypatch, warnings, number, rounds, what, write):
     directory = a_directory(tmp_path / "run", rounds)
     failing(monkeypatch, os, what, number)
     failing(monkeypatch, os, "unlink", number)
     with pytest.raises(ResultsError, match=f"cannot (write|point) .*: {os.strerror(number)}"):
         write(directory)
-    assert told == []
+    assert warnings == []
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
 def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_write_results(
-    tmp_path, monkeypatch, told, number
+    tmp_path, monkeypatch, warnings, number
 ):
     config = SimulationConfig(seed=1)
     spec = RunSpec(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
@@ -690,11 +690,11 @@ def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_wri
 @pytest.mark.parametrize(
     ("ended", "raised"), [(RunAborted("no server"), True), (Interrupted(2), True), (ClusterError("no key"), False)]
 )
-def test_a_game_that_ends_early_says_so_if_its_results_are_not_written(told, ended, raised):
+def test_a_game_that_ends_early_says_so_if_its_results_are_not_written(warnings, ended, raised):
     def fail(_status):
         raise ResultsError("cannot write x: No space left on device")
 
     run = SimpleNamespace(results=[1], _finish_files=fail)
     with pytest.raises(ResultsError, match=f"No space .* ended: {ended}") if raised else contextlib.nullcontext():
         Run._write_after_error(run, ended)
-    assert [line.strip() for line in told] == ([] if raised else ["cannot write x: No space left on device"])
+    assert [line.strip() for line in warnings] == ([] if raised else ["cannot write x: No space left on device"])

@@ -194,8 +194,8 @@ def test_two_models_personas_and_a_ratio_are_all_on_the_report(vllm):
     counts = {parts.topic: parts.counts for parts in run.game.population.groupings}
     assert [tally.asked for tally in run.tallies_by_part["education"][1].values()] == list(counts["education"])
     page = (vllm.path / "runs/latest/report.html").read_text()
-    for told in ("2/3 of the average", "other-model", "participant-model", *run.tallies_by_part["education"][0]):
-        assert html.escape(told) in page
+    for text in ("2/3 of the average", "other-model", "participant-model", *run.tallies_by_part["education"][0]):
+        assert html.escape(text) in page
     least = 2 * len(counts["education"])
     assert len(fake.bodies) >= least and {body["model"] for body in fake.bodies} == {"other-model"}
     assert requests_of(vllm) >= begun + least
@@ -327,7 +327,7 @@ def test_other_flags_of_vllm_pass():
 
 
 def test_start_reports_what_it_waits_for(tmp_path, monkeypatch):
-    port, told = free_ports(1), []
+    port, reported = free_ports(1), []
     healthy = iter([False, False, True])
     monkeypatch.setattr(SERVERS, "folder", tmp_path)
     monkeypatch.setattr(vllm_servers, "LOOK_S", 0)
@@ -339,11 +339,11 @@ def test_start_reports_what_it_waits_for(tmp_path, monkeypatch):
         spawned = pid_files.ProcessId.of(stand_in.pid)
         monkeypatch.setattr(vllm_servers, "_spawn", lambda *_: spawned.write(tmp_path / f"{port}.pid"))
         config = SimulationConfig(role="vllm", model_path=str(tmp_path), vllm_base_port=port)
-        vllm_servers.start(config, [], lambda *progress: told.append(progress))
+        vllm_servers.start(config, [], lambda *progress: reported.append(progress))
         stand_in.kill()
-    assert [progress[:2] for progress in told] == [(0, 1), (0, 1), (0, 1), (1, 1)]
+    assert [progress[:2] for progress in reported] == [(0, 1), (0, 1), (0, 1), (1, 1)]
     log = re.escape(str(tmp_path / f"{port}.log"))
-    assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", told[0][2]) and told[-1][2] == ""
+    assert re.fullmatch(rf"port {port} for \d+ s, its log is {log}", reported[0][2]) and reported[-1][2] == ""
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     try:
         with unregistered():
             # not `exec_module`: cached bytecode may be of a version of the same size, saved in the same second
-            exec(compile(path.read_bytes(), path, "exec"), vars(module))
+            exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
     cls: Any = getattr(module, class_name, None)

@@ -18,7 +18,7 @@ from simulation.game.rules import Announcement, Game
 
 Units = NDArray[np.int64]
 
-WINNERS_NAMED = 10  # only so many winners, those with the lowest indices, are listed
+WINNERS_NAMED = 10  # number of winners that are listed: those with the lowest indices
 CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 OTHER_CAUSES = "other causes"
 INTERRUPTED = "interrupted"  # the failure cause if the user ended the round

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
-MALFORMED_REPLIES = 8  # a request fails after so many malformed replies in a row
-ERRORS_WITH_N = 3  # after so many errors in a row, a request asks for one answer instead of several
+MALFORMED_REPLIES = 8  # malformed replies in a row after which a request fails
+ERRORS_WITH_N = 3  # errors in a row after which a request asks for one answer instead of several
 
 Sample = tuple[str | None, str | None, float]  # text, why the text is unusable (None: usable), deadline for retries
 
