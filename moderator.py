@@ -4,8 +4,6 @@ A moderator has the interface of a group. Main starts a round on the moderators;
 groups and merges their results. A moderator stores nothing that its successor would need.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from functools import partial

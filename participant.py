@@ -6,8 +6,6 @@ define AgentScope's `def reply(self, x)`. This method may block, and runs in a t
 defines both methods, the group calls `answer`.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 from simulation.agents.participant import Participant

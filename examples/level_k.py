@@ -7,8 +7,6 @@ Source: Nagel, "Unraveling in Guessing Games: An Experimental Study", American E
 to write your own participant class.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 from simulation.agents.participant import Participant

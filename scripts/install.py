@@ -7,8 +7,6 @@ The script uses uv with the package sources of pip's configuration. If uv is not
 With --look, the script installs nothing. It fails if a package is missing.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """The command line: the flags of all roles, and the work of all roles except main. Only functions import AgentScope."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -15,8 +15,6 @@ UnusableAnswer               one participant has failed; the failure is counted 
 └── KnownCause               the text of the cause is from this program
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -1,7 +1,5 @@
 """User-supplied paths, file access with readable errors, and file locks."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import os

@@ -4,8 +4,6 @@ The flags, their help, the keys of experiment files and `config` in summary.json
 Every value is checked before anything starts.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import typing
@@ -209,7 +207,7 @@ class SimulationConfig:
         return asdict(self) | _with_paths(vars(self), _from_root)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> SimulationConfig:
+    def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
         """Return settings from `to_json` output. Raises KeyError, TypeError or SettingsError if it is malformed."""
         for name in data.keys() & KINDS.keys() - {"hosts"}:
             if type(data[name]) not in KINDS[name] and not (type(data[name]) is int and float in KINDS[name]):

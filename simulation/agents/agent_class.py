@@ -1,7 +1,5 @@
 """Serialization of a participant class for transfer to the agent servers."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import pickle

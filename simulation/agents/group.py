@@ -4,8 +4,6 @@ All methods are thread-safe. The participants run on the event loop of the group
 without AgentScope's metaclass, which costs more than the agent itself (see `_build`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """The base class of all participants, and functions that ask a single participant."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Awaitable

@@ -1,7 +1,5 @@
 """Dispatch of questions through one proxy per participant, as in AgentScope's examples."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

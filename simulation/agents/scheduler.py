@@ -5,8 +5,6 @@ quarter of the memory of a task, a future and a timer. The first coroutine that 
 and a new task steps the other coroutines. Therefore, no coroutine can detect that several coroutines shared its task.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import sys
@@ -50,7 +48,7 @@ _here = _Here()
 
 
 def _touching(method: Callable[..., Any]) -> Any:
-    def touch(task: SharedTask, *args: Any, **kwargs: Any) -> Any:
+    def touch(task: "SharedTask", *args: Any, **kwargs: Any) -> Any:
         task.touched = True
         return method(task, *args, **kwargs)
 

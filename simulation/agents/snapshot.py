@@ -1,7 +1,5 @@
 """Partial histograms of a round in progress. Heartbeat replies contain them while a dashboard is open."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Loader of user-defined participant classes."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect

@@ -4,8 +4,6 @@ After a failure, work is retried on the remaining servers. Therefore every step 
 that exists does nothing.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial

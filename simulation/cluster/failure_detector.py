@@ -5,8 +5,6 @@ at once. A server is marked down if nothing listens on its port, if its process 
 the heartbeat timeout. The caller decides how to react.
 """
 
-from __future__ import annotations
-
 import heapq
 import threading
 import time
@@ -67,7 +65,7 @@ class FailureDetector:
         self._news = self._ended = False
         self._thread = threading.Thread(target=self._poll, name="heartbeats", daemon=True)
 
-    def __enter__(self) -> FailureDetector:
+    def __enter__(self) -> "FailureDetector":
         given_up.difference_update(self.statuses)
         self._thread.start()
         return self

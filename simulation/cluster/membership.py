@@ -1,7 +1,5 @@
 """Membership: handles the losses and recoveries of a run's servers, and awaits the progress of remote objects."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ Every participant has a preferred server and a preferred moderator. While a serv
 participants evenly.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Preflight checks of the agent servers of a run, on all hosts concurrently. Each unready host gets an error line."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

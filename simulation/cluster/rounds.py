@@ -1,7 +1,5 @@
 """The rounds of a game on the cluster: ask participants, average the answers, announce the result. Prints nothing."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -61,7 +59,7 @@ class Simulation:
         self._usage_before_resume = usage
         self._begin_round(0)
 
-    def __enter__(self) -> Simulation:
+    def __enter__(self) -> "Simulation":
         self.cluster.__enter__()
         return self
 

@@ -6,8 +6,6 @@ answer and no earlier line suggests another number or author. Other texts are re
 number.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """The answers of consecutive participants in one round. An entry is the answer in units, or a negative code."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,7 +109,7 @@ class AnswerSheet:
     def _code(self, cause: str) -> int:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
-    def with_missing_failed(self) -> AnswerSheet:
+    def with_missing_failed(self) -> "AnswerSheet":
         """Return a copy in which undecided participants are recorded as interrupted.
 
         Another thread may record answers in the original at the same time.

@@ -1,7 +1,5 @@
 """The rule of the averaging game: the answers closest to offset + ratio * average win."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 

@@ -3,8 +3,6 @@
 The assignment does not depend on which server a participant is on, and can be computed for a single participant.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

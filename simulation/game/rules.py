@@ -3,8 +3,6 @@
 The functions are pure: they do not depend on agents, servers or clocks.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from decimal import Decimal

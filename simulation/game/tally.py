@@ -3,8 +3,6 @@
 Answers are counted in units. A unit is 10^-decimals, so an answer is a whole number of units and every sum is exact.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -60,7 +58,7 @@ class Tally:
         high = int(np.dot(self.units >> 32, self.counts))
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: "Tally") -> "Tally":
         return merge((self, other))
 
     __hash__ = None  # type: ignore[assignment]  # arrays are not hashable
@@ -98,7 +96,7 @@ class Tally:
         best = min((abs(unit - target) for unit in near), default=None)
         return tuple(unit for unit in near if abs(unit - target) == best)
 
-    def parts(self, distinct: int) -> list[Tally]:
+    def parts(self, distinct: int) -> "list[Tally]":
         """Split the tally into tallies of at most `distinct` distinct answers, so that each fits into one message."""
         pieces = [slice(at, at + distinct) for at in range(0, len(self.units), distinct)]
         parts = [Tally(int(self.counts[piece].sum()), self.units[piece], self.counts[piece]) for piece in pieces]
@@ -128,7 +126,7 @@ class Winners:
     count: int
     lowest: tuple[int, ...]
 
-    def __add__(self, other: Winners) -> Winners:
+    def __add__(self, other: "Winners") -> "Winners":
         return Winners(self.count + other.count, tuple(sorted(self.lowest + other.lowest)[:WINNERS_NAMED]))
 
 

@@ -3,8 +3,6 @@
 If an agent raises an exception, the server returns the error as one line. The server closes an object that it deletes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

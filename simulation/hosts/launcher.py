@@ -4,8 +4,6 @@ The launcher imports AgentScope once, then forks one server per port. An import 
 CPU time and 125 MB. On macOS, where forks are unsafe, the launcher spawns the servers instead.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import multiprocessing

@@ -3,8 +3,6 @@
 This module starts a separate process, the launcher (simulation/hosts/launcher.py). The launcher starts the servers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

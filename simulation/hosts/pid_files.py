@@ -4,8 +4,6 @@ Each kind of server has a folder with the files `<name>.pid` and `<name>.log` fo
 `<name>.pid` is the pid.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math
@@ -91,7 +89,7 @@ class ProcessId:
     restarts: int = field(default=0, compare=False)  # how often the server was restarted
 
     @classmethod
-    def of(cls, pid: int, restarts: int = 0) -> ProcessId:
+    def of(cls, pid: int, restarts: int = 0) -> "ProcessId":
         """Return the identity of a process of this host. If the process is not visible, return only the pid."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -102,7 +100,7 @@ class ProcessId:
         return cls(pid, socket.gethostname(), boot, namespace, start, restarts)
 
     @classmethod
-    def read(cls, path: Path) -> ProcessId:
+    def read(cls, path: Path) -> "ProcessId":
         """Read a pid file. If the file is missing or contains no pid, the pid is -1.
 
         Raises SettingsError if the file cannot be read.

@@ -3,8 +3,6 @@
 The servers use a separate environment, .venv-vllm, because vLLM and AgentScope need different versions of protobuf.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -4,8 +4,6 @@ Each group has one `Chat`. Equal prompts for the same model that participants se
 become one `SampleRequest`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections import deque

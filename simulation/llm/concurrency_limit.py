@@ -6,8 +6,6 @@ and among processes with equally many permits, the one that has waited longest. 
 ignored, so that a crashed process does not block others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

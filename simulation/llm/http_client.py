@@ -5,8 +5,6 @@ Requests bypass openai's request methods, because these build an object for ever
 client, which this module uses.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

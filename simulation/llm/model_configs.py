@@ -3,8 +3,6 @@
 This module reads and checks the file. It does not contact any model server.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import json
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ A prompt does not identify a participant, so participants with the same history 
 many prompts share comes first, so that a model server with prefix caching processes this text once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache

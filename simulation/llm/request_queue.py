@@ -4,8 +4,6 @@ Each pair of model server and credentials has its own client. All clients of a p
 thread.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -44,7 +42,7 @@ Sample = tuple[str | None, str | None, float]  # text, why the text is unusable 
 class SampleRequest:
     """A request of one group for samples of one prompt: one sample for each waiting participant."""
 
-    chat: Chat
+    chat: "Chat"
     config: ModelConfig
     prompt: Prompt
     fields: dict[str, Any]  # fields of the request other than model, messages and n

@@ -3,8 +3,6 @@
 A reply without answers raises a `RequestError`, which states whether a retry may help.
 """
 
-from __future__ import annotations
-
 import email.utils
 import json
 from collections.abc import Mapping

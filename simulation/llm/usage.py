@@ -1,7 +1,5 @@
 """The usage of language models in requests, tokens and seconds, and failure causes that concern all participants."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 MODEL_SERVER = "model server"  # prefix of failure causes that are due to a model server
@@ -23,7 +21,7 @@ class Usage:
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
-    def __add__(self, other: Usage) -> Usage:
+    def __add__(self, other: "Usage") -> "Usage":
         counts = ("requests", "retries", "prompt_tokens", "completion_tokens")
         slower = max(self, other, key=lambda each: each.answering_s)
         return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})

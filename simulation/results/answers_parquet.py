@@ -3,8 +3,6 @@
 A file contains one row per participant and round. The rows are sorted by round, then by participant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any

@@ -1,7 +1,5 @@
 """The charts of a run. PNG files and HTML pages use the same drawing functions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The comparison of several runs as a text table, a PNG picture and an HTML page."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text output of results: the announcements of the moderator, a text histogram and tables."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from fractions import Fraction

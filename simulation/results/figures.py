@@ -4,8 +4,6 @@ The charts refer to colours by the names of the CSS variables in style.css. An S
 dark mode.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

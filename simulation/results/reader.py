@@ -1,7 +1,5 @@
 """Reading saved runs. A run folder alone suffices to resume a run, to report it or to question a participant."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 The templates escape all text, because failure causes and persona names are not trusted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ The process ignores signals. It exits at the end of its input, also if the main 
 process fails, the main process creates the report itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle
@@ -41,7 +39,7 @@ class ReportProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._requests = ThreadPoolExecutor(1)
 
-    def draw(self, run: SavedRun) -> None:
+    def draw(self, run: "SavedRun") -> None:
         """Write the pictures and the report of a run to its folder. If the process fails, write them in this process.
 
         Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
@@ -58,7 +56,7 @@ class ReportProcess:
             if error is not None:
                 raise error
 
-    def _request(self, run: SavedRun) -> SimulationError | None:
+    def _request(self, run: "SavedRun") -> SimulationError | None:
         assert self._process.stdin is not None and self._process.stdout is not None
         pickle.dump(run, self._process.stdin)
         self._process.stdin.flush()

@@ -4,8 +4,6 @@ To write a file, the process writes a draft in the same folder, flushes the draf
 file is therefore complete. A killed process may leave drafts; the next process that locks the folder deletes them.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -77,7 +75,7 @@ class RunDirectory:
     The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used.
     """
 
-    def __init__(self, path: Path, resumed: bool = False, within: RunDirectory | None = None) -> None:
+    def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
         self.path = real(path)  # resolve links now: runs/latest may change during the run
         self.position = sweep_position(self.path)
         self._failed: list[FailedAnswer] = []

@@ -1,7 +1,5 @@
 """The JSON files of a run folder: their schemas, and functions that build, read and validate their content."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Aligned text tables. On a terminal, columns that do not fit are omitted."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ Commands that start, list or wait for servers use only these two calls, so they 
 client.py).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Mapping

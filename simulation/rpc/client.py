@@ -6,8 +6,6 @@
 - AgentScope waits at most 105 s for an asynchronous reply. `_UntilAnswered` keeps polling.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ AgentScope unpickles the messages that it receives, so any client that can conne
 Mutual TLS permits connections only between processes that have the cluster key. It cannot be turned off.
 """
 
-from __future__ import annotations
-
 import datetime
 import errno
 import os

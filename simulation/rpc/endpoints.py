@@ -1,7 +1,5 @@
 """Addresses of agent servers, ids of remote objects, and group assignments."""
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 from collections.abc import Collection, Iterator, Sequence

@@ -4,8 +4,6 @@ The import takes 0.7 s instead of 1.7 s. Each omitted library is imported on fir
 participants can use all of AgentScope.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

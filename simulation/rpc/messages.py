@@ -1,7 +1,5 @@
 """The messages of handshakes and heartbeats, the two calls of agent servers in addition to AgentScope's calls."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -48,7 +46,7 @@ class HeartbeatReply:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> HeartbeatReply | None:
+    def from_json(cls, text: str) -> "HeartbeatReply | None":
         """Parse a heartbeat reply. Return None if the text is invalid, as from another program."""
         try:
             data = json.loads(text)

@@ -1,7 +1,5 @@
 """Terminal output of the main process on standard error: log lines and the progress of stages."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -4,8 +4,6 @@ The thread reads the run objects and sends no requests to agent servers. Its onl
 which has the same effect as Ctrl-C. Before the process ends, open pages can fetch the final status.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import secrets
@@ -85,7 +83,7 @@ class Dashboard:
         logger.info(f"dashboard: http://{ADDRESS}:{self.port}/")
 
     @contextmanager
-    def observe(self, run: Run) -> Iterator[None]:
+    def observe(self, run: "Run") -> Iterator[None]:
         """Show this run during the block, and its outcome afterwards."""
         from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - slow import of AgentScope
 

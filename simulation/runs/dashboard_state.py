@@ -4,8 +4,6 @@ These functions neither block the run nor acquire its locks. The numbers in one 
 age.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import replace

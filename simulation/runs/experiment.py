@@ -3,8 +3,6 @@
 This module sends no requests to servers.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -96,7 +94,7 @@ class Experiment:
                 return self._error_at(name, values.index(getattr(config, name)), error)
         return error
 
-    def sweep(self) -> Sweep:
+    def sweep(self) -> "Sweep":
         """Return the sweep of all runs. If the seed is not set, all runs get the same random seed."""
         seed, digits = secrets.randbits(32), max(len(str(len(self.configs))), 2)
         configs = {}
@@ -147,7 +145,7 @@ class Sweep:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Sweep:
+    def from_json(cls, data: dict[str, Any]) -> "Sweep":
         """Return the sweep that the content of sweep.json describes.
 
         Raises KeyError, TypeError, ValueError or SettingsError if the content is invalid.

@@ -1,7 +1,5 @@
 """The execution of one run on agent servers that are ready. Each round is printed and saved before the next one."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import Callable

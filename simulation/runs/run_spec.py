@@ -3,8 +3,6 @@
 This module sends no requests to servers.
 """
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections import Counter

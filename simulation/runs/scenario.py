@@ -1,7 +1,5 @@
 """Building a game from the settings: the prompt, the personas and the models, which are read from files."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Collection, Mapping
 from fractions import Fraction

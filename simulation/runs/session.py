@@ -1,7 +1,5 @@
 """The runs of one command: a single run, or all runs of an experiment. They are new or resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys
@@ -98,7 +96,7 @@ class Session:
     def _has_results(self) -> bool:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
-    def play_runs(self, console: ConsoleProgress, draw: Draw, observe: Observe | None = None) -> int:
+    def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe | None" = None) -> int:
         """Execute the remaining rounds of all runs. Return the exit status.
 
         `draw` writes the pictures and the report of a run. `observe` returns a context manager that observes a run. If

@@ -3,8 +3,6 @@
 All scalars stay text, so that numbers such as 2/3 and 0.51 are exact. The callers interpret the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
