@@ -342,11 +342,15 @@ def test_latest_is_the_experiment_that_a_run_belongs_to(tmp_path, monkeypatch):
     alone.write_summary(nothing)
     assert str((tmp_path / "latest").readlink()) == "alone"
     whole = RunDirectory(sweep_in(tmp_path / "a b", "01-x", "02-y"), resumed=True)
-    whole.point_latest()
     first = RunDirectory(tmp_path / "a b/01-x", within=whole)
     for directory in (first, alone):  # the latter was begun before
         directory.write_summary(nothing)
     assert str((tmp_path / "latest").readlink()) == "a b"
+    first.close()
+    RunDirectory(tmp_path / "later").write_summary(nothing)
+    first = RunDirectory(tmp_path / "a b/01-x", resumed=True, within=whole)
+    first.write_summary(nothing)  # the experiment was begun before
+    assert str((tmp_path / "latest").readlink()) == "later"
     assert first.position == {"sweep_id": "a b", "experiment": "x.yaml", "run": 1, "runs": 2}
     with pytest.raises(SettingsError, match="a b is being written by another run"):
         RunDirectory(tmp_path / "a b/02-y")
@@ -380,9 +384,6 @@ def test_latest_is_unchanged_if_nothing_of_an_experiment_was_played(tmp_path, mo
         RunDirectory(tmp_path / "runs" / before).write_summary({"rounds": [], "status": "complete"})
     directory = RunDirectory(tmp_path / "elsewhere/s")
     directory.write_json("sweep.json", {})
-    for _ in range(2):
-        directory.point_latest()
-    assert (tmp_path / "runs/latest").resolve() == tmp_path / "elsewhere/s"
     (tmp_path / "elsewhere/s/sweep.json").unlink()
     directory.close()
     assert not (tmp_path / "elsewhere").exists()

@@ -1,13 +1,12 @@
 """Creating and locking run folders, writing their files durably, and updating the link runs/latest.
 
-To write a file, the process writes a draft in the same folder, flushes the draft to the disk and renames it. Every
-file is therefore complete. A killed process may leave drafts; the next process that locks the folder deletes them.
+Each file is written as a draft in the same folder, flushed to the disk and renamed, and is therefore always complete.
+The drafts of a killed process are deleted by the next process that locks the folder.
 """
 
 import errno
 import json
 import os
-import re
 import secrets
 import shlex
 import time
@@ -37,8 +36,7 @@ REPORT = "report.html"
 PICTURES = (REPORT, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # only the folder of an experiment contains this file
 PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # a test file: detects a full disk before servers start
-DRAFT = re.compile(r"\.(\.probe|probe|[\w-]+\.(jsonl?|html|png|parquet))(\.\w+)*\.new")
-DRAFTS_OF_LATEST = "latest." + 8 * "[0-9a-f]"
+DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
@@ -47,10 +45,7 @@ def new_run_id() -> str:
 
 
 def sweep_position(path: Path) -> SweepPosition | None:
-    """Return the position of the run folder `path` in its experiment.
-
-    Returns None if the parent folder is not the folder of an experiment that contains this run.
-    """
+    """Return the position of the run folder `path` in the experiment of the parent folder, or None if it has none."""
     folder = real(path)
     try:
         sweep = json.loads(read_text(folder.parent / SWEEP))
@@ -62,16 +57,16 @@ def sweep_position(path: Path) -> SweepPosition | None:
 
 
 def resume_command(path: Path, *flags: str) -> str:
-    """Return the shell command that resumes the run or the experiment in the folder `path`. Append `flags`."""
+    """Return the shell command that resumes the run or the experiment in the folder `path` with these flags."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
 
 
 class RunDirectory:
-    """The folder of a run or of an experiment. The constructor creates and locks the folder, and writes a test file.
+    """The folder of a run or of an experiment, created and locked by the constructor.
 
-    The folder must be empty unless `resumed`. `within` is the folder of the experiment that executes this run, or None.
+    The folder must be empty unless `resumed`. `within` is the folder of the experiment that executes this run, if any.
     The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used.
     """
 
@@ -81,8 +76,8 @@ class RunDirectory:
         self._failed: list[FailedAnswer] = []
         self._made: list[Path] = []
         self._locks: list[int] = []
-        self._is_latest = within is not None  # in an experiment, the experiment's folder is the latest
-        self._latest_before: str | None = None
+        self._whole = within or self  # the runs of an experiment change runs/latest once
+        self._was_latest = False
         try:
             self._open(resumed, within is None)
         except (OSError, SimulationError) as error:
@@ -130,39 +125,17 @@ class RunDirectory:
             raise SettingsError(f"{path} is being written by another run: wait for its end") from None
 
     def close(self) -> None:
-        """Release the locks. If the folder is still empty, remove the created folders and restore runs/latest."""
+        """Release the locks, and remove the created folders that are still empty."""
         with suppress(OSError):  # the folder is not empty
             for folder in self._made:
                 folder.rmdir()
-        if not is_there(self.path) and LATEST.is_symlink() and real(LATEST) == self.path:
-            with suppress(OSError):  # a dangling link does no harm
-                LATEST.unlink() if self._latest_before is None else _point_latest(self._latest_before)
         while self._locks:
             os.close(self._locks.pop())
 
-    def point_latest(self) -> None:
-        """Point runs/latest to the folder of the experiment. Without an experiment, point the link to the run folder.
-
-        Raises ResultsError if this fails. On a file system without links, log a warning instead.
-        """
-        target = self.path if self.position is None else self.path.parent
-        try:
-            if LATEST.is_symlink() and real(LATEST) != target:
-                self._latest_before = str(LATEST.readlink())
-            root = real(LATEST.parent.parent)  # users may move this folder, so a link inside is relative
-            inside = target.is_relative_to(root)
-            _point_latest(os.path.relpath(target, real(LATEST.parent)) if inside else str(target))
-        except OSError as error:
-            failure = f"cannot point {LATEST} to {target}: {reason(error)}"
-            if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EPROTO):
-                raise ResultsError(failure) from None
-            warn_once(f"{failure}; that file system has no links: name the run by its folder")
-        self._is_latest = True
-
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json. The first call also points runs/latest to the run, except in an experiment.
+        """Write summary.json. If it is too long, merge rare failure causes and omit lost servers.
 
-        If the summary is too long, merge rare failure causes and omit lost servers. Raises ResultsError if this fails.
+        The first call points runs/latest to the run or its experiment. Raises ResultsError if a write fails.
         """
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
@@ -171,8 +144,26 @@ class RunDirectory:
                 entry["failures"] = run_files.most_frequent(entry["failures"], causes)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
-        if not self._is_latest:  # only once: a run that was started later remains the latest
-            self.point_latest()
+        if not self._whole._was_latest:  # only once: a run that was started later remains the latest
+            self._point_latest()
+            self._whole._was_latest = True
+
+    def _point_latest(self) -> None:
+        """Raise ResultsError if this fails; on a file system without links, log a warning instead."""
+        target = self.path if self.position is None else self.path.parent
+        inside = target.is_relative_to(real(LATEST.parent.parent))  # users may move this folder: the link is relative
+        draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
+        try:
+            draft.symlink_to(os.path.relpath(target, real(LATEST.parent)) if inside else target)
+            draft.replace(LATEST)
+        except OSError as error:
+            failure = f"cannot point {LATEST} to {target}: {reason(error)}"
+            if error.errno not in (*UNSUPPORTED, errno.EPERM, errno.EPROTO):
+                raise ResultsError(failure) from None
+            warn_once(f"{failure}; that file system has no links: name the run by its folder")
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write the answers of one round to a separate file, each part as soon as it is available.
@@ -255,25 +246,11 @@ def read_failed_answers(path: Path) -> list[FailedAnswer]:
     return run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FAILED_ANSWER_LINES)
 
 
-def _point_latest(target: str) -> None:
-    """Atomically point runs/latest to `target`. Raises OSError if this fails."""
-    draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
-    try:
-        draft.symlink_to(target)
-        draft.replace(LATEST)
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
 def _drafts(path: Path) -> set[Path]:
-    """Return the drafts that killed processes left in the run folder `path`.
-
-    Also return drafts of the link runs/latest that point to `path` or to a missing folder.
-    """
+    """Return the drafts of killed processes: in `path`, and of links runs/latest to `path` or to a missing folder."""
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
-    return drafts | {file for file in path.iterdir() if DRAFT.fullmatch(file.name)}
+    return drafts | {*path.glob(DRAFTS)}
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -118,7 +118,6 @@ class Session:
                 return play(self.specs[0], self._directory)
             self._check_later_models()
             self._directory.write_json(SWEEP, self.sweep.to_json())
-            self._directory.point_latest()
             status = 0
             for number, spec in enumerate(self.specs, start=1):
                 title = self._title(number)
