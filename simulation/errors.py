@@ -27,6 +27,9 @@ LIKENESS = 0.65  # a name is suggested if its difflib ratio is at least this
 SHORTEST_BEGINNING = 3  # minimum length of a prefix for which a longer name is suggested
 NAMES_SHOWN = 12
 CAUSE_LENGTH = 200  # characters
+# Causes of unusable answers
+NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
+OUT_OF_RANGE = "number out of range"
 
 # Errors of file systems that do not support an operation: locking, linking, or flushing a folder
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulation.errors import UnusableAnswer
-from simulation.game.answer_parser import TEXT_READ, parse_number
+from simulation.game.answer_parser import TEXT_READ
+from simulation.game.rules import parse_number
 
 ANSWERS = Path(__file__).parent / "data" / "answers.jsonl"  # as language models write them, in twenty languages
 

@@ -1,57 +1,34 @@
 """The parser that reads the number in an answer text. It does not depend on the game or the range of its numbers.
 
-A text is accepted only if the author's own number is certain. Either the whole text is one statement, such as "33",
-"I choose 33" or "Answer: 33" (answer_words.yaml lists such words in many languages), or the last line states only the
-answer and no earlier line suggests another number or author. Other texts are rejected: a retry is better than a wrong
-number.
+It accepts a text if its last line only states a number, such as "33" or "Answer: 33", in one of many languages (see
+answer_words.yaml), and no earlier line suggests another number or author. A retry is better than a wrong number.
 """
 
 import html
 import json
 import re
 import unicodedata
-from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from simulation.errors import KnownCause
+from simulation.errors import NO_NUMBER, UNCERTAIN, KnownCause
 
 TEXT_READ = 20_000  # maximum length of an answer, in characters
 SHORT = 64  # maximum length of an answer whose result is cached
 LINE_READ = 1_000  # maximum length of a line that states a number
-NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
-TOO_LONG = f"text of more than {TEXT_READ} characters"
 
 
-class _Lazy:
-    """A regular expression that is compiled on first use, because a text that is only a number needs none of them."""
-
-    def __init__(self, source: str | Callable[[], str], flags: int = 0) -> None:
-        self._source, self._flags = source, flags
-
-    def __getattr__(self, name: str) -> Any:
-        if "_pattern" not in vars(self):
-            source = self._source if isinstance(self._source, str) else self._source()
-            self._pattern = re.compile(source, self._flags)
-        return getattr(self._pattern, name)
+def _joined(entry: Any) -> Any:
+    """Return an entry of answer_words.yaml in which each list of alternatives is joined to one pattern."""
+    if isinstance(entry, dict):
+        return {key: _joined(value) for key, value in entry.items()}
+    return "|".join(entry) if isinstance(entry, list) else entry
 
 
-@cache
-def _words() -> dict[str, Any]:
-    """Return the content of answer_words.yaml. Each list of alternatives becomes one pattern."""
-
-    def joined(entry: Any) -> Any:
-        if isinstance(entry, dict):
-            return {key: joined(value) for key, value in entry.items()}
-        return "|".join(entry) if isinstance(entry, list) else entry
-
-    text = Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8")
-    words: dict[str, Any] = joined(yaml.safe_load(text))
-    return words
-
+WORDS = _joined(yaml.safe_load(Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8")))
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -59,8 +36,7 @@ def _words() -> dict[str, Any]:
 _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
 )
-_BARE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*", re.ASCII)
-_IGNORED = _Lazy(  # ranges, totals and negated numbers
+_IGNORED = re.compile(  # ranges, totals and negated numbers
     rf"(?:between {_NUMBER} and {_NUMBER}|from {_NUMBER} to {_NUMBER}"
     rf"|(?<![\d.:-]){_NUMBER} ?(?:to|[-–…]|\.\.+) ?{_NUMBER}(?![-:]?\d))(?! \d)"
     r"|(?<![\d.,] )(?<=\d)(?: (?:out of|of) | ?/ ?)1,?0{2,3}(?:,?000){0,2}\b"  # 2/3 is not a total
@@ -86,48 +62,37 @@ _END = r"[.!。！।]*"
 
 def _line(statement: str) -> str:
     """Return the pattern of a whole line that consists of a statement and of permitted words around the statement."""
-    words = _words()
-    opening = rf"\W*(?:(?:{words['opening']})(?!\w)[\s,:;.!…—-]*)*"
-    closing = rf"(?: ?(?:{words['units']}))?(?:{words['closing']})?"
+    opening = rf"\W*(?:(?:{WORDS['opening']})(?!\w)[\s,:;.!…—-]*)*"
+    closing = rf"(?: ?(?:{WORDS['units']}))?(?:{WORDS['closing']})?"
     return rf"{opening}{statement}{closing}{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
 
 
-@cache
-def _statements() -> list[_Lazy]:
-    """Return one pattern per language for a line that states a number; its group `formal` matches in formal answers."""
-    patterns = []
-    for each in _words()["languages"].values():
-        number = _COMMA_NUMBER if each.get("comma", True) else _SURE
-        patterns.append(
-            rf"(?:(?:(?P<formal>(?:{each['labels']})(?: ?\( ?\))? ?[:=—]"
-            rf"|(?:{each['owns']})(?![^\W\d\u2e80-\ud7ff]))|(?:{each['states']}))"
-            rf"(?: ?(?:{_words()['the_number']})(?!\w))?[ :=—]{{0,2}}(?:boxed: )?{_AROUND}{{0,4}}(?P<number>{number})"
-            rf"|(?:{each.get('before', '(?!)')})(?P<before>{number})(?:{each.get('after', '')}))"
+_ALONE = re.compile(_line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}}(?:and |again )+\1)*"))
+
+
+@cache  # compiled on first use, which takes 0.03 s per language
+def _statement(language: str) -> re.Pattern[str]:
+    """Return the pattern of a line that states a number; its group `formal` matches only in formal answers."""
+    words = WORDS["languages"][language]
+    number = _COMMA_NUMBER if words.get("comma", True) else _SURE
+    return re.compile(
+        _line(
+            rf"(?:(?:(?P<formal>(?:{words['labels']})(?: ?\( ?\))? ?[:=—]"
+            rf"|(?:{words['owns']})(?![^\W\d\u2e80-\ud7ff]))|(?:{words['states']}))"
+            rf"(?: ?(?:{WORDS['the_number']})(?!\w))?[ :=—]{{0,2}}(?:boxed: )?{_AROUND}{{0,4}}(?P<number>{number})"
+            rf"|(?:{words.get('before', '(?!)')})(?P<before>{number})(?:{words.get('after', '')}))"
         )
-    return [_Lazy(_line(each)) for each in patterns]
+    )
 
 
-def _all_languages(key: str) -> str:
-    return "|".join(each[key] for each in _words()["languages"].values())
-
-
-_ALONE = _Lazy(lambda: _line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}}(?:and |again )+\1)*"))
-
-
-def parse_number(text: str) -> float:
+def stated_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
-    Ignore reasoning (<think>...</think>), ranges, totals and negated numbers.
-
-    Raises:
-        KnownCause: The text is too long or has no number, or the author's own number is not certain: a number may
-            belong to another player or an earlier round, be part of an expression such as "10 million", or be
-            withdrawn.
+    Ignore reasoning (<think>...</think>), ranges, totals and negated numbers. Raises KnownCause if the number is not
+    certain: it may belong to another player or an earlier round, be part of an expression, or be withdrawn.
     """
     if len(text) > TEXT_READ:
-        raise KnownCause(TOO_LONG, text)
-    if bare := _BARE.fullmatch(text):
-        return float(bare[1])
+        raise KnownCause(f"text of more than {TEXT_READ} characters", text)
     return _read_short(text) if len(text) <= SHORT else _read(text)
 
 
@@ -154,8 +119,8 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
         return None
     if match := _ALONE.fullmatch(line):
         return _to_float(match[1])
-    for pattern in _statements():
-        if (match := pattern.fullmatch(line)) and (match["formal"] or not only_formal):
+    for language in WORDS["languages"]:
+        if (match := _statement(language).fullmatch(line)) and (match["formal"] or not only_formal):
             return _to_float(match["number"] or match["before"])
     return None
 
@@ -187,42 +152,47 @@ _THOUGHTS = (
     "think(?:ing)?|thoughts?|thought_process|reason(?:ing)?|analysis|reflection|scratch_?pad|inner_monologue|cot|plan"
     "|rationale"
 )
-_TAG = _Lazy(rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]")
-_TOKEN = _Lazy(r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>")
-_ELEMENT = _Lazy(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
-_BOXED = _Lazy(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
-_STRUCK = _Lazy(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
-_EMPHASIS = _Lazy(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
+_TAG = re.compile(
+    rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]"
+)
+_TOKEN = re.compile(
+    r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>"
+)
+_ELEMENT = re.compile(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
+_BOXED = re.compile(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
+_STRUCK = re.compile(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
+_EMPHASIS = re.compile(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
 # Further signs of a text that is not only an answer: markup, JSON, quotations, tables, reasoning
-_FOREIGN = _Lazy(
+_FOREIGN = re.compile(
     r"<[^\W\d_][^<>]{0,60}>|<[!/|][^<>]{0,60}>|[‹〈《【]|\[/?[a-z]+\]|[{}]|^[ \t]*[>|]"
     r"|^\W*(?:thinking|thoughts?|analysis)\b",
     re.M,
 )
-_QUOTES = _Lazy(r"[\"“”„«»「」『』]")
-_NUMBER_QUOTED = _Lazy(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
-_ASKS = _Lazy(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
-_LABEL_LINE = _Lazy(lambda: rf"\W*(?:{_all_languages('labels')}|{_all_languages('owns')})\W*")
-_ITEM = _Lazy(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of a list item
-_SUPPOSES = _Lazy(lambda: rf"\W*(?:{_words()['supposing']})|.*(?:가정|仮定)")
-_LEADS = _Lazy(lambda: _words()["leading"])
-_SPEAKS = _Lazy(lambda: rf"(?!\W*(?:{_words()['headings']})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
-_ABBREVIATED = _Lazy(r"\b(?:avg|approx|no|est|nr|etc)\.\W*$")
-_VALUE = _Lazy(lambda: rf".*=.*\d\W*|\W*(?:{_words()['headings']})\W*[:=≈→].*\d\W*")  # "target: 33"
-_SENTENCE_ENDS = _Lazy(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
-_KEY = _Lazy(lambda: rf"{_all_languages('labels')}|numero")
-_BESIDE = _Lazy(lambda: rf"{_words()['headings']}|rationale|thoughts?|thinking|confidence|round|思考")
-_JSON = _Lazy(r"\s*(\{.*\})\s*", re.S)
+_QUOTES = re.compile(r"[\"“”„«»「」『』]")
+_NUMBER_QUOTED = re.compile(r"[\"“”„«»「」](?=\d)|(?<=\d)[\"“”„«»「」]")
+_ASKS = re.compile(r".*(?:[?？]|[か吗嗎呢][。.]?)\W*$")
+_LABELS, _OWNS = ("|".join(each[key] for each in WORDS["languages"].values()) for key in ("labels", "owns"))
+_LABEL_LINE = re.compile(rf"\W*(?:{_LABELS}|{_OWNS})\W*")
+_ITEM = re.compile(r"^\W{0,4}\d{1,2}[.)](?: |$)")  # the number of a list item
+_SUPPOSES = re.compile(rf"\W*(?:{WORDS['supposing']})|.*(?:가정|仮定)")
+_LEADS = re.compile(WORDS["leading"])
+_SPEAKS = re.compile(rf"(?!\W*(?:{WORDS['headings']})\W*:)[^:]{{1,100}}:")  # "Player 2: I go first."
+_ABBREVIATED = re.compile(r"\b(?:avg|approx|no|est|nr|etc)\.\W*$")
+_VALUE = re.compile(rf".*=.*\d\W*|\W*(?:{WORDS['headings']})\W*[:=≈→].*\d\W*")  # "target: 33"
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?…])[\"')\]”]* +|(?<=[。！？।])")
+_KEY = re.compile(rf"{_LABELS}|numero")
+_BESIDE = re.compile(rf"{WORDS['headings']}|rationale|thoughts?|thinking|confidence|round|思考")
 
 
 def _lines(text: str) -> list[str]:
     """Return the non-empty lines without ranges, totals and negated numbers; join a label line to the next line."""
     lines: list[str] = []
-    for line in filter(None, (_one_blank(_IGNORED.sub(" ", _one_blank(each))) for each in text.splitlines())):
-        if lines and (lines[-1].endswith(":") or _LABEL_LINE.fullmatch(lines[-1])):
+    for raw in text.splitlines():
+        line = " ".join(_IGNORED.sub(" ", " ".join(raw.split())).split())  # single spaces: patterns are short and fast
+        if line and lines and (lines[-1].endswith(":") or _LABEL_LINE.fullmatch(lines[-1])):
             label = lines.pop().strip(" #")
             lines.append(f"{label} {line}" if label.endswith((":", "is")) else f"{label}: {line}")
-        else:
+        elif line:
             lines.append(line)
     return lines
 
@@ -259,26 +229,18 @@ def _without_thoughts(text: str) -> str:
 
 def _object(text: str) -> str:
     """Convert a JSON object whose last key is the answer to lines of text. Return all other texts unchanged."""
-    if (match := _JSON.fullmatch(text)) is None:
+    if not text.startswith("{"):
         return text
     try:
-        fields = json.loads(match[1] if '"' in match[1] else match[1].replace("'", '"'), object_pairs_hook=list)
+        fields = json.loads(text if '"' in text else text.replace("'", '"'), object_pairs_hook=list)
         *before, (key, number) = ((key.replace("_", " "), value) for key, value in fields)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return text
-    if (
-        type(number) not in (int, float, str)
-        or not _KEY.fullmatch(key)
-        or not all(_BESIDE.fullmatch(key) for key, _ in before)
-    ):
+    known = _KEY.fullmatch(key) and all(_BESIDE.fullmatch(other) for other, _ in before)
+    if not known or type(number) not in (int, float, str):
         return text
     texts = (f"{value.rstrip('.')}." for _, value in before if isinstance(value, str))
     return "\n".join([*texts, f"answer: {number}"])
-
-
-def _one_blank(text: str) -> str:
-    """Collapse white space to single spaces, so that patterns are short and fast."""
-    return " ".join(text.split())
 
 
 def _to_float(text: str) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from simulation.errors import Ended, Failure, failure_of
-from simulation.game.rules import OUT_OF_RANGE, Game, to_units
+from simulation.errors import OUT_OF_RANGE, Ended, Failure, failure_of
+from simulation.game.rules import Game, to_units
 from simulation.game.tally import (
     CAUSES_COUNTED,
     INTERRUPTED,
