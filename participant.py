@@ -58,7 +58,7 @@ class LLMParticipant(Participant):
         """Ask the model and return its number, or, in round 0, its text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         mixed = self.game.population.model_of(self.index) if self.game.population is not None else None
-        model = mixed or model_of(self.index, chat.settings.models)
+        model = mixed or model_of(self.index, chat.settings.model_per_host)
         if question.round == 0:
             text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"

@@ -27,7 +27,7 @@ from simulation.agents.per_agent_dispatch import whole_tally
 from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
-from simulation.game.rules import Announcement, Game, LLMSettings, question_for
+from simulation.game.rules import Announcement, Game, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.llm.chat import Chat, _models, load_models
 from simulation.llm.http_client import ModelHttp, check_models, proxy_of
@@ -38,7 +38,7 @@ from simulation.llm.usage import OUT_OF_TOKENS
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SimulationConfig
 
-SAMPLING = LLMSettings(1, "structured_outputs", 100, 3, None, 60.0, 60.0)
+SAMPLING = SimulationConfig(attempt_timeout=60.0, reply_timeout=60.0)
 TROUBLES = ["429", "429 for 1 s", "500", "503", "html", "garbage", "not an object", "no choices", "null choices"]
 TROUBLES += ["an error with 200", "nested", "odd status line", "absurd usage", "reset", "breaks off", "null", "words"]
 TROUBLES += ["out of range", "cut off"]
@@ -145,14 +145,14 @@ def test_temporary_errors_are_retried(play, fake_of, trouble):
 )
 def test_a_lasting_error_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
     fake = fake_of(for_ever=trouble)
-    timeouts = {"reply_timeout_s": 1.5, "attempt_timeout_s": 0.5} if trouble == "never" else {"reply_timeout_s": 3.0}
+    timeouts = {"reply_timeout": 1.5, "attempt_timeout": 0.5} if trouble == "never" else {"reply_timeout": 3.0}
     tally = tally_of(play(fake, 150, **timeouts))
     assert tally.answered == 0 and len(tally.failures) == 1
     assert cause in next(iter(tally.failures))
 
 
 def test_an_unreachable_server_is_a_failure_within_the_timeout(play):
-    tally = tally_of(play(f"http://127.0.0.1:{free_ports(1)}/v1", 1000, reply_timeout_s=1.0))
+    tally = tally_of(play(f"http://127.0.0.1:{free_ports(1)}/v1", 1000, reply_timeout=1.0))
     assert tally.failures == {"model server: connection refused": 1000}
 
 
@@ -160,7 +160,7 @@ def test_queued_requests_fail_within_the_timeout(play, fake_of):
     fake = fake_of(for_ever="never")
     began = time.monotonic()
     tally = tally_of(
-        play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout_s=1.0, attempt_timeout_s=60.0)
+        play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout=1.0, attempt_timeout=60.0)
     )
     assert tally.failures == {NO_ANSWER: 500}
     assert time.monotonic() - began < 60  # one after the other they would take 250 s
@@ -168,7 +168,7 @@ def test_queued_requests_fail_within_the_timeout(play, fake_of):
 
 def test_a_long_queue_is_no_failure_while_the_server_answers(play, fake_of):
     fake = fake_of(delay_s=0.2)
-    tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout_s=4.0))
+    tally = tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, reply_timeout=4.0))
     assert tally.answered == 60 and fake.most_at_once == 2
 
 
@@ -329,7 +329,7 @@ def test_tokens_spent_in_a_round_stay_spent(play, fake_of):
 
 def test_halting_does_not_wait_for_models(play, fake_of):
     fake = fake_of(for_ever="never")
-    group = play("http://127.0.0.1:9/v1", 50, reply_timeout_s=0.2)
+    group = play("http://127.0.0.1:9/v1", 50, reply_timeout=0.2)
     group = play(fake, 200, rounds=0)
     group.begin(question_for(group.game, 1, ()))
     until(lambda: fake.bodies, 5, "asked")
@@ -362,7 +362,7 @@ def test_single_participants_with_and_without_a_group_can_be_asked(play, fake_of
 
 
 def test_an_unknown_model_is_an_error(play, fake_of):
-    tally = tally_of(play(fake_of(), 4, models=2))
+    tally = tally_of(play(fake_of(), 4, model_per_host=2))
     assert tally.failures == {"this agent server knows no model model_2": 2}
 
 

@@ -23,19 +23,6 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 
 @dataclass(frozen=True)
-class LLMSettings:
-    """The settings of requests to models, with the same names as the command line settings."""
-
-    models: int  # participant i asks model_{i mod models + 1}
-    structured_output: str
-    samples_per_request: int
-    max_attempts: int
-    max_in_flight: int | None
-    attempt_timeout_s: float
-    reply_timeout_s: float
-
-
-@dataclass(frozen=True)
 class PromptTemplate:
     """A prompt of the prompts file for LLM participants. Placeholders in braces are not yet filled in (see prompts.py).
 
@@ -60,7 +47,7 @@ class Game:
     max_value: int
     decimals: int
     sleep_time_s: float
-    llm: LLMSettings | None = None  # None if no participant asks a model
+    llm: SimulationConfig | None = None  # the settings of requests to models; None if no participant asks a model
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
     prompt: PromptTemplate | None = None  # None if no participant asks a model
@@ -191,21 +178,12 @@ def to_units(answer: Any, game: Game) -> int:
 
 def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population | None) -> Game:
     """Return the game that the settings describe."""
-    llm = LLMSettings(
-        models=config.model_per_host,
-        structured_output=config.structured_output,
-        samples_per_request=config.samples_per_request,
-        max_attempts=config.max_attempts,
-        max_in_flight=config.max_in_flight,
-        attempt_timeout_s=config.attempt_timeout,
-        reply_timeout_s=config.reply_timeout,
-    )
     return Game(
         seed=config.seed or 0,
         max_value=config.max_value,
         decimals=config.decimals,
         sleep_time_s=config.sleep_time,
-        llm=llm if config.agent_type == "llm" else None,
+        llm=config if config.agent_type == "llm" else None,
         ratio=Fraction(config.ratio),
         offset=Fraction(config.offset),
         prompt=prompt,

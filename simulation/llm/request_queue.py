@@ -125,7 +125,7 @@ class ModelClient:
         """Drop participants that no longer wait. Fail the request if expired. Return whether no participant is left."""
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
-            end = max(request.queued_at, self._last_success) + request.chat.settings.reply_timeout_s
+            end = max(request.queued_at, self._last_success) + request.chat.settings.reply_timeout
         while request.waiting and (request.chat.closed or request.waiting[0].done()):
             request.waiting.popleft()
         if time.monotonic() >= end:
@@ -163,7 +163,7 @@ class ModelClient:
     def _send(self, batch: SampleRequest, slots: int) -> None:
         chat = batch.chat
         chat.reserve(batch, len(batch.waiting))
-        batch.deadline = min(batch.deadline, time.monotonic() + chat.settings.reply_timeout_s)
+        batch.deadline = min(batch.deadline, time.monotonic() + chat.settings.reply_timeout)
         task = asyncio.create_task(self._serve(batch))
         chat.tasks.add(task)
 
@@ -197,7 +197,7 @@ class ModelClient:
 
     async def _request(self, batch: SampleRequest, count: int) -> Reply:
         """Send a request once, commit its cost, and return the reply. Raises RequestError if the request fails."""
-        attempt_s, left_s = batch.chat.settings.attempt_timeout_s, batch.deadline - time.monotonic()
+        attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
         try:
