@@ -75,7 +75,7 @@ def play(command: Command) -> int:
     from simulation.results.report_process import ReportProcess
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
-    from simulation.runs.console import ConsoleProgress, log_to_stderr
+    from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
     from simulation.runs.session import session_of
 
     log_to_stderr()
@@ -88,7 +88,7 @@ def play(command: Command) -> int:
     named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
     install_tls((load_or_make if named else load)(Path(folder)))
     progress = ConsoleProgress()
-    progress.listen()
+    on_stop_signals(progress.signalled)
     dashboard = None
     with ExitStack() as cleanup:
         if command.config.dashboard is not None:  # the flag of this command, not of the resumed run

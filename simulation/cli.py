@@ -6,10 +6,9 @@ import itertools
 import os
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -35,23 +34,24 @@ ACTIONS = {  # flags that replace the usual work of a role; flags without a help
     "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
     "launch": Setting(False, "", roles=("participant",)),  # this process becomes the launcher
+    "owned": Setting(False, "", roles=("participant",)),  # the same, but it stops at the end of standard input
     "draw_for_main": Setting(False, "", roles=("report",)),  # this process becomes the report process
 }
-USED_BY = {  # the settings that each action uses
+USED_BY: dict[str, Iterable[str]] = {  # the settings that each action uses
     "status": ("host_name", "cluster_key_dir", "connect_timeout"),
     "make_key": ("cluster_key_dir",),
-    "launch": ("owned", *SETTINGS),
+    "launch": SETTINGS,
+    "owned": SETTINGS,
 }
 HELP = Setting(False, "show this page, or with --role that of another role", roles=tuple(ROLES))
-OWNED = Setting(False, "", roles=("participant",))  # like --launch, but stops at the end of standard input
-FLAGS = {"help": HELP, **ACTIONS, "owned": OWNED, **SETTINGS}
+FLAGS = {"help": HELP, **ACTIONS, **SETTINGS}
 
 
 class Command(NamedTuple):
     """A parsed command line.
 
-    `given` contains the settings that flags have set. `action` is a name in ACTIONS, or "owned". `runs` are the run
-    folders, and `for_vllm` are the flags after `--`.
+    `given` contains the settings that flags have set. `action` is a name in ACTIONS. `runs` are the run folders, and
+    `for_vllm` are the flags after `--`.
     """
 
     config: SimulationConfig
@@ -61,25 +61,28 @@ class Command(NamedTuple):
     for_vllm: list[str]
 
 
-def make_parser(role: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser for the flags of all roles. If `role` is given, include only the flags of this role."""
-    about: dict[str, Any] = {}
-    if role is not None:
-        about = {"description": f"Role {role}: {ROLES[role]}.", "usage": USAGES[role], "epilog": EPILOG}
+def make_parser(role: str) -> argparse.ArgumentParser:
+    """Return the parser of a role, which knows the flags of this role only."""
     width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
-    layout = partial(argparse.HelpFormatter, max_help_position=30, width=width)
     parser = argparse.ArgumentParser(
-        **about, formatter_class=layout, allow_abbrev=False, add_help=False, exit_on_error=False
+        usage=USAGES[role],
+        description=f"Role {role}: {ROLES[role]}.",
+        epilog=EPILOG,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=width),
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
     )
     parser._negative_number_matcher = re.compile(r"-[0-9.]")  # -1/2 is a number, not a flag
     group = parser.add_argument_group("what to do")
     for name, flag in FLAGS.items():
         group = parser.add_argument_group(flag.group) if flag.group else group
-        if role in (None, *flag.roles):
+        if role in flag.roles:
             text = flag.help if flag.about else argparse.SUPPRESS
             group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **_options_of(name))
-    runs = "folders of runs or experiments (default: that of --run-dir)" if role == "report" else argparse.SUPPRESS
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
+    if role == "report":
+        runs = "folders of runs or experiments (default: that of --run-dir)"
+        parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
     return parser
 
 
@@ -88,10 +91,8 @@ def _options_of(name: str) -> dict[str, Any]:
     flag, kind = FLAGS[name], KINDS.get(name, (bool,))[0]
     if kind is bool:
         return {"action": "store_true"}
-    options: dict[str, Any]
-    if kind in (int, float):
-        options = {"type": partial(to_number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
-    else:
+    options: dict[str, Any] = {"type": partial(to_number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
+    if kind is str:
         is_path = flag.path or name in ("model_path", "extra_pythonpath")
         metavar = "|".join(flag.choices) or name.rpartition("_")[2].upper()
         options = {"type": str if is_path else _in_utf8, "metavar": metavar}
@@ -117,7 +118,7 @@ def parse(arguments: list[str]) -> Command | None:
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
-    words = itertools.pairwise([*flags, ""])  # without the parser: other flags may be invalid
+    words = itertools.pairwise([*flags, ""])  # without the parser, which depends on the role
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
     *others, role = list(dict.fromkeys(roles)) or [SimulationConfig.role]
     SETTINGS["role"].check("--role", role)
@@ -127,9 +128,9 @@ def parse(arguments: list[str]) -> Command | None:
     if others:
         raise SettingsError(f"--role {' and --role '.join([*others, role])}: do not go together; give one of them")
     given, runs = parse_flags(flags, role)
-    action = _check_used(role, given)
-    if runs and (role != "report" or action is not None):
-        raise SettingsError(f"unrecognized arguments: {' '.join(runs)} (folders of runs go with --role report)")
+    action = next((name for name in ACTIONS if given.pop(name, False)), None)
+    if action is not None and (unused := [name for name in given if name not in {"role", *USED_BY.get(action, ())}]):
+        raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
     config = SimulationConfig(**given)
@@ -143,25 +144,27 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all flags, of any role, and the run folders. Raises SettingsError if a flag is invalid."""
+    """Return the values of the flags of a role, and the run folders. Raises SettingsError if a flag is invalid."""
     try:
-        known, unknown = make_parser().parse_known_intermixed_args(flags)
+        known, unknown = make_parser(role).parse_known_intermixed_args(flags)
     except argparse.ArgumentError as error:
         raise SettingsError(f"{error} (--help lists all flags)") from None
     given = vars(known)
     if "hosts" in given:
         given["hosts"] = tuple(given["hosts"])
-    runs: list[str] = given.pop("runs")
+    runs: list[str] = given.pop("runs", [])
     unknown += [folder for folder in runs if folder.startswith(DASHES)]
-    if unknown:
-        if role != "report":  # in --colour red, "red" is not a run folder
-            unknown = [flag for flag in flags if flag in {*unknown, *runs}]
-        flag = next((word for word in unknown if word.startswith(DASHES)), unknown[0]).partition("=")[0]
-        every = [each for other in ROLES for each in flags_of(other)]
-        guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(flag, every)
+    if not unknown:
+        return given, runs
+    flag = next((word for word in unknown if word.startswith(DASHES)), "").partition("=")[0]
+    every = {flag_of(name): each.roles for name, each in FLAGS.items()}
+    if flag in every:
+        raise SettingsError(f"{flag}: goes with --role {' or '.join(every[flag])}, not with --role {role}")
+    hint = "folders of runs go with --role report"
+    if flag:
+        guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(flag, itertools.chain(*map(flags_of, ROLES)))
         hint = f"{guess} --help lists all flags".lstrip()
-        raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
-    return given, runs
+    raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
 
 
 def flags_of(role: str) -> list[str]:
@@ -169,35 +172,12 @@ def flags_of(role: str) -> list[str]:
     return [flag_of(name) for name, flag in FLAGS.items() if role in flag.roles and flag.about]
 
 
-def _check_used(role: str, given: dict[str, Any]) -> str | None:
-    """Remove the action from `given`, and return the action. Raises SettingsError if a flag has no effect."""
-    for name in given:
-        if role not in (roles := FLAGS[name].roles):
-            raise SettingsError(f"{flag_of(name)}: goes with --role {' or '.join(roles)}, not with --role {role}")
-    actions = [name for name in ACTIONS if given.pop(name, False)]
-    if len(actions) > 1:
-        raise SettingsError(f"{' and '.join(map(flag_of, actions))}: do not go together; give one of them")
-    for action in actions:
-        if unused := [name for name in given if name not in ("role", *USED_BY.get(action, ()))]:
-            raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
-    return "owned" if given.pop("owned", False) else next(iter(actions), None)
-
-
 def exclude_from_proxy(*hosts: str) -> None:
-    """Disable proxies for requests to these hosts and localhost, in this process and its children.
-
-    Raises SettingsError if the file SSLKEYLOGFILE cannot be written, because the TLS library always opens this file.
-    """
+    """Disable proxies for requests to these hosts and localhost, in this process and its children."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     if named != "*":  # "*" means all hosts, but only as the whole value
         named = ",".join(filter(None, [named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = named
-    keys = os.environ.get("SSLKEYLOGFILE")
-    try:
-        if keys:
-            Path(keys).open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise SettingsError(f"SSLKEYLOGFILE={keys}: cannot be written: {error.strerror}; unset it") from None
 
 
 def describe_damage(error: ImportError) -> str:
@@ -210,48 +190,34 @@ def describe_damage(error: ImportError) -> str:
     return f"{sys.prefix} {what}: {repair}"
 
 
-def raise_on_signals() -> None:
-    """Raise Interrupted at a TERM, HUP or INT signal, so that the caller stops the processes it has started."""
-
-    def interrupt(number: int, _frame: object) -> NoReturn:
-        raise Interrupted(number)
-
-    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup ignores HUP
-            signal.signal(each, interrupt)
-
-
 def serve(command: Command) -> int:
     """Start, stop or show the agent servers of this host. Return the exit status."""
     from simulation.hosts import local_cluster
+
+    config = command.config
+    if command.action in ("stop", "status"):
+        return stop_or_show("agent servers", local_cluster, command)
+    if command.action in ("launch", "owned"):
+        from simulation.hosts.launcher import launch
+
+        launch(config, command.action == "owned")
+        return 0
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load_or_make
 
-    config, action = command.config, command.action
-    if action == "stop":
-        return say_stopped("agent servers", local_cluster.stop())
-    if action == "status":
-        return say_status("agent servers", local_cluster.STATUS, *local_cluster.status(config))
-    if action in ("launch", "owned"):
-        from simulation.hosts.launcher import launch
-
-        launch(config, action == "owned")
-    elif action == "make_key":
-        load_or_make(Path(config.cluster_key_dir))
+    started = time.monotonic()
+    key = load_or_make(Path(config.cluster_key_dir))
+    if command.action == "make_key":
         sys.stdout.buffer.write(os.fsencode(config.cluster_key_dir) + b"\n")  # as bytes: the path may not be UTF-8
-    else:
-        from simulation.runs.console import ConsoleProgress
-
-        raise_on_signals()
-        started = time.monotonic()
-        install_tls(load_or_make(Path(config.cluster_key_dir)))
-        with contextlib.closing(ConsoleProgress()) as progress:
-            local_cluster.start(config, False, partial(progress.progress, "agent servers ready"))
-        say(
-            f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
-            f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
-            f"[takes {time.monotonic() - started:.1f} s]"
-        )
+        return 0
+    install_tls(key)
+    with interruptible_progress() as progress:
+        local_cluster.start(config, False, partial(progress, "agent servers ready"))
+    say(
+        f"{config.server_per_host} participant servers and {config.moderator_per_host} moderator servers are "
+        f"ready on {config.host_name}, ports {config.ports[0]}-{config.ports[-1]} "
+        f"[takes {time.monotonic() - started:.1f} s]"
+    )
     return 0
 
 
@@ -259,41 +225,48 @@ def serve_models(command: Command) -> int:
     """Start, stop or show the vLLM servers of this host. Return the exit status."""
     from simulation.hosts import vllm_servers
 
-    config, action = command.config, command.action
-    if action == "stop":
-        return say_stopped("vLLM servers", vllm_servers.stop())
-    if action == "status":
-        return say_status("vLLM servers", vllm_servers.STATUS, *vllm_servers.status())
-    if action == "print_gpu_count":
+    if command.action in ("stop", "status"):
+        return stop_or_show("vLLM servers", vllm_servers, command)
+    if command.action == "print_gpu_count":
         say(str(len(vllm_servers.gpus_here())))
-    elif config.dry_run:
-        servers = vllm_servers.plan(config, command.for_vllm)
+    elif command.config.dry_run:
+        servers = vllm_servers.plan(command.config, command.for_vllm)
         say("\n".join(f"port {each.port}: {each.model} on {each.place}" for each in servers))
     else:
         from simulation.results.tables import table_lines
-        from simulation.runs.console import ConsoleProgress
 
-        raise_on_signals()
-        with contextlib.closing(ConsoleProgress()) as progress:
-            rows = vllm_servers.start(config, command.for_vllm, partial(progress.progress, "vLLM servers ready"))
+        with interruptible_progress() as progress:
+            rows = vllm_servers.start(command.config, command.for_vllm, partial(progress, "vLLM servers ready"))
         say("\n".join(table_lines(vllm_servers.STARTED, rows, ("pid", "on", "ready after"), left=("on", "model"))))
     return 0
 
 
-def say_stopped(what: str, number: int) -> int:
-    say(f"stopped {number} {what}" if number else f"no {what} were running")
-    return 0
-
-
-def say_status(what: str, head: Sequence[str], rows: list[list[str]], all_work: bool) -> int:
-    """Print a table with a row for each server. Return the exit status."""
+def stop_or_show(what: str, servers: Any, command: Command) -> int:
+    """Stop the servers of a module of simulation/hosts/, or print a row for each. Return the exit status."""
     from simulation.results.tables import table_lines
 
+    if command.action == "stop":
+        stopped = servers.stop()
+        say(f"stopped {stopped} {what}" if stopped else f"no {what} were running")
+        return 0
+    rows, all_work = servers.status(command.config)
     dropped = ("up since", "restarts", "pid", "memory", "agents")
-    say(
-        "\n".join(table_lines(head, rows, dropped, ("role", "up since", "state"))) if rows else f"no {what} are running"
-    )
+    lines = table_lines(servers.STATUS, rows, dropped, ("role", "up since", "state"))
+    say("\n".join(lines) if rows else f"no {what} are running")
     return 0 if all_work else ClusterError.exit_status
+
+
+@contextlib.contextmanager
+def interruptible_progress() -> Iterator[Callable[..., None]]:
+    """Show progress during the block. A stop signal raises Interrupted there, so that started processes are stopped."""
+    from simulation.runs.console import ConsoleProgress, on_stop_signals
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    on_stop_signals(interrupt)
+    with contextlib.closing(ConsoleProgress()) as progress:
+        yield progress.progress
 
 
 def ask(command: Command) -> int:

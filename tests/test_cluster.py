@@ -54,7 +54,7 @@ def audit(event, args):
         add("keys")
 
 sys.addaudithook(audit)
-if "--launch" not in sys.argv:
+if not {"--launch", "--owned"} & {*sys.argv}:
     atexit.register(lambda: pathlib.Path(__file__).with_name("counts.json").write_text(json.dumps(counts)))
 """
 

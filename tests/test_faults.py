@@ -19,7 +19,6 @@ import pytest
 from conftest import ROOT, is_free, one_line, open_again, until
 from waiting import Gates
 
-from simulation import cli
 from simulation.errors import ClusterError
 from simulation.hosts import pid_files
 from simulation.hosts.pid_files import ProcessId, ServerProcesses
@@ -312,17 +311,16 @@ def test_a_repeated_signal_counts_once(monkeypatch):
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     for later, exits in ((0, []), (0.001, []), (0.9, []), (0.2, [143])):  # seconds after the one before
         clock[0] += later
-        watch._signalled(signal.SIGTERM, None)
+        watch.signalled(signal.SIGTERM, None)
         assert (watch.stop_signal, ended) == (signal.SIGTERM, exits)
 
 
-@pytest.mark.parametrize("listen", [lambda: console.ConsoleProgress().listen(), cli.raise_on_signals])
-def test_a_signal_that_is_ignored_stays_so(listen):
+def test_a_signal_that_is_ignored_stays_so():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        listen()
+        console.on_stop_signals(console.ConsoleProgress().signalled)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert callable(signal.getsignal(signal.SIGTERM))
     finally:

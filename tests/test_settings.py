@@ -159,7 +159,6 @@ UNUSED = [
     ("--role vllm --stop --dry-run", "--dry-run: does not go with --stop"),
     ("--role vllm --status -- --max-model-len 5", "only flags for vLLM may follow --"),
     ("--role participant --owned --stop", "--owned: does not go with --stop"),
-    ("--role report --draw-for-main x", "unrecognized arguments: x ("),
     ("--role ask --run-dir x --text Why --winner --participant 0", "--winner: does not go with --participant 0"),
     ("--experiment x --resume y", "--experiment: does not go with --resume"),
     ("--role boss --status", "must be one of main, participant"),
@@ -325,12 +324,6 @@ def test_a_missing_library_is_damage_and_a_missing_module_of_the_program_a_defec
 
     monkeypatch.setattr(main, "play", fail)
     assert main.main(["--dry-run"]) == status and said in one_line(capsys.readouterr().err)
-
-
-def test_a_variable_that_stops_tls_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none/keys"))
-    assert main.main(["--dry-run"]) == 2
-    assert "SSLKEYLOGFILE=" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["{}/closed/lib", "{}/file"])

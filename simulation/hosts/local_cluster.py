@@ -111,8 +111,8 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
     # -P: a spawned server must not import modules from the current folder
-    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant", "--launch"]
-    command += ["--owned"] if owned else []
+    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant"]
+    command.append("--owned" if owned else "--launch")
     for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]

@@ -337,7 +337,7 @@ def _is_agent_server(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         seen = process.as_dict(["cmdline", "cwd"])
         command = seen["cmdline"] or []
-        launched = "--launch" in command and str(ROOT / "main.py") in command
+        launched = str(ROOT / "main.py") in command and not {"--launch", "--owned"}.isdisjoint(command)
         return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(ROOT))  # a spawned server
     return False
 

@@ -188,7 +188,7 @@ def stop() -> int:
     return stopped
 
 
-def status() -> tuple[list[list[str]], bool]:
+def status(_config: SimulationConfig) -> tuple[list[list[str]], bool]:
     """Return table rows with the columns STATUS, and whether all vLLM servers of this host are healthy."""
     rows, running = [], SERVERS.running()
     for name in SERVERS.names():

@@ -31,6 +31,13 @@ def log_to_stderr() -> None:
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}", level="INFO")
 
 
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Set the handler of INT, TERM and HUP signals, except for signals that are ignored, as nohup ignores HUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def keep_traceback() -> str:
     """Append the current traceback to DEFECT_LOG, and return the path of this file as text.
 
@@ -107,13 +114,8 @@ class ConsoleProgress:
         self._draw_bar(None)
         logger.warning(line)
 
-    def listen(self) -> None:
-        """Handle INT, TERM and HUP signals. The first signal requests an early stop, the second ends the process."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP
-                signal.signal(number, self._signalled)
-
-    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+    def signalled(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a stop signal. The first signal requests an early stop, the second ends the process."""
         if self.stop_signal is None:
             self.stop(number)
         elif time.monotonic() >= self._signalled_at + SAME_SIGNAL_S:
