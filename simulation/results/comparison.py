@@ -13,7 +13,7 @@ from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.results import charts
 from simulation.results.figures import series_style, two_parts, write_png
-from simulation.results.reader import SavedRun, rounds_finished, runs_in
+from simulation.results.reader import SavedRun, runs_in
 from simulation.results.report_page import fixed, fold, whole, write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position
 from simulation.results.tables import table_lines
@@ -46,7 +46,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
         existing = [run for run in runs if real(run.path).parent == path]
         position = sweep_position(existing[0].path)
-        finished = sum(rounds_finished(run.summary) >= run.config.rounds for run in existing)
+        finished = sum(run.rounds_finished >= run.config.rounds for run in existing)
         if position is not None and finished < position["runs"]:
             left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
             lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")

@@ -10,7 +10,7 @@ from simulation.errors import printable
 from simulation.game.rules import Game
 from simulation.game.tally import RoundResult, Tally, Units
 from simulation.llm.usage import Usage
-from simulation.results.reader import SavedRun, rounds_finished
+from simulation.results.reader import SavedRun
 from simulation.results.run_files import most_frequent, position_in_words
 from simulation.results.tables import table_lines
 from simulation.settings import SimulationConfig
@@ -124,6 +124,6 @@ def run_lines(run: SavedRun) -> list[str]:
             rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *figures])
         head = [topic, "asked", "answered", "average", "spread"]
         lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))
-    played = f"{rounds_finished(run.summary)} of {run.config.rounds} rounds"
+    played = f"{run.rounds_finished} of {run.config.rounds} rounds"
     experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
     return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

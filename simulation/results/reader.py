@@ -25,14 +25,12 @@ from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
 
 @dataclass(frozen=True)
-class SavedRun:
-    """A run that was read from its folder `path`. `summary` is the content of summary.json."""
+class SavedSummary:
+    """The content of the summary.json in the run folder `path`, and its settings."""
 
     path: Path
     config: SimulationConfig
     summary: dict[str, Any]
-    game: Game
-    results: list[RoundResult]
 
     @property
     def run_id(self) -> str:
@@ -40,17 +38,34 @@ class SavedRun:
 
     @property
     def position(self) -> run_files.SweepPosition | None:
-        """Return the position of the run in its experiment, even if the run folder was moved out of the experiment.
-
-        Returns None if the run is not part of an experiment.
-        """
+        """Return the position of the run in its experiment, if any, even if the run folder was moved out of it."""
         return sweep_position(self.path) or self.summary.get("part_of")
+
+    @property
+    def rounds_finished(self) -> int:
+        """Return the number of rounds, except those that were interrupted."""
+        return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
     @property
     def usage(self) -> Usage:
         seconds = self.summary["cluster"].get("llm_seconds", {"model": 0.0, "client": 0.0})
         answering_s = seconds["model"] + seconds["client"]
         return Usage(**(self.summary["llm"] or {}), answering_s=answering_s, client_s=seconds["client"])
+
+    def is_spent(self, budget: int | None) -> bool:
+        """Return whether the run has no tokens left if its budget is changed to `budget`."""
+        if budget is None or not self.summary["rounds"]:
+            return False
+        ran_out = self.summary["rounds"][-1]["ended"] == "out_of_tokens" and budget == self.config.max_tokens
+        return ran_out or self.usage.tokens >= budget
+
+
+@dataclass(frozen=True)
+class SavedRun(SavedSummary):
+    """A run that was read from its folder."""
+
+    game: Game
+    results: list[RoundResult]
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
@@ -66,7 +81,7 @@ class SavedRun:
         tallies = {
             parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in population.groupings
         }
-        for number, rows in _rows_of(self.path, self.config):
+        for number, rows in _rows_of(self):
             for parts in population.groupings if 0 < number <= len(self.results) else ():
                 part_indices = population.part_indices(parts, rows["participant"][0].as_py(), len(rows))
                 ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # one sort for all parts
@@ -82,10 +97,10 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
     Raises SettingsError if one of the files is missing or damaged, or if two files contradict each other.
     """
-    config, summary = read_summary(path, flag)
-    game = read_game(path, config)
-    run = SavedRun(path, config, summary, game, read_rounds(path, config, summary, game))
-    by_team = run.tallies_by_part.get(config.teams, []) if config.teams is not None else []
+    saved = read_summary(path, flag)
+    game = read_game(path, saved.config)
+    run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
+    by_team = run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams is not None else []
     for index, tallies in enumerate(by_team):
         averages = tuple((name, tally.average()) for name, tally in tallies.items())
         run.results[index] = replace(run.results[index], teams=averages)
@@ -111,51 +126,25 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     fixed = {name for name, each in SETTINGS.items() if each.fixed_on_resume}
     changed = replace(config, **given)
     for name in fixed & given.keys():
-        if getattr(changed, name) != getattr(config, name):  # compare values, not texts: 0.5 equals 1/2
-            raise SettingsError(
-                f"{flag_of(name)} {given[name]}: the run in {path} was started with {getattr(config, name)}; this "
-                "setting cannot be changed on resume"
-            )
+        if getattr(changed, name) != (before := getattr(config, name)):  # compare values, not texts: 0.5 equals 1/2
+            start = f"{flag_of(name)} {given[name]}: the run in {path} was started with {before}"
+            raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
 
 
-def read_summary(path: Path, flag: str = "") -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the summary of the run in the folder `path`.
-
-    Raises SettingsError if the summary is missing or damaged, or if `path` is the folder of an experiment.
-    """
+def read_summary(path: Path, flag: str = "") -> SavedSummary:
+    """Read a summary. Raises SettingsError if it is missing or damaged, or if `path` is the folder of an experiment."""
     if is_there(path / SWEEP) and not is_there(path / "summary.json"):
         runs = runs_in(path)
         keeping = [run for run in runs if is_there(run / AGENTS)]  # prefer a run whose agents were kept
         name = f"name one of them, such as {shlex.quote(str((keeping or runs)[-1]))}" if runs else "none was played yet"
         raise SettingsError(f"{flag}{path}: is the folder of an experiment, which holds a folder for each run: {name}")
-    return run_files.read_run_file(path, "summary.json", run_files.parse_summary, flag)
+    return SavedSummary(path, *run_files.read_run_file(path, "summary.json", run_files.parse_summary, flag))
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the run folders in an experiment's folder, in order. Omit runs without a summary.json.
-
-    Raises SettingsError if the folder cannot be read.
-    """
+    """Return the folders of an experiment's runs, omitting runs without a summary. Raises SettingsError on failure."""
     return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
-
-
-def rounds_finished(summary: dict[str, Any]) -> int:
-    """Return the number of rounds in the summary, except those that were interrupted."""
-    return sum(entry["ended"] != "interrupted" for entry in summary["rounds"])
-
-
-def tokens_spent(summary: dict[str, Any]) -> int:
-    """Return the number of prompt and completion tokens that a run has used."""
-    return Usage(**(summary["llm"] or {})).tokens
-
-
-def is_spent(summary: dict[str, Any], budget_then: int | None, budget_now: int | None) -> bool:
-    """Return whether a run has no tokens left if its budget changes from `budget_then` to `budget_now`."""
-    if budget_now is None or not summary["rounds"]:
-        return False
-    ran_out = summary["rounds"][-1]["ended"] == "out_of_tokens" and budget_now == budget_then
-    return ran_out or tokens_spent(summary) >= budget_now
 
 
 def first_winner(run: SavedRun) -> int:
@@ -170,35 +159,33 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
     return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
-def read_rounds(path: Path, config: SimulationConfig, summary: dict[str, Any], game: Game) -> list[RoundResult]:
+def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
     """Return the results of all rounds in the summary, computed from the saved answers.
 
     Raises SettingsError if answers are missing, cannot be read or contradict the summary.
     """
+    path, entries = saved.path, saved.summary["rounds"]
     tallies: dict[int, Tally] = {}
-    for number, rows in _rows_of(path, config) if summary["rounds"] else ():
+    for number, rows in _rows_of(saved) if entries else ():
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
     results: list[RoundResult] = []
-    for entry in summary["rounds"]:
+    for entry in entries:
         number = entry["round"]
         if number not in tallies:
             raise SettingsError(f"{path}: the answers of round {number} are missing")
         result = score(game, number, replace(tallies[number], ended=Ended[entry["ended"].upper()]))
         counted = run_files.round_entry(result, game.scale)
         same = all(counted[key] == entry[key] for key in ("asked", "answered", "failed", "average"))
-        if not same or entry["asked"] != config.participant_num:
+        if not same or entry["asked"] != saved.config.participant_num:
             raise SettingsError(f"{path}: answers.parquet and summary.json say different things of round {number}")
         winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
         results.append(replace(result, winners=winners, seconds=entry["seconds"], reassigned=entry["reassigned"]))
     return results
 
 
-def _rows_of(path: Path, config: SimulationConfig) -> Iterator[tuple[int, pa.Table]]:
-    """Yield pairs of a round number and a table. Each table contains rows of consecutive participants of the round.
-
-    Raises SettingsError if the answers are missing or invalid.
-    """
-    limits = {"participant": config.participant_num - 1, "value": config.max_value}
+def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
+    """Yield pairs of a round number and a table of consecutive participants. Raises SettingsError if one is invalid."""
+    path, limits = saved.path, {"participant": saved.config.participant_num - 1, "value": saved.config.max_value}
     parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:
         for file in [path / WHOLE] if is_there(path / WHOLE) or not parts else parts:

@@ -13,7 +13,7 @@ from simulation.results import charts
 from simulation.results.charts import PART_LINES, PARTS_DRAWN, largest, selection
 from simulation.results.console_report import brief
 from simulation.results.figures import PAGES, page_chart, series_style, write_png
-from simulation.results.reader import SavedRun, rounds_finished
+from simulation.results.reader import SavedRun
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
 from simulation.rpc.endpoints import ranges
@@ -71,7 +71,6 @@ def page_content(run: SavedRun) -> dict[str, Any]:
     entries = run.summary["rounds"]
     return {
         "run": run,
-        "finished": rounds_finished(run.summary),
         "position": run.position and position_in_words(run.position),
         **fold(len(entries)),
         "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],

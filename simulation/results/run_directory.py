@@ -280,10 +280,10 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def results_errors(action: str) -> Iterator[None]:
-    """Convert OSError and ArrowException into ResultsError. The message states the action that failed."""
+    """Convert errors of files into ResultsError. The message states the action that failed."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, SettingsError) as error:
         raise ResultsError(f"cannot {action}: {reason(error)}") from None
 
 

@@ -217,14 +217,14 @@ def finished_run(path: Path, given: dict[str, Any]) -> RunSpec | None:
 
     This function does not read the answers. Raises SettingsError if a file is missing or damaged.
     """
-    before, summary = reader.read_summary(path, "--resume ")
-    config = reader.config_to_resume(path, before, given)
-    spent = reader.is_spent(summary, before.max_tokens, config.max_tokens)
+    saved = reader.read_summary(path, "--resume ")
+    config, summary = reader.config_to_resume(path, saved.config, given), saved.summary
+    spent = saved.is_spent(config.max_tokens)
     if summary["status"] not in ("complete", "partial") or (len(summary["rounds"]) < config.rounds and not spent):
         return None
     if not is_there(path / WHOLE):
         raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
-    return RunSpec(config, {}, reader.read_game(path, config), path, summary["run_id"], status=summary["status"])
+    return RunSpec(config, {}, reader.read_game(path, config), path, saved.run_id, status=summary["status"])
 
 
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:

@@ -15,7 +15,7 @@ from simulation.errors import ResultsError, RunAborted, SettingsError, printable
 from simulation.files import ROOT, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
 from simulation.results import reader
-from simulation.results.run_directory import SWEEP, RunDirectory, resume_command
+from simulation.results.run_directory import SWEEP, RunDirectory, results_errors, resume_command
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
@@ -162,10 +162,8 @@ class Session:
         """Print and write the comparison of the runs. Raises ResultsError if this fails."""
         from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415 - matplotlib: 0.5 s
 
-        try:
+        with results_errors(f"compare the runs in {self.folder}"):
             runs = [reader.read_run(spec.folder) for spec in self.specs if is_there(spec.folder / "summary.json")]
-        except SettingsError as error:
-            raise ResultsError(f"cannot compare the runs in {self.folder}: {error}") from None
         say("\n".join(comparison_lines(runs)))
         write_comparison(self.folder, runs)
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
@@ -195,15 +193,15 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
     Returns None if the run is finished.
     """
     try:
-        config, summary = reader.read_summary(spec.folder)
+        saved = reader.read_summary(spec.folder)
     except SettingsError:
         return f"0 of {spec.config.rounds}", []
-    played = reader.rounds_finished(summary)
+    config, played = saved.config, saved.rounds_finished
     if played >= config.rounds:
         return None
     flags = []
-    if reader.is_spent(summary, config.max_tokens, config.max_tokens):
-        needed = reader.tokens_spent(summary) + spec.tokens_in(range(played + 1, config.rounds + 1))
+    if saved.is_spent(config.max_tokens):
+        needed = saved.usage.tokens + spec.tokens_in(range(played + 1, config.rounds + 1))
         flags = ["--max-tokens", str(max(needed, (config.max_tokens or 0) + 1))]
     return f"{played} of {config.rounds}", flags
 
@@ -268,9 +266,9 @@ def _experiment(config: SimulationConfig, given: dict[str, Any]) -> Session:
 
 
 def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
-    config, summary = reader.read_summary(path, "--resume ")
-    budget, rounds = (given.get(name, getattr(config, name)) for name in ("max_tokens", "rounds"))
-    if len(summary["rounds"]) < rounds and reader.is_spent(summary, config.max_tokens, budget):
+    saved = reader.read_summary(path, "--resume ")
+    budget, rounds = (given.get(name, getattr(saved.config, name)) for name in ("max_tokens", "rounds"))
+    if len(saved.summary["rounds"]) < rounds and saved.is_spent(budget):
         raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
     directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
