@@ -159,9 +159,7 @@ def test_an_unreachable_server_is_a_failure_within_the_timeout(play):
 def test_queued_requests_fail_within_the_timeout(play, fake_of):
     fake = fake_of(for_ever="never")
     began = time.monotonic()
-    tally = tally_of(
-        play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout=1.0, attempt_timeout=60.0)
-    )
+    tally = tally_of(play(fake, 500, samples_per_request=1, max_in_flight=2, reply_timeout=1.0, attempt_timeout=60.0))
     assert tally.failures == {NO_ANSWER: 500}
     assert time.monotonic() - began < 60  # one after the other they would take 250 s
 

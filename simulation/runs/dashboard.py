@@ -1,7 +1,6 @@
 """The web server of --dashboard. A separate thread serves the live status of the runs, to this host only.
 
-The thread reads the run objects and sends no requests to agent servers. Its only effect on a run is the stop request,
-which has the same effect as Ctrl-C. Before the process ends, open pages can fetch the final status.
+The thread reads the run objects and sends no requests to agent servers. Its only effect on a run is the stop request.
 """
 
 import asyncio
@@ -13,19 +12,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from loguru import logger
 
-from simulation.errors import Interrupted, SettingsError, one_line
+from simulation.errors import Interrupted, SettingsError
 from simulation.results.run_directory import REPORT
 from simulation.runs.console import ConsoleProgress
+from simulation.runs.dashboard_state import DashboardState
 
 if TYPE_CHECKING:
-    from simulation.runs.dashboard_state import DashboardState
     from simulation.runs.run import Run
 
 PAGE = Path(__file__).with_name("dashboard.html")
@@ -36,7 +35,6 @@ END_S = 3.0  # maximum time that `close` waits for open pages
 STATE_S = 0.3  # minimum cache time of a state; several pages share a cached state
 SHARE = 0.01  # maximum share of the time that the thread computes states (26 ms per state for 4096 servers)
 RUNS_LISTED = 50
-REPORT_BYTES = 64 * 2**20
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -71,12 +69,12 @@ class Dashboard:
         self._token = secrets.token_urlsafe(24)
         self._instance = secrets.token_hex(4)  # a page detects by this id that another process now uses the port
         self._run: DashboardState | None = None  # the current run, or the last one if no run is in progress
-        self._running: str | None = None  # id of the current run
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_LISTED)
         self._over = False
         self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # the time when the cached state expires, and this state
-        self._pages: dict[str, float] = {}  # time of the last request, by page id
-        self._pages_changed = threading.Condition()  # guards _pages
+        self._pages: dict[
+            str, float
+        ] = {}  # time of the last request (time.monotonic), by page id; replaced, never changed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
         self._thread.start()
@@ -85,46 +83,40 @@ class Dashboard:
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
         """Show this run during the block, and its outcome afterwards."""
-        from simulation.runs.dashboard_state import DashboardState  # noqa: PLC0415 - slow import of AgentScope
-
         state = self._run = DashboardState(run)
-        self._running = run.run_id
-        failure: dict[str, str] = {}
+        path, ended = run.directory.path, {"run_id": run.run_id, "error": ""}
         try:
             yield
         except Interrupted:
-            failure = {"status": "interrupted"}
+            ended["status"] = "interrupted"
             raise
         except BaseException as error:
-            failure = {"status": "failed", "error": str(error)}
+            ended |= {"status": "failed", "error": str(error)}
             raise
         finally:
+            written = {
+                "path": str(path),
+                "written": run.status is not None,
+                "report": os.access(path / REPORT, os.R_OK),
+            }
+            self._ended.append({"status": run.status, **written, **ended})
             state.over = True
-            ended = {"run_id": run.run_id, "path": str(run.directory.path), "written": run.status is not None}
-            self._ended.append(ended | {"status": run.status or "complete", "error": ""} | failure)
-            self._running = None
 
     def close(self) -> None:
         """Wait at most END_S until all open pages have fetched the final state, then stop the web server."""
-        self._over = True
-        with self._pages_changed:
-            self._pages_changed.wait_for(lambda: not self._pages_open(), END_S)
-        with suppress(RuntimeError):  # the thread has failed already, and has logged the error
-            self._loop.call_soon_threadsafe(_exit)
+        self._over, end = True, time.monotonic() + END_S
+        while any(time.monotonic() < min(at + OPEN_S, end) for at in self._pages.values()):
+            time.sleep(0.02)
+        self._loop.call_soon_threadsafe(_exit)
         self._thread.join(END_S)
-
-    def _pages_open(self) -> dict[str, float]:
-        return {page: at for page, at in self._pages.items() if time.monotonic() - at < OPEN_S}
 
     def _serve(self) -> None:
         app = web.Application(middlewares=[self._guarded])
+        app.on_response_prepare.append(_add_headers)
         app.add_routes([web.get("/", self._page), web.get("/state", self._state), web.get("/report", self._report)])
         app.add_routes([web.post("/stop", self._stop)])
         quiet: dict[str, Any] = {"handle_signals": False, "print": None, "access_log": None}
-        try:
-            web.run_app(app, sock=self._socket, loop=self._loop, shutdown_timeout=0.5, **quiet)
-        except Exception as error:  # noqa: BLE001 - the run continues without the dashboard
-            logger.error(f"the dashboard has failed: {one_line(error)}")
+        web.run_app(app, sock=self._socket, loop=self._loop, shutdown_timeout=0.5, **quiet)
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -134,13 +126,8 @@ class Dashboard:
         elsewhere = request.headers.get("Origin", own_origin) != own_origin
         site = request.headers.get("Sec-Fetch-Site", "none")
         if request.host not in hosts or elsewhere or (site not in ("none", "same-origin") and request.path != "/"):
-            return web.Response(status=403, text="this page is for this host alone\n", headers=HEADERS)
-        try:
-            response = await handler(request)
-        except web.HTTPException as error:
-            response = web.Response(status=error.status, text=f"{error.reason}\n")
-        response.headers.update(HEADERS)
-        return response
+            raise web.HTTPForbidden(text="this page is for this host alone\n")
+        return await handler(request)
 
     async def _page(self, _request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)
@@ -149,42 +136,34 @@ class Dashboard:
         return web.Response(text=text, content_type="text/html", headers=policy)
 
     async def _state(self, request: web.Request) -> web.Response:
-        self._note_page(request.query.get("page", "")[:40], "done" in request.query)
+        page, now = request.query.get("page", "")[:40], time.monotonic()
+        others = {each: at for each, at in self._pages.items() if each != page and now - at < OPEN_S}
+        has_more_to_fetch = page and "done" not in request.query
+        self._pages = {**others, page: now} if has_more_to_fetch else others
         until, state = self._cached
-        if time.monotonic() > until or state["over"] != self._over:
+        if now > until or state["over"] != self._over:
             began = time.thread_time()
             state = self._state_now()
             self._cached = (time.monotonic() + max(STATE_S, (time.thread_time() - began) / SHARE), state)
         return web.json_response(state)
 
-    def _note_page(self, page: str, done: bool) -> None:
-        """Record that the page is open. If `done`, record that the page has fetched the final state."""
-        with self._pages_changed:
-            self._pages = self._pages_open() | ({page: time.monotonic()} if page else {})
-            if done:
-                self._pages.pop(page, None)
-            self._pages_changed.notify_all()
-
     def _state_now(self) -> dict[str, Any]:
-        over, run, stage, running = self._over, self._run, self._watch.stage, self._running
-        state: dict[str, Any] = {"instance": self._instance, "over": over, "running": running, "run": None}
-        state["troubles"] = []
-        if run is not None:
-            try:
-                state["run"] = run.state(stage)
-            except Exception as error:  # noqa: BLE001 - the page shows the error
-                state["troubles"] = [f"the run: {one_line(error)}"]
-        state["stage"] = None if stage is None or over else stage._asdict()
-        state["stopping"] = self._watch.stop_signal is not None
-        state["log"] = list(self._watch.warnings)
-        state["ended"] = [{**each, "report": _report_of(each) is not None} for each in list(self._ended)]
-        return state
+        over, run, stage = self._over, self._run, self._watch.stage
+        return {
+            "instance": self._instance,
+            "over": over,
+            "running": run is not None and not run.over,
+            "run": None if run is None else run.state(stage),
+            "stage": None if stage is None or over else stage._asdict(),
+            "stopping": self._watch.stop_signal is not None,
+            "log": list(self._watch.warnings),
+            "ended": list(self._ended),
+        }
 
     async def _report(self, request: web.Request) -> web.FileResponse:
         """Return the report of a finished run as a download. A report must not open as a page of our origin."""
-        run_id = request.query.get("run")
-        path = next((_report_of(each) for each in list(self._ended) if each["run_id"] == run_id), None)
-        if path is None:
+        paths = {each["run_id"]: Path(each["path"], REPORT) for each in self._ended}
+        if (path := paths.get(request.query.get("run"))) is None:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Content-Disposition": "attachment"})
 
@@ -199,14 +178,9 @@ class Dashboard:
         return web.json_response({"stopping": True})
 
 
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(HEADERS)
+
+
 def _exit() -> None:
     raise web.GracefulExit
-
-
-def _report_of(ended: dict[str, Any]) -> Path | None:
-    """Return the path of a run's report. Returns None if the file is missing or larger than REPORT_BYTES."""
-    path = Path(ended["path"]) / REPORT
-    try:
-        return path if path.stat().st_size <= REPORT_BYTES else None
-    except OSError:
-        return None

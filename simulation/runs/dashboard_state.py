@@ -6,96 +6,77 @@ age.
 
 import time
 from collections import Counter
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 from simulation.agents.snapshot import BINS, bins_of
 from simulation.cluster.failure_detector import ServerStatus
-from simulation.errors import Ended
-from simulation.game.tally import RoundResult
 from simulation.results.console_report import histogram
-from simulation.results.run_files import most_frequent
+from simulation.results.run_files import most_frequent, round_entry
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.rpc.messages import Progress
 from simulation.runs.console import Stage
-from simulation.runs.run import Run
+
+if TYPE_CHECKING:
+    from simulation.runs.run import Run
 
 SILENT_S = 3.0  # a server whose last reply is older is shown as silent; servers normally reply every second
 SERVERS_LISTED = 64  # if there are more servers, the page shows a grid, and rows for some failing servers only
 TROUBLED_LISTED = 16  # maximum number of failing servers with a row, below the grid
 GRID_CELLS = 4096  # maximum number of servers in the grid
-USAGE = ("requests", "retries", "prompt_tokens", "completion_tokens")
 
 
 class DashboardState:
     """The dashboard state of one run, during the run and after its end."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: "Run") -> None:
         self.run = run
         self.over = False  # True after the end of the run: the state no longer changes
-        self._rounds: list[dict[str, Any]] = []  # the finished rounds, as JSON objects for the page
+        self._rounds: list[dict[str, Any]] = []  # the finished rounds, as in summary.json
         self._bars: list[int] = []  # histogram of the last finished round
         self._progress: dict[str, Progress] = {}  # by remote id; contains the latest histogram of each group
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
         """Return the JSON state of the run, which has a bounded size. `stage` is the latest stage progress, if any."""
-        run, simulation, config = self.run, self.run.simulation, self.run.config
+        run, simulation, config, game = self.run, self.run.simulation, self.run.config, self.run.game
         # Read the results first: they then contain no round later than the current one
         results, (started, began) = list(run.results), run.under_way
         number = None if self.over or started <= len(results) or simulation is None else started
-        self._add_rounds(results)
-        statuses = simulation.cluster.observe() if simulation is not None else {}
-        assignments = simulation.cluster.active_assignments if simulation is not None else []
+        for result in results[len(self._rounds) :]:
+            _, bars = histogram(result.tally.units, result.tally.counts, game.numbers - 1, BINS)
+            self._bars = bars.tolist()
+            self._rounds = [*self._rounds, round_entry(result, game.scale)]
+        statuses: dict[Endpoint, ServerStatus] = {}
+        assignments: list[GroupAssignment] = []
+        usage, reassigned = run.usage, 0
+        if simulation is not None:
+            statuses, assignments = simulation.cluster.observe(), simulation.cluster.active_assignments
+            usage, reassigned = usage if self.over else simulation.usage, simulation.reassigned
         self._update_progress(statuses)
         current = [each for each in self._progress.values() if each.round == number and each.counts]
         failures: Counter[str] = Counter()
         for causes in (*(result.tally.failures for result in results), *(each.failures for each in current)):
             failures.update(causes)
-        usage = simulation.usage if simulation is not None and not self.over else run.usage
-        answering = stage is not None and stage.name == "answers in" and stage.began >= began
+        done = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
+        seconds = time.monotonic() - began
         return {
             "run_id": run.run_id,
             "label": run.label,
             "config": {
                 **{name: getattr(config, name) for name in ("participant_num", "rounds", "max_value", "decimals")},
                 "kind": config.agent_type if config.agent_class is None else config.agent_class.rpartition(":")[2],
-                "target": run.game.target,
+                "target": game.target,
                 "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
             },
-            "round": number
-            and {
-                "number": number,
-                "done": stage.done if stage is not None and answering else 0,
-                "seconds": time.monotonic() - began,
-                "reassigned": simulation.reassigned if simulation is not None else 0,
-            },
+            "round": number and {"number": number, "done": done, "seconds": seconds, "reassigned": reassigned},
             "rounds": self._rounds,
             "distribution": self._distribution(number, current, assignments),
             "failures": list(most_frequent(dict(failures)).items()),
-            "llm": {name: getattr(usage, name) for name in USAGE} if config.agent_type == "llm" else None,
+            "llm": asdict(usage) if config.agent_type == "llm" else None,
             "servers": self._servers(statuses, assignments, started) if statuses else None,
         }
-
-    def _add_rounds(self, results: list[RoundResult]) -> None:
-        """Append the rounds that finished after the previous call."""
-        game = self.run.game
-        for result in results[len(self._rounds) :]:
-            tally = result.tally
-            _, bars = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
-            self._bars = bars.tolist()
-            entry = {
-                "round": result.round,
-                "answered": tally.answered,
-                "failed": tally.failed,
-                "interrupted": tally.ended is Ended.INTERRUPTED,
-                "reassigned": result.reassigned,
-                "average": None if result.average is None else float(result.average / game.scale),
-                "winning_number": None if result.winning_number is None else float(result.winning_number / game.scale),
-                "winners": result.winners.count,
-                "first_winners": [f"P{index}" for index in result.winners.lowest[:3]],
-                "seconds": result.seconds,
-            }
-            self._rounds = [*self._rounds, entry]
 
     def _update_progress(self, statuses: dict[Endpoint, ServerStatus]) -> None:
         known, self._progress = self._progress, {}
@@ -110,17 +91,18 @@ class DashboardState:
     def _distribution(
         self, number: int | None, current: list[Progress], assignments: list[GroupAssignment]
     ) -> dict[str, Any]:
-        """Return the histogram of the current round, or of the last finished round if no round is in progress."""
+        """Return the histograms of the current and the last finished round. Between rounds, the latter is the first."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
-        data = {"width": width, "scale": game.scale, "top": game.numbers - 1}
-        if number is None:
-            return data | {"round": len(self._rounds), "counts": self._bars or [0] * bins, "last": []}
+        counts = [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)]
         one_by_one = self.run.config.dispatch == "agent"  # in this case, the moderators record the answers
-        return data | {
-            "round": number,
-            "counts": [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)],
-            "last": self._bars,
+        return {
+            "width": width,
+            "scale": game.scale,
+            "top": game.numbers - 1,
+            "round": number or len(self._rounds),
+            "counts": counts if number else self._bars or counts,
+            "last": self._bars if number else [],
             "reported": len(current),
             "groups": len({each.moderator_server if one_by_one else each.oid for each in assignments}),
         }
@@ -128,23 +110,19 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a row for each server. Above SERVERS_LISTED rows, return a grid and rows of some failing servers."""
-        done = {oid: each.done if each.round == started else 0 for oid, each in self._progress.items()}
-        hosted: Counter[Endpoint] = Counter()  # number of participants that a server hosts or moderates
-        answered: Counter[Endpoint] = Counter()  # number of participants that have answered, by server
+        """Return a grid with all servers, and a row for each. Above SERVERS_LISTED, list only some failing servers."""
+        done = {oid: each.done for oid, each in self._progress.items() if each.round == started}
+        hosted: Counter[Endpoint | None] = Counter()  # number of participants that a server hosts or moderates
         for assignment in assignments:
-            assert assignment.server is not None
-            hosted.update({assignment.server: assignment.count})
-            hosted.update({assignment.moderator_server: assignment.count})
-            answered[assignment.moderator_server] += done.get(assignment.oid, 0)
+            for each in (assignment.server, assignment.moderator_server):
+                hosted[each] += assignment.count
+        rows = []
         for endpoint, status in statuses.items():
-            answered[endpoint] += sum(done.get(oid, 0) for oid in status.reply.objects)
-        rows = [self._row(each, status, hosted[each], answered[each]) for each, status in statuses.items()]
-        data = {"number": len(rows), "states": Counter(row["state"] for row in rows), "rows": rows, "grid": None}
-        if len(rows) > SERVERS_LISTED:
-            troubled = [row for row in rows if row["state"] != "plays"]
-            data |= {"rows": troubled[:TROUBLED_LISTED], "grid": _grid(rows)}
-        return data
+            answered = sum(done.get(oid, 0) for oid in status.reply.objects)
+            rows.append(self._row(endpoint, status, hosted[endpoint], answered))
+        troubled = [row for row in rows if row["state"] != "plays"]
+        listed = rows if len(rows) <= SERVERS_LISTED else troubled[:TROUBLED_LISTED]
+        return {"states": Counter(row["state"] for row in rows), "rows": listed, "grid": _grid(rows)}
 
     def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, answered: int) -> dict[str, Any]:
         config, state, why = self.run.config, "plays", ""
@@ -173,13 +151,10 @@ def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Each of the first GRID_CELLS servers also has one character in `states`, the first letter of the server's state, and
     one digit in `done`: 0 if no participant has answered, 9 if all have.
     """
-    grouped: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault((row["host"], row["participants"]), []).append(row)
     grid, left = [], GRID_CELLS
-    for (host, participants), servers in grouped.items():
-        drawn = servers[:left]
-        left -= len(drawn)
+    for (host, participants), group in groupby(rows, itemgetter("host", "participants")):
+        servers = list(group)
+        drawn, left = servers[:left], max(left - len(servers), 0)
         shares = (9 * (row["answered"] or 0) // max(row["hosts"], 1) for row in drawn)
         grid.append(
             {
