@@ -256,10 +256,13 @@ def check_resumed(name: str, folder: Path, rounds: int) -> None:
     before, after = summary_in(OLD_RUNS / name), summary_in(folder)
     played = ROUNDS_PLAYED[name]
     assert [entry["round"] for entry in after["rounds"]] == list(range(1, rounds + 1))
-    assert [each | {"ended": "complete"} for each in after["rounds"][:played]] == [
-        each | {"ended": "complete", "std": pytest.approx(each["std"])}  # its last bit depends on the processor
-        for each in before["rounds"][:played]
-    ]
+    assert (
+        [each | {"ended": "complete"} for each in after["rounds"][:played]]
+        == [
+            each | {"ended": "complete", "std": pytest.approx(each["std"])}  # its last bit depends on the processor
+            for each in before["rounds"][:played]
+        ]
+    )
     assert [each["ended"] for each in after["rounds"][played:]] == ["complete"] * (rounds - played)
     assert after["run_id"] == before["run_id"] and after["config"]["rounds"] == rounds
     assert after["seconds"]["total"] >= before["seconds"]["total"]
