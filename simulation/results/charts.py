@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from simulation.game.rules import Game
 from simulation.game.tally import Tally
 from simulation.results.console_report import brief, histogram
-from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg, two_parts
+from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg
 from simulation.results.reader import SavedRun
 
 BINS, PART_BINS = 101, 51
@@ -44,9 +44,9 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
     """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
     game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
     _draw_histogram(axes, game, run.results[index].tally, BINS, game.max_value * game.scale)
-    average, winning = entry["average"], entry["winning_number"]
-    if average is None or winning is None:
+    if (average := entry["average"]) is None:
         return
+    winning = entry["winning_number"]
     axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
     line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=f"winning number {winning:.{digits}f}")
     if winning <= BEYOND * game.max_value:
@@ -121,10 +121,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 
 
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
-    """Return the histograms of the largest parts in one round, one below another, as inline SVG.
-
-    Each histogram is scaled to its own highest bar.
-    """
+    """Return histograms of the largest parts in one round as inline SVG. Each is scaled to its own highest bar."""
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
@@ -137,8 +134,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
         axes.grid(visible=False)
         axes.set_yticks([])
         axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9.5, color="ink")
-        average = tallies[name].average()
-        if average is not None:
+        if (average := tallies[name].average()) is not None:
             axes.axvline(float(average / game.scale), color="average")
     return svg(label, figure)
 
@@ -156,13 +152,13 @@ def last_round(run: SavedRun) -> Figure:
 
 def all_rounds(run: SavedRun) -> Figure:
     """Return a figure for a PNG file: small histograms of some rounds above the averages by round."""
-    indices = selection(len(run.results), SMALL_MULTIPLES)
-    figure, above, below = two_parts(2.3 * grid_of(len(indices))[0] + 0.7, 3.4)
+    entries = run.summary["rounds"]
+    indices = selection(len(entries), SMALL_MULTIPLES)
+    figure, above, below, grid = two_parts([(run, index) for index in indices], 3.4)
     title = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
     above.suptitle(title, fontsize=15, weight="bold")
     above.supylabel("participants", fontsize=11, color="muted")
-    for axes, index in zip(draw_small_multiples(above, [(run, index) for index in indices]), indices, strict=True):
-        entry = run.summary["rounds"][index]
+    for axes, entry in zip(grid, [entries[index] for index in indices], strict=True):
         axes.set_title(f"Round {entry['round']}", loc="left", fontsize=11, weight="bold")
         if entry["average"] is not None:
             axes.set_title(f"average {brief(entry['average'])}", loc="right", fontsize=10.5, color="average")
@@ -176,17 +172,22 @@ def all_rounds(run: SavedRun) -> Figure:
     return figure
 
 
-def grid_of(count: int) -> tuple[int, int]:
-    """Return the number of rows and columns of a grid for `count` small charts."""
-    columns = 2 if count == 4 else min(count, 3)
-    return (-(-count // columns), columns) if count else (0, 0)
+def two_parts(
+    rounds: Sequence[tuple[SavedRun, int]], lines_inches: float, lines_first: bool = False
+) -> tuple[Figure, SubFigure, SubFigure, list[Axes]]:
+    """Return a figure for a PNG file, its upper and its lower part, and the axes of the histograms in one of them.
 
-
-def draw_small_multiples(part: SubFigure, rounds: Sequence[tuple[SavedRun, int]]) -> list[Axes]:
-    """Draw a grid of histograms, and return their axes. `rounds` are pairs of a run and an index in its `results`."""
-    grid: Any = part.subplots(*grid_of(len(rounds)), squeeze=False).flat if rounds else []
+    The histograms are those of `rounds`, pairs of a run and an index in its `results`. The other part, `lines_inches`
+    high, is for a line chart.
+    """
+    columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
+    rows = -(-len(rounds) // columns) or 1
+    heights = (lines_inches, 2.4 * rows) if lines_first else (2.3 * rows + 0.7, lines_inches)
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    grid = list(parts[1 if lines_first else 0].subplots(rows, columns, squeeze=False).flat)
     for axes in grid[len(rounds) :]:
         axes.set_visible(False)
     for axes, (run, index) in zip(grid, rounds, strict=False):
         draw_answers(axes, run, index)
-    return list(grid[: len(rounds)])
+    return figure, *parts, grid[: len(rounds)]

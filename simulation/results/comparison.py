@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.results import charts
-from simulation.results.figures import series_style, two_parts, write_png
+from simulation.results.figures import series_style, write_png
 from simulation.results.reader import SavedRun, runs_in
 from simulation.results.report_page import fixed, fold, whole, write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position
@@ -155,13 +155,13 @@ def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
     """Return a figure: above, the averages by round; below, the last round of some runs as histograms."""
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
-    figure, above, below = two_parts(3.6 + 0.3 * -(-len(drawn) // 3), 2.4 * charts.grid_of(len(selected))[0] or 0.1)
+    histograms = [(run, -1) for _, run in selected]
+    figure, above, _, grid = charts.two_parts(histograms, 3.6 + 0.3 * -(-len(drawn) // 3), lines_first=True)
     axes = above.subplots()
     _draw_averages(axes, drawn)
     axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
     axes.set_xlabel("round")
     above.legend(frameon=False, loc="outside lower center", ncols=3)
-    grid = charts.draw_small_multiples(below, [(run, -1) for _, run in selected])
     for axes, (label, run) in zip(grid, selected, strict=True):
         axes.set_title(f"{label}, round {run.results[-1].round}", loc="left", fontsize=10)
     return figure

@@ -1,14 +1,12 @@
-"""Functions that all charts share: styles, sizes, and the output as a PNG file or as inline SVG.
+"""The style that all charts share, and their output as a PNG file or as inline SVG.
 
-The charts refer to colours by the names of the CSS variables in style.css. An SVG chart therefore adapts to light and
-dark mode.
+Charts name their colours as the CSS variables in style.css. An SVG chart therefore adapts to light and dark mode.
 """
 
 import io
 import re
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import get_named_colors_mapping, to_hex
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.path import Path as Curve
 from matplotlib.transforms import Affine2D, Transform
 
@@ -29,10 +27,9 @@ COLOURS = dict(re.findall(r"--([\w-]+): (#\w{6});", LIGHT_MODE))
 NAMES = {colour: name for name, colour in COLOURS.items()}
 COMMANDS = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE4: "C"}
 ANCHORS = {"left": "start", "center": "middle", "right": "end"}
-# Matplotlib warns if a name contains characters that its font lacks
-MISSING_GLYPHS_ALLOWED = partial(warnings.catch_warnings, action="ignore", category=UserWarning)
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # 8 colours * 3 line styles = 24 distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page; legible on a phone, and wider screens show several charts per row
+
 mpl.rcdefaults()  # a user's matplotlibrc may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
 mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_default_template=False))
@@ -59,17 +56,10 @@ def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
     axes.yaxis.set_major_formatter(short)
 
 
-def two_parts(above_inches: float, below_inches: float) -> tuple[Figure, SubFigure, SubFigure]:
-    """Return a figure for a PNG file, its upper part and its lower part, with these heights."""
-    figure = Figure(figsize=(10, above_inches + below_inches), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(above_inches, below_inches))
-    return figure, parts[0], parts[1]
-
-
 def write_png(path: Path, figure: Figure) -> None:
     """Write a figure to a PNG file. Raises ResultsError if the file cannot be written."""
     content = io.BytesIO()
-    with MISSING_GLYPHS_ALLOWED():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # as in `svg`
         figure.savefig(content, dpi=144, format="png", metadata={"Software": None})
     write_whole(path, content.getvalue())
 
@@ -86,7 +76,7 @@ def svg(label: str, figure: Figure) -> Markup:
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     renderer = _PageRenderer(figure)
-    with MISSING_GLYPHS_ALLOWED():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # its font may lack characters of a name
         figure.draw(renderer)
     start = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(*figure.bbox.size, label)
     return start + Markup("").join(renderer.elements) + Markup("</svg>")
@@ -104,7 +94,6 @@ class _PageRenderer(RendererBase):
         return self.width, self.height
 
     def draw_path(self, gc: Any, path: Curve, transform: Transform, rgbFace: Any = None) -> None:  # noqa: N803
-        """Append a path element to `elements`."""
         steps: Any = path.iter_segments(transform + Affine2D().scale(1, -1).translate(0, self.height), simplify=False)
         line = " ".join(
             "Z" if code == Curve.CLOSEPOLY else COMMANDS[code] + " ".join(f"{number:.4g}" for number in numbers)
@@ -117,7 +106,7 @@ class _PageRenderer(RendererBase):
         self.elements.append(Markup('<path d="{}" style="{}"/>').format(line, style))
 
     def draw_text(self, gc: Any, x: float, y: float, s: str, prop: Any, *_: Any, mtext: Any = None, **__: Any) -> None:
-        """Append a text element to `elements`. The page's font determines the width, so the browser aligns the text."""
+        # Only the browser knows the font and the width of the text, and therefore aligns it
         x = mtext.get_transform().transform(mtext.get_unitless_position())[0]
         style = f"fill: {_variable(gc.get_rgb())}; font-size: {prop.get_size_in_points():g}px"
         style += f"; text-anchor: {ANCHORS[mtext.get_horizontalalignment()]}"
