@@ -19,7 +19,7 @@ from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.usage import Usage
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
-from simulation.results.run_directory import AGENTS, GAME, PARTS, SWEEP, WHOLE, read_failed_answers, sweep_position
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
@@ -114,7 +114,7 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
     """
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
-    read_failed_answers(path)  # detect a damaged file before servers start
+    run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
     results = [*takewhile(lambda result: result.tally.ended is not Ended.INTERRUPTED, run.results)]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
@@ -206,7 +206,7 @@ def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
 
     Raises ClusterError if the participant was not kept, and SettingsError if agents.jsonl is damaged.
     """
-    groups = run_files.read_json_lines(path, AGENTS, run_files.KEPT_GROUP_LINES)
+    groups = run_files.read_json_lines(path, AGENTS, run_files.KeptGroup)
     if not groups:
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")
     for group in groups:

@@ -209,7 +209,8 @@ class RunDirectory:
             outdated = {whole, *self.path.glob(PARTS), *(self.path / name for name in PICTURES)}
             for path in outdated - {self._part(number + 1) for number in range(rounds)}:
                 path.unlink(missing_ok=True)
-        self._failed = [entry for entry in read_failed_answers(self.path) if entry["round"] <= rounds]
+        failed = run_files.read_json_lines(self.path, FAILED_ANSWERS, FailedAnswer)
+        self._failed = [entry for entry in failed if entry["round"] <= rounds]
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
@@ -239,11 +240,6 @@ class RunDirectory:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
             else:
                 (self.path / name).unlink(missing_ok=True)
-
-
-def read_failed_answers(path: Path) -> list[FailedAnswer]:
-    """Return the failed answers that are saved in a run folder. Raises SettingsError if their file is damaged."""
-    return run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FAILED_ANSWER_LINES)
 
 
 def _drafts(path: Path) -> set[Path]:

@@ -17,8 +17,7 @@ from simulation.llm.usage import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
 CAUSES_SHOWN = 20
-# Errors raised for a damaged file. Such a file is no text or no JSON, is nested too deeply, or has wrong types,
-# keys or numbers.
+# Raised for a file that is no text or no JSON, is nested too deeply, or has wrong types, keys or numbers
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
@@ -29,10 +28,7 @@ T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
-    """Return the parsed content of the file `name` in the run folder `path`.
-
-    Raises SettingsError if the file is missing or damaged. `flag` is the start of the error message.
-    """
+    """Return the parsed content of a file. Raises SettingsError, starting with `flag`, if it is missing or damaged."""
     try:
         return parse(read_text(path / name))
     except OSError as error:
@@ -44,11 +40,11 @@ def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = 
 
 @with_config(SHAPE)
 class SweepPosition(TypedDict):
-    """The position of a run in its experiment. `experiment` is a file name, `run` counts from 1 to `runs`."""
+    """The position of a run in its experiment."""
 
     sweep_id: str
-    experiment: str
-    run: int
+    experiment: str  # a file name
+    run: int  # from 1 to `runs`
     runs: int
 
 
@@ -108,7 +104,7 @@ SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
 def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the content of a summary.json. Add the keys that files of older versions lack.
+    """Return the settings and the content of a summary.json, with the keys that older versions lack.
 
     Raises SettingsError or an error of DAMAGED if the text is not a valid summary.
     """
@@ -184,7 +180,7 @@ class PopulationEntry(TypedDict):
 
 @with_config(SHAPE)
 class GameFile(TypedDict):
-    """The content of game.json: the prompts, the personas and the models. Their source files may change later."""
+    """The content of game.json: what the game takes from files that may change later."""
 
     wording: PromptTemplate | None
     cast: PopulationEntry
@@ -203,10 +199,7 @@ def game_to_json(game: Game) -> dict[str, Any]:
 
 
 def parse_game(text: str, config: SimulationConfig) -> Game:
-    """Return the game that the settings and the text of a game.json describe.
-
-    Raises SettingsError or an error of DAMAGED if the text is not a valid game.
-    """
+    """Return the game that the settings and a game.json describe. Raises SettingsError or an error of DAMAGED."""
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
     sets = tuple(PersonaSet(name, personas) for name, personas in cast["personas"].items())
@@ -220,12 +213,9 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
 
 
 class KeptGroup(TypedDict):
-    """A line of agents.jsonl: one group of participants that its server keeps after the run.
+    """A line of agents.jsonl: the participants first .. first+count-1, which their server keeps after the run."""
 
-    `oid` is the remote id of the group. The group consists of `count` participants; `first` is the lowest index.
-    """
-
-    oid: Printable
+    oid: Printable  # the remote id of the group
     host: Printable
     port: Annotated[int, Field(ge=1, le=65_535)]
     first: Annotated[int, Field(ge=0)]
@@ -233,7 +223,7 @@ class KeptGroup(TypedDict):
 
 
 class FailedAnswer(TypedDict):
-    """A line of failed_answers.jsonl: the text of one unusable answer, and the failure cause."""
+    """A line of failed_answers.jsonl: an unusable answer, and the failure cause."""
 
     round: int
     participant: int
@@ -241,17 +231,11 @@ class FailedAnswer(TypedDict):
     text: str
 
 
-KEPT_GROUP_LINES = TypeAdapter(list[KeptGroup], config=SHAPE)
-FAILED_ANSWER_LINES = TypeAdapter(list[FailedAnswer], config=SHAPE)
+def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:
+    """Return the lines of a file, none if it is missing. Raises SettingsError if it is damaged or unreadable."""
+    lines = TypeAdapter(list[shape], config=SHAPE)  # type: ignore[valid-type]
 
+    def parse(text: str) -> list[T]:
+        return lines.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
 
-def read_json_lines(path: Path, name: str, shape: TypeAdapter[list[T]]) -> list[T]:
-    """Return the lines of a JSON lines file in a run folder, or an empty list if the file is missing.
-
-    Raises SettingsError if the file cannot be read or is damaged.
-    """
-    if not is_there(path / name):
-        return []
-    return read_run_file(
-        path, name, lambda text: shape.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
-    )
+    return read_run_file(path, name, parse) if is_there(path / name) else []
