@@ -490,7 +490,10 @@ def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     runs = [replace(told_apart, path=folder) for folder in folders]
     content = comparison_content(tmp_path, runs)
     labels = [label for label, _ in content["drawn"]]
-    assert len(content["rows"]) == 60 and len(labels) == len(content["open"]) + len(content["folded"]) == 24
+    assert len(content["rows"]) == 60 and len(labels) == 24
+    write_page(tmp_path / "comparison.html", content)
+    unfolded, folded = (tmp_path / "comparison.html").read_text().split("<summary>12 more runs</summary>")
+    assert (unfolded.count("<figure>"), folded.count("<figure>")) == (1 + 12, 12)
     assert [row["run"] for row in content["rows"]] == [folder.name for folder in folders]
     assert labels[0] == "(00)" and labels[-1] == "(59)"
     assert len({series_style(index) for index in range(24)}) == 24

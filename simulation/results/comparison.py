@@ -14,7 +14,7 @@ from simulation.files import is_there, real
 from simulation.results import charts
 from simulation.results.figures import series_style, write_png
 from simulation.results.reader import SavedRun, runs_in
-from simulation.results.report_page import fixed, fold, whole, write_page
+from simulation.results.report_page import fixed, whole, write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position
 from simulation.results.tables import table_lines
 from simulation.settings import SETTINGS
@@ -26,10 +26,7 @@ LINES = 24  # maximum number of runs in the line chart, which equals the number 
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return the run folders without duplicates. Replace the folder of an experiment by the folders of its runs.
-
-    Raises SettingsError if an experiment has no runs.
-    """
+    """Return the run folders, those of experiments included, each once. Raises SettingsError if there are none."""
     found: dict[Path, Path] = {}
     for path in named:
         runs = runs_in(path) if is_there(path / SWEEP) else [path]
@@ -121,16 +118,15 @@ def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
         "links": [quote(os.path.relpath(each, real(folder))) if is_there(each) else None for each in reports],
         "drawn": drawn,
         "draw_averages": _draw_averages,
-        **fold(len(drawn)),
+        "last_rounds": [(run, -1, label) for label, run in drawn],
     }
 
 
 def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
     """Return at most LINES pairs of a label and a run. Omit runs without results.
 
-    A label consists of the settings in which the runs differ. If several runs have the same settings, the label also
-    contains the run folder. The label contains the seed only if no other setting differs, because the default seed is
-    random.
+    A label names the settings in which the runs differ; among runs with the same settings, also the run folder. It
+    names the seed only if no other setting differs, because the default seed is random.
     """
     texts = []
     for settings in _settings(runs):

@@ -53,10 +53,7 @@ def failure_line(tally: Tally) -> str:
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
-    """Return a line about the usage and the duration of one round.
-
-    `before` and `after` are the cumulative usage at the start and at the end of the round.
-    """
+    """Return a line about the usage in one round, from the cumulative usage at its start and at its end."""
     answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
     return (
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
@@ -67,9 +64,9 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return the edges and the counts of a histogram of the answers 0 .. top, which are given in units.
+    """Return a histogram of the answers 0 .. top in units with at most `bars` bins of equal width.
 
-    There are at most `bars` bins of equal width. The edges have shape (bins + 1,), the counts have shape (bins,).
+    The first array has the edges of the bins, int64 of shape (bins + 1,), the second the counts, of shape (bins,).
     """
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
@@ -106,11 +103,7 @@ def brief(number: float | None) -> str:
 
 
 def run_lines(run: SavedRun) -> list[str]:
-    """Return the text report of a run.
-
-    The report contains the announcements of all rounds, the histogram of the last round, a table for each grouping of
-    the participants, and the final status.
-    """
+    """Return the text report of a run: its announcements, last histogram, groupings of participants, and status."""
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)

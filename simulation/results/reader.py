@@ -93,10 +93,7 @@ class SavedRun(SavedSummary):
 
 
 def read_run(path: Path, flag: str = "") -> SavedRun:
-    """Read the run in the folder `path`. `flag` is the start of some error messages.
-
-    Raises SettingsError if one of the files is missing or damaged, or if two files contradict each other.
-    """
+    """Read a run. Raises SettingsError if a file is missing or damaged, or if two files contradict each other."""
     saved = read_summary(path, flag)
     game = read_game(path, saved.config)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
@@ -108,10 +105,7 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Read a run to resume it. Omit an interrupted round, and update the settings with `given`.
-
-    Raises SettingsError if the run cannot be read or cannot be resumed with these settings.
-    """
+    """Read a run without an interrupted round, its settings updated with `given`. Raises SettingsError on failure."""
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
@@ -160,10 +154,7 @@ def read_game(path: Path, config: SimulationConfig) -> Game:
 
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
-    """Return the results of all rounds in the summary, computed from the saved answers.
-
-    Raises SettingsError if answers are missing, cannot be read or contradict the summary.
-    """
+    """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
     path, entries = saved.path, saved.summary["rounds"]
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(saved) if entries else ():
@@ -202,7 +193,7 @@ def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
-    """Return the server and the remote id of a participant that was kept after the run in `path`.
+    """Return the server and the remote id of a kept participant.
 
     Raises ClusterError if the participant was not kept, and SettingsError if agents.jsonl is damaged.
     """

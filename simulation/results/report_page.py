@@ -18,10 +18,7 @@ from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
 from simulation.rpc.endpoints import ranges
 
-OPEN_CHARTS = 12  # maximum number of charts that the page shows unfolded
-# Maximum number of rows in all tables of rounds and parts together. Longer tables show only some rounds and the largest
-# parts.
-PART_ROWS = 1500
+PART_ROWS = 1500  # maximum number of rows in all tables of parts together; then some rounds and parts are omitted
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -50,10 +47,7 @@ ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds
 
 
 def draw_all(run: SavedRun) -> None:
-    """Write the pictures and the report of a run to its folder.
-
-    Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
-    """
+    """Write pictures and report. Raises SettingsError if answers are unreadable, ResultsError if a write fails."""
     write_page(run.path / REPORT, page_content(run))
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))
@@ -71,17 +65,11 @@ def page_content(run: SavedRun) -> dict[str, Any]:
     entries = run.summary["rounds"]
     return {
         "run": run,
+        "answers": [(run, index) for index in range(len(entries))],
         "position": run.position and position_in_words(run.position),
-        **fold(len(entries)),
         "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
         "failures": failures_by_cause(entries),
     }
-
-
-def fold(count: int) -> dict[str, list[int]]:
-    """Split the indices of `count` charts: at most OPEN_CHARTS charts are shown unfolded, the others are folded."""
-    unfolded = selection(count, OPEN_CHARTS)
-    return {"open": unfolded, "folded": [index for index in range(count) if index not in unfolded]}
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
@@ -90,20 +78,17 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
     listed = largest(tallies[-1], max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
     selected = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
+    lines = {}
+    for name in largest(tallies[-1], PART_LINES):
+        averages = {number: each[name].average() for number, each in rounds}
+        lines[name] = {number: float(units / game.scale) for number, units in averages.items() if units is not None}
     return {
         "name": topic,
         "last": tallies[-1],
         "listed": listed,
         "drawn": min(len(tallies[-1]), PARTS_DRAWN),
         "rounds": [rounds[index] for index in selected],
-        "lines": {
-            name: {
-                number: float(average / game.scale)
-                for number, each in rounds
-                if (average := each[name].average()) is not None
-            }
-            for name in largest(tallies[-1], PART_LINES)
-        },
+        "lines": lines,
     }
 
 

@@ -114,10 +114,7 @@ class RunDirectory:
         (self.path / PROBE).unlink()
 
     def _lock(self, path: Path, shared: bool = False) -> bool:
-        """Lock a folder against other runs until `close`. Return False if the file system does not support locks.
-
-        Raises SettingsError if another run has locked the folder.
-        """
+        """Lock a folder until `close`. Return False without support for locks. Raises SettingsError if it is locked."""
         self._locks.append(os.open(path, os.O_RDONLY))
         try:
             return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
@@ -166,9 +163,9 @@ class RunDirectory:
                 draft.unlink(missing_ok=True)
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write the answers of one round to a separate file, each part as soon as it is available.
+        """Write the answers of one round to a file of their own, part by part, and update the file of failed answers.
 
-        Also update the file of failed answers. Raises ResultsError if a file cannot be written.
+        Raises ResultsError if a file cannot be written.
         """
         failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
 
@@ -196,9 +193,9 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Prepare the folder of a resumed run: split answers.parquet into one file per round.
+        """Split answers.parquet into one file per round. Delete answers after `rounds`, the pictures and the report.
 
-        Delete the answers of all rounds after `rounds`, the pictures and the report. Raises ResultsError if this fails.
+        Raises ResultsError if this fails.
         """
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
@@ -231,10 +228,7 @@ class RunDirectory:
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write the entries to the JSON lines file `name` in the folder. Delete the file if there are no entries.
-
-        Raises ResultsError if this fails.
-        """
+        """Write a JSON lines file; without entries, delete it. Raises ResultsError if this fails."""
         with results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -257,10 +251,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """Open a draft for writing. If the block succeeds, flush the draft to the disk and rename it to `path`.
-
-    Raises ResultsError if this fails.
-    """
+    """Open a draft; if the block succeeds, flush it to the disk and rename it to `path`. Raises ResultsError."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # unique: other processes may write it, too
     try:
         with results_errors(f"write {path}"):

@@ -25,9 +25,8 @@ def table_lines(
 ) -> list[str]:
     """Return the lines of a table for standard output. If standard output is a terminal, omit columns that do not fit.
 
-    If a row has fewer cells than `head`, its last cell may have any length. `dropped` lists the headings of columns
-    that may be omitted, the least important first. `left` lists the headings of left-aligned columns; the default is
-    the first column.
+    If a row has fewer cells than `head`, its last cell may have any length. `dropped` are the headings of columns that
+    may be omitted, the least important first. `left` are those of left-aligned columns (default: the first column).
     """
     from rich.cells import cell_len  # noqa: PLC0415 - Chinese characters, for example, are two columns wide
 
