@@ -4,16 +4,14 @@ A moderator has the interface of a group. Main starts a round on the moderators;
 groups and merges their results. A moderator stores nothing that its successor would need.
 """
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from agentscope.agents import AgentBase
 
-from simulation.agents.group import TALLY_VALUES, ParticipantGroup
-from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
-from simulation.agents.snapshot import with_histogram
+from simulation.agents.group import TALLY_VALUES, group_proxy, whole_tally
+from simulation.agents.per_agent_dispatch import PerAgentDispatch
 from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
@@ -30,57 +28,43 @@ class Moderator(AgentBase):
         name: The agent's name.
         timeout_s: Deadline for a call to the server of a group (seconds).
         lease_s: Seconds without contact after which the server deletes the moderator (None: never).
+        one_by_one: Whether the moderator asks each participant itself, not the group.
     """
 
-    def __init__(self, name: str, timeout_s: float, lease_s: float | None) -> None:
+    def __init__(self, name: str, timeout_s: float, lease_s: float | None, one_by_one: bool) -> None:
         super().__init__(name=name, use_memory=False)
         self.lease_s = lease_s
         self._timeout_s = timeout_s
-        self._groups: dict[GroupAssignment, Any] = {}
+        self._one_by_one = one_by_one
+        self._groups: dict[GroupAssignment, RemoteObject] = {}
+        self._dispatches: dict[GroupAssignment, PerAgentDispatch] = {}  # empty unless `one_by_one`
         self._tally = Tally(0)
-        self._round = 0
-        self._lock = threading.Lock()  # guards check-then-set updates, as many threads call this moderator
 
-    def assign(self, assignments: list[GroupAssignment], one_by_one: bool) -> None:
-        """Replace the groups that this moderator asks. These must exist. Halt per-agent dispatch to removed groups."""
-        with self._lock:
-            before = self._groups
-            self._groups = {each: before.get(each) or self._group(each, one_by_one) for each in assignments}
-        for assignment in before.keys() - self._groups:
-            if isinstance(before[assignment], OneByOne):
-                before[assignment].halt(immediately=True)
-
-    def _group(self, assignment: GroupAssignment, one_by_one: bool) -> Any:
-        assert assignment.server is not None  # a group without a server is assigned to no moderator
-        group = RemoteObject(ParticipantGroup, assignment.oid, assignment.server, self._timeout_s)
-        return OneByOne(group, assignment, self._timeout_s) if one_by_one else group
+    def assign(self, assignments: list[GroupAssignment]) -> None:
+        """Replace the groups that this moderator asks. These must exist."""
+        self._groups = {each: group_proxy(each, self._timeout_s) for each in assignments}
+        before = self._dispatches
+        if self._one_by_one:
+            new = {each: before.get(each) or PerAgentDispatch(each, self._timeout_s) for each in assignments}
+            self._dispatches = new
+        for removed in before.keys() - self._groups.keys():
+            before[removed].stopped = True
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
         """Start the round on all groups and return. `tokens_each` is the mean token budget per participant."""
-        self._all(lambda group: group.begin(question, tokens_each))
-        with self._lock:
-            self._round = max(self._round, question.round)
+        self._all(lambda group: group.begin(question, tokens_each, self._one_by_one))
+        for dispatch in self._dispatches.values():
+            dispatch.begin(question)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Wait up to `wait_s` seconds, then return the progress of the groups that are asked one by one.
+        """Return whether participants could not be asked one by one. Participant servers report their groups."""
+        return Progress(0, 0, error=next((each.error for each in self._dispatches.values() if each.error), ""))
 
-        Participant servers report other groups themselves. The progress contains a partial histogram unless `numbers`,
-        the number of possible answers, is 0.
-        """
-        number = self._round  # read first, as a round may begin meanwhile
-        groups = [group for group in self._groups.values() if isinstance(group, OneByOne) and group.sheet]
-        unfinished = next((group for group in groups if not group.progress().finished), None)
-        if unfinished is not None:
-            unfinished.progress(wait_s)
-        each = [group.progress() for group in groups]
-        error = next((progress.error for progress in each if progress.error), "")
-        progress = Progress(sum(one.done for one in each), sum(one.total for one in each), number, error)
-        sheets = [group.sheet for group in groups if group.sheet]
-        return with_histogram(progress, sheets, numbers) if numbers and sheets else progress
-
-    def halt(self, immediately: bool) -> None:
-        """Stop the round: missing answers count as failed. With `immediately`, do not wait for blocked participants."""
-        self._all(lambda group: group.halt(immediately))
+    def halt(self) -> None:
+        """Stop the round: missing answers count as failed."""
+        for dispatch in self._dispatches.values():
+            dispatch.stopped = True
+        self._all(lambda group: group.halt())
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """Return part number `part` of the merged tally, and the number of parts. Callers must fetch part 0 first."""
@@ -102,7 +86,7 @@ class Moderator(AgentBase):
 
     def close(self) -> None:
         """Release all groups."""
-        self.assign([], one_by_one=False)
+        self.assign([])
 
     def _all(self, call: Callable[[Any], Any]) -> list[Any]:
         calls = {assignment: partial(call, group) for assignment, group in self._groups.items()}

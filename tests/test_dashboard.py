@@ -24,9 +24,8 @@ import pytest
 from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
-from simulation.agents.snapshot import BINS, bins_of, with_histogram
 from simulation.cluster.failure_detector import ServerStatus
-from simulation.game.answer_sheet import AnswerSheet
+from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
 from simulation.game.rules import Game
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.hosts import agent_server
@@ -271,15 +270,14 @@ def test_a_partial_histogram_counts_what_the_tally_counts(max_value, decimals):
     sheet = AnswerSheet(5, 200_000)
     for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
         sheet.record(place, units)
-    progress = Progress(150_000, 200_000, 3)
-    early = with_histogram(progress, [sheet], game.numbers)
-    assert replace(early, counts=()) == progress and sum(early.counts) == 150_000
+    counts, failures = sheet.partial_histogram(game.numbers)
+    assert sum(counts) == 150_000 and failures == {}
     for place in range(150_000, 200_000):
         sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
-    late, tally = with_histogram(progress, [sheet, sheet], game.numbers), sheet.tally()
-    _, counts = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
-    assert late.counts == tuple(2 * counts) and len(late.counts) == bins_of(game.numbers)[1] <= BINS
-    assert sum(late.failures.values()) == 100_000 and len(late.failures) == CAUSES_COUNTED + 1
+    (counts, failures), tally = sheet.partial_histogram(game.numbers), sheet.tally()
+    _, wanted = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
+    assert counts == tuple(wanted) and len(counts) == bins_of(game.numbers)[1] <= BINS
+    assert sum(failures.values()) == 50_000 and len(failures) == CAUSES_COUNTED + 1
 
 
 def test_heartbeats_carry_histograms_and_the_load_of_the_server_when_asked(monkeypatch):
@@ -433,12 +431,6 @@ def test_the_page_of_several_runs_shows_the_current_one(page):
     assert page.locator("#status").text_content() == "running" and page.locator("#notice").is_hidden()
     assert page.locator("#about").text_content().startswith("run 2 of 4: ratio 2/3 · 40 random participants")
     assert "first is failed" in page.locator("#runs").text_content()
-
-
-def test_with_dispatch_agent_moderators_count(page):
-    run = run_on(6, lost=0)
-    run.config = replace(run.config, dispatch="agent")
-    assert DashboardState(run).state(None)["distribution"]["groups"] == 1  # all six groups have the same moderator
 
 
 def test_a_page_reports_a_killed_run_and_shows_the_next_one(cluster, browser, tmp_path):

@@ -8,8 +8,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cloudpickle
@@ -20,11 +18,12 @@ from agentscope.rpc import RpcMeta
 from conftest import until
 
 from participant import RandomParticipant
+from simulation.agents import group as group_module
+from simulation.agents import per_agent_dispatch
 from simulation.agents.agent_class import serialize_agent_class
-from simulation.agents.group import ParticipantGroup
+from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import Participant, message_of
-from simulation.agents.per_agent_dispatch import OneByOne, whole_tally
-from simulation.errors import Ended
+from simulation.agents.per_agent_dispatch import PerAgentDispatch
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game, draw, question_for
 from simulation.game.tally import INTERRUPTED
@@ -33,7 +32,7 @@ from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
 GAME = Game(7, 100, 0, 0.0)
-SEAT = GroupAssignment("run/group-0", 0, 40, Endpoint("localhost", 1), Endpoint("localhost", 2))
+ASSIGNMENT = GroupAssignment("run/group-0", 0, 4, Endpoint("localhost", 1), Endpoint("localhost", 2))
 
 
 class Sleeper(Participant):
@@ -195,16 +194,15 @@ def test_reference_cycles_of_earlier_rounds_are_freed(group_of):
 def test_halting_does_not_wait_for_blocking_participants(group_of):
     group = group_of(Stuck, 10)
     group.begin(question_for(GAME, 1, ()))
-    group.halt(immediately=False)
-    until(lambda: group.progress(0.1).finished, 1, "halted")
-    assert whole_tally(group).failures == {INTERRUPTED: 10}
+    group.halt()
+    assert group.progress().finished and whole_tally(group).failures == {INTERRUPTED: 10}
 
 
-def test_no_other_participant_is_asked_after_an_immediate_halt(group_of):
+def test_no_other_participant_is_asked_after_a_halt(group_of):
     group = group_of(Slow, 1000)
     group.begin(question_for(GAME, 1, ()))
     until(lambda: REPLYING, 10, "begun")
-    group.halt(immediately=True)
+    group.halt()
     asked = len(REPLYING)
     assert group.progress().finished and whole_tally(group).failures[INTERRUPTED] >= 1000 - asked
     time.sleep(0.2)
@@ -220,12 +218,11 @@ def test_halting_at_any_moment_loses_no_participant(group_of, attempt):
     group = group_of(Sleeper, 2000)
     group.begin(question_for(GAME, 1, ()))
     threading.Event().wait(attempt * 0.002)
-    group.halt(False)
-    until(lambda: group.progress(1.0).finished, 10, "halted")
-    assert group.collect(0)[0].failures == {INTERRUPTED: 2000}
+    group.halt()
+    assert group.progress().finished and group.collect(0)[0].failures == {INTERRUPTED: 2000}
     group.begin(question_for(GAME, 2, ()))  # and it can go on
-    group.halt(False)
-    until(lambda: group.progress(1.0).finished, 10, "halted again")
+    group.halt()
+    assert group.progress().finished
 
 
 def test_sys_exit_in_a_task_does_not_end_the_server(group_of):
@@ -269,19 +266,6 @@ def test_concurrent_begins_start_a_round_once(group_of, monkeypatch):
     assert group.progress().finished and whole_tally(group).answered == 1000 and meanwhile.made == 1
 
 
-def test_concurrent_begins_with_dispatch_agent_start_a_round_once(monkeypatch):
-    asked = Counter()
-    alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
-    monkeypatch.setattr(alone, "_ask", lambda place, question: asked.update([place]) or {"units": place})
-    meanwhile = Meanwhile(AnswerSheet, lambda: alone.begin(question_for(GAME, 1, ())))
-    monkeypatch.setattr("simulation.agents.group.AnswerSheet", meanwhile)
-    alone.begin(question_for(GAME, 1, ()))
-    assert meanwhile.end() == 1
-    until(lambda: alone.progress(1.0).finished, 10, "answered")
-    alone.begin(question_for(GAME, 1, ()))
-    assert asked == Counter(range(SEAT.count)) and whole_tally(alone).total == sum(range(SEAT.count))
-
-
 class Asked(Participant):
     """Counts how often it is asked, and calls itself what others do, too."""
 
@@ -301,29 +285,64 @@ class Asked(Participant):
 OPEN = threading.Event()
 
 
-def test_a_repeated_question_of_a_round_gets_the_same_answer(group_of):
+@pytest.fixture
+def dispatch_to(monkeypatch):
+    """Make the dispatch of a moderator, whose proxies lead to the participants of a group in this process."""
+
+    def make(group):
+        agent_of = lambda cls, oid, server, timeout_s: group.participant(int(oid.rpartition("/")[2]))  # noqa: E731
+        monkeypatch.setattr(per_agent_dispatch, "RemoteObject", agent_of)
+        call = lambda agent, message, index, method: getattr(agent, method)(message, index)  # noqa: E731
+        monkeypatch.setattr(per_agent_dispatch, "reply_of", call)
+        return PerAgentDispatch(ASSIGNMENT, 1.0)
+
+    return make
+
+
+def test_participants_asked_one_by_one_are_asked_once_in_each_round(group_of, dispatch_to):
     group = group_of(Asked, 4)
-    first, second = (message_of(question_for(GAME, number, ())) for number in (1, 2))
-    with ThreadPoolExecutor(8) as pool:
-        said = [pool.submit(group.participant(index).play, first) for index in (0, 1, 2, 3) * 2]
-        until(lambda: all(group.participant(index).asked for index in range(4)), 10, "asked")
+    for number in (1, 2):
+        question = question_for(GAME, number, ())
+        moderators = [dispatch_to(group) for _ in range(2)]  # the second one as the successor of a lost one
+        for moderator in moderators * 2:
+            group.begin(question, one_by_one=True)
+            moderator.begin(question)
+        until(lambda: all(group.participant(index).asked == number for index in range(4)), 10, "asked")  # noqa: B023
         OPEN.set()
-    answers = [each.result().metadata for each in said]
-    assert answers[:4] == answers[4:] == [*({"units": 1 + index} for index in range(3)), answers[3]]
-    assert answers[3]["failure"] == ("OverflowError: at 1", None, Ended.COMPLETE)
-    assert group.participant(2).play(first).metadata == answers[2]  # when it is over, too
-    assert [group.participant(index).play(second).metadata.get("units") for index in range(4)] == [2, 3, 4, None]
-    assert group.participant(0).play(first).metadata["failure"].cause == "round 1 is over"
-    assert [group.participant(index).asked for index in range(4)] == [2] * 4
-    beside = Msg("user", "And now?", "user")
-    assert [group.participant(0).play(beside).metadata["units"] for _ in range(2)] == [3, 4]
+        until(lambda: group.progress(1.0).finished, 10, "answered")
+        said = group.answers(0, 4)
+        assert said.units.tolist() == [number, 1 + number, 2 + number, -2]
+        assert said.causes == [f"OverflowError: at {number}"]
+        for index in range(4):
+            group.participant(index).play(message_of(question), index)  # when it is over, too
+            group.participant(index).play(message_of(question_for(GAME, 1, ())), index)
+        assert [group.participant(index).asked for index in range(4)] == [number] * 4
+        assert not any(moderator.error for moderator in moderators)
 
 
-def test_a_failure_that_cannot_be_recorded_delays_no_other_participant(monkeypatch):
-    alone = OneByOne(SimpleNamespace(allow=lambda number, each: None), SEAT, 1.0)
-    monkeypatch.setattr(alone, "_ask", lambda place, question: {"units": -5})
-    alone.begin(question_for(GAME, 1, ()))
-    assert until(lambda: alone.progress(1.0).error, 10, "told") == "ValueError: an answer of -5 units"
+def test_a_stopped_dispatch_asks_no_other_participant(group_of, dispatch_to):
+    OPEN.clear()
+    group = group_of(Asked, 4)
+    question, dispatch = question_for(GAME, 1, ()), dispatch_to(group)
+    group.begin(question, one_by_one=True)
+    dispatch.stopped = True
+    dispatch.begin(question)
+    group.halt()
+    group.participant(0).play(message_of(question), 0)
+    assert whole_tally(group).failures == {INTERRUPTED: 4} and group.participant(0).asked == 0
+
+
+def test_a_failure_that_cannot_be_recorded_is_reported(group_of, dispatch_to, monkeypatch):
+    monkeypatch.setattr(group_module, "ask_in_thread", lambda participant, question: -5)
+    group, question = group_of(Slow, 4), question_for(GAME, 1, ())
+    group.begin(question)
+    error = until(lambda: group.progress(1.0).error, 10, "told")
+    assert error == "group run/group-0: ValueError: an answer of -5 units"
+    group = group_of(Slow, 4)
+    group.begin(question, one_by_one=True)
+    dispatch = dispatch_to(group)
+    dispatch.begin(question)
+    assert until(lambda: dispatch.error, 10, "told") == "ValueError: an answer of -5 units"
 
 
 def test_a_closed_group_begins_no_round(group_of):
@@ -331,8 +350,7 @@ def test_a_closed_group_begins_no_round(group_of):
     group.close()
     with pytest.raises(RuntimeError, match="is closed"):
         group.begin(question_for(GAME, 1, ()))
-    group.halt(False)
-    group.halt(True)
+    group.halt()
     assert group.progress().done == 0 and group.participant(3) is None
 
 

@@ -21,9 +21,8 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 import main
 from participant import LLMParticipant
 from simulation.agents.agent_class import serialize_agent_class
-from simulation.agents.group import ParticipantGroup
+from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import message_of
-from simulation.agents.per_agent_dispatch import whole_tally
 from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
@@ -318,11 +317,14 @@ def test_a_budget_holds_without_reported_usage(play, fake_of):
 
 def test_tokens_spent_in_a_round_stay_spent(play, fake_of):
     """Whoever takes over from a moderator that was lost says again what a round may cost."""
-    group = play(fake_of(), 40, tokens_each=0.0)
-    for number, tokens_each, ended in ((1, 1e9, Ended.OUT_OF_TOKENS), (2, 1e9, None), (2, 0.0, None)):
-        group.allow(number, tokens_each)
-        said = group.participant(number).play(message_of(question_for(group.game, number, ()))).metadata
-        assert said["failure"].ended is ended if ended else said["units"] >= 0
+    group = play(fake_of(), 2, rounds=0)
+    for number, tokens_each, ended in ((1, (0.0, 1e9), Ended.OUT_OF_TOKENS), (2, (1e9, 0.0), Ended.COMPLETE)):
+        question = question_for(group.game, number, ())
+        for index in range(2):
+            group.begin(question, tokens_each[index], one_by_one=True)
+            group.participant(index).play(message_of(question), index)
+        assert tally_of(group).ended is ended
+        assert tally_of(group).answered == (0 if ended else 2)
 
 
 def test_halting_does_not_wait_for_models(play, fake_of):
@@ -331,7 +333,7 @@ def test_halting_does_not_wait_for_models(play, fake_of):
     group = play(fake, 200, rounds=0)
     group.begin(question_for(group.game, 1, ()))
     until(lambda: fake.bodies, 5, "asked")
-    group.halt(False)
+    group.halt()
     until(lambda: group.progress(0.1).finished, 5, "halted")
     assert tally_of(group).failures == {INTERRUPTED: 200} and tally_of(group).ended is Ended.INTERRUPTED
     group.close()
@@ -437,7 +439,7 @@ def test_an_exhausted_budget_delays_no_other_group(play, fake_of):
     rich.begin(question_for(rich.game, 1, ()))
     until(lambda: rich.progress(1.0).finished, 3, "answered")
     assert tally_of(rich).answered == 40 and not poor.progress(0.0).finished
-    poor.halt(False)
+    poor.halt()
 
 
 def test_a_long_response_is_read_completely(play, fake_of):

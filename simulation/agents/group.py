@@ -9,11 +9,11 @@ import contextlib
 import gc
 import threading
 import time
-from abc import abstractmethod
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,16 +23,16 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from simulation.agents.agent_class import deserialize_agent_class
-from simulation.agents.participant import Home, Outcome, Participant, answers_many, outcome_in_round
+from simulation.agents.participant import Participant, answers_many, ask_in_thread
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
-from simulation.agents.snapshot import with_histogram
 from simulation.errors import failure_of, one_line
-from simulation.game.answer_sheet import CUT_SHORT, Answers, AnswerSheet
+from simulation.game.answer_sheet import Answers, AnswerSheet
 from simulation.game.rules import Announcement, Game, Question
-from simulation.game.tally import Tally, Winners
+from simulation.game.tally import Tally, Winners, merge
 from simulation.llm.chat import Chat
 from simulation.llm.usage import Usage
-from simulation.rpc.endpoints import run_of
+from simulation.rpc.client import RemoteObject
+from simulation.rpc.endpoints import GroupAssignment, run_of
 from simulation.rpc.messages import Progress
 
 TURN = 32_768  # maximum number of participants of a group that wait for a model at the same time
@@ -40,106 +40,10 @@ BUILD_BATCH = 2000  # number of participants created before the event loop runs 
 TALLY_VALUES = 500_000  # maximum number of distinct values in one message
 
 
-class AskedGroup(metaclass=RpcMeta):
-    """A group as its moderator sees it: participants first .. first+count-1, the current round and its answer sheet."""
+class ParticipantGroup(metaclass=RpcMeta):
+    """The participants first .. first+count-1, the current round and its answer sheet.
 
-    def __init__(self, oid: str, first: int, count: int) -> None:
-        self.oid = oid
-        self.first = first
-        self.count = count
-        self.sheet: AnswerSheet | None = None
-        self._agents: list[Participant] = []  # the participants created so far
-        self._round = 0
-        self._halted = False
-        self._error = ""
-        self._changed = threading.Condition()  # guards check-then-set sequences, as many threads call this group
-
-    def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start a round and return immediately. `tokens_each` is the token budget per participant (None: no limit).
-
-        Does nothing if this round or a later round has started, so a retry is safe. Raises RuntimeError if the group is
-        closed, or busy with the previous round.
-        """
-        with self._changed:
-            if question.round > self._round:  # otherwise a retry, or a late call from a suspended moderator
-                self._halted = False
-                self.sheet = AnswerSheet(self.first, self.count)
-                self._round = question.round
-                self._ask_all(question, self.sheet)
-
-    @abstractmethod
-    def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        """Start to ask all participants and return immediately."""
-
-    @abstractmethod
-    def _ask(self, offset: int, question: Question) -> Outcome:
-        """Ask the participant at this offset, wait for the answer, and return the outcome."""
-
-    def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
-        """Ask participants until the iterator `offsets` is exhausted. Several threads share this iterator."""
-        try:
-            for offset in offsets:
-                outcome: Outcome = {"failure": CUT_SHORT} if self._halted else self._ask(offset, question)
-                with self._changed:
-                    if "units" in outcome:
-                        sheet.record(offset, outcome["units"])
-                    else:
-                        sheet.fail(offset, *outcome["failure"])
-                    if sheet.done == sheet.count:
-                        self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - top level of the thread: `progress` reports the error
-            self._report(one_line(error))
-
-    def _report(self, error: str = "") -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def progress(self, wait_s: float = 0.0) -> Progress:
-        """Wait up to `wait_s` seconds until all participants are done, then return the progress."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done = self._round, self._done()  # in this order, as a round may begin meanwhile
-        return Progress(done, self.count, number, self._error)
-
-    def halt(self, immediately: bool) -> None:
-        """Stop the round: participants without an answer fail as interrupted.
-
-        With `immediately`, these failures are recorded at once and later answers are ignored. Some participants block
-        their thread and cannot be stopped in another way.
-        """
-        with self._changed:
-            self._halted = True
-            if immediately and self.sheet is not None:
-                self.sheet = self.sheet.with_missing_failed()
-            self._changed.notify_all()
-
-    def collect(self, part: int) -> tuple[Tally, int]:
-        """Return part number `part` of the round's tally (from 0), and the number of parts."""
-        parts = self._finished_sheet().tally().parts(TALLY_VALUES)
-        return parts[part], len(parts)
-
-    def announce(self, announcement: Announcement) -> Winners:
-        """Return the participants of this group whose answers are winning numbers of the announced result."""
-        return self._finished_sheet().winners(announcement.winning_units)
-
-    def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of participants first .. first+count-1, without participants of other groups."""
-        return self._finished_sheet().answers(first, count)
-
-    def _done(self) -> int:
-        sheet = self.sheet  # read once, as `close` may clear this attribute
-        return sheet.done if sheet is not None else len(self._agents)
-
-    def _finished_sheet(self) -> AnswerSheet:
-        sheet = self.sheet
-        if sheet is None or sheet.done < self.count:
-            raise RuntimeError(f"group {self.oid} has no finished round")
-        return sheet
-
-
-class ParticipantGroup(AskedGroup):
-    """A group that hosts its participants. The remote id of a participant is `<oid>/<index>`.
+    The remote id of a participant is `<oid>/<index>`.
 
     Args:
         participant_class: The pickled class (see `serialize_agent_class`).
@@ -157,45 +61,81 @@ class ParticipantGroup(AskedGroup):
         reply_threads: int,
         lease_s: float | None,
     ) -> None:
-        super().__init__(oid, first, count)
+        self.oid = oid
+        self.first = first
+        self.count = count
         self.game = game
         self.lease_s = lease_s
+        self.chat = Chat(game) if game.llm is not None else None
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
         self._class = deserialize_agent_class(participant_class, run_of(oid))
-        self._many = answers_many(self._class)
         self._reply_threads = min(reply_threads, count)
         with _pools_lock:
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
+        self._agents: list[Participant] = []  # the participants created so far
+        self._round = 0
+        self._sheet: AnswerSheet | None = None  # None before the first round
+        self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `play`
         self._scheduler: Scheduler | None = None  # runs the current round
+        self._error = ""
         self._closing = False
-        self._chat = Chat(game) if game.llm is not None else None
-        self._budgeted = 0  # the last round whose token budget was set
         # Elapsed and CPU seconds of all finished rounds, and the readings of both clocks when the current one began
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
-        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
+        self._changed = threading.Condition()  # guards check-then-set sequences, as many threads call this group
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
-        self._home = Home(oid, self._loop, self._chat)
         self._thread.start()
         self._run_in_loop(self._build())
 
-    # --- Called by moderators ----------------------------------------------------------------------------------------
+    # --- Called by main and moderators -------------------------------------------------------------------------------
 
-    def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        with self._changed:
-            if question.round > self._round:
-                if self._closing:
-                    raise RuntimeError(f"group {self.oid} is closed")
-                if self._done() < self.count:
-                    raise RuntimeError(f"group {self.oid} is still busy")
-                self.allow(question.round, tokens_each)
-            super().begin(question)
+    def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
+        """Start a round and return immediately. `tokens_each` is the token budget per participant (None: no limit).
 
-    def allow(self, number: int, tokens_each: float | None) -> None:
-        """Set the token budget of a round per participant (None: no limit). Ignore a retry, as tokens may be spent."""
+        With `one_by_one`, each participant is only asked when its `play` is called. Does nothing if this round or a
+        later round has started, so a retry is safe. Raises RuntimeError if the group is closed, or busy with the
+        previous round.
+        """
         with self._changed:
-            if self._chat is not None and number > self._budgeted:
-                self._budgeted = number
-                self._chat.allow(None if tokens_each is None else tokens_each * self.count)
+            if question.round <= self._round:  # a retry, or a late call from a suspended moderator
+                return
+            if self._closing:
+                raise RuntimeError(f"group {self.oid} is closed")
+            if self._done() < self.count:
+                raise RuntimeError(f"group {self.oid} is still busy")
+            if self.chat is not None:
+                self.chat.allow(None if tokens_each is None else tokens_each * self.count)
+            self._sheet = AnswerSheet(self.first, self.count)
+            self._round = question.round
+            if one_by_one:
+                self._unasked = set(range(self.count))
+            else:
+                self._run_in_loop(self._ask_all(question, self._sheet))
+
+    def play(self, index: int, question: Question) -> None:
+        """Ask one participant in a round that began `one_by_one`, and record the outcome. Block until then.
+
+        Does nothing if the participant has been asked in this round, as by a moderator that was lost, or if the round
+        is over.
+        """
+        offset = index - self.first
+        with self._changed:
+            sheet = self._sheet
+            if sheet is None or question.round != self._round or offset not in self._unasked:
+                return
+            self._unasked.remove(offset)
+        self._ask_in_thread(iter((offset,)), question, sheet)
+
+    def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
+        """Wait up to `wait_s` seconds until all participants are done, then return the progress with the usage.
+
+        Add a partial histogram of `numbers` possible answers unless `numbers` is 0.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
+        number, done, sheet = self._round, self._done(), self._sheet  # in this order, as a round may begin meanwhile
+        histogram = sheet.partial_histogram(numbers) if numbers and sheet is not None else ()
+        return Progress(done, self.count, number, self._error, astuple(self.usage()), *histogram)
 
     def usage(self) -> Usage:
         """Return the usage of all rounds so far, including the current round."""
@@ -203,13 +143,31 @@ class ParticipantGroup(AskedGroup):
         if began is not None:
             took_s = time.monotonic() - began[0]
             answering_s, client_s = answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
-        used = Usage() if self._chat is None else self._chat.usage()
+        used = Usage() if self.chat is None else self.chat.usage()
         return replace(used, answering_s=answering_s, client_s=client_s)
 
-    def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Return the progress with the usage. Add a histogram of `numbers` possible answers unless `numbers` is 0."""
-        progress, sheet = replace(super().progress(wait_s), usage=astuple(self.usage())), self.sheet
-        return with_histogram(progress, [sheet], numbers) if numbers and sheet is not None else progress
+    def halt(self) -> None:
+        """Stop the round: participants without an answer fail as interrupted, and later answers are ignored."""
+        with self._changed:
+            self._unasked.clear()
+            if self._sheet is not None:
+                self._sheet = self._sheet.with_missing_failed()
+            self._changed.notify_all()
+        with contextlib.suppress(RuntimeError):  # raised if the group is closed
+            self.loop.call_soon_threadsafe(self._halt_scheduler)
+
+    def collect(self, part: int) -> tuple[Tally, int]:
+        """Return part number `part` of the round's tally (from 0), and the number of parts."""
+        parts = self._finished_sheet().tally().parts(TALLY_VALUES)
+        return parts[part], len(parts)
+
+    def announce(self, announcement: Announcement) -> Winners:
+        """Return the participants of this group whose answers are winning numbers of the announced result."""
+        return self._finished_sheet().winners(announcement.winning_units)
+
+    def answers(self, first: int, count: int) -> Answers:
+        """Return the answers of participants first .. first+count-1, without participants of other groups."""
+        return self._finished_sheet().answers(first, count)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Pass answers of earlier rounds to recreated participants, the first of which has the index `first`.
@@ -228,11 +186,6 @@ class ParticipantGroup(AskedGroup):
             except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
                 agents[offset] = self._failed(offset, error)
 
-    def halt(self, immediately: bool) -> None:
-        super().halt(immediately or not self._many)  # a blocking `reply` cannot be cancelled
-        with contextlib.suppress(RuntimeError):  # raised if the group is closed
-            self._loop.call_soon_threadsafe(self._halt_scheduler)
-
     # --- Called by the server ----------------------------------------------------------------------------------------
 
     @property
@@ -250,40 +203,53 @@ class ParticipantGroup(AskedGroup):
         with self._changed:
             if self._closing:
                 return
-            self._closing = self._halted = True
-        if self._chat is not None:
-            self._chat.close()
+            self._closing = True
+        if self.chat is not None:
+            self.chat.close()
         with contextlib.suppress(RuntimeError):  # raised if the group's thread has closed the loop
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=1)  # a participant may block the event loop for longer
         with self._changed:
             self._agents = []
-            self._scheduler = self.sheet = self._pool = None
+            self._scheduler = self._sheet = self._pool = None
 
     # --- Internal ----------------------------------------------------------------------------------------------------
 
+    def _done(self) -> int:
+        sheet = self._sheet  # read once, as `close` may clear this attribute
+        return sheet.done if sheet is not None else len(self._agents)
+
+    def _finished_sheet(self) -> AnswerSheet:
+        sheet = self._sheet
+        if sheet is None or sheet.done < self.count:
+            raise RuntimeError(f"group {self.oid} has no finished round")
+        return sheet
+
     def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        asyncio.set_event_loop(self.loop)
         while not self._closing:
             try:
-                self._loop.run_forever()
+                self.loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:  # from a task that a user-defined participant created
                 logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
         self._halt_scheduler()
-        self._loop.run_until_complete(asyncio.sleep(0))  # start all coroutines before their cancellation
-        for task in asyncio.all_tasks(self._loop):
+        self.loop.run_until_complete(asyncio.sleep(0))  # start all coroutines before their cancellation
+        for task in asyncio.all_tasks(self.loop):
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
 
     def _run_in_loop(self, work: Awaitable[None]) -> None:
         """Run `work` on the event loop, then notify waiting calls. An error is a defect: `progress` reports it."""
 
         async def run() -> None:
             error = await outcome_of(work)
-            self._report(f"group {self.oid}: {one_line(error)}" if error is not None else "")
+            with self._changed:
+                if error is not None:
+                    self._error = f"group {self.oid}: {one_line(error)}"
+                self._changed.notify_all()
 
-        asyncio.run_coroutine_threadsafe(run(), self._loop)
+        asyncio.run_coroutine_threadsafe(run(), self.loop)
 
     async def _build(self) -> None:
         """Create all participants.
@@ -297,7 +263,7 @@ class ParticipantGroup(AskedGroup):
                 for offset in range(start, min(start + BUILD_BATCH, self.count)):
                     try:
                         agent: Participant = type.__call__(self._class, self.first + offset, self.game)
-                        agent._home = self._home
+                        agent._home = self
                     except BaseException as error:  # noqa: BLE001 - a user-defined __init__ may raise anything
                         agent = self._failed(offset, error)
                     self._agents.append(agent)
@@ -306,24 +272,32 @@ class ParticipantGroup(AskedGroup):
 
     def _failed(self, offset: int, error: BaseException) -> Participant:
         agent: Participant = type.__call__(Participant, self.first + offset, self.game)
-        agent._home, agent._creation_error = self._home, one_line(error)
+        agent._home, agent._creation_error = self, one_line(error)
         return agent
 
-    def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
-        async def ask_all() -> None:
-            self._spent = (*self._spent[:2], (time.monotonic(), time.process_time()))
-            if self._many:
-                await self._schedule(question, sheet)
-            else:
-                ask = partial(self._ask_in_thread, iter(range(self.count)), question, sheet)
-                await asyncio.gather(*(self._loop.run_in_executor(self._pool, ask) for _ in range(self._reply_threads)))
-            used = self.usage()
-            self._spent = (used.answering_s, used.client_s, None)
+    async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
+        self._spent = (*self._spent[:2], (time.monotonic(), time.process_time()))
+        if answers_many(self._class):
+            await self._schedule(question, sheet)
+        else:
+            ask = partial(self._ask_in_thread, iter(range(self.count)), question, sheet)
+            await asyncio.gather(*(self.loop.run_in_executor(self._pool, ask) for _ in range(self._reply_threads)))
+        used = self.usage()
+        self._spent = (used.answering_s, used.client_s, None)
 
-        self._run_in_loop(ask_all())
-
-    def _ask(self, offset: int, question: Question) -> Outcome:
-        return outcome_in_round(self._agents[offset], question)
+    def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
+        """Ask participants until the iterator `offsets`, which several threads may share, is exhausted."""
+        for offset in offsets:
+            if sheet is not self._sheet or self._closing:  # the round was halted
+                return
+            try:
+                record = partial(sheet.record, offset, ask_in_thread(self._agents[offset], question))
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
+                record = partial(sheet.fail, offset, *failure_of(error))
+            with self._changed:
+                record()
+                if sheet.done == sheet.count:
+                    self._changed.notify_all()
 
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
         """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
@@ -336,22 +310,33 @@ class ParticipantGroup(AskedGroup):
             gc.collect()
         agents = self._agents
         self._scheduler = Scheduler(
-            self._loop,
+            self.loop,
             self.count,
             begin=lambda offset: agents[offset].answer(question),
             answered=partial(sheet.record_many, game=self.game),
-            failed=lambda offset, error: sheet.fail(offset, *(CUT_SHORT if self._halted else failure_of(error))),
-            max_concurrent=None if self._chat is None else max(TURN, 2 * self._chat.settings.samples_per_request),
+            failed=lambda offset, error: sheet.fail(offset, *failure_of(error)),
+            max_concurrent=None if self.chat is None else max(TURN, 2 * self.chat.settings.samples_per_request),
         )
-        if self._halted:
+        if sheet is not self._sheet:  # the round was halted
             self._scheduler.halt()
         await self._scheduler.run()
-        self._scheduler = None
 
     def _halt_scheduler(self) -> None:
         scheduler = self._scheduler  # read once, as `close` may clear this attribute
         if scheduler is not None:
             scheduler.halt()
+
+
+def group_proxy(assignment: GroupAssignment, timeout_s: float, kwargs: dict[str, Any] | None = None) -> RemoteObject:
+    """Return a proxy of a group that has a server. If `kwargs` are given, create a missing group."""
+    assert assignment.server is not None
+    return RemoteObject(ParticipantGroup, assignment.oid, assignment.server, timeout_s, kwargs)
+
+
+def whole_tally(group: Any) -> Tally:
+    """Fetch the tally of a group or moderator part by part. Return the merged tally."""
+    first_part, parts = group.collect(0)
+    return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
 
 
 # One pool of threads per run, for blocking replies. The threads end when the groups are closed and no reply is running.

@@ -1,35 +1,32 @@
 """The base class of all participants, and functions that ask a single participant."""
 
 import asyncio
-import threading
 from collections.abc import Awaitable
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
 from agentscope.rpc import async_func
 
 from simulation.agents.scheduler import Sleep, outcome_of
-from simulation.errors import Failure, KnownCause, failure_of
+from simulation.errors import KnownCause
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question, to_units
 from simulation.llm.chat import Chat
 from simulation.llm.prompts import Numbers
 
-Outcome = dict[str, Any]  # {"units": answer in units} or {"failure": Failure}
 
-
-@dataclass(frozen=True)
-class Home:
-    """The data that all participants of a group share: remote id and event loop of the group, and its model client."""
+class Home(Protocol):
+    """The group of a participant, as the participant uses it."""
 
     oid: str
     loop: asyncio.AbstractEventLoop
-    chat: Chat | None
-    lock: threading.Lock = field(default_factory=threading.Lock)  # guards `_last_play` of all participants
+    chat: Chat | None  # the group's access to models
+
+    def play(self, index: int, question: Question) -> None:
+        """Ask a participant and record the outcome, once per round."""
 
 
 class Participant(AgentBase):
@@ -41,7 +38,6 @@ class Participant(AgentBase):
     """
 
     _home: Home | None = None  # set by the group
-    _last_play: tuple[int, Future[Outcome]] | None = None  # the latest round of a `play` call, and its outcome
     _creation_error = ""  # why the group could not create this participant
 
     def __init__(self, index: int, game: Game) -> None:
@@ -90,12 +86,14 @@ class Participant(AgentBase):
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
     @async_func
-    def play(self, x: Msg) -> Msg:
-        """Answer the question of a round outside a group call. The metadata of the returned message is an Outcome.
+    def play(self, x: Msg, index: int) -> Msg:
+        """Answer the question of a round outside a group call. The group records the answer (see its `play`).
 
-        A repeated request, such as from the successor of a lost moderator, returns the outcome of the first request.
+        `index` is the index that the group has given to this participant, as a subclass may have changed the attribute.
         """
-        return Msg("participant", "", "assistant", metadata=_outcome_once(self, question_in(x, self.game)))
+        assert self._home is not None  # only participants in groups can be called
+        self._home.play(index, question_in(x, self.game))
+        return Msg("participant", "", "assistant")
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Await `answering` on the group's event loop, or on a new loop without a group, while this thread waits."""
@@ -131,32 +129,13 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
     setattr(Participant, _attribute, _CreatedLate(_attribute))
 
 
-def _outcome_once(participant: Participant, question: Question) -> Outcome:
-    """Return the outcome of a participant in a round. Ask the participant only once per round (see `play`)."""
-    home, own = participant._home, Future[Outcome]()
-    if home is None or question.round == 0:  # there are no repeated requests outside a group or a round
-        return outcome_in_round(participant, question)
-    with home.lock:
-        latest, outcome = participant._last_play or (0, own)
-        if question.round > latest:
-            latest, outcome = participant._last_play = question.round, own
-    if question.round < latest:
-        return {"failure": Failure(f"round {question.round} is over")}
-    if outcome is own:
-        own.set_result(outcome_in_round(participant, question))
-    return outcome.result()
-
-
-def outcome_in_round(participant: Participant, question: Question) -> Outcome:
-    """Ask one participant, wait for the answer in this thread, and return the outcome."""
-    try:
-        if answers_many(type(participant)):
-            answer = participant._run(participant.answer(question))
-        else:
-            answer = answer_in(participant.reply(message_of(question)))
-        return {"units": to_units(answer, participant.game)}
-    except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
-        return {"failure": failure_of(error)}
+def ask_in_thread(participant: Participant, question: Question) -> int:
+    """Ask one participant, wait for the answer in this thread, and return it in units. May raise anything."""
+    if answers_many(type(participant)):
+        answer = participant._run(participant.answer(question))
+    else:
+        answer = answer_in(participant.reply(message_of(question)))
+    return to_units(answer, participant.game)
 
 
 def answers_many(cls: type[Participant]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moderator import Moderator
-from simulation.agents.group import ParticipantGroup
+from simulation.agents.group import group_proxy
 from simulation.agents.participant import Participant
 from simulation.cluster.agent_class import load_agent_class, pickled_agent_class
 from simulation.cluster.failure_detector import ServerStatus
@@ -84,8 +84,8 @@ class Cluster(Membership):
         """Call all moderators that have groups. Return the results by server. Raises ServerLost."""
         return call_all_or_raise({server: partial(call, self.moderators[server]) for server in self._assigned})
 
-    def halt(self, immediately: bool) -> None:
-        self.all(lambda moderator: moderator.halt(immediately))
+    def halt(self) -> None:
+        self.all(lambda moderator: moderator.halt())
 
     def unassign_server(self, endpoint: Endpoint) -> None:
         self._plan.unassign_server(endpoint)
@@ -147,9 +147,8 @@ class Cluster(Membership):
             groups[assignment.moderator_server].append(assignment)
         missing = [server for server in groups if server not in self.moderators]
         self.moderators |= call_all_or_raise({server: partial(self._moderator, server) for server in missing})
-        one_by_one = self.config.dispatch == "agent"
         changed = {
-            server: partial(moderator.assign, groups.get(server, []), one_by_one)
+            server: partial(moderator.assign, groups.get(server, []))
             for server, moderator in self.moderators.items()
             if groups.get(server) != self._assigned.get(server)
         }
@@ -161,22 +160,21 @@ class Cluster(Membership):
         oid = f"{self.run}/moderator-{number}.{self.losses[server]}"
         timeout_s, lease_s = self.config.heartbeat_timeout, self.config.lease
         kwargs = {"name": f"Moderator {number}", "timeout_s": timeout_s, "lease_s": lease_s}
+        kwargs["one_by_one"] = self.config.dispatch == "agent"
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
         """Wait until these groups finish a round (0: the creation of their participants); see `wait_until_done`."""
-        one_by_one = number > 0 and self.config.dispatch == "agent"  # then the moderators count the answers
-        awaited = [(each.server, each.oid, not one_by_one) for each in assignments if each.server is not None]
+        awaited = [(each.server, each.oid) for each in assignments if each.server is not None]
         if number > 0:
-            awaited += [(server, self.moderators[server].oid, one_by_one) for server in self._assigned]
+            awaited += [(server, self.moderators[server].oid) for server in self._assigned]
         self.wait_until_done(stage, number, sum(each.count for each in assignments), awaited)
 
 
 def _group(assignment: GroupAssignment, kwargs: dict[str, Any]) -> RemoteObject:
     """Create a group on its server and return a proxy for it."""
-    assert assignment.server is not None
     kwargs = kwargs | {"oid": assignment.oid, "first": assignment.first, "count": assignment.count}
-    return RemoteObject(ParticipantGroup, assignment.oid, assignment.server, LONG_CALL_TIMEOUT_S, kwargs)
+    return group_proxy(assignment, LONG_CALL_TIMEOUT_S, kwargs)
 
 
 def _restore_memory(record: Record, rounds: int, assignment: GroupAssignment, group: RemoteObject) -> None:

@@ -21,7 +21,6 @@ SCAN_PAUSE_S = 5e-5  # pause per object between two scans of the heartbeat repli
 RECOVERY_POLL_S = 0.1  # interval between checks for a recovered server
 GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first
 LOSSES_IN_ROUND = 3  # a server with this many losses is not readmitted in the round: the game may crash it
-HALT_TIMEOUT_S = 3.0  # then answers are ignored, as a participant that blocks its event loop cannot be stopped
 
 
 class ProgressListener(Protocol):
@@ -52,8 +51,8 @@ class Membership:
         """Handle the loss of a server and of all objects on this server."""
         raise NotImplementedError
 
-    def halt(self, immediately: bool) -> None:
-        """Stop the round. With `immediately`, do not wait for pending answers."""
+    def halt(self) -> None:
+        """Stop the round."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -135,15 +134,14 @@ class Membership:
             self._detector.wait(RECOVERY_POLL_S)
         return up
 
-    def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str, bool]]) -> None:
+    def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str]]) -> None:
         """Wait without time limit until `total` participants finish a round. An interruption ends the round early.
 
         `number` is the number of the round, or 0 for the creation of participants. `awaited` has an entry for each
-        object that must report: its server, its id, and whether its progress counts participants. Raises ServerLost,
-        Interrupted (only during creation), or the SimulationError that an object reports.
+        object that must report: its server and its id. Raises ServerLost, Interrupted (only during creation), or the
+        SimulationError that an object reports.
         """
-        halts = [(0.0, False), (HALT_TIMEOUT_S, True)]  # (seconds since the interruption, argument of `halt`)
-        interrupted_at: float | None = None
+        halted = False
         since = time.monotonic()
         self._detector.poll_now(number)
         while True:
@@ -152,23 +150,22 @@ class Membership:
             self.watch.progress(stage, done, total, f"{answering} of {len(self._servers)} servers answer")
             if done == total:
                 return
-            if self.watch.stop_signal is not None:
-                if number == 0:
-                    raise Interrupted(self.watch.stop_signal)
-                interrupted_at = interrupted_at or time.monotonic()
-                if halts and time.monotonic() >= interrupted_at + halts[0][0]:
-                    self.halt(halts.pop(0)[1])
+            if self.watch.stop_signal is not None and number == 0:
+                raise Interrupted(self.watch.stop_signal)
+            if self.watch.stop_signal is not None and not halted:
+                self.halt()
+                halted = True
             self._detector.wait(POLL_S)
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
 
-    def _done(self, number: int, awaited: list[tuple[Endpoint, str, bool]], since: float) -> int:
+    def _done(self, number: int, awaited: list[tuple[Endpoint, str]], since: float) -> int:
         """Return the number of finished participants, and store their usage. Ignore replies requested before `since`.
 
         Raises the errors that objects report, and ServerLost if a server or an object is lost.
         """
         done = 0
         gone: AgentNotFound | None = None
-        for endpoint, oid, counts in awaited:
+        for endpoint, oid in awaited:
             status = self.status[endpoint]
             if not status.up and gone is None:
                 raise ServerUnreachable(f"{endpoint}: {status.why}")
@@ -176,14 +173,14 @@ class Membership:
                 continue
             progress = status.reply.objects.get(oid)
             if progress is None:  # for example, the lease expired while this process was suspended
-                gone = AgentNotFound(f"{endpoint}: the agent is gone")
-                self._detector.mark_down(endpoint, "the agent is gone")
+                gone = AgentNotFound(f"{endpoint}: {channels.AGENT_GONE}")
+                self._detector.mark_down(endpoint, channels.AGENT_GONE)
             elif progress.error:
                 raise channels.parse_remote_error(progress.error) or SimulationError(progress.error)
             else:
                 if progress.usage:
                     self.used[oid] = Usage(*progress.usage)  # type: ignore[arg-type]
-                done += progress.done if counts and progress.round == number else 0
+                done += progress.done if progress.round == number else 0
         if gone is not None:
             raise gone
         return done

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from agentscope.message import Msg
 
+from simulation.agents.group import whole_tally
 from simulation.agents.participant import Participant
-from simulation.agents.per_agent_dispatch import whole_tally
 from simulation.cluster.cluster import Cluster, Record
 from simulation.cluster.membership import ProgressListener
 from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError, UnusableAnswer
@@ -99,9 +99,6 @@ class Simulation:
         assignments, tokens_each = self.cluster.active_assignments, self._tokens_each()
         self.cluster.all(lambda moderator: moderator.begin(question, tokens_each))
         self.cluster.wait("answers in", question.round, assignments)
-        if self.config.dispatch == "agent" and self.game.llm is not None:
-            # the first wait ends when the moderators have all answers; the second gets the final usage of the groups
-            self.cluster.wait("answers in", question.round, assignments)
         tally = merge(self.cluster.all(whole_tally).values())
         missing = self.config.participant_num - sum(each.count for each in assignments)
         if missing:

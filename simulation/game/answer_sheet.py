@@ -23,6 +23,7 @@ from simulation.game.tally import (
 )
 
 PIECE = 65_536  # entries counted per step: they and their copies fit into a CPU cache
+BINS = 101  # maximum number of bins of a partial histogram
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # maximum number and length of the kept texts of unusable answers
 CUT_SHORT = Failure(INTERRUPTED, ended=Ended.INTERRUPTED)
 UNDECIDED = -1  # the entry of a participant without an outcome so far
@@ -45,6 +46,12 @@ class Answers:
         """Return the failure cause of a participant, or None if the participant answered."""
         units = int(self.units[participant - self.first])
         return None if units >= 0 else self.causes[FAILED - units]
+
+
+def bins_of(numbers: int) -> tuple[int, int]:
+    """Return the width of a bin in units and the number of bins, for the possible answers 0 .. numbers-1."""
+    width = -(-numbers // BINS)
+    return width, -(-numbers // width)
 
 
 class AnswerSheet:
@@ -129,12 +136,13 @@ class AnswerSheet:
         failed = np.bincount(FAILED - self._units[self._units <= FAILED])
         return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
 
-    def partial_histogram(self, width: int, bins: int) -> tuple[Units, dict[str, int]]:
-        """Return the counts of the answers so far per histogram bin, int64 of shape (bins,), and of failures by cause.
+    def partial_histogram(self, numbers: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Return the counts of the answers so far per histogram bin (see `bins_of`), and of the failures by cause.
 
-        The first bin starts at 0, and each bin is `width` units wide. Only the first CAUSES_COUNTED causes are counted
-        separately, because each participant may fail for another cause.
+        Another thread may record answers at the same time. Only the first CAUSES_COUNTED causes are counted separately,
+        because each participant may fail for another cause.
         """
+        width, bins = bins_of(numbers)
         answered, failed = np.zeros(bins, np.int64), np.zeros(CAUSES_COUNTED + 1, np.int64)
         for at in range(0, self.count, PIECE):
             piece = self._units[at : at + PIECE]
@@ -143,7 +151,8 @@ class AnswerSheet:
             failed += np.bincount(codes, minlength=len(failed))
         # Read after the codes: `fail` stores a cause before its code
         causes = [*islice(self._causes, CAUSES_COUNTED), OTHER_CAUSES]
-        return answered, {cause: count for cause, count in zip(causes, failed.tolist(), strict=False) if count}
+        failures = {cause: count for cause, count in zip(causes, failed.tolist(), strict=False) if count}
+        return tuple(answered.tolist()), failures
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Return the participants whose answer is one of `winning_units`."""

@@ -34,7 +34,7 @@ from simulation.files import ROOT
 from simulation.llm.chat import load_models
 from simulation.llm.model_configs import ModelConfig, has_models
 from simulation.rpc import messages
-from simulation.rpc.channels import MESSAGE_BYTES, install_tls
+from simulation.rpc.channels import AGENT_GONE, MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
 from simulation.rpc.endpoints import address_of, run_of, same_run
 from simulation.settings import SimulationConfig
@@ -226,7 +226,7 @@ class SimulationServicer(AgentServerServicer):
         try:
             agent = self.get_agent(agent_id)
             if agent is None:
-                raise KnownCause("the agent is gone")
+                raise KnownCause(AGENT_GONE)
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
         except BaseException as error:  # noqa: BLE001 - the code of users may raise any exception
             result = MAGIC_PREFIX + one_line(error).encode()

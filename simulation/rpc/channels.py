@@ -26,6 +26,7 @@ CALLS_AT_ONCE = 32
 GIVEN_UP_POLL_S = 0.1
 ANOTHER_VERSION = "is an agent server, but of another program or version"
 NOBODY_LISTENS = "no server listens there"
+AGENT_GONE = "the agent is gone"
 UNTRUSTED = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # in the error details of a first call with the wrong key
 CHANNEL_OPTIONS = (
@@ -190,7 +191,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
             cause = "no address is known for this name; check /etc/hosts or DNS"
         return ServerUnreachable(f"{endpoint}: {cause}")
     if "not exists" in details:
-        return errors.AgentNotFound(f"{endpoint}: the agent is gone")
+        return errors.AgentNotFound(f"{endpoint}: {AGENT_GONE}")
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable(f"{endpoint}: does not answer in time"),
         grpc.StatusCode.UNIMPLEMENTED: errors.ClusterError(f"{endpoint} {ANOTHER_VERSION}"),

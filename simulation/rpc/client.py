@@ -18,8 +18,8 @@ from agentscope.rpc.retry_strategy import RetryBase
 from agentscope.rpc.rpc_agent_pb2 import CallFuncRequest, CreateAgentRequest, StringMsg
 from agentscope.rpc.rpc_agent_pb2_grpc import RpcAgentStub
 
-from simulation.errors import ClusterError, KnownCause
-from simulation.rpc.channels import await_call, channel_to, stub_of, translated_error
+from simulation.errors import AgentNotFound, ClusterError, KnownCause
+from simulation.rpc.channels import AGENT_GONE, await_call, channel_to, stub_of, translated_error
 from simulation.rpc.endpoints import Endpoint
 
 GROUP_DEADLINE_S = 20.0  # calls of groups are short, so a server that takes longer hangs
@@ -47,17 +47,20 @@ def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
     _Client(endpoint, deadline_s).delete_agent(oid)
 
 
-def reply_of(proxy: RemoteObject, message: Msg, method: str = "reply") -> Msg:
+def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply") -> Msg:
     """Call an agent without a deadline and return its reply.
 
     Raises KnownCause if the agent raises an exception, and ClusterError if its server is lost.
     """
     try:
-        return getattr(proxy, method)(message).result()
+        return getattr(proxy, method)(message, *more).result()
     except AgentServerError as error:
         if isinstance(error.__cause__, grpc.RpcError):
             raise translated_error(error.__cause__, proxy.client.endpoint) from None
-        raise KnownCause(str(error.message).removeprefix("Failed to update placeholder: ")) from None
+        cause = str(error.message).removeprefix("Failed to update placeholder: ")
+        if cause == AGENT_GONE:
+            raise AgentNotFound(f"{proxy.client.endpoint}: {cause}") from None
+        raise KnownCause(cause) from None
 
 
 class _Client(RpcClient):

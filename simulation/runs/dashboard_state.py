@@ -11,8 +11,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from simulation.agents.snapshot import BINS, bins_of
 from simulation.cluster.failure_detector import ServerStatus
+from simulation.game.answer_sheet import BINS, bins_of
 from simulation.results.console_report import histogram
 from simulation.results.run_files import most_frequent, round_entry
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
@@ -95,7 +95,6 @@ class DashboardState:
         game = self.run.game
         width, bins = bins_of(game.numbers)
         counts = [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)]
-        one_by_one = self.run.config.dispatch == "agent"  # in this case, the moderators record the answers
         return {
             "width": width,
             "scale": game.scale,
@@ -104,7 +103,7 @@ class DashboardState:
             "counts": counts if number else self._bars or counts,
             "last": self._bars if number else [],
             "reported": len(current),
-            "groups": len({each.moderator_server if one_by_one else each.oid for each in assignments}),
+            "groups": len(assignments),
         }
 
     def _servers(
@@ -139,7 +138,7 @@ class DashboardState:
             "why": why,
             "losses": status.losses,
             "hosts": hosts,
-            "answered": None if participants and config.dispatch == "agent" else answered,
+            "answered": answered,
             "cpu": status.reply.cpu if status.up and not self.over else None,
             "memory_mb": status.reply.memory_mb if status.up else None,
         }
@@ -155,7 +154,7 @@ def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (host, participants), group in groupby(rows, itemgetter("host", "participants")):
         servers = list(group)
         drawn, left = servers[:left], max(left - len(servers), 0)
-        shares = (9 * (row["answered"] or 0) // max(row["hosts"], 1) for row in drawn)
+        shares = (9 * row["answered"] // max(row["hosts"], 1) for row in drawn)
         grid.append(
             {
                 "host": host,
