@@ -57,8 +57,7 @@ class LLMParticipant(Participant):
     async def answer(self, question: Question) -> float | str:
         """Ask the model and return its number, or, in round 0, its text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        mixed = self.game.population.model_of(self.index) if self.game.population is not None else None
-        model = mixed or model_of(self.index, chat.settings.model_per_host)
+        model = self.game.population.model_of(self.index) or model_of(self.index, chat.settings.model_per_host)
         if question.round == 0:
             text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
@@ -87,7 +86,8 @@ class LLMParticipant(Participant):
     def _character(self) -> tuple[tuple[Persona, ...], str | None]:
         """Return the personas and the team of this participant; the team is None in a game without teams."""
         population, teams = self.game.population, self.game.teams
-        return self._played(), None if population is None or teams is None else population.part_of(teams, self.index)
+        team = None if teams is None else population.label_of(teams, self.index)
+        return population.personas_of(self.index), team
 
     def _units(self, text: str) -> int:
         return to_units(text, self.game)

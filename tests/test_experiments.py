@@ -281,10 +281,8 @@ def test_prompts_personas_and_models_are_read_exactly(tmp_path):
     prompt = read_prompt(config)
     assert (prompt.name, prompt.system, prompt.reasoning_tokens) == ("free", "From {{0}} to {max_value}.", 9)
     population = read_population(config, read_models(config))
-    assert [each.name for each in population.persona_sets] == ["b", "a"] and population.round_robin_models == (
-        "participant-model",
-    ) * 2
-    assert [(each.share, each.text) for each in population.persona_sets[1].personas] == [
+    assert [*population.persona_sets] == ["b", "a"] and population.round_robin_models == ("participant-model",) * 2
+    assert [(each.share, each.text) for each in population.persona_sets["a"]] == [
         (Fraction(1, 3), ""),
         (Fraction(2, 3), "Why?"),
     ]

@@ -56,9 +56,7 @@ def test_level_0_adds_the_random_draw(cluster):
     summary = cluster.play("3", str(COUNT), *flags)
     run = read_run(cluster.path / "runs/latest")
     (parts,) = run.game.population.groupings
-    levels = [
-        int(parts.names[place].removeprefix("level ")) for place in run.game.population.part_indices(parts, 0, COUNT)
-    ]
+    levels = [int(parts.names[place].removeprefix("level ")) for place in parts.name_indices(0, COUNT)]
     game, heard = Game(7, 100, DECIMALS, 0.0), Fraction(50)
     for entry in summary["rounds"]:
         units = [

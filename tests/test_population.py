@@ -15,7 +15,6 @@ from simulation.game.population import (
     MODEL,
     ModelShare,
     Persona,
-    PersonaSet,
     Population,
     assign_many,
     assign_one,
@@ -36,10 +35,10 @@ def shares_of(weights):
 
 
 def population_of(seed, total, *sets, models=(), round_robin_models=()):
-    made = tuple(
-        PersonaSet(f"set {place}", tuple(Persona(f"P{number}", share) for number, share in enumerate(shares_of(each))))
+    made = {
+        f"set {place}": tuple(Persona(f"P{number}", share) for number, share in enumerate(shares_of(each)))
         for place, each in enumerate(sets)
-    )
+    }
     mixture = tuple(ModelShare(f"m{place}", share, f"model {place}") for place, share in enumerate(models))
     return Population(seed, total, made, mixture, round_robin_models)
 
@@ -71,17 +70,15 @@ def test_one_participant_and_arrays_give_the_same_parts(seed, total, first, seco
     assert [parts.topic for parts in sets] == ["set 0", "set 1"] and models.topic == MODEL
     participant = total - 1
     for place, parts in enumerate(sets):
-        there = population.part_indices(parts, participant, 1)[0]
+        there = parts.name_indices(participant, 1)[0]
         assert (
             population.personas_of(participant)[place].name
             == parts.names[there]
-            == population.part_of(parts.topic, participant)
+            == population.label_of(parts.topic, participant)
         )
-        assert np.bincount(population.part_indices(parts, 0, total), minlength=len(parts.names)).tolist() == list(
-            parts.counts
-        )
-    called = models.names[population.part_indices(models, participant, 1)[0]]
-    assert f"model {population.model_of(participant)[1:]}" == called == population.part_of(MODEL, participant)
+        assert np.bincount(parts.name_indices(0, total), minlength=len(parts.names)).tolist() == list(parts.counts)
+    called = models.names[models.name_indices(participant, 1)[0]]
+    assert f"model {population.model_of(participant)[1:]}" == called == population.label_of(MODEL, participant)
 
 
 def test_the_assignment_of_a_seed_is_fixed():
@@ -104,14 +101,14 @@ def test_round_robin_models_are_grouped_by_their_server_name():
     population = population_of(7, 11, round_robin_models=("llama", "qwen", "llama"))
     (parts,) = population.groupings
     assert parts.names == ("llama", "qwen") and population.model_of(3) is None
-    assert population.part_indices(parts, 3, 3).tolist() == [0, 1, 0]
-    assert [population.part_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
-    assert np.bincount(population.part_indices(parts, 0, 11)).tolist() == list(parts.counts)
+    assert parts.name_indices(3, 3).tolist() == [0, 1, 0]
+    assert [population.label_of(MODEL, participant) for participant in (3, 4, 5)] == ["llama", "qwen", "llama"]
+    assert np.bincount(parts.name_indices(0, 11)).tolist() == [7, 4]
     assert population_of(7, 11, round_robin_models=("llama", "llama")).groupings == ()
     alike = Population(
         7, 10, models=(ModelShare("cold", Fraction(1, 2), "llama"), ModelShare("hot", Fraction(1, 2), "llama"))
     )
-    assert alike.groupings[0].names == ("cold", "hot") and alike.part_indices(alike.groupings[0], 0, 10).sum() == 5
+    assert alike.groupings[0].names == ("cold", "hot") and alike.groupings[0].name_indices(0, 10).sum() == 5
     other = ModelShare("other", Fraction(1, 2), "qwen")
     mixed = Population(7, 20, models=(*(replace(each, share=Fraction(1, 4)) for each in alike.models), other))
     (parts,) = mixed.groupings

@@ -21,7 +21,7 @@ from conftest import CONTRAST, one_line
 from matplotlib.figure import Figure
 
 from simulation.errors import SettingsError
-from simulation.game.population import ModelShare, Persona, PersonaSet, Population
+from simulation.game.population import ModelShare, Persona, Population
 from simulation.game.rules import Game
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, draw_lines, selection
@@ -65,10 +65,10 @@ def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
     folder = tmp_path_factory.mktemp("told") / "apart"
     shutil.copytree(cluster.path / "runs/three", folder)
     half = Fraction(1, 2)
-    personas = (
-        PersonaSet("education", (Persona("none <b>", half), Persona("$much$ 多", half))),
-        PersonaSet("job", tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30))),
-    )
+    personas = {
+        "education": (Persona("none <b>", half), Persona("$much$ 多", half)),
+        "job": tuple(Persona(f"{HOSTILE} {place}", Fraction(1, 30)) for place in range(30)),
+    }
     population = Population(
         7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large"))
     )
@@ -156,8 +156,8 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     arguments = ("--agent-class", f"long.py:{'F' * 90}", "--max-value", "1000000000", "--ratio", "3", "--rounds", "2")
     cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
     folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
-    personas = PersonaSet("S" * 80, tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600)))
-    game = Game(7, 10**9, 0, 0.0, population=Population(7, 100, (personas,)))
+    personas = {"S" * 80: tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600))}
+    game = Game(7, 10**9, 0, 0.0, population=Population(7, 100, personas))
     (folder / "game.json").write_text(json.dumps(game_to_json(game)))
     for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
         assert entry["winning_number"] == 3 * entry["average"]

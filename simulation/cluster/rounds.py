@@ -194,11 +194,10 @@ class Simulation:
 
 def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[int, int]]) -> Iterator[Answers]:
     """Yield the given answers. Meanwhile, store the exact sum and the number of each team's answers in `sums`."""
-    assert game.population is not None
     teams = next(each for each in game.population.groupings if each.topic == game.teams)
     sums.update(dict.fromkeys(teams.names, (0, 0)))
     for part in answers:
-        indices = game.population.part_indices(teams, part.first, len(part.units))
+        indices = teams.name_indices(part.first, len(part.units))
         for number, name in enumerate(teams.names):
             units = part.units[(part.units >= 0) & (indices == number)]
             total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # the sum may exceed 64 bits

@@ -4,9 +4,8 @@ The assignment does not depend on which server a participant is on, and can be c
 """
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -28,14 +27,6 @@ class Persona:
 
 
 @dataclass(frozen=True)
-class PersonaSet:
-    """A set of personas, whose shares add up to 1. Each participant has one persona of the set."""
-
-    name: str
-    personas: tuple[Persona, ...]
-
-
-@dataclass(frozen=True)
 class ModelShare:
     """A model of a mixture: its name in the models file, its share, and `model`, its name on the model server."""
 
@@ -46,94 +37,79 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class Grouping:
-    """One partition of the participants: its topic, the names of its parts, and the number of participants in each."""
+    """One partition of the participants, by their personas of one set or by their models."""
 
-    topic: str
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
+    topic: str  # the name of the persona set, or MODEL
+    labels: tuple[str, ...]  # the name of each part; several models may have the same name
+    counts: tuple[int, ...]  # number of participants in each part; empty if participant i is in part i mod len(labels)
+    seed: int
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Return the distinct labels."""
+        return tuple(dict.fromkeys(self.labels))
+
+    def part_of(self, participant: int) -> int:
+        """Return the index in `labels` for one participant."""
+        if not self.counts:
+            return participant % len(self.labels)
+        return assign_one(self.seed, self.topic, self.counts, participant)
+
+    def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return the index in `names` for each participant first .. first+count-1, int64 of shape (count,)."""
+        if not self.counts:
+            parts = np.arange(first, first + count) % len(self.labels)
+        else:
+            parts = assign_many(self.seed, self.topic, self.counts, first, count)
+        return np.array([self.names.index(label) for label in self.labels])[parts]
 
 
 @dataclass(frozen=True)
 class Population:
-    """The personas and models of all participants.
+    """The personas and models of all participants."""
 
-    Attributes:
-        seed: The seed of the game.
-        total: The number of participants.
-        persona_sets: The sets of personas. Each participant has one persona of each set.
-        models: The mixture of models; empty if models are assigned round-robin.
-        round_robin_models: The names, on the servers, of the models assigned round-robin; empty without models.
-    """
-
-    seed: int
-    total: int
-    persona_sets: tuple[PersonaSet, ...] = ()
-    models: tuple[ModelShare, ...] = ()
-    round_robin_models: tuple[str, ...] = ()
+    seed: int = 0  # the seed of the game
+    total: int = 0  # number of participants
+    persona_sets: dict[str, tuple[Persona, ...]] = field(default_factory=dict)  # by name; shares add up to 1 in each
+    models: tuple[ModelShare, ...] = ()  # the mixture of models; empty if models are assigned round-robin
+    round_robin_models: tuple[str, ...] = ()  # names, on the servers, of the models assigned round-robin
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """Return the participant's personas, one of each set, in the order of the sets."""
-        return tuple(each.personas[self._part_index(each.name, participant)] for each in self.persona_sets)
+        return tuple(each[self.by_topic[topic].part_of(participant)] for topic, each in self.persona_sets.items())
 
     def model_of(self, participant: int) -> str | None:
         """Return the name of the participant's model in the models file, or None without a mixture."""
-        return self.models[self._part_index(MODEL, participant)].name if self.models else None
+        return self.models[self.by_topic[MODEL].part_of(participant)].name if self.models else None
 
-    def part_of(self, topic: str, participant: int) -> str:
+    def label_of(self, topic: str, participant: int) -> str:
         """Return the name of a participant's persona in the set `topic`, or its model's label if `topic` is MODEL."""
-        return self._labels[topic][self._part_index(topic, participant)]
-
-    def part_indices(self, parts: Grouping, first: int, count: int) -> NDArray[np.int64]:
-        """Return the index in `parts.names` for each participant first .. first+count-1, int64 of shape (count,)."""
-        counts = self._counts[parts.topic]
-        if parts.topic == MODEL and not self.models:
-            indices = np.arange(first, first + count) % len(counts)
-        else:
-            indices = assign_many(self.seed, parts.topic, counts, first, count)
-        return np.array([parts.names.index(label) for label in self._labels[parts.topic]])[indices]
+        grouping = self.by_topic[topic]
+        return grouping.labels[grouping.part_of(participant)]
 
     @property
-    def model_labels(self) -> tuple[str, ...]:
-        """Return the label of each model in the results. Several models may have the same label."""
-        return self._labels[MODEL]
-
-    def _part_index(self, topic: str, participant: int) -> int:
-        if topic == MODEL and not self.models:
-            return participant % len(self.round_robin_models)
-        return assign_one(self.seed, topic, self._counts[topic], participant)
-
-    @cached_property
     def groupings(self) -> tuple[Grouping, ...]:
         """Return one partition of the participants per persona set, and one by model if models have several labels."""
-        groupings = []
-        for topic, labels in self._labels.items():
-            counts: Counter[str] = Counter()  # several models may have the same label
-            for label, count in zip(labels, self._counts[topic], strict=True):
-                counts[label] += count
-            if topic != MODEL or len(counts) > 1:
-                groupings.append(Grouping(topic, tuple(counts), tuple(counts.values())))
-        return tuple(groupings)
+        return tuple(each for each in self.by_topic.values() if each.topic != MODEL or len(each.names) > 1)
 
     @cached_property
-    def _counts(self) -> dict[str, tuple[int, ...]]:
-        """Return the number of participants with each persona and with each model, by topic."""
-        shares = {each.name: [persona.share for persona in each.personas] for each in self.persona_sets}
-        equal = [Fraction(1, len(self.round_robin_models) or 1)] * len(self.round_robin_models)
-        shares[MODEL] = [each.share for each in self.models] or equal
-        return {topic: largest_remainder(self.total, each) for topic, each in shares.items()}
+    def by_topic(self) -> dict[str, Grouping]:
+        """Return the partitions by persona set and by model.
 
-    @cached_property
-    def _labels(self) -> dict[str, tuple[str, ...]]:
-        """Return the labels of the personas and of the models in the results, by topic.
-
-        The label of a persona is its name. The label of a model is its name on its server; models on several servers
-        may have the same name. If models of a mixture have the same name on their servers, for example with different
-        temperatures, their labels are their names in the models file.
+        The label of a model is its name on its server, or, if several models of a mixture have the same name there, for
+        example with different temperatures, its name in the models file.
         """
-        labels = {each.name: tuple(persona.name for persona in each.personas) for each in self.persona_sets}
+
+        def assigned(topic: str, labels: Iterable[str], parts: Sequence[Persona | ModelShare]) -> Grouping:
+            counts = largest_remainder(self.total, [each.share for each in parts])
+            return Grouping(topic, tuple(labels), counts, self.seed)
+
+        sets = self.persona_sets.items()
+        by_topic = {topic: assigned(topic, (each.name for each in personas), personas) for topic, personas in sets}
         names = [each.model for each in self.models]
-        mixed = tuple(each.name if names.count(each.model) > 1 else each.model for each in self.models)
-        return labels | {MODEL: mixed or self.round_robin_models}
+        labels = (each.name if names.count(each.model) > 1 else each.model for each in self.models)
+        in_turn = Grouping(MODEL, self.round_robin_models, (), self.seed)
+        return by_topic | {MODEL: assigned(MODEL, labels, self.models) if self.models else in_turn}
 
 
 STEPS = 4  # steps of the Feistel network; three steps yield a pseudorandom permutation (Luby, Rackoff 1988)

@@ -4,7 +4,7 @@ The functions are pure: they do not depend on agents, servers or clocks.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -51,7 +51,7 @@ class Game:
     ratio: Fraction = Fraction(1)
     offset: Fraction = Fraction(0)
     prompt: PromptTemplate | None = None  # None if no participant asks a model
-    population: Population | None = None  # personas and models, if any
+    population: Population = field(default_factory=Population)
     teams: str | None = None  # the topic of the population that defines teams, if any
 
     @cached_property
@@ -176,7 +176,7 @@ def to_units(answer: Any, game: Game) -> int:
     return round(number * game.scale)
 
 
-def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population | None) -> Game:
+def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population) -> Game:
     """Return the game that the settings describe."""
     return Game(
         seed=config.seed or 0,

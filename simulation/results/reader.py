@@ -74,18 +74,15 @@ class SavedRun(SavedSummary):
         `topic` is the name of a persona set or "model", `index` is the index of the round in `results`, and `name` is
         the name of a persona or a model. Raises SettingsError if the answers cannot be read.
         """
-        population = self.game.population
-        if population is None or not population.groupings or not self.results:
+        groupings, rounds = self.game.population.groupings, range(len(self.results))
+        if not groupings or not self.results:
             return {}
-        rounds = range(len(self.results))
-        tallies = {
-            parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in population.groupings
-        }
+        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in groupings}
         for number, rows in _rows_of(self):
-            for parts in population.groupings if 0 < number <= len(self.results) else ():
-                part_indices = population.part_indices(parts, rows["participant"][0].as_py(), len(rows))
-                ordered = rows.take(pa.array(np.argsort(part_indices, kind="stable")))  # one sort for all parts
-                stops = np.cumsum(np.bincount(part_indices, minlength=len(parts.names))).tolist()
+            for parts in groupings if 0 < number <= len(self.results) else ():
+                indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
+                ordered = rows.take(pa.array(np.argsort(indices, kind="stable")))  # one sort for all parts
+                stops = np.cumsum(np.bincount(indices, minlength=len(parts.names))).tolist()
                 for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
                     tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
                     tallies[parts.topic][number - 1][name] += tally

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from simulation.errors import SettingsError, printable, reason
 from simulation.files import is_there, read_text
-from simulation.game.population import ModelShare, Persona, PersonaSet, Population
+from simulation.game.population import ModelShare, Persona, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, RoundResult
 from simulation.llm.usage import OUT_OF_TOKENS, Usage
@@ -191,9 +191,8 @@ GAME_FILE = TypeAdapter(GameFile)
 
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
-    population = game.population or Population(game.seed, 0)
-    personas = {each.name: each.personas for each in population.persona_sets}
-    entry = PopulationEntry(personas=personas, models=population.models, turns=population.round_robin_models)
+    cast = game.population
+    entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
     content: dict[str, Any] = GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry), mode="json")
     return content
 
@@ -202,8 +201,7 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
     """Return the game that the settings and a game.json describe. Raises SettingsError or an error of DAMAGED."""
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
-    sets = tuple(PersonaSet(name, personas) for name, personas in cast["personas"].items())
-    population = Population(config.seed or 0, config.participant_num, sets, cast["models"], cast["turns"])
+    population = Population(config.seed or 0, config.participant_num, cast["personas"], cast["models"], cast["turns"])
     mixtures: list[tuple[Persona | ModelShare, ...]] = [*cast["personas"].values(), cast["models"]]
     if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
         raise ValueError("shares do not add up to 1")

@@ -74,7 +74,6 @@ class RunSpec:
         each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         ports = list(config.ports)
         kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
-        sets = game.population.persona_sets if game.population is not None else ()
         return [
             f"hosts: {len(config.hosts)} ({' '.join(config.hosts)})",
             f"servers on each host: {config.server_per_host} for participants, ports "
@@ -84,7 +83,7 @@ class RunSpec:
             f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
             f"game: numbers from 0 to {game.max_value:,}, closest to {game.target} wins"
             + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
-            + "".join(f"; personas {each.name} ({len(each.personas)})" for each in sets)
+            + "".join(f"; personas {name} ({len(each)})" for name, each in game.population.persona_sets.items())
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
             *self._cost_lines(),
         ]
@@ -116,10 +115,10 @@ class RunSpec:
         of the participant. Round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
         """
         config, game, rounds = self.config, self.game, []
-        if game.prompt is None or game.population is None:
+        if game.prompt is None:
             return []
         thoughts = game.prompt.reasoning_tokens or 0
-        characters = math.prod(len(one.personas) for one in game.population.persona_sets)
+        characters = math.prod(map(len, game.population.persona_sets.values()))
         sharing = self._sharing()
         for number in numbers:
             prompt = self._longest_prompt(number)
@@ -144,8 +143,7 @@ class RunSpec:
         Only participants of the same group share requests.
         """
         config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
-        mixture = self.game.population.models if self.game.population is not None else ()
-        shares = [each.share for each in mixture] or [Fraction(1, len(names))] * len(names)
+        shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
         servers, moderators = (len(config.hosts) * each for each in (config.server_per_host, config.moderator_per_host))
         sizes = Counter(group.count for group in place(config.participant_num, servers, moderators))
         for size, groups in sizes.items():
@@ -157,8 +155,7 @@ class RunSpec:
     def _longest_prompt(self, number: int) -> Prompt:
         """Build a prompt about as long as the longest one of a round, with all announcements and the most digits."""
         game, population = self.game, self.game.population
-        assert population is not None
-        personas = [max(one.personas, key=lambda persona: len(persona.text)) for one in population.persona_sets]
+        personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
         long = game.max_value * 2 / 3
         units = (game.numbers - 2, game.numbers - 1)
@@ -200,7 +197,6 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
     """
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
-    assert game.population is not None
     before, now = (game.population.models, game.population.round_robin_models), choose_models(config, models)
     models_before, models_now = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
     if models_before != models_now and len({*models_before, *models_now}) > 1:

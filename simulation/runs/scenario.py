@@ -10,7 +10,7 @@ import yaml
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
-from simulation.game.population import MODEL, ModelShare, Persona, PersonaSet, Population
+from simulation.game.population import MODEL, ModelShare, Persona, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import YamlFile
@@ -126,12 +126,12 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
         _check_known(config, "personas", name, sets, f"{shown(config.personas_file)} has no such set of personas")
     if len(set(names)) < len(names):
         raise SettingsError(f"--personas {config.personas}: names a set twice")
-    chosen = tuple(sets[name] for name in names)
+    chosen = {name: sets[name] for name in names}
     return Population(config.seed or 0, config.participant_num, chosen, *choose_models(config, models))
 
 
 @lru_cache(maxsize=8)  # as for the prompts file
-def _personas_in(path: str) -> dict[str, PersonaSet]:
+def _personas_in(path: str) -> dict[str, tuple[Persona, ...]]:
     file = YamlFile(path, "--personas-file")
     readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
     sets = {}
@@ -148,7 +148,7 @@ def _personas_in(path: str) -> dict[str, PersonaSet]:
             personas[persona.name] = persona
         if (total := sum(each.share for each in personas.values())) != 1:
             raise file.error(node, f"the shares of {topic} add up to {total}; they must add up to exactly 1")
-        sets[topic] = PersonaSet(topic, tuple(personas.values()))
+        sets[topic] = tuple(personas.values())
     return sets
 
 
