@@ -65,17 +65,6 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
     limit_ticks(axes, across=5, up=4, whole="y")
 
 
-def draw_averages(axes: Axes, run: SavedRun) -> None:
-    """Draw the average and the winning number of each round as lines, and the equilibria."""
-    highest = BEYOND * run.game.max_value
-    label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
-    draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
-    _draw_line(axes, by_round(run, "average"), color="average", label="average")
-    drawn = {index: each if each <= highest else math.nan for index, each in by_round(run, "winning_number").items()}
-    _draw_line(axes, drawn, color="winning", linestyle="dashed", marker="D", clip_on=False, label="winning number")
-    _scale_rounds(axes, [result.round for result in run.results])
-
-
 def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
     """Draw a horizontal dotted line at each equilibrium of the game."""
     if game.equilibria:
@@ -83,29 +72,37 @@ def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
         axes.hlines(game.equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
 
 
-def draw_lines(axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]]) -> None:
-    """Draw a line for each name in `lines`, which maps names to numbers by round. The x-axis spans `rounds`."""
+def draw_lines(
+    axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]], styles: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Draw a line for each name in `lines`, which maps names to numbers by round, with gaps at missing numbers.
+
+    The x-axis spans `rounds`, the y-axis reaches from 0 to slightly above the highest number.
+    """
     for index, (name, numbers) in enumerate(lines.items()):
         colour, line_style = series_style(index)
-        _draw_line(axes, numbers, color=colour, linestyle=line_style, label=name)
-    _scale_rounds(axes, list(rounds))
-
-
-def _draw_line(axes: Axes, numbers: Mapping[int, float], **style: Any) -> None:
-    """Draw a line of numbers by round. The line has a gap at each round without a number."""
-    rounds = range(min(numbers), max(numbers) + 1) if numbers else ()
-    axes.plot(list(rounds), [numbers.get(each, math.nan) for each in rounds], **{"marker": "o", **style})
-
-
-def _scale_rounds(axes: Axes, rounds: Sequence[int]) -> None:
-    """Scale the x-axis to these rounds, and the y-axis from 0 to slightly above the highest number."""
+        style = {"color": colour, "linestyle": line_style, "marker": "o", **(styles[index] if styles else {})}
+        drawn = range(min(numbers), max(numbers) + 1) if numbers else ()
+        axes.plot(list(drawn), [numbers.get(each, math.nan) for each in drawn], label=name, **style)
     limit_ticks(axes, across=8, up=4, whole="x")
     axes.spines.bottom.set_visible(False)  # the line of an equilibrium of 0 has the same position
-    margin = max(0.25, (max(rounds) - min(rounds)) / 60)
-    axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
+    all_rounds = sorted(set(rounds))
+    margin = max(0.25, (all_rounds[-1] - all_rounds[0]) / 60)
+    axes.set_xlim(all_rounds[0] - margin, all_rounds[-1] + margin)
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
-    for line in axes.lines if len(set(rounds)) > MARKED_ROUNDS else ():
+    for line in axes.lines if len(all_rounds) > MARKED_ROUNDS else ():
         line.set_marker("")
+
+
+def draw_averages(axes: Axes, run: SavedRun) -> None:
+    """Draw the average and the winning number of each round as lines, and the equilibria."""
+    label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
+    draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
+    highest = BEYOND * run.game.max_value
+    winning = {index: each if each <= highest else math.nan for index, each in by_round(run, "winning_number").items()}
+    dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
+    lines = {"average": by_round(run, "average"), "winning number": winning}
+    draw_lines(axes, [result.round for result in run.results], lines, [{"color": "average"}, dashes])
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
