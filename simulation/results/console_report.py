@@ -64,15 +64,10 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return a histogram of the answers 0 .. top in units with at most `bars` bins of equal width.
-
-    The first array has the edges of the bins, int64 of shape (bins + 1,), the second the counts, of shape (bins,).
-    """
+    """Return the edges (bins + 1) and the counts (bins) of a histogram of 0 .. top units with at most `bars` bins."""
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
-    binned = np.zeros(len(edges) - 1, np.int64)
-    np.add.at(binned, units // width, counts)
-    return edges, binned
+    return edges, np.bincount(units // width, counts, len(edges) - 1).astype(np.int64)
 
 
 def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:

@@ -1,4 +1,7 @@
-"""Reading saved runs. A run folder alone suffices to resume a run, to report it or to question a participant."""
+"""Reading saved runs. A run folder alone suffices to resume a run, to report it or to question a participant.
+
+Every function raises SettingsError if a file is missing or damaged, or if two files contradict each other.
+"""
 
 import shlex
 from collections.abc import Iterator
@@ -69,10 +72,9 @@ class SavedRun(SavedSummary):
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return the tallies of the parts of each grouping: `tallies_by_part[topic][index][name]`.
+        """Return the tallies `[topic][index][name]` of the parts of each grouping, read from the answers.
 
-        `topic` is the name of a persona set or "model", `index` is the index of the round in `results`, and `name` is
-        the name of a persona or a model. Raises SettingsError if the answers cannot be read.
+        `topic` is a persona set or "model", `index` that of the round in `results`, `name` that of a persona or model.
         """
         groupings, rounds = self.game.population.groupings, range(len(self.results))
         if not groupings or not self.results:
@@ -90,7 +92,7 @@ class SavedRun(SavedSummary):
 
 
 def read_run(path: Path, flag: str = "") -> SavedRun:
-    """Read a run. Raises SettingsError if a file is missing or damaged, or if two files contradict each other."""
+    """Read a whole run. `flag` is the start of some error messages."""
     saved = read_summary(path, flag)
     game = read_game(path, saved.config)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
@@ -102,7 +104,7 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Read a run without an interrupted round, its settings updated with `given`. Raises SettingsError on failure."""
+    """Read a run without an interrupted round, its settings updated with `given`, if that is possible."""
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
@@ -124,7 +126,7 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
 
 
 def read_summary(path: Path, flag: str = "") -> SavedSummary:
-    """Read a summary. Raises SettingsError if it is missing or damaged, or if `path` is the folder of an experiment."""
+    """Read summary.json. Raises SettingsError also if `path` is the folder of an experiment."""
     if is_there(path / SWEEP) and not is_there(path / "summary.json"):
         runs = runs_in(path)
         keeping = [run for run in runs if is_there(run / AGENTS)]  # prefer a run whose agents were kept
@@ -134,7 +136,7 @@ def read_summary(path: Path, flag: str = "") -> SavedSummary:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the folders of an experiment's runs, omitting runs without a summary. Raises SettingsError on failure."""
+    """Return the folders of an experiment's runs in order, without those that have no summary.json."""
     return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
 
 
@@ -146,12 +148,12 @@ def first_winner(run: SavedRun) -> int:
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
-    """Return the game that the settings and game.json describe. Raises SettingsError if the file is not readable."""
+    """Return the game that the settings and game.json describe."""
     return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
-    """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
+    """Compute the results of all rounds from the saved answers. They must not contradict the summary."""
     path, entries = saved.path, saved.summary["rounds"]
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(saved) if entries else ():
@@ -172,7 +174,7 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
 
 
 def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
-    """Yield pairs of a round number and a table of consecutive participants. Raises SettingsError if one is invalid."""
+    """Yield pairs of a round number and a table of valid answers of consecutive participants."""
     path, limits = saved.path, {"participant": saved.config.participant_num - 1, "value": saved.config.max_value}
     parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:
@@ -190,10 +192,7 @@ def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:
-    """Return the server and the remote id of a kept participant.
-
-    Raises ClusterError if the participant was not kept, and SettingsError if agents.jsonl is damaged.
-    """
+    """Return the server and the remote id of a participant. Raises ClusterError if the participant was not kept."""
     groups = run_files.read_json_lines(path, AGENTS, run_files.KeptGroup)
     if not groups:
         raise ClusterError(f"the run in {path} has kept no agents: play one with --keep-agents")

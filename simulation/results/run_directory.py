@@ -67,7 +67,8 @@ class RunDirectory:
     """The folder of a run or of an experiment, created and locked by the constructor.
 
     The folder must be empty unless `resumed`. `within` is the folder of the experiment that executes this run, if any.
-    The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used.
+    The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used. A method
+    raises ResultsError if it cannot read or write a file.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
@@ -130,10 +131,7 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json. If it is too long, merge rare failure causes and omit lost servers.
-
-        The first call points runs/latest to the run or its experiment. Raises ResultsError if a write fails.
-        """
+        """Write summary.json, without rare failure causes and lost servers if it is too long. Update runs/latest."""
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
@@ -146,7 +144,7 @@ class RunDirectory:
             self._whole._was_latest = True
 
     def _point_latest(self) -> None:
-        """Raise ResultsError if this fails; on a file system without links, log a warning instead."""
+        """On a file system without links, log a warning instead."""
         target = self.path if self.position is None else self.path.parent
         inside = target.is_relative_to(real(LATEST.parent.parent))  # users may move this folder: the link is relative
         draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
@@ -163,10 +161,7 @@ class RunDirectory:
                 draft.unlink(missing_ok=True)
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write the answers of one round to a file of their own, part by part, and update the file of failed answers.
-
-        Raises ResultsError if a file cannot be written.
-        """
+        """Write the answers of one round to a file of their own, part by part, and update that of failed answers."""
         failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
 
         def rows() -> Iterator[pa.Table]:
@@ -182,10 +177,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants first .. first+count-1 in the first rounds, shape (rounds, count).
-
-        Failed answers are NaN. Raises ResultsError if the answers cannot be read.
-        """
+        """Return answers of participants first .. first+count-1, shape (rounds, count); NaN for failed answers."""
         with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
@@ -193,10 +185,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Split answers.parquet into one file per round. Delete answers after `rounds`, the pictures and the report.
-
-        Raises ResultsError if this fails.
-        """
+        """Split answers.parquet into one file per round. Delete answers after `rounds`, the pictures and the report."""
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
@@ -211,7 +200,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the files of all rounds into answers.parquet, then delete them. Raises ResultsError on failure."""
+        """Merge the files of all rounds into answers.parquet, then delete them."""
         whole = self.path / WHOLE
         with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))
@@ -224,11 +213,11 @@ class RunDirectory:
                     part.unlink()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write `content` to the JSON file `name` in the folder. Raises ResultsError if this fails."""
+        """Write `content` to the JSON file `name` in the folder."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write a JSON lines file; without entries, delete it. Raises ResultsError if this fails."""
+        """Write a JSON lines file. Without entries, delete it."""
         with results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())

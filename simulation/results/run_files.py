@@ -104,10 +104,7 @@ SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
 def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the content of a summary.json, with the keys that older versions lack.
-
-    Raises SettingsError or an error of DAMAGED if the text is not a valid summary.
-    """
+    """Return the settings and the content of a summary.json, also of an older one. Raises as `parse_game`."""
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
