@@ -3,29 +3,16 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from simulation.errors import OUT_OF_RANGE, Ended, Failure, failure_of
+from simulation.errors import OUT_OF_RANGE, Ended, failure_of
 from simulation.game.rules import Game, to_units
-from simulation.game.tally import (
-    CAUSES_COUNTED,
-    INTERRUPTED,
-    OTHER_CAUSES,
-    WINNERS_NAMED,
-    Tally,
-    Units,
-    Winners,
-    top_causes,
-    value_counts,
-)
+from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Units, Winners, top_causes, value_counts
 
-PIECE = 65_536  # entries counted per step: they and their copies fit into a CPU cache
 BINS = 101  # maximum number of bins of a partial histogram
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # maximum number and length of the kept texts of unusable answers
-CUT_SHORT = Failure(INTERRUPTED, ended=Ended.INTERRUPTED)
 UNDECIDED = -1  # the entry of a participant without an outcome so far
 FAILED = -2  # the code of the first failure cause of a sheet; the code of cause number k is FAILED - k
 
@@ -55,10 +42,7 @@ def bins_of(numbers: int) -> tuple[int, int]:
 
 
 class AnswerSheet:
-    """The outcomes of the participants first .. first+count-1 in one round, each recorded once.
-
-    The entry of participant number first + offset is at `offset`.
-    """
+    """The outcomes of the participants first .. first+count-1 in one round, each recorded once at index - first."""
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -125,34 +109,28 @@ class AnswerSheet:
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
         undecided = copy._units == UNDECIDED
-        copy._units[undecided] = copy._code(CUT_SHORT.cause)
-        copy.ended = CUT_SHORT.ended if undecided.any() else self.ended
+        copy._units[undecided] = copy._code(INTERRUPTED)
+        copy.ended = Ended.INTERRUPTED if undecided.any() else self.ended
         copy.done = self.count
         return copy
 
     def tally(self) -> Tally:
         """Return the tally of all answers and failures. Raises ValueError if a participant is undecided."""
         distinct, counts = value_counts(self._units[self._units >= 0])
-        failed = np.bincount(FAILED - self._units[self._units <= FAILED])
-        return Tally(self.count, distinct, counts, top_causes(failed, list(self._causes).__getitem__), self.ended)
+        return Tally(self.count, distinct, counts, self._failures(), self.ended)
+
+    def _failures(self) -> dict[str, int]:
+        codes = np.bincount(FAILED - self._units[self._units <= FAILED])
+        return top_causes(codes, list(self._causes).__getitem__)  # read after the codes, as `fail` stores a cause first
 
     def partial_histogram(self, numbers: int) -> tuple[tuple[int, ...], dict[str, int]]:
         """Return the counts of the answers so far per histogram bin (see `bins_of`), and of the failures by cause.
 
-        Another thread may record answers at the same time. Only the first CAUSES_COUNTED causes are counted separately,
-        because each participant may fail for another cause.
+        Another thread may record answers at the same time.
         """
         width, bins = bins_of(numbers)
-        answered, failed = np.zeros(bins, np.int64), np.zeros(CAUSES_COUNTED + 1, np.int64)
-        for at in range(0, self.count, PIECE):
-            piece = self._units[at : at + PIECE]
-            answered += np.bincount(piece[piece >= 0] // width, minlength=bins)
-            codes = np.minimum(FAILED - piece[piece <= FAILED], CAUSES_COUNTED)
-            failed += np.bincount(codes, minlength=len(failed))
-        # Read after the codes: `fail` stores a cause before its code
-        causes = [*islice(self._causes, CAUSES_COUNTED), OTHER_CAUSES]
-        failures = {cause: count for cause, count in zip(causes, failed.tolist(), strict=False) if count}
-        return tuple(answered.tolist()), failures
+        answered = np.bincount(self._units[self._units >= 0] // width, minlength=bins)
+        return tuple(answered.tolist()), self._failures()
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Return the participants whose answer is one of `winning_units`."""

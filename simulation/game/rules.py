@@ -1,7 +1,4 @@
-"""The rules of the game: the question, the announcement, and the conversion of an answer to units.
-
-The functions are pure: they do not depend on agents, servers or clocks.
-"""
+"""The rules of the game as pure functions: the question, the announcement, and the conversion of an answer to units."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,19 +21,12 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt of the prompts file for LLM participants. Placeholders in braces are not yet filled in (see prompts.py).
-
-    Attributes:
-        name: The name of the prompt in the file.
-        system: The system prompt: the participant's role and the rules.
-        instruction: The text at the end of each round's prompt that states how to answer. Other questions omit it.
-        reasoning_tokens: The token limit of the reasoning before the number; None if no reasoning is requested.
-    """
+    """A prompt of the prompts file for LLM participants, whose placeholders in braces are filled in by prompts.py."""
 
     name: str
-    system: str
-    instruction: str
-    reasoning_tokens: int | None = None
+    system: str  # the system prompt: the participant's role and the rules
+    instruction: str  # the end of each round's prompt, which states how to answer; other questions omit it
+    reasoning_tokens: int | None = None  # token limit of the reasoning before the number; None without reasoning
 
 
 @dataclass(frozen=True)
@@ -86,38 +76,25 @@ class Game:
 
 @dataclass(frozen=True)
 class Announcement:
-    """The result of a round, as sent to all participants.
-
-    Attributes:
-        round: The round number.
-        average: The mean of all answers; None if there are no answers.
-        winning_number: The number offset + ratio * average; None if there are no answers.
-        winning_units: All distinct answers closest to the winning number, in units.
-        winners: The number of participants who gave one of these answers; None before they are counted.
-        teams: In a game with teams, the name and the average of each team; the average is None without answers.
-        closest_teams: The names of all teams whose averages are closest to the winning number.
-    """
+    """The result of a round, as sent to all participants."""
 
     round: int
-    average: float | None
-    winning_number: float | None
-    winning_units: tuple[int, ...]
-    winners: int | None = None
-    teams: tuple[tuple[str, float | None], ...] = ()
-    closest_teams: tuple[str, ...] = ()
+    average: float | None  # the mean of all answers; None if there are no answers
+    winning_number: float | None  # offset + ratio * average; None if there are no answers
+    winning_units: tuple[int, ...]  # all distinct answers closest to the winning number, in units
+    winners: int | None = None  # number of participants who gave one of these answers; None before they are counted
+    teams: tuple[tuple[str, float | None], ...] = ()  # name and average of each team; no average without answers
+    closest_teams: tuple[str, ...] = ()  # the names of all teams whose averages are closest to the winning number
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to a participant: the round (from 1), the text, the maximum value, and the announcements so far.
+    """A question to a participant."""
 
-    In round 0, the text is a question that a user asks outside the game.
-    """
-
-    round: int
+    round: int  # from 1; 0 for a question that a user asks outside the game
     text: str
     max_value: int
-    announcements: tuple[Announcement, ...] = ()
+    announcements: tuple[Announcement, ...] = ()  # of all earlier rounds
     decimals: int = 0
 
 

@@ -23,22 +23,14 @@ INTERRUPTED = "interrupted"  # the failure cause if the user ended the round
 
 
 @dataclass(frozen=True, eq=False)
-class Tally:
-    """The number of participants per answer and per failure cause. Tallies can be added with `+`, in any order.
+class Tally:  # noqa: PLW1641 - arrays are not hashable
+    """The number of participants per answer and per failure cause. Tallies can be added with `+`, in any order."""
 
-    Attributes:
-        asked: The number of participants asked; always answered + failed.
-        units: The distinct answers in units, ascending, int64 of shape (distinct,).
-        counts: The number of participants who gave each answer, int64 of shape (distinct,).
-        failures: The number of participants without a usable answer, by cause.
-        ended: How the round ended for these participants.
-    """
-
-    asked: int
-    units: Units = field(default_factory=lambda: np.empty(0, np.int64))
-    counts: Units = field(default_factory=lambda: np.empty(0, np.int64))
-    failures: dict[str, int] = field(default_factory=dict)
-    ended: Ended = Ended.COMPLETE
+    asked: int  # number of participants asked; always answered + failed
+    units: Units = field(default_factory=lambda: np.empty(0, np.int64))  # the distinct answers in units, ascending
+    counts: Units = field(default_factory=lambda: np.empty(0, np.int64))  # participants who gave each of these answers
+    failures: dict[str, int] = field(default_factory=dict)  # number of participants without a usable answer, by cause
+    ended: Ended = Ended.COMPLETE  # how the round ended for these participants
 
     def __post_init__(self) -> None:
         if self.asked != self.answered + self.failed:
@@ -61,14 +53,12 @@ class Tally:
     def __add__(self, other: "Tally") -> "Tally":
         return merge((self, other))
 
-    __hash__ = None  # type: ignore[assignment]  # arrays are not hashable
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tally):
             return NotImplemented
         same_answers = np.array_equal(self.units, other.units) and np.array_equal(self.counts, other.counts)
-        same_failures = self.failures == other.failures and self.ended == other.ended
-        return self.asked == other.asked and same_answers and same_failures
+        others = other.asked, other.failures, other.ended
+        return same_answers and (self.asked, self.failures, self.ended) == others
 
     def average(self) -> Fraction | None:
         """Return the exact mean of all answers in units, or None if there are no answers."""
@@ -132,19 +122,12 @@ class Winners:
 
 @dataclass(frozen=True)
 class Times:
-    """The duration of a round in seconds, split by activity. The sum of the fields is the duration.
+    """The duration of a round in seconds, split by activity. The first three figures are means over the groups."""
 
-    Attributes:
-        model_s: The time in which participants wait for models or think; mean over the groups.
-        client_s: The CPU time of the agent servers; mean over the groups.
-        slowest_s: The time in which a group waits for the slowest group; mean over the groups.
-        rpc_s: The time outside answering: calls for question, tally and announcement, and calls to lost servers.
-    """
-
-    model_s: float
-    client_s: float
-    slowest_s: float
-    rpc_s: float
+    model_s: float  # participants wait for models or think
+    client_s: float  # CPU time of the agent servers
+    slowest_s: float  # a group waits for the slowest group
+    rpc_s: float  # outside answering: calls for question, tally and announcement, and calls to lost servers
 
 
 @dataclass(frozen=True)
