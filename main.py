@@ -35,7 +35,7 @@ for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACK
 
 import io
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
     from simulation.runs.console import ConsoleProgress
+    from simulation.runs.session import Observe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,13 +90,12 @@ def play(command: Command) -> int:
     install_tls((load_or_make if named else load)(Path(folder)))
     progress = ConsoleProgress()
     on_stop_signals(progress.signalled)
-    dashboard = None
+    observe: "Observe" = nullcontext
     with ExitStack() as cleanup:
         if command.config.dashboard is not None:  # the flag of this command, not of the resumed run
             from simulation.runs.dashboard import Dashboard
 
-            dashboard = Dashboard(command.config.dashboard, progress)
-            cleanup.callback(dashboard.close)
+            observe = cleanup.enter_context(closing(Dashboard(command.config.dashboard, progress))).observe
         cleanup.callback(session.close)
         cleanup.callback(progress.close)
         needs_servers = bool(session.unfinished) and has_no_servers(session.config)
@@ -106,10 +106,8 @@ def play(command: Command) -> int:
         session.open()
         if needs_servers:
             start_servers(session.config, progress, cleanup)
-        reports = ReportProcess()
-        cleanup.callback(reports.close)
+        reports = cleanup.enter_context(closing(ReportProcess()))
         cleanup.callback(progress.close)  # called first, to remove the progress bar
-        observe = dashboard.observe if dashboard is not None else None
         return session.play_runs(progress, reports.draw, observe)
 
 

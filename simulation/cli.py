@@ -48,17 +48,13 @@ FLAGS = {"help": HELP, **ACTIONS, **SETTINGS}
 
 
 class Command(NamedTuple):
-    """A parsed command line.
-
-    `given` contains the settings that flags have set. `action` is a name in ACTIONS. `runs` are the run folders, and
-    `for_vllm` are the flags after `--`.
-    """
+    """A parsed command line."""
 
     config: SimulationConfig
-    given: dict[str, Any]
-    action: str | None
-    runs: list[str]
-    for_vllm: list[str]
+    given: dict[str, Any]  # the settings that flags have set
+    action: str | None  # a name in ACTIONS
+    runs: list[str]  # the run folders
+    for_vllm: list[str]  # the flags after `--`
 
 
 def make_parser(role: str) -> argparse.ArgumentParser:
@@ -120,13 +116,11 @@ def parse(arguments: list[str]) -> Command | None:
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
     words = itertools.pairwise([*flags, ""])  # without the parser, which depends on the role
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
-    *others, role = list(dict.fromkeys(roles)) or [SimulationConfig.role]
+    role = roles[-1] if roles else SimulationConfig.role
     SETTINGS["role"].check("--role", role)
     if {"-h", "--help"} & {*flags}:
         say(make_parser(role).format_help().rstrip("\n"))
         return None
-    if others:
-        raise SettingsError(f"--role {' and --role '.join([*others, role])}: do not go together; give one of them")
     given, runs = parse_flags(flags, role)
     action = next((name for name in ACTIONS if given.pop(name, False)), None)
     if action is not None and (unused := [name for name in given if name not in {"role", *USED_BY.get(action, ())}]):
@@ -134,8 +128,8 @@ def parse(arguments: list[str]) -> Command | None:
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
     config = SimulationConfig(**given)
-    may_ask = role == "main" and (config.agent_type == "llm" or config.experiment is not None)
-    asks = role == "participant" or (may_ask and config.resume is None)  # a resumed run has saved this number
+    plays = role == "main" and config.resume is None  # a resumed run has saved this number
+    asks = role == "participant" or (plays and (config.agent_type == "llm" or config.experiment is not None))
     if action is None and asks and "model_per_host" not in given:
         from simulation.hosts.vllm_servers import servers_per_host
 

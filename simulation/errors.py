@@ -115,7 +115,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return the failure that any exception of a participant describes. This function never raises."""
+    """Return the failure that any exception of a participant describes. Never raises."""
     text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may have no text
     ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
     return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
@@ -157,10 +157,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Return "did you mean ...?" with the most similar known name, or an empty string if no name is similar.
-
-    The comparison ignores leading dashes and case, and does not distinguish _ from -.
-    """
+    """Return "did you mean ...?" with the most similar known name, or "". Ignore case, leading dashes and _ for -."""
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
     def plain(name: str) -> str:
@@ -173,18 +170,13 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
 
 
 def near_file(path: str | Path) -> str:
-    """Return "; did you mean ...?" with the name of a similar file in the folder of a missing path.
-
-    Returns an empty string if the path exists or no file has a similar name.
-    """
+    """Return "; did you mean ...?" with the name of a similar file beside a missing one, or an empty string."""
     wanted = Path(path)
     try:
-        if os.path.exists(wanted):  # noqa: PTH110 - raises fewer errors than Path.exists
-            return ""
-        names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix and each != wanted]
+        names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]
     except (OSError, ValueError):
         return ""
-    meant = meant_by(wanted.name, names)
+    meant = meant_by(wanted.name, names) if wanted.name not in names else ""
     return f"; {printable(meant)}" if meant else ""
 
 

@@ -20,10 +20,8 @@ def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: 
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:  # EAGAIN makes a BlockingIOError of this
             raise OSError(error.errno, f"it cannot be locked ({reason(error)})") from None
         warn_once(f"the file system of {folder} has no locks ({reason(error)}): {advice}")
         return False
@@ -79,10 +77,7 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """List the files in a folder whose names end with `suffix`, sorted. The list is empty if the folder does not exist.
-
-    Raises SettingsError if the folder cannot be read. Path.glob() would return nothing in this case.
-    """
+    """Return the files of a folder that end with `suffix`, sorted; none if there is no folder. Raises SettingsError."""
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
@@ -97,5 +92,5 @@ def read_text(path: Path) -> str:
 
 
 def real(path: str | Path) -> Path:
-    """Return the path with all links resolved. Unlike Path.resolve(), this function does not fail on a link loop."""
+    """Return the path with all links resolved. Unlike Path.resolve(), do not fail on a link loop."""
     return Path(os.path.realpath(path))

@@ -19,7 +19,7 @@ from simulation.files import ROOT, full_path
 
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
-FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/[0-9]{1,20})?")
+FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/0*[1-9][0-9]{0,19})?")
 FINEST = 10**9  # largest denominator of a fraction
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
@@ -119,13 +119,7 @@ class SimulationConfig:
     reply_threads: int = setting(32, "threads per agent server for participants with a blocking reply", 1, 1024)
 
     model_per_host: int = setting(
-        None,
-        "model servers per host",
-        1,
-        1024,
-        without="set by start_vllm.sh",
-        roles=SERVERS,
-        group="LLM participants",
+        None, "model servers per host", 1, 1024, without="set by start_vllm.sh", roles=SERVERS, group="LLM participants"
     )
     model_configs: str = setting(
         f"{ROOT}/configs/model_configs.json", "the models, in AgentScope's format", roles=MODELS, path=True
@@ -154,11 +148,7 @@ class SimulationConfig:
 
     resume: str | None = setting(None, "folder of a run or experiment to continue", path=True, group="the results")
     run_dir: str | None = setting(
-        None,
-        "folder of a run or comparison",
-        without="a new one in runs/",
-        roles=("main", "ask", "report"),
-        path=True,
+        None, "folder of a run or comparison", without="a new one in runs/", roles=("main", "ask", "report"), path=True
     )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
@@ -180,12 +170,11 @@ class SimulationConfig:
 
     def _check_combinations(self) -> None:
         agents = f"{self.server_per_host} participant and {self.moderator_per_host} moderator servers"
-        for flag, what, end in (
-            (f"--base-port {self.base_port}", agents, self.ports.stop),
-            (f"--vllm-base-port {self.vllm_base_port}", "vLLM servers", self.vllm_base_port + self.model_per_host),
-        ):
-            if end - 1 > LAST_PORT:
-                raise SettingsError(f"{flag}: {what} would end at port {end - 1}, beyond port {LAST_PORT}")
+        ends = {f"--base-port {self.base_port}: {agents}": self.ports[-1]}
+        ends[f"--vllm-base-port {self.vllm_base_port}: vLLM servers"] = self.vllm_base_port + self.model_per_host - 1
+        for servers_from, end in ends.items():
+            if end > LAST_PORT:
+                raise SettingsError(f"{servers_from} would end at port {end}, beyond port {LAST_PORT}")
         hosts = f"--hosts {' '.join(self.hosts)}"
         if not self.hosts or len({host.lower() for host in self.hosts}) < len(self.hosts):
             raise SettingsError(f"{hosts}: must name at least one host, and none twice")
@@ -209,12 +198,12 @@ class SimulationConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
         """Return settings from `to_json` output. Raises KeyError, TypeError or SettingsError if it is malformed."""
-        for name in data.keys() & KINDS.keys() - {"hosts"}:
-            if type(data[name]) not in KINDS[name] and not (type(data[name]) is int and float in KINDS[name]):
+        for name in data.keys() & KINDS.keys():
+            kinds = {*KINDS[name], int} if float in KINDS[name] else {*KINDS[name]}
+            if not {type(value) for value in (data[name] if name == "hosts" else [data[name]])} <= kinds:
                 raise TypeError(f"{name} has a value of another type")
-        if not all(isinstance(host, str) for host in data["hosts"]):
-            raise TypeError("hosts has values of another type")
-        paths = _with_paths(data, partial(_from_here, _checkout_of(data)))
+        moved_from = f"{_checkout_of(data)}/"
+        paths = _with_paths(data, lambda _name, path: str(ROOT / path.removeprefix(moved_from)))
         return cls(**{**data, **paths, "hosts": tuple(data["hosts"])})
 
     @property
@@ -228,7 +217,7 @@ KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int
     name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SimulationConfig).items()
 }
 PATHS = tuple(name for name, each in SETTINGS.items() if each.path)
-DEFAULT_PATHS = {name: Path(SETTINGS[name].default).relative_to(ROOT) for name in PATHS if SETTINGS[name].default}
+DEFAULT_ENDS = {name: SETTINGS[name].default.removeprefix(str(ROOT)) for name in PATHS if SETTINGS[name].default}
 SEVERAL_PATHS = "extra_pythonpath"
 
 
@@ -247,23 +236,12 @@ def _from_root(_name: str, path: str) -> str:
     return path
 
 
-def _from_here(moved_from: Path | None, _name: str, path: str) -> str:
-    """Return the absolute form of a stored path. A path inside `moved_from` is mapped to this checkout."""
-    if moved_from is not None and Path(path).is_relative_to(moved_from):
-        path = str(Path(path).relative_to(moved_from))
-    return str(ROOT / path)
-
-
-def _checkout_of(data: Mapping[str, Any]) -> Path | None:
-    """Return the checkout in which an earlier version stored `data` with absolute paths; None for relative paths.
-
-    This is the folder that most default paths in `data` have in common.
-    """
-    paths = {f"/{default}": data[name] for name, default in DEFAULT_PATHS.items() if name in data}
-    if not all(path.startswith("/") for path in paths.values()):
-        return None
-    roots = [Path(path.removesuffix(end)) for end, path in paths.items() if path.endswith(end)]
-    return max(roots, key=roots.count, default=None)
+def _checkout_of(data: Mapping[str, Any]) -> str:
+    """Return the checkout that stored `data`: an earlier version stored absolute paths, most of them default paths."""
+    paths = {end: data[name] for name, end in DEFAULT_ENDS.items() if name in data}
+    roots = [path.removesuffix(end) for end, path in paths.items() if path.endswith(end)]
+    is_old = all(path.startswith("/") for path in paths.values())
+    return max(roots, key=roots.count, default=str(ROOT)) if is_old else str(ROOT)
 
 
 def as_written(number: float) -> str:
@@ -289,12 +267,9 @@ def to_number(kind: type, flag: str, text: str) -> Any:
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
     """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or out of range."""
     text = str(text)
-    try:
-        if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
-            raise ValueError
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51") from None
+    if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
+        raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51")
+    value = Fraction(text)
     if value.denominator > FINEST or not low <= value <= high:
         bounds = f"from {low} to {as_written(high)}, as a fraction such as 2/3 or as 0.51"
         raise SettingsError(f"{flag} {text}: must be {bounds}, with a denominator of at most {FINEST:,}")

@@ -39,10 +39,7 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 
 def keep_traceback() -> str:
-    """Append the current traceback to DEFECT_LOG, and return the path of this file as text.
-
-    If the file cannot be written, return a text that contains the traceback.
-    """
+    """Append the current traceback to DEFECT_LOG, and return its path. If that fails, return the traceback itself."""
     text = traceback.format_exc()
     try:
         DEFECT_LOG.parent.mkdir(exist_ok=True)
@@ -54,19 +51,16 @@ def keep_traceback() -> str:
 
 
 class Stage(NamedTuple):
-    """The progress of a stage, such as the answers of a round. `began` is the start time (time.monotonic)."""
+    """The progress of a stage, such as the answers of a round."""
 
     name: str
     done: int
     total: int
-    began: float
+    began: float  # time.monotonic
 
 
 class ConsoleProgress:
-    """The progress display. A terminal shows a bar for each stage. Otherwise, a line is logged every LINE_EVERY_S.
-
-    This class also handles the signals that stop a run.
-    """
+    """Progress on standard error: a bar in a terminal, else a line every LINE_EVERY_S. Also handles stop signals."""
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None

@@ -60,10 +60,8 @@ class Dashboard:
         try:
             self._socket = socket.create_server((ADDRESS, port))
         except OSError as error:
-            raise SettingsError(
-                f"--dashboard {port}: port {port} of {ADDRESS} is not available ({os.strerror(error.errno or 0)}); "
-                "give another one, or 0 for a free one"
-            ) from None
+            problem = f"port {port} of {ADDRESS} is not available ({os.strerror(error.errno or 0)})"
+            raise SettingsError(f"--dashboard {port}: {problem}; give another one, or 0 for a free one") from None
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
@@ -142,23 +140,19 @@ class Dashboard:
         self._pages = {**others, page: now} if has_more_to_fetch else others
         until, state = self._cached
         if now > until or state["over"] != self._over:
-            began = time.thread_time()
-            state = self._state_now()
+            began, over, run, stage = time.thread_time(), self._over, self._run, self._watch.stage
+            state = {
+                "instance": self._instance,
+                "over": over,
+                "running": run is not None and not run.over,
+                "run": None if run is None else run.state(stage),
+                "stage": None if stage is None or over else stage._asdict(),
+                "stopping": self._watch.stop_signal is not None,
+                "log": list(self._watch.warnings),
+                "ended": list(self._ended),
+            }
             self._cached = (time.monotonic() + max(STATE_S, (time.thread_time() - began) / SHARE), state)
         return web.json_response(state)
-
-    def _state_now(self) -> dict[str, Any]:
-        over, run, stage = self._over, self._run, self._watch.stage
-        return {
-            "instance": self._instance,
-            "over": over,
-            "running": run is not None and not run.over,
-            "run": None if run is None else run.state(stage),
-            "stage": None if stage is None or over else stage._asdict(),
-            "stopping": self._watch.stop_signal is not None,
-            "log": list(self._watch.warnings),
-            "ended": list(self._ended),
-        }
 
     async def _report(self, request: web.Request) -> web.FileResponse:
         """Return the report of a finished run as a download. A report must not open as a page of our origin."""

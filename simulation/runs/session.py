@@ -27,7 +27,7 @@ from simulation.settings import SimulationConfig, flag_of
 if TYPE_CHECKING:
     from simulation.runs.run import Draw, Run
 
-    Observe = Callable[[Run], contextlib.AbstractContextManager[None]]
+    Observe = Callable[[Run], contextlib.AbstractContextManager[object]]
 
 PLANS_SHOWN = 10  # maximum number of runs whose plans a dry run shows
 
@@ -96,7 +96,7 @@ class Session:
     def _has_results(self) -> bool:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
-    def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe | None" = None) -> int:
+    def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe") -> int:
         """Execute the remaining rounds of all runs. Return the exit status.
 
         `draw` writes the pictures and the report of a run. `observe` returns a context manager that observes a run. If
@@ -108,7 +108,7 @@ class Session:
             from simulation.runs.run import Run  # noqa: PLC0415
 
             run = Run(spec, directory, console, draw, label)
-            with observe(run) if observe is not None else contextlib.nullcontext():
+            with observe(run):
                 return run.play_rounds()
 
         assert self._directory is not None
