@@ -13,7 +13,6 @@ from simulation.errors import UnusableAnswer
 from simulation.game.population import Persona
 from simulation.game.rules import Game, Question, draw, to_units
 from simulation.llm.chat import Chat
-from simulation.llm.model_configs import model_of
 from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
 
 TALK_TOKENS = 512  # token limit of the answer to a user's question
@@ -57,7 +56,7 @@ class LLMParticipant(Participant):
     async def answer(self, question: Question) -> float | str:
         """Ask the model and return its number, or, in round 0, its text."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        model = self.game.population.model_of(self.index) or model_of(self.index, chat.settings.model_per_host)
+        model = self.game.population.model_of(self.index) or f"model_{self.index % chat.settings.model_per_host + 1}"
         if question.round == 0:
             text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"

@@ -47,7 +47,7 @@ from simulation.cluster import failure_detector as heartbeat
 from simulation.cluster.rounds import Simulation
 from simulation.game.tally import RoundResult
 from simulation.hosts.pid_files import AGENT_SERVERS
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
 from simulation.results.run_files import summarise

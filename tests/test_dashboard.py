@@ -29,7 +29,7 @@ from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
 from simulation.game.rules import Game
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.hosts import agent_server
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results.console_report import histogram
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.rpc.messages import HeartbeatReply, Progress

@@ -21,7 +21,7 @@ from simulation.agents.group import ParticipantGroup
 from simulation.cluster.failure_detector import FailureDetector
 from simulation.errors import ServerUnreachable
 from simulation.game.rules import Game, question_for
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.rpc.channels import call_all_or_raise, handshake, install_tls
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.cluster_key import load

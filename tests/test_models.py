@@ -28,12 +28,11 @@ from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
 from simulation.game.rules import Announcement, Game, question_for
 from simulation.game.tally import INTERRUPTED
-from simulation.llm.chat import Chat, _models, load_models
+from simulation.llm.chat import Chat, TokenBudget, _models, load_models
 from simulation.llm.http_client import ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.request_queue import ERRORS_WITH_N, NO_ANSWER, model_thread
-from simulation.llm.responses import CUT_OFF, NO_TEXT, RequestError, pause_s
-from simulation.llm.usage import OUT_OF_TOKENS
+from simulation.llm.responses import CUT_OFF, NO_TEXT, OUT_OF_TOKENS, RequestError, pause_s
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SimulationConfig
 
@@ -214,11 +213,11 @@ def test_a_burst_of_errors_counts_as_one(play, fake_of, monkeypatch, trouble):
 
 
 def test_an_internal_error_fails_the_participants_of_its_request(play, fake_of, monkeypatch):
-    def commit(chat, request, tokens=None, answered=False):
+    def commit(budget, request, usage=None, answered=False):
         if answered:
             raise OverflowError("too many")
 
-    monkeypatch.setattr(Chat, "commit", commit)
+    monkeypatch.setattr(TokenBudget, "commit", commit)
     assert tally_of(play(fake_of(), 50)).failures == {"OverflowError: too many": 50}
 
 
@@ -409,7 +408,7 @@ def test_ask_raises_the_last_cause(play, fake_of):
     with pytest.raises(UnusableAnswer, match="out of range") as caught:
         LLMParticipant(0, group.game)._run(LLMParticipant(0, group.game).answer(question_for(group.game, 1, ())))
     assert caught.value.text == "1000" and len(fake.bodies) == 3
-    assert Chat(group.game).usage().requests == 0
+    assert Chat(group.game).budget.used.requests == 0
 
 
 def test_different_prompts_load_a_server_as_much_as_equal_ones(play, fake_of):

@@ -27,7 +27,7 @@ from simulation.game.rules import game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.hosts import pid_files
 from simulation.llm.concurrency_limit import SharedSemaphore
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
 from simulation.results.run_files import summarise
 from simulation.runs.run import Run

@@ -7,6 +7,7 @@ without AgentScope's metaclass, which costs more than the agent itself (see `_bu
 import asyncio
 import contextlib
 import gc
+import math
 import threading
 import time
 from collections.abc import Awaitable, Iterator
@@ -30,7 +31,7 @@ from simulation.game.answer_sheet import Answers, AnswerSheet
 from simulation.game.rules import Announcement, Game, Question
 from simulation.game.tally import Tally, Winners, merge
 from simulation.llm.chat import Chat
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.endpoints import GroupAssignment, run_of
 from simulation.rpc.messages import Progress
@@ -104,7 +105,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             if self._done() < self.count:
                 raise RuntimeError(f"group {self.oid} is still busy")
             if self.chat is not None:
-                self.chat.allow(None if tokens_each is None else tokens_each * self.count)
+                self.chat.budget.left = math.inf if tokens_each is None else tokens_each * self.count
             self._sheet = AnswerSheet(self.first, self.count)
             self._round = question.round
             if one_by_one:
@@ -143,7 +144,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         if began is not None:
             took_s = time.monotonic() - began[0]
             answering_s, client_s = answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
-        used = Usage() if self.chat is None else self.chat.usage()
+        used = Usage() if self.chat is None else self.chat.budget.used
         return replace(used, answering_s=answering_s, client_s=client_s)
 
     def halt(self) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol, Self, TypeVar
 
 from simulation.cluster.failure_detector import FailureDetector, ServerStatus
 from simulation.errors import AgentNotFound, Interrupted, RunAborted, ServerLost, ServerUnreachable, SimulationError
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.rpc import channels
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import END_RUN, KEEP_RUN

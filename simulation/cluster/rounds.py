@@ -19,7 +19,7 @@ from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError,
 from simulation.game.answer_sheet import FAILED, Answers
 from simulation.game.rules import Announcement, Game, Question, question_for
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge, score
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig

@@ -32,7 +32,7 @@ from simulation.agents.group import ParticipantGroup
 from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.files import ROOT
 from simulation.llm.chat import load_models
-from simulation.llm.model_configs import ModelConfig, has_models
+from simulation.llm.model_configs import ModelConfig
 from simulation.rpc import messages
 from simulation.rpc.channels import AGENT_GONE, MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
@@ -115,7 +115,7 @@ class SimulationServicer(AgentServerServicer):
         memory = psutil.Process().memory_full_info() if messages.MEMORY in directives else None
         model_troubles = {}
         if messages.CHECK_MODELS in directives:
-            from simulation.llm.http_client import check_models  # noqa: PLC0415 - openai, see import_client
+            from simulation.llm.http_client import check_models  # noqa: PLC0415 - imports openai
 
             names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
             models = [self._models[name] for name in names if name in self._models]
@@ -250,7 +250,7 @@ async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Ca
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    servicer = SimulationServicer(config, port, load_models(config) if has_models(config) else {}, stop)
+    servicer = SimulationServicer(config, port, load_models(config), stop)
     server = grpc.aio.server(ThreadPoolExecutor(RPC_THREADS), options=SERVER_OPTIONS)
     add_RpcAgentServicer_to_server(servicer, server)
     calls = {messages.HANDSHAKE: servicer.handshake, messages.HEARTBEAT: servicer.heartbeat}

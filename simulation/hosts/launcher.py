@@ -37,12 +37,10 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)
     import_agentscope()
-    import simulation.hosts.agent_server  # noqa: F401 - all servers share this import
+    import simulation.hosts.agent_server
 
     if config.agent_type == "llm":
-        from simulation.llm.chat import import_client
-
-        import_client()  # all servers share this import, too
+        import simulation.llm.http_client  # noqa: F401 - all servers share this import, too
 
     gc.collect()
     gc.freeze()  # all servers share the memory pages of the imports

@@ -15,7 +15,7 @@ from pathlib import Path
 from simulation.errors import ClusterError, ServerUnreachable, listed
 from simulation.files import ROOT
 from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, check_free, check_not_owned, one_at_a_time
-from simulation.llm.model_configs import has_models, read_models
+from simulation.llm.model_configs import read_models
 from simulation.rpc.channels import call_all, call_all_or_raise, handshake, identify, install_tls
 from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint, ranges
@@ -61,7 +61,7 @@ def start(
     stop all new servers.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line
-    models = {name: model.base_url for name, model in read_models(config).items()} if has_models(config) else {}
+    models = {name: model.base_url for name, model in read_models(config, required=False).items()}
     with one_at_a_time():
         check_not_owned()
         AGENT_SERVERS.check_same_host()

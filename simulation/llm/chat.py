@@ -17,12 +17,41 @@ from simulation.game.rules import Game
 from simulation.llm.model_configs import ModelConfig, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, structured_fields
 from simulation.llm.request_queue import Sample, SampleRequest, model_thread
-from simulation.llm.responses import CUT_OFF, Tokens
-from simulation.llm.usage import Usage
+from simulation.llm.responses import CUT_OFF, Usage
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
 _models: dict[str, ModelConfig] = {}  # the models of this process, by name
+
+
+class TokenBudget:
+    """The tokens that one group may use, and its usage so far. A request in flight has its maximum cost reserved."""
+
+    def __init__(self) -> None:
+        self.left = math.inf
+        self.used = Usage()  # the times in it are 0
+        self._reserved = 0.0
+
+    def affordable(self, request: SampleRequest, wanted: int) -> int:
+        """Return for how many of the `wanted` samples the remaining tokens suffice."""
+        left = self.left - self._reserved - request.prompt.tokens
+        return int(max(min(wanted, left / request.tokens_each), 0))
+
+    def reserve(self, request: SampleRequest, count: int) -> None:
+        """Count the request. Reserve the maximum tokens of `count` samples plus the estimated tokens of the prompt."""
+        request.reserved = request.prompt.tokens + count * request.tokens_each
+        self._reserved += request.reserved
+        self.used += Usage(requests=1, retries=int(request.deadline < math.inf))
+
+    def commit(self, request: SampleRequest, usage: Usage | None = None, answered: bool = False) -> None:
+        """Replace the reserved tokens by the actual ones. If these are unknown, charge all if `answered`, or none."""
+        cost = request.reserved if answered else 0.0
+        if usage is not None:
+            self.used += usage
+            cost = usage.tokens
+        self.left -= cost
+        self._reserved -= request.reserved
+        request.reserved = 0.0
 
 
 class Chat:
@@ -30,16 +59,15 @@ class Chat:
 
     def __init__(self, game: Game) -> None:
         assert game.llm is not None  # groups without LLM participants have no Chat
-        import_client()
+        import simulation.llm.http_client  # noqa: F401, PLC0415 - imports openai: no request is to wait for this
+
         self.settings = game.llm
+        self.budget = TokenBudget()
         self.closed = False
         self.n_unsupported: set[str] = set()  # addresses of servers that do not support n
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float], deque[asyncio.Future[Sample]]] = {}
-        self._requests = self._retries = self._prompt_tokens = self._completion_tokens = 0
-        self._tokens_left = math.inf
-        self._reserved = 0.0
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
         """Ask the model for one participant's own answer, and return `read(text)` of the answer text.
@@ -72,47 +100,10 @@ class Chat:
                 return text, cause is None
         raise KnownCause(cause or "", text)
 
-    def allow(self, tokens: float | None) -> None:
-        """Set the number of tokens that the group may use from now on (None: no limit)."""
-        self._tokens_left = math.inf if tokens is None else tokens
-
-    def usage(self) -> Usage:
-        """Return the usage so far. The times in it are 0."""
-        return Usage(self._requests, self._retries, self._prompt_tokens, self._completion_tokens)
-
     def close(self) -> None:
         """Cancel all requests. The participants that wait for them never get an answer."""
         self.closed = True
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
-
-    # --- Methods that ModelClient calls on the model thread -----------------------------------------------------------
-
-    def affordable(self, request: SampleRequest, wanted: int) -> int:
-        """Return for how many of the `wanted` samples the remaining token budget suffices."""
-        left = self._tokens_left - self._reserved - request.prompt.tokens
-        return int(max(min(wanted, left / request.tokens_each), 0))
-
-    def reserve(self, request: SampleRequest, count: int) -> None:
-        """Count the request. Reserve the maximum tokens of `count` samples plus the estimated tokens of the prompt."""
-        request.reserved = request.prompt.tokens + count * request.tokens_each
-        self._reserved += request.reserved
-        self._requests += 1
-        self._retries += request.deadline < math.inf
-
-    def commit(self, request: SampleRequest, tokens: Tokens | None = None, answered: bool = False) -> None:
-        """Replace the reserved token count by the actual one.
-
-        If the server answered without token counts, charge the full reservation. If the
-        request failed without token counts, charge nothing.
-        """
-        cost, request.reserved = request.reserved, 0.0
-        self._reserved -= cost
-        if tokens is not None:
-            self._prompt_tokens += tokens.prompt
-            self._completion_tokens += tokens.completion
-            cost = sum(tokens)
-        if tokens is not None or answered:
-            self._tokens_left -= cost
 
     def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
         """Request one sample and return its future. Raises KnownCause if the model is unknown.
@@ -141,25 +132,18 @@ class Chat:
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
         """Return the fields of a request other than model, messages and n."""
-        kind = self.settings.structured_output if free_tokens is None else "none"
         fields = config.generate_args
+        limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
         if free_tokens is not None:  # the token limit of the model file applies only to numbers
-            fields.pop("max_completion_tokens", None)
-            fields["max_tokens"] = free_tokens
-        elif not fields.keys() & {"max_tokens", "max_completion_tokens"}:
-            fields["max_tokens"] = answer_tokens(kind, self._game)
-        return fields | structured_fields(kind, self._game)
+            return fields | {limit: free_tokens}
+        kind = self.settings.structured_output
+        return {limit: answer_tokens(kind, self._game), **fields, **structured_fields(kind, self._game)}
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     """Read the model file, set the models of this process and of AgentScope, and return them. Raises SettingsError."""
-    models = read_models(config)
+    models = read_models(config, required=False)
     ModelManager.get_instance().load_model_configs([each.entry for each in models.values()], clear_existing=True)
     _models.clear()
     _models.update(models)
     return models
-
-
-def import_client() -> None:
-    """Import the model client and openai in advance, so that no call with a deadline waits for these imports."""
-    import simulation.llm.http_client  # noqa: F401, PLC0415 - needed only for LLM participants

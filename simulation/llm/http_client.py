@@ -21,13 +21,10 @@ import openai
 from simulation.errors import one_line, printable
 from simulation.llm.model_configs import ModelConfig, is_within
 from simulation.llm.responses import NO_ANSWER, Reply, RequestError, read_reply
-from simulation.llm.usage import MODEL_SERVER
 
-REPLY_BYTES = 256 * 2**20
 LOST = "connection lost"
 MODELS_SHOWN, NAME_SHOWN = 5, 80  # number of models shown of those that a server lists, and maximum length of a name
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5 s
-NETWORK_ERRORS = (httpx2.HTTPError, aiohttp.ClientError, OSError)
 
 
 class ModelHttp:
@@ -77,17 +74,17 @@ class ModelHttp:
 
     async def check(self, model: str, timeout_s: float) -> str | None:
         """Return why the server cannot answer requests for this model, or None if it can."""
+        request = httpx2.Request("GET", self.url + "/models", headers=self._headers)
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await self._client.get(self.url + "/models", headers=self._headers)
-            if reply.status_code in (401, 403, 407) or reply.status_code >= 500:
-                return f"answers with HTTP {reply.status_code}{self._through}"
-            listed = reply.json()["data"] if reply.status_code == 200 else []
+            response = await self._exchange(request, timeout_s)
+            if response.status_code in (401, 403, 407) or response.status_code >= 500:
+                return f"answers with HTTP {response.status_code}{self._through}"
+            listed = response.json()["data"] if response.status_code == 200 else []
             served = [each["id"] for each in listed if isinstance(each["id"], str)]
-        except TimeoutError:
-            return f"does not answer within {timeout_s:g} s{self._through}"
-        except NETWORK_ERRORS as error:
-            return f"does not answer: {_connection_cause(error)}{self._through}"
+        except RequestError as error:
+            if error.cause == NO_ANSWER:
+                return f"does not answer within {timeout_s:g} s{self._through}"
+            return f"does not answer: {error.cause.removeprefix('model server: ')}"
         except (KeyError, TypeError):  # the reply contains no list of models
             served = []
         except (ValueError, RecursionError):  # the reply is not HTTP, not JSON, or nested too deep
@@ -97,31 +94,38 @@ class ModelHttp:
         return f"serves {', '.join(printable(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])}, not {model}"
 
     async def post(self, body: bytes, timeout_s: float) -> Reply:
-        """Send one completion request and return the reply.
-
-        Raises RequestError if the request fails. The cause is NO_ANSWER if no whole reply arrives within
-        `timeout_s` seconds.
-        """
+        """Send one completion request and return the reply. Raises RequestError if the request fails."""
         request = httpx2.Request("POST", self._completions, headers=self._headers, content=body)
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._client.send(request, stream=True)
-                received = await _body_of(response)
-        except TimeoutError:
-            raise RequestError(NO_ANSWER) from None
-        except NETWORK_ERRORS as error:
-            cause = _connection_cause(error)
-            raise RequestError(
-                f"{MODEL_SERVER}: {cause}{self._through}", server_wide=True, maybe_unsupported_n=cause == LOST
-            ) from None
-        except ValueError:  # raised by a library if the reply is not valid HTTP
-            raise RequestError(f"{MODEL_SERVER}: the reply is not HTTP", malformed=True) from None
+            response = await self._exchange(request, timeout_s)
+        except ValueError:
+            raise RequestError("model server: the reply is not HTTP") from None
         try:
-            return read_reply(response.status_code, response.headers, received, time.time())
+            return read_reply(response.status_code, response.headers, response.content, time.time())
         except RequestError as error:
             if response.status_code != 200:  # the reply may come from the proxy itself
                 error.cause += self._through
             raise
+
+    async def _exchange(self, request: httpx2.Request, timeout_s: float) -> httpx2.Response:
+        """Send a request and return the whole reply. Raises ValueError if the reply is not valid HTTP.
+
+        Raises RequestError if the connection fails, or with the cause NO_ANSWER if it takes more than `timeout_s`.
+        """
+        response = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.send(request, stream=True)
+                await response.aread()
+                return response
+        except TimeoutError:
+            raise RequestError(NO_ANSWER) from None
+        except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+            if response is not None:
+                raise RequestError("model server: the reply breaks off") from None
+            cause = _connection_cause(error)
+            text = f"model server: {cause}{self._through}"
+            raise RequestError(text, server_wide=True, maybe_unsupported_n=cause == LOST) from None
 
 
 def check_models(models: Sequence[ModelConfig], timeout_s: float) -> dict[ModelConfig, str]:
@@ -159,21 +163,6 @@ def _certificates_from() -> str:
             return f", of {name}={os.environ[name]},"
     other = "REQUESTS_CA_BUNDLE"  # an environment variable that other programs read
     return f" (SSL_CERT_FILE names others; {other} is not used)" if other in os.environ else ""
-
-
-async def _body_of(response: httpx2.Response) -> bytes:
-    """Read the whole body of a reply. Raises RequestError if the connection is lost or the body exceeds REPLY_BYTES."""
-    body = bytearray()
-    try:
-        async for part in response.aiter_bytes():
-            body += part
-            if len(body) > REPLY_BYTES:
-                raise RequestError(f"{MODEL_SERVER}: a reply of more than {REPLY_BYTES >> 20} MB", malformed=True)
-    except NETWORK_ERRORS:
-        raise RequestError(f"{MODEL_SERVER}: the reply breaks off", malformed=True) from None
-    finally:
-        await response.aclose()
-    return bytes(body)
 
 
 def _connection_cause(error: BaseException | None) -> str:

@@ -16,10 +16,10 @@ from simulation.files import is_there, read_text
 from simulation.settings import SimulationConfig
 
 MODEL_TYPE = "openai_chat"
+KNOWN = ("api_key", "client_args", "config_name", "generate_args", "model_name", "model_type", "organization")
 OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
 BESIDE = "stands beside client_args, not in it"
 ELSEWHERE = {"http_client": "is this program's own", "api_key": BESIDE, "organization": BESIDE}
-KNOWN = {"config_name", "model_type", "model_name", "api_key", "organization", "client_args", "generate_args"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelConfig:
     @property
     def generate_args(self) -> dict[str, Any]:
         """Return a copy of the request fields that the entry sets, such as temperature."""
-        return dict(self.entry.get("generate_args") or {})
+        return dict(self.entry.get("generate_args", {}))
 
     @property
     def address(self) -> str:
@@ -69,19 +69,14 @@ def asked_models(config: SimulationConfig) -> list[str]:
     return [each.partition("=")[0].strip() for each in config.models.split(",")]
 
 
-def model_of(participant: int, models: int) -> str:
-    """Return the name of a participant's model. model_1 .. model_N, with N = `models`, are assigned round-robin."""
-    return f"model_{participant % models + 1}"
+def read_models(config: SimulationConfig, required: bool = True) -> dict[str, ModelConfig]:
+    """Read the model file. Return its models by name. Raises SettingsError if the file cannot be read or is invalid.
 
-
-def has_models(config: SimulationConfig) -> bool:
-    """Return whether to read the model file: not if --model-configs has its default value and the file is missing."""
-    return config.model_configs != SimulationConfig.model_configs or is_there(Path(config.model_configs))
-
-
-def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Read the model file. Return its models by name. Raises SettingsError if the file cannot be read or is invalid."""
+    Unless `required`, return no models if --model-configs has its default value and the file is missing.
+    """
     path = config.model_configs
+    if not required and path == SimulationConfig.model_configs and not is_there(Path(path)):
+        return {}
     try:
         entries = json.loads(read_text(Path(path)))
     except (OSError, UnicodeDecodeError) as error:
@@ -92,23 +87,33 @@ def read_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     if not isinstance(entries, list) or not entries:
         raise SettingsError(f"--model-configs {path}: must be a list of models, one at least")
     for number, entry in enumerate(entries, start=1):
-        problem = next(_problems_with(entry), None)
-        if problem:
+        for problem in _problems_with(entry):
             raise SettingsError(f"--model-configs {path}, entry {number}: {problem}")
-    models = [_model_of(entry) for entry in entries]
-    if len(models) == 1 and urlsplit(models[0].base_url).port is None and is_within(models[0].base_url, ()):
-        models = [_at_port(models[0], config.vllm_base_port, index) for index in range(config.model_per_host)]
-    by_name = {model.name: model for model in models}
-    if len(by_name) < len(models):
+    first_url = entries[0]["client_args"]["base_url"]
+    if len(entries) == 1 and urlsplit(first_url).port is None and is_within(first_url, ()):
+        ports = range(config.vllm_base_port, config.vllm_base_port + config.model_per_host)
+        entries = [_at_port(entries[0], port, f"model_{number}") for number, port in enumerate(ports, start=1)]
+    models = {}
+    for entry in entries:
+        name, url = entry["config_name"], entry["client_args"]["base_url"].rstrip("/")
+        models[name] = ModelConfig(name, entry["model_name"], url, entry)
+    if len(models) < len(entries):
         raise SettingsError(f"--model-configs {path}: two entries have the same config_name")
-    return by_name
+    return models
+
+
+def _at_port(template: dict[str, Any], port: int, name: str) -> dict[str, Any]:
+    """Return an entry like the template, whose URL has no port, with this name and port."""
+    url = urlsplit(template["client_args"]["base_url"])
+    address = url._replace(netloc=f"{url.netloc.rstrip(':')}:{port}").geturl()
+    return template | {"config_name": name, "client_args": template["client_args"] | {"base_url": address}}
 
 
 def _problems_with(entry: Any) -> Iterator[str]:
     """Yield the errors in an entry. A check may assume that the earlier ones passed, so only the first error counts."""
     if not isinstance(entry, dict):
         yield "must be an object with config_name, model_type, model_name and client_args"
-    yield from (f"{name} is not known here; {nearest(name, sorted(KNOWN))}" for name in entry if name not in KNOWN)
+    yield from (f"{name} is not known here; {nearest(name, KNOWN)}" for name in entry if name not in KNOWN)
     for name in ("config_name", "model_name"):
         if not (isinstance(entry.get(name), str) and entry[name]):
             yield f"{name} is missing, or no text"
@@ -117,13 +122,10 @@ def _problems_with(entry: Any) -> Iterator[str]:
             yield f"{name} must be an object"
     if entry.get("model_type") != MODEL_TYPE:
         yield f"model_type must be {MODEL_TYPE}, the kind of server that vLLM is"
-    client_args, generate_args = entry.get("client_args", {}), entry.get("generate_args", {})
-    yield from (
-        f"generate_args holds {name}, which every request sets for itself" for name in OURS if name in generate_args
-    )
+    client_args, fields = entry.get("client_args", {}), entry.get("generate_args", {})
+    yield from (f"generate_args holds {name}, which every request sets for itself" for name in OURS if name in fields)
     for name in ("max_tokens", "max_completion_tokens"):
-        limit = generate_args.get(name, 1)
-        if type(limit) is not int or limit < 1:
+        if type(fields.get(name, 1)) is not int or fields.get(name, 1) < 1:
             yield f"generate_args: {name} must be a whole number from 1"
     yield from (f"client_args holds {name}, which {why}" for name, why in ELSEWHERE.items() if name in client_args)
     headers = client_args.get("default_headers") or {}
@@ -145,17 +147,3 @@ def _is_address(text: Any) -> bool:
         return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
     except ValueError:
         return False
-
-
-def _model_of(entry: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(entry["config_name"], entry["model_name"], entry["client_args"]["base_url"].rstrip("/"), entry)
-
-
-def _at_port(template: ModelConfig, base_port: int, index: int) -> ModelConfig:
-    """Return model number `index` (from 0) of a template whose URL has no port. Its port is base_port + index."""
-    url = urlsplit(template.base_url)
-    host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
-    client_args = template.entry["client_args"] | {
-        "base_url": url._replace(netloc=f"{host}:{base_port + index}").geturl()
-    }
-    return _model_of(template.entry | {"config_name": f"model_{index + 1}", "client_args": client_args})

@@ -1,7 +1,6 @@
 """The queue of requests to model servers, with batching, retries, backoff and the shared semaphore.
 
-Each pair of model server and credentials has its own client. All clients of a process run on one event loop in one
-thread.
+Each model has its own client. All clients of a process run on one event loop in one thread.
 """
 
 import asyncio
@@ -23,8 +22,7 @@ from simulation.errors import Ended, KnownCause, one_line
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Prompt
-from simulation.llm.responses import NO_ANSWER, Reply, RequestError, pause_s
-from simulation.llm.usage import OUT_OF_TOKENS
+from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, Reply, RequestError, pause_s
 
 if TYPE_CHECKING:
     from simulation.llm.chat import Chat
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
-MALFORMED_REPLIES = 8  # malformed replies in a row after which a request fails
 ERRORS_WITH_N = 3  # errors in a row after which a request asks for one answer instead of several
 
 Sample = tuple[str | None, str | None, float]  # text, why the text is unusable (None: usable), deadline for retries
@@ -61,30 +58,30 @@ class SampleRequest:
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
         """Remove the first participants from `waiting`, and pass them these samples or errors on their event loop."""
         futures = [self.waiting.popleft() for _ in outcomes]
+
+        def set_outcomes() -> None:
+            for future, outcome in zip(futures, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, KnownCause):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
         if futures:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the group was deleted
-                futures[0].get_loop().call_soon_threadsafe(_set_outcomes, futures, outcomes)
+                futures[0].get_loop().call_soon_threadsafe(set_outcomes)
 
     def fail(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
         """Fail all waiting participants with this cause; `ended` states how the round ended for them."""
         self.deliver([KnownCause(cause, ended=ended) for _ in self.waiting])
 
 
-def _set_outcomes(futures: list[asyncio.Future[Sample]], outcomes: Sequence[Sample | KnownCause]) -> None:
-    for future, outcome in zip(futures, outcomes, strict=True):
-        if future.done():
-            continue
-        if isinstance(outcome, KnownCause):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-
-
 class ModelClient:
-    """The client for one model server and credentials. Create and use it on the event loop of the model thread."""
+    """The client for one model. Create and use it on the event loop of the model thread."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - imports openai, see import_client
+        from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - imports openai, see Chat
 
         self._http = ModelHttp(config)
         self._semaphore = SharedSemaphore(self._http.url)
@@ -145,7 +142,7 @@ class ModelClient:
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config.address not in chat.n_unsupported
             wanted = min(len(request.waiting), chat.settings.samples_per_request if several else 1)
-            count = chat.affordable(request, wanted)
+            count = chat.budget.affordable(request, wanted)
             if count == 0:
                 if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
@@ -162,7 +159,7 @@ class ModelClient:
 
     def _send(self, batch: SampleRequest, slots: int) -> None:
         chat = batch.chat
-        chat.reserve(batch, len(batch.waiting))
+        chat.budget.reserve(batch, len(batch.waiting))
         batch.deadline = min(batch.deadline, time.monotonic() + chat.settings.reply_timeout)
         task = asyncio.create_task(self._serve(batch))
         chat.tasks.add(task)
@@ -170,7 +167,7 @@ class ModelClient:
         def ended(task: asyncio.Task[None]) -> None:  # also runs if the task is cancelled before its first step
             chat.tasks.remove(task)
             self._semaphore.release(slots)
-            chat.commit(batch)  # no effect if already committed
+            chat.budget.commit(batch)  # no effect if already committed
             self._wake.set()
 
         task.add_done_callback(ended)
@@ -182,9 +179,11 @@ class ModelClient:
             try:
                 reply = await self._request(batch, count)
             except RequestError as error:
-                if count == 1 or not self._doubts_n(batch, error):
+                clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
+                doubts_n = error.maybe_unsupported_n and clear and batch.chat.budget.affordable(batch, 1) == 1
+                if count == 1 or not doubts_n:
                     raise
-                batch.chat.reserve(batch, 1)
+                batch.chat.budget.reserve(batch, 1)
                 count, reply = 1, await self._request(batch, 1)
                 if batch.single_worked or not error.retryable:
                     self._stop_using_n(batch, f"has trouble with several answers in one request ({error})")
@@ -196,24 +195,19 @@ class ModelClient:
             batch.fail(one_line(error))
 
     async def _request(self, batch: SampleRequest, count: int) -> Reply:
-        """Send a request once, commit its cost, and return the reply. Raises RequestError if the request fails."""
+        """Send a request once and commit its cost before the participants continue. Raises RequestError if it fails."""
         attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
         try:
             reply = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
         except RequestError as error:
-            batch.chat.commit(batch, error.tokens)
+            batch.chat.budget.commit(batch, error.usage)
             if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
                 error.cause = batch.cause  # the deadline shortened the attempt: the previous cause is more helpful
             raise
-        batch.chat.commit(batch, reply.tokens, answered=True)  # before the participants continue and read the usage
+        batch.chat.budget.commit(batch, reply.usage, answered=True)
         return reply
-
-    def _doubts_n(self, batch: SampleRequest, error: RequestError) -> bool:
-        """Return whether to request one answer now: `n` may have caused the error, and the token budget suffices."""
-        clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
-        return error.maybe_unsupported_n and clear and batch.chat.affordable(batch, 1) == 1
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
         if batch.config.address not in batch.chat.n_unsupported:
@@ -225,9 +219,9 @@ class ModelClient:
         self._errors, self._last_cause = 0, NO_ANSWER
         if count > 1:
             batch.single_worked = False
-            if len(reply.texts) == 1:
+            if len(reply.samples) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        batch.deliver([(text, cause, batch.deadline) for text, cause in reply.texts[:count]])
+        batch.deliver([(text, cause, batch.deadline) for text, cause in reply.samples[:count]])
         if batch.waiting:
             batch.errors, batch.cause = 0, None
             self.put(batch, first=True)
@@ -236,10 +230,8 @@ class ModelClient:
         """Put a failed request back into the queue, now or after a pause, or fail its participants."""
         batch.errors += 1
         batch.cause = self._last_cause = error.cause
-        if not error.retryable or (error.malformed and batch.errors >= MALFORMED_REPLIES):
-            same = [each for each in self._queue if each.chat is batch.chat and each.prompt == batch.prompt]
-            for request in [batch, *(same if error.refused else [])]:  # the server would refuse these too
-                request.fail(error.cause, Ended.MODEL_FAILED)
+        if not error.retryable:
+            batch.fail(error.cause, Ended.MODEL_FAILED)
             return
         now, errors = time.monotonic(), batch.errors
         if error.server_wide:
@@ -253,28 +245,22 @@ class ModelClient:
             asyncio.get_running_loop().call_later(wait_s, self.put, batch, True)
 
 
-class ModelThread(threading.Thread):
+class ModelThread:
     """The thread whose event loop runs all clients of this process."""
 
     def __init__(self) -> None:
-        super().__init__(name="models", daemon=True)
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        self.clients: dict[tuple[str, str], ModelClient] = {}
-        self.start()
-
-    def run(self) -> None:
-        self.loop.run_forever()
+        self.clients: dict[ModelConfig, ModelClient] = {}
+        threading.Thread(target=self.loop.run_forever, name="models", daemon=True).start()
 
     def put(self, requests: list[SampleRequest]) -> None:
         """Pass requests to their clients, created on first use. Call this method on this thread."""
         for request in requests:
             config = request.config
-            account = [config.entry.get(name) for name in ("client_args", "api_key", "organization")]
-            key = (config.base_url, str(account))
             try:
-                if key not in self.clients:
-                    self.clients[key] = ModelClient(config)
-                self.clients[key].put(request)
+                if config not in self.clients:
+                    self.clients[config] = ModelClient(config)
+                self.clients[config].put(request)
             except Exception as error:  # noqa: BLE001 - invalid client settings may raise any exception
                 request.fail(one_line(error))
 

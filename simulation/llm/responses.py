@@ -1,7 +1,4 @@
-"""Parsing of model server replies, and the backoff after failed requests; pure functions.
-
-A reply without answers raises a `RequestError`, which states whether a retry may help.
-"""
+"""Parsing of model server replies, their usage, and the backoff after failed requests; pure functions."""
 
 import email.utils
 import json
@@ -10,23 +7,43 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 from simulation.errors import printable
-from simulation.llm.usage import MODEL_SERVER
 
 BUSY = (429, 503)  # the server asks all clients to wait
 PASSING = (408, 409, 425)  # temporary errors, like every 5xx status except 501 (not implemented)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "answer withheld by a content filter"}
 NO_TEXT = "no text in the answer"
-NO_ANSWER = f"{MODEL_SERVER}: no answer in time"
+NO_ANSWER = "model server: no answer in time"
+OUT_OF_TOKENS = "out of tokens (--max-tokens)"
 MESSAGE_SHOWN = 120  # maximum length of a server's error message
 MOST_TOKENS = 10**12  # a larger token count of one request is invalid
 
 
-class Tokens(NamedTuple):
-    """The token usage of one request, as counted by the server."""
+@dataclass(frozen=True)
+class Usage:
+    """The usage of one or more groups so far. The tokens are those that the model servers report for each request."""
 
-    prompt: int
-    completion: int
+    requests: int = 0  # requests sent, including retries
+    retries: int = 0  # requests that repeat one with an error, too few answers, or an unusable answer
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    answering_s: float = 0.0  # of the slowest group: from question to last answer, summed over rounds
+    client_s: float = 0.0  # CPU time of the slowest group's server process during `answering_s`
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        slower = max(self, other, key=lambda each: each.answering_s)
+        return Usage(
+            self.requests + other.requests,
+            self.retries + other.retries,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            slower.answering_s,
+            slower.client_s,
+        )
 
 
 @dataclass(eq=False)
@@ -37,43 +54,38 @@ class RequestError(Exception):
     _: KW_ONLY
     retryable: bool = True  # the same request may succeed later
     server_wide: bool = False  # the error concerns the whole server, so other requests must wait too
-    malformed: bool = False  # the reply cannot be parsed
-    refused: bool = False  # the server refused the content of the request
     maybe_unsupported_n: bool = True  # the field n (number of answers per request) may have caused the error
     retry_after_s: float = 0.0  # pause that the server requests
-    tokens: Tokens | None = None  # the usage, if the server reports it despite the error
+    usage: Usage | None = None  # the tokens, if the server reports them despite the error
 
     def __str__(self) -> str:
         return self.cause
 
 
 class Reply(NamedTuple):
-    """The samples and the token usage of one reply; `tokens` is None if the server does not report the usage.
+    """The samples of one reply, each a text and why it is unusable (None: usable), and the tokens, None if unknown."""
 
-    A sample is a text, and the reason why the text is unusable (None: it is usable).
-    """
-
-    texts: list[tuple[str | None, str | None]]
-    tokens: Tokens | None
+    samples: list[tuple[str | None, str | None]]
+    usage: Usage | None
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
-    """Parse a reply of the chat completions API. `now` is the current time in seconds since the epoch.
-
-    Raises RequestError if the reply has no answers.
-    """
-    if status != 200:
-        raise _refusal(status, headers, body, now)
+    """Parse a reply of the chat completions API. `now` is the time in seconds since the epoch. Raises RequestError."""
     try:
         reply = json.loads(body)
     except (ValueError, RecursionError):  # RecursionError: JSON nested too deep
-        raise RequestError(f"{MODEL_SERVER}: the reply is not JSON", malformed=True) from None
-    counts = [_get(reply, "usage", f"{kind}_tokens") for kind in Tokens._fields]
-    valid = all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts)
-    choices, tokens = _get(reply, "choices"), Tokens(*counts) if valid else None
+        reply = None
+    if status != 200:
+        raise _refusal(status, headers, reply, now)
+    if reply is None:
+        raise RequestError("model server: the reply is not JSON")
+    prompt, completion = (_get(reply, "usage", f"{kind}_tokens") for kind in ("prompt", "completion"))
+    valid = all(type(count) is int and 0 <= count <= MOST_TOKENS for count in (prompt, completion))
+    usage = Usage(prompt_tokens=prompt, completion_tokens=completion) if valid else None
+    choices = _get(reply, "choices")
     if not isinstance(choices, list) or not choices:
-        raise RequestError(f"{MODEL_SERVER}: no choices in the reply", malformed=True, tokens=tokens)
-    return Reply([_text_in(choice) for choice in choices], tokens)
+        raise RequestError("model server: no choices in the reply", usage=usage)
+    return Reply([_sample_in(choice) for choice in choices], usage)
 
 
 def _get(data: Any, *names: str) -> Any:
@@ -83,36 +95,23 @@ def _get(data: Any, *names: str) -> Any:
     return data
 
 
-def _text_in(choice: Any) -> tuple[str | None, str | None]:
-    """Return the text of a choice, and the reason why the text is unusable (None: it is usable)."""
+def _sample_in(choice: Any) -> tuple[str | None, str | None]:
     text, reason = _get(choice, "message", "content"), _get(choice, "finish_reason")
     if not isinstance(text, str):
         return None, NO_TEXT
     return text, CUT_OFF.get(reason) if isinstance(reason, str) else None
 
 
-def _refusal(status: int, headers: Mapping[str, str], body: bytes, now: float) -> RequestError:
-    cause, busy = f"{MODEL_SERVER}: HTTP {status}", status in BUSY
+def _refusal(status: int, headers: Mapping[str, str], reply: Any, now: float) -> RequestError:
+    cause, busy = f"model server: HTTP {status}", status in BUSY
     if busy or status in PASSING or (status >= 500 and status != 501):
         wait_s = retry_after(headers.get("retry-after"), now)
         return RequestError(cause, server_wide=busy, maybe_unsupported_n=not busy, retry_after_s=wait_s)
-    message = _message_in(body)
-    return RequestError(
-        f"{cause}: {message}" if message else cause,
-        retryable=False,
-        refused=status in (400, 422),
-        maybe_unsupported_n=status not in (401, 403),  # access denied, regardless of the request's content
-    )
-
-
-def _message_in(body: bytes) -> str:
-    """Return the server's error message in one line, or "" if the body contains none."""
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
-        return ""
     message = _get(reply, "error", "message") or _get(reply, "message") or _get(reply, "error")
-    return printable(str(message), MESSAGE_SHOWN) if message and not isinstance(message, dict) else ""
+    if message and not isinstance(message, dict):
+        cause = f"{cause}: {printable(str(message), MESSAGE_SHOWN)}"
+    denied = status in (401, 403)  # regardless of the content of the request
+    return RequestError(cause, retryable=False, maybe_unsupported_n=not denied)
 
 
 def retry_after(value: str | None, now: float) -> float:

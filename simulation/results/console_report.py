@@ -9,7 +9,7 @@ import numpy as np
 from simulation.errors import printable
 from simulation.game.rules import Game
 from simulation.game.tally import RoundResult, Tally, Units
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results.reader import SavedRun
 from simulation.results.run_files import most_frequent, position_in_words
 from simulation.results.tables import table_lines

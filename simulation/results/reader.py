@@ -19,7 +19,7 @@ from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
 from simulation.game.rules import Game, game_of
 from simulation.game.tally import RoundResult, Tally, Winners, score
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position

@@ -13,7 +13,7 @@ from simulation.files import is_there, read_text
 from simulation.game.population import ModelShare, Persona, Population
 from simulation.game.rules import Game, PromptTemplate, game_of
 from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, RoundResult
-from simulation.llm.usage import OUT_OF_TOKENS, Usage
+from simulation.llm.responses import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
 CAUSES_SHOWN = 20

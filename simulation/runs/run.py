@@ -12,7 +12,7 @@ from simulation import errors
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
 from simulation.game.tally import announcement_of
-from simulation.llm.usage import Usage
+from simulation.llm.responses import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
 from simulation.results.run_directory import AGENTS, GAME, RunDirectory
