@@ -1,6 +1,7 @@
 """The comparison of several runs as a text table, a PNG picture and an HTML page."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from simulation.settings import SETTINGS
 PAGE, PICTURE = "comparison.html", "comparison.png"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
+LABEL_WIDTH = 32  # characters in a line of a label in the picture
 LINES = 24  # maximum number of runs in the line chart, which equals the number of distinct lines
 
 
@@ -150,9 +152,10 @@ def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
 
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
     """Return a figure: above, the averages by round; below, the last round of some runs as histograms."""
+    drawn = [(textwrap.fill(label, LABEL_WIDTH), run) for label, run in drawn]
+    lines = -(-len(drawn) // 3) * max((label.count("\n") + 1 for label, _ in drawn), default=1)  # of the legend
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
-    histograms = [(run, -1) for _, run in selected]
-    figure, above, _, grid = charts.two_parts(histograms, 3.6 + 0.3 * -(-len(drawn) // 3), lines_first=True)
+    figure, above, _, grid = charts.two_parts([(run, -1) for _, run in selected], 3.6 + 0.3 * lines, lines_first=True)
     axes = above.subplots()
     _draw_averages(axes, drawn)
     axes.set_title("Average by round; dotted, each run's equilibrium", loc="left", weight="bold")
