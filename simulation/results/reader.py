@@ -116,11 +116,11 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """Return the settings of a run, updated with `given`. Raises SettingsError if `given` changes a fixed setting."""
-    fixed = {name for name, each in SETTINGS.items() if each.fixed_on_resume}
     changed = replace(config, **given)
-    for name in fixed & given.keys():
-        if getattr(changed, name) != (before := getattr(config, name)):  # compare values, not texts: 0.5 equals 1/2
-            start = f"{flag_of(name)} {given[name]}: the run in {path} was started with {before}"
+    for name, value in given.items():
+        before = getattr(config, name)
+        if SETTINGS[name].fixed_on_resume and getattr(changed, name) != before:  # not as texts: 0.5 equals 1/2
+            start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
 

@@ -145,8 +145,8 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
     """Return the entry of one round in summary.json. `scale` is 10^decimals."""
     tally = result.tally
     lowest, highest = tally.units[[0, -1]].tolist() if tally.answered else (None, None)
-    numbers = {"average": result.average, "median": tally.median(), "std": tally.std(), "min": lowest, "max": highest}
-    numbers["winning_number"] = result.winning_number
+    figures = {"average": result.average, "median": tally.median(), "std": tally.std()}
+    figures |= {"min": lowest, "max": highest, "winning_number": result.winning_number}
     return {
         "round": result.round,
         "asked": tally.asked,
@@ -155,7 +155,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "failures": most_frequent(tally.failures),
         "ended": tally.ended.name.lower(),
         "reassigned": result.reassigned,
-        **{name: None if units is None else float(units / scale) for name, units in numbers.items()},
+        **{name: None if units is None else float(units / scale) for name, units in figures.items()},
         "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "seconds": round(result.seconds, 4),
     }
@@ -190,8 +190,7 @@ def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
     cast = game.population
     entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
-    content: dict[str, Any] = GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry), mode="json")
-    return content
+    return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry), mode="json")
 
 
 def parse_game(text: str, config: SimulationConfig) -> Game:
