@@ -1,7 +1,4 @@
-"""The assignment of personas and models to participants, by exact shares and by the seed; pure functions.
-
-The assignment does not depend on which server a participant is on, and can be computed for a single participant.
-"""
+"""The assignment of personas and models to participants, by exact shares and the seed, whatever their servers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -118,21 +115,14 @@ GAMMA = 0x9E3779B97F4A7C15
 
 
 def mix(z: Any) -> Any:
-    """Return the SplitMix64 finaliser of a number or a uint64 array.
-
-    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
-    """
+    """Return SplitMix64's finaliser of a number or a uint64 array (Steele, Lea, Flood, "Fast Splittable ...", 2014)."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
 
 
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """Split `total` into whole counts by these shares, which must add up to 1.
-
-    Round all exact counts down, then add 1 to the counts with the largest remainders until all add up to `total`.
-    Each count differs from the exact count by less than 1.
-    """
+    """Split `total` by these shares, which add up to 1, into whole counts. Each is off the exact one by less than 1."""
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))

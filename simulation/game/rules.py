@@ -109,15 +109,11 @@ def question_for(game: Game, round_number: int, announcements: tuple[Announcemen
 
 @lru_cache(maxsize=1024)
 def _round_key(seed: int, round_number: int) -> int:
-    key: int = mix((mix((seed + GAMMA) & MASK) + round_number * GAMMA) & MASK) + GAMMA
-    return key
+    return int(mix((mix((seed + GAMMA) & MASK) + round_number * GAMMA) & MASK) + GAMMA)
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
-    """Return the random answer of a participant in units. Only seed, round and participant index determine the answer.
-
-    A change of this function would change the results of every seed; a test compares the results with known answers.
-    """
+    """Return the random answer of a participant in units. A change would change the results of every seed."""
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
     return int((mix(key) * game.numbers) >> 64)
 

@@ -1,7 +1,4 @@
-"""The counting of answers: tallies and the result of a round; pure functions.
-
-Answers are counted in units. A unit is 10^-decimals, so an answer is a whole number of units and every sum is exact.
-"""
+"""The counting of answers in whole units of 10^-decimals, so that every sum is exact, and the result of a round."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -175,10 +172,7 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
 
 
 def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """Return the most frequent failure causes with their counts. Merge the other causes into OTHER_CAUSES.
-
-    `counts[k]` is the number of failures with cause number k; `cause(k)` returns the text of that cause.
-    """
+    """Return the most frequent causes `cause(k)`, each with its count `counts[k]`. Merge all others into one entry."""
     most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
     failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
     others = int(counts.sum()) - sum(failures.values())
