@@ -276,7 +276,7 @@ def test_a_partial_histogram_counts_what_the_tally_counts(max_value, decimals):
         sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
     (counts, failures), tally = sheet.partial_histogram(game.numbers), sheet.tally()
     _, wanted = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
-    assert counts == tuple(wanted) and len(counts) == bins_of(game.numbers)[1] <= BINS
+    assert counts == [*wanted] and len(counts) == bins_of(game.numbers)[1] <= BINS
     assert sum(failures.values()) == 50_000 and len(failures) == CAUSES_COUNTED + 1
 
 

@@ -145,7 +145,7 @@ def test_a_main_suspended_beyond_its_lease_recreates_all_participants(cluster, t
 
 
 def test_a_reply_of_another_program_is_recognised():
-    reply = HeartbeatReply("abc", {"run/group-0": Progress(1, 2, 3, "", (4, 0.5))})
+    reply = HeartbeatReply("abc", {"run/group-0": Progress(1, 2, 3, "", [4, 0.5])})
     assert HeartbeatReply.from_json(reply.to_json()) == reply
     for text in ("", "[]", "{}", '{"incarnation": "a", "objects": {"x": {}}}', '{"incarnation": "a", "objects": 5}'):
         assert HeartbeatReply.from_json(text) is None

@@ -136,7 +136,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
         number, done, sheet = self._round, self._done(), self._sheet  # in this order, as a round may begin meanwhile
         histogram = sheet.partial_histogram(numbers) if numbers and sheet is not None else ()
-        return Progress(done, self.count, number, self._error, astuple(self.usage()), *histogram)
+        return Progress(done, self.count, number, self._error, [*astuple(self.usage())], *histogram)
 
     def usage(self) -> Usage:
         """Return the usage of all rounds so far, including the current round."""

@@ -59,7 +59,7 @@ class Membership:
         """Connect to all servers and start the failure detector. Its first heartbeats announce the run."""
         call = partial(channels.identify, timeout_s=self.config.connect_timeout)
         identities = channels.call_all_or_raise({each: partial(call, each) for each in self._servers})
-        channels.forget_identities()
+        channels.identities.clear()
         incarnations = {endpoint: each.incarnation for endpoint, each in identities.items()}
         self._detector = FailureDetector(self.run, incarnations, self.config.heartbeat_timeout, self.config.lease)
         self._detector.__enter__()

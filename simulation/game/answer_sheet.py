@@ -1,5 +1,6 @@
 """The answers of consecutive participants in one round. An entry is the answer in units, or a negative code."""
 
+import contextlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,18 +64,13 @@ class AnswerSheet:
         self.done += 1
 
     def record_many(self, offsets: Sequence[int], answers: Sequence[Any], game: Game) -> None:
-        """Record the answers of several participants. Record an unusable answer as a failure.
-
-        If all answers are int or float, numpy converts all of them at once, without loss: 0.1 us per answer instead of
-        1.2 us.
-        """
+        """Record the answers of several participants. Record an unusable answer as a failure."""
         if len(offsets) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(offsets)} offsets")
-        try:
-            are_plain = set(map(type, answers)) <= {int, float}
-            numbers = np.fromiter(answers, np.float64, len(answers)) if are_plain else None
-        except OverflowError:
-            numbers = None
+        numbers = None
+        if set(map(type, answers)) <= {int, float}:  # numpy converts all at once without loss, in a tenth of the time
+            with contextlib.suppress(OverflowError):
+                numbers = np.fromiter(answers, np.float64, len(answers))
         if numbers is None:
             for offset, answer in zip(offsets, answers, strict=True):
                 try:
@@ -101,10 +97,7 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> "AnswerSheet":
-        """Return a copy in which undecided participants are recorded as interrupted.
-
-        Another thread may record answers in the original at the same time.
-        """
+        """Return a copy with undecided participants as interrupted. Another thread may record answers meanwhile."""
         copy = AnswerSheet(self.first, self.count)
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
@@ -123,14 +116,10 @@ class AnswerSheet:
         codes = np.bincount(FAILED - self._units[self._units <= FAILED])
         return top_causes(codes, list(self._causes).__getitem__)  # read after the codes, as `fail` stores a cause first
 
-    def partial_histogram(self, numbers: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Return the counts of the answers so far per histogram bin (see `bins_of`), and of the failures by cause.
-
-        Another thread may record answers at the same time.
-        """
+    def partial_histogram(self, numbers: int) -> tuple[list[int], dict[str, int]]:
+        """Return the counts of the answers so far per bin (see `bins_of`), and of the failures so far by cause."""
         width, bins = bins_of(numbers)
-        answered = np.bincount(self._units[self._units >= 0] // width, minlength=bins)
-        return tuple(answered.tolist()), self._failures()
+        return np.bincount(self._units[self._units >= 0] // width, minlength=bins).tolist(), self._failures()
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Return the participants whose answer is one of `winning_units`."""

@@ -1,8 +1,4 @@
-"""TLS channels to agent servers, and two plain gRPC calls with JSON payloads: handshake and heartbeat.
-
-Commands that start, list or wait for servers use only these two calls, so they need not import AgentScope (see
-client.py).
-"""
+"""TLS channels to agent servers, and two plain gRPC calls that do not need AgentScope: handshake and heartbeat."""
 
 import functools
 import json
@@ -41,14 +37,14 @@ CHANNEL_OPTIONS = (
 )
 
 _credentials: list[grpc.ChannelCredentials] = []  # one element after `install_tls`, else empty
-_identities: dict[Endpoint, Handshake] = {}  # cached handshakes, see `identify`
+identities: dict[Endpoint, Handshake] = {}  # cached by `identify`; each run clears them, as servers may be replaced
 given_up: set[Endpoint] = set()  # servers that the failure detector gave up: calls to them are cancelled
 
 
 def install_tls(key: ClusterKey) -> None:
     """Use mutual TLS with this key for all channels that the process opens from now on. Discard earlier channels."""
     _credentials[:] = [key.channel_credentials()]
-    _identities.clear()
+    identities.clear()
     channel_to.cache_clear()
     stub_of.cache_clear()
 
@@ -64,39 +60,27 @@ def channel_to(url: str) -> grpc.Channel:
 
 @functools.cache
 def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
-    """Return the gRPC stub of class `kind` for a server. Cache the stub, as its creation takes longer than a call."""
+    """Return the gRPC stub that `kind` creates for a server. Cache it, as its creation takes longer than a call."""
     return kind(channel_to(str(endpoint)))
 
 
-class _Stub:
-    """The gRPC stub of the two calls. Requests and replies are bytes."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.handshake = channel.unary_unary(f"/{SERVICE}/{HANDSHAKE}")
-        self.heartbeat = channel.unary_unary(f"/{SERVICE}/{HEARTBEAT}")
+def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
+    """Return the two calls, whose requests and replies are bytes, by name."""
+    return {name: channel.unary_unary(f"/{SERVICE}/{name}") for name in (HANDSHAKE, HEARTBEAT)}
 
 
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request the identity and state of a server.
+    """Request the identity and state of a server, with further requests by name (see messages.py).
 
-    Args:
-        endpoint: The address of the server.
-        timeout_s: The deadline in seconds.
-        starting: Whether to wait until the deadline if no server listens yet.
-        directives: Further requests by name. END_RUN: the run that ends and whose agents are deleted. KEEP_RUN: the run
-            that ends and whose agents remain. MEMORY: report the memory use. CHECK_MODELS: "[names, T]": check that
-            these models answer within T seconds.
-
-    Raises:
-        ServerUnreachable: No server answers.
-        ClusterError: The server has another key, or is another program or version.
+    If `starting`, wait until the deadline if no server listens yet. Raises ServerUnreachable if no server answers, and
+    ClusterError if the server has another key, or is another program or version.
     """
     try:
         # One long call, as gRPC reconnects only while a call waits for the connection
         request = json.dumps(dict(directives or {})).encode()
-        reply = stub_of(endpoint, _Stub).handshake(request, timeout=timeout_s, wait_for_ready=starting)
+        reply = stub_of(endpoint, _own_calls)[HANDSHAKE](request, timeout=timeout_s, wait_for_ready=starting)
         return Handshake(**json.loads(reply))
     except grpc.RpcError as error:
         if any(sign in (error.details() or "") for sign in CUT_OFF):
@@ -107,15 +91,10 @@ def handshake(
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Return the handshake of a server, requested once per run (see `forget_identities`). Raises like `handshake`."""
-    if endpoint not in _identities:
-        _identities[endpoint] = handshake(endpoint, timeout_s, starting)
-    return _identities[endpoint]
-
-
-def forget_identities() -> None:
-    """Discard the cached handshakes, so that the next run requests new ones: servers may be replaced in between."""
-    _identities.clear()
+    """Return the handshake of a server, requested once per run. Raises like `handshake`."""
+    if endpoint not in identities:
+        identities[endpoint] = handshake(endpoint, timeout_s, starting)
+    return identities[endpoint]
 
 
 def heartbeat(
@@ -126,15 +105,14 @@ def heartbeat(
     The request is [run, number, wait_s, numbers]. The server waits up to `wait_s` seconds for round `number` to end.
     The reply contains partial histograms unless `numbers`, the count of possible answers, is 0.
     """
-    call = stub_of(endpoint, _Stub).heartbeat.future(json.dumps(request).encode(), timeout=timeout_s)
+    call = stub_of(endpoint, _own_calls)[HEARTBEAT].future(json.dumps(request).encode(), timeout=timeout_s)
 
     def finish(call: Any) -> None:
-        error = call.exception()
-        if error is not None:
+        if (error := call.exception()) is not None:
             done(translated_error(error, endpoint))
-            return
-        unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
-        done(HeartbeatReply.from_json(call.result().decode()) or unknown)
+        else:
+            unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
+            done(HeartbeatReply.from_json(call.result()) or unknown)
 
     call.add_done_callback(finish)
 

@@ -1,9 +1,7 @@
 """AgentScope's RPC client with this program's channels, deadlines and errors. Only this module modifies that client.
 
-- `RpcClient._get_channel` creates every channel of the process, so this module replaces it to use the cluster key.
-- AgentScope's calls wait 300 s or forever, and hide the error of the server. `_Client` sets deadlines and translates
-  errors.
-- AgentScope waits at most 105 s for an asynchronous reply. `_UntilAnswered` keeps polling.
+`RpcClient._get_channel`, which creates every channel of the process, is replaced to use the cluster key. AgentScope's
+calls wait 300 s or forever and hide the error of the server: `_Client` sets deadlines and translates errors.
 """
 
 from collections.abc import Callable
@@ -89,7 +87,10 @@ class _Client(RpcClient):
 
 
 class _UntilAnswered(RetryBase):
-    """A retry strategy that polls while the agent is busy, and fails after SILENT_POLLS unanswered polls in a row."""
+    """A retry strategy that polls while the agent is busy; AgentScope's gives up after 105 s.
+
+    It fails after SILENT_POLLS unanswered polls in a row.
+    """
 
     def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         silent = 0

@@ -23,7 +23,7 @@ from simulation.errors import SettingsError, reason
 from simulation.files import is_there, real
 
 CLUSTER_NAME = "simulation-cluster"
-CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
+FILES = CERTIFICATE, PRIVATE_KEY = "cluster.crt", "cluster.key"
 VALID_FOR = datetime.timedelta(days=3650)
 CLOCK_SKEW = datetime.timedelta(days=1)  # accepted difference between the clocks of the cluster's hosts
 
@@ -48,7 +48,7 @@ class ClusterKey:
 
 def load_or_make(folder: Path) -> ClusterKey:
     """Return the cluster key in a folder. Create the key if the folder has none. Raises SettingsError like `load`."""
-    if not any(is_there(folder / name, "--cluster-key-dir") for name in (CERTIFICATE, PRIVATE_KEY)):
+    if not any(is_there(folder / name, "--cluster-key-dir") for name in FILES):
         try:
             _make(folder)
         except OSError as error:
@@ -58,39 +58,40 @@ def load_or_make(folder: Path) -> ClusterKey:
 
 def load(folder: Path) -> ClusterKey:
     """Return the cluster key in a folder. Raises SettingsError if the key is missing, invalid or readable by others."""
-    for path in (folder, folder / CERTIFICATE, folder / PRIVATE_KEY):
-        kind, mode = ("folder", 700) if path == folder else ("file", 600)
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            advice = "copy the folder from another host, or give another --cluster-key-dir"
-            raise SettingsError(f"the cluster key is incomplete, {path} is missing: {advice}") from None
-        except OSError as error:
-            raise SettingsError(f"cannot read the cluster key {path}: {reason(error)}") from None
-        if status.st_uid not in (os.geteuid(), 0):
-            raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            raise SettingsError(f"the cluster key {kind} {path} can be read by others: chmod {mode} '{path}'")
     try:
-        key = ClusterKey((folder / CERTIFICATE).read_bytes(), (folder / PRIVATE_KEY).read_bytes())
+        for path, kind, mode in ((folder, "folder", 700), *((folder / name, "file", 600) for name in FILES)):
+            status = path.stat()
+            if status.st_uid not in (os.geteuid(), 0):
+                raise SettingsError(f"the cluster key {kind} {path} belongs to another user: make it your own")
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                raise SettingsError(f"the cluster key {kind} {path} can be read by others: chmod {mode} '{path}'")
+        key = ClusterKey(*((folder / name).read_bytes() for name in FILES))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        advice = "copy the folder from another host, or give another --cluster-key-dir"
+        raise SettingsError(f"the cluster key is incomplete, {error.filename} is missing: {advice}") from None
+    except OSError as error:
+        raise SettingsError(f"cannot read the cluster key {error.filename}: {reason(error)}") from None
+    if problem := _problem_of(key):
+        raise SettingsError(f"the cluster key in {folder} {problem}")
+    return key
+
+
+def _problem_of(key: ClusterKey) -> str:
+    """Return why a key cannot be used now, and what to do; an empty text if it can be used."""
+    try:
         certificate = x509.load_pem_x509_certificate(key.certificate)
         private = serialization.load_pem_private_key(key.private_key, password=None)
         fits = private.public_key() == certificate.public_key()
-    except OSError as error:
-        raise SettingsError(f"cannot read the cluster key in {folder}: {reason(error)}") from None
     except ValueError:
         fits = False
-    now, problem = datetime.datetime.now(datetime.UTC), ""
     if not fits:
-        problem = "is damaged: remove the folder, or copy it again from another host"
-    elif now < (begins := certificate.not_valid_before_utc):
+        return "is damaged: remove the folder, or copy it again from another host"
+    now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
+    if now < begins:
         clock = f"the clock of this host shows {now:%Y-%m-%d %H:%M} UTC: set the clock"
-        problem = f"is valid from {begins:%Y-%m-%d %H:%M} UTC on, and {clock}"
-    elif certificate.not_valid_after_utc < now:
-        problem = "has expired: remove the folder on all hosts to make a new one"
-    if problem:
-        raise SettingsError(f"the cluster key in {folder} {problem}")
-    return key
+        return f"is valid from {begins:%Y-%m-%d %H:%M} UTC on, and {clock}"
+    expired = certificate.not_valid_after_utc < now
+    return "has expired: remove the folder on all hosts to make a new one" if expired else ""
 
 
 def _make(folder: Path) -> None:

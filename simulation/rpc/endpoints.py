@@ -58,13 +58,10 @@ def same_run(one: str, other: str) -> bool:
 
 
 def address_of(host_name: str) -> str:
-    """Return the IPv4 address of a host name.
-
-    Raises SettingsError, without the host name, if no address is known or other hosts cannot use the address.
-    """
+    """Return the IPv4 address of a host name. Raises SettingsError if there is none that other hosts can use."""
     try:
         address = socket.gethostbyname(host_name)
-    except (OSError, UnicodeError):  # UnicodeError: the host name is not valid
+    except (OSError, UnicodeError):
         raise SettingsError("no address is known for this name; check /etc/hosts or DNS") from None
     parsed = ipaddress.ip_address(address)
     if host_name != "localhost" and (parsed.is_loopback or parsed.is_unspecified):

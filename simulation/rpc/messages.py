@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from simulation.files import ROOT
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
-KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"  # directives of a handshake
+# Directives of a handshake. END_RUN, KEEP_RUN: the run with this name ends, and its agents are deleted or remain.
+# MEMORY: report the memory use. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
+KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Progress:
     total: int  # number of all participants of the object
     round: int = 0  # 0 while participants are created
     error: str = ""  # why the object cannot continue; empty if it can
-    usage: tuple[float, ...] = ()  # the fields of `Usage` so far; empty for a moderator
-    counts: tuple[int, ...] = ()  # partial histogram of the round, if requested
+    usage: list[float] = field(default_factory=list)  # the fields of `Usage` so far; empty for a moderator
+    counts: list[int] = field(default_factory=list)  # partial histogram of the round, if requested
     failures: dict[str, int] = field(default_factory=dict)  # number of failures by cause, if the histogram is requested
 
     @property
@@ -46,15 +48,12 @@ class HeartbeatReply:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "HeartbeatReply | None":
-        """Parse a heartbeat reply. Return None if the text is invalid, as from another program."""
+    def from_json(cls, text: str | bytes) -> "HeartbeatReply | None":
+        """Return the reply that a text holds, or None if the text is invalid, as from another program."""
         try:
             data = json.loads(text)
-            data["objects"] = {
-                oid: Progress(**{**each, "usage": tuple(each["usage"]), "counts": tuple(each["counts"])})
-                for oid, each in data["objects"].items()
-            }
-            return cls(**data)
+            objects = {oid: Progress(**each) for oid, each in data["objects"].items()}
+            return cls(**{**data, "objects": objects})
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
