@@ -22,7 +22,7 @@ from simulation.rpc.endpoints import Endpoint
 
 GROUP_DEADLINE_S = 20.0  # calls of groups are short, so a server that takes longer hangs
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
-SILENT_POLLS = 4  # AgentScope waits 5 s in each poll
+SILENT_POLLS = 4  # AgentScope waits 5 s in each poll, and without `_UntilAnswered` at most 105 s in all
 
 RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
@@ -87,10 +87,7 @@ class _Client(RpcClient):
 
 
 class _UntilAnswered(RetryBase):
-    """A retry strategy that polls while the agent is busy; AgentScope's gives up after 105 s.
-
-    It fails after SILENT_POLLS unanswered polls in a row.
-    """
+    """A retry strategy that polls while the agent is busy, and fails after SILENT_POLLS unanswered polls in a row."""
 
     def retry(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         silent = 0
