@@ -63,7 +63,7 @@ def group_on(endpoint: Endpoint, oid: str) -> RemoteObject:
 
 
 def without_cost(progress: Progress) -> Progress:
-    return replace(progress, usage=())
+    return replace(progress, usage=[])
 
 
 def test_a_heartbeat_reports_the_progress_of_the_objects_of_the_run(server, detector):
