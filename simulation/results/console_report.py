@@ -105,7 +105,7 @@ def run_lines(run: SavedRun) -> list[str]:
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
         lines += histogram_lines(run.results[-1].tally, run.config)
-    for topic, rounds in run.tallies_by_part.items() if run.results else ():
+    for topic, rounds in run.tallies_by_part.items():
         rows = []
         for name, tally in rounds[-1].items():
             figures = [_text(units, run.game) for units in (tally.average(), tally.std())]

@@ -76,11 +76,9 @@ class SavedRun(SavedSummary):
 
         `topic` is a persona set or "model", `index` that of the round in `results`, `name` that of a persona or model.
         """
-        groupings, rounds = self.game.population.groupings, range(len(self.results))
-        if not groupings or not self.results:
-            return {}
-        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in rounds] for parts in groupings}
-        for number, rows in _rows_of(self):
+        groupings = self.game.population.groupings if self.results else ()
+        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
+        for number, rows in _rows_of(self) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
                 ordered = rows.take(pa.array(np.argsort(indices, kind="stable")))  # one sort for all parts

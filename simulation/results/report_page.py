@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
-from simulation.results.charts import PART_LINES, PARTS_DRAWN, largest, selection
+from simulation.results.charts import PART_LINES, largest, selection
 from simulation.results.console_report import brief
 from simulation.results.figures import PAGES, page_chart, series_style, write_png
 from simulation.results.reader import SavedRun
@@ -67,7 +67,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "run": run,
         "answers": [(run, index) for index in range(len(entries))],
         "position": run.position and position_in_words(run.position),
-        "topics": [_topic(run, topic) for topic in run.tallies_by_part] if entries else [],
+        "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
     }
 
@@ -86,7 +86,6 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "name": topic,
         "last": tallies[-1],
         "listed": listed,
-        "drawn": min(len(tallies[-1]), PARTS_DRAWN),
         "rounds": [rounds[index] for index in selected],
         "lines": lines,
     }
