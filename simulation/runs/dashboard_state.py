@@ -48,12 +48,10 @@ class DashboardState:
             _, bars = histogram(result.tally.units, result.tally.counts, game.numbers - 1, BINS)
             self._bars = bars.tolist()
             self._rounds = [*self._rounds, round_entry(result, game.scale)]
-        statuses: dict[Endpoint, ServerStatus] = {}
-        assignments: list[GroupAssignment] = []
-        usage, reassigned = run.usage, 0
-        if simulation is not None:
-            statuses, assignments = simulation.cluster.observe(), simulation.cluster.active_assignments
-            usage, reassigned = usage if self.over else simulation.usage, simulation.reassigned
+        statuses = simulation.cluster.observe() if simulation is not None else {}
+        assignments = simulation.cluster.active_assignments if simulation is not None else []
+        usage = simulation.usage if simulation is not None and not self.over else run.usage
+        reassigned = simulation.reassigned if simulation is not None else 0
         self._update_progress(statuses)
         current = [each for each in self._progress.values() if each.round == number and each.counts]
         failures: Counter[str] = Counter()
@@ -72,7 +70,7 @@ class DashboardState:
             },
             "round": number and {"number": number, "done": done, "seconds": seconds, "reassigned": reassigned},
             "rounds": self._rounds,
-            "distribution": self._distribution(number, current, assignments),
+            "distribution": {**self._distribution(number, current), "groups": len(assignments)},
             "failures": list(most_frequent(dict(failures)).items()),
             "llm": asdict(usage) if config.agent_type == "llm" else None,
             "servers": self._servers(statuses, assignments, started) if statuses else None,
@@ -88,9 +86,7 @@ class DashboardState:
                 else:  # the new reply contains no histogram yet
                     self._progress[oid] = replace(progress, counts=before.counts, failures=before.failures)
 
-    def _distribution(
-        self, number: int | None, current: list[Progress], assignments: list[GroupAssignment]
-    ) -> dict[str, Any]:
+    def _distribution(self, number: int | None, current: list[Progress]) -> dict[str, Any]:
         """Return the histograms of the current and the last finished round. Between rounds, the latter is the first."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
@@ -103,7 +99,6 @@ class DashboardState:
             "counts": counts if number else self._bars or counts,
             "last": self._bars if number else [],
             "reported": len(current),
-            "groups": len(assignments),
         }
 
     def _servers(
@@ -115,10 +110,8 @@ class DashboardState:
         for assignment in assignments:
             for each in (assignment.server, assignment.moderator_server):
                 hosted[each] += assignment.count
-        rows = []
-        for endpoint, status in statuses.items():
-            answered = sum(done.get(oid, 0) for oid in status.reply.objects)
-            rows.append(self._row(endpoint, status, hosted[endpoint], answered))
+        answered = {each: sum(done.get(oid, 0) for oid in status.reply.objects) for each, status in statuses.items()}
+        rows = [self._row(each, status, hosted[each], answered[each]) for each, status in statuses.items()]
         troubled = [row for row in rows if row["state"] != "plays"]
         listed = rows if len(rows) <= SERVERS_LISTED else troubled[:TROUBLED_LISTED]
         return {"states": Counter(row["state"] for row in rows), "rows": listed, "grid": _grid(rows)}
