@@ -48,7 +48,7 @@ from agentscope.rpc import DistConf, RpcClient
 from common import agent_servers
 from loguru import logger
 
-from simulation.cluster.placement import place
+from simulation.cluster.placement import PlacementPlan
 from simulation.cluster.rounds import Simulation
 from simulation.game.rules import Game, question_for
 from simulation.hosts import vllm_servers
@@ -57,6 +57,7 @@ from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
 from simulation.results.run_directory import new_run_id
+from simulation.rpc.endpoints import endpoints
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
@@ -145,7 +146,8 @@ def ours(config: SimulationConfig) -> tuple[Timing, list[int]]:
 def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[bytes]]:
     """Return the bodies of this program's requests, one list per round. `first` contains the answers of round 1."""
     game = build_game(config, read_models(config))
-    groups = place(len(first), config.server_per_host, config.moderator_per_host)
+    numbers = (config.server_per_host, config.moderator_per_host)
+    groups = PlacementPlan("", len(first), *(endpoints(["localhost"], 0, each) for each in numbers)).assignments
     announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only the length of this prompt matters
     rounds: list[list[bytes]] = [[], []]
     for group in groups:

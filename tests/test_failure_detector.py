@@ -16,8 +16,8 @@ from conftest import until
 from waiting import Gates
 
 from participant import RandomParticipant
-from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup
+from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.failure_detector import FailureDetector
 from simulation.errors import ServerUnreachable
 from simulation.game.rules import Game, question_for

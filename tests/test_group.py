@@ -20,10 +20,10 @@ from conftest import until
 from participant import RandomParticipant
 from simulation.agents import group as group_module
 from simulation.agents import per_agent_dispatch
-from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import Participant, message_of
 from simulation.agents.per_agent_dispatch import PerAgentDispatch
+from simulation.cluster.agent_class import serialize_agent_class
 from simulation.game.answer_sheet import AnswerSheet
 from simulation.game.rules import Game, draw, question_for
 from simulation.game.tally import INTERRUPTED

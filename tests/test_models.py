@@ -20,9 +20,9 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import main
 from participant import LLMParticipant
-from simulation.agents.agent_class import serialize_agent_class
 from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import message_of
+from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED

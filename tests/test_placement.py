@@ -6,10 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulation.cluster.placement import even_split, place
+from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.rpc.endpoints import Endpoint, endpoints, run_of
 
 small = st.integers(1, 40)
+
+
+def place(participants, servers, moderators):
+    pools = (endpoints(["node"], first, count) for first, count in ((1, servers), (5000, moderators)))
+    return PlacementPlan("run", participants, *pools).assignments
 
 
 @given(st.integers(0, 10_000), small)
@@ -25,10 +30,11 @@ def test_every_participant_is_in_one_group_and_no_server_is_idle(participants, s
     groups = place(participants, servers, moderators)
     assert [i for g in groups for i in range(g.first, g.first + g.count)] == list(range(participants))
     assert len(groups) < servers + moderators
-    for count, whose in ((servers, "server"), (moderators, "moderator")):
-        work = [sum(g.count for g in groups if getattr(g, whose) == number) for number in range(count)]
+    for first, count, whose in ((1, servers, "server"), (5000, moderators, "moderator_server")):
+        ports = range(first, first + count)
+        work = [sum(g.count for g in groups if getattr(g, whose).port == port) for port in ports]
         assert max(work) - min(work) <= 1
-    assert len({(g.server, g.moderator) for g in groups}) == len(groups)
+    assert len({(g.server, g.moderator_server) for g in groups}) == len(groups)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,7 @@ def test_every_participant_is_in_one_group_and_no_server_is_idle(participants, s
 )
 def test_uneven_cases(participants, servers, moderators, used):
     groups = place(participants, servers, moderators)
-    assert (len({g.server for g in groups}), len({g.moderator for g in groups})) == used
+    assert (len({g.server for g in groups}), len({g.moderator_server for g in groups})) == used
     assert sum(g.count for g in groups) == participants
 
 

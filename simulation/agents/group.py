@@ -329,8 +329,10 @@ class ParticipantGroup(metaclass=RpcMeta):
 
 
 def group_proxy(assignment: GroupAssignment, timeout_s: float, kwargs: dict[str, Any] | None = None) -> RemoteObject:
-    """Return a proxy of a group that has a server. If `kwargs` are given, create a missing group."""
+    """Return a proxy of a group that has a server. If `kwargs` are given, create a missing group with them."""
     assert assignment.server is not None
+    if kwargs is not None:
+        kwargs = {"oid": assignment.oid, "first": assignment.first, "count": assignment.count, **kwargs}
     return RemoteObject(ParticipantGroup, assignment.oid, assignment.server, timeout_s, kwargs)
 
 

@@ -1,20 +1,24 @@
-"""Loader of user-defined participant classes."""
+"""Participant classes on main's side: loaded from a user's file, and pickled for the agent servers."""
 
 import functools
-import importlib.util
 import inspect
+import pickle
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from participant import LLMParticipant, RandomParticipant
-from simulation.agents.agent_class import OWN, serialize_agent_class, unregistered
+from simulation.agents.agent_class import unregistered
 from simulation.agents.participant import Participant, answers_many
 from simulation.errors import SettingsError, meant_by, near_file, one_line
 from simulation.files import full_path, is_there, shown
 from simulation.rpc.lean_import import append_to_path
+
+PACKED_BYTES = 64 * 2**20
+OWN = "own_"  # prefix of the module names of user-defined classes: a user's random.py hides no library
 
 
 @functools.cache
@@ -36,10 +40,8 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse("write it as my_file.py:MyParticipant")
     if not is_there(path, "--agent-class"):
         raise refuse(f"there is no file {path}{near_file(path)}")
-    name = OWN + path.stem  # with the prefix, a user file random.py hides no library
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None  # holds for every .py file
-    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)
+    module = sys.modules[OWN + path.stem] = ModuleType(OWN + path.stem)
+    module.__file__ = str(path)
     append_to_path(full_path("--agent-class", str(path.parent)))
     try:
         with unregistered():
@@ -62,6 +64,23 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse("reply must be an ordinary method; its async kind is called answer")
     cloudpickle.register_pickle_by_value(module)
     return cls
+
+
+def serialize_agent_class(cls: type[Participant]) -> bytes:
+    """Pickle a class (by value if user-defined). Raises SettingsError if pickling fails or the result is too large."""
+    try:
+        file, folder = getattr(sys.modules[cls.__module__], "__file__", None), None
+        if file is not None and cls.__module__.startswith(OWN):
+            folder = full_path("--agent-class", str(Path(file).parent))
+        packed = pickle.dumps((folder, cloudpickle.dumps(cls)))
+    except BaseException as error:  # noqa: BLE001 - a user-defined class may raise anything
+        raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
+    if len(packed) > PACKED_BYTES:
+        raise SettingsError(
+            f"--agent-class: {cls.__name__} carries {len(packed) >> 20} MB of its file's data to every server, "
+            f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
+        )
+    return packed
 
 
 @functools.cache

@@ -133,7 +133,8 @@ class Cluster(Membership):
             "reply_threads": self.config.reply_threads,
             "lease_s": self.config.lease,
         }
-        groups = call_all_or_raise({each: partial(_group, each, kwargs) for each in assignments})
+        create = partial(group_proxy, timeout_s=LONG_CALL_TIMEOUT_S, kwargs=kwargs)
+        groups = call_all_or_raise({each: partial(create, each) for each in assignments})
         self.wait("participants created", 0, assignments)
         if rounds > 0 and self._record is not None and load_agent_class(*kind).recall is not Participant.recall:
             restore = partial(_restore_memory, self._record, rounds)
@@ -169,12 +170,6 @@ class Cluster(Membership):
         if number > 0:
             awaited += [(server, self.moderators[server].oid) for server in self._assigned]
         self.wait_until_done(stage, number, sum(each.count for each in assignments), awaited)
-
-
-def _group(assignment: GroupAssignment, kwargs: dict[str, Any]) -> RemoteObject:
-    """Create a group on its server and return a proxy for it."""
-    kwargs = kwargs | {"oid": assignment.oid, "first": assignment.first, "count": assignment.count}
-    return group_proxy(assignment, LONG_CALL_TIMEOUT_S, kwargs)
 
 
 def _restore_memory(record: Record, rounds: int, assignment: GroupAssignment, group: RemoteObject) -> None:

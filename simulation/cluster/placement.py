@@ -6,20 +6,10 @@ participants evenly.
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
-
-
-@dataclass(frozen=True)
-class GroupPlace:
-    """The place of participants first .. first+count-1: the indices of their moderator and of their server."""
-
-    moderator: int
-    server: int
-    first: int
-    count: int
 
 
 def even_split(total: int, parts: int) -> list[range]:
@@ -29,33 +19,27 @@ def even_split(total: int, parts: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(starts)]
 
 
-def place(participants: int, servers: int, moderators: int) -> list[GroupPlace]:
-    """Split the participants evenly over all servers and evenly over all moderators, in participant order.
-
-    A group is the intersection of a server's range and a moderator's range. There are fewer groups than
-    servers + moderators.
-    """
-    server_starts = [each.start for each in even_split(participants, servers)]
-    moderator_starts = [each.start for each in even_split(participants, moderators)]
-    return [
-        GroupPlace(
-            bisect_right(moderator_starts, first) - 1, bisect_right(server_starts, first) - 1, first, stop - first
-        )
-        for first, stop in pairwise(sorted({*server_starts, *moderator_starts, participants}))
-    ]
-
-
 class PlacementPlan:
-    """The assignment of all groups of a run to servers and moderators."""
+    """The assignment of all groups of a run to servers and moderators.
+
+    At first, all servers and all moderators share the participants evenly, in participant order. A group is the
+    intersection of a server's range and a moderator's range, so there are fewer groups than servers + moderators.
+    """
 
     def __init__(
         self, run: str, participants: int, servers: Sequence[Endpoint], moderators: Sequence[Endpoint]
     ) -> None:
         self._run = run
         self._moves = 0
+        server_starts = [each.start for each in even_split(participants, len(servers))]
+        moderator_starts = [each.start for each in even_split(participants, len(moderators))]
         self._preferred = [
-            GroupAssignment(f"{run}/group-{at.first}", at.first, at.count, servers[at.server], moderators[at.moderator])
-            for at in place(participants, len(servers), len(moderators))
+            GroupAssignment(
+                *(f"{run}/group-{first}", first, stop - first),
+                servers[bisect_right(server_starts, first) - 1],
+                moderators[bisect_right(moderator_starts, first) - 1],
+            )
+            for first, stop in pairwise(sorted({*server_starts, *moderator_starts, participants}))
         ]
         self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one group
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simulation.cluster.placement import even_split, place
+from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.population import largest_remainder
@@ -22,7 +22,7 @@ from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_fo
 from simulation.results import reader
 from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
-from simulation.rpc.endpoints import ranges
+from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_models
 from simulation.settings import SimulationConfig
@@ -144,8 +144,10 @@ class RunSpec:
         """
         config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
         shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
-        servers, moderators = (len(config.hosts) * each for each in (config.server_per_host, config.moderator_per_host))
-        sizes = Counter(group.count for group in place(config.participant_num, servers, moderators))
+        numbers = (config.server_per_host, config.moderator_per_host)
+        servers, moderators = (endpoints(config.hosts, config.base_port, number) for number in numbers)
+        plan = PlacementPlan("", config.participant_num, servers, moderators)
+        sizes = Counter(group.count for group in plan.assignments)
         for size, groups in sizes.items():
             # For a mixture, this is approximate: the shares are exact for all groups together, but not for each group
             for name, count in zip(names, largest_remainder(size, shares), strict=True):
