@@ -101,8 +101,10 @@ def play(command: Command) -> int:
         needs_servers = bool(session.unfinished) and has_no_servers(session.config)
         if needs_servers and "keep_agents" in command.given:
             raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
-        if needs_servers:
-            session.check_models()
+        if needs_servers and session.models:
+            from simulation.cluster.preflight import check_models_here
+
+            check_models_here(session.models, session.config.connect_timeout)
         session.open()
         if needs_servers:
             start_servers(session.config, progress, cleanup)

@@ -21,7 +21,7 @@ from waiting import Gates
 
 from simulation.errors import SettingsError
 from simulation.llm.model_configs import read_models
-from simulation.runs.experiment import MOST_COMBINATIONS, Experiment, Sweep, run_label
+from simulation.runs.experiment import MOST_COMBINATIONS, Experiment, Sweep
 from simulation.runs.scenario import read_population, read_prompt
 from simulation.settings import SimulationConfig
 
@@ -93,8 +93,6 @@ BAD = {
     "merged key": ("about: x\n<<:\n  ratoi: 1\n", "x.yaml, line 3: ratoi is not known here; did you mean ratio?"),
     "merged with itself": ("<<: &a\n  <<: *a\n", "is nested too deeply"),
     "no UTF-8": (b"about: x\nabout: \xff\n", "x.yaml, line 2: is not UTF-8 text"),
-    "half a character": ('about: "\\ud800"\n', "line 1: contains half of a surrogate pair"),
-    "no character": ('about: "\\UFFFFFFFF"\n', "x.yaml: is not YAML"),
     "no colon": ("about: x\nrounds", "x.yaml, line 2: is not YAML: could not find expected ':'"),
     "no colon further up": ("seed: 1\nrounds\n\n\nratio: 1\n", "x.yaml, line 2: is not YAML: could not find expected"),
     "no end of a quote": ('about: x\nratio: "1\nrounds: 2\n\n', "x.yaml, line 2: is not YAML: found unexpected end of"),
@@ -202,7 +200,7 @@ def test_all_combinations_are_in_the_order_of_the_file(tmp_path):
     sweep = read(tmp_path, text, seed=7, server_per_host=2)
     assert sweep.about == "It has two."
     configs = sweep.configs.values()
-    assert [run_label(each, sweep.varies) for each in configs] == [
+    assert [sweep.label_of(each) for each in configs] == [
         *("ratio 1/2, personas none", "ratio 1/2, personas education"),
         *("ratio 51/100, personas none", "ratio 51/100, personas education"),
     ]

@@ -86,10 +86,9 @@ class RunDirectory:
             if isinstance(error, SimulationError):
                 raise
             failure = f"cannot write results to {error.filename or self.path}: {reason(error)}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or within is not None:  # no setting is wrong
                 raise ResultsError(failure) from None
-            advice = "; give another --run-dir" if within is None and not resumed else ""
-            raise SettingsError(failure + advice) from None
+            raise SettingsError(failure + ("" if resumed else "; give another --run-dir")) from None
 
     def _open(self, resumed: bool, alone: bool) -> None:
         LATEST.parent.mkdir(exist_ok=True)

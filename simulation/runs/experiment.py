@@ -1,14 +1,10 @@
-"""Experiment files: YAML files of game settings. A list of values for a setting describes a sweep over these values.
-
-This module sends no requests to servers.
-"""
+"""Experiment files: YAML files of game settings. A list of values for a setting describes a sweep over these values."""
 
 import itertools
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ import yaml
 from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
 from simulation.results.run_directory import new_run_id
-from simulation.runs.yaml_file import YamlFile, text_of
+from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
 MOST_COMBINATIONS = 1000
@@ -28,14 +24,11 @@ RUN_FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
 
 class Experiment(YamlFile):
-    """An experiment file. The settings in `given`, which come from flags, override those in the file.
-
-    The constructor raises SettingsError with the line number if the file is invalid.
-    """
+    """An experiment file. The settings in `given`, which come from flags, override those in the file."""
 
     def __init__(self, path: str, given: dict[str, Any]) -> None:
         super().__init__(path, "--experiment")
-        self._folder = Path(full_path("--experiment", path)).parent
+        self._folder = Path(path).parent
         about = self.nodes.pop("about", yaml.ScalarNode("", "null"))
         if not isinstance(about, yaml.ScalarNode):
             raise self.error(about, "about must be text")
@@ -61,7 +54,7 @@ class Experiment(YamlFile):
                 text = f"{name} is not a setting of the game; give it on the command line as {flag_of(name)}"
             raise self.error(node, text)
         values: list[Any] = []
-        for each in _items(node):
+        for each in items_in(node):
             try:
                 values.append(self._read_value(name, each))
                 if values[-1] in values[:-1]:
@@ -73,7 +66,7 @@ class Experiment(YamlFile):
         return values
 
     def _read_value(self, name: str, node: yaml.Node) -> Any:
-        """Validate and convert a value like the value of the flag. A path is relative to the folder of the file."""
+        """Convert a value like the value of the flag. A path is relative to the folder of the file."""
         value: Any = text_of(node)
         if name == "models" and isinstance(node, yaml.MappingNode):
             shares = {model: text_of(share) for model, share in self.nodes_in(node, "").items()}
@@ -92,33 +85,22 @@ class Experiment(YamlFile):
         return getattr(SimulationConfig(**{name: value}), name)
 
     def _error_in_setting(self, name: str, node: yaml.Node, error: SettingsError) -> SettingsError:
-        """Return the error with the line number in the file, and with the name of the setting instead of the flag."""
+        """Return the error with the line number, and with the name of the setting instead of the flag."""
         return self.error(node, str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
         """Add the line number in the file to the error of a run. Return other errors unchanged."""
-        for name, values in self.settings.items():
-            if str(error).startswith((f"{flag_of(name)} ", f"{flag_of(name)}:")):
-                node = _items(self.nodes[name])[values.index(getattr(config, name))]
-                return self._error_in_setting(name, node, error)
-        return error
-
-
-def _items(node: yaml.Node) -> list[yaml.Node]:
-    """Return the nodes in a list, or a list of the node if it is not a list."""
-    return node.value if isinstance(node, yaml.SequenceNode) else [node]
+        name = str(error).partition(" ")[0].strip("-:").replace("-", "_")
+        if name not in self.settings:
+            return error
+        index = self.settings[name].index(getattr(config, name))
+        return self._error_in_setting(name, items_in(self.nodes[name])[index], error)
 
 
 def value_text(name: str, value: Any) -> str:
-    """Format the value of a setting."""
     if value is None:
         return "none"
     return printable(Path(value).name if name == "agent_class" else str(value))
-
-
-def run_label(config: SimulationConfig, varies: Iterable[str]) -> str:
-    """Format the settings in `varies`, which distinguish a run from the others: `ratio 1/2, prompt basic`."""
-    return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in varies)
 
 
 @dataclass(frozen=True)
@@ -130,6 +112,10 @@ class Sweep:
     about: str | None
     varies: tuple[str, ...]  # the settings that differ between the runs
     configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
+
+    def label_of(self, config: SimulationConfig) -> str:
+        """Return the settings that distinguish a run from the others, as text: `ratio 1/2, prompt basic`."""
+        return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in self.varies)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of sweep.json: the settings that all runs share, and the other settings of each run."""
@@ -149,10 +135,7 @@ class Sweep:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Sweep":
-        """Return the sweep that the content of sweep.json describes.
-
-        Raises KeyError, TypeError, ValueError or SettingsError if the content is invalid.
-        """
+        """Return the sweep. Raises KeyError, TypeError, ValueError or SettingsError if the content is invalid."""
         configs = {
             each["folder"]: SimulationConfig.from_json({**data["config"], **each["settings"]}) for each in data["runs"]
         }

@@ -11,11 +11,11 @@ from loguru import logger
 from simulation import errors
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
-from simulation.game.tally import announcement_of
+from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.responses import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
-from simulation.results.run_directory import AGENTS, GAME, RunDirectory
+from simulation.results.run_directory import AGENTS, GAME, RunDirectory, results_errors
 from simulation.results.run_files import game_to_json, summarise
 from simulation.rpc.endpoints import remote_run
 from simulation.runs.console import ConsoleProgress
@@ -27,42 +27,37 @@ LOST_SHOWN = 1000  # maximum number of lost servers in summary.json
 
 
 class Run:
-    """A run in progress: its settings, its run folder and its results so far."""
+    """A run in progress, with its results so far. `label` distinguishes this run from others of the experiment."""
 
     def __init__(
         self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw, label: str
     ) -> None:
-        self.config, self.game, self.run_id = spec.config, spec.game, spec.run_id
-        self.directory = directory
-        self.console = console
-        self.label = label  # distinguishes this run from other runs of the experiment
+        self.config, self.game, self.run_id, self.label = spec.config, spec.game, spec.run_id, label
+        self.directory, self.console = directory, console
         self.simulation: Simulation | None = None  # None until the servers are ready
         self.under_way = (0, 0.0)  # the number and the start time (time.monotonic) of the latest round
         self.status: str | None = None  # the status in summary.json; None before the first write
         self.ended_early = False  # whether the run ended early for a reason other than a signal
-        self._draw = draw
-        self._saved = saved = spec.saved
-        self.results = [*saved.results] if saved is not None else []
-        self.usage = saved.usage if saved is not None else Usage()
+        self.results: list[RoundResult] = []
+        self.usage = Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster_summary: dict[str, Any] = {"servers": 0, "moderators": 0, "lost": [], "times": []}
-        if saved is not None:
-            self.seconds |= saved.summary["seconds"]
-            self.cluster_summary |= saved.summary["cluster"]
-        times = [each for each in self.cluster_summary["times"] if each["round"] <= len(self.results)]
-        self.cluster_summary |= {"hosts": list(self.config.hosts), "times": times}
+        self._draw, self._saved = draw, spec.saved
+        if self._saved is not None:
+            self.results, self.usage = [*self._saved.results], self._saved.usage
+            self.seconds |= self._saved.summary["seconds"]
+            cluster = self._saved.summary["cluster"]
+            times = [each for each in cluster["times"] if each["round"] <= len(self.results)]
+            self.cluster_summary |= cluster | {"times": times}
+        self.cluster_summary["hosts"] = list(self.config.hosts)
         self._began = time.monotonic() - self.seconds["total"]
 
     @property
     def rounds_left(self) -> range:
-        """Return the numbers of the remaining rounds."""
         return range(len(self.results) + 1, self.config.rounds + 1)
 
     def play_rounds(self) -> int:
-        """Execute the remaining rounds, write the results, and return the exit status.
-
-        Before an error propagates, write the results, too.
-        """
+        """Execute the remaining rounds, write the results, also after an error, and return the exit status."""
         if self._saved is not None:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.rounds_left:
@@ -111,7 +106,6 @@ class Run:
         self._write("interrupted")  # the status that remains if this process is killed
 
     def _play_round(self, simulation: Simulation, number: int) -> None:
-        """Execute one round, print its result and save it. Raises RunAborted if too few servers are left."""
         self.under_way = (number, time.monotonic())
         logger.info(f"round {number}: asking {self.config.participant_num} participants")
         try:
@@ -134,7 +128,7 @@ class Run:
         self._write("interrupted")
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
-        """Return whether no tokens are left or the models do not answer. Log the reason for which the run must end."""
+        """Return whether no tokens are left or the models do not answer. If so, log it."""
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
@@ -150,10 +144,7 @@ class Run:
         return bool(reason)
 
     def _write_after_error(self, cause: errors.SimulationError) -> None:
-        """Write the results, if there are any, after the error `cause`.
-
-        Raises ResultsError if this fails and the cause is RunAborted or Interrupted. Otherwise, log the failure.
-        """
+        """Write the results, if there are any. If this fails, too, raise ResultsError or log the failure."""
         expected = isinstance(cause, errors.RunAborted | errors.Interrupted)
         if not self.results and not expected:
             return
@@ -179,16 +170,13 @@ class Run:
         return errors.RunAborted.exit_status if unanswered else 0
 
     def _finish_files(self, status: str) -> None:
-        """Write the answers, the summary, the pictures and the report. Raises ResultsError if this fails."""
         self.directory.join_answers()
         summary = self._write(status)
-        try:
+        with results_errors(f"draw the report of {self.directory.path}"):
             self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results))
-        except errors.SettingsError as error:  # the saved answers cannot be read
-            raise errors.ResultsError(str(error)) from None
 
     def _write(self, status: str) -> dict[str, Any]:
-        """Write summary.json, and at the first call game.json. Return the summary. Raises ResultsError on failure."""
+        """Write summary.json, and at the first call game.json. Return the summary."""
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
         lost = map(str, self.simulation.cluster.losses if self.simulation is not None else ())

@@ -1,18 +1,16 @@
-"""The specification of a run: the validated settings, files and models, and the maximum cost.
-
-This module sends no requests to servers.
-"""
+"""The specification of a run: the validated settings, files and models, and the maximum cost. Sends no requests."""
 
 import math
 import secrets
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simulation.cluster.placement import PlacementPlan, even_split
+from simulation.cluster.placement import PlacementPlan
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.population import largest_remainder
@@ -26,6 +24,8 @@ from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_models
 from simulation.settings import SimulationConfig
+
+COSTS = ("requests", "prompt tokens", "answer tokens")
 
 
 class RoundEstimate(NamedTuple):
@@ -47,12 +47,11 @@ class RunSpec:
     folder: Path
     run_id: str = field(default_factory=new_run_id)
     saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
-    label: str = ""  # the settings that distinguish this run from the others of the experiment
     status: str | None = None  # the saved status, if the run is finished
 
     @property
     def rounds_left(self) -> range:
-        """Return the numbers of the remaining rounds. If the run is finished, the range is empty."""
+        """Return the numbers of the remaining rounds; of a finished run, none."""
         played = len(self.saved.results) if self.saved is not None else 0
         return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
 
@@ -61,17 +60,11 @@ class RunSpec:
         """Return the available models that the participants of this run use."""
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
-    @cached_property
-    def tokens(self) -> int:
-        """Return the maximum number of tokens for the remaining rounds."""
-        return self.tokens_in(self.rounds_left)
-
     def plan_lines(self) -> list[str]:
         """Return the lines of a text that describes the remaining rounds and their maximum cost."""
         config, game, left = self.config, self.game, len(self.rounds_left)
-        shares = even_split(config.participant_num, len(config.hosts) * config.server_per_host)
-        most, fewest = len(shares[0]), len(shares[-1])
-        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        fewest, rest = divmod(config.participant_num, len(config.hosts) * config.server_per_host)
+        each = f"{fewest:,} to {fewest + 1:,}" if rest else f"{fewest:,}"
         ports = list(config.ports)
         kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
         return [
@@ -85,24 +78,23 @@ class RunSpec:
             + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
             + "".join(f"; personas {name} ({len(each)})" for name, each in game.population.persona_sets.items())
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
-            *self._cost_lines(),
+            *(self._cost_lines() if config.agent_type == "llm" else ()),
         ]
 
     def _cost_lines(self) -> list[str]:
-        """Return lines about the models and the maximum cost of the remaining rounds. Without models, return none."""
-        if self.config.agent_type != "llm":
-            return []
-        rounds, columns = self.estimate(self.rounds_left), RoundEstimate._fields[1:]
-        rows = [
-            [name, *(f"{sum(getattr(each, column) for each in part):,}" for column in columns)]
-            for name, part in [*((str(each.round), [each]) for each in rounds), ("in all", rounds)]
-        ]
-        head = ["round", "requests", "prompt tokens", "answer tokens"]
+        rounds = self.estimate(self.rounds_left)
+        in_all = ("in all", *(sum(each[column] for each in rounds) for column in (1, 2, 3)))
+        rows = [[str(name), *(f"{cost:,}" for cost in costs)] for name, *costs in (*rounds, in_all)]
         return [
             *(f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in self.asked_models),
-            *table_lines(head, rows, dropped=head[1:3], left=()),
+            *table_lines(("round", *COSTS), rows, dropped=COSTS[:2], left=()),
             f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}",
         ]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Return the maximum number of tokens for the remaining rounds."""
+        return self.tokens_in(self.rounds_left)
 
     def tokens_in(self, numbers: range) -> int:
         """Return the maximum number of tokens for these rounds."""
@@ -111,20 +103,20 @@ class RunSpec:
     def estimate(self, numbers: range) -> list[RoundEstimate]:
         """Return the maximum cost of each of these rounds. For a run without models, the list is empty.
 
-        Participants with the same prompt share requests. The prompt depends on the personas and on the previous answers
-        of the participant. Round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
+        Participants of a group with the same prompt share requests. The prompt depends on the personas and on the
+        previous answers: round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
         """
         config, game, rounds = self.config, self.game, []
         if game.prompt is None:
             return []
         thoughts = game.prompt.reasoning_tokens or 0
         characters = math.prod(map(len, game.population.persona_sets.values()))
-        sharing = self._sharing()
+        group_parts = self._group_parts()
         for number in numbers:
             prompt = self._longest_prompt(number)
             second = prompt._replace(thoughts="x" * thoughts, thought_tokens=thoughts)
-            parts = []
-            for (name, count), groups in sharing.items():
+            costs = []
+            for (name, count), groups in group_parts.items():
                 fields = self.models[name].generate_args if name in self.models else {}
                 limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
                 answer = int(limit or answer_tokens(config.structured_output, game))
@@ -133,33 +125,30 @@ class RunSpec:
                 shared = different + (count - different) // samples
                 alone = count if thoughts else 0  # the second requests: the reasoning texts differ, so none is shared
                 tokens = shared * prompt.tokens + alone * second.tokens
-                parts.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
-            rounds.append(RoundEstimate(number, *map(sum, zip(*parts, strict=True))))
+                costs.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
+            rounds.append(RoundEstimate(number, *map(sum, zip(*costs, strict=True))))
         return rounds
 
-    def _sharing(self) -> Counter[tuple[str, int]]:
-        """Count the groups by the model and the number of participants that use this model in the group.
+    def _group_parts(self) -> Counter[tuple[str, int]]:
+        """Count the groups by each model and the number of participants in the group that use this model.
 
-        Only participants of the same group share requests.
+        For a mixture, this is approximate: the shares are exact for all groups together, but not for each group.
         """
-        config, names, sharing = self.config, asked_models(self.config), Counter[tuple[str, int]]()
+        config, names, parts = self.config, asked_models(self.config), Counter[tuple[str, int]]()
         shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
         numbers = (config.server_per_host, config.moderator_per_host)
         servers, moderators = (endpoints(config.hosts, config.base_port, number) for number in numbers)
         plan = PlacementPlan("", config.participant_num, servers, moderators)
-        sizes = Counter(group.count for group in plan.assignments)
-        for size, groups in sizes.items():
-            # For a mixture, this is approximate: the shares are exact for all groups together, but not for each group
+        for size, groups in Counter(each.count for each in plan.assignments).items():
             for name, count in zip(names, largest_remainder(size, shares), strict=True):
-                sharing[name, count] += groups
-        return sharing
+                parts[name, count] += groups
+        return parts
 
     def _longest_prompt(self, number: int) -> Prompt:
         """Build a prompt about as long as the longest one of a round, with all announcements and the most digits."""
-        game, population = self.game, self.game.population
+        game, population, long = self.game, self.game.population, self.game.max_value * 2 / 3
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
-        long = game.max_value * 2 / 3
         units = (game.numbers - 2, game.numbers - 1)
         winning, averages = long if game.target == "the average" else long / 2, tuple((name, long) for name in teams)
         announcements = tuple(
@@ -173,34 +162,43 @@ class RunSpec:
 
 
 def price_text(tokens: int, config: SimulationConfig) -> str:
-    """Return a text with the price of these tokens, or an empty string if the price per token is unknown."""
+    """Return the price of these tokens as text; empty if the price per token is unknown."""
     price = config.price_per_million_tokens
     return f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if price is not None else ""
 
 
-# --- Runs to play ----------------------------------------------------------------------------------------------------
-
-
-def new_run(config: SimulationConfig) -> RunSpec:
+def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
     """Return the specification of a new run. If the seed is not set, choose a random seed.
 
-    Raises SettingsError if a setting or a file is invalid.
+    Raises SettingsError if a setting or a file is invalid, or if a setting in `given` has no effect.
     """
     config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
     models, run_id = _checked_models(config), new_run_id()
     folder = Path(config.run_dir or ROOT / "runs" / run_id)
-    return RunSpec(config, models, build_game(config, models), folder, run_id)
+    return RunSpec(config, models, build_game(config, models, given), folder, run_id)
 
 
-def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
+def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
     """Return the specification that resumes the run in `path` with the settings in `given`.
 
-    Raises SettingsError if the run cannot be resumed or its participants would use other models.
+    A run of a sweep that has no rounds or no tokens left stays unchanged; its answers are not read. Raises
+    SettingsError if the run cannot be resumed or its participants would use other models.
     """
+    before = reader.read_summary(path, "--resume ")
+    config, status = reader.config_to_resume(path, before.config, given), before.summary["status"]
+    is_spent, has_rounds = before.is_spent(config.max_tokens), len(before.summary["rounds"]) < config.rounds
+    if in_sweep and status in ("complete", "partial") and (is_spent or not has_rounds):
+        if not is_there(path / WHOLE):
+            raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
+        return RunSpec(config, {}, reader.read_game(path, config), path, before.run_id, status=status)
+    if not in_sweep and has_rounds and is_spent:
+        budget = f"{config.max_tokens:,}"
+        raise SettingsError(f"--resume {path}: its budget of {budget} tokens is spent; give a larger --max-tokens")
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
-    before, now = (game.population.models, game.population.round_robin_models), choose_models(config, models)
-    models_before, models_now = ([*(share.model for share in mixture), *in_turn] for mixture, in_turn in (before, now))
+    mixture, in_turn = choose_models(config, models)
+    models_now = [*(share.model for share in mixture), *in_turn]
+    models_before = [*(share.model for share in game.population.models), *game.population.round_robin_models]
     if models_before != models_now and len({*models_before, *models_now}) > 1:
         raise SettingsError(
             f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}: the run in "
@@ -210,26 +208,8 @@ def resumed_run(path: Path, given: dict[str, Any]) -> RunSpec:
     return RunSpec(config, models, game, real(path), saved.run_id, saved)
 
 
-def finished_run(path: Path, given: dict[str, Any]) -> RunSpec | None:
-    """Return the specification of a finished run, which has no rounds or no tokens left. Otherwise return None.
-
-    This function does not read the answers. Raises SettingsError if a file is missing or damaged.
-    """
-    saved = reader.read_summary(path, "--resume ")
-    config, summary = reader.config_to_resume(path, saved.config, given), saved.summary
-    spent = saved.is_spent(config.max_tokens)
-    if summary["status"] not in ("complete", "partial") or (len(summary["rounds"]) < config.rounds and not spent):
-        return None
-    if not is_there(path / WHOLE):
-        raise SettingsError(f"--resume {path}: its {WHOLE} is missing")
-    return RunSpec(config, {}, reader.read_game(path, config), path, saved.run_id, status=summary["status"])
-
-
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models in the model configurations; for a run without models, an empty dictionary.
-
-    Raises SettingsError if the configurations or the user's agent class are invalid.
-    """
+    """Return the models by name; none for a run without models. Also check the user's agent class."""
     if config.agent_class is not None:  # detect errors in the user's file before servers start
         import_agentscope()
         from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - imports AgentScope

@@ -24,10 +24,13 @@ OF_MODELS += ["prompt", "prompts_file", "models"]
 Models = Mapping[str, ModelConfig]
 
 
-def build_game(config: SimulationConfig, models: Models) -> Game:
-    """Build the game that the settings describe. Raises SettingsError if a setting or one of the files is invalid."""
+def build_game(config: SimulationConfig, models: Models, given: Collection[str] = ()) -> Game:
+    """Build the game that the settings describe.
+
+    Raises SettingsError if a setting or one of the files is invalid, or if a setting in `given` has no effect.
+    """
     changed = [name for name in ("prompt", "models") if getattr(config, name) != getattr(SimulationConfig, name)]
-    check_model_settings(config, changed)
+    _check_model_settings(config, [*given, *changed])
     prompt, population = read_prompt(config), read_population(config, models)
     if config.teams is not None:
         topics = [grouping.topic for grouping in population.groupings]
@@ -39,7 +42,7 @@ def build_game(config: SimulationConfig, models: Models) -> Game:
     return game_of(config, prompt, population)
 
 
-def check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
+def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
     """Raise SettingsError if one of the given settings has no effect because no participant uses a model."""
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
@@ -60,14 +63,8 @@ def _check_known(
         raise SettingsError(f"{flag_of(setting)} {value}: {problem}; {hint}{advice}")
 
 
-# --- Prompts ---------------------------------------------------------------------------------------------------------
-
-
 def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
-    """Return the prompt that the settings select, or None if no participant uses a model.
-
-    Raises SettingsError if the prompts file is invalid or does not contain the prompt.
-    """
+    """Return the prompt in the prompts file; None if no participant uses a model. Raises SettingsError."""
     if config.agent_type != "llm":
         return None
     prompts = _prompts_in(config.prompts_file)
@@ -110,16 +107,11 @@ def _reasoning_tokens(text: str) -> int:
     return tokens
 
 
-# --- Personas and models ---------------------------------------------------------------------------------------------
-
 _share = partial(fraction, low=Fraction(1, FINEST), high=1)
 
 
 def read_population(config: SimulationConfig, models: Models) -> Population:
-    """Return the personas and models that the settings select.
-
-    Raises SettingsError if the personas file is invalid, or if a persona set or a model does not exist.
-    """
+    """Return the personas and models that the settings select. Raises SettingsError if one of them does not exist."""
     names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
     sets = _personas_in(config.personas_file) if names else {}
     for name in names:
@@ -165,31 +157,26 @@ def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[Model
     """
     if config.agent_type != "llm":
         return (), ()
-    if config.models is not None:
-        return _mixture(config, config.models, models), ()
-    names = asked_models(config)
-    missing = [name for name in names if name not in models]
-    if missing:
-        raise SettingsError(
-            f"--model-per-host {config.model_per_host}: participants would ask {names[0]} to {names[-1]} in turn, and "
-            f"{shown(config.model_configs)} has no {missing[0]}: it has {listed(models)}; name yours with --models"
-        )
-    return (), tuple(models[name].model for name in names)
-
-
-def _mixture(config: SimulationConfig, value: str, models: Models) -> tuple[ModelShare, ...]:
-    """Parse the shares of models, such as `model_1=2/3,model_2=1/3`. Raises SettingsError if they are invalid."""
-    flag, problem = f"--models {printable(value)}", f"{shown(config.model_configs)} has no such model"
+    if config.models is None:
+        names = asked_models(config)
+        if missing := [name for name in names if name not in models]:
+            raise SettingsError(
+                f"--model-per-host {config.model_per_host}: participants would ask {names[0]} to {names[-1]} in turn, "
+                f"and {shown(config.model_configs)} has no {missing[0]}: it has {listed(models)}; name yours with "
+                "--models"
+            )
+        return (), tuple(models[name].model for name in names)
+    flag, problem = f"--models {printable(config.models)}", f"{shown(config.model_configs)} has no such model"
+    advice = "; with more --model-per-host one entry becomes model_1, model_2, ..."
     shares: dict[str, Fraction] = {}
-    for part in value.split(","):
+    for part in config.models.split(","):
         name, _, share = map(str.strip, part.partition("="))
         if not name or "=" not in part:
             raise SettingsError(f"{flag}: must be shares of models, as model_1=2/3,model_2=1/3")
-        advice = "; with more --model-per-host one entry becomes model_1, model_2, ..."
         _check_known(config, "models", name, models, problem, advice)
         if name in shares:
             raise SettingsError(f"{flag}: names {name} twice")
         shares[name] = _share(f"{flag}: the share of {name},", share)
     if (total := sum(shares.values())) != 1:
         raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
-    return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())
+    return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items()), ()

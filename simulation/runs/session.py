@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from simulation.errors import ResultsError, RunAborted, SettingsError, printable, say
+from simulation.errors import RunAborted, SettingsError, printable, say
 from simulation.files import ROOT, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
 from simulation.results import reader
@@ -19,9 +19,8 @@ from simulation.results.run_directory import SWEEP, RunDirectory, results_errors
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
-from simulation.runs.experiment import Experiment, Sweep, run_label
-from simulation.runs.run_spec import RunSpec, finished_run, new_run, price_text, resumed_run
-from simulation.runs.scenario import check_model_settings
+from simulation.runs.experiment import Experiment, Sweep
+from simulation.runs.run_spec import RunSpec, new_run, price_text, resumed_run
 from simulation.settings import SimulationConfig, flag_of
 
 if TYPE_CHECKING:
@@ -33,10 +32,7 @@ PLANS_SHOWN = 10  # maximum number of runs whose plans a dry run shows
 
 
 class Session:
-    """Runs that are executed one after another: a single run, or the runs of a sweep.
-
-    `folder` is the folder of the single run or of the experiment.
-    """
+    """Runs that are executed one after another: a single run, or the runs of a sweep. `folder` is the folder of all."""
 
     def __init__(self, specs: list[RunSpec], sweep: Sweep | None = None, directory: RunDirectory | None = None) -> None:
         self.specs = specs
@@ -44,6 +40,7 @@ class Session:
         self.config = specs[0].config  # all runs share the settings of the cluster
         self.folder = specs[0].folder if sweep is None else specs[0].folder.parent
         self.unfinished = [spec for spec in specs if spec.rounds_left]
+        self.models = [model for spec in self.unfinished for model in spec.asked_models]
         self._directory = directory  # None until `folder` is created and locked
         self._is_new = directory is None
 
@@ -53,35 +50,21 @@ class Session:
             return self.specs[0].plan_lines()
         about = f": {printable(self.sweep.about)}" if self.sweep.about else ""
         lines = [f"experiment {self.sweep.experiment}{about}"]
-        for number, spec in enumerate(self.specs, start=1):
-            lines.append(self._title(number))
+        for title, spec in self._titled(self.sweep):
+            lines.append(title)
             lines += [f"  {line}" for line in spec.plan_lines()] if spec in self.unfinished[:PLANS_SHOWN] else []
         rounds = sum(len(spec.rounds_left) for spec in self.unfinished)
         tokens = sum(spec.tokens for spec in self.unfinished)
         cost = f", at most about {tokens:,} tokens{price_text(tokens, self.config)}" if tokens else ""
         return [*lines, f"in all: {len(self.unfinished)} runs, {rounds:,} rounds{cost}"]
 
-    def _title(self, number: int) -> str:
-        spec = self.specs[number - 1]
-        status = f", which was played before and is {spec.status}" if spec.status is not None else ""
-        return f"run {number} of {len(self.specs)}: {spec.label}{status}"
-
-    def check_models(self) -> None:
-        """Check from this process, before agent servers are started, whether all models of all runs are available.
-
-        Raises ClusterError if a model is not available.
-        """
-        models = [model for spec in self.unfinished for model in spec.asked_models]
-        if models:
-            from simulation.cluster.preflight import check_models_here  # noqa: PLC0415 - see play_runs
-
-            check_models_here(models, self.config.connect_timeout)
+    def _titled(self, sweep: Sweep) -> Iterator[tuple[str, RunSpec]]:
+        for number, spec in enumerate(self.specs, start=1):
+            status = f", which was played before and is {spec.status}" if spec.status is not None else ""
+            yield f"run {number} of {len(self.specs)}: {sweep.label_of(spec.config)}{status}", spec
 
     def open(self) -> None:
-        """Create and lock the folder, unless this is done already.
-
-        Raises SettingsError if the folder cannot be used, and ResultsError if the disk is full.
-        """
+        """Create and lock the folder, unless this is done already. Raises SettingsError or ResultsError."""
         self._directory = self._directory or RunDirectory(self.folder)
 
     def close(self) -> None:
@@ -97,10 +80,10 @@ class Session:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
     def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe") -> int:
-        """Execute the remaining rounds of all runs. Return the exit status.
+        """Execute the remaining rounds of all runs, and return the exit status.
 
-        `draw` writes the pictures and the report of a run. `observe` returns a context manager that observes a run. If
-        rounds are left at the end, also after an error, log the command that resumes them.
+        `observe` returns a context manager that observes a run. If rounds are left at the end, also after an error, log
+        the command that resumes them.
         """
 
         def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
@@ -116,11 +99,14 @@ class Session:
         try:
             if self.sweep is None:
                 return play(self.specs[0], self._directory)
-            self._check_later_models()
+            from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - as above
+
+            configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
+            for config in [*configs.values()][1:]:  # the first run checks its models itself
+                check_cluster(config)
             self._directory.write_json(SWEEP, self.sweep.to_json())
             status = 0
-            for number, spec in enumerate(self.specs, start=1):
-                title = self._title(number)
+            for title, spec in self._titled(self.sweep):
                 logger.info(title)
                 status = max(status, self._play_one(spec, partial(play, label=title)))
                 if console.stop_signal is not None:
@@ -131,23 +117,9 @@ class Session:
             if (hint := self.how_to_resume()) is not None:
                 logger.warning(hint)
 
-    def _check_later_models(self) -> None:
-        """Check that the cluster reaches the models of all runs except the first, which checks its models itself.
-
-        Raises ClusterError if a model cannot be reached.
-        """
-        from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - see play_runs
-
-        configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
-        for config in [*configs.values()][1:]:
-            check_cluster(config)
-
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Execute one of several runs. Return the exit status. If the run raises RunAborted, log the error."""
-        try:
-            directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
-        except SettingsError as error:  # no setting is wrong: the experiment's folder was writable before
-            raise ResultsError(str(error)) from None
+        """Execute one of several runs. Return the exit status, also if the run is aborted."""
+        directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
         try:
             if spec.status is not None:
                 return 0 if spec.status == "complete" else RunAborted.exit_status
@@ -159,7 +131,6 @@ class Session:
             directory.close()
 
     def _compare(self) -> None:
-        """Print and write the comparison of the runs. Raises ResultsError if this fails."""
         from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415 - matplotlib: 0.5 s
 
         with results_errors(f"compare the runs in {self.folder}"):
@@ -169,10 +140,7 @@ class Session:
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
 
     def how_to_resume(self) -> str | None:
-        """Return a line with the command that resumes the remaining rounds.
-
-        Returns None if no rounds are left or no results were written.
-        """
+        """Return a line with the command that resumes the remaining rounds; None if there are none or no results."""
         if not self._has_results():
             return None
         left = [(number, *rest) for number, spec in enumerate(self.specs, start=1) if (rest := _progress_of(spec))]
@@ -188,10 +156,7 @@ class Session:
 
 
 def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
-    """Return the progress of a run, such as `2 of 3`, and the flags that are necessary to resume the run.
-
-    Returns None if the run is finished.
-    """
+    """Return the progress of a run, such as `2 of 3`, and the flags needed to resume it; None if it is finished."""
     try:
         saved = reader.read_summary(spec.folder)
     except SettingsError:
@@ -222,54 +187,45 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         changed = {name: value for name, value in given.items() if name != "resume"}
         session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
     elif config.experiment is not None:
-        session = _experiment(config, given)
+        session = _experiment(Experiment(config.experiment, given), config.run_dir, given)
     else:
-        check_model_settings(config, given)
-        session = Session([new_run(config)])
+        session = Session([new_run(config, given)])
     tokens, allowed = sum(spec.tokens for spec in session.specs), given.get("max_tokens")
     if session.sweep is not None and allowed is not None and tokens > allowed:
         raise SettingsError(
             f"--max-tokens {allowed}: these {len(session.specs)} runs may together cost {tokens:,} tokens, not "
             f"{allowed:,}; max_tokens in the experiment's file would bound each of them"
         )
-    models = [(spec.config, model) for spec in session.unfinished for model in spec.asked_models]
-    if not config.dry_run and any(not is_within(model.base_url, each.hosts) for each, model in models):
+    remote = [model for model in session.models if not is_within(model.base_url, session.config.hosts)]
+    if remote and not config.dry_run:
         say("\n".join(session.plan_lines()), sys.stderr)
-        for each, model in models:
-            check_model_is_local(each, model.name, model.base_url)
+        check_model_is_local(session.config, remote[0].name, remote[0].base_url)
     return session
 
 
-def _experiment(config: SimulationConfig, given: dict[str, Any]) -> Session:
+def _experiment(experiment: Experiment, run_dir: str | None, given: dict[str, Any]) -> Session:
     """Return a session with all runs of an experiment. If the experiment has one run, the session has no sweep."""
-    assert config.experiment is not None
-    experiment = Experiment(config.experiment, given)
-    names = given if "agent_type" in given else {**given, **experiment.settings}
-    sweep = experiment.sweep
-    folder = Path(config.run_dir or ROOT / "runs" / sweep.sweep_id)
-    specs = []
-    for name, each in sweep.configs.items():
-        own = replace(each, run_dir=str(folder / name)) if len(sweep.configs) > 1 else each
+    sweep, specs = experiment.sweep, []
+    several = len(sweep.configs) > 1
+    chosen = {} if "agent_type" in sweep.varies else given if "agent_type" in given else given | experiment.settings
+    folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
+    for name, config in sweep.configs.items():
         try:
-            if "agent_type" not in sweep.varies:
-                check_model_settings(each, names)
-            spec = replace(new_run(own), label=run_label(each, sweep.varies))
-            allowed, label = each.max_tokens, f" ({spec.label})" if spec.label else ""
-            if allowed is not None and spec.tokens > allowed:
+            spec = new_run(replace(config, run_dir=str(folder / name)) if several else config, chosen)
+            if config.max_tokens is not None and spec.tokens > config.max_tokens:
+                label = f" ({sweep.label_of(config)})" if several else ""
                 raise SettingsError(
-                    f"--max-tokens {allowed}: a run{label} may cost {spec.tokens:,} tokens, more than these {allowed:,}"
+                    f"--max-tokens {config.max_tokens}: a run{label} may cost {spec.tokens:,} tokens, more than these "
+                    f"{config.max_tokens:,}"
                 )
         except SettingsError as error:
-            raise experiment.with_line(error, each) from None
+            raise experiment.with_line(error, config) from None
         specs.append(spec)
-    return Session(specs, sweep if len(specs) > 1 else None)
+    return Session(specs, sweep if several else None)
 
 
 def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
-    saved = reader.read_summary(path, "--resume ")
-    budget, rounds = (given.get(name, getattr(saved.config, name)) for name in ("max_tokens", "rounds"))
-    if len(saved.summary["rounds"]) < rounds and saved.is_spent(budget):
-        raise SettingsError(f"--resume {path}: its budget of {budget:,} tokens is spent; give a larger --max-tokens")
+    reader.read_summary(path, "--resume ")  # before a missing folder is created
     directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
         logger.warning(
@@ -280,7 +236,6 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
 
 
 def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
-    """Return a session that resumes a sweep. Finished runs stay unchanged."""
     directory = RunDirectory(path, resumed=True)
     sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
     for name in given.keys() & sweep.varies:
@@ -290,10 +245,8 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     specs = []
     for name, config in configs.items():
         folder = directory.path / name
-        if is_there(folder / "summary.json"):
-            settings = asdict(config)  # all settings: the runs may have started on another cluster
-            spec = finished_run(folder, settings) or resumed_run(folder, settings)
+        if is_there(folder / "summary.json"):  # pass all settings: the runs may have started on another cluster
+            specs.append(resumed_run(folder, asdict(config), in_sweep=True))
         else:
-            spec = new_run(replace(config, run_dir=str(folder)))
-        specs.append(replace(spec, label=run_label(config, sweep.varies)))
+            specs.append(new_run(replace(config, run_dir=str(folder))))
     return Session(specs, replace(sweep, configs=configs), directory)

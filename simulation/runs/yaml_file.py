@@ -22,10 +22,7 @@ A_MAPPING = "must be a mapping: lines such as name: value"
 
 
 class YamlFile:
-    """A YAML file whose path a flag gives. `root` is its node, `nodes` are the nodes of its values by name.
-
-    The constructor raises SettingsError if the file cannot be read or parsed.
-    """
+    """A YAML file whose path a flag gives. `nodes` are the nodes of its values by name. Raises SettingsError."""
 
     def __init__(self, path: str, flag: str) -> None:
         self.name = printable(shown(path))  # for messages
@@ -49,11 +46,9 @@ class YamlFile:
             raise self._error_in(text[: error.position].count("\n"), f"is not YAML: {error.reason}") from None
         except RecursionError:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
-        except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is not a valid character
-            raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
 
     def error(self, node: yaml.Node, text: str) -> SettingsError:
-        """Return an error with the file name and the line number of a node."""
+        """Return an error with the file name and the line number of the node."""
         return self._error_in(node.start_mark.line, text)
 
     def _error_in(self, line: int, text: str) -> SettingsError:
@@ -69,31 +64,23 @@ class YamlFile:
         found: dict[str, yaml.Node] = {}
         merged: dict[str, yaml.Node] = {}
         for key, value in node.value:
-            is_text = isinstance(key, yaml.ScalarNode) and text_of(key)
-            if is_text and key.value == MERGE and not key.style:
-                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    # earlier mappings take precedence
+            name = text_of(key)
+            if not name:
+                raise self.error(key, "a name must be text")
+            if name == MERGE and not key.style:
+                for each in items_in(value):  # earlier mappings take precedence
                     merged = self.nodes_in(each, f"{MERGE} must be a mapping or a list of mappings") | merged
                 continue
-            if not is_text:
-                raise self.error(key, "a name must be text")
-            if key.value in found:
-                line = found[key.value].start_mark.line + 1
-                raise self.error(key, f"{key.value} is already set in line {line}")
-            for each in (key, value, *(value.value if isinstance(value, yaml.SequenceNode) else ())):
-                self._check(each, key.value)
-            found[key.value] = copy(value)
-            found[key.value].start_mark = key.start_mark
+            if name in found:
+                raise self.error(key, f"{name} is already set in line {found[name].start_mark.line + 1}")
+            for each in (key, value, *items_in(value)):
+                if each.tag not in TAGS:
+                    raise self.error(each, f"has the unknown tag {each.tag}")
+                if each.value == "" and not each.style:
+                    raise self.error(each, f"{name} has no value")
+            found[name] = copy(value)
+            found[name].start_mark = key.start_mark
         return merged | found
-
-    def _check(self, node: yaml.Node, name: str) -> None:
-        if node.tag not in TAGS:
-            raise self.error(node, f"has the unknown tag {node.tag}")
-        if isinstance(node, yaml.ScalarNode):
-            if not node.value and not node.style:
-                raise self.error(node, f"{name} has no value")
-            if any("\ud800" <= sign <= "\udfff" for sign in node.value):
-                raise self.error(node, "contains half of a surrogate pair")
 
     def read_entry(
         self, name: str, node: yaml.Node, readers: Mapping[str, Callable[[str], Any]], optional: str
@@ -123,3 +110,8 @@ def text_of(node: yaml.Node) -> str | None:
     """Return the text of a node, or None if the node is null, a list or a mapping."""
     is_null = not isinstance(node, yaml.ScalarNode) or (node.value in NULLS and not node.style)
     return None if is_null else str(node.value)
+
+
+def items_in(node: yaml.Node) -> list[yaml.Node]:
+    """Return the nodes in a list. Any other node counts as a list of one node."""
+    return node.value if isinstance(node, yaml.SequenceNode) else [node]
