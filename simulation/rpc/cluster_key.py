@@ -7,7 +7,6 @@ Mutual TLS permits connections only between processes that have the cluster key.
 import datetime
 import errno
 import os
-import shutil
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -115,16 +114,14 @@ def _make(folder: Path) -> None:
         ".gitignore": b"*\n",  # keeps git from adding the key if the folder is in a checkout
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))  # mode 0700
-    try:
-        if stat.S_IMODE(draft.stat().st_mode) & 0o077:
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as draft:
+        if stat.S_IMODE(Path(draft).stat().st_mode) & 0o077:  # mode 0700, if the file system has modes
             raise OSError(errno.EPERM, "its file system lets everybody read every file; give another --cluster-key-dir")
         for file_name, content in files.items():
-            with os.fdopen(os.open(draft / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-        draft.rename(folder)  # fails if another process was faster; its key is then used
-    except OSError:
-        if not is_there(folder / CERTIFICATE):
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            (Path(draft) / file_name).touch(0o600)
+            (Path(draft) / file_name).write_bytes(content)
+        try:
+            Path(draft).rename(folder)
+        except OSError:
+            if not is_there(folder / CERTIFICATE):  # otherwise another process was faster, and its key is used
+                raise
