@@ -82,15 +82,15 @@ def test_a_reply_is_read_choice_by_choice():
         {"message": None},
         "?",
     ]
-    reply = read_reply(200, {}, json.dumps({"choices": choices, "usage": {"prompt_tokens": 5}}).encode(), 0.0)
-    assert [cause is None for _, cause in reply.samples] == [True, False, False, False, False]
-    assert reply.samples[0][0] == "37" and reply.usage is None  # half of the usage is none
+    texts, usage = read_reply(200, {}, json.dumps({"choices": choices, "usage": {"prompt_tokens": 5}}).encode(), 0.0)
+    assert [cause is None for _, cause in texts] == [True, False, False, False, False]
+    assert texts[0][0] == "37" and usage is None  # half of the usage is none
 
 
 @pytest.mark.parametrize("count", [pytest.param(10**400, id="401 digits"), 10**12 + 1, -1, True, 5.0, "5", None, [5]])
 def test_an_absurd_usage_is_none(count):
     reply = {"choices": [{"message": {"content": "37"}}], "usage": {"prompt_tokens": 5, "completion_tokens": count}}
-    assert read_reply(200, {}, json.dumps(reply).encode(), 0.0).usage is None
+    assert read_reply(200, {}, json.dumps(reply).encode(), 0.0)[1] is None
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])

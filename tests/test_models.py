@@ -47,10 +47,10 @@ def play(tmp_path):
     """Play rounds with LLM participants in this process; returns the group, with what it counted."""
     groups = []
 
-    def make(fake, count, rounds=1, tokens_each=None, temperature=1.0, **sampling):
+    def make(fake, count, rounds=1, tokens_each=None, generate_args=None, **sampling):
         url = fake if isinstance(fake, str) else fake.url
         entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}
-        entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": temperature}}
+        entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": 1.0, **(generate_args or {})}}
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
         game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING)
@@ -104,7 +104,7 @@ def test_equal_prompts_share_requests_with_one_sample_each(play, fake_of):
     assert (usage.prompt_tokens, usage.completion_tokens) == (3 * PROMPT_TOKENS, 250 * ANSWER_TOKENS)
 
 
-@pytest.mark.parametrize("setting", [{"samples_per_request": 1}, {"temperature": 0}])
+@pytest.mark.parametrize("setting", [{"samples_per_request": 1}, {"generate_args": {"temperature": 0}}])
 def test_without_sharing_each_participant_has_one_request(play, fake_of, setting):
     fake = fake_of()
     assert tally_of(play(fake, 50, **setting)).answered == 50
@@ -444,6 +444,13 @@ def test_an_exhausted_budget_delays_no_other_group(play, fake_of):
 def test_a_long_response_is_read_completely(play, fake_of):
     group = play(fake_of("well", for_ever="cut off"), 1)
     assert group.participant(0).reply(None).get_text_content() == "3 [cut off after 512 tokens]"
+
+
+def test_the_limit_of_tokens_has_the_name_that_the_file_gives_it(play, fake_of):
+    fake = fake_of()
+    play(fake, 1, generate_args={"max_completion_tokens": 9}).participant(0).reply(None)
+    assert [body["max_completion_tokens"] for body in fake.bodies] == [9, 512]
+    assert not any("max_tokens" in body for body in fake.bodies)
 
 
 def test_tokens_of_a_reply_without_answers_are_counted(play, fake_of):

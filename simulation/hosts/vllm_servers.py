@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -141,7 +142,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
         models, plans = list(read_models(config).values()), []
         for index, gpus in enumerate(shares):
             port = first_port + index
-            of_port = (model.model for model in models if model.address.endswith(f":{port}"))
+            of_port = (model.model for model in models if urlsplit(model.base_url).port == port)
             plans.append(Plan(port, gpus, next(of_port, models[min(index, len(models) - 1)].model)))
         return plans
     raise SettingsError(problem)

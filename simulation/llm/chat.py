@@ -1,7 +1,6 @@
-"""Access to chat models for LLM participants. Equal prompts share one request, whose cost is counted once.
+"""Access to chat models for LLM participants. Each group has one `Chat` and one token budget.
 
-Each group has one `Chat`. Equal prompts for the same model that participants send in the same pass of the event loop
-become one `SampleRequest`.
+Equal prompts for the same model that participants send in the same pass of the event loop become one `SampleRequest`.
 """
 
 import asyncio
@@ -41,13 +40,15 @@ class TokenBudget:
         """Count the request. Reserve the maximum tokens of `count` samples plus the estimated tokens of the prompt."""
         request.reserved = request.prompt.tokens + count * request.tokens_each
         self._reserved += request.reserved
-        self.used += Usage(requests=1, retries=int(request.deadline < math.inf))
+        self.used.requests += 1
+        self.used.retries += request.deadline < math.inf
 
     def commit(self, request: SampleRequest, usage: Usage | None = None, answered: bool = False) -> None:
         """Replace the reserved tokens by the actual ones. If these are unknown, charge all if `answered`, or none."""
         cost = request.reserved if answered else 0.0
         if usage is not None:
-            self.used += usage
+            self.used.prompt_tokens += usage.prompt_tokens
+            self.used.completion_tokens += usage.completion_tokens
             cost = usage.tokens
         self.left -= cost
         self._reserved -= request.reserved
@@ -64,7 +65,7 @@ class Chat:
         self.settings = game.llm
         self.budget = TokenBudget()
         self.closed = False
-        self.n_unsupported: set[str] = set()  # addresses of servers that do not support n
+        self.n_unsupported: set[ModelConfig] = set()  # models whose servers do not support n
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float], deque[asyncio.Future[Sample]]] = {}
@@ -106,10 +107,7 @@ class Chat:
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
     def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
-        """Request one sample and return its future. Raises KnownCause if the model is unknown.
-
-        The sample is a number in range, or, with `free_tokens`, a free text of at most that many tokens.
-        """
+        """Request a number, or a text of up to `free_tokens` tokens. Raises KnownCause if the model is unknown."""
         config = _models.get(model)
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")

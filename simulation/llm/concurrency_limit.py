@@ -1,14 +1,13 @@
 """A fair semaphore for one model server, shared by all processes of this host. It limits the requests in flight.
 
-All processes share one file, which contains one row per process. A file lock protects the file; the kernel releases the
-lock when the process that holds it exits. Among the waiting processes, the one with the fewest permits is served first,
-and among processes with equally many permits, the one that has waited longest. Rows without recent heartbeats are
-ignored, so that a crashed process does not block others.
+Each process has one row in a file under a lock, which the kernel releases if the process exits. The waiting process
+with the fewest permits is served first, among equals the longest waiting one. Rows without heartbeats are dropped.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import secrets
 import struct
@@ -36,7 +35,6 @@ class SharedSemaphore:
         self.held = 0
         self._waiting_since = 0
         self._owner = secrets.randbits(62) + 1
-        self._index = -1  # index of this process's row; -1 without a row
         self._folder = folder
         self._file: int | None = None
         path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}.rows"
@@ -56,31 +54,24 @@ class SharedSemaphore:
         Otherwise, mark this process as waiting and return False. All `slots` permits are granted even if fewer are
         free, so up to `limit + slots - 1` permits may be in use.
         """
-        with self._locked() as now:
+        with self._locked() as (now, others):
             self._waiting_since = self._waiting_since or now
-            held, first = self.held, True
-            for owner, permits, waiting_since, beat_at in self.rows():
-                age_ns = now - beat_at
-                if owner == self._owner or not 0 <= age_ns < HOLDING_LOST_NS:  # negative: written before a reboot
-                    continue
-                held += permits
-                if waiting_since and age_ns < WAITING_LOST_NS:
+            first, used = True, self.held
+            for _, permits, waiting_since, beat_at in others:
+                used += permits
+                if waiting_since and now - beat_at < WAITING_LOST_NS:
                     first = first and (self.held, self._waiting_since) <= (permits, waiting_since)
-            granted = first and held < limit
+            granted = first and used < limit
             if granted:
                 self.held, self._waiting_since = self.held + slots, 0
         return granted
 
     def release(self, slots: int = 1) -> None:
-        """Release permits."""
         with self._locked():
             self.held -= slots
 
     def beat(self, waiting: bool) -> None:
-        """Record a heartbeat and whether this process still waits.
-
-        Call this every second while this process waits or holds permits.
-        """
+        """Record whether this process still waits. Call this every second while it waits or holds permits."""
         with self._locked():
             self._waiting_since = self._waiting_since if waiting else 0
 
@@ -91,23 +82,18 @@ class SharedSemaphore:
         return list(ROW.iter_unpack(os.pread(self._file, os.lseek(self._file, 0, os.SEEK_END), 0)))
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        """Lock the file and yield the current time. At the end, write this process's row and unlock the file."""
+    def _locked(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+        """Lock the file. Yield the time and the rows of other running processes. At the end, write them and our own."""
         locked = self._file is not None and lock(self._file, self._folder, NO_LOCK)
         try:
-            now = time.monotonic_ns()
-            yield now
+            now, rows = time.monotonic_ns(), self.rows()
+            # A negative age: written before the host was started again
+            others = [row for row in rows if row[0] != self._owner and 0 <= now - row[3] < HOLDING_LOST_NS]
+            yield now, others
             if self._file is not None:
-                self._write_row(self._file, now)
+                own = ROW.pack(self._owner, self.held, self._waiting_since, now)
+                table = own + b"".join(itertools.starmap(ROW.pack, others))
+                os.pwrite(self._file, table.ljust(len(rows) * ROW.size, b"\0"), 0)
         finally:
             if locked and self._file is not None:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def _write_row(self, file: int, now: int) -> None:
-        own = os.pread(file, ROW.size, self._index * ROW.size) if self._index >= 0 else b""
-        if not own or ROW.unpack(own)[0] != self._owner:  # no row yet, or another process has reused the expired row
-            rows = self.rows()
-            lost = (index for index, row in enumerate(rows) if not 0 <= now - row[-1] < HOLDING_LOST_NS)
-            self._index = next(lost, len(rows))
-        row = ROW.pack(self._owner, self.held, self._waiting_since, now)
-        os.pwrite(file, row, self._index * ROW.size)

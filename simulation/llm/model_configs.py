@@ -3,8 +3,8 @@
 This module reads and checks the file. It does not contact any model server.
 """
 
-import ipaddress
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,21 +36,12 @@ class ModelConfig:
         """Return a copy of the request fields that the entry sets, such as temperature."""
         return dict(self.entry.get("generate_args", {}))
 
-    @property
-    def address(self) -> str:
-        """Return host and port of the model server."""
-        return urlsplit(self.base_url).netloc
-
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
     """Return whether the host of a URL is this host or one of `hosts`."""
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host in map(str.lower, hosts):  # urlsplit returns host names in lower case
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    this_host = re.fullmatch(r"localhost|127(\.\d+){3}|::1", host)
+    return this_host is not None or host in map(str.lower, hosts)  # urlsplit returns host names in lower case
 
 
 def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:

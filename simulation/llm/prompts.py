@@ -48,13 +48,10 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the system prompt of a participant with these personas and this team.
-
-    If the template has no `{persona}`, insert the personas at the beginning. If it has no `{team}`, append the team.
-    """
+    """Return the system prompt. Without such fields in the template, it begins with the personas, ends with the team."""
     assert game.prompt is not None  # set in every game with LLM participants
     text = game.prompt.system
-    if "{persona}" not in text and any(persona.text for persona in personas):
+    if "{persona}" not in text:
         text = f"{{persona}} {text}"
     if "{team}" not in text and team is not None:
         text = f"{text}\nYour team is {{team}}."
@@ -94,7 +91,6 @@ def prompt_for(system: str, question: Question, numbers: Numbers, last: str = ""
 
 
 def _announced(result: Announcement, decimals: int) -> str:
-    """Return the announcement of a round as text for the prompt."""
     if result.average is None or result.winning_number is None:
         return f"Round {result.round}: nobody answered."
     digits = decimals + AVERAGE_DIGITS
@@ -103,13 +99,12 @@ def _announced(result: Announcement, decimals: int) -> str:
         text += f", so the number to be closest to was {_number(result.winning_number, digits)}"
     if result.winners is None:
         return f"{text}."
-    text += f"; {result.winners} won with "
-    text += " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in result.winning_units) + "."
+    winning = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in result.winning_units)
+    text += f"; {result.winners} won with {winning}."
     if result.teams:
         teams = ", ".join(f"{name} {_number(average, digits)}" for name, average in result.teams)
-        text += (
-            f" The averages of the teams were: {teams}. The closest was that of {' and '.join(result.closest_teams)}."
-        )
+        closest = " and ".join(result.closest_teams)
+        text += f" The averages of the teams were: {teams}. The closest was that of {closest}."
     return text
 
 
@@ -145,21 +140,14 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
         return {"structured_outputs": {"regex": pattern}}
     if kind != "response_format":
         return {}
-    schema = {
-        "type": "object",
-        "properties": {"number": {"type": "string", "pattern": f"^{pattern}$"}},
-        "required": ["number"],
-        "additionalProperties": False,
-    }
+    number = {"type": "string", "pattern": f"^{pattern}$"}
+    schema = {"type": "object", "properties": {"number": number}, "required": ["number"], "additionalProperties": False}
     json_schema = {"name": "answer", "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer; `kind` is --structured-output.
-
-    A constrained answer needs at most one token per character. For other answers, the limit is FREE_TEXT_TOKENS.
-    """
+    """Return the token limit of an answer; `kind` is --structured-output. A character takes at most one token."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

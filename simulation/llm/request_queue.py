@@ -22,7 +22,7 @@ from simulation.errors import Ended, KnownCause, one_line
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Prompt
-from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, Reply, RequestError, pause_s
+from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, RequestError, Text, pause_s
 
 if TYPE_CHECKING:
     from simulation.llm.chat import Chat
@@ -130,17 +130,14 @@ class ModelClient:
         return not request.waiting
 
     def _send_next(self) -> bool:
-        """Send the next request that the semaphore and the token budgets allow. Return whether one was sent.
-
-        Remove requests for which no participant waits, and fail requests that exceed the token budget of their group.
-        """
+        """Send the next request that the semaphore and the token budgets allow. Return whether one was sent."""
         for _ in range(len(self._queue)):
             request = self._queue[0]
             if self._prune(request):
                 self._queue.popleft()
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
-            several = several and request.config.address not in chat.n_unsupported
+            several = several and request.config not in chat.n_unsupported
             wanted = min(len(request.waiting), chat.settings.samples_per_request if several else 1)
             count = chat.budget.affordable(request, wanted)
             if count == 0:
@@ -177,51 +174,51 @@ class ModelClient:
         count = len(batch.waiting)
         try:
             try:
-                reply = await self._request(batch, count)
+                texts = await self._request(batch, count)
             except RequestError as error:
                 clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
                 doubts_n = error.maybe_unsupported_n and clear and batch.chat.budget.affordable(batch, 1) == 1
                 if count == 1 or not doubts_n:
                     raise
                 batch.chat.budget.reserve(batch, 1)
-                count, reply = 1, await self._request(batch, 1)
+                count, texts = 1, await self._request(batch, 1)
                 if batch.single_worked or not error.retryable:
                     self._stop_using_n(batch, f"has trouble with several answers in one request ({error})")
                 batch.single_worked = True
-            self._answered(batch, count, reply)
+            self._answered(batch, count, texts)
         except RequestError as error:
             self._retry_or_fail(batch, error)
         except Exception as error:  # noqa: BLE001 - every error must reach the participants
             batch.fail(one_line(error))
 
-    async def _request(self, batch: SampleRequest, count: int) -> Reply:
+    async def _request(self, batch: SampleRequest, count: int) -> list[Text]:
         """Send a request once and commit its cost before the participants continue. Raises RequestError if it fails."""
         attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
         try:
-            reply = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
+            texts, usage = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
         except RequestError as error:
             batch.chat.budget.commit(batch, error.usage)
             if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
                 error.cause = batch.cause  # the deadline shortened the attempt: the previous cause is more helpful
             raise
-        batch.chat.budget.commit(batch, reply.usage, answered=True)
-        return reply
+        batch.chat.budget.commit(batch, usage, answered=True)
+        return texts
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
-        if batch.config.address not in batch.chat.n_unsupported:
-            batch.chat.n_unsupported.add(batch.config.address)
-            logger.warning(f"{batch.config.address} {why}: asking for one each")
+        if batch.config not in batch.chat.n_unsupported:
+            batch.chat.n_unsupported.add(batch.config)
+            logger.warning(f"{batch.config.base_url} {why}: asking for one each")
 
-    def _answered(self, batch: SampleRequest, count: int, reply: Reply) -> None:
+    def _answered(self, batch: SampleRequest, count: int, texts: list[Text]) -> None:
         self._last_success = time.monotonic()
         self._errors, self._last_cause = 0, NO_ANSWER
         if count > 1:
             batch.single_worked = False
-            if len(reply.samples) == 1:
+            if len(texts) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        batch.deliver([(text, cause, batch.deadline) for text, cause in reply.samples[:count]])
+        batch.deliver([(text, cause, batch.deadline) for text, cause in texts[:count]])
         if batch.waiting:
             batch.errors, batch.cause = 0, None
             self.put(batch, first=True)

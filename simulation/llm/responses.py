@@ -3,8 +3,8 @@
 import email.utils
 import json
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 from simulation.errors import printable
 
@@ -19,7 +19,7 @@ MESSAGE_SHOWN = 120  # maximum length of a server's error message
 MOST_TOKENS = 10**12  # a larger token count of one request is invalid
 
 
-@dataclass(frozen=True)
+@dataclass
 class Usage:
     """The usage of one or more groups so far. The tokens are those that the model servers report for each request."""
 
@@ -35,15 +35,13 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
+        counts = ("requests", "retries", "prompt_tokens", "completion_tokens")
         slower = max(self, other, key=lambda each: each.answering_s)
-        return Usage(
-            self.requests + other.requests,
-            self.retries + other.retries,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            slower.answering_s,
-            slower.client_s,
-        )
+        return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})
+
+
+Text = tuple[str | None, str | None]  # an answer, and why it is unusable (None: it is usable)
+Reply = tuple[list[Text], Usage | None]  # the usage is None if the server does not report it
 
 
 @dataclass(eq=False)
@@ -62,13 +60,6 @@ class RequestError(Exception):
         return self.cause
 
 
-class Reply(NamedTuple):
-    """The samples of one reply, each a text and why it is unusable (None: usable), and the tokens, None if unknown."""
-
-    samples: list[tuple[str | None, str | None]]
-    usage: Usage | None
-
-
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
     """Parse a reply of the chat completions API. `now` is the time in seconds since the epoch. Raises RequestError."""
     try:
@@ -85,7 +76,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
     choices = _get(reply, "choices")
     if not isinstance(choices, list) or not choices:
         raise RequestError("model server: no choices in the reply", usage=usage)
-    return Reply([_sample_in(choice) for choice in choices], usage)
+    return [_text_in(choice) for choice in choices], usage
 
 
 def _get(data: Any, *names: str) -> Any:
@@ -95,7 +86,7 @@ def _get(data: Any, *names: str) -> Any:
     return data
 
 
-def _sample_in(choice: Any) -> tuple[str | None, str | None]:
+def _text_in(choice: Any) -> Text:
     text, reason = _get(choice, "message", "content"), _get(choice, "finish_reason")
     if not isinstance(text, str):
         return None, NO_TEXT
@@ -128,9 +119,6 @@ def retry_after(value: str | None, now: float) -> float:
 
 
 def pause_s(errors: int, retry_after_s: float, chance: float) -> float:
-    """Return the pause in seconds after `errors` errors in a row: at least `retry_after_s`.
-
-    The pause doubles with each error up to LONGEST_PAUSE_S. A random number `chance` from 0 to 1 adds jitter.
-    """
+    """Return the seconds to wait after `errors` errors in a row. A random number `chance` from 0 to 1 adds jitter."""
     grown = min(FIRST_PAUSE_S * 2 ** min(errors - 1, 16), LONGEST_PAUSE_S)
     return max(retry_after_s, grown * (0.5 + chance / 2))
