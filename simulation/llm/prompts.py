@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the system prompt. Without such fields in the template, it begins with the personas, ends with the team."""
+    """Return the system prompt. A template without such fields gets the personas at its start, the team at its end."""
     assert game.prompt is not None  # set in every game with LLM participants
     text = game.prompt.system
     if "{persona}" not in text:
