@@ -108,10 +108,7 @@ def _in_utf8(text: str) -> str:
 
 
 def parse(arguments: list[str]) -> Command | None:
-    """Parse and check the command line. For --help, print the help page and return None.
-
-    Raises SettingsError if an argument is invalid or has no effect.
-    """
+    """Parse and check the command line. For --help, print the page and return None. Raises SettingsError."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
     words = itertools.pairwise([*flags, ""])  # without the parser, which depends on the role

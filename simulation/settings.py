@@ -61,8 +61,7 @@ class Setting:
     def help(self) -> str:
         """Return the help text: description, range and default."""
         default = self.without or ("off" if self.default is False else self.default)
-        if isinstance(default, int | float):
-            default = as_written(default)
+        default = as_written(default) if isinstance(default, int | float) else default
         bounds = f"; from {as_written(self.low)} to {as_written(self.high)}" if self.low is not None else ""
         return f"{self.about}{bounds} (default: {str(default or 'none').removeprefix(f'{ROOT}/')})"
 

@@ -1,7 +1,6 @@
-"""The JSON state of a run that the dashboard shows. It is computed from the run object and the latest heartbeats.
+"""The JSON state of a run that the dashboard shows, computed from the run object and the latest heartbeats.
 
-These functions neither block the run nor acquire its locks. The numbers in one state may therefore differ slightly in
-age.
+Nothing here blocks the run or acquires its locks, so the numbers in one state may differ slightly in age.
 """
 
 import time
