@@ -232,12 +232,7 @@ ensure_venv() {
     want="${python%% *}"
     python="${python#* }"
   fi
-  if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group"); then
-    ! is_whole "$venv" || return 0
-    # An earlier version of the program did not list the files; list them now, without network
-    ! "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" --look 2>/dev/null ||
-      return 0
-  fi
+  if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group") && is_whole "$venv"; then return 0; fi
 
   { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
     fail 2 "cannot write in $ROOT/run: clone into a folder of your own"

