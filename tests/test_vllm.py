@@ -485,7 +485,7 @@ GPU 2: A third (UUID: GPU-2ef0-77)
         ("1,,2", "1"),
         ("0,3,1", "0"),
         ("0,NoDevFiles", "0"),
-        ("0,00", ""),
+        ("0,0", ""),
         ("GPU-2ef0-77,GPU-1a", "GPU-2ef0-77 GPU-1a"),
         ("GPU-1,GPU-2", ""),
         ("GPU-1a,GPU-9,GPU-2", "GPU-1a"),

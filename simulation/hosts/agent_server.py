@@ -173,8 +173,10 @@ class SimulationServicer(AgentServerServicer):
     def drop_expired(self) -> None:
         """Delete the objects of all runs whose lease has expired."""
         for oid, agent in self._hosted().items():
-            if self._drop(oid, only_expired=True):
-                logger.warning(f"dropping {oid}: its run sent no heartbeat for {agent.lease_s:g} s")
+            lease_s = getattr(agent, "lease_s", None)  # None: the object has no lease
+            if lease_s is not None and time.monotonic() - self._renewed.get(run_of(oid), math.inf) > lease_s:
+                logger.warning(f"dropping {oid}: its run sent no heartbeat for {lease_s:g} s")
+                self._drop(oid)
 
     def _begin_run(self, run: str) -> None:
         """Renew the lease of a run. The first call for a run deletes objects that are no longer needed.
@@ -194,8 +196,7 @@ class SimulationServicer(AgentServerServicer):
         self._begin_run(run)  # the first heartbeat may still be waiting
         for oid, agent in self._hosted().items():
             if run_of(oid) == run and keep:
-                with self.agent_id_lock:  # `drop_expired` runs in another thread
-                    agent.lease_s = None
+                agent.lease_s = None
             elif run_of(oid) == run:
                 self._drop(oid)
 
@@ -203,19 +204,13 @@ class SimulationServicer(AgentServerServicer):
         with self.agent_id_lock:
             return dict(self.agent_pool)
 
-    def _drop(self, oid: str, only_expired: bool = False) -> bool:
-        """Delete an object and close it. If `only_expired`, do this only if the lease has expired.
-
-        Return whether the object was deleted.
-        """
+    def _drop(self, oid: str) -> bool:
+        """Delete an object and close it. Return whether the object existed."""
         with self.agent_id_lock:
-            agent = self.agent_pool.get(oid)
-            lease_s = getattr(agent, "lease_s", None)  # None: the object has no lease
-            expired = lease_s is not None and time.monotonic() - self._renewed.get(run_of(oid), math.inf) > lease_s
-            if agent is None or (only_expired and not expired):
-                return False
-            del self.agent_pool[oid]
-            self._creating.pop(oid, None)
+            agent = self.agent_pool.pop(oid, None)
+        if agent is None:
+            return False
+        self._creating.pop(oid, None)
         if hasattr(agent, "close"):
             agent.close()
         # Break a reference cycle: AgentScope has stored a bound method in the instance
@@ -233,19 +228,11 @@ class SimulationServicer(AgentServerServicer):
         self.result_pool.set(task_id, result)
 
 
-def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
+async def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
     """Run the server until a TERM or INT signal or a `stop` call. Then end the process, even if participants are busy.
 
-    The server calls `ready` as soon as it accepts calls.
+    Call `ready` as soon as the server accepts calls. Raises SettingsError if the port is in use.
     """
-    try:
-        asyncio.run(_serve(config, port, key, ready))
-    except SettingsError as error:
-        logger.error(str(error))
-        sys.exit(error.exit_status)
-
-
-async def _serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
     install_tls(key)  # moderators send requests to the servers of their groups
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

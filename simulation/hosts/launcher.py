@@ -4,6 +4,7 @@ The launcher imports AgentScope once, then forks one server per port. An import 
 CPU time and 125 MB. On macOS, where forks are unsafe, the launcher spawns the servers instead.
 """
 
+import asyncio
 import gc
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ from typing import Any
 
 from loguru import logger
 
+from simulation.errors import SettingsError
 from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, ProcessId
 from simulation.rpc.cluster_key import ClusterKey, load
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
@@ -25,6 +27,7 @@ from simulation.settings import SimulationConfig
 
 FAILED_STARTS = 3  # consecutive failed starts after which a server is not restarted
 RESTART_EVERY_S = 1.0  # minimum interval between starts of a server
+LONGEST_WAIT_S = 3600.0
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,9 +56,8 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     try:
         while servers := [server for server in servers if server.process is not None or server.start_at < math.inf]:
             running = {server.process.sentinel: server for server in servers if server.process is not None}
-            start_at = min(server.start_at for server in servers)
-            timeout_s = None if start_at == math.inf else max(start_at - time.monotonic(), 0.0)
-            ready = multiprocessing.connection.wait([*stop_signs, *running], timeout_s)
+            timeout_s = min(server.start_at for server in servers) - time.monotonic()
+            ready = multiprocessing.connection.wait([*stop_signs, *running], min(timeout_s, LONGEST_WAIT_S))
             if any(sign in ready for sign in stop_signs):
                 stopping, stop_signs = True, []
                 for server in servers:
@@ -65,10 +67,9 @@ def launch(config: SimulationConfig, owned: bool) -> None:
             due = [server for server in servers if server.start_at <= time.monotonic()]
             for server in due[:1]:  # one at a time: check the stop signs before the next
                 server.start()
-    except BaseException:  # no memory, for instance; the log contains the reason
+    finally:  # servers are left only after an error, such as no memory; the log contains the reason
         for server in servers:
             server.kill()
-        raise
     AGENT_SERVERS.remove(LAUNCHER, os.getpid())
 
 
@@ -89,20 +90,18 @@ class _Server:
         """
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
-        self.process = context.Process(target=_child, args=(*self._arguments, self._ready))
+        process = context.Process(target=_child, args=(*self._arguments, self._ready))
         self._started, self.start_at = time.monotonic(), math.inf
-        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the child unblocks the signals
         try:
-            self.process.start()
-            ProcessId.of(self.process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
+            process.start()
+            self.process = process
+            ProcessId.of(process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
         except OSError as error:
             self.kill()  # without a pid file, no command can stop the server
             if self._restarts == 0:
                 raise
             logger.error(f"the server on port {self._port} cannot be started again yet: {error}")
-            self.process, self.start_at = None, time.monotonic() + RESTART_EVERY_S
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+            self.start_at = time.monotonic() + RESTART_EVERY_S
 
     def stop(self) -> None:
         self.start_at = math.inf
@@ -110,22 +109,22 @@ class _Server:
             self.process.terminate()
 
     def kill(self) -> None:
-        if self.process is not None and self.process.pid is not None:
+        if self.process is not None:
             self.process.kill()
             self.process.join()
+            self.process = None
 
     def on_exit(self, stopping: bool) -> None:
         """Log how the server ended. If the server has failed, plan a restart."""
         self.process.join()
         status, pid, self.process = self.process.exitcode, self.process.pid, None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        was_ready = bool(self._ready.value)
-        self._failed_starts = 0 if was_ready else self._failed_starts + 1
+        self._failed_starts = 0 if self._ready.value else self._failed_starts + 1
         if status == 0:
             AGENT_SERVERS.remove(str(self._port), pid)
         if status == 0 or stopping:
             logger.info(f"the server on port {self._port} {how}")
-        elif not was_ready and (self._restarts == 0 or self._failed_starts == FAILED_STARTS):
+        elif self._failed_starts == FAILED_STARTS or (self._failed_starts and self._restarts == 0):
             tries = f" {self._failed_starts} times in a row" if self._failed_starts > 1 else ""
             logger.error(f"the server on port {self._port} {how} before it was ready{tries}: it is not started again")
         else:
@@ -141,7 +140,6 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     """
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # replace the launcher's handlers, which stop all servers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -150,4 +148,8 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
     from simulation.hosts.agent_server import serve
 
-    serve(config, port, key, partial(setattr, ready, "value", 1))
+    try:
+        asyncio.run(serve(config, port, key, partial(setattr, ready, "value", 1)))
+    except SettingsError as error:
+        logger.error(str(error))
+        sys.exit(error.exit_status)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from simulation.errors import ClusterError, ServerUnreachable, listed
 from simulation.files import ROOT
-from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, check_free, check_not_owned, one_at_a_time
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, check_not_owned, one_at_a_time
 from simulation.llm.model_configs import read_models
 from simulation.rpc.channels import call_all, call_all_or_raise, handshake, identify, install_tls
 from simulation.rpc.cluster_key import load
@@ -37,10 +37,8 @@ stop = AGENT_SERVERS.stop
 
 def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
     """Stop an owned launcher and its servers by closing the standard input of the launcher. Kill servers that hang."""
-    if launcher.stdin is not None:
-        launcher.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        launcher.wait(AGENT_SERVERS.term_timeout_s)
+        launcher.communicate(timeout=AGENT_SERVERS.term_timeout_s)
     if AGENT_SERVERS.running():  # the launcher hangs, or was killed before its servers
         stop()
     launcher.wait()
@@ -64,25 +62,16 @@ def start(
     models = {name: model.base_url for name, model in read_models(config, required=False).items()}
     with one_at_a_time():
         check_not_owned()
-        AGENT_SERVERS.check_same_host()
-        running = AGENT_SERVERS.running()
-        if running:
+        if running := AGENT_SERVERS.running():
             _check_same(config, [int(name) for name in running if name != LAUNCHER], models)
             progress(len(config.ports), len(config.ports))
             return None
-        for port in config.ports:
-            check_free(config.host_name, port, "BASE_PORT")
-            AGENT_SERVERS.log(str(port)).unlink(missing_ok=True)
-        AGENT_SERVERS.terminate(AGENT_SERVERS.names())  # remove what killed servers have left
-        try:
+        with AGENT_SERVERS.starting(config.host_name, config.ports, "BASE_PORT"):
             launcher = _spawn_launcher(config, owned)
             meanwhile()
             AGENT_SERVERS.wait_until_ready(
                 config.ports, partial(_answers, config), lambda done, total, _: progress(done, total), READY_TIMEOUT_S
             )
-        except BaseException:
-            AGENT_SERVERS.terminate(AGENT_SERVERS.names())
-            raise
     return partial(_stop_owned, launcher) if owned else None
 
 

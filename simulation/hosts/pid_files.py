@@ -101,43 +101,32 @@ class ProcessId:
 
     @classmethod
     def read(cls, path: Path) -> "ProcessId":
-        """Read a pid file. If the file is missing or contains no pid, the pid is -1.
-
-        Raises SettingsError if the file cannot be read.
-        """
+        """Read a pid file (pid -1: no file, or no pid in it). Raises SettingsError if the file cannot be read."""
         try:
-            words = path.read_text(encoding="utf-8").split()
-            pid, identity, restarts = words + ["", ":::", "restarts=0"][len(words) :]
+            pid, identity, restarts = [*path.read_text(encoding="utf-8").split(), ":::", ""][:3]
             host, boot, namespace, start = identity.rsplit(":", 3)
-            return cls(int(pid), host, boot, namespace, start, int(restarts.partition("=")[2]))
+            return cls(int(pid), host, boot, namespace, start, int(restarts.partition("=")[2] or 0))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return cls(-1)
         except OSError as error:
             raise SettingsError(f"cannot read {path}: {reason(error)}") from None
 
     def write(self, path: Path) -> None:
-        """Write a pid file atomically."""
-        # Lines 2 and 3 are no numbers, so that a script can pass the content of the file to kill
+        """Write a pid file atomically. Only its first line is a number, so that a script can pass it to kill."""
         identity = ":".join((self.host, self.boot, self.namespace, self.start))
         draft = path.with_name(f"{path.name}.new")
-        try:
-            draft.write_text(f"{self.pid}\n{identity}\nrestarts={self.restarts}\n", encoding="utf-8")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        draft.write_text(f"{self.pid}\n{identity}\nrestarts={self.restarts}\n", encoding="utf-8")
+        draft.replace(path)
 
     @property
     def elsewhere(self) -> str:
-        """Return where the process runs if it is not visible from this host and pid namespace.
-
-        Returns an empty text if the process is visible, or if it ended when this host was rebooted.
-        """
+        """Return where the process runs if it is not visible here. Return "" if it is visible, or certainly ended."""
         here = ProcessId.of(os.getpid())
         if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
             return ""
         if self.boot == here.boot:
             return "a container or other pid namespace of this host"
-        return "" if self.host == socket.gethostname() else f"host {self.host}"  # empty if this host was rebooted
+        return "" if self.host == here.host else f"host {self.host}"  # on the same host, it ended with the other boot
 
 
 @dataclass
@@ -169,13 +158,10 @@ class ServerProcesses:
         """Return the names of all processes with a pid file: the launcher first, then the servers by port."""
         stems = [path.stem for path in files_in(self.folder, ".pid")]
         ports = sorted(int(stem) for stem in stems if stem.isdigit())
-        return [*([LAUNCHER] if LAUNCHER in stems else []), *map(str, ports)]
+        return [*({LAUNCHER} & {*stems}), *map(str, ports)]
 
     def process(self, name: str) -> psutil.Process | None:
-        """Return the running process with this name, or None if the process has ended.
-
-        If another program has the pid now, return None.
-        """
+        """Return the running process with this name. Return None if it has ended, also if another has its pid now."""
         noted = self.noted(name)
         try:
             process = psutil.Process(noted.pid)
@@ -213,6 +199,25 @@ class ServerProcesses:
                 raise
         return process
 
+    @contextlib.contextmanager
+    def starting(self, host_name: str, ports: Sequence[int], setting: str) -> Iterator[None]:
+        """Prepare the start of servers in the block. If it fails, stop all new servers. Needs `one_at_a_time`.
+
+        `setting` is the name of the setting that sets the ports. Raises ClusterError if a port is in use.
+        """
+        self.check_same_host()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        earlier = self.running().keys()
+        self.terminate({*self.names()} - earlier)  # remove what killed servers have left
+        for port in ports:
+            check_free(host_name, port, setting)
+            self.log(str(port)).unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException:
+            self.terminate({*self.names()} - earlier)
+            raise
+
     def wait_until_ready(
         self,
         ports: Sequence[int],
@@ -226,7 +231,7 @@ class ServerProcesses:
         number of ready servers, the number of all servers, and a text about the server that is checked. Raises
         ClusterError if a server or the launcher ends, or if a server is not ready after `timeout_s`.
         """
-        names = [*map(str, ports), *({LAUNCHER} & {*self.names()})]
+        needed = [*map(str, ports), *({LAUNCHER} & {*self.names()})]
         began, waited = time.monotonic(), []
         for done, port in enumerate(ports):
             while True:
@@ -234,31 +239,26 @@ class ServerProcesses:
                 progress(done, len(ports), f"port {port} for {waited_s:.0f} s, its log is {self.log(str(port))}")
                 if is_ready(port):
                     break
-                for name in names[done:]:
+                for name in needed[done:]:
                     is_started = name == LAUNCHER or is_there(self.pid_file(name))
                     if is_started and self.process(name) is None:
-                        which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
-                        raise ClusterError(f"the {which} did not start{self._log_tail(name)}")
+                        raise self._failed_start(name, "did not start")
                 if waited_s > timeout_s:
-                    which = f"{self.kind} on port {port}"
-                    raise ClusterError(f"the {which} does not answer after {timeout_s:g} s{self._log_tail(str(port))}")
-            waited.append(time.monotonic() - began)
+                    raise self._failed_start(str(port), f"does not answer after {timeout_s:g} s")
+            waited.append(waited_s)
         progress(len(ports), len(ports), "")
         return waited
 
-    def _log_tail(self, name: str) -> str:
-        """Return a text with the first error in a log and the last lines, or an empty text if there is no log.
-
-        The first error is usually the cause of the others.
-        """
-        try:
+    def _failed_start(self, name: str, how: str) -> ClusterError:
+        """Return an error with the first error in the log, which is usually the cause of the others, and its end."""
+        which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
+        lines: list[str] = []
+        with contextlib.suppress(OSError):
             lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return ""
         found = (re.search(r"\b[\w.]*Error: .{1,300}", line) for line in lines if not re.search(HARMLESS, line))
         cause = next((f": {error.group()}" for error in found if error), "")
-        tail = "".join(f"\n  {line}" for line in lines[-LOG_LINES_SHOWN:])
-        return f"{cause}; the end of its log {self.log(name)}:{tail}" if lines else ""
+        end = f"; the end of its log {self.log(name)}:" if lines else ""
+        return ClusterError("\n  ".join([f"the {which} {how}{cause}{end}", *lines[-LOG_LINES_SHOWN:]]))
 
     def stop(self) -> int:
         """Stop all servers. Return how many servers were running.
@@ -289,26 +289,23 @@ class ServerProcesses:
             for name in self.names():
                 if self.process(name) is None and not self.noted(name).elsewhere:
                     self.pid_file(name).unlink(missing_ok=True)
-            if self.process(LAUNCHER) is None:  # a running launcher may be writing a draft
-                for draft in self.folder.glob("*.pid.new"):
-                    draft.unlink(missing_ok=True)
+            for draft in self.folder.glob("*.pid.new"):  # of a process that was killed while writing
+                draft.unlink(missing_ok=True)
 
     def _end(self, pids: set[int]) -> bool:
-        """Send TERM to the processes and their sessions, and KILL to those that still run after `term_timeout_s`.
-
-        Return whether all processes ended within this time.
-        """
+        """End these processes and all processes in their sessions. Return whether no process had to be killed."""
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
-        running_pids = {process.pid for process, session in sessions.items() if session is not None} & pids
-        targets = [
+        named = [process for process, session in sessions.items() if process.pid in pids and session is not None]
+        running_pids = {process.pid for process in named}
+        others = [
             process
             for process, session in sessions.items()
-            if process.pid in running_pids or session in running_pids or (session in pids and self.is_ours(process))
+            if process.pid not in running_pids
+            and (session in running_pids or (session in pids and self.is_ours(process)))
         ]
-        for process in targets:  # a running server ends the other processes of its session itself
-            if process.pid in running_pids or sessions[process] not in running_pids:
-                end(process, kill=process.pid not in running_pids)
-        _, alive = psutil.wait_procs(targets, timeout=self.term_timeout_s)
+        for process in named:  # a running server ends the other processes of its session itself
+            end(process)
+        _, alive = psutil.wait_procs([*named, *others], timeout=self.term_timeout_s if named else 0)
         for process in alive:
             end(process, kill=True)
         psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)

@@ -19,7 +19,7 @@ import psutil
 
 from simulation.errors import ClusterError, SettingsError, listed
 from simulation.files import ROOT, full_path, is_there, shown
-from simulation.hosts.pid_files import ServerProcesses, check_free, one_at_a_time
+from simulation.hosts.pid_files import ServerProcesses, one_at_a_time
 from simulation.llm.model_configs import read_models
 from simulation.settings import SimulationConfig
 
@@ -84,17 +84,14 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
     either numbers or unique prefixes of ids. At the first name that is no GPU, such as -1 or Slurm's NoDevFiles, CUDA
     ignores this and all further names. If a GPU is named twice, no GPU is available.
     """
-    count = len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE))
+    numbers = [str(number) for number in range(len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE)))]
     if visible is None:
-        return tuple(map(str, range(count)))
-    known = re.findall(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)", nvidia_smi)
+        return tuple(numbers)
     kind = visible.strip()[:4]  # all ids start with GPU- or MIG-
+    ids = re.findall(rf"\(UUID: ({kind}[^)]+)\)", nvidia_smi) if kind in ("GPU-", "MIG-") else []
     found: dict[str, str] = {}  # the given names by GPU
     for name in map(str.strip, visible.split(",")):
-        if kind in ("GPU-", "MIG-"):
-            matches = [each for each in known if name.startswith(kind) and each.startswith(name)]
-        else:
-            matches = [str(int(name))] if re.fullmatch("[0-9]{1,6}", name) and int(name) < count else []
+        matches = [each for each in ids if name and each.startswith(name)] if ids else [*({name} & {*numbers})]
         if len(matches) != 1:
             break
         if matches[0] in found:
@@ -127,25 +124,25 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
     """
     check_vllm_flags(more)
     _checked_path(config.model_path)
-    here, each, first_port = gpus_here(), config.tensor_parallel, config.vllm_base_port
+    here, each = gpus_here(), config.tensor_parallel
     wanted = len(here) if config.gpu_num is None else config.gpu_num
-    shares = [here[first : first + each] for first in range(0, wanted, each)] or [()]
+    ports = range(config.vllm_base_port, config.vllm_base_port + max(wanted // each, 1))
     if wanted > len(here):
-        problem = f"--gpu-num {wanted}: this machine has {len(here)} GPUs; GPU_NUM=0 is one server on the CPU"
-    elif wanted % each:
-        problem = f"--tensor-parallel {each}: {wanted} GPUs cannot be split into servers with {each} each"
-    elif not wanted and each > 1:
-        problem = f"--tensor-parallel {each}: there is no GPU here to split a model over; leave it at 1"
-    elif first_port + len(shares) - 1 > 65_535:
-        problem = f"--vllm-base-port {first_port}: {len(shares)} servers would end beyond port 65535"
-    else:
-        models, plans = list(read_models(config).values()), []
-        for index, gpus in enumerate(shares):
-            port = first_port + index
-            of_port = (model.model for model in models if urlsplit(model.base_url).port == port)
-            plans.append(Plan(port, gpus, next(of_port, models[min(index, len(models) - 1)].model)))
-        return plans
-    raise SettingsError(problem)
+        raise SettingsError(
+            f"--gpu-num {wanted}: this machine has {len(here)} GPUs; GPU_NUM=0 is one server on the CPU"
+        )
+    if wanted % each:
+        raise SettingsError(f"--tensor-parallel {each}: {wanted} GPUs cannot be split into servers with {each} each")
+    if not wanted and each > 1:
+        raise SettingsError(f"--tensor-parallel {each}: there is no GPU here to split a model over; leave it at 1")
+    if ports[-1] > 65_535:
+        raise SettingsError(f"--vllm-base-port {ports[0]}: {len(ports)} servers would end beyond port 65535")
+    models, plans = list(read_models(config).values()), []
+    for index, port in enumerate(ports):
+        of_port = (model.model for model in models if urlsplit(model.base_url).port == port)
+        gpus = here[:wanted][index * each : (index + 1) * each]
+        plans.append(Plan(port, gpus, next(of_port, models[min(index, len(models) - 1)].model)))
+    return plans
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
@@ -158,24 +155,16 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
     model_path, venv = _checked_path(config.model_path), _venv_without_spaces()
     ports = [each.port for each in plans]
     with one_at_a_time():
-        SERVERS.folder.mkdir(parents=True, exist_ok=True)
-        SERVERS.check_same_host()
-        running = SERVERS.running()  # servers with another model may run on other ports
-        if taken := [name for name in running if int(name) in ports]:
+        # servers with another model may run on other ports
+        if taken := [name for name in SERVERS.running() if int(name) in ports]:
             raise ClusterError(
                 f"vLLM servers of this checkout are already running on ports {listed(taken)}: {SERVERS.stop_command} "
                 "stops all of them; another VLLM_BASE_PORT serves another model beside them"
             )
-        SERVERS.terminate(set(SERVERS.names()) - running.keys())  # remove what killed servers have left
-        for port in ports:
-            check_free("localhost", port, "VLLM_BASE_PORT")
-        try:
+        with SERVERS.starting("localhost", ports, "VLLM_BASE_PORT"):
             for each in plans:
                 _spawn(venv, each, model_path, more)
             waited = SERVERS.wait_until_ready(ports, _is_healthy, progress)
-        except BaseException:
-            SERVERS.terminate(map(str, ports))
-            raise
     return [
         [str(each.port), each.place, str(SERVERS.noted(str(each.port)).pid), each.model, f"{ready_s:.0f} s"]
         for each, ready_s in zip(plans, waited, strict=True)
@@ -211,12 +200,11 @@ def _checked_path(model_path: str | None) -> str:
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
     path = Path(full_path("--model-path", model_path))
-    if is_there(path, "--model-path"):
-        if not is_there(path / "config.json"):
-            raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
+    if is_there(path / "config.json", "--model-path"):
         return str(path)
-    parts = model_path.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~", "$")):  # not a hub name
+    if is_there(path):
+        raise SettingsError(f"--model-path {model_path}: holds no config.json, so it is no model's folder")
+    if not re.fullmatch("[^/.~$][^/]*/[^/]+", model_path):  # not the name of a model on a hub
         raise SettingsError(f"--model-path {shown(path)}: there is no such folder")
     return model_path
 
