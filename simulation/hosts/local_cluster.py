@@ -54,9 +54,7 @@ def start(
 
     If `owned`, return a function that stops the servers; they also end with this process. Otherwise, or if exactly
     these servers are already running, return None. Call `meanwhile` while the launcher imports its modules (about 1 s).
-
-    Raises ClusterError if a port is in use, if other servers are running or if a server does not start. In this case,
-    stop all new servers.
+    Raises ClusterError, after all new servers are stopped, if other servers are running or if one does not start.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line
     models = {name: model.base_url for name, model in read_models(config, required=False).items()}

@@ -27,7 +27,6 @@ from simulation.files import ROOT, SERVERS, files_in, is_there, lock
 from simulation.rpc.endpoints import address_of
 
 LAUNCHER = "launcher"  # name of the process that starts the agent servers; the name of a server is its port
-TRIES_TO_END = 3
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 PROBE_BYTES = 64 * 1024
@@ -201,9 +200,9 @@ class ServerProcesses:
 
     @contextlib.contextmanager
     def starting(self, host_name: str, ports: Sequence[int], setting: str) -> Iterator[None]:
-        """Prepare the start of servers in the block. If it fails, stop all new servers. Needs `one_at_a_time`.
+        """Check the ports before servers are started in the block. If the block fails, stop all new servers.
 
-        `setting` is the name of the setting that sets the ports. Raises ClusterError if a port is in use.
+        Use this inside `one_at_a_time`. `setting` sets the ports. Raises ClusterError if a port is in use.
         """
         self.check_same_host()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -261,10 +260,7 @@ class ServerProcesses:
         return ClusterError("\n  ".join([f"the {which} {how}{cause}{end}", *lines[-LOG_LINES_SHOWN:]]))
 
     def stop(self) -> int:
-        """Stop all servers. Return how many servers were running.
-
-        Raises ClusterError if some servers are not visible from this host.
-        """
+        """Stop all servers. Return how many were running. Raises ClusterError if some are not visible from here."""
         with one_at_a_time():
             running = self.running().keys() - {LAUNCHER}
             self.terminate(self.names())
@@ -274,16 +270,16 @@ class ServerProcesses:
     def terminate(self, names: Iterable[str]) -> None:
         """Stop the processes with these names and all processes in their sessions. Remove all outdated pid files.
 
-        Send TERM first, and KILL to processes that are still running `term_timeout_s` seconds later. Call this inside
-        `one_at_a_time`.
+        Send TERM first, and KILL to those that still run after `term_timeout_s`. Use this inside `one_at_a_time`.
         """
         pids = {
             noted.pid
-            for name, noted in ((name, self.noted(name)) for name in names)  # omit pids that other programs have now
-            if not noted.elsewhere and (self.process(name) is not None or _session_of(noted.pid) is None)
+            for noted, process in [(self.noted(name), self.process(name)) for name in names]
+            if not noted.elsewhere and (process or _session_of(noted.pid) is None)  # not a pid of another program
         }
         with deferred_signals():  # a signal must not interrupt this
-            any(self._end(pids) for _ in range(TRIES_TO_END))  # a hanging launcher may start more servers meanwhile
+            if not self._end(pids):
+                self._end(pids)  # a launcher that had to be killed may have started more servers meanwhile
             for process in self._spawned:
                 process.poll()  # Popen must notice the end, too
             for name in self.names():

@@ -148,11 +148,9 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
     """Start the servers, and wait until all servers are healthy. Return table rows with the columns STARTED.
 
-    `more` are additional flags for vLLM. Raises ClusterError if a port is in use or if a server does not start. In this
-    case, stop all new servers.
+    `more` are additional flags for vLLM. Raises ClusterError, after all new servers are stopped, if one does not start.
     """
-    plans = plan(config, more)
-    model_path, venv = _checked_path(config.model_path), _venv_without_spaces()
+    plans, venv = plan(config, more), _venv_without_spaces()
     ports = [each.port for each in plans]
     with one_at_a_time():
         # servers with another model may run on other ports
@@ -163,7 +161,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
             )
         with SERVERS.starting("localhost", ports, "VLLM_BASE_PORT"):
             for each in plans:
-                _spawn(venv, each, model_path, more)
+                _spawn(venv, each, _checked_path(config.model_path), more)
             waited = SERVERS.wait_until_ready(ports, _is_healthy, progress)
     return [
         [str(each.port), each.place, str(SERVERS.noted(str(each.port)).pid), each.model, f"{ready_s:.0f} s"]
@@ -193,10 +191,7 @@ def status(_config: SimulationConfig) -> tuple[list[list[str]], bool]:
 
 
 def _checked_path(model_path: str | None) -> str:
-    """Return the argument of vLLM for the model: the path of a folder, or the name of a model on a hub.
-
-    Raises SettingsError if the folder does not exist or contains no model.
-    """
+    """Return vLLM's argument for the model: a folder, or a name on a hub. Raises SettingsError if it is neither."""
     if not model_path:
         raise SettingsError("--model-path: set MODEL_PATH to the folder of the model")
     path = Path(full_path("--model-path", model_path))
@@ -210,10 +205,9 @@ def _checked_path(model_path: str | None) -> str:
 
 
 def _venv_without_spaces() -> Path:
-    """Return a path of VENV without spaces: VENV itself, or the link LINK, which is created if necessary.
+    """Return VENV or, if its path contains a space, the link LINK, which is created if necessary.
 
-    vLLM fails at spaces, because it passes the path to compilers and to LD_PRELOAD. Raises SettingsError if there is
-    no such path.
+    vLLM passes the path to compilers and to LD_PRELOAD, which split it. Raises SettingsError if there is no such path.
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
