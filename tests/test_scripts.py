@@ -16,7 +16,7 @@ from own_files import checked
 
 sys.path.insert(0, str(ROOT / "scripts"))  # a file scripts.py in the checkout would stand for a package of that name
 
-from install import pip_options, plain_name, reason, requirements, steps, uv_variables
+from install import pip_options, plain_name, reason, requirements, uv_variables
 
 SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh", "on_all_hosts.sh", "run_tests.sh")
 
@@ -610,11 +610,6 @@ def test_variables_for_uv_have_precedence():
 )
 def test_the_reason_is_one_line_without_passwords(output, line):
     assert reason(output) == line
-
-
-def test_each_group_has_its_constraints():
-    assert [step[-1].rpartition("/")[2] for step in steps("test")] == ["constraints.txt"]
-    assert [step[-1].rpartition("/")[2] for step in steps("vllm")] == ["pyproject.toml:vllm"]
 
 
 def test_constraints_are_exact_and_name_no_index():

@@ -141,8 +141,7 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # replace the launcher's handlers, which stop all servers
     log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     logger.remove()
     logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level} | {message}")
