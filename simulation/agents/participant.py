@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
@@ -14,19 +14,10 @@ from simulation.agents.scheduler import Sleep, outcome_of
 from simulation.errors import KnownCause
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question, to_units
-from simulation.llm.chat import Chat
 from simulation.llm.prompts import Numbers
 
-
-class Home(Protocol):
-    """The group of a participant, as the participant uses it."""
-
-    oid: str
-    loop: asyncio.AbstractEventLoop
-    chat: Chat | None  # the group's access to models
-
-    def play(self, index: int, question: Question) -> None:
-        """Ask a participant and record the outcome, once per round."""
+if TYPE_CHECKING:
+    from simulation.agents.group import ParticipantGroup
 
 
 class Participant(AgentBase):
@@ -37,7 +28,7 @@ class Participant(AgentBase):
     attributes. If a subclass has a further base class, it must call the `__init__` of that class.
     """
 
-    _home: Home | None = None  # set by the group
+    _home: "ParticipantGroup | None" = None  # set by the group
     _creation_error = ""  # why the group could not create this participant
 
     def __init__(self, index: int, game: Game) -> None:

@@ -159,9 +159,12 @@ class Cluster(Membership):
     def _moderator(self, server: Endpoint) -> RemoteObject:
         number = self.moderator_servers.index(server)
         oid = f"{self.run}/moderator-{number}.{self.losses[server]}"
-        timeout_s, lease_s = self.config.heartbeat_timeout, self.config.lease
-        kwargs = {"name": f"Moderator {number}", "timeout_s": timeout_s, "lease_s": lease_s}
-        kwargs["one_by_one"] = self.config.dispatch == "agent"
+        kwargs = {
+            "name": f"Moderator {number}",
+            "timeout_s": self.config.heartbeat_timeout,
+            "lease_s": self.config.lease,
+            "one_by_one": self.config.dispatch == "agent",
+        }
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:

@@ -141,7 +141,6 @@ class Membership:
         object that must report: its server and its id. Raises ServerLost, Interrupted (only during creation), or the
         SimulationError that an object reports.
         """
-        halted = False
         since = time.monotonic()
         self._detector.poll_now(number)
         while True:
@@ -150,11 +149,10 @@ class Membership:
             self.watch.progress(stage, done, total, f"{answering} of {len(self._servers)} servers answer")
             if done == total:
                 return
-            if self.watch.stop_signal is not None and number == 0:
-                raise Interrupted(self.watch.stop_signal)
-            if self.watch.stop_signal is not None and not halted:
+            if self.watch.stop_signal is not None:
+                if number == 0:
+                    raise Interrupted(self.watch.stop_signal)
                 self.halt()
-                halted = True
             self._detector.wait(POLL_S)
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
 
