@@ -149,7 +149,7 @@ class FailureDetector:
             elif is_newest:
                 status, again_s = replace(status, answers=status.up), AGAIN_S if status.up else self._wait_s
                 if str(reply).endswith(NOBODY_LISTENS) or not isinstance(reply, ServerUnreachable):
-                    why = str(reply).partition(": ")[2]
+                    why = str(reply).removeprefix(f"{endpoint}").lstrip(": ")
                 elif status.seconds_since_reply >= self._timeout_s:
                     why = f"sent no heartbeat for {status.seconds_since_reply:.1f} s"
             self.statuses[endpoint] = status

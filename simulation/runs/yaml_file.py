@@ -28,6 +28,7 @@ class YamlFile:
         self.name = printable(shown(path))  # for messages
         try:
             text = read_text(Path(path))
+            yaml.load(text, yaml.BaseLoader)  # raises an error for a value that contains itself
             root = yaml.compose(text, yaml.BaseLoader)
             if root is None:
                 raise SettingsError(f"{self.name}: is empty")
@@ -46,6 +47,8 @@ class YamlFile:
             raise self._error_in(text[: error.position].count("\n"), f"is not YAML: {error.reason}") from None
         except RecursionError:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
+        except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is no character
+            raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
 
     def error(self, node: yaml.Node, text: str) -> SettingsError:
         """Return an error with the file name and the line number of the node."""
