@@ -314,8 +314,8 @@ def test_participants_asked_one_by_one_are_asked_once_in_each_round(group_of, di
         assert said.units.tolist() == [number, 1 + number, 2 + number, -2]
         assert said.causes == [f"OverflowError: at {number}"]
         for index in range(4):
-            group.participant(index).play(message_of(question), index)  # when it is over, too
-            group.participant(index).play(message_of(question_for(GAME, 1, ())), index)
+            group.participant(index).answer_round(message_of(question), index)  # when it is over, too
+            group.participant(index).answer_round(message_of(question_for(GAME, 1, ())), index)
         assert [group.participant(index).asked for index in range(4)] == [number] * 4
         assert not any(moderator.error for moderator in moderators)
 
@@ -328,7 +328,7 @@ def test_a_stopped_dispatch_asks_no_other_participant(group_of, dispatch_to):
     dispatch.stopped = True
     dispatch.begin(question)
     group.halt()
-    group.participant(0).play(message_of(question), 0)
+    group.participant(0).answer_round(message_of(question), 0)
     assert whole_tally(group).failures == {INTERRUPTED: 4} and group.participant(0).asked == 0
 
 

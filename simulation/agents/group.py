@@ -77,7 +77,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._agents: list[Participant] = []  # the participants created so far
         self._round = 0
         self._sheet: AnswerSheet | None = None  # None before the first round
-        self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `play`
+        self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `ask_one`
         self._scheduler: Scheduler | None = None  # runs the current round
         self._error = ""
         self._closing = False
@@ -93,8 +93,8 @@ class ParticipantGroup(metaclass=RpcMeta):
     def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
         """Start a round and return immediately. `tokens_each` is the token budget per participant (None: no limit).
 
-        With `one_by_one`, each participant is only asked when its `play` is called. Does nothing if this round or a
-        later round has started, so a retry is safe. Raises RuntimeError if the group is closed, or busy with the
+        With `one_by_one`, each participant is only asked when its `answer_round` is called. Does nothing if this round
+        or a later round has started, so a retry is safe. Raises RuntimeError if the group is closed, or busy with the
         previous round.
         """
         with self._changed:
@@ -113,7 +113,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             else:
                 self._run_in_loop(self._ask_all(question, self._sheet))
 
-    def play(self, index: int, question: Question) -> None:
+    def ask_one(self, index: int, question: Question) -> None:
         """Ask one participant in a round that began `one_by_one`, and record the outcome. Block until then.
 
         Does nothing if the participant has been asked in this round, as by a moderator that was lost, or if the round

@@ -73,13 +73,13 @@ class Participant(AgentBase):
         return Msg(self.name, str(value), "assistant", metadata=metadata)
 
     @async_func
-    def play(self, x: Msg, index: int) -> Msg:
-        """Answer the question of a round outside a group call. The group records the answer (see its `play`).
+    def answer_round(self, x: Msg, index: int) -> Msg:
+        """Answer the question of a round outside a group call. The group records the answer (see its `ask_one`).
 
         `index` is the index that the group has given to this participant, as a subclass may have changed the attribute.
         """
         assert self._home is not None  # only participants in groups can be called
-        self._home.play(index, question_in(x, self.game))
+        self._home.ask_one(index, question_in(x, self.game))
         return Msg("participant", "", "assistant")
 
     def _run(self, answering: Awaitable[Any]) -> Any:

@@ -43,6 +43,6 @@ class PerAgentDispatch:
                     return
                 agent_id = f"{self._assignment.oid}/{index}"
                 proxy = RemoteObject(Participant, agent_id, self._assignment.server, self._timeout_s)
-                reply_of(proxy, message_of(question), index, method="play")
+                reply_of(proxy, message_of(question), index, method="answer_round")
         except Exception as error:  # noqa: BLE001 - top level of the thread: the moderator reports the error
             self.error = one_line(error)
