@@ -114,7 +114,7 @@ def play(command: Command) -> int:
 
 
 def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether localhost is the only host and has no servers. Raises ClusterError if another run owns them."""
+    """Return whether only localhost is used and has no servers. Raises ClusterError if another run owns its servers."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):

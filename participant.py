@@ -46,7 +46,7 @@ class LLMParticipant(Participant):
         return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
-        """Return the prompt for a round, or, in round 0, for a user's question about the game."""
+        """Return the prompt for a round. Round 0 stands for a user's question about the game (main.py --role ask)."""
         if question.round > 0:
             return prompt_for(self.system(), question, self.numbers, instruction(self.game, *self._character()))
         missing = len(question.announcements) - len(self.numbers)  # number of rounds after the last recorded one

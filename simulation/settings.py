@@ -221,7 +221,7 @@ SEVERAL_PATHS = "extra_pythonpath"
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Return the settings that contain paths, in which each path is replaced by `change(name, path)`."""
+    """Return only the settings that contain paths, with each path replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
     paths = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
     return {**paths, SEVERAL_PATHS: ":".join(folders) or None}

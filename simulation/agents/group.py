@@ -241,7 +241,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.loop.close()
 
     def _run_in_loop(self, work: Awaitable[None]) -> None:
-        """Run `work` on the event loop, then notify waiting calls. An error is a defect: `progress` reports it."""
+        """Run `work` on the event loop, then notify waiting calls. `progress` reports an exception as a defect."""
 
         async def run() -> None:
             error = await outcome_of(work)

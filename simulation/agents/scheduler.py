@@ -265,7 +265,7 @@ async def outcome_of(work: Awaitable[Any]) -> Any:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection in this process. If many objects are created meanwhile, call `gc.collect(1)` at the end.
+    """Pause garbage collection in this process. A block that creates many objects should end with `gc.collect(1)`.
 
     Without a pause, the collector scans all objects again whenever their number has grown by a quarter. This takes half
     of the time to create 500,000 agents, and a quarter of the time to ask them.

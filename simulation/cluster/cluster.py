@@ -123,7 +123,7 @@ class Cluster(Membership):
         self._assign_groups()
 
     def _create_groups(self, assignments: list[GroupAssignment], rounds: int) -> None:
-        """Create groups, wait until all participants exist, and pass them their answers of rounds 1 .. `rounds`."""
+        """Create groups, wait for their participants, and restore the participants' memory of rounds 1 .. `rounds`."""
         if not assignments:
             return
         kind = (self.config.agent_class, self.config.agent_type)

@@ -1,8 +1,8 @@
 """Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
-A busy server delays its heartbeat reply until its part of the round is done, so main is informed of the end of a round
-at once. A server is marked down if nothing listens on its port, if its process was replaced, or if no reply arrives for
-the heartbeat timeout. The caller decides how to react.
+A busy server holds back its heartbeat reply until its part of the round is done, but only for about WAIT_S. Main
+therefore learns the end of a round at once. A server is marked down if nothing listens on its port, if its process was
+replaced, or if no reply arrives for the heartbeat timeout. The caller decides how to react.
 """
 
 import heapq

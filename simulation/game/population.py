@@ -76,7 +76,7 @@ class Population:
         return tuple(each[self.by_topic[topic].part_of(participant)] for topic, each in self.persona_sets.items())
 
     def model_of(self, participant: int) -> str | None:
-        """Return the name of the participant's model in the models file, or None without a mixture."""
+        """Return the name of the participant's model in the models file, or None if models are not mixed."""
         return self.models[self.by_topic[MODEL].part_of(participant)].name if self.models else None
 
     def label_of(self, topic: str, participant: int) -> str:

@@ -79,8 +79,8 @@ class SimulationServicer(AgentServerServicer):
         """Return the progress of the groups and moderators of a run. Renew the lease of the run.
 
         The request contains `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` until the objects in round
-        `number` have finished this round. `numbers` is the number of possible answers. If `numbers` is not 0, add the
-        load and, at intervals, partial histograms.
+        `number` have finished it. `numbers` is the count of possible answers. If it is not 0, the reply also contains
+        the CPU load and the memory of this process and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)

@@ -50,10 +50,10 @@ def start(
     progress: Callable[[int, int], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Callable[[], None] | None:
-    """Start the agent servers of this host, and wait until all servers answer. Call `install_tls` before.
+    """Start the agent servers of this host and wait until all answer. The caller must have called `install_tls`.
 
     If `owned`, return a function that stops the servers; they also end with this process. Otherwise, or if exactly
-    these servers are already running, return None. Call `meanwhile` while the launcher imports its modules (about 1 s).
+    the requested servers are already running, return None. `meanwhile` runs while the launcher starts (about 1 s).
     Raises ClusterError, after all new servers are stopped, if other servers are running or if one does not start.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line
@@ -116,7 +116,7 @@ def _answers(config: SimulationConfig, port: int) -> bool:
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return table rows with the columns STATUS, and whether all agent servers of this host answer.
+    """Return table rows (columns: see STATUS), and whether all agent servers of this host answer.
 
     The row of a server that does not answer contains the port and the error.
     """

@@ -39,7 +39,7 @@ DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def one_at_a_time() -> Iterator[None]:
     """Lock the starting and stopping of servers during the block. Wait if another command has the lock.
 
-    Raises SettingsError if a file in the folder of the servers cannot be written.
+    Raises SettingsError if a file in the folder of the pid files cannot be written.
     """
     advice = "start and stop servers with one command at a time"
     try:

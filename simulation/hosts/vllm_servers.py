@@ -101,7 +101,7 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
 
 
 def servers_per_host(config: SimulationConfig) -> int:
-    """Return the number of servers on this host: one for each --tensor-parallel GPUs. Without GPUs, return 1."""
+    """Return the number of servers on this host: its GPUs divided by --tensor-parallel, rounded down, at least 1."""
     gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
     return max(gpus // config.tensor_parallel, 1)
 
@@ -118,7 +118,7 @@ def check_vllm_flags(flags: Iterable[str]) -> None:
 
 
 def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
-    """Return the servers to start: one for each --tensor-parallel GPUs. `more` are additional flags for vLLM.
+    """Return the servers to start, each with --tensor-parallel GPUs. `more` are additional flags for vLLM.
 
     Raises SettingsError if there are too few GPUs, if the model does not exist, or if a flag in `more` is reserved.
     """
@@ -146,7 +146,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
-    """Start the servers, and wait until all servers are healthy. Return table rows with the columns STARTED.
+    """Start the servers and wait until all are healthy. Return table rows (columns: see STARTED).
 
     `more` are additional flags for vLLM. Raises ClusterError, after all new servers are stopped, if one does not start.
     """
@@ -177,7 +177,7 @@ def stop() -> int:
 
 
 def status(_config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return table rows with the columns STATUS, and whether all vLLM servers of this host are healthy."""
+    """Return table rows (columns: see STATUS), and whether all vLLM servers of this host are healthy."""
     rows, running = [], SERVERS.running()
     for name in SERVERS.names():
         if where := SERVERS.noted(name).elsewhere:

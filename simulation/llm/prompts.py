@@ -134,7 +134,7 @@ def number_pattern(max_value: int, decimals: int) -> str:
 
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
-    """Return the request fields that constrain an answer to a number in range; `kind` is --structured-output."""
+    """Return the request fields that constrain an answer to a number in range. `kind`: see --structured-output."""
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
@@ -147,7 +147,7 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer; `kind` is --structured-output. A character takes at most one token."""
+    """Return the token limit of an answer, at least one token per character. `kind`: see --structured-output."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

@@ -94,7 +94,7 @@ def _problem_of(key: ClusterKey) -> str:
 
 
 def _make(folder: Path) -> None:
-    """Write a new key to a temporary folder, then rename that to `folder`: hosts starting together use the same key."""
+    """Write a new key to a temporary folder, then rename it to `folder`, which fails if another host was faster."""
     folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
