@@ -26,9 +26,9 @@ class Moderator(AgentBase):
 
     Args:
         name: The agent's name.
-        timeout_s: Deadline for a call to the server of a group (seconds).
-        lease_s: Seconds without contact after which the server deletes the moderator (None: never).
-        one_by_one: Whether the moderator asks each participant itself, not the group.
+        timeout_s: Deadline of each call to a group (seconds).
+        lease_s: Seconds without a call or heartbeat of the run after which the server drops the agent (None: never).
+        one_by_one: Whether to ask each participant in a separate call (--dispatch agent), not each group in one call.
     """
 
     def __init__(self, name: str, timeout_s: float, lease_s: float | None, one_by_one: bool) -> None:
@@ -41,7 +41,7 @@ class Moderator(AgentBase):
         self._tally = Tally(0)
 
     def assign(self, assignments: list[GroupAssignment]) -> None:
-        """Replace the groups that this moderator asks. These must exist."""
+        """Replace the groups that this moderator asks. The new groups must already exist."""
         self._groups = {each: group_proxy(each, self._timeout_s) for each in assignments}
         before = self._dispatches
         if self._one_by_one:
@@ -51,13 +51,13 @@ class Moderator(AgentBase):
             before[removed].stopped = True
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start the round on all groups and return. `tokens_each` is the mean token budget per participant."""
+        """Start the round on all groups. `tokens_each` is the mean token budget per participant (None: no limit)."""
         self._all(lambda group: group.begin(question, tokens_each, self._one_by_one))
         for dispatch in self._dispatches.values():
             dispatch.begin(question)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Return whether participants could not be asked one by one. Participant servers report their groups."""
+        """Report only why a participant could not be asked one by one. The groups report how many have answered."""
         return Progress(0, 0, error=next((each.error for each in self._dispatches.values() if each.error), ""))
 
     def halt(self) -> None:
@@ -67,7 +67,7 @@ class Moderator(AgentBase):
         self._all(lambda group: group.halt())
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """Return part number `part` of the merged tally, and the number of parts. Callers must fetch part 0 first."""
+        """Return part `part` (from 0) of the merged tally, and the number of parts. Callers must fetch part 0 first."""
         if part == 0:
             self._tally = merge(self._all(whole_tally))
         parts = self._tally.parts(TALLY_VALUES)

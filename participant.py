@@ -30,7 +30,7 @@ class RandomParticipant(Participant):
 class LLMParticipant(Participant):
     """A participant that asks a model. The prompt contains the participant's earlier numbers and all announcements.
 
-    Participants of a group with the same history have the same prompt and share requests.
+    Participants with the same group, prompt and model share requests.
     """
 
     def __init__(self, index: int, game: Game) -> None:
@@ -42,7 +42,7 @@ class LLMParticipant(Participant):
         self.numbers = numbers
 
     def system(self) -> str:
-        """Return the system prompt. Override this method to define your own character."""
+        """Return the system prompt. A subclass may override this method to define another character."""
         return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
@@ -74,7 +74,7 @@ class LLMParticipant(Participant):
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Ask for reasoning. Return the number in units, and the reasoning. Ask again if the number is uncertain."""
+        """Ask for up to `tokens` tokens of reasoning, then for the number if uncertain. Return units and reasoning."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
         if whole:  # otherwise, the last line may be truncated
             with contextlib.suppress(UnusableAnswer):

@@ -1,4 +1,4 @@
-"""Participant classes on the agent servers, which get them pickled."""
+"""The unpickling of participant classes on agent servers, without entries in AgentScope's registry of classes."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,11 @@ from simulation.agents.participant import Participant
 from simulation.rpc.lean_import import append_to_path
 
 _loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
-_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per class, as the imports of a class may take long
+_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per class, as unpickling may import modules for a long time
 
 
 def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
-    """Unpickle a class, once per run in this process. Runs do not share the attributes of a user-defined class."""
+    """Return the class pickled in `packed`. Unpickle it once per run, so that runs do not share class attributes."""
     key = (run, hashlib.sha256(packed).digest())
     with _locks.setdefault(key, threading.Lock()):
         cls = _loaded.get(key)
@@ -34,7 +34,7 @@ def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
 
 @contextlib.contextmanager
 def unregistered() -> Iterator[None]:
-    """Remove the classes that are created in this context from AgentScope's registry.
+    """On exit, remove from AgentScope's registry all classes that were created in this context.
 
     The registry keeps one class per name forever, but two user files may define classes with the same name.
     Participants do not need the registry, because their group creates them from the class object.

@@ -1,7 +1,7 @@
 """A group: the participants on one server that one moderator asks. One call creates them, and one call asks them.
 
 All methods are thread-safe. The participants run on the event loop of the group's thread. The group creates agents
-without AgentScope's metaclass, which costs more than the agent itself (see `_build`).
+without calling AgentScope's metaclass, because that call takes longer than the rest of the creation (see `_build`).
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     Args:
         participant_class: The pickled class (see `serialize_agent_class`).
-        reply_threads: Number of threads for blocking `reply` methods. Shared by all groups of a run on this server.
+        reply_threads: Number of threads for blocking `reply` methods. All groups of a run on this server share them.
         lease_s: Seconds without a call or heartbeat of the run after which the server drops the group (None: never).
     """
 
@@ -81,7 +81,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._scheduler: Scheduler | None = None  # runs the current round
         self._error = ""
         self._closing = False
-        # Elapsed and CPU seconds of all finished rounds, and the readings of both clocks when the current one began
+        # Elapsed and CPU seconds of all finished rounds, and both clocks' readings at the start of the current round
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
         self._changed = threading.Condition()  # guards check-then-set sequences, as many threads call this group
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
@@ -91,11 +91,11 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- Called by main and moderators -------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
-        """Start a round and return immediately. `tokens_each` is the token budget per participant (None: no limit).
+        """Start a round and return at once. `tokens_each` is the mean token budget per participant (None: no limit).
 
-        With `one_by_one`, each participant is only asked when its `answer_round` is called. Does nothing if this round
-        or a later round has started, so a retry is safe. Raises RuntimeError if the group is closed, or busy with the
-        previous round.
+        If `one_by_one`, ask a participant only when its `answer_round` is called. Do nothing if this round or a later
+        round has started, so that a retry is safe. Raises RuntimeError if the group is closed, or still busy with the
+        previous round or with the creation of participants.
         """
         with self._changed:
             if question.round <= self._round:  # a retry, or a late call from a suspended moderator
@@ -114,10 +114,10 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self._run_in_loop(self._ask_all(question, self._sheet))
 
     def ask_one(self, index: int, question: Question) -> None:
-        """Ask one participant in a round that began `one_by_one`, and record the outcome. Block until then.
+        """Ask participant `index` in a round that was started with `one_by_one`. Return after its outcome is recorded.
 
-        Does nothing if the participant has been asked in this round, as by a moderator that was lost, or if the round
-        is over.
+        Do nothing if the round is over, or if the participant was already asked in this round, for example by a
+        moderator that has failed since.
         """
         offset = index - self.first
         with self._changed:
@@ -128,13 +128,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._ask_in_thread(iter((offset,)), question, sheet)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Wait up to `wait_s` seconds until all participants are done, then return the progress with the usage.
+        """Wait up to `wait_s` seconds for all participants to finish, then return the progress, including the usage.
 
-        Add a partial histogram of `numbers` possible answers unless `numbers` is 0.
+        `numbers` is the number of possible answers; if it is not 0, also return a partial histogram of the answers.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done, sheet = self._round, self._done(), self._sheet  # in this order, as a round may begin meanwhile
+        number, done, sheet = self._round, self._done(), self._sheet  # read in this order, as a round may begin now
         histogram = sheet.partial_histogram(numbers) if numbers and sheet is not None else ()
         return Progress(done, self.count, number, self._error, [*astuple(self.usage())], *histogram)
 
@@ -163,15 +163,15 @@ class ParticipantGroup(metaclass=RpcMeta):
         return parts[part], len(parts)
 
     def announce(self, announcement: Announcement) -> Winners:
-        """Return the participants of this group whose answers are winning numbers of the announced result."""
+        """Return the winners in this group: the participants who gave one of the announced winning answers."""
         return self._finished_sheet().winners(announcement.winning_units)
 
     def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of participants first .. first+count-1, without participants of other groups."""
+        """Return the answers of participants first .. first+count-1, ignoring participants of other groups."""
         return self._finished_sheet().answers(first, count)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Pass answers of earlier rounds to recreated participants, the first of which has the index `first`.
+        """Pass answers of earlier rounds to recreated participants, starting with the participant of index `first`.
 
         `values` has the shape (rounds, participants); NaN stands for no answer. Raises RuntimeError if not all
         participants of the group have been created.
@@ -209,7 +209,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self.chat.close()
         with contextlib.suppress(RuntimeError):  # raised if the group's thread has closed the loop
             self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=1)  # a participant may block the event loop for longer
+        self._thread.join(timeout=1)  # not longer, as a participant may block the event loop
         with self._changed:
             self._agents = []
             self._scheduler = self._sheet = self._pool = None
@@ -241,7 +241,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.loop.close()
 
     def _run_in_loop(self, work: Awaitable[None]) -> None:
-        """Run `work` on the event loop, then notify waiting calls. `progress` reports an exception as a defect."""
+        """Start `work` on the event loop. At its end, notify waiting calls. `progress` reports any exception of it."""
 
         async def run() -> None:
             error = await outcome_of(work)
@@ -289,7 +289,7 @@ class ParticipantGroup(metaclass=RpcMeta):
     def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
         """Ask participants until the iterator `offsets`, which several threads may share, is exhausted."""
         for offset in offsets:
-            if sheet is not self._sheet or self._closing:  # the round was halted
+            if sheet is not self._sheet or self._closing:  # the round was halted, or the group closed
                 return
             try:
                 record = partial(sheet.record, offset, ask_in_thread(self._agents[offset], question))
@@ -304,10 +304,10 @@ class ParticipantGroup(metaclass=RpcMeta):
         """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
 
         The number of participants that wait for a model is limited, as each of them takes 2 KB. The next batch starts
-        when half of this number have an outcome, so the model never idles. Batches are large, so that more participants
-        with equal prompts share a request.
+        when half of the limit is free, so the model never idles. Batches are large, so that more participants with
+        equal prompts share a request.
         """
-        if question.round > 1:  # free cycles of earlier rounds, as the scheduler pauses automatic collection
+        if question.round > 1:  # free reference cycles of earlier rounds, as the scheduler pauses the collector
             gc.collect()
         agents = self._agents
         self._scheduler = Scheduler(
@@ -329,7 +329,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
 
 def group_proxy(assignment: GroupAssignment, timeout_s: float, kwargs: dict[str, Any] | None = None) -> RemoteObject:
-    """Return a proxy of a group that has a server. If `kwargs` are given, create a missing group with them."""
+    """Return a proxy of an assigned group. If `kwargs` is not None, create the group with it unless it exists."""
     assert assignment.server is not None
     if kwargs is not None:
         kwargs = {"oid": assignment.oid, "first": assignment.first, "count": assignment.count, **kwargs}
@@ -337,11 +337,11 @@ def group_proxy(assignment: GroupAssignment, timeout_s: float, kwargs: dict[str,
 
 
 def whole_tally(group: Any) -> Tally:
-    """Fetch the tally of a group or moderator part by part. Return the merged tally."""
+    """Fetch the tally of a group or moderator part by part, and return it as a whole."""
     first_part, parts = group.collect(0)
     return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
 
 
-# One pool of threads per run, for blocking replies. The threads end when the groups are closed and no reply is running.
+# One thread pool per run, for blocking `reply` methods. Its threads end once all groups are closed and no reply runs.
 _pools: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
 _pools_lock = threading.Lock()

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Participant(AgentBase):
     """One participant: an AgentScope agent with an index, counted from 0, and the game that all participants share.
 
-    AgentBase keeps several attributes for each agent (name, hooks, memory, audience), which take 1.4 KB and 6 us. They
-    are created on first access, as most of a million participants never need them. A subclass may use all of these
-    attributes. If a subclass has a further base class, it must call the `__init__` of that class.
+    AgentBase creates several attributes for each agent (name, hooks, memory, audience), which takes 1.4 KB and 6 us.
+    Here, the first access creates them, as most of a million participants never need them. A subclass may use all of
+    these attributes. If a subclass has a further base class, it must call the `__init__` of that class.
     """
 
     _home: "ParticipantGroup | None" = None  # set by the group
@@ -47,7 +47,7 @@ class Participant(AgentBase):
 
     @cached_property
     def personas(self) -> dict[str, Persona]:
-        """Return this participant's personas by the name of their set, as in `self.personas["education"].name`."""
+        """Return this participant's persona of each set by the set's name, as in `self.personas["education"].name`."""
         population = self.game.population
         return dict(zip(population.persona_sets, population.personas_of(self.index), strict=True))
 
@@ -56,11 +56,11 @@ class Participant(AgentBase):
         return Sleep(seconds)
 
     async def answer(self, question: Question) -> float | str:
-        """Return a number from 0 to `question.max_value`, or a text that contains a number. To be overridden."""
+        """Return a number from 0 to `question.max_value`, or a text that states a number. Subclasses override this."""
         raise KnownCause(self._creation_error or f"{type(self).__name__} defines neither answer nor reply")
 
     def recall(self, numbers: Numbers) -> None:
-        """Receive the participant's numbers of rounds 1, 2, ..., with None for a missing answer, after its recreation.
+        """Receive the answers of rounds 1, 2, ... (None: no answer) that this participant gave before it was recreated.
 
         A participant is recreated if its server is lost or the run is resumed. All other data of the participant is
         lost. The next question contains the announcements of earlier rounds.
@@ -74,16 +74,16 @@ class Participant(AgentBase):
 
     @async_func
     def answer_round(self, x: Msg, index: int) -> Msg:
-        """Answer the question of a round outside a group call. The group records the answer (see its `ask_one`).
+        """Answer the question of a round in a call to this participant alone. The group records the answer (`ask_one`).
 
-        `index` is the index that the group has given to this participant, as a subclass may have changed the attribute.
+        `index` is the participant's index in the group. It is passed because a subclass may have changed `self.index`.
         """
         assert self._home is not None  # only participants in groups can be called
         self._home.ask_one(index, question_in(x, self.game))
         return Msg("participant", "", "assistant")
 
     def _run(self, answering: Awaitable[Any]) -> Any:
-        """Await `answering` on the group's event loop, or on a new loop without a group, while this thread waits."""
+        """Await `answering` on the group's event loop (without a group: on a new loop). Block this thread meanwhile."""
         if self._home is None:
             value = asyncio.run(outcome_of(answering))
         else:
@@ -94,7 +94,7 @@ class Participant(AgentBase):
 
 
 class _CreatedLate:
-    """A descriptor for an attribute that AgentBase's __init__ sets: the first access creates all these attributes.
+    """A descriptor for one attribute that AgentBase's __init__ sets. Its first access creates all such attributes.
 
     Python calls the descriptor only if the instance has no attribute of that name. A `__getattr__` would have the same
     effect, but would triple the time to read any other attribute.
@@ -117,7 +117,7 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
 
 
 def ask_in_thread(participant: Participant, question: Question) -> int:
-    """Ask one participant, wait for the answer in this thread, and return it in units. May raise anything."""
+    """Ask one participant, wait for the answer in this thread, and return it in units. May raise any exception."""
     if answers_many(type(participant)):
         answer = participant._run(participant.answer(question))
     else:
@@ -136,7 +136,7 @@ def message_of(question: Question) -> Msg:
 
 
 def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
-    """Return the question in a message. A message without question metadata becomes a question of round 0."""
+    """Return the question in a message, or in the last of a list. Without question metadata, its round is 0."""
     if isinstance(message, list):
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
@@ -147,7 +147,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
 
 
 def answer_in(message: Any) -> Any:
-    """Return `answer` from the metadata of a reply, or else its text. If the reply is no Msg, return it unchanged."""
+    """Return `answer` from the metadata of a Msg or, if missing, its text. Return any other reply unchanged."""
     if not isinstance(message, Msg):
         return message
     if isinstance(message.metadata, dict) and "answer" in message.metadata:

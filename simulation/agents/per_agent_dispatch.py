@@ -1,6 +1,6 @@
 """Dispatch of questions through one proxy per participant, as in AgentScope's examples.
 
-It exists for comparison: each answer costs three calls and a thread, whatever the participant does.
+It exists for comparison. Each answer costs at least two remote calls and a thread, even if the participant is idle.
 """
 
 import threading
@@ -16,7 +16,7 @@ THREADS = 32  # number of participants of a group that are asked at the same tim
 
 
 class PerAgentDispatch:
-    """The threads that ask the participants of one group one by one. The group records the answers."""
+    """The threads that ask the participants of one group, each in a separate call. The group records the answers."""
 
     def __init__(self, assignment: GroupAssignment, timeout_s: float) -> None:
         self.stopped = False  # set to True to ask no further participants
@@ -26,7 +26,7 @@ class PerAgentDispatch:
         self._round = 0
 
     def begin(self, question: Question) -> None:
-        """Start to ask all participants and return immediately. Does nothing if this round or a later one has begun."""
+        """Start threads that ask all participants. Do nothing if this round or a later round has already begun."""
         if question.round > self._round:
             self._round = question.round
             first, count = self._assignment.first, self._assignment.count

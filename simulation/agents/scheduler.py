@@ -1,7 +1,7 @@
 """A scheduler that runs many coroutines on one event loop without a task for each. Independent of agents.
 
-One task steps all coroutines that only pause. During the pause, a coroutine waits in a timer wheel, which takes a
-quarter of the memory of a task, a future and a timer. The first coroutine that does more than pause keeps this task,
+One task steps (starts or resumes) all coroutines that only pause. A paused coroutine waits in a timer wheel. This takes
+a quarter of the memory of a task, a future and a timer. The first coroutine that does more than pause keeps the task,
 and a new task steps the other coroutines. Therefore, no coroutine can detect that several coroutines shared its task.
 """
 
@@ -56,7 +56,7 @@ def _touching(method: Callable[..., Any]) -> Any:
 
 
 class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched` is set if a coroutine uses this task without keeping a reference."""
+    """A task that steps many coroutines. `touched` becomes True if one uses this task without keeping a reference."""
 
     touched = False
     __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
@@ -74,8 +74,8 @@ class Scheduler:
     begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; `failed` gets its exception
     answered: Callable[[list[int], list[Any]], None]  # called with indices and the return values of their coroutines
     failed: Callable[[int, BaseException], None]  # called with an index and the exception of its coroutine
-    # Maximum number of coroutines at a time (None: no limit). Give a limit for coroutines that do more than pause: each
-    # of them then has its own task. When half of them have ended, new ones start, all in one pass of the event loop.
+    # Maximum number of coroutines at a time (None: no limit). Set a limit if coroutines do more than pause: each then
+    # has its own task. When half of the limit is free, new coroutines start, all in one pass of the event loop.
     max_concurrent: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,15 +83,15 @@ class Scheduler:
         self._stepping = 0  # number of tasks that step coroutines in this pass
         self._halted = False
         self._indices: list[int] = []  # indices of coroutines whose return values are not yet reported
-        self._values: list[Any] = []  # these return values
+        self._values: list[Any] = []  # the return values of these coroutines
         self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines by the tick of their resumption
-        self._ticks: list[int] = []  # a heap of these ticks
-        self._tasks: dict[asyncio.Task[Any], int] = {}  # the tasks that run one coroutine each, with its index
+        self._ticks: list[int] = []  # a heap of the keys of `_buckets`
+        self._tasks: dict[asyncio.Task[Any], int] = {}  # for each task with one coroutine: the coroutine's index
         self._timer: asyncio.Handle | None = None  # starts the next pass
         self._all_ended: asyncio.Future[None] = self.loop.create_future()
 
     async def run(self) -> None:
-        """Run all coroutines until the last one has ended. Raises the exceptions of `answered` and `failed`."""
+        """Run all coroutines until the last one has ended. Raises what the callback `answered` raises."""
         self._start_pass()
         await self._all_ended
 
@@ -100,7 +100,7 @@ class Scheduler:
         if not self._halted:
             self._halted = True
             for task in self._tasks:
-                self.loop.call_soon(task.cancel)  # after the task has started: its coroutine must be awaited
+                self.loop.call_soon(task.cancel)  # after its start, as its coroutine must be awaited
             self._start_pass()
 
     # --- A pass steps paused coroutines that are due, then new ones --------------------------------------------------
@@ -146,7 +146,7 @@ class Scheduler:
                 continue
             if self.max_concurrent is None and not self._tasks and type(work) is CoroutineType:
                 yield index, work
-            else:  # if one coroutine needs its own task, the next ones do, too
+            else:  # if one coroutine needs its own task, others probably do, too
                 self._watch(self.loop.create_task(outcome_of(work)), index)
 
     def _startable(self) -> int:
@@ -167,7 +167,7 @@ class Scheduler:
         try:
             with gc_paused():
                 rest = self._step_shared(pairs, context)
-        except BaseException as error:  # noqa: BLE001 - a defect of this program, which `run` raises
+        except BaseException as error:  # noqa: BLE001 - a defect of this program; `run` raises it
             if not self._all_ended.done():
                 self._all_ended.set_exception(error)
             return None
@@ -176,7 +176,7 @@ class Scheduler:
         return rest and await outcome_of(rest)
 
     def _step_shared(self, pairs: Iterator[Pair], context: Context) -> Awaitable[Any] | None:
-        """Step coroutines until one of them needs the current task, and leave the other coroutines to a new task.
+        """Step coroutines until one of them needs the current task, and leave the remaining coroutines to new tasks.
 
         Return the remaining work of the coroutine that needs the task, or None if nothing remains.
         """
@@ -256,7 +256,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
-    """Await `work`. Return its value or its exception: an uncaught sys.exit() would stop the shared event loop."""
+    """Await `work`. Return its value, or return its exception, as an uncaught sys.exit() would stop the event loop."""
     try:
         return await work
     except BaseException as error:  # noqa: BLE001 - user code may raise anything

@@ -18,12 +18,12 @@ from simulation.files import full_path, is_there, shown
 from simulation.rpc.lean_import import append_to_path
 
 PACKED_BYTES = 64 * 2**20
-OWN = "own_"  # prefix of the module names of user-defined classes: a user's random.py hides no library
+OWN = "own_"  # prefix of the module names of users' files, so that a user's random.py hides no library
 
 
 @functools.cache
 def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
-    """Return the class that `my_file.py:MyParticipant` names; for None, return the default class of the agent type.
+    """Return the class that `spec` names, as in `my_file.py:MyParticipant`; if None, the built-in one of `agent_type`.
 
     Raises SettingsError if the file or the class is unusable.
     """
@@ -45,7 +45,7 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     append_to_path(full_path("--agent-class", str(path.parent)))
     try:
         with unregistered():
-            # not `exec_module`: cached bytecode may be of a version of the same size, saved in the same second
+            # not `exec_module`: it may run old bytecode if two versions of equal size are saved in one second
             exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
@@ -85,5 +85,5 @@ def serialize_agent_class(cls: type[Participant]) -> bytes:
 
 @functools.cache
 def pickled_agent_class(spec: str | None, agent_type: str) -> bytes:
-    """Return the pickled class, to send to the servers. Raises SettingsError as `load_agent_class` does."""
+    """Load a class, and pickle it for the servers. Raises SettingsError if either step fails."""
     return serialize_agent_class(load_agent_class(spec, agent_type))

@@ -1,7 +1,7 @@
 """The groups and moderators of a run. Main creates and calls them, and recreates them if their servers fail.
 
 After a failure, work is retried on the remaining servers. Therefore every step is idempotent: the creation of an object
-that exists does nothing.
+that already exists does nothing.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ class Record(Protocol):
     """Storage for the answers of finished rounds."""
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Store the answers of one round. Replace answers that were stored for this round before."""
+        """Store the answers of one round, in units of 1 / `scale`. Replace earlier answers of the same round."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return the answers of participants first .. first+count-1: shape (rounds, count), with NaN for no answer."""
@@ -61,7 +61,7 @@ class Cluster(Membership):
 
     @property
     def assignments(self) -> list[GroupAssignment]:
-        """Return all groups in participant order. A group without a server is no longer asked."""
+        """Return all groups in participant order, including those without a server, which are no longer asked."""
         return self._plan.assignments
 
     @property
@@ -70,7 +70,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Request histograms for some seconds, and return the status of each server, participant servers first."""
+        """Let heartbeats request histograms for some seconds. Return the servers' status, participant servers first."""
         self._detector.observe(self._game.numbers)
         return self.status
 
@@ -99,7 +99,7 @@ class Cluster(Membership):
         self._delete_orphans()
 
     def _delete_orphans(self) -> None:
-        """Delete groups and moderators that are no longer assigned, because others have replaced them."""
+        """Delete groups and moderators that still exist on servers although others have replaced them."""
         wanted = {each.oid for each in self.assignments} | {each.oid for each in self.moderators.values()}
         hosted = [(server, oid) for server in self.up(self._servers) for oid in self.status[server].reply.objects]
         delete = partial(delete_remote, deadline_s=self.config.connect_timeout)
@@ -108,7 +108,7 @@ class Cluster(Membership):
     def reconcile(self, rounds: int) -> None:
         """Create missing groups and moderators on servers that are up.
 
-        New participants receive their answers of rounds 1 .. `rounds`. Raises ServerLost, RunAborted or Interrupted.
+        Participants in new groups get answers of rounds 1 .. `rounds`. Raises ServerLost, RunAborted or Interrupted.
         """
         self.handle_losses()
         servers = self.wait_for_servers(self.participant_servers, "participant")
@@ -168,7 +168,7 @@ class Cluster(Membership):
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
-        """Wait until these groups finish a round (0: the creation of their participants); see `wait_until_done`."""
+        """Wait until these groups finish round `number` (0: the creation of participants); see `wait_until_done`."""
         awaited = [(each.server, each.oid) for each in assignments if each.server is not None]
         if number > 0:
             awaited += [(server, self.moderators[server].oid) for server in self._assigned]

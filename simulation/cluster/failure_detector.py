@@ -1,8 +1,8 @@
 """Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
-A busy server holds back its heartbeat reply until its part of the round is done, but only for about WAIT_S. Main
-therefore learns the end of a round at once. A server is marked down if nothing listens on its port, if its process was
-replaced, or if no reply arrives for the heartbeat timeout. The caller decides how to react.
+A server delays its heartbeat reply until its participants finish the round, but only for about WAIT_S. Main therefore
+learns the end of a round at once. A server is marked down if nothing or another program listens on its port, if its
+process was replaced, or if no reply arrives within the heartbeat timeout. The caller decides how to react.
 """
 
 import heapq
@@ -22,8 +22,8 @@ WAIT_S = 1.0  # longest delay of a busy server's reply
 AGAIN_S = 0.1  # retry interval for an unreachable server
 SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
 POLLS_IN_LEASE = 4  # minimum number of polls per lease or heartbeat timeout
-OBSERVED_S = 5.0  # how long heartbeats request histograms after `observe`; a dashboard observes more often
-ASLEEP_S = 1.0  # a timeout error that arrives this late shows that this process was suspended
+OBSERVED_S = 5.0  # how long heartbeats request histograms after `observe`; a dashboard calls it more often
+ASLEEP_S = 1.0  # a timeout error this long after its deadline shows that this process was suspended
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FailureDetector:
         self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), min(timeout_s, lease_s) / POLLS_IN_LEASE)
         now = time.monotonic()
         self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
-        self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of the times of the next requests
+        self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of (time of the next request, server)
         self._newest = dict.fromkeys(incarnations, 0.0)  # time of the latest request, to detect old replies
         self._changed = threading.Condition()  # guards all mutable state
         self._round = 0
@@ -77,7 +77,7 @@ class FailureDetector:
         self._thread.join()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a new reply or a new loss has occurred, for at most `timeout_s` seconds."""
+        """Wait up to `timeout_s` seconds for a new reply or a new loss since the previous call."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, timeout_s)
             self._news = False
@@ -87,7 +87,7 @@ class FailureDetector:
         self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
 
     def poll_now(self, number: int) -> None:
-        """Poll all servers now, as a round has started. Servers that work on this round delay their replies."""
+        """Poll all servers now, as round `number` has started. Servers that work on this round delay their replies."""
         with self._changed:
             self._round = number
             self._due = [(time.monotonic(), endpoint) for endpoint in self.statuses]

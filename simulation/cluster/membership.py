@@ -20,16 +20,16 @@ POLL_S = 1.0  # interval between checks for Ctrl-C
 SCAN_PAUSE_S = 5e-5  # pause per object between two scans of the heartbeat replies
 RECOVERY_POLL_S = 0.1  # interval between checks for a recovered server
 GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first
-LOSSES_IN_ROUND = 3  # a server with this many losses is not readmitted in the round: the game may crash it
+LOSSES_IN_ROUND = 3  # a server lost this often in one round is not readmitted: the game may crash it
 
 
 class ProgressListener(Protocol):
-    """The receiver of progress and warnings. A signal number in `stop_signal` means that the run must end early."""
+    """The receiver of progress and warnings. If `stop_signal` is a signal number, not None, the run must end early."""
 
     stop_signal: int | None
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Receive the progress of a stage ("participants created" or "answers in") at each heartbeat and at the end."""
+        """Receive how many of `total` participants have finished `stage` ("participants created" or "answers in")."""
 
     def warn(self, line: str) -> None:
         """Receive a message that a server was lost or has recovered."""
@@ -42,7 +42,7 @@ class Membership:
         self.config = config
         self.run = run
         self.watch = watch
-        self.losses: Counter[Endpoint] = Counter()  # number of handled losses, in order of each server's first loss
+        self.losses: Counter[Endpoint] = Counter()  # number of handled losses by server, in order of the first losses
         self.used: dict[str, Usage] = {}  # usage by group id, including deleted groups
         self._servers = servers
         self._losses_before: Counter[Endpoint] = Counter()  # `losses` at the start of the round
@@ -66,7 +66,7 @@ class Membership:
         return self
 
     def close(self, keep: bool) -> None:
-        """Stop the failure detector. Announce the end of the run: servers delete its agents unless `keep` is set."""
+        """Stop the failure detector and end the run: the servers delete its agents unless `keep` is True."""
         self._detector.__exit__()
         directives = {KEEP_RUN if keep else END_RUN: self.run}
         call = partial(channels.handshake, timeout_s=self.config.connect_timeout, directives=directives)
@@ -103,7 +103,7 @@ class Membership:
                 self.unassign_server(endpoint)
 
     def begin_round(self, number: int) -> None:
-        """Start to count the losses of this round, and readmit recovered servers."""
+        """Start to count the losses of round `number`, and readmit recovered servers."""
         self._losses_before = self.losses.copy()
         recovered = [endpoint for endpoint, status in self.status.items() if status.has_recovered]
         self.handle_losses()
@@ -112,7 +112,7 @@ class Membership:
             self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
 
     def wait_for_servers(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
-        """Wait while all servers of the pool are down, and return those that are up. Raises RunAborted, Interrupted."""
+        """Wait until a server in `pool` is up, and return all that are up. Raises RunAborted or Interrupted."""
         gathered_at: float | None = None
         while not (up := self.up(pool)):
             if self.watch.stop_signal is not None:
@@ -137,8 +137,8 @@ class Membership:
     def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str]]) -> None:
         """Wait without time limit until `total` participants finish a round. An interruption ends the round early.
 
-        `number` is the number of the round, or 0 for the creation of participants. `awaited` has an entry for each
-        object that must report: its server and its id. Raises ServerLost, Interrupted (only during creation), or the
+        `number` is the number of the round, or 0 for the creation of participants. `awaited` contains the server and
+        the id of each object that must report. Raises ServerLost, Interrupted (only during creation), or the
         SimulationError that an object reports.
         """
         since = time.monotonic()
@@ -157,7 +157,7 @@ class Membership:
             time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
 
     def _done(self, number: int, awaited: list[tuple[Endpoint, str]], since: float) -> int:
-        """Return the number of finished participants, and store their usage. Ignore replies requested before `since`.
+        """Return the number of finished participants, and store the usage. Skip replies requested before `since`.
 
         Raises the errors that objects report, and ServerLost if a server or an object is lost.
         """
@@ -167,7 +167,7 @@ class Membership:
             status = self.status[endpoint]
             if not status.up and gone is None:
                 raise ServerUnreachable(f"{endpoint}: {status.why}")
-            if status.requested_at < since:  # this reply may report replaced groups
+            if status.requested_at < since:  # an earlier reply may report groups that were replaced
                 continue
             progress = status.reply.objects.get(oid)
             if progress is None:  # for example, the lease expired while this process was suspended

@@ -44,7 +44,7 @@ class PlacementPlan:
         self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one group
 
     def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
-        """Move groups back to their preferred servers and moderators, as far as these are among the given ones."""
+        """Move groups back to their preferred servers in `servers` and preferred moderators in `moderator_servers`."""
         starts = [each.first for each in self._preferred]
         pieces_of = groupby(self.assignments, lambda piece: bisect_right(starts, piece.first) - 1)
         self.assignments = []
@@ -66,7 +66,7 @@ class PlacementPlan:
     ) -> None:
         """Move groups away from servers outside `servers` and from moderators outside `moderator_servers`.
 
-        The moved participants are split evenly over the servers in `onto`. If `onto` is empty, these participants get
+        Participants that need another server are split evenly over the servers in `onto`. If `onto` is empty, they get
         no server. `moderator_servers` must not be empty.
         """
         servers, moderators_up = set(servers), set(moderator_servers)

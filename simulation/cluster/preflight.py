@@ -38,7 +38,7 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
 
 
 def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, because the name server may be slow."""
+    """Resolve a host name in a daemon thread, as name servers may be slow. Return a future of the address."""
     address: Future[str] = Future()
 
     def look_up() -> None:
@@ -54,7 +54,7 @@ def _look_up(host: str) -> Future[str]:
 def check_cluster(config: SimulationConfig) -> Identities:
     """Check every agent server of the run and the requested models. Return the handshakes.
 
-    Raises ClusterError with a line for each unready host, or SettingsError if a model is outside the cluster.
+    Raises ClusterError, with a line for each unready host, or SettingsError if a model needs --allow-remote-model.
     """
     identities, errors = identify_all(config)
     problems = {host: _problem_of(host, config, identities, errors) for host in config.hosts}
@@ -68,7 +68,7 @@ def check_cluster(config: SimulationConfig) -> Identities:
 
 
 def _problem_of(host: str, config: SimulationConfig, identities: Identities, errors: Errors) -> str:
-    """Return why a host is not ready and how to fix the problem; an empty text if the host is ready."""
+    """Return why a host is not ready and how to fix the problem, or an empty text if the host is ready."""
     ready = {endpoint: each for endpoint, each in identities.items() if endpoint.host == host}
     failed = [error for endpoint, error in errors.items() if endpoint.host == host]
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
@@ -95,7 +95,7 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
 
 
 def check_models_known(config: SimulationConfig, identities: Identities) -> None:
-    """Raise ClusterError if a server lacks a requested model, or SettingsError if a model is outside the cluster."""
+    """Raise ClusterError if a server lacks a requested model, or SettingsError if one needs --allow-remote-model."""
     names = asked_models(config)
     for endpoint, each in identities.items():
         missing = [name for name in names if name not in each.models]
@@ -113,7 +113,7 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
-    """Make one server per host check that the host's models answer. Raises ClusterError if a model does not answer."""
+    """Let one server per host check that the requested models answer. Raises ClusterError if one does not answer."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
     directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}

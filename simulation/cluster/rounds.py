@@ -91,7 +91,7 @@ class Simulation:
             self.cluster.begin_round(number)
         self._assignments_then = set(self.cluster.assignments)  # at the start of the round
         self._used_then = dict(self.cluster.used)
-        self._allowed: dict[str, float] = {}  # token budgets of all groups of this round, also of lost groups
+        self._allowed: dict[str, float] = {}  # token budgets of all groups of this round, including lost groups
 
     def _ask(self, question: Question) -> Tally:
         """Create missing groups, ask all participants, wait for their answers, and return the tally of all answers."""
@@ -193,7 +193,7 @@ class Simulation:
 
 
 def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[int, int]]) -> Iterator[Answers]:
-    """Yield the given answers. Meanwhile, store the exact sum and the number of each team's answers in `sums`."""
+    """Yield `answers` unchanged. Meanwhile, store the exact sum and the number of each team's answers in `sums`."""
     teams = next(each for each in game.population.groupings if each.topic == game.teams)
     sums.update(dict.fromkeys(teams.names, (0, 0)))
     for part in answers:
@@ -206,7 +206,7 @@ def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[in
 
 
 def ask(server: Endpoint, oid: str, question: Question) -> str:
-    """Ask a kept participant a question outside the game; return the reply. `oid` is `<group id>/<index>`.
+    """Ask a kept participant a question outside the game. Return the reply. `oid` is `<group id>/<index>`.
 
     Raises ClusterError or RunAborted.
     """

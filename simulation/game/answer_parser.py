@@ -61,7 +61,7 @@ _END = r"[.!。！।]*"
 
 
 def _line(statement: str) -> str:
-    """Return the pattern of a whole line that consists of a statement and of permitted words around the statement."""
+    """Return the pattern of a whole line that consists of the pattern `statement` and permitted words around it."""
     opening = rf"\W*(?:(?:{WORDS['opening']})(?!\w)[\s,:;.!…—-]*)*"
     closing = rf"(?: ?(?:{WORDS['units']}))?(?:{WORDS['closing']})?"
     return rf"{opening}{statement}{closing}{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
@@ -72,7 +72,7 @@ _ALONE = re.compile(_line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}
 
 @cache  # compiled on first use, which takes 0.03 s per language
 def _statement(language: str) -> re.Pattern[str]:
-    """Return the pattern of a line that states a number; its group `formal` matches only in formal answers."""
+    """Return the pattern of a line that states a number. The group `formal` matches only in texts like "Answer: 33"."""
     words = WORDS["languages"][language]
     number = _COMMA_NUMBER if words.get("comma", True) else _SURE
     return re.compile(
@@ -88,7 +88,7 @@ def _statement(language: str) -> re.Pattern[str]:
 def stated_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
-    Ignore reasoning (<think>...</think>), ranges, totals and negated numbers. Raises KnownCause if the number is not
+    Ignore reasoning (<think>...</think>), ranges, totals and negated numbers. Raises KnownCause if no number is
     certain: it may belong to another player or an earlier round, be part of an expression, or be withdrawn.
     """
     if len(text) > TEXT_READ:
@@ -111,7 +111,7 @@ _read_short = lru_cache(maxsize=4096)(_read)  # models often give the same answe
 
 
 def _stated(line: str, only_formal: bool = False) -> float | None:
-    """Return the number that a line states, or None if the line contains anything else.
+    """Return the number that a line states, or None if the line does not consist of just one such statement.
 
     If `only_formal`, accept only a bare number or a formal answer, such as "Answer: 33".
     """
@@ -126,7 +126,7 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
 
 
 def _permits(number: float, line: str) -> bool:
-    """Return whether a line before the answer has no quotation, speaker, supposition or statement of another number."""
+    """Return False if a line before the answer quotes, names a speaker, supposes something or states another number."""
     if _QUOTES.search(line) or _SPEAKS.match(line):
         return False
     sentences = [each for each in _SENTENCE_ENDS.split(_ITEM.sub("", line, count=1)) if each]
@@ -134,7 +134,7 @@ def _permits(number: float, line: str) -> bool:
 
 
 def _stands_alone(before: list[str], last: str) -> bool:
-    """Return whether the line before the last is complete: a full sentence or a value, not a question or a lead-in."""
+    """Return whether the line before `last` is complete: a full sentence or a value, which `last` does not continue."""
     if not before:
         return True
     if last.startswith("=") or last.endswith("%") or _LEADS.match(before[-1]) or _ASKS.match(before[-1]):
@@ -185,7 +185,7 @@ _BESIDE = re.compile(rf"{WORDS['headings']}|rationale|thoughts?|thinking|confide
 
 
 def _lines(text: str) -> list[str]:
-    """Return the non-empty lines without ranges, totals and negated numbers; join a label line to the next line."""
+    """Remove ranges, totals and negated numbers. Return the non-empty lines, each label joined to the line after it."""
     lines: list[str] = []
     for raw in text.splitlines():
         line = " ".join(_IGNORED.sub(" ", " ".join(raw.split())).split())  # single spaces: patterns are short and fast
@@ -198,7 +198,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case with ASCII digits, without reasoning and markup; "" if the reasoning is cut off."""
+    """Return the text in lower case with ASCII digits, without reasoning and markup. Cut-off reasoning leaves ""."""
     plain = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     plain = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in plain)
     plain = _STRUCK.sub(_struck, _TOKEN.sub(" ", plain)).strip()
@@ -208,7 +208,7 @@ def _plain(text: str) -> str:
 
 
 def _struck(found: re.Match[str]) -> str:
-    """Return " n0 " for struck-out text next to a digit, which makes the number uncertain; " " for other matches."""
+    """Return the replacement of a match: " n0 " (number uncertain) if struck-out text is next to a digit, else " "."""
     beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
     return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 
@@ -228,7 +228,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _object(text: str) -> str:
-    """Convert a JSON object whose last key is the answer to lines of text. Return all other texts unchanged."""
+    """Rewrite a JSON object as lines of text if its last key names the answer. Return all other texts unchanged."""
     if not text.startswith("{"):
         return text
     try:

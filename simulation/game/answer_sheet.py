@@ -1,4 +1,4 @@
-"""The answers of consecutive participants in one round. An entry is the answer in units, or a negative code."""
+"""The answers of consecutive participants in one round. An entry is an answer in units (10^-decimals) or a code < 0."""
 
 import contextlib
 from array import array
@@ -43,7 +43,7 @@ def bins_of(numbers: int) -> tuple[int, int]:
 
 
 class AnswerSheet:
-    """The outcomes of the participants first .. first+count-1 in one round, each recorded once at index - first."""
+    """The outcomes of participants first .. first+count-1 in one round, each recorded once, at offset index - first."""
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -53,7 +53,7 @@ class AnswerSheet:
         self.ended = Ended.COMPLETE
         self._causes: dict[str, int] = {}  # the code of each failure cause
         self._entries = array("q", [UNDECIDED]) * count
-        # A view of the array, which stores a single number in a third of numpy's time
+        # A numpy view of `_entries`. The array itself stores a single number in a third of numpy's time
         self._units: Units = np.frombuffer(self._entries, np.int64)
 
     def record(self, offset: int, units: int) -> None:
@@ -97,7 +97,7 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> "AnswerSheet":
-        """Return a copy with undecided participants as interrupted. Another thread may record answers meanwhile."""
+        """Return a copy in which undecided participants failed as interrupted. Another thread may record meanwhile."""
         copy = AnswerSheet(self.first, self.count)
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
@@ -114,10 +114,10 @@ class AnswerSheet:
 
     def _failures(self) -> dict[str, int]:
         codes = np.bincount(FAILED - self._units[self._units <= FAILED])
-        return top_causes(codes, list(self._causes).__getitem__)  # read after the codes, as `fail` stores a cause first
+        return top_causes(codes, list(self._causes).__getitem__)  # read last, as `fail` stores a cause before its code
 
     def partial_histogram(self, numbers: int) -> tuple[list[int], dict[str, int]]:
-        """Return the counts of the answers so far per bin (see `bins_of`), and of the failures so far by cause."""
+        """Return the numbers of answers so far per bin (see `bins_of`), and the numbers of failures so far by cause."""
         width, bins = bins_of(numbers)
         return np.bincount(self._units[self._units >= 0] // width, minlength=bins).tolist(), self._failures()
 
@@ -127,12 +127,12 @@ class AnswerSheet:
         return Winners(len(offsets), tuple((self.first + offsets[:WINNERS_NAMED]).tolist()))
 
     def answers(self, first: int, count: int) -> Answers:
-        """Return the answers of the participants first .. first+count-1, without participants outside this sheet."""
+        """Return the answers of participants first .. first+count-1, ignoring participants of other sheets."""
         start = max(first, self.first) - self.first
         stop = max(start, min(first + count - self.first, self.count))
         units = self._units[start:stop].copy()
         failed = units <= FAILED
-        used, codes = np.unique(FAILED - units[failed], return_inverse=True)  # of these participants only
+        used, codes = np.unique(FAILED - units[failed], return_inverse=True)  # codes of these participants only
         units[failed] = FAILED - codes
         causes = list(self._causes) if len(used) else []
         texts = {self.first + offset: text for offset, text in self.texts.items() if start <= offset < stop}

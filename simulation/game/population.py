@@ -1,4 +1,4 @@
-"""The assignment of personas and models to participants, by exact shares and the seed, whatever their servers."""
+"""The assignment of personas and models to participants by exact shares and the seed, independent of the servers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class Grouping:
-    """One partition of the participants, by their personas of one set or by their models."""
+    """A partition of the participants into parts, by their personas of one set or by their models."""
 
     topic: str  # the name of the persona set, or MODEL
     labels: tuple[str, ...]  # the name of each part; several models may have the same name
@@ -47,13 +47,13 @@ class Grouping:
         return tuple(dict.fromkeys(self.labels))
 
     def part_of(self, participant: int) -> int:
-        """Return the index in `labels` for one participant."""
+        """Return the part of one participant, as an index in `labels`."""
         if not self.counts:
             return participant % len(self.labels)
         return assign_one(self.seed, self.topic, self.counts, participant)
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the index in `names` for each participant first .. first+count-1, int64 of shape (count,)."""
+        """Return the label of each participant first .. first+count-1 as an index in `names`, int64, shape (count,)."""
         if not self.counts:
             parts = np.arange(first, first + count) % len(self.labels)
         else:
@@ -67,9 +67,9 @@ class Population:
 
     seed: int = 0  # the seed of the game
     total: int = 0  # number of participants
-    persona_sets: dict[str, tuple[Persona, ...]] = field(default_factory=dict)  # by name; shares add up to 1 in each
+    persona_sets: dict[str, tuple[Persona, ...]] = field(default_factory=dict)  # by name; each set's shares add up to 1
     models: tuple[ModelShare, ...] = ()  # the mixture of models; empty if models are assigned round-robin
-    round_robin_models: tuple[str, ...] = ()  # names, on the servers, of the models assigned round-robin
+    round_robin_models: tuple[str, ...] = ()  # the models assigned round-robin, by their names on the servers
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """Return the participant's personas, one of each set, in the order of the sets."""
@@ -86,15 +86,15 @@ class Population:
 
     @property
     def groupings(self) -> tuple[Grouping, ...]:
-        """Return one partition of the participants per persona set, and one by model if models have several labels."""
+        """Return one partition of the participants per persona set, and one by model if the model labels differ."""
         return tuple(each for each in self.by_topic.values() if each.topic != MODEL or len(each.names) > 1)
 
     @cached_property
     def by_topic(self) -> dict[str, Grouping]:
         """Return the partitions by persona set and by model.
 
-        The label of a model is its name on its server, or, if several models of a mixture have the same name there, for
-        example with different temperatures, its name in the models file.
+        The label of a model is its name on its server. If several models of a mixture share this name, for example with
+        different temperatures, their labels are their names in the models file.
         """
 
         def assigned(topic: str, labels: Iterable[str], parts: Sequence[Persona | ModelShare]) -> Grouping:
@@ -122,7 +122,7 @@ def mix(z: Any) -> Any:
 
 
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """Split `total` by these shares, which add up to 1, into whole counts. Each is off the exact one by less than 1."""
+    """Split `total` into whole counts by `shares`, which add up to 1. Each is off its exact value by less than 1."""
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))
@@ -150,7 +150,7 @@ def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, coun
 
 
 def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
-    """Return the part index of one participant: the same as `assign_many` returns, computed without arrays."""
+    """Return the part index of one participant, as `assign_many` does, but without arrays."""
     total = sum(counts)
     half_bits, keys = _network(seed, topic, total)
     rank = _permuted(participant, half_bits, keys)
@@ -170,7 +170,7 @@ def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _permuted(numbers, half_bits: int, keys: tuple[int, ...]):  # type: ignore[no-untyped-def]  # int, or a uint64 array
-    """Permute the numbers 0 .. 4^half_bits - 1 by a balanced Feistel network whose round function is `mix`."""
+    """Permute numbers from 0 to 4^half_bits - 1 with a balanced Feistel network whose round function is `mix`."""
     low = (1 << half_bits) - 1
     left, right = numbers >> half_bits, numbers & low
     for key in keys:

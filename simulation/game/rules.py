@@ -21,7 +21,7 @@ _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt of the prompts file for LLM participants, whose placeholders in braces are filled in by prompts.py."""
+    """A prompt for LLM participants, from the prompts file. prompts.py fills in the placeholders in braces."""
 
     name: str
     system: str  # the system prompt: the participant's role and the rules
@@ -42,11 +42,11 @@ class Game:
     offset: Fraction = Fraction(0)
     prompt: PromptTemplate | None = None  # None if no participant asks a model
     population: Population = field(default_factory=Population)
-    teams: str | None = None  # the topic of the population that defines teams, if any
+    teams: str | None = None  # the topic (see `Grouping`) whose labels are the teams, if any
 
     @cached_property
     def scale(self) -> int:
-        """Return the number of units in 1, 10^decimals."""
+        """Return the number of units in 1: 10^decimals. One unit is the last decimal place of an answer."""
         return 10**self.decimals
 
     @cached_property
@@ -61,7 +61,7 @@ class Game:
 
     @property
     def target_or_it(self) -> str:
-        """Return the target in words, or "it" if the target is the average: for a sentence about the average."""
+        """Return "it" if the target is the average, which the caller's sentence already names; otherwise `target`."""
         return "it" if self.ratio == 1 and not self.offset else self.target
 
     @property
@@ -82,8 +82,8 @@ class Announcement:
     average: float | None  # the mean of all answers; None if there are no answers
     winning_number: float | None  # offset + ratio * average; None if there are no answers
     winning_units: tuple[int, ...]  # all distinct answers closest to the winning number, in units
-    winners: int | None = None  # number of participants who gave one of these answers; None before they are counted
-    teams: tuple[tuple[str, float | None], ...] = ()  # name and average of each team; no average without answers
+    winners: int | None = None  # number of participants with one of `winning_units`; 0 until counted; None: unknown
+    teams: tuple[tuple[str, float | None], ...] = ()  # name and average (None without answers) of each team
     closest_teams: tuple[str, ...] = ()  # the names of all teams whose averages are closest to the winning number
 
 
@@ -113,13 +113,13 @@ def _round_key(seed: int, round_number: int) -> int:
 
 
 def draw(game: Game, round_number: int, participant: int) -> int:
-    """Return the random answer of a participant in units. A change would change the results of every seed."""
+    """Return the random answer of a participant in units. A change here would change the results of every seed."""
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
     return int((mix(key) * game.numbers) >> 64)
 
 
 def parse_number(text: str) -> float:
-    """Return the number that a text states. Raises KnownCause if it is not certain (see answer_parser.py)."""
+    """Return the number that a text states. Raises KnownCause if no number is certain (see answer_parser.py)."""
     if bare := _BARE_NUMBER.fullmatch(text):
         return float(bare[1])
     from simulation.game.answer_parser import stated_number  # noqa: PLC0415 - takes 0.1 s; many texts are bare numbers
@@ -128,9 +128,9 @@ def parse_number(text: str) -> float:
 
 
 def to_units(answer: Any, game: Game) -> int:
-    """Convert an answer, a number or a text, to units, rounded half to even.
+    """Convert `answer`, a number or a text, to units (see `Game.scale`), rounded half to even.
 
-    Raises KnownCause if the number is outside 0..max_value, or if a text does not state one number with certainty.
+    Raises KnownCause if `answer` is neither a number nor a text that certainly states one, or is not in 0..max_value.
     """
     text = answer if isinstance(answer, str) else None
     if text is not None:

@@ -43,7 +43,7 @@ class Tally:  # noqa: PLW1641 - arrays are not hashable
 
     @property
     def total(self) -> int:
-        """Return the exact sum of all answers in units. The sum may exceed 64 bits, so its two halves are added."""
+        """Return the exact sum in units. It may exceed 64 bits, so high and low 32 bits are summed separately."""
         high = int(np.dot(self.units >> 32, self.counts))
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
@@ -152,7 +152,7 @@ class RoundResult:
 
 
 def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
-    """Return the result of a counted round; its winners and times are still missing."""
+    """Return the result of a round from its tally, still without winners and times."""
     average = tally.average()
     if average is None:
         return RoundResult(round_number, tally)
@@ -161,7 +161,7 @@ def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
 
 
 def announcement_of(result: RoundResult, scale: int) -> Announcement:
-    """Return the announcement of a round whose winners are counted. One unit is 1 / scale."""
+    """Return the announcement of a round. It states 0 winners until they are counted. One unit is 1 / `scale`."""
 
     def number(units: Fraction | None) -> float | None:
         return None if units is None else float(units / scale)
@@ -172,7 +172,7 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
 
 
 def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """Return the most frequent causes `cause(k)`, each with its count `counts[k]`. Merge all others into one entry."""
+    """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent causes."""
     most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
     failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
     others = int(counts.sum()) - sum(failures.values())
@@ -182,7 +182,7 @@ def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
 
 
 def value_counts(units: Units) -> tuple[Units, Units]:
-    """Return the distinct values, ascending, and the number of times each occurs."""
+    """Return the distinct values in ascending order, and how often each occurs."""
     if len(units) and units.max() <= len(units):  # needs at most one counter per answer, and takes a tenth of the time
         counts = np.bincount(units)
         distinct = np.flatnonzero(counts)

@@ -27,7 +27,7 @@ UNTRUSTED = "what listens there does not hold this cluster's key"
 CUT_OFF = ("reset", "Socket closed", "End of TCP")  # in the error details of a first call with the wrong key
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", CLUSTER_NAME),
-    ("grpc.enable_http_proxy", 0),  # ignore proxies of the environment between hosts
+    ("grpc.enable_http_proxy", 0),  # connect to hosts directly, not through a proxy set in the environment
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.keepalive_time_ms", 20_000),  # detects connections lost by a broken link, so that gRPC reconnects
@@ -37,8 +37,8 @@ CHANNEL_OPTIONS = (
 )
 
 _credentials: list[grpc.ChannelCredentials] = []  # one element after `install_tls`, else empty
-identities: dict[Endpoint, Handshake] = {}  # cached by `identify`; each run clears them, as servers may be replaced
-given_up: set[Endpoint] = set()  # servers that the failure detector gave up: calls to them are cancelled
+identities: dict[Endpoint, Handshake] = {}  # cache of `identify`; each run clears it, as servers may be replaced
+given_up: set[Endpoint] = set()  # servers that are marked down: all calls to them are cancelled
 
 
 def install_tls(key: ClusterKey) -> None:
@@ -65,16 +65,16 @@ def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
 
 
 def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
-    """Return the two calls, whose requests and replies are bytes, by name."""
+    """Return the handshake and heartbeat calls of a channel by name. Requests and replies are bytes."""
     return {name: channel.unary_unary(f"/{SERVICE}/{name}") for name in (HANDSHAKE, HEARTBEAT)}
 
 
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request the identity and state of a server, with further requests by name (see messages.py).
+    """Request the identity and state of a server. `directives` adds further requests by name (see messages.py).
 
-    If `starting`, wait until the deadline if no server listens yet. Raises ServerUnreachable if no server answers, and
+    If `starting`, wait up to `timeout_s` for a server to listen. Raises ServerUnreachable if no server answers, and
     ClusterError if the server has another key, or is another program or version.
     """
     try:
@@ -91,7 +91,7 @@ def handshake(
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Return the handshake of a server, requested once per run. Raises like `handshake`."""
+    """Return the handshake of a server, which is requested once per run. Raises the same errors as `handshake`."""
     if endpoint not in identities:
         identities[endpoint] = handshake(endpoint, timeout_s, starting)
     return identities[endpoint]
@@ -102,8 +102,8 @@ def heartbeat(
 ) -> None:
     """Send a heartbeat request and return immediately. A gRPC thread calls `done` with the reply or the error.
 
-    The request is [run, number, wait_s, numbers]. The server waits up to `wait_s` seconds for round `number` to end.
-    The reply contains partial histograms unless `numbers`, the count of possible answers, is 0.
+    The request is [run, number, wait_s, numbers]. The server replies when its groups finish round `number`, or after
+    `wait_s` seconds. It adds partial histograms unless `numbers`, the count of possible answers, is 0.
     """
     call = stub_of(endpoint, _own_calls)[HEARTBEAT].future(json.dumps(request).encode(), timeout=timeout_s)
 

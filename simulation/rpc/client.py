@@ -1,7 +1,7 @@
 """AgentScope's RPC client with this program's channels, deadlines and errors. Only this module modifies that client.
 
 `RpcClient._get_channel`, which creates every channel of the process, is replaced to use the cluster key. AgentScope's
-calls wait 300 s or forever and hide the error of the server: `_Client` sets deadlines and translates errors.
+calls wait 300 s or forever and hide the server's error, so `_Client` sets deadlines and translates errors.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from simulation.errors import AgentNotFound, ClusterError, KnownCause
 from simulation.rpc.channels import AGENT_GONE, await_call, channel_to, stub_of, translated_error
 from simulation.rpc.endpoints import Endpoint
 
-GROUP_DEADLINE_S = 20.0  # calls of groups are short, so a server that takes longer hangs
+GROUP_DEADLINE_S = 20.0  # deadline of calls that should return at once: a server that takes longer hangs
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
 SILENT_POLLS = 4  # AgentScope waits 5 s in each poll, and without `_UntilAnswered` at most 105 s in all
 
@@ -28,7 +28,7 @@ RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy of the existing remote object `oid`. If `kwargs` are given, create a missing object."""
+    """AgentScope's proxy of the remote object `oid`. If `kwargs` is not None, create the object if it is missing."""
 
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
 
 
 def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply") -> Msg:
-    """Call an agent without a deadline and return its reply.
+    """Call `method` of an agent and return its reply. There is no deadline for the reply.
 
     Raises KnownCause if the agent raises an exception, and ClusterError if its server is lost.
     """

@@ -76,7 +76,7 @@ def load(folder: Path) -> ClusterKey:
 
 
 def _problem_of(key: ClusterKey) -> str:
-    """Return why a key cannot be used now, and what to do; an empty text if it can be used."""
+    """Return why a key cannot be used now and what to do, or an empty text if the key is usable."""
     try:
         certificate = x509.load_pem_x509_certificate(key.certificate)
         private = serialization.load_pem_private_key(key.private_key, password=None)
@@ -94,7 +94,7 @@ def _problem_of(key: ClusterKey) -> str:
 
 
 def _make(folder: Path) -> None:
-    """Write a new key to a temporary folder, then rename it to `folder`, which fails if another host was faster."""
+    """Write a new key to a temporary folder. Rename that folder to `folder` unless another process was faster."""
     folder = real(folder)  # resolve links: rename replaces a folder, not a link to one
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])

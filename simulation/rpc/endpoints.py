@@ -48,7 +48,7 @@ def run_of(remote_id: str) -> str:
 
 
 def remote_run(run_id: str, part: str) -> str:
-    """Return a run's name on the servers. Each `part` of a resumed run has a new name, as old objects may exist."""
+    """Return a run's name on the servers. Each resume is another `part` with another name, as old objects may exist."""
     return f"{run_id}~{part}"
 
 
@@ -58,7 +58,7 @@ def same_run(one: str, other: str) -> bool:
 
 
 def address_of(host_name: str) -> str:
-    """Return the IPv4 address of a host name. Raises SettingsError if there is none that other hosts can use."""
+    """Return the IPv4 address of a host name. Raises SettingsError if no address is known that other hosts can use."""
     try:
         address = socket.gethostbyname(host_name)
     except (OSError, UnicodeError):

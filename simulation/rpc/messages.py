@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from simulation.files import ROOT
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
-# Directives of a handshake. END_RUN, KEEP_RUN: the run with this name ends, and its agents are deleted or remain.
-# MEMORY: report the memory use. CHECK_MODELS: "[names, T]": check that these models answer within T seconds.
+# Directives of a handshake. END_RUN or KEEP_RUN with a run's name: the run ends; delete its agents or keep them.
+# MEMORY: report the memory use. CHECK_MODELS with "[names, T]" (JSON): check that these models answer within T seconds.
 KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"
 
 
@@ -18,10 +18,10 @@ KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "chec
 class Progress:
     """The progress of one remote object of a run: a group or a moderator."""
 
-    done: int  # number of the participants that are created or, in a round, have answered
-    total: int  # number of all participants of the object
+    done: int  # number of participants that are created or, in a round, have answered or failed
+    total: int  # number of all participants of a group; 0 for a moderator
     round: int = 0  # 0 while participants are created
-    error: str = ""  # why the object cannot continue; empty if it can
+    error: str = ""  # why the object cannot continue; empty without an error
     usage: list[float] = field(default_factory=list)  # the fields of `Usage` so far; empty for a moderator
     counts: list[int] = field(default_factory=list)  # partial histogram of the round, if requested
     failures: dict[str, int] = field(default_factory=dict)  # number of failures by cause, if the histogram is requested
@@ -49,7 +49,7 @@ class HeartbeatReply:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "HeartbeatReply | None":
-        """Return the reply that a text holds, or None if the text is invalid, as from another program."""
+        """Return the reply that a text contains, or None if the text is invalid, as one from another program may be."""
         try:
             data = json.loads(text)
             objects = {oid: Progress(**each) for oid, each in data["objects"].items()}
@@ -59,7 +59,7 @@ class HeartbeatReply:
 
 
 def _code_version() -> str:
-    """Return a hash of the program's source files at import time. User-defined files are not included."""
+    """Return a hash of the program's Python files at import time. Users' files are not included."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
     for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
