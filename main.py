@@ -1,4 +1,4 @@
-"""The program: parses and checks the command, starts missing servers, plays, and exits with a status.
+"""The entry point of all roles. The role `main` starts missing servers, plays, and stops the servers it started.
 
 README.md lists the exit statuses. The loop over the rounds of a run is in simulation/runs/run.py. Modules that need
 AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
@@ -19,17 +19,17 @@ if __name__ != "main":  # run as a program, not imported by a test
     from types import SimpleNamespace
 
     def find_own(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-        """Return the spec of a module of this program, whose file is beside this one; None for any other module."""
-        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # never a folder of that name
+        """Return the import spec of the module `name` in this folder if `name` is in MODULES; otherwise None."""
+        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # not a folder such as moderator/
         return spec_from_file_location(name, f"{HERE}/{file}") if name in MODULES else None
 
     sys.meta_path.insert(0, SimpleNamespace(find_spec=find_own))
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something needs cleanup, exit without a traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something needs cleanup, Ctrl-C exits without a traceback
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the program itself reports a refused handshake, in one line
-os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS for names in /etc/hosts
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS even for names in /etc/hosts
 for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
     del os.environ[name]  # such variables were set for other programs; the libraries here may reject their values
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one role and return the exit status. Print an error as one line on standard error."""
+    """Run the role in `arguments` (default: the command line). Print an error as one line. Return the exit status."""
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         if command is None:  # a help page was printed
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 - a defect of this program; a file gets the traceback
+    except Exception as error:  # noqa: BLE001 - a defect of this program; the traceback is written to a file
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in MODULES:
             say(f"error: {describe_damage(error)}", sys.stderr)
             return SettingsError.exit_status
@@ -85,7 +85,7 @@ def play(command: Command) -> int:
         say("\n".join(session.plan_lines()))
         return 0
     folder = session.config.cluster_key_dir
-    # a new key would not match the servers of a resumed run: make none in a folder that only that run names
+    # If only the resumed run names this key folder, make no key in it: a new key would not match that run's servers
     named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
     install_tls((load_or_make if named else load)(Path(folder)))
     progress = ConsoleProgress()
@@ -109,12 +109,12 @@ def play(command: Command) -> int:
         if needs_servers:
             start_servers(session.config, progress, cleanup)
         reports = cleanup.enter_context(closing(ReportProcess()))
-        cleanup.callback(progress.close)  # called first, to remove the progress bar
+        cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
         return session.play_runs(progress, reports.draw, observe)
 
 
 def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether only localhost is used and has no servers. Raises ClusterError if another run owns its servers."""
+    """Return whether localhost is the only host and runs no servers. Raises ClusterError if a run owns its servers."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):
@@ -128,7 +128,7 @@ def has_no_servers(config: SimulationConfig) -> bool:
 
 
 def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
-    """Start agent servers on this host; `cleanup` stops them. Raises Interrupted on a stop signal."""
+    """Start agent servers on this host, and let `cleanup` stop them. Raises Interrupted if a stop signal arrives."""
     from loguru import logger
 
     from simulation.hosts import local_cluster

@@ -25,7 +25,7 @@ CONSTRAINTS = ["--constraint", str(ROOT / "constraints.txt")]
 PIP = "pip>=25.1"  # the first version that supports --group
 OWN_PIP = (sys.executable, "-I", "-m", "pip")  # -I: import nothing from the current folder, ignore PYTHON*
 
-OPTIONS = {  # the options of pip that configure package sources, and the equivalent variables of uv
+OPTIONS = {  # the options of pip that configure package sources, and the equivalent variables of uv ("": none)
     "index-url": "UV_INDEX_URL",
     "extra-index-url": "UV_EXTRA_INDEX_URL",
     "find-links": "UV_FIND_LINKS",
@@ -39,7 +39,7 @@ OPTIONS = {  # the options of pip that configure package sources, and the equiva
     **dict.fromkeys(("no-index", "retries", "resume-retries", "cache-dir", "no-cache-dir", "build-constraint"), ""),
     **dict.fromkeys(("no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"), ""),
 }
-# Commands get these variables only. Other variables of Python, pip and uv may change the folder or omit packages.
+# Commands get only variables that match. Other variables of Python, pip and uv may change the folder or omit packages.
 KEPT = re.compile(
     f"PIP_(CONFIG_FILE|{'|'.join(OPTIONS).upper().replace('-', '_')})$"
     "|UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS|SYSTEM_CERTS"
@@ -97,7 +97,7 @@ def install(group: str, log: Path) -> None:
 
 
 def records() -> Iterator[tuple[Path, list[list[str]]]]:
-    """Yield the metadata folder of each installed package, and the path, hash and size of its files."""
+    """For each installed package, yield the metadata folder, and the path, hash and size of each file."""
     for record in PACKAGES.glob("*.dist-info/RECORD"):
         rows = csv.reader(record.read_text(encoding="utf-8").splitlines())
         yield record.parent, [[*row, "", ""][:3] for row in rows if row]
@@ -161,7 +161,7 @@ def find_pip(log: Path) -> tuple[Sequence[str], dict[str, str]]:
 
 
 def pip_options(pip_config_list: str) -> dict[str, str]:
-    """Return the options for `pip install`. Each input line is <section>.<option>=<Python literal>."""
+    """Return the options for `pip install`. Each line of `pip_config_list` is <section>.<option>=<Python literal>."""
     options = {}
     for section in ("global", "install", ":env:"):  # later ones take precedence
         for option, value in re.findall(rf"^{section}\.([\w-]+)=(['\"].+['\"])$", pip_config_list, re.MULTILINE):
@@ -183,7 +183,7 @@ def uv_variables(group: str, options: Mapping[str, str], environment: Mapping[st
 
 
 def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command without input. Append the output to the log, and return the output.
+    """Run a command without input. Return its output, and append it to `log` (None: no log).
 
     Raises InstallError if the command fails.
     """

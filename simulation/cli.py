@@ -1,4 +1,4 @@
-"""The command line: the flags of all roles, and the work of all roles except main. Only functions import AgentScope."""
+"""The flags of all roles, and the work of all roles except main. AgentScope is imported only inside functions."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from simulation.files import ROOT, full_path, shown
 from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
 HELP_WIDTH = 100  # maximum number of columns
-VERY_LIKE = 0.8  # a flag of the same role that is at least so similar is preferred to other roles' flags
+VERY_LIKE = 0.8  # similarity (0 to 1) from which a flag of the same role is suggested before those of other roles
 DASHES = tuple("-–—−")  # word processors replace the first by one of the others
 USAGES = {
     "main": "main.py [flags]",
@@ -34,7 +34,7 @@ ACTIONS = {  # flags that replace the usual work of a role; flags without a help
     "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
     "launch": Setting(False, "", roles=("participant",)),  # this process becomes the launcher
-    "owned": Setting(False, "", roles=("participant",)),  # the same, but it stops at the end of standard input
+    "owned": Setting(False, "", roles=("participant",)),  # a launcher that stops at the end of standard input
     "draw_for_main": Setting(False, "", roles=("report",)),  # this process becomes the report process
 }
 USED_BY: dict[str, Iterable[str]] = {  # the settings that each action uses
@@ -52,13 +52,13 @@ class Command(NamedTuple):
 
     config: SimulationConfig
     given: dict[str, Any]  # the settings that flags have set
-    action: str | None  # a name in ACTIONS
-    runs: list[str]  # the run folders
+    action: str | None  # a name in ACTIONS, or None for the usual work of the role
+    runs: list[str]  # the run folders for --role report
     for_vllm: list[str]  # the flags after `--`
 
 
 def make_parser(role: str) -> argparse.ArgumentParser:
-    """Return the parser of a role, which knows the flags of this role only."""
+    """Return a parser that knows only the flags of `role`."""
     width = min(shutil.get_terminal_size((HELP_WIDTH, 0)).columns, HELP_WIDTH)
     parser = argparse.ArgumentParser(
         usage=USAGES[role],
@@ -83,7 +83,7 @@ def make_parser(role: str) -> argparse.ArgumentParser:
 
 
 def _options_of(name: str) -> dict[str, Any]:
-    """Return the keyword arguments of `add_argument` that depend on the type of a flag."""
+    """Return the keyword arguments of `add_argument` that depend on the type of the flag `name`."""
     flag, kind = FLAGS[name], KINDS.get(name, (bool,))[0]
     if kind is bool:
         return {"action": "store_true"}
@@ -100,7 +100,7 @@ def _options_of(name: str) -> dict[str, Any]:
 
 
 def _in_utf8(text: str) -> str:
-    """Decode a command-line argument as UTF-8, independently of the locale. Return other arguments unchanged."""
+    """Decode a command-line argument as UTF-8 in any locale. If the argument is not UTF-8, return it unchanged."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError:
@@ -108,10 +108,10 @@ def _in_utf8(text: str) -> str:
 
 
 def parse(arguments: list[str]) -> Command | None:
-    """Parse and check the command line. For --help, print the page and return None. Raises SettingsError."""
+    """Parse and check `arguments`. For --help, print the help page and return None. Raises SettingsError if invalid."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
-    words = itertools.pairwise([*flags, ""])  # without the parser, which depends on the role
+    words = itertools.pairwise([*flags, ""])  # find --role without the parser, because the parser depends on it
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
     role = roles[-1] if roles else SimulationConfig.role
     SETTINGS["role"].check("--role", role)
@@ -125,7 +125,7 @@ def parse(arguments: list[str]) -> Command | None:
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
     config = SimulationConfig(**given)
-    plays = role == "main" and config.resume is None  # a resumed run has saved this number
+    plays = role == "main" and config.resume is None  # a resumed run has a saved model_per_host
     asks = role == "participant" or (plays and (config.agent_type == "llm" or config.experiment is not None))
     if action is None and asks and "model_per_host" not in given:
         from simulation.hosts.vllm_servers import servers_per_host
@@ -135,7 +135,7 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of the flags of a role, and the run folders. Raises SettingsError if a flag is invalid."""
+    """Parse the flags of a role. Return the values by name, and the run folders. Raises SettingsError if invalid."""
     try:
         known, unknown = make_parser(role).parse_known_intermixed_args(flags)
     except argparse.ArgumentError as error:
@@ -164,15 +164,15 @@ def flags_of(role: str) -> list[str]:
 
 
 def exclude_from_proxy(*hosts: str) -> None:
-    """Disable proxies for requests to these hosts and localhost, in this process and its children."""
+    """Disable proxies for requests to `hosts` and localhost, in this process and its children."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    if named != "*":  # "*" means all hosts, but only as the whole value
+    if named != "*":  # "*" excludes all hosts, but only if it is the whole value
         named = ",".join(filter(None, [named, *hosts, "localhost", "127.0.0.1", "::1", "[::1]"]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = named
 
 
 def describe_damage(error: ImportError) -> str:
-    """Return the error text for a damaged environment. If this is .venv, the next script installs it again."""
+    """Return the error text for a damaged environment. If it is .venv, let the next script repair it."""
     for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
@@ -182,7 +182,7 @@ def describe_damage(error: ImportError) -> str:
 
 
 def serve(command: Command) -> int:
-    """Start, stop or show the agent servers of this host. Return the exit status."""
+    """Start, stop or show this host's agent servers, become their launcher, or make a key. Return the exit status."""
     from simulation.hosts import local_cluster
 
     config = command.config
@@ -233,7 +233,7 @@ def serve_models(command: Command) -> int:
 
 
 def stop_or_show(what: str, servers: Any, command: Command) -> int:
-    """Stop the servers of a module of simulation/hosts/, or print a row for each. Return the exit status."""
+    """Stop or show the servers that the module `servers` manages; messages call them `what`. Return the exit status."""
     from simulation.results.tables import table_lines
 
     if command.action == "stop":
@@ -249,7 +249,7 @@ def stop_or_show(what: str, servers: Any, command: Command) -> int:
 
 @contextlib.contextmanager
 def interruptible_progress() -> Iterator[Callable[..., None]]:
-    """Show progress during the block. A stop signal raises Interrupted there, so that started processes are stopped."""
+    """Yield a progress function. A stop signal raises Interrupted in the block, so that its new servers are stopped."""
     from simulation.runs.console import ConsoleProgress, on_stop_signals
 
     def interrupt(number: int, _frame: object) -> NoReturn:
@@ -288,7 +288,7 @@ def ask(command: Command) -> int:
 
 
 def report(command: Command) -> int:
-    """Report one run, or compare several runs. Only the run folders are needed. Return the exit status."""
+    """Report one run, or compare several runs, from their folders alone. Return the exit status."""
     if command.action is not None:
         from simulation.results.report_process import serve as draw_for_main
 

@@ -82,7 +82,7 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """A participant gave no valid number. `text` is the text of the answer. Custom participants may raise this, too."""
+    """A participant gave no valid number. `text` is the answer, if any. Custom participants may raise this, too."""
 
     def __init__(self, cause: str, text: str | None = None) -> None:
         super().__init__(cause)
@@ -107,7 +107,7 @@ class KnownCause(UnusableAnswer):
 
 
 class Failure(NamedTuple):
-    """The failure of a participant. `text` is the unusable answer, and `ended` is how the round ended."""
+    """The failure of a participant. `text` is the unusable answer (None: no answer). `ended` is how the round ended."""
 
     cause: str
     text: str | None = None
@@ -115,19 +115,19 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return the failure that any exception of a participant describes. Never raises."""
+    """Convert any exception of a participant to a Failure. Never raises."""
     text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may have no text
     ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
     return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the cause of a failure as `ValueError: text`; for a KnownCause, only the text. Never raises."""
+    """Describe an error in one line such as `ValueError: text`, but a KnownCause by its text alone. Never raises."""
     try:
         text = printable(str(error), CAUSE_LENGTH)
     except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
         text = "(its text cannot be shown)"
-    if type(error) is KnownCause:  # users may define subclasses
+    if type(error) is KnownCause:  # not a subclass, which users may define
         return text
     name = type(error).__name__
     name = name if name.isidentifier() else "Exception"  # type() accepts any text as a class name
@@ -144,7 +144,7 @@ def reason(error: Exception) -> str:
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Convert the text to one line of at most `limit` characters. Escape unprintable characters."""
+    """Convert a text to one line of at most `limit` characters (None: no limit). Escape unprintable characters."""
     words = " ".join((text if limit is None else text[: 10 * limit]).split())
     line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
@@ -157,7 +157,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Return "did you mean ...?" with the most similar known name, or "". Ignore case, leading dashes and _ for -."""
+    """Return "did you mean ...?" with the most similar name, or "". Ignore case and leading dashes; treat _ as -."""
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
     def plain(name: str) -> str:
@@ -170,7 +170,7 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
 
 
 def near_file(path: str | Path) -> str:
-    """Return "; did you mean ...?" with the name of a similar file beside a missing one, or an empty string."""
+    """Return "; did you mean ...?" with a file name similar to that of the missing `path` in the same folder, or ""."""
     wanted = Path(path)
     try:
         names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]

@@ -13,15 +13,15 @@ SERVERS = ROOT / "run" / "servers"
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
-    """Lock an open file or folder until `descriptor` is closed. Return whether the file system supports locks.
+    """Lock the open file or folder `descriptor` until it is closed. Return whether its file system supports locks.
 
-    Without locks, log a warning that names `folder` and ends with `advice` to the user. Raises BlockingIOError if
-    another process has the lock and `wait` is False, or OSError if the lock fails.
+    If not, log a warning that names `folder` and ends with `advice`. Several processes can hold a `shared` lock.
+    Raises BlockingIOError if another process holds the lock and `wait` is False. Raises OSError if locking fails.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in UNSUPPORTED:  # EAGAIN makes a BlockingIOError of this
+        if error.errno not in UNSUPPORTED:  # for EAGAIN, the next line raises a BlockingIOError
             raise OSError(error.errno, f"it cannot be locked ({reason(error)})") from None
         warn_once(f"the file system of {folder} has no locks ({reason(error)}): {advice}")
         return False
@@ -31,15 +31,15 @@ def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: 
 @functools.cache
 def warn_once(warning: str) -> None:
     """Log a warning, unless the same warning was logged before."""
-    from loguru import logger  # noqa: PLC0415 - commands that stop servers log nothing else
+    from loguru import logger  # noqa: PLC0415 - commands that stop servers usually log nothing
 
     logger.warning(warning)
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """Return a user-supplied path as an absolute path. Raises SettingsError if the path is invalid.
+    """Return the path `text` that the user gave for `flag` as an absolute path. Raises SettingsError if it is invalid.
 
-    A leading `~`, `~user` or `$HOME` is expanded. A relative path starts in `folder` (default: working directory).
+    Expand a leading `~`, `~user` or `$HOME`. A relative path is relative to `folder` (default: the working directory).
     """
     if not text or "\0" in text:
         raise SettingsError(f"{flag} {printable(text)!r}: must be a path" + (", and is empty" if not text else ""))
@@ -66,7 +66,7 @@ def shown(path: str | Path) -> str:
 
 
 def is_there(path: Path, flag: str = "") -> bool:
-    """Return whether a file or folder exists. Raises SettingsError if the path cannot be accessed."""
+    """Return whether a file or folder exists. Raises SettingsError, which names `flag`, if access to the path fails."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +77,7 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Return the files of a folder that end with `suffix`, sorted; none if there is no folder. Raises SettingsError."""
+    """Return the files in `folder` that end with `suffix`, sorted. Return [] if it is missing. Raises SettingsError."""
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):

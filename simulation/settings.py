@@ -39,12 +39,12 @@ class Setting:
 
     default: Any
     about: str  # description, with the unit
-    low: float | None = None
+    low: float | None = None  # None: any value is allowed
     high: float = 0
     choices: tuple[str, ...] = ()
-    without: str = ""  # shown instead of the default value
+    without: str = ""  # text that the help shows instead of the default value
     roles: tuple[str, ...] = ("main",)  # the roles that use this setting
-    group: str = ""  # title of the section of the help that starts with this setting
+    group: str = ""  # title of the help section that this setting starts
     game: bool = False  # whether an experiment file may contain this setting
     fixed_on_resume: bool = False
     path: bool = False  # whether the value is a path, which becomes absolute (see full_path)
@@ -191,7 +191,7 @@ class SimulationConfig:
             raise SettingsError("--experiment: does not go with --resume")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings for a run folder. Paths in the checkout become relative, as the checkout may move."""
+        """Return the settings as stored in a run folder. Make paths in the checkout relative, as it may be moved."""
         return asdict(self) | _with_paths(vars(self), _from_root)
 
     @classmethod
@@ -228,7 +228,7 @@ def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) ->
 
 
 def _from_root(_name: str, path: str) -> str:
-    """Return a path in its stored form: relative if the path or its link target is inside the checkout."""
+    """Return a path as stored in a run folder: relative to ROOT if the path or its link target is inside ROOT."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:
             return str(form.relative_to(ROOT))
@@ -236,7 +236,7 @@ def _from_root(_name: str, path: str) -> str:
 
 
 def _checkout_of(data: Mapping[str, Any]) -> str:
-    """Return the checkout that stored `data`: an earlier version stored absolute paths, most of them default paths."""
+    """Return the old checkout that contains most default paths of `data`, or ROOT if these paths are not absolute."""
     paths = {end: data[name] for name, end in DEFAULT_ENDS.items() if name in data}
     roots = [path.removesuffix(end) for end, path in paths.items() if path.endswith(end)]
     is_old = all(path.startswith("/") for path in paths.values())
@@ -264,7 +264,7 @@ def to_number(kind: type, flag: str, text: str) -> Any:
 
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
-    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or out of range."""
+    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or not from `low` to `high`."""
     text = str(text)
     if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51")

@@ -1,6 +1,6 @@
 """One agent server: the servicer of AgentScope, extended by mutual TLS, handshakes, leases and an immediate shutdown.
 
-If an agent raises an exception, the server returns the error as one line. The server closes an object that it deletes.
+If an agent raises an exception, the server returns the error as one line. Deleted objects are closed.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ POLL_S = 2  # maximum time that a poll for a reply blocks; the client's deadline
 STOP_GRACE_S = 0.5
 SWEEP_S = 1.0  # interval between checks of the leases
 HISTOGRAM_SHARE = 0.005  # maximum share of a server's time for partial histograms
-LOAD_S = 0.5  # minimum interval of a measurement of the CPU load
+LOAD_S = 0.5  # minimum interval between measurements of the CPU load
 REPLIES_KEPT = 4096  # number of fetched replies that are kept, so that a client can fetch a reply again
 SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # two servers must not share a port
@@ -69,7 +69,7 @@ class SimulationServicer(AgentServerServicer):
         self._config, self._models = config, models
         self._incarnation = secrets.token_hex(8)
         self._started = time.time()
-        self._renewed: dict[str, float] = {}  # time of the last call (time.monotonic) by run
+        self._renewed: dict[str, float] = {}  # time of the last call (time.monotonic) of each run
         self._beginning = threading.Lock()
         self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by remote id
         self._histogram_due = 0.0  # earliest time of the next partial histograms (time.monotonic)
@@ -78,8 +78,8 @@ class SimulationServicer(AgentServerServicer):
     def heartbeat(self, request: bytes, context: Any) -> bytes:
         """Return the progress of the groups and moderators of a run. Renew the lease of the run.
 
-        The request contains `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` until the objects in round
-        `number` have finished it. `numbers` is the count of possible answers. If it is not 0, the reply also contains
+        The request contains `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` seconds until all groups in
+        round `number` have finished it. Unless `numbers`, the count of possible answers, is 0, the reply also contains
         the CPU load and the memory of this process and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
@@ -179,9 +179,9 @@ class SimulationServicer(AgentServerServicer):
                 self._drop(oid)
 
     def _begin_run(self, run: str) -> None:
-        """Renew the lease of a run. The first call for a run deletes objects that are no longer needed.
+        """Renew the lease of a run. The first call for a run also deletes leftover objects.
 
-        These are objects that other runs have kept, and objects of an earlier process of the same run.
+        These are objects that other runs kept (--keep-agents), and objects of an earlier process of the same run.
         """
         if run not in self._renewed:
             with self._beginning:  # concurrent first calls wait until the objects are deleted
@@ -192,8 +192,8 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run] = time.monotonic()
 
     def _end_run(self, run: str, keep: bool) -> None:
-        """Delete the objects of a run. If `keep`, keep these objects without a lease until the next run begins."""
-        self._begin_run(run)  # the first heartbeat may still be waiting
+        """Delete the objects of a run or, if `keep`, end their lease, so that they remain until the next run begins."""
+        self._begin_run(run)  # in case this call arrives before the first heartbeat of the run
         for oid, agent in self._hosted().items():
             if run_of(oid) == run and keep:
                 agent.lease_s = None

@@ -34,8 +34,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 def launch(config: SimulationConfig, owned: bool) -> None:
     """Run one server per port until all servers have ended. Restart servers that fail.
 
-    At a TERM or INT signal, stop all servers. If `owned`, do the same at the end of standard input. The parent process
-    keeps standard input open until the servers must stop.
+    Stop all servers at a TERM or INT signal and, if `owned`, also at the end of standard input. The parent process of
+    an owned launcher keeps this input open until the servers must stop.
     """
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)
@@ -67,27 +67,24 @@ def launch(config: SimulationConfig, owned: bool) -> None:
             due = [server for server in servers if server.start_at <= time.monotonic()]
             for server in due[:1]:  # one at a time: check the stop signs before the next
                 server.start()
-    finally:  # servers are left only after an error, such as no memory; the log contains the reason
+    finally:  # servers remain only after an error such as a lack of memory; the log contains the reason
         for server in servers:
             server.kill()
     AGENT_SERVERS.remove(LAUNCHER, os.getpid())
 
 
 class _Server:
-    """One agent server as a child process. A server that fails is restarted, unless its starts fail repeatedly."""
+    """An agent server process. If it fails, restart it, unless its first start or several starts in a row failed."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments, self._port = (config, port, key), port
-        self._restarts = self._failed_starts = 0  # consecutive failed starts
+        self._restarts = self._failed_starts = 0  # _failed_starts counts consecutive failures
         self._started = 0.0
         self.process: Any = None
         self.start_at = 0.0  # time of the next start (time.monotonic); infinite if no start is planned
 
     def start(self) -> None:
-        """Start the server. If memory or disk space is missing, plan a further restart.
-
-        Raises OSError if memory or disk space is missing at the first start.
-        """
+        """Start the server. If memory or disk is full, raise OSError at the first start, and otherwise plan a retry."""
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
         process = context.Process(target=_child, args=(*self._arguments, self._ready))
@@ -134,7 +131,7 @@ class _Server:
 
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
-    """Run the agent server of one port in this process. Redirect the output to its log file.
+    """Run the agent server of one port in this process. Redirect the output to the log file of the server.
 
     Set `ready` to 1 as soon as the server accepts calls.
     """

@@ -36,7 +36,7 @@ stop = AGENT_SERVERS.stop
 
 
 def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
-    """Stop an owned launcher and its servers by closing the standard input of the launcher. Kill servers that hang."""
+    """Stop an owned launcher and its servers by closing the launcher's standard input. Kill those that hang."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         launcher.communicate(timeout=AGENT_SERVERS.term_timeout_s)
     if AGENT_SERVERS.running():  # the launcher hangs, or was killed before its servers
@@ -54,7 +54,7 @@ def start(
 
     If `owned`, return a function that stops the servers; they also end with this process. Otherwise, or if exactly
     the requested servers are already running, return None. `meanwhile` runs while the launcher starts (about 1 s).
-    Raises ClusterError, after all new servers are stopped, if other servers are running or if one does not start.
+    If other servers are running or a server does not start, stop all new servers and raise ClusterError.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line
     models = {name: model.base_url for name, model in read_models(config, required=False).items()}
@@ -116,9 +116,9 @@ def _answers(config: SimulationConfig, port: int) -> bool:
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return table rows (columns: see STATUS), and whether all agent servers of this host answer.
+    """Return table rows (STATUS names the columns), and whether all agent servers of this host answer.
 
-    The row of a server that does not answer contains the port and the error.
+    The row of a server that does not answer contains only the port and the error.
     """
     names = [name for name in AGENT_SERVERS.names() if name != LAUNCHER]
     if not names:

@@ -30,14 +30,14 @@ LAUNCHER = "launcher"  # name of the process that starts the agent servers; the 
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 PROBE_BYTES = 64 * 1024
-HARMLESS = " WARNING | INFO "  # log lines with these levels are no errors
+HARMLESS = " WARNING | INFO "  # log lines with these levels are not errors
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Lock the starting and stopping of servers during the block. Wait if another command has the lock.
+    """Hold the lock for starting and stopping servers during the block. Wait while another command holds the lock.
 
     Raises SettingsError if a file in the folder of the pid files cannot be written.
     """
@@ -77,7 +77,7 @@ def deferred_signals() -> Iterator[None]:
 class ProcessId:
     """The identity of a process: its pid, and properties that distinguish the process from others with the same pid.
 
-    The properties do not include the clock time, because clocks can be changed.
+    They include the time from boot to start, not the time of day, because clocks can be changed.
     """
 
     pid: int
@@ -100,7 +100,7 @@ class ProcessId:
 
     @classmethod
     def read(cls, path: Path) -> "ProcessId":
-        """Read a pid file (pid -1: no file, or no pid in it). Raises SettingsError if the file cannot be read."""
+        """Read a pid file. If the file or the pid is missing, the pid is -1. Raises SettingsError if reading fails."""
         try:
             pid, identity, restarts = [*path.read_text(encoding="utf-8").split(), ":::", ""][:3]
             host, boot, namespace, start = identity.rsplit(":", 3)
@@ -111,7 +111,7 @@ class ProcessId:
             raise SettingsError(f"cannot read {path}: {reason(error)}") from None
 
     def write(self, path: Path) -> None:
-        """Write a pid file atomically. Only its first line is a number, so that a script can pass it to kill."""
+        """Write a pid file atomically. Its first line is the pid alone, so that a script can pass this line to kill."""
         identity = ":".join((self.host, self.boot, self.namespace, self.start))
         draft = path.with_name(f"{path.name}.new")
         draft.write_text(f"{self.pid}\n{identity}\nrestarts={self.restarts}\n", encoding="utf-8")
@@ -119,13 +119,13 @@ class ProcessId:
 
     @property
     def elsewhere(self) -> str:
-        """Return where the process runs if it is not visible here. Return "" if it is visible, or certainly ended."""
+        """Return the host or pid namespace of the process if it is not ours; "" if it is, or if the process ended."""
         here = ProcessId.of(os.getpid())
         if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
             return ""
         if self.boot == here.boot:
             return "a container or other pid namespace of this host"
-        return "" if self.host == here.host else f"host {self.host}"  # on the same host, it ended with the other boot
+        return "" if self.host == here.host else f"host {self.host}"  # a reboot of this host has ended the process
 
 
 @dataclass
@@ -136,7 +136,7 @@ class ServerProcesses:
     folder: Path  # contains the pid files and the logs
     stop_command: str
     term_timeout_s: float  # time after TERM until the processes are killed (s)
-    is_ours: Callable[[psutil.Process], bool]  # checks the command of a process
+    is_ours: Callable[[psutil.Process], bool]  # whether a process is of this kind
     _spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def pid_file(self, name: str) -> Path:
@@ -149,7 +149,7 @@ class ServerProcesses:
         return ProcessId.read(self.pid_file(name))
 
     def remove(self, name: str, pid: int) -> None:
-        """Remove a pid file, unless it contains another pid now."""
+        """Remove a pid file if it still contains `pid`."""
         if self.noted(name).pid == pid:
             self.pid_file(name).unlink(missing_ok=True)
 
@@ -160,7 +160,7 @@ class ServerProcesses:
         return [*({LAUNCHER} & {*stems}), *map(str, ports)]
 
     def process(self, name: str) -> psutil.Process | None:
-        """Return the running process with this name. Return None if it has ended, also if another has its pid now."""
+        """Return the running process with this name, or None if it has ended, even if another one has its pid now."""
         noted = self.noted(name)
         try:
             process = psutil.Process(noted.pid)
@@ -174,7 +174,7 @@ class ServerProcesses:
         return {name: process for name in self.names() if (process := self.process(name)) is not None}
 
     def check_same_host(self) -> None:
-        """Raise ClusterError if a pid file belongs to a process that is not visible from this host."""
+        """Raise ClusterError if a pid file belongs to a process on another host or in another pid namespace."""
         for name in self.names():
             if where := self.noted(name).elsewhere:
                 raise ClusterError(
@@ -202,12 +202,12 @@ class ServerProcesses:
     def starting(self, host_name: str, ports: Sequence[int], setting: str) -> Iterator[None]:
         """Check the ports before servers are started in the block. If the block fails, stop all new servers.
 
-        Use this inside `one_at_a_time`. `setting` sets the ports. Raises ClusterError if a port is in use.
+        The caller must hold `one_at_a_time`. `setting` defines the ports. Raises ClusterError if a port is in use.
         """
         self.check_same_host()
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = self.running().keys()
-        self.terminate({*self.names()} - earlier)  # remove what killed servers have left
+        self.terminate({*self.names()} - earlier)  # clean up after servers that were killed
         for port in ports:
             check_free(host_name, port, setting)
             self.log(str(port)).unlink(missing_ok=True)
@@ -249,7 +249,7 @@ class ServerProcesses:
         return waited
 
     def _failed_start(self, name: str, how: str) -> ClusterError:
-        """Return an error with the first error in the log, which is usually the cause of the others, and its end."""
+        """Return an error with the end of the log and the first error in it, which usually causes all others."""
         which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
         lines: list[str] = []
         with contextlib.suppress(OSError):
@@ -260,7 +260,7 @@ class ServerProcesses:
         return ClusterError("\n  ".join([f"the {which} {how}{cause}{end}", *lines[-LOG_LINES_SHOWN:]]))
 
     def stop(self) -> int:
-        """Stop all servers. Return how many were running. Raises ClusterError if some are not visible from here."""
+        """Stop all servers. Return how many were running. Raises ClusterError as check_same_host does."""
         with one_at_a_time():
             running = self.running().keys() - {LAUNCHER}
             self.terminate(self.names())
@@ -270,12 +270,12 @@ class ServerProcesses:
     def terminate(self, names: Iterable[str]) -> None:
         """Stop the processes with these names and all processes in their sessions. Remove all outdated pid files.
 
-        Send TERM first, and KILL to those that still run after `term_timeout_s`. Use this inside `one_at_a_time`.
+        Send TERM first, and KILL to those that still run after `term_timeout_s`. The caller must hold `one_at_a_time`.
         """
         pids = {
             noted.pid
             for noted, process in [(self.noted(name), self.process(name)) for name in names]
-            if not noted.elsewhere and (process or _session_of(noted.pid) is None)  # not a pid of another program
+            if not noted.elsewhere and (process or _session_of(noted.pid) is None)  # not another program's pid now
         }
         with deferred_signals():  # a signal must not interrupt this
             if not self._end(pids):
@@ -289,7 +289,7 @@ class ServerProcesses:
                 draft.unlink(missing_ok=True)
 
     def _end(self, pids: set[int]) -> bool:
-        """End these processes and all processes in their sessions. Return whether no process had to be killed."""
+        """End the processes `pids` and all processes in their sessions. Return whether none had to be killed."""
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
         named = [process for process, session in sessions.items() if process.pid in pids and session is not None]
         running_pids = {process.pid for process in named}
@@ -339,7 +339,7 @@ AGENT_SERVERS = ServerProcesses("agent server", SERVERS, "./stop_all_server.sh",
 
 
 def check_not_owned() -> None:
-    """Raise ClusterError if the agent servers of this checkout are owned by a run, which stops them at its end."""
+    """Raise ClusterError if the agent servers of this checkout belong to a run that stops them at its end."""
     launcher = AGENT_SERVERS.process(LAUNCHER)
     if launcher is not None and "--owned" in launcher.cmdline():
         raise ClusterError(
@@ -349,7 +349,7 @@ def check_not_owned() -> None:
 
 
 def check_free(host_name: str, port: int, setting: str) -> None:
-    """Raise ClusterError if another program uses the port. Raise SettingsError if port or host are invalid."""
+    """Raise ClusterError if another program uses the port. Raise SettingsError if `port` or `host_name` is invalid."""
     try:
         socket.create_server((address_of(host_name), port)).close()
     except SettingsError as error:

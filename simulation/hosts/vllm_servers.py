@@ -57,7 +57,7 @@ SERVERS = ServerProcesses("vLLM server", ROOT / "run" / "vllm", "./stop_vllm.sh"
 
 @dataclass(frozen=True)
 class Plan:
-    """A vLLM server that will be started. Without `gpus`, the server uses the CPU. `model` is the name for clients."""
+    """A vLLM server that will be started. Without `gpus`, the server uses the CPU. `model` is its name for clients."""
 
     port: int
     gpus: tuple[str, ...]
@@ -80,16 +80,16 @@ def gpus_here() -> tuple[str, ...]:
 def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
     """Return the GPUs that CUDA makes available to a program.
 
-    `nvidia_smi` is the output of `nvidia-smi -L`, and `visible` is the value of CUDA_VISIBLE_DEVICES. CUDA accepts
-    either numbers or unique prefixes of ids. At the first name that is no GPU, such as -1 or Slurm's NoDevFiles, CUDA
-    ignores this and all further names. If a GPU is named twice, no GPU is available.
+    `nvidia_smi` is the output of `nvidia-smi -L`, and `visible` is CUDA_VISIBLE_DEVICES (None: not set). CUDA accepts
+    either numbers or unique prefixes of ids. It ignores the first name that is not a GPU, such as -1 or Slurm's
+    NoDevFiles, and all names after it. If a GPU is named twice, no GPU is available.
     """
     numbers = [str(number) for number in range(len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE)))]
     if visible is None:
         return tuple(numbers)
     kind = visible.strip()[:4]  # all ids start with GPU- or MIG-
     ids = re.findall(rf"\(UUID: ({kind}[^)]+)\)", nvidia_smi) if kind in ("GPU-", "MIG-") else []
-    found: dict[str, str] = {}  # the given names by GPU
+    found: dict[str, str] = {}  # by GPU: the name given for it
     for name in map(str.strip, visible.split(",")):
         matches = [each for each in ids if name and each.startswith(name)] if ids else [*({name} & {*numbers})]
         if len(matches) != 1:
@@ -146,9 +146,9 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
-    """Start the servers and wait until all are healthy. Return table rows (columns: see STARTED).
+    """Start the servers and wait until all are healthy. Return table rows (STARTED names the columns).
 
-    `more` are additional flags for vLLM. Raises ClusterError, after all new servers are stopped, if one does not start.
+    `more` are additional flags for vLLM. If a server does not start, stop all new servers and raise ClusterError.
     """
     plans, venv = plan(config, more), _venv_without_spaces()
     ports = [each.port for each in plans]
@@ -177,7 +177,7 @@ def stop() -> int:
 
 
 def status(_config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return table rows (columns: see STATUS), and whether all vLLM servers of this host are healthy."""
+    """Return table rows (STATUS names the columns), and whether all vLLM servers of this host are healthy."""
     rows, running = [], SERVERS.running()
     for name in SERVERS.names():
         if where := SERVERS.noted(name).elsewhere:
@@ -205,9 +205,9 @@ def _checked_path(model_path: str | None) -> str:
 
 
 def _venv_without_spaces() -> Path:
-    """Return VENV or, if its path contains a space, the link LINK, which is created if necessary.
+    """Return VENV or, if its path contains a space, the link LINK to it, which is created if necessary.
 
-    vLLM passes the path to compilers and to LD_PRELOAD, which split it. Raises SettingsError if there is no such path.
+    Compilers and LD_PRELOAD would split the path at a space. Raises SettingsError if LINK has one or cannot be made.
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
@@ -225,7 +225,7 @@ def _venv_without_spaces() -> Path:
 
 
 def _spawn(venv: Path, each: Plan, model_path: str, more: list[str]) -> None:
-    # Remove VLLM_PORT, the port for connections between the processes of a server: all servers would use it
+    # Remove VLLM_PORT, the port for connections between a server's processes: several servers cannot share one port
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
     env["PYTHONSAFEPATH"] = "1"  # do not import modules from the current folder
     if each.gpus:

@@ -1,6 +1,6 @@
 """Access to chat models for LLM participants. Each group has one `Chat` and one token budget.
 
-Equal prompts for the same model that participants send in the same pass of the event loop become one `SampleRequest`.
+Equal prompts that participants send to the same model in one pass of the event loop become one `SampleRequest`.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ _models: dict[str, ModelConfig] = {}  # the models of this process, by name
 
 
 class TokenBudget:
-    """The tokens that one group may use, and its usage so far. A request in flight has its maximum cost reserved."""
+    """The tokens that one group may use, and its usage so far. The maximum cost of requests in flight is reserved."""
 
     def __init__(self) -> None:
         self.left = math.inf
-        self.used = Usage()  # the times in it are 0
+        self.used = Usage()  # its times stay 0
         self._reserved = 0.0
 
     def affordable(self, request: SampleRequest, wanted: int) -> int:
-        """Return for how many of the `wanted` samples the remaining tokens suffice."""
+        """Return how many of the `wanted` samples the remaining tokens can pay for."""
         left = self.left - self._reserved - request.prompt.tokens
         return int(max(min(wanted, left / request.tokens_each), 0))
 
@@ -44,7 +44,7 @@ class TokenBudget:
         self.used.retries += request.deadline < math.inf
 
     def commit(self, request: SampleRequest, usage: Usage | None = None, answered: bool = False) -> None:
-        """Replace the reserved tokens by the actual ones. If these are unknown, charge all if `answered`, or none."""
+        """Replace the reserved tokens by `usage`. If that is None, charge all of them if `answered`, otherwise none."""
         cost = request.reserved if answered else 0.0
         if usage is not None:
             self.used.prompt_tokens += usage.prompt_tokens
@@ -60,7 +60,7 @@ class Chat:
 
     def __init__(self, game: Game) -> None:
         assert game.llm is not None  # groups without LLM participants have no Chat
-        import simulation.llm.http_client  # noqa: F401, PLC0415 - imports openai: no request is to wait for this
+        import simulation.llm.http_client  # noqa: F401, PLC0415 - imports openai now, so that no request waits for it
 
         self.settings = game.llm
         self.budget = TokenBudget()
@@ -73,7 +73,7 @@ class Chat:
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
         """Ask the model for one participant's own answer, and return `read(text)` of the answer text.
 
-        Ask again, up to `max_attempts` times, if the text is unusable or `read` raises UnusableAnswer. Raises
+        If the text is unusable or `read` raises UnusableAnswer, ask again, `max_attempts` times in all. Raises
         UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
@@ -107,7 +107,7 @@ class Chat:
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
     def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
-        """Request a number, or a text of up to `free_tokens` tokens. Raises KnownCause if the model is unknown."""
+        """Request a text of up to `free_tokens` tokens (None: a number). Raises KnownCause if the model is unknown."""
         config = _models.get(model)
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")

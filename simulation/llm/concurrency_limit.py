@@ -1,7 +1,7 @@
 """A fair semaphore for one model server, shared by all processes of this host. It limits the requests in flight.
 
-Each process has one row in a file under a lock, which the kernel releases if the process exits. The waiting process
-with the fewest permits is served first, among equals the longest waiting one. Rows without heartbeats are dropped.
+A file has one row per process, and a lock that the kernel releases if its holder exits. The waiting process with the
+fewest permits is served first; among equals, the one that has waited longest. Rows without heartbeats are dropped.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ ROW = struct.Struct("=4q")  # owner (a random number), permits, start of waiting
 
 
 class SharedSemaphore:
-    """This process's handle on the semaphore of one model server. The file name in `folder` is a hash of the address.
+    """This process's handle on the semaphore of one model server. Its file name in `folder` is a hash of `address`.
 
     If the file cannot be used, the limit applies to this process alone.
     """
@@ -49,7 +49,7 @@ class SharedSemaphore:
             self._file = None
 
     def acquire(self, limit: int, slots: int = 1) -> bool:
-        """Acquire `slots` permits and return True if a permit is free and no other process is served first.
+        """Acquire `slots` permits and return True if fewer than `limit` are in use and no other process comes first.
 
         Otherwise, mark this process as waiting and return False. All `slots` permits are granted even if fewer are
         free, so up to `limit + slots - 1` permits may be in use.
@@ -71,7 +71,7 @@ class SharedSemaphore:
             self.held -= slots
 
     def beat(self, waiting: bool) -> None:
-        """Record whether this process still waits. Call this every second while it waits or holds permits."""
+        """Record a heartbeat, and whether this process waits. Needed every second while it waits or holds permits."""
         with self._locked():
             self._waiting_since = self._waiting_since if waiting else 0
 
@@ -83,11 +83,11 @@ class SharedSemaphore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        """Lock the file. Yield the time and the rows of other running processes. At the end, write them and our own."""
+        """Lock the file. Yield the time and the rows of other live processes. At the end, write these and our own."""
         locked = self._file is not None and lock(self._file, self._folder, NO_LOCK)
         try:
             now, rows = time.monotonic_ns(), self.rows()
-            # A negative age: written before the host was started again
+            # A row with a negative age was written before the host was restarted
             others = [row for row in rows if row[0] != self._owner and 0 <= now - row[3] < HOLDING_LOST_NS]
             yield now, others
             if self._file is not None:

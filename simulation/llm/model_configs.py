@@ -24,7 +24,7 @@ ELSEWHERE = {"http_client": "is this program's own", "api_key": BESIDE, "organiz
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model on one model server, as configured by an entry of the file."""
+    """One model on one model server, as configured by one entry of the models file (--model-configs)."""
 
     name: str  # name in this program, such as `model_1`
     model: str  # name on the model server
@@ -94,14 +94,14 @@ def read_models(config: SimulationConfig, required: bool = True) -> dict[str, Mo
 
 
 def _at_port(template: dict[str, Any], port: int, name: str) -> dict[str, Any]:
-    """Return an entry like the template, whose URL has no port, with this name and port."""
+    """Return a copy of the entry `template` with the given name, and with the port added to its URL."""
     url = urlsplit(template["client_args"]["base_url"])
     address = url._replace(netloc=f"{url.netloc.rstrip(':')}:{port}").geturl()
     return template | {"config_name": name, "client_args": template["client_args"] | {"base_url": address}}
 
 
 def _problems_with(entry: Any) -> Iterator[str]:
-    """Yield the errors in an entry. A check may assume that the earlier ones passed, so only the first error counts."""
+    """Yield the errors in an entry. Only the first is reliable, because each check assumes that earlier ones passed."""
     if not isinstance(entry, dict):
         yield "must be an object with config_name, model_type, model_name and client_args"
     yield from (f"{name} is not known here; {nearest(name, KNOWN)}" for name in entry if name not in KNOWN)

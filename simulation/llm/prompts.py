@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from simulation.game.population import Persona
 from simulation.game.rules import Announcement, Game, Question
 
-Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without one
+Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without an answer
 
 CHARACTERS_PER_TOKEN = 4  # for English text and common tokenizers; used for estimates only
 TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds
@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the system prompt. A template without such fields gets the personas at its start, the team at its end."""
+    """Return the system prompt. If its template lacks {persona}, start with personas; if {team}, end with the team."""
     assert game.prompt is not None  # set in every game with LLM participants
     text = game.prompt.system
     if "{persona}" not in text:
@@ -71,7 +71,7 @@ def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None
 
 @lru_cache(maxsize=4096)
 def _format(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
-    """Return a template of the prompts file with all placeholders replaced by these values."""
+    """Replace all placeholders in `text`, a template of the prompts file, by the other arguments."""
     number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
     return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
 
@@ -80,7 +80,7 @@ def _format(text: str, decimals: int, max_value: int, target: str, persona: str,
 def prompt_for(system: str, question: Question, numbers: Numbers, last: str = "", thoughts: str = "") -> Prompt:
     """Return the prompt of a question for participants who gave the answers `numbers` in the earlier rounds.
 
-    Append the instruction `last` to the question. Repeat `thoughts`, the latest reasoning, unless it is empty.
+    Append the instruction `last` to the question. Include `thoughts`, their latest reasoning, unless it is empty.
     """
     lines = [_announced(each, question.decimals) for each in question.announcements]
     if numbers:
@@ -134,7 +134,7 @@ def number_pattern(max_value: int, decimals: int) -> str:
 
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
-    """Return the request fields that constrain an answer to a number in range. `kind`: see --structured-output."""
+    """Return the request fields that constrain an answer to a number in range. `kind` is from --structured-output."""
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
@@ -147,7 +147,7 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer, at least one token per character. `kind`: see --structured-output."""
+    """Return the token limit of an answer, at least one token per character. `kind` is from --structured-output."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

@@ -56,7 +56,7 @@ class SampleRequest:
         return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
 
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
-        """Remove the first participants from `waiting`, and pass them these samples or errors on their event loop."""
+        """For each outcome, remove the first participant from `waiting`, and pass it the outcome on its event loop."""
         futures = [self.waiting.popleft() for _ in outcomes]
 
         def set_outcomes() -> None:
@@ -94,7 +94,7 @@ class ModelClient:
         self._task = asyncio.create_task(self._run())
 
     def put(self, request: SampleRequest, first: bool = False) -> None:
-        """Add a request to the end of the queue, or to its front if the request was queued before (`first`)."""
+        """Add a request to the end of the queue or, if `first` (the request was queued before), to the front."""
         self._queue.insert(0 if first else len(self._queue), request)
         self._wake.set()
 
@@ -119,7 +119,7 @@ class ModelClient:
                     await self._wake.wait()
 
     def _prune(self, request: SampleRequest) -> bool:
-        """Drop participants that no longer wait. Fail the request if expired. Return whether no participant is left."""
+        """Drop participants that no longer wait. Fail an expired request. Return whether no participant is left."""
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
             end = max(request.queued_at, self._last_success) + request.chat.settings.reply_timeout
@@ -145,7 +145,7 @@ class ModelClient:
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
                 self._queue.rotate(-1)
                 continue
-            limit = chat.settings.max_in_flight  # counts requests; the default limit counts answers
+            limit = chat.settings.max_in_flight  # counts requests; the default limit (None) counts answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
             if not self._semaphore.acquire(limit, slots):
                 return False
@@ -170,7 +170,7 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome. After an error that `n` may have caused, request a single answer."""
+        """Send a request and handle its outcome. If its parameter `n` may have caused an error, request one answer."""
         count = len(batch.waiting)
         try:
             try:
@@ -192,7 +192,7 @@ class ModelClient:
             batch.fail(one_line(error))
 
     async def _request(self, batch: SampleRequest, count: int) -> list[Text]:
-        """Send a request once and commit its cost before the participants continue. Raises RequestError if it fails."""
+        """Request `count` answers once. Commit the cost before participants resume. Raises RequestError on failure."""
         attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
@@ -251,7 +251,7 @@ class ModelThread:
         threading.Thread(target=self.loop.run_forever, name="models", daemon=True).start()
 
     def put(self, requests: list[SampleRequest]) -> None:
-        """Pass requests to their clients, created on first use. Call this method on this thread."""
+        """Pass requests to their clients, which are created on first use. This method must be called on this thread."""
         for request in requests:
             config = request.config
             try:

@@ -1,4 +1,4 @@
-"""Parsing of model server replies, their usage, and the backoff after failed requests; pure functions."""
+"""Parsing of model server replies, token usage, and the pauses after failed requests; pure functions."""
 
 import email.utils
 import json
@@ -24,7 +24,7 @@ class Usage:
     """The usage of one or more groups so far. The tokens are those that the model servers report for each request."""
 
     requests: int = 0  # requests sent, including retries
-    retries: int = 0  # requests that repeat one with an error, too few answers, or an unusable answer
+    retries: int = 0  # requests sent after an error, too few answers, or an unusable answer
     prompt_tokens: int = 0
     completion_tokens: int = 0
     answering_s: float = 0.0  # of the slowest group: from question to last answer, summed over rounds
@@ -40,7 +40,7 @@ class Usage:
         return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})
 
 
-Text = tuple[str | None, str | None]  # an answer, and why it is unusable (None: it is usable)
+Text = tuple[str | None, str | None]  # an answer (None: no text), and why it is unusable (None: usable)
 Reply = tuple[list[Text], Usage | None]  # the usage is None if the server does not report it
 
 
@@ -106,7 +106,7 @@ def _refusal(status: int, headers: Mapping[str, str], reply: Any, now: float) ->
 
 
 def retry_after(value: str | None, now: float) -> float:
-    """Return the seconds to wait by a Retry-After header, a number or a date (RFC 9110, 10.2.3); 0 if invalid."""
+    """Return the wait in seconds that a Retry-After header (number or date, RFC 9110) requests; 0 if invalid."""
     text = value or "0"
     try:
         seconds = float(text)
@@ -119,6 +119,6 @@ def retry_after(value: str | None, now: float) -> float:
 
 
 def pause_s(errors: int, retry_after_s: float, chance: float) -> float:
-    """Return the seconds to wait after `errors` errors in a row. A random number `chance` from 0 to 1 adds jitter."""
+    """Return the pause (s) after `errors` errors in a row, at least `retry_after_s`. `chance` (0..1) adds jitter."""
     grown = min(FIRST_PAUSE_S * 2 ** min(errors - 1, 16), LONGEST_PAUSE_S)
     return max(retry_after_s, grown * (0.5 + chance / 2))
