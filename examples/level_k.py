@@ -14,7 +14,7 @@ from simulation.game.rules import Question, draw
 
 
 class LevelK(Participant):
-    """A participant whose level is its persona in the set "levels": "level 0", "level 1", ..."""
+    """A participant whose persona in the set "levels" states its level: "level 0", "level 1", ..."""
 
     @property
     def level(self) -> int:
@@ -23,7 +23,7 @@ class LevelK(Participant):
         return int(self.personas["levels"].name.removeprefix("level "))
 
     async def answer(self, question: Question) -> float:
-        """Return a random number at level 0. At level k, apply offset + ratio * number to the last average k times."""
+        """Return a random number at level 0. At level k, compute offset + ratio * x k times, from x = last average."""
         level = self.level
         if level == 0:
             return draw(self.game, question.round, self.index) / self.game.scale

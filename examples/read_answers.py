@@ -3,8 +3,8 @@
 .venv/bin/python -m pip install duckdb
 .venv/bin/python examples/read_answers.py [PATH]
 
-PATH is the folder or the answers file of a run, or the folder of an experiment, whose last run is read (default:
-runs/latest).
+PATH is the folder or the answers file of a run, or the folder of an experiment. In an experiment's folder, the last run
+is read. The default is runs/latest.
 """
 
 import sys

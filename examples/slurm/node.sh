@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node's part of examples/slurm/simulation.sbatch: start its servers, print a line when they are ready, and stop them
-# when the input ends. Pid files, locks and logs are facts about one node, so the scripts run from a copy on its own disk,
-# which borrows the installed environments of the shared checkout. Logs are taken back to run/slurm-<job>/<node>/.
+# when the input ends. Pid files, locks and logs belong to one node, so the scripts run from a copy on its own disk. The
+# copy uses the environments installed in the shared checkout. Logs are copied back to run/slurm-<job>/<node>/.
 #
 #   examples/slurm/node.sh <server_per_host>
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh node.sh
@@ -27,7 +27,7 @@ main() {
   in_background cat
 }
 
-# A signal interrupts a wait, and no command in the foreground.
+# Run a command in the background and wait for it: a signal interrupts `wait`, but no command in the foreground.
 in_background() {
   "$@" <&0 >&2 &
   JOB=$!

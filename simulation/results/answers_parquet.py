@@ -25,11 +25,11 @@ ENCODING: dict[str, Any] = {
     "use_dictionary": ["round", "value", "failure"],
     "column_encoding": {"participant": "DELTA_BINARY_PACKED"},
 }
-ROWS_AT_ONCE = 250_000  # number of rows in memory; row groups have about this size, too
+ROWS_AT_ONCE = 250_000  # maximum number of rows read at once, and minimum size of a row group except the last
 
 
 def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
-    """Return the answers of one round as table rows. The answers are given in units of 1 / scale."""
+    """Return a table of answers in one round. `part` holds them in units of 1 / scale, the table as plain numbers."""
     failed = part.units < 0
     columns = [
         pa.array(np.full(len(part.units), round_number, np.int32)),
@@ -41,7 +41,7 @@ def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-    """Write each table as soon as it is available. Combine small tables to row groups of at least ROWS_AT_ONCE rows."""
+    """Write tables as they come. Combine small ones: only the last row group may have fewer than ROWS_AT_ONCE rows."""
     with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
         waiting: list[pa.Table] = []
         for table in tables:
@@ -54,7 +54,7 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
-    """Yield all rows of a file. Raises ArrowInvalid for wrong columns or a missing round or participant."""
+    """Yield a file's rows in tables. Raises ArrowInvalid if columns are wrong or a row has no round or participant."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
@@ -65,7 +65,7 @@ def rows_in(path: Path) -> Iterator[pa.Table]:
 
 
 def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
-    """Yield pairs of a round number and a table. Each table contains rows of this round only."""
+    """Yield pairs of a round number and a table with rows of this round only. A round may have several tables."""
     for table in rows_in(path):
         for number in np.unique(table["round"].to_numpy()):
             yield int(number), table.filter(pc.equal(table["round"], number))
@@ -82,7 +82,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
-    """Return the tally of these rows. The rows do not contain how the round ended, so `ended` is COMPLETE."""
+    """Return a table's tally in units of 1 / scale. Its `ended` is COMPLETE: rows do not state how a round ended."""
     values = table["value"].drop_null().to_numpy()
     units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()

@@ -19,8 +19,8 @@ BINS, PART_BINS = 101, 51
 MARKED_ROUNDS = 25  # if there are more rounds, lines have no markers
 LABELLED_ROUNDS = 12  # if there are more rounds, averages are not labelled
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
-PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in a chart: histograms, lines
-NAME_LENGTH = 18  # characters
+PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
+NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
 BEYOND = 1.25  # a winning number above BEYOND * max_value is labelled, but not drawn
 
 
@@ -30,13 +30,13 @@ def selection(count: int, limit: int) -> list[int]:
 
 
 def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
-    """Return the names of the `limit` parts with the most participants, in the order of `tallies`."""
+    """Return the `limit` names in `tallies` with the most participants, in the order of `tallies`."""
     by_size = sorted(tallies, key=lambda name: -tallies[name].asked)[:limit]
     return [name for name in tallies if name in by_size]
 
 
 def by_round(run: SavedRun, key: str) -> dict[int, float]:
-    """Return the value of `key` in the summary for each round. Omit rounds without this value."""
+    """Return each round's value of `key` in the summary, by round number. Omit rounds whose value is None."""
     return {entry["round"]: entry[key] for entry in run.summary["rounds"] if entry[key] is not None}
 
 
@@ -55,7 +55,7 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
 
 
 def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """Draw a histogram of the answers from 0 to `top` (in units) with at most `bins` bins."""
+    """Draw a histogram of the answers from 0 to `top` (in units of 1 / scale) with at most `bins` bins."""
     edges, counts = histogram(tally.units, tally.counts, top, bins)
     borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
     axes.stairs(counts, borders, fill=True, color="bars", label="answers")
@@ -75,9 +75,9 @@ def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
 def draw_lines(
     axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]], styles: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Draw a line for each name in `lines`, which maps names to numbers by round, with gaps at missing numbers.
+    """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
 
-    The x-axis spans `rounds`, the y-axis reaches from 0 to slightly above the highest number.
+    The x-axis spans `rounds`, the y-axis 0 to slightly above the highest number. `styles` (optional) has one per line.
     """
     for index, (name, numbers) in enumerate(lines.items()):
         colour, line_style = series_style(index)
@@ -106,7 +106,7 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
-    """Draw a stacked bar for each round. The segments are the times of these kinds in seconds."""
+    """Draw a stacked bar for each round in `times`. Its segments are the durations named in `kinds`, in seconds."""
     rounds = [each["round"] for each in times]
     below = np.zeros(len(times))
     for index, kind in enumerate(kinds):
@@ -118,7 +118,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 
 
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
-    """Return histograms of the largest parts in one round as inline SVG. Each is scaled to its own highest bar."""
+    """Return histograms of the PARTS_DRAWN largest `tallies` as inline SVG. Each is scaled to its own highest bar."""
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
@@ -172,10 +172,10 @@ def all_rounds(run: SavedRun) -> Figure:
 def two_parts(
     rounds: Sequence[tuple[SavedRun, int]], lines_inches: float, lines_first: bool = False
 ) -> tuple[Figure, SubFigure, SubFigure, list[Axes]]:
-    """Return a figure for a PNG file, its upper and its lower part, and the axes of the histograms in one of them.
+    """Return a figure for a PNG file, its upper and its lower part, and the axes of the histograms in one part.
 
-    The histograms are those of `rounds`, pairs of a run and an index in its `results`. The other part, `lines_inches`
-    high, is for a line chart.
+    Each histogram shows one of `rounds`, pairs of a run and an index in its `results`. The other part is left empty for
+    a line chart. It is `lines_inches` high, and the upper part if `lines_first` is True.
     """
     columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
     rows = -(-len(rounds) // columns) or 1

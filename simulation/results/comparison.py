@@ -24,11 +24,11 @@ PAGE, PICTURE = "comparison.html", "comparison.png"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 LABEL_WIDTH = 32  # characters in a line of a label in the picture
-LINES = 24  # maximum number of runs in the line chart, which equals the number of distinct lines
+LINES = 24  # maximum number of runs in the line chart: as many lines as `series_style` distinguishes
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return the run folders, those of experiments included, each once. Raises SettingsError if there are none."""
+    """Return the run folders, each once. Replace experiments by their runs. Raises SettingsError if one has no runs."""
     found: dict[Path, Path] = {}
     for path in named:
         runs = runs_in(path) if is_there(path / SWEEP) else [path]
@@ -61,7 +61,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Return a dictionary for each run: the settings in which the runs differ, as texts by name."""
+    """Return a dictionary for each run: the name and the value, as text, of each setting in which the runs differ."""
 
     def text(name: str, value: Any) -> str:
         if name == "agent_class" and value is not None:
@@ -98,7 +98,7 @@ def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
     """Return the lines of a text table that compares the runs."""
-    rows, settings = _rows(runs), _settings(runs)[0]  # droppable: the folder names mention the settings, too
+    rows, settings = _rows(runs), _settings(runs)[0]  # may be dropped, as the folder names mention the settings, too
     dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
     return table_lines([*rows[0]], [[*row.values()] for row in rows], [*dropped, "status", "last average"])
 
@@ -127,8 +127,8 @@ def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
 def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
     """Return at most LINES pairs of a label and a run. Omit runs without results.
 
-    A label names the settings in which the runs differ; among runs with the same settings, also the run folder. It
-    names the seed only if no other setting differs, because the default seed is random.
+    A label names the settings in which the runs differ. It omits the seed, which is random by default, unless no other
+    setting differs. Labels that would be empty or equal also name the run folder.
     """
     texts = []
     for settings in _settings(runs):
@@ -143,7 +143,7 @@ def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
 
 
 def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
-    """Draw a line for each run: its averages by round. Draw the equilibria of the run in the same colour."""
+    """Draw each run's averages by round as a line, and the equilibria of the run in the same colour."""
     for index, (_, run) in enumerate(drawn):
         charts.draw_equilibria(axes, run.game, color=series_style(index)[0], linewidth=1.6)
     rounds = [1, *(result.round for _, run in drawn for result in run.results)]

@@ -42,7 +42,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
 
 
 def _text(units: Fraction | float | None, game: Game, missing: str = "-") -> str:
-    """Format a number that is given in units, with three more decimals than the answers. Return `missing` for None."""
+    """Format a number in units of 1 / scale, with three more decimals than an answer has. Return `missing` for None."""
     return missing if units is None else f"{float(units / game.scale):.{game.decimals + 3}f}"
 
 
@@ -64,7 +64,7 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return the edges (bins + 1) and the counts (bins) of a histogram of 0 .. top units with at most `bars` bins."""
+    """Return the edges and the counts of at most `bars` bins over 0 .. top. Answer units[i] occurs counts[i] times."""
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
     return edges, np.bincount(units // width, counts, len(edges) - 1).astype(np.int64)
@@ -98,7 +98,7 @@ def brief(number: float | None) -> str:
 
 
 def run_lines(run: SavedRun) -> list[str]:
-    """Return the text report of a run: its announcements, last histogram, groupings of participants, and status."""
+    """Return the text report of a run: announcements, last histogram, tables by persona or model, and status."""
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)

@@ -1,6 +1,6 @@
 """The style that all charts share, and their output as a PNG file or as inline SVG.
 
-Charts name their colours as the CSS variables in style.css. An SVG chart therefore adapts to light and dark mode.
+Charts refer to colours by the CSS variables in style.css. An SVG chart therefore adapts to light and dark mode.
 """
 
 import io
@@ -36,7 +36,7 @@ mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_defau
 
 
 def series_style(index: int) -> tuple[str, str]:
-    """Return the colour name and the line style of the line number `index`. The page has CSS classes of these names."""
+    """Return the colour and line style of line number `index` (from 0). Pages use both names as CSS classes, too."""
     return f"series-{index % SERIES + 1}", LINE_STYLES[index // SERIES % len(LINE_STYLES)]
 
 
@@ -49,7 +49,7 @@ def short(number: float, _index: float = 0) -> str:
 
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
-    """Limit the number of ticks per axis. The axis `whole` ("x" or "y") has ticks at whole numbers only."""
+    """Limit the ticks to about `across` on the x-axis and `up` on the y-axis. The axis `whole` has whole numbers."""
     axes.locator_params("x", nbins=across, integer=whole == "x")
     axes.locator_params("y", nbins=up, integer=whole == "y")
     axes.xaxis.set_major_formatter(short)
@@ -65,7 +65,7 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any) -> Markup:
-    """Call `draw(axes, *arguments)` and return the chart as inline SVG, without a title: the page has a caption."""
+    """Draw a chart with `draw(axes, *arguments)`. Return inline SVG, without a title because the page has a caption."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     draw(figure.add_axes((0.115, 0.12, 0.85, 0.84)), *arguments)
     return svg(label, figure)
@@ -76,7 +76,7 @@ def svg(label: str, figure: Figure) -> Markup:
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     renderer = _PageRenderer(figure)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # its font may lack characters of a name
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # the font may lack characters of a name
         figure.draw(renderer)
     start = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(*figure.bbox.size, label)
     return start + Markup("").join(renderer.elements) + Markup("</svg>")

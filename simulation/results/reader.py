@@ -1,6 +1,6 @@
-"""Reading saved runs. A run folder alone suffices to resume a run, to report it or to question a participant.
+"""Reading saved runs. A run folder alone suffices to resume a run, to create its report or to question a participant.
 
-Every function raises SettingsError if a file is missing or damaged, or if two files contradict each other.
+Unless stated otherwise, functions raise SettingsError for a missing or damaged file and for contradictory files.
 """
 
 import shlex
@@ -29,7 +29,7 @@ from simulation.settings import SETTINGS, SimulationConfig, flag_of
 
 @dataclass(frozen=True)
 class SavedSummary:
-    """The content of the summary.json in the run folder `path`, and its settings."""
+    """The content of the summary.json in the run folder `path`. `config` holds the settings from that file."""
 
     path: Path
     config: SimulationConfig
@@ -41,12 +41,12 @@ class SavedSummary:
 
     @property
     def position(self) -> run_files.SweepPosition | None:
-        """Return the position of the run in its experiment, if any, even if the run folder was moved out of it."""
+        """Return the position of the run in its experiment, if any, even if the run folder was moved elsewhere."""
         return sweep_position(self.path) or self.summary.get("part_of")
 
     @property
     def rounds_finished(self) -> int:
-        """Return the number of rounds, except those that were interrupted."""
+        """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
     @property
@@ -56,7 +56,7 @@ class SavedSummary:
         return Usage(**(self.summary["llm"] or {}), answering_s=answering_s, client_s=seconds["client"])
 
     def is_spent(self, budget: int | None) -> bool:
-        """Return whether the run has no tokens left if its budget is changed to `budget`."""
+        """Return whether the run would have no tokens left with the token budget `budget` (None: unlimited)."""
         if budget is None or not self.summary["rounds"]:
             return False
         ran_out = self.summary["rounds"][-1]["ended"] == "out_of_tokens" and budget == self.config.max_tokens
@@ -65,23 +65,23 @@ class SavedSummary:
 
 @dataclass(frozen=True)
 class SavedRun(SavedSummary):
-    """A run that was read from its folder."""
+    """A saved run: its summary, its game and the results of its rounds."""
 
     game: Game
     results: list[RoundResult]
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return the tallies `[topic][index][name]` of the parts of each grouping, read from the answers.
+        """Return a tally per round for each persona and model, read from the answers, as `[topic][index][name]`.
 
-        `topic` is a persona set or "model", `index` that of the round in `results`, `name` that of a persona or model.
+        `topic` is a persona set or "model", `index` an index in `results`, and `name` the name of a persona or model.
         """
         groupings = self.game.population.groupings if self.results else ()
         tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
         for number, rows in _rows_of(self) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
-                ordered = rows.take(pa.array(np.argsort(indices, kind="stable")))  # one sort for all parts
+                ordered = rows.take(pa.array(np.argsort(indices, kind="stable")))  # one sort for all names
                 stops = np.cumsum(np.bincount(indices, minlength=len(parts.names))).tolist()
                 for name, start, stop in zip(parts.names, [0, *stops], stops, strict=False):
                     tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
@@ -90,7 +90,7 @@ class SavedRun(SavedSummary):
 
 
 def read_run(path: Path, flag: str = "") -> SavedRun:
-    """Read a whole run. `flag` is the start of some error messages."""
+    """Read a run: summary, game and answers. Error messages about the summary start with `flag`."""
     saved = read_summary(path, flag)
     game = read_game(path, saved.config)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
@@ -102,7 +102,7 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Read a run without an interrupted round, its settings updated with `given`, if that is possible."""
+    """Read a run, without its last round if that was interrupted. Update its settings as `config_to_resume` does."""
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
@@ -117,14 +117,14 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     changed = replace(config, **given)
     for name, value in given.items():
         before = getattr(config, name)
-        if SETTINGS[name].fixed_on_resume and getattr(changed, name) != before:  # not as texts: 0.5 equals 1/2
+        if SETTINGS[name].fixed_on_resume and getattr(changed, name) != before:  # not `value`: it may be 0.5 for 1/2
             start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
 
 
 def read_summary(path: Path, flag: str = "") -> SavedSummary:
-    """Read summary.json. Raises SettingsError also if `path` is the folder of an experiment."""
+    """Read the summary.json in `path`. Also raises SettingsError if `path` is the folder of an experiment."""
     if is_there(path / SWEEP) and not is_there(path / "summary.json"):
         runs = runs_in(path)
         keeping = [run for run in runs if is_there(run / AGENTS)]  # prefer a run whose agents were kept
@@ -134,24 +134,24 @@ def read_summary(path: Path, flag: str = "") -> SavedSummary:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the folders of an experiment's runs in order, without those that have no summary.json."""
+    """Return the run folders in an experiment's folder `path`, sorted. Omit folders without a summary.json."""
     return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
 
 
 def first_winner(run: SavedRun) -> int:
-    """Return the lowest index of the winners of a run's last round. Raises SettingsError if nobody has won."""
+    """Return the lowest participant index among the winners of the last round. Raises SettingsError without winners."""
     if not run.results or not run.results[-1].winners.lowest:
         raise SettingsError(f"--winner: nobody has won the last round of the run in {run.path}")
     return run.results[-1].winners.lowest[0]
 
 
 def read_game(path: Path, config: SimulationConfig) -> Game:
-    """Return the game that the settings and game.json describe."""
+    """Return the game that `config` and the game.json in `path` describe."""
     return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
 
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
-    """Compute the results of all rounds from the saved answers. They must not contradict the summary."""
+    """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
     path, entries = saved.path, saved.summary["rounds"]
     tallies: dict[int, Tally] = {}
     for number, rows in _rows_of(saved) if entries else ():
@@ -172,7 +172,7 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
 
 
 def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
-    """Yield pairs of a round number and a table of valid answers of consecutive participants."""
+    """Yield pairs of a round number and a table. Its rows are checked, and belong to consecutive participants."""
     path, limits = saved.path, {"participant": saved.config.participant_num - 1, "value": saved.config.max_value}
     parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that contains all numbers and charts. The page requests nothing else.
+"""The report of a run: one HTML file that contains all numbers and charts. The page loads no other files.
 
 The templates escape all text, because failure causes and persona names are not trusted.
 """
@@ -18,7 +18,7 @@ from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import position_in_words
 from simulation.rpc.endpoints import ranges
 
-PART_ROWS = 1500  # maximum number of rows in all tables of parts together; then some rounds and parts are omitted
+PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -73,7 +73,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
-    """Return the template variables of one grouping of the participants, for its tables and its line chart."""
+    """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
     game, tallies = run.game, run.tallies_by_part[topic]
     rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
     listed = largest(tallies[-1], max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
@@ -92,7 +92,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return an entry for each failure cause: its count and the rounds. The most frequent cause is the first."""
+    """Return an entry for each failure cause, with its count and its rounds. The most frequent cause comes first."""
     causes: dict[str, dict[int, int]] = {}
     for entry in entries:
         for cause, count in entry["failures"].items():

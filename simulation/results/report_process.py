@@ -1,7 +1,7 @@
 """A process that creates the pictures and reports of runs. It imports slow libraries while the first run is under way.
 
-The process ignores signals. It exits when main closes the connection or is killed. If the process fails, main creates
-the report itself.
+The process ignores INT, TERM and HUP signals. It exits when main exits or closes the connection. If the process fails,
+main creates the report itself.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ class ReportProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the process inherits and keeps this mask
         try:
             command = [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"]
-            with other_end:  # standard output is for the results of main only, but libraries may print
+            with other_end:  # `stdout=2`: libraries may print, but standard output is for main's results
                 stdin = other_end.fileno()
                 self._process = subprocess.Popen(command, stdin=stdin, stdout=2, cwd=ROOT, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def draw(self, run: "SavedRun") -> None:
-        """Write the pictures and the report of a run to its folder. If the process fails, write them in this process.
+        """Let the process write the pictures and the report of a run to its folder. If it fails, write them in main.
 
         Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
         """
@@ -59,14 +59,14 @@ class ReportProcess:
                 raise error
 
     def close(self) -> None:
-        """Kill the process. The process creates no report at this time, but its imports may still be under way."""
+        """Kill the process. It is not creating a report when this is called, but may still be importing modules."""
         self._process.kill()
         self._process.wait()
         self._connection.close()
 
 
 def serve() -> None:
-    """Run the report process until main closes the connection, which is standard input."""
+    """Create reports in the report process until main closes the connection (standard input)."""
     from simulation.results.report_page import draw_all  # noqa: PLC0415 - slow
 
     connection = socket.socket(fileno=os.dup(0))

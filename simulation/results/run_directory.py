@@ -40,12 +40,12 @@ DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
-    """Return a new run id, unique across hosts. The alphabetical order of run ids is the order of their creation."""
+    """Return a new run id, unique across hosts. Their alphabetical order is by creation time in seconds."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
 def sweep_position(path: Path) -> SweepPosition | None:
-    """Return the position of the run folder `path` in the experiment of the parent folder, or None if it has none."""
+    """Return the position of the run folder `path` in its experiment, or None if the run is not part of one."""
     folder = real(path)
     try:
         sweep = json.loads(read_text(folder.parent / SWEEP))
@@ -57,7 +57,7 @@ def sweep_position(path: Path) -> SweepPosition | None:
 
 
 def resume_command(path: Path, *flags: str) -> str:
-    """Return the shell command that resumes the run or the experiment in the folder `path` with these flags."""
+    """Return the shell command that resumes the run or the experiment in the folder `path`, with `flags` appended."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
@@ -66,9 +66,9 @@ def resume_command(path: Path, *flags: str) -> str:
 class RunDirectory:
     """The folder of a run or of an experiment, created and locked by the constructor.
 
-    The folder must be empty unless `resumed`. `within` is the folder of the experiment that executes this run, if any.
-    The constructor raises ResultsError if the disk is full, and SettingsError if the folder cannot be used. A method
-    raises ResultsError if it cannot read or write a file.
+    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment that executes
+    this run, if any. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is
+    full. A method raises ResultsError if it cannot read or write a file.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
@@ -77,7 +77,7 @@ class RunDirectory:
         self._failed: list[FailedAnswer] = []
         self._made: list[Path] = []
         self._locks: list[int] = []
-        self._whole = within or self  # the runs of an experiment change runs/latest once
+        self._whole = within or self  # all runs of an experiment together update runs/latest once
         self._was_latest = False
         try:
             self._open(resumed, within is None)
@@ -86,7 +86,7 @@ class RunDirectory:
             if isinstance(error, SimulationError):
                 raise
             failure = f"cannot write results to {error.filename or self.path}: {reason(error)}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) or within is not None:  # no setting is wrong
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or within is not None:  # the settings are not at fault
                 raise ResultsError(failure) from None
             raise SettingsError(failure + ("" if resumed else "; give another --run-dir")) from None
 
@@ -101,7 +101,7 @@ class RunDirectory:
             raise SettingsError(f"--run-dir {self.path}: {problem}; name a new folder{advice}")
         folders = [self.path, *self.path.parents]
         self._made = [folder for folder in folders if not is_there(folder)]
-        for folder in (LATEST.parent, folders[len(self._made)]):  # os.access alone always allows root
+        for folder in (LATEST.parent, folders[len(self._made)]):  # os.access alone is always True for root
             if not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK):
                 raise SettingsError(f"cannot write in {folder}: it is read-only")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class RunDirectory:
         (self.path / PROBE).unlink()
 
     def _lock(self, path: Path, shared: bool = False) -> bool:
-        """Lock a folder until `close`. Return False without support for locks. Raises SettingsError if it is locked."""
+        """Lock a folder until `close`. Return False if locks are unsupported. Raises SettingsError if it is locked."""
         self._locks.append(os.open(path, os.O_RDONLY))
         try:
             return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
@@ -130,7 +130,7 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, without rare failure causes and lost servers if it is too long. Update runs/latest."""
+        """Write summary.json (if too long, without rare failure causes and lost servers), and update runs/latest."""
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
@@ -143,9 +143,9 @@ class RunDirectory:
             self._whole._was_latest = True
 
     def _point_latest(self) -> None:
-        """On a file system without links, log a warning instead."""
+        """Let runs/latest link to this run or its experiment. On a file system without links, log a warning instead."""
         target = self.path if self.position is None else self.path.parent
-        inside = target.is_relative_to(real(LATEST.parent.parent))  # users may move this folder: the link is relative
+        inside = target.is_relative_to(real(LATEST.parent.parent))  # a relative link: users may move the checkout
         draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
         try:
             draft.symlink_to(os.path.relpath(target, real(LATEST.parent)) if inside else target)
@@ -160,8 +160,8 @@ class RunDirectory:
                 draft.unlink(missing_ok=True)
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Write the answers of one round to a file of their own, part by part, and update that of failed answers."""
-        failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
+        """Write the answers of one round to a separate file, piece by piece. Update the file of failed answers."""
+        failed = [entry for entry in self._failed if entry["round"] != round_number]  # without an earlier attempt's
 
         def rows() -> Iterator[pa.Table]:
             for part in answers:
@@ -176,7 +176,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return answers of participants first .. first+count-1, shape (rounds, count); NaN for failed answers."""
+        """Return the answers of participants first .. first+count-1 by round, shape (rounds, count); NaN: failed."""
         with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
@@ -184,7 +184,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Split answers.parquet into one file per round. Delete answers after `rounds`, the pictures and the report."""
+        """Split answers.parquet into one file per round. Delete report, pictures, and answers after round `rounds`."""
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
@@ -199,7 +199,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the files of all rounds into answers.parquet, then delete them."""
+        """Merge the answer files of all rounds into answers.parquet, then delete the merged files."""
         whole = self.path / WHOLE
         with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))
@@ -216,7 +216,7 @@ class RunDirectory:
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write a JSON lines file. Without entries, delete it."""
+        """Write `entries` to the JSON lines file `name`. If there are no entries, delete the file."""
         with results_errors(f"write {self.path / name}"):
             if entries:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -225,7 +225,7 @@ class RunDirectory:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """Return the drafts of killed processes: in `path`, and of links runs/latest to `path` or to a missing folder."""
+    """Return leftover drafts: files in `path`, and drafts of the link runs/latest to `path` or to a missing folder."""
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
     return drafts | {*path.glob(DRAFTS)}
@@ -239,8 +239,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[IO[bytes]]:
-    """Open a draft; if the block succeeds, flush it to the disk and rename it to `path`. Raises ResultsError."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # unique: other processes may write it, too
+    """Open a draft. If the block succeeds, flush the draft to the disk and rename it to `path`. Raises ResultsError."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # unique: others may write `path`, too
     try:
         with results_errors(f"write {path}"):
             with draft.open("wb") as file:
@@ -255,7 +255,7 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def results_errors(action: str) -> Iterator[None]:
-    """Convert errors of files into ResultsError. The message states the action that failed."""
+    """Convert file errors in the block into a ResultsError, whose message states that `action` failed."""
     try:
         yield
     except (OSError, pa.ArrowException, SettingsError) as error:

@@ -17,7 +17,7 @@ from simulation.llm.responses import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
 CAUSES_SHOWN = 20
-# Raised for a file that is no text or no JSON, is nested too deeply, or has wrong types, keys or numbers
+# Exceptions for a file that is not text or not JSON, is nested too deeply, or has wrong types, keys or numbers
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
-    """Return the parsed content of a file. Raises SettingsError, starting with `flag`, if it is missing or damaged."""
+    """Parse a file of the run folder `path`. If it is missing or damaged, raise SettingsError, starting with `flag`."""
     try:
         return parse(read_text(path / name))
     except OSError as error:
@@ -49,7 +49,7 @@ class SweepPosition(TypedDict):
 
 
 def position_in_words(position: SweepPosition) -> str:
-    """Return the position as text: `run 2 of 4 of x.yaml`."""
+    """Return the position as text, such as `run 2 of 4 of x.yaml`."""
     return f"run {position['run']} of {position['runs']} of {printable(position['experiment'])}"
 
 
@@ -104,7 +104,7 @@ SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
 def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the content of a summary.json, also of an older one. Raises as `parse_game`."""
+    """Return the settings and the content of a summary.json (older ones, too). Raises the errors of `parse_game`."""
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
@@ -177,7 +177,7 @@ class PopulationEntry(TypedDict):
 
 @with_config(SHAPE)
 class GameFile(TypedDict):
-    """The content of game.json: what the game takes from files that may change later."""
+    """The content of game.json: the prompt, personas and models of a game, copied from files that may change later."""
 
     wording: PromptTemplate | None
     cast: PopulationEntry
@@ -194,7 +194,7 @@ def game_to_json(game: Game) -> dict[str, Any]:
 
 
 def parse_game(text: str, config: SimulationConfig) -> Game:
-    """Return the game that the settings and a game.json describe. Raises SettingsError or an error of DAMAGED."""
+    """Return the game that `config` and a game.json's `text` describe. Raises SettingsError or an error in DAMAGED."""
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
     population = Population(config.seed or 0, config.participant_num, cast["personas"], cast["models"], cast["turns"])
@@ -207,7 +207,7 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
 
 
 class KeptGroup(TypedDict):
-    """A line of agents.jsonl: the participants first .. first+count-1, which their server keeps after the run."""
+    """A line of agents.jsonl: a group that its server keeps after the run, of participants first .. first+count-1."""
 
     oid: Printable  # the remote id of the group
     host: Printable
@@ -226,7 +226,7 @@ class FailedAnswer(TypedDict):
 
 
 def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:
-    """Return the lines of a file, none if it is missing. Raises SettingsError if it is damaged or unreadable."""
+    """Parse a JSON lines file. Return [] if it is missing. Raises SettingsError if it is damaged or unreadable."""
     lines = TypeAdapter(list[shape], config=SHAPE)  # type: ignore[valid-type]
 
     def parse(text: str) -> list[T]:

@@ -8,9 +8,9 @@ INDENT = 2  # spaces that the callers print before some tables
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns that fit side by side into a line of `room` characters.
+    """Return the indices of the columns to show in a line of `room` characters. Columns without width are omitted.
 
-    Columns are separated by `gap` spaces. `dropped` lists the columns that may be omitted, the least important first.
+    Columns are separated by `gap` spaces. `dropped` lists the indices that may be omitted, the least important first.
     """
     columns = [column for column, width in enumerate(widths) if width]
     for index in dropped:
@@ -26,7 +26,7 @@ def table_lines(
     """Return the lines of a table for standard output. If standard output is a terminal, omit columns that do not fit.
 
     If a row has fewer cells than `head`, its last cell may have any length. `dropped` are the headings of columns that
-    may be omitted, the least important first. `left` are those of left-aligned columns (default: the first column).
+    may be omitted, the least important first. `left` are the headings of left-aligned columns (default: the first).
     """
     from rich.cells import cell_len  # noqa: PLC0415 - Chinese characters, for example, are two columns wide
 

@@ -32,14 +32,14 @@ def log_to_stderr() -> None:
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Set the handler of INT, TERM and HUP signals, except for signals that are ignored, as nohup ignores HUP."""
+    """Set the handler of the signals INT, TERM and HUP. Ignored signals stay ignored, such as HUP with nohup."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def keep_traceback() -> str:
-    """Append the current traceback to DEFECT_LOG, and return its path. If that fails, return the traceback itself."""
+    """Append the current traceback to DEFECT_LOG, and return that path. If this fails, return the traceback instead."""
     text = traceback.format_exc()
     try:
         DEFECT_LOG.parent.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ class Stage(NamedTuple):
 
 
 class ConsoleProgress:
-    """Progress on standard error: a bar in a terminal, else a line every LINE_EVERY_S. Also handles stop signals."""
+    """Progress on standard error: a bar in a terminal, else a line every LINE_EVERY_S seconds. Handles stop signals."""
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
@@ -92,7 +92,7 @@ class ConsoleProgress:
         self._draw_bar(None)
 
     def _draw_bar(self, note: str | None) -> None:
-        """Draw the bar of the latest stage with this note. If the note is None, only remove the previous bar."""
+        """Draw the bar of the latest stage, with `note`. If `note` is None, only remove the previous bar."""
         line = "\r\x1b[K" if self._has_bar else ""
         self._has_bar = note is not None
         with contextlib.suppress(OSError):  # the terminal is closed
@@ -109,7 +109,7 @@ class ConsoleProgress:
         logger.warning(line)
 
     def signalled(self, number: int, _frame: FrameType | None) -> None:
-        """Handle a stop signal. The first signal requests an early stop, the second ends the process."""
+        """Handle a stop signal: the first requests an early stop, a later one (after SAME_SIGNAL_S) exits at once."""
         if self.stop_signal is None:
             self.stop(number)
         elif time.monotonic() >= self._signalled_at + SAME_SIGNAL_S:
@@ -119,7 +119,7 @@ class ConsoleProgress:
                 os._exit(128 + number)
 
     def stop(self, number: int) -> None:
-        """Request an early stop, as if the signal with this number had arrived."""
+        """Request an early stop, as if the signal `number` had arrived."""
         self._signalled_at = time.monotonic()  # set this first: another signal may arrive before the next line
         self.stop_signal = number
         # Do not use the log: the interrupted code may have locked it

@@ -33,7 +33,7 @@ NAMES = (ADDRESS, "localhost")  # accepted host names; other names may belong to
 OPEN_S = 3.0  # a page counts as open until this time after its last request
 END_S = 3.0  # maximum time that `close` waits for open pages
 STATE_S = 0.3  # minimum cache time of a state; several pages share a cached state
-SHARE = 0.01  # maximum share of the time that the thread computes states (26 ms per state for 4096 servers)
+SHARE = 0.01  # maximum share of its time that the thread spends on states (26 ms per state for 4096 servers)
 RUNS_LISTED = 50
 HEADERS = {
     "Cache-Control": "no-store",
@@ -72,7 +72,7 @@ class Dashboard:
         self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # the time when the cached state expires, and this state
         self._pages: dict[
             str, float
-        ] = {}  # time of the last request (time.monotonic), by page id; replaced, never changed
+        ] = {}  # time of the last request (time.monotonic), by page id; the dictionary is replaced, never changed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
         self._thread.start()
@@ -80,7 +80,7 @@ class Dashboard:
 
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
-        """Show this run during the block, and its outcome afterwards."""
+        """Show a run while the block is executed, and its outcome afterwards."""
         state = self._run = DashboardState(run)
         path, ended = run.directory.path, {"run_id": run.run_id, "error": ""}
         try:
@@ -155,7 +155,7 @@ class Dashboard:
         return web.json_response(state)
 
     async def _report(self, request: web.Request) -> web.FileResponse:
-        """Return the report of a finished run as a download. A report must not open as a page of our origin."""
+        """Return the report of a finished run as a download, so that it does not open as a page of our origin."""
         paths = {each["run_id"]: Path(each["path"], REPORT) for each in self._ended}
         if (path := paths.get(request.query.get("run"))) is None:
             raise web.HTTPNotFound

@@ -1,4 +1,4 @@
-"""The JSON state of a run that the dashboard shows, computed from the run object and the latest heartbeats.
+"""The JSON state that the dashboard shows for a run, computed from the run object and the latest heartbeats.
 
 Nothing here blocks the run or acquires its locks, so the numbers in one state may differ slightly in age.
 """
@@ -38,7 +38,7 @@ class DashboardState:
         self._progress: dict[str, Progress] = {}  # by remote id; contains the latest histogram of each group
 
     def state(self, stage: Stage | None) -> dict[str, Any]:
-        """Return the JSON state of the run, which has a bounded size. `stage` is the latest stage progress, if any."""
+        """Return the JSON state, which has a bounded size. `stage` is the progress of the latest stage, if any."""
         run, simulation, config, game = self.run, self.run.simulation, self.run.config, self.run.game
         # Read the results first: they then contain no round later than the current one
         results, (started, began) = list(run.results), run.under_way
@@ -86,7 +86,7 @@ class DashboardState:
                     self._progress[oid] = replace(progress, counts=before.counts, failures=before.failures)
 
     def _distribution(self, number: int | None, current: list[Progress]) -> dict[str, Any]:
-        """Return the histograms of the current and the last finished round. Between rounds, the latter is the first."""
+        """Return the histograms of the current and the previous round. Between rounds, return only the latest one."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
         counts = [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)]
@@ -103,7 +103,7 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a grid with all servers, and a row for each. Above SERVERS_LISTED, list only some failing servers."""
+        """Return a grid of all servers, and one row each. With over SERVERS_LISTED servers, list some failing ones."""
         done = {oid: each.done for oid, each in self._progress.items() if each.round == started}
         hosted: Counter[Endpoint | None] = Counter()  # number of participants that a server hosts or moderates
         for assignment in assignments:
@@ -137,10 +137,10 @@ class DashboardState:
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the totals of the servers for each host and kind of server.
+    """Return an entry for each host and kind of server, with the totals of these servers.
 
-    Each of the first GRID_CELLS servers also has one character in `states`, the first letter of the server's state, and
-    one digit in `done`: 0 if no participant has answered, 9 if all have.
+    For each of the first GRID_CELLS servers, `states` contains one letter, the first of the server's state, and `done`
+    one digit, from 0 if no participant has answered to 9 if all have.
     """
     grid, left = [], GRID_CELLS
     for (host, participants), group in groupby(rows, itemgetter("host", "participants")):

@@ -66,7 +66,7 @@ class Experiment(YamlFile):
         return values
 
     def _read_value(self, name: str, node: yaml.Node) -> Any:
-        """Convert a value like the value of the flag. A path is relative to the folder of the file."""
+        """Convert a value as on the command line. A relative path starts in the folder of the experiment file."""
         value: Any = text_of(node)
         if name == "models" and isinstance(node, yaml.MappingNode):
             shares = {model: text_of(share) for model, share in self.nodes_in(node, "").items()}
@@ -85,11 +85,11 @@ class Experiment(YamlFile):
         return getattr(SimulationConfig(**{name: value}), name)
 
     def _error_in_setting(self, name: str, node: yaml.Node, error: SettingsError) -> SettingsError:
-        """Return the error with the line number, and with the name of the setting instead of the flag."""
+        """Return `error` with the line number of `node`, and with the name of the setting instead of its flag."""
         return self.error(node, str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
-        """Add the line number in the file to the error of a run. Return other errors unchanged."""
+        """Add the line number to a run's error about a setting in this file. Return other errors unchanged."""
         name = str(error).partition(" ")[0].strip("-:").replace("-", "_")
         if name not in self.settings:
             return error
@@ -105,7 +105,7 @@ def value_text(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of an experiment. sweep.json contains this information."""
+    """All runs of an experiment, as saved in sweep.json."""
 
     sweep_id: str
     experiment: str  # the name of the experiment file
@@ -114,7 +114,7 @@ class Sweep:
     configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
 
     def label_of(self, config: SimulationConfig) -> str:
-        """Return the settings that distinguish a run from the others, as text: `ratio 1/2, prompt basic`."""
+        """Return the settings that distinguish a run from the others, such as `ratio 1/2, prompt basic`."""
         return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in self.varies)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Sweep:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Sweep":
-        """Return the sweep. Raises KeyError, TypeError, ValueError or SettingsError if the content is invalid."""
+        """Return the sweep in a sweep.json. Raises KeyError, TypeError, ValueError or SettingsError if invalid."""
         configs = {
             each["folder"]: SimulationConfig.from_json({**data["config"], **each["settings"]}) for each in data["runs"]
         }

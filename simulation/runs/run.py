@@ -57,7 +57,7 @@ class Run:
         return range(len(self.results) + 1, self.config.rounds + 1)
 
     def play_rounds(self) -> int:
-        """Execute the remaining rounds, write the results, also after an error, and return the exit status."""
+        """Execute the remaining rounds, write the results (even after an error), and return the exit status."""
         if self._saved is not None:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.rounds_left:
@@ -67,7 +67,7 @@ class Run:
         self.seconds["connect"] = time.monotonic() - began
         self.cluster_summary["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
-            self._write("interrupted")  # before answers are deleted: the summary must not refer to them
+            self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
         if self.config.agent_type != "llm":  # the answers of models do not depend on the seed alone
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
@@ -128,7 +128,7 @@ class Run:
         self._write("interrupted")
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
-        """Return whether no tokens are left or the models do not answer. If so, log it."""
+        """Return whether no tokens are left or the models do not answer. If so, log the reason."""
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
@@ -144,7 +144,7 @@ class Run:
         return bool(reason)
 
     def _write_after_error(self, cause: errors.SimulationError) -> None:
-        """Write the results, if there are any. If this fails, too, raise ResultsError or log the failure."""
+        """Write the results after the error `cause`. If this fails, too, raise ResultsError or log the failure."""
         expected = isinstance(cause, errors.RunAborted | errors.Interrupted)
         if not self.results and not expected:
             return
@@ -176,12 +176,12 @@ class Run:
             self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results))
 
     def _write(self, status: str) -> dict[str, Any]:
-        """Write summary.json, and at the first call game.json. Return the summary."""
+        """Write summary.json and, at the first call, game.json. Return the summary."""
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
         lost = map(str, self.simulation.cluster.losses if self.simulation is not None else ())
         self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])][:LOST_SHOWN]
-        if self.status is None:  # not earlier: a folder with this file only cannot be resumed or reused
+        if self.status is None:  # not earlier: a folder that contains only this file can be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)

@@ -1,4 +1,4 @@
-"""The specification of a run: the validated settings, files and models, and the maximum cost. Sends no requests."""
+"""The specification of a run: the validated settings, files and models, and the maximum cost. No requests are sent."""
 
 import math
 import secrets
@@ -39,7 +39,7 @@ class RoundEstimate(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The specification of a run whose files were read and checked."""
+    """The specification of a run. All files that the run needs were read and checked."""
 
     config: SimulationConfig
     models: dict[str, ModelConfig]  # all models of the model configurations, by name
@@ -51,13 +51,13 @@ class RunSpec:
 
     @property
     def rounds_left(self) -> range:
-        """Return the numbers of the remaining rounds; of a finished run, none."""
+        """Return the numbers of the remaining rounds. A finished run has none."""
         played = len(self.saved.results) if self.saved is not None else 0
         return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
 
     @property
     def asked_models(self) -> list[ModelConfig]:
-        """Return the available models that the participants of this run use."""
+        """Return the models in `models` that the participants of this run use."""
         return [self.models[name] for name in asked_models(self.config) if name in self.models]
 
     def plan_lines(self) -> list[str]:
@@ -97,14 +97,14 @@ class RunSpec:
         return self.tokens_in(self.rounds_left)
 
     def tokens_in(self, numbers: range) -> int:
-        """Return the maximum number of tokens for these rounds."""
+        """Return the maximum number of tokens for the rounds `numbers`."""
         return sum(each.prompt_tokens + each.answer_tokens for each in self.estimate(numbers))
 
     def estimate(self, numbers: range) -> list[RoundEstimate]:
-        """Return the maximum cost of each of these rounds. For a run without models, the list is empty.
+        """Return the maximum cost of each of the rounds `numbers`, or [] for a run without models.
 
-        Participants of a group with the same prompt share requests. The prompt depends on the personas and on the
-        previous answers: round r has at most (persona combinations) * (possible numbers)^(r - 1) different prompts.
+        Participants of one group share requests if their prompts are equal. A prompt depends on the participant's
+        personas and previous answers: round r has up to (persona combinations) * (possible numbers)^(r - 1) prompts.
         """
         config, game, rounds = self.config, self.game, []
         if game.prompt is None:
@@ -123,16 +123,16 @@ class RunSpec:
                 samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
                 different = min(count, characters * game.numbers ** (number - 1))
                 shared = different + (count - different) // samples
-                alone = count if thoughts else 0  # the second requests: the reasoning texts differ, so none is shared
+                alone = count if thoughts else 0  # second requests: none is shared, as the reasoning texts differ
                 tokens = shared * prompt.tokens + alone * second.tokens
                 costs.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
             rounds.append(RoundEstimate(number, *map(sum, zip(*costs, strict=True))))
         return rounds
 
     def _group_parts(self) -> Counter[tuple[str, int]]:
-        """Count the groups by each model and the number of participants in the group that use this model.
+        """Count the groups: the key (name, n) stands for groups with n participants that use the model `name`.
 
-        For a mixture, this is approximate: the shares are exact for all groups together, but not for each group.
+        For a mixture of models, the counts are approximate, as its shares are exact only for all groups together.
         """
         config, names, parts = self.config, asked_models(self.config), Counter[tuple[str, int]]()
         shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
@@ -145,7 +145,7 @@ class RunSpec:
         return parts
 
     def _longest_prompt(self, number: int) -> Prompt:
-        """Build a prompt about as long as the longest one of a round, with all announcements and the most digits."""
+        """Build a prompt about as long as the longest one of round `number`, with all announcements and many digits."""
         game, population, long = self.game, self.game.population, self.game.max_value * 2 / 3
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
@@ -162,7 +162,7 @@ class RunSpec:
 
 
 def price_text(tokens: int, config: SimulationConfig) -> str:
-    """Return the price of these tokens as text; empty if the price per token is unknown."""
+    """Return the price of `tokens` as text, or "" if the price per token is unknown."""
     price = config.price_per_million_tokens
     return f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if price is not None else ""
 
@@ -181,7 +181,7 @@ def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
     """Return the specification that resumes the run in `path` with the settings in `given`.
 
-    A run of a sweep that has no rounds or no tokens left stays unchanged; its answers are not read. Raises
+    If `in_sweep` is True, a run without rounds or tokens left stays unchanged, and its answers are not read. Raises
     SettingsError if the run cannot be resumed or its participants would use other models.
     """
     before = reader.read_summary(path, "--resume ")
@@ -209,7 +209,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
 
 
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models by name; none for a run without models. Also check the user's agent class."""
+    """Return the models by name, or {} for a run without models. Also check the user's agent class, if any."""
     if config.agent_class is not None:  # detect errors in the user's file before servers start
         import_agentscope()
         from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - imports AgentScope

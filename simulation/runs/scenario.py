@@ -1,4 +1,4 @@
-"""Building a game from the settings: the prompt, the personas and the models, which are read from files."""
+"""Building a game from the settings, and from the files that define prompts, personas and models."""
 
 import string
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConf
 PLACEHOLDERS = ("{number}", "{max_value}", "{target}", "{persona}", "{team}")
 MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
-OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # need a model
+OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # these need a model
 OF_MODELS += ["prompt", "prompts_file", "models"]
 Models = Mapping[str, ModelConfig]
 
@@ -43,7 +43,7 @@ def build_game(config: SimulationConfig, models: Models, given: Collection[str] 
 
 
 def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
-    """Raise SettingsError if one of the given settings has no effect because no participant uses a model."""
+    """Raise SettingsError if a setting in `given` has no effect because no participant uses a model."""
     for name in OF_MODELS if config.agent_type != "llm" else ():
         value = getattr(config, name)
         of_class = config.agent_class is not None and name == "allow_remote_model"  # the class may call models
@@ -55,7 +55,7 @@ def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> N
 def _check_known(
     config: SimulationConfig, setting: str, name: str, known: Collection[str], problem: str, advice: str = ""
 ) -> None:
-    """Raise SettingsError if `name`, a part of the value of a setting, is not in `known`."""
+    """Raise SettingsError if `name`, which is the value of `setting` or a part of it, is not in `known`."""
     if name not in known:
         guess, value = meant_by(name, known), getattr(config, setting)
         hint = f"{guess} It has {listed(known)}" if guess else f"it has {listed(known)}"
@@ -64,7 +64,7 @@ def _check_known(
 
 
 def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
-    """Return the prompt in the prompts file; None if no participant uses a model. Raises SettingsError."""
+    """Return the prompt that the settings select, or None if no participant uses a model. Raises SettingsError."""
     if config.agent_type != "llm":
         return None
     prompts = _prompts_in(config.prompts_file)
@@ -151,7 +151,7 @@ def _name(text: str) -> str:
 
 
 def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, or else the names of the models that participants use in turn. The other is empty.
+    """Return the mixture of models, and the names of models that participants use in turn. At least one is empty.
 
     Raises SettingsError if a model does not exist or the shares are invalid.
     """

@@ -32,7 +32,7 @@ PLANS_SHOWN = 10  # maximum number of runs whose plans a dry run shows
 
 
 class Session:
-    """Runs that are executed one after another: a single run, or the runs of a sweep. `folder` is the folder of all."""
+    """A single run, or the runs of a sweep, executed one after another. `folder` is the folder of the run or sweep."""
 
     def __init__(self, specs: list[RunSpec], sweep: Sweep | None = None, directory: RunDirectory | None = None) -> None:
         self.specs = specs
@@ -82,8 +82,8 @@ class Session:
     def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe") -> int:
         """Execute the remaining rounds of all runs, and return the exit status.
 
-        `observe` returns a context manager that observes a run. If rounds are left at the end, also after an error, log
-        the command that resumes them.
+        `observe(run)` returns a context manager that observes the run. If rounds are left at the end, even after an
+        error, log the command that resumes them.
         """
 
         def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
@@ -118,7 +118,7 @@ class Session:
                 logger.warning(hint)
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Execute one of several runs. Return the exit status, also if the run is aborted."""
+        """Execute one of several runs. Return the exit status, even if the run is aborted."""
         directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
         try:
             if spec.status is not None:
@@ -140,7 +140,7 @@ class Session:
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
 
     def how_to_resume(self) -> str | None:
-        """Return a line with the command that resumes the remaining rounds; None if there are none or no results."""
+        """Return a line with the resume command. Return None if no rounds are left or no results were written."""
         if not self._has_results():
             return None
         left = [(number, *rest) for number, spec in enumerate(self.specs, start=1) if (rest := _progress_of(spec))]
@@ -148,7 +148,7 @@ class Session:
         if self.sweep is not None and ready:
             command = resume_command(self.folder)
             return f"{ready} of {len(self.specs)} runs have rounds left; to go on with them: {command}"
-        for number, progress, flags in left:  # if all need more tokens, use the first
+        for number, progress, flags in left:  # a single run, or all need more tokens: name the first
             name = "the run" if self.sweep is None else f"run {number} of {len(self.specs)}"
             command = resume_command(self.specs[number - 1].folder, *flags)
             return f"{name} ends with {progress} rounds played; to go on with it: {command}"
@@ -175,10 +175,10 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
 
 
 def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
-    """Build the session that the settings describe. The settings in `given`, from flags, override those in files.
+    """Build the session that the settings describe. Settings in `given` come from flags and override those in files.
 
     If models outside the cluster are used, print the plan. Raises SettingsError if a setting or file is invalid, or if
-    the runs may cost more than the token budget.
+    the runs of an experiment may cost more than the token budget.
     """
     if config.resume is not None:
         if config.run_dir is not None:

@@ -16,13 +16,13 @@ from simulation.files import read_text, shown
 LONGEST_ERROR = 400  # characters
 NULLS = ("null", "Null", "NULL", "~")
 MERGE = "<<"  # merge key; its value is a mapping or a list of mappings, with defaults for the other keys
-LATE = ("could not find expected ':'", "found unexpected end of stream")  # reported far after their cause
+LATE = ("could not find expected ':'", "found unexpected end of stream")  # problems reported far after their cause
 TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "seq", "map")]
 A_MAPPING = "must be a mapping: lines such as name: value"
 
 
 class YamlFile:
-    """A YAML file whose path a flag gives. `nodes` are the nodes of its values by name. Raises SettingsError."""
+    """A YAML file. Its path is the value of `flag`. `nodes` maps names to the nodes of values. Raises SettingsError."""
 
     def __init__(self, path: str, flag: str) -> None:
         self.name = printable(shown(path))  # for messages
@@ -47,7 +47,7 @@ class YamlFile:
             raise self._error_in(text[: error.position].count("\n"), f"is not YAML: {error.reason}") from None
         except RecursionError:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
-        except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is no character
+        except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is not a character
             raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
 
     def error(self, node: yaml.Node, text: str) -> SettingsError:
@@ -58,9 +58,9 @@ class YamlFile:
         return SettingsError(f"{self.name}, line {line + 1}: {printable(text, LONGEST_ERROR)}")
 
     def nodes_in(self, node: yaml.Node, requirement: str) -> dict[str, yaml.Node]:
-        """Return the nodes of the values in a mapping by name. The line number of each is that of its name.
+        """Return the value nodes of a mapping, by name. The line number of a value node is that of its name.
 
-        Raises SettingsError if a name or a value is invalid, or with the text `requirement` if `node` is no mapping.
+        Raises SettingsError if a name or value is invalid, or with the text `requirement` if `node` is not a mapping.
         """
         if not isinstance(node, yaml.MappingNode):
             raise self.error(node, requirement)
@@ -88,9 +88,9 @@ class YamlFile:
     def read_entry(
         self, name: str, node: yaml.Node, readers: Mapping[str, Callable[[str], Any]], optional: str
     ) -> dict[str, Any]:
-        """Return the fields of the entry `name`. Parse each with the function in `readers`. One field is optional.
+        """Return the fields of the entry `name`, each parsed by its function in `readers`. `optional` may be missing.
 
-        Raises SettingsError with the line number if a field is invalid.
+        Raises SettingsError with the line number if a field is invalid, unknown or missing.
         """
         nodes, fields = self.nodes_in(node, f"{name} {A_MAPPING}"), {}
         for field in [*nodes, *readers]:
