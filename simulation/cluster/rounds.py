@@ -20,7 +20,7 @@ from simulation.game.answer_sheet import FAILED, Answers
 from simulation.game.rules import Announcement, Game, Question, question_for
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge, score
 from simulation.llm.responses import Usage
-from simulation.rpc.client import GROUP_DEADLINE_S, RemoteObject, reply_of
+from simulation.rpc.client import SHORT_CALL_TIMEOUT_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
@@ -212,7 +212,7 @@ def ask(server: Endpoint, oid: str, question: Question) -> str:
     """
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
-        reply = reply_of(RemoteObject(Participant, oid, server, GROUP_DEADLINE_S), message)
+        reply = reply_of(RemoteObject(Participant, oid, server, SHORT_CALL_TIMEOUT_S), message)
         return (reply.get_text_content() or "") if isinstance(reply, Msg) else str(reply)
     except AgentNotFound:
         until = "agents stay only after a run with --keep-agents, until the next run or the end of the servers"

@@ -20,7 +20,7 @@ from simulation.errors import AgentNotFound, ClusterError, KnownCause
 from simulation.rpc.channels import AGENT_GONE, await_call, channel_to, stub_of, translated_error
 from simulation.rpc.endpoints import Endpoint
 
-GROUP_DEADLINE_S = 20.0  # deadline of calls that should return at once: a server that takes longer hangs
+SHORT_CALL_TIMEOUT_S = 20.0  # deadline of calls that should return at once: a server that takes longer hangs
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
 SILENT_POLLS = 4  # AgentScope waits 5 s in each poll, and without `_UntilAnswered` at most 105 s in all
 
