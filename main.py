@@ -30,8 +30,9 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something needs cleanup, Ctrl-C exits without a traceback
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the program itself reports a refused handshake, in one line
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS even for names in /etc/hosts
-for name in [name for name in os.environ if name.startswith(("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_"))]:
-    del os.environ[name]  # such variables were set for other programs; the libraries here may reject their values
+OF_OTHER_PROGRAMS = ("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_", "SSLKEYLOGFILE")  # libraries may reject these
+for name in [name for name in os.environ if name.startswith(OF_OTHER_PROGRAMS)]:
+    del os.environ[name]
 
 import io
 import time

@@ -43,10 +43,8 @@ class Moderator(AgentBase):
     def assign(self, assignments: list[GroupAssignment]) -> None:
         """Replace the groups that this moderator asks. The new groups must already exist."""
         self._groups = {each: group_proxy(each, self._timeout_s) for each in assignments}
-        before = self._dispatches
-        if self._one_by_one:
-            new = {each: before.get(each) or PerAgentDispatch(each, self._timeout_s) for each in assignments}
-            self._dispatches = new
+        before, asked = self._dispatches, assignments if self._one_by_one else []
+        self._dispatches = {each: before.get(each) or PerAgentDispatch(each, self._timeout_s) for each in asked}
         for removed in before.keys() - self._groups.keys():
             before[removed].stopped = True
 

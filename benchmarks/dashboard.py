@@ -32,6 +32,7 @@ from common import Table, agent_servers
 from loguru import logger
 
 from simulation.cluster.rounds import Simulation
+from simulation.game.population import Population
 from simulation.game.rules import game_of
 from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.results import run_directory as results
@@ -100,7 +101,7 @@ def play(config: SimulationConfig, folder: Path) -> Alternating:
     """Play the run with a dashboard and a process that polls the dashboard. Return the run."""
     run_id, watch = new_run_id(), ConsoleProgress()
     dashboard = Dashboard(0, watch)
-    spec = RunSpec(config, {}, game_of(config, None, None), folder / run_id, run_id)
+    spec = RunSpec(config, {}, game_of(config, None, Population()), folder / run_id, run_id)
     run = Alternating(spec, RunDirectory(spec.folder), watch, lambda _: None, "")
     run.pids = [os.getpid(), *(process.pid for process in AGENT_SERVERS.running().values())]
     command = [sys.executable, "-c", POLL, str(dashboard.port)]

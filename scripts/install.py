@@ -30,7 +30,7 @@ OPTIONS = {  # the options of pip that configure package sources, and the equiva
     "extra-index-url": "UV_EXTRA_INDEX_URL",
     "find-links": "UV_FIND_LINKS",
     "trusted-host": "UV_INSECURE_HOST",
-    "constraint": "UV_CONSTRAINT",
+    "constraint": "",
     "cert": "SSL_CERT_FILE",
     "client-cert": "SSL_CLIENT_CERT",
     "proxy": "ALL_PROXY",
@@ -71,6 +71,7 @@ def main(group: str, log: Path, installed: Path) -> int:
 
 def install(group: str, log: Path) -> None:
     """Install a group with uv. If uv fails, install the group with pip. Raises InstallError if pip fails, too."""
+    cache = ["--no-cache"] if forget_damaged() else []
     pip, options = find_pip(log)
     variables = {f"PIP_{option.upper().replace('-', '_')}": value for option, value in options.items()}
     for_pip = {"log": log, "variables": variables | {"PIP_CONFIG_FILE": os.devnull}}  # ignore configuration files
@@ -84,7 +85,9 @@ def install(group: str, log: Path) -> None:
             run(*pip, "install", "--quiet", "--no-compile", "--retries", "1", *constraints, "uv", **for_pip)
         # --project / prevents uv from reading configuration files in the parent folders of this checkout
         uv = [str(UV), "pip", "install", "--project", "/", "--python", sys.executable]
-        uv += ["--no-cache"] if forget_damaged() else []
+        for file in [*options.get("constraint", "").split(), *os.environ.get("UV_CONSTRAINT", "").split()]:
+            uv += ["--constraint", file]  # with any --constraint, uv ignores UV_CONSTRAINT
+        uv += cache
         uv += ["--no-index"] if options.get("no-index", "").lower() in ("1", "true", "t", "yes", "y", "on") else []
         for step in steps:
             run(*uv, *tools, *step, log=log, variables=uv_variables(group, options, os.environ))
@@ -96,11 +99,12 @@ def install(group: str, log: Path) -> None:
             run(*OWN_PIP, "install", "--quiet", *step, **for_pip)
 
 
-def records() -> Iterator[tuple[Path, list[list[str]]]]:
-    """For each installed package, yield the metadata folder, and the path, hash and size of each file."""
-    for record in PACKAGES.glob("*.dist-info/RECORD"):
-        rows = csv.reader(record.read_text(encoding="utf-8").splitlines())
-        yield record.parent, [[*row, "", ""][:3] for row in rows if row]
+def records() -> Iterator[tuple[Path, dict[str, str]]]:
+    """For each installed package, yield the metadata folder, and the size of each file by path. No file: damaged."""
+    for folder in PACKAGES.glob("*.dist-info"):
+        record = folder / "RECORD"
+        text = record.read_text(encoding="utf-8") if record.is_file() else ""
+        yield folder, {row[0]: row[-1] for row in csv.reader(text.splitlines()) if row}
 
 
 def forget_damaged() -> bool:
@@ -111,8 +115,8 @@ def forget_damaged() -> bool:
     """
     found = False
     for folder, files in records():
-        sized = [(PACKAGES / path, int(size)) for path, _, size in files if size]
-        if not all(path.is_file() and path.stat().st_size == size for path, size in sized):
+        sized = [(PACKAGES / path, int(size)) for path, size in files.items() if size]
+        if not sized or not all(path.is_file() and path.stat().st_size == size for path, size in sized):
             found = True
             shutil.rmtree(folder, ignore_errors=True)
     return found
@@ -126,7 +130,7 @@ def installed_files(group: str) -> list[str]:
     found, tops = set(), set()
     for folder, files in records():
         found.add(plain_name(folder.name.partition("-")[0]))
-        tops |= {path.partition("/")[0] for path, _, _ in files} - {"..", "__pycache__"}
+        tops |= {path.partition("/")[0] for path in files} - {"..", "__pycache__"}
     for name in map(plain_name, requirements(group)):
         if name not in found:
             cause = "a setting of pip or uv has put it elsewhere, or left it out"

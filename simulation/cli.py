@@ -115,6 +115,8 @@ def parse(arguments: list[str]) -> Command | None:
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
     role = roles[-1] if roles else SimulationConfig.role
     SETTINGS["role"].check("--role", role)
+    if len({*roles}) > 1:
+        raise SettingsError(f"--role {' and --role '.join(dict.fromkeys(roles))}: do not go together; give one of them")
     if {"-h", "--help"} & {*flags}:
         say(make_parser(role).format_help().rstrip("\n"))
         return None

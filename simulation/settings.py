@@ -202,7 +202,7 @@ class SimulationConfig:
             if not {type(value) for value in (data[name] if name == "hosts" else [data[name]])} <= kinds:
                 raise TypeError(f"{name} has a value of another type")
         moved_from = f"{_checkout_of(data)}/"
-        paths = _with_paths(data, lambda _name, path: str(ROOT / path.removeprefix(moved_from)))
+        paths = _with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
         return cls(**{**data, **paths, "hosts": tuple(data["hosts"])})
 
     @property

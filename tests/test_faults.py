@@ -43,9 +43,15 @@ def test_one_command_starts_plays_and_stops(checkout):
 
 def test_variables_of_other_programs_change_nothing(checkout):
     checkout.cold = True
-    env = {"LOGURU_LEVEL": "verbose", "LOGURU_DEBUG_NO": "ten", "LOGURU_SERIALIZE": "1", "MPLBACKEND": "none"}
+    env = {
+        "LOGURU_LEVEL": "verbose",
+        "LOGURU_DEBUG_NO": "ten",
+        "LOGURU_SERIALIZE": "1",
+        "MPLBACKEND": "none",
+        "SSLKEYLOGFILE": "/gone/k",
+    }
     env |= {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "C++", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION_VERSION": "3"}
-    done = checkout.run("run_simulation.sh", "1", "10", "--sleep-time", "0", env=env)
+    done = checkout.run("run_simulation.sh", "1", "10", "--sleep-time", "0", "--dashboard", "0", env=env)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "{" not in done.stderr, done.stderr
     assert "{" not in (checkout.path / f"run/servers/{checkout.base_port}.log").read_text()
 

@@ -321,7 +321,7 @@ def test_tokens_spent_in_a_round_stay_spent(play, fake_of):
         question = question_for(group.game, number, ())
         for index in range(2):
             group.begin(question, tokens_each[index], one_by_one=True)
-            group.participant(index).play(message_of(question), index)
+            group.participant(index).answer_round(message_of(question), index)
         assert tally_of(group).ended is ended
         assert tally_of(group).answered == (0 if ended else 2)
 

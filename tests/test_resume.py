@@ -23,6 +23,7 @@ from waiting import Gates
 
 from simulation.errors import ClusterError, Interrupted, ResultsError, RunAborted, SettingsError
 from simulation.files import warn_once
+from simulation.game.population import Population
 from simulation.game.rules import game_of
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
 from simulation.hosts import pid_files
@@ -405,7 +406,7 @@ def test_the_resume_command_is_printed_if_rounds_are_left(tmp_path, name):
     if (OLD_RUNS / name).exists():
         shutil.copytree(OLD_RUNS / name, tmp_path / "it's a run")
     config = SimulationConfig(seed=1)
-    session = Session([RunSpec(config, {}, game_of(config, None, None), tmp_path / "it's a run")])
+    session = Session([RunSpec(config, {}, game_of(config, None, Population()), tmp_path / "it's a run")])
     command = (f"{'.' if Path.cwd() == ROOT else ROOT}/run_simulation.sh", shlex.quote(f"{tmp_path}/it's a run"))
     assert session.how_to_resume() == (TO_RESUME[name] and TO_RESUME[name].format(*command))
 
@@ -680,7 +681,7 @@ def test_a_disk_that_fails_between_the_runs_of_an_experiment_is_a_failure_to_wri
     tmp_path, monkeypatch, warnings, number
 ):
     config = SimulationConfig(seed=1)
-    spec = RunSpec(config, {}, game_of(config, None, None), tmp_path / "s/02-y")
+    spec = RunSpec(config, {}, game_of(config, None, Population()), tmp_path / "s/02-y")
     directory = RunDirectory(sweep_in(tmp_path / "s", "01-x", "02-y"), resumed=True)
     session = Session([spec], directory=directory)
     failing(monkeypatch, os, "mkdir", number)

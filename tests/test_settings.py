@@ -184,6 +184,11 @@ def test_each_pair_of_actions_is_refused(role, pair, capsys):
     assert one_line(capsys.readouterr().err)
 
 
+def test_two_roles_are_refused(capsys):
+    assert main.main(["--role", "participant", "--server-per-host", "2", "--role=main", "--dry-run"]) == 2
+    assert "--role participant and --role main: do not go together" in one_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_help_lists_every_flag_of_a_role_with_its_default(role, capsys, monkeypatch):
     for columns in (70, 100, 300):

@@ -1,4 +1,4 @@
-"""A group: the participants on one server that one moderator asks. One call creates them, and one call asks them.
+"""A group: the participants on one server that one moderator asks. One call creates them, and one call asks all.
 
 All methods are thread-safe. The participants run on the event loop of the group's thread. The group creates agents
 without calling AgentScope's metaclass, because that call takes longer than the rest of the creation (see `_build`).
@@ -68,8 +68,8 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.game = game
         self.lease_s = lease_s
         self.chat = Chat(game) if game.llm is not None else None
-        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
         self._class = deserialize_agent_class(participant_class, run_of(oid))
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
         self._reply_threads = min(reply_threads, count)
         with _pools_lock:
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")

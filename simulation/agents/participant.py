@@ -79,7 +79,7 @@ class Participant(AgentBase):
         `index` is the participant's index in the group. It is passed because a subclass may have changed `self.index`.
         """
         assert self._home is not None  # only participants in groups can be called
-        self._home.ask_one(index, question_in(x, self.game))
+        self._home.ask_one(index, question_in(x, self._home.game))  # a subclass may have no `game`
         return Msg("participant", "", "assistant")
 
     def _run(self, answering: Awaitable[Any]) -> Any:

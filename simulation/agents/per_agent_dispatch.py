@@ -39,10 +39,10 @@ class PerAgentDispatch:
         assert self._assignment.server is not None  # a group without a server is assigned to no moderator
         try:
             for index in indices:
-                if self.stopped:
+                if self.stopped or question.round != self._round:
                     return
                 agent_id = f"{self._assignment.oid}/{index}"
                 proxy = RemoteObject(Participant, agent_id, self._assignment.server, self._timeout_s)
                 reply_of(proxy, message_of(question), index, method="answer_round")
         except Exception as error:  # noqa: BLE001 - top level of the thread: the moderator reports the error
-            self.error = one_line(error)
+            self.error = self.error or one_line(error)

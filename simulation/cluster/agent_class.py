@@ -41,8 +41,8 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     if not is_there(path, "--agent-class"):
         raise refuse(f"there is no file {path}{near_file(path)}")
     module = sys.modules[OWN + path.stem] = ModuleType(OWN + path.stem)
-    module.__file__ = str(path)
-    append_to_path(full_path("--agent-class", str(path.parent)))
+    module.__file__ = full_path("--agent-class", file_name)  # absolute: servers run in another folder
+    append_to_path(str(Path(module.__file__).parent))
     try:
         with unregistered():
             # not `exec_module`: it may run old bytecode if two versions of equal size are saved in one second
@@ -71,7 +71,7 @@ def serialize_agent_class(cls: type[Participant]) -> bytes:
     try:
         file, folder = getattr(sys.modules[cls.__module__], "__file__", None), None
         if file is not None and cls.__module__.startswith(OWN):
-            folder = full_path("--agent-class", str(Path(file).parent))
+            folder = str(Path(file).parent)
         packed = pickle.dumps((folder, cloudpickle.dumps(cls)))
     except BaseException as error:  # noqa: BLE001 - a user-defined class may raise anything
         raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None

@@ -90,7 +90,11 @@ class _Server:
         process = context.Process(target=_child, args=(*self._arguments, self._ready))
         self._started, self.start_at = time.monotonic(), math.inf
         try:
-            process.start()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has its own handlers
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.process = process
             ProcessId.of(process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
         except OSError as error:
@@ -137,6 +141,7 @@ def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> 
     """
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # replace the launcher's handlers, which stop all servers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(source, target)

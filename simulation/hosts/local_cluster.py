@@ -60,6 +60,7 @@ def start(
     models = {name: model.base_url for name, model in read_models(config, required=False).items()}
     with one_at_a_time():
         check_not_owned()
+        AGENT_SERVERS.check_same_host()
         if running := AGENT_SERVERS.running():
             _check_same(config, [int(name) for name in running if name != LAUNCHER], models)
             progress(len(config.ports), len(config.ports))

@@ -301,7 +301,10 @@ class ServerProcesses:
         ]
         for process in named:  # a running server ends the other processes of its session itself
             end(process)
-        _, alive = psutil.wait_procs([*named, *others], timeout=self.term_timeout_s if named else 0)
+        for process in others:
+            if sessions[process] not in running_pids:
+                end(process, kill=True)
+        _, alive = psutil.wait_procs([*named, *others], timeout=self.term_timeout_s if named else KILL_TIMEOUT_S)
         for process in alive:
             end(process, kill=True)
         psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)

@@ -228,7 +228,9 @@ class ModelClient:
         batch.errors += 1
         batch.cause = self._last_cause = error.cause
         if not error.retryable:
-            batch.fail(error.cause, Ended.MODEL_FAILED)
+            same = [each for each in self._queue if each.chat is batch.chat and each.prompt == batch.prompt]
+            for request in [batch, *(same if error.refused else [])]:  # the server would refuse these, too
+                request.fail(error.cause, Ended.MODEL_FAILED)
             return
         now, errors = time.monotonic(), batch.errors
         if error.server_wide:

@@ -51,7 +51,8 @@ class RequestError(Exception):
     cause: str
     _: KW_ONLY
     retryable: bool = True  # the same request may succeed later
-    server_wide: bool = False  # the error concerns the whole server, so other requests must wait too
+    server_wide: bool = False  # the error concerns the server: other requests for this model must wait, too
+    refused: bool = False  # the server refused the content of the request
     maybe_unsupported_n: bool = True  # the field n (number of answers per request) may have caused the error
     retry_after_s: float = 0.0  # pause that the server requests
     usage: Usage | None = None  # the tokens, if the server reports them despite the error
@@ -102,7 +103,7 @@ def _refusal(status: int, headers: Mapping[str, str], reply: Any, now: float) ->
     if message and not isinstance(message, dict):
         cause = f"{cause}: {printable(str(message), MESSAGE_SHOWN)}"
     denied = status in (401, 403)  # regardless of the content of the request
-    return RequestError(cause, retryable=False, maybe_unsupported_n=not denied)
+    return RequestError(cause, retryable=False, refused=status in (400, 422), maybe_unsupported_n=not denied)
 
 
 def retry_after(value: str | None, now: float) -> float:

@@ -44,9 +44,9 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
     """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
     game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
     _draw_histogram(axes, game, run.results[index].tally, BINS, game.max_value * game.scale)
-    if (average := entry["average"]) is None:
+    average, winning = entry["average"], entry["winning_number"]
+    if average is None or winning is None:
         return
-    winning = entry["winning_number"]
     axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
     line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=f"winning number {winning:.{digits}f}")
     if winning <= BEYOND * game.max_value:

@@ -194,7 +194,7 @@ class RunDirectory:
             outdated = {whole, *self.path.glob(PARTS), *(self.path / name for name in PICTURES)}
             for path in outdated - {self._part(number + 1) for number in range(rounds)}:
                 path.unlink(missing_ok=True)
-        failed = run_files.read_json_lines(self.path, FAILED_ANSWERS, FailedAnswer)
+            failed = run_files.read_json_lines(self.path, FAILED_ANSWERS, FailedAnswer)
         self._failed = [entry for entry in failed if entry["round"] <= rounds]
         self.write_lines(FAILED_ANSWERS, self._failed)
 

@@ -48,7 +48,7 @@ def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
 def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply") -> Msg:
     """Call `method` of an agent and return its reply. There is no deadline for the reply.
 
-    Raises KnownCause if the agent raises an exception, and ClusterError if its server is lost.
+    Raises KnownCause if the agent raises an exception, and ClusterError if its server or the agent is lost.
     """
     try:
         return getattr(proxy, method)(message, *more).result()

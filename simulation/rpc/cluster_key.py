@@ -69,7 +69,7 @@ def load(folder: Path) -> ClusterKey:
         advice = "copy the folder from another host, or give another --cluster-key-dir"
         raise SettingsError(f"the cluster key is incomplete, {error.filename} is missing: {advice}") from None
     except OSError as error:
-        raise SettingsError(f"cannot read the cluster key {error.filename}: {reason(error)}") from None
+        raise SettingsError(f"cannot read the cluster key {error.filename or folder}: {reason(error)}") from None
     if problem := _problem_of(key):
         raise SettingsError(f"the cluster key in {folder} {problem}")
     return key

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +70,7 @@ class Dashboard:
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_LISTED)
         self._over = False
         self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # the time when the cached state expires, and this state
-        self._pages: dict[
-            str, float
-        ] = {}  # time of the last request (time.monotonic), by page id; the dictionary is replaced, never changed
+        self._pages: dict[str, float] = {}  # time.monotonic of each page's last request; replaced, never changed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
         self._thread.start()
@@ -105,7 +103,8 @@ class Dashboard:
         self._over, end = True, time.monotonic() + END_S
         while any(time.monotonic() < min(at + OPEN_S, end) for at in self._pages.values()):
             time.sleep(0.02)
-        self._loop.call_soon_threadsafe(_exit)
+        with suppress(RuntimeError):  # the loop is closed, as the thread has failed
+            self._loop.call_soon_threadsafe(_exit)
         self._thread.join(END_S)
 
     def _serve(self) -> None:
@@ -156,7 +155,7 @@ class Dashboard:
 
     async def _report(self, request: web.Request) -> web.FileResponse:
         """Return the report of a finished run as a download, so that it does not open as a page of our origin."""
-        paths = {each["run_id"]: Path(each["path"], REPORT) for each in self._ended}
+        paths = {each["run_id"]: Path(each["path"], REPORT) for each in list(self._ended)}
         if (path := paths.get(request.query.get("run"))) is None:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Content-Disposition": "attachment"})

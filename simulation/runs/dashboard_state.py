@@ -46,7 +46,9 @@ class DashboardState:
         for result in results[len(self._rounds) :]:
             _, bars = histogram(result.tally.units, result.tally.counts, game.numbers - 1, BINS)
             self._bars = bars.tolist()
-            self._rounds = [*self._rounds, round_entry(result, game.scale)]
+            entry = round_entry(result, game.scale)
+            del entry["failures"]  # the page shows those of all rounds together
+            self._rounds = [*self._rounds, entry]
         statuses = simulation.cluster.observe() if simulation is not None else {}
         assignments = simulation.cluster.active_assignments if simulation is not None else []
         usage = simulation.usage if simulation is not None and not self.over else run.usage

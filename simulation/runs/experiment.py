@@ -86,6 +86,8 @@ class Experiment(YamlFile):
 
     def _error_in_setting(self, name: str, node: yaml.Node, error: SettingsError) -> SettingsError:
         """Return `error` with the line number of `node`, and with the name of the setting instead of its flag."""
+        if str(error).startswith(f"{self.name}, line "):
+            return error
         return self.error(node, str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:

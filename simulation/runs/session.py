@@ -119,7 +119,8 @@ class Session:
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
         """Execute one of several runs. Return the exit status, even if the run is aborted."""
-        directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
+        with results_errors(f"write to {spec.folder}"):
+            directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
         try:
             if spec.status is not None:
                 return 0 if spec.status == "complete" else RunAborted.exit_status

@@ -81,6 +81,8 @@ class YamlFile:
                     raise self.error(each, f"has the unknown tag {each.tag}")
                 if each.value == "" and not each.style:
                     raise self.error(each, f"{name} has no value")
+                if isinstance(each.value, str) and any("\ud800" <= sign <= "\udfff" for sign in each.value):
+                    raise self.error(each, "contains half of a surrogate pair")
             found[name] = copy(value)
             found[name].start_mark = key.start_mark
         return merged | found
