@@ -54,7 +54,7 @@ class LLMParticipant(Participant):
         return prompt_for(self.system(), question, numbers, thoughts=thoughts)
 
     async def answer(self, question: Question) -> float | str:
-        """Ask the model and return its number, or, in round 0, its text."""
+        """Ask the model and return its number, or its text if a user asks outside the game (round 0)."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
         model = self.game.population.model_of(self.index) or f"model_{self.index % chat.settings.model_per_host + 1}"
         if question.round == 0:

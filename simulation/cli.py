@@ -174,7 +174,7 @@ def exclude_from_proxy(*hosts: str) -> None:
 
 
 def describe_damage(error: ImportError) -> str:
-    """Return the error text for a damaged environment. If it is .venv, let the next script repair it."""
+    """Return the error text for a damaged environment. If it is .venv, also mark it for repair by the next script."""
     for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
@@ -251,7 +251,7 @@ def stop_or_show(what: str, servers: Any, command: Command) -> int:
 
 @contextlib.contextmanager
 def interruptible_progress() -> Iterator[Callable[..., None]]:
-    """Yield a progress function. A stop signal raises Interrupted in the block, so that its new servers are stopped."""
+    """Yield a progress function. In the block, a stop signal raises Interrupted, so that servers started there stop."""
     from simulation.runs.console import ConsoleProgress, on_stop_signals
 
     def interrupt(number: int, _frame: object) -> NoReturn:

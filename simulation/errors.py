@@ -12,7 +12,7 @@ SimulationError          1   a bug in this program
 └── Interrupted        129/130/143   Ctrl-C, or a HUP or TERM signal
 
 UnusableAnswer               one participant has failed; the failure is counted by its cause, and the run continues
-└── KnownCause               the text of the cause is from this program
+└── KnownCause               raised by this program; its text is counted verbatim as the cause
 """
 
 import errno

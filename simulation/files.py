@@ -37,7 +37,7 @@ def warn_once(warning: str) -> None:
 
 
 def full_path(flag: str, text: str, folder: Path | None = None) -> str:
-    """Return the path `text` that the user gave for `flag` as an absolute path. Raises SettingsError if it is invalid.
+    """Return `text`, the path that the user gave for `flag`, as an absolute path. Raises SettingsError if invalid.
 
     Expand a leading `~`, `~user` or `$HOME`. A relative path is relative to `folder` (default: the working directory).
     """

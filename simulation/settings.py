@@ -228,7 +228,7 @@ def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) ->
 
 
 def _from_root(_name: str, path: str) -> str:
-    """Return a path as stored in a run folder: relative to ROOT if the path or its link target is inside ROOT."""
+    """Return a path in the form for run folders: relative to ROOT if it, or the file it links to, is inside ROOT."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:
             return str(form.relative_to(ROOT))

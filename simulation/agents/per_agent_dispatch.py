@@ -1,6 +1,6 @@
 """Dispatch of questions through one proxy per participant, as in AgentScope's examples.
 
-It exists for comparison. Each answer costs at least two remote calls and a thread, even if the participant is idle.
+It exists for comparison. Each answer needs at least two remote calls, and a thread even while the participant waits.
 """
 
 import threading

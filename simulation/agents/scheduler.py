@@ -2,7 +2,7 @@
 
 One task steps (starts or resumes) all coroutines that only pause. A paused coroutine waits in a timer wheel. This takes
 a quarter of the memory of a task, a future and a timer. The first coroutine that does more than pause keeps the task,
-and a new task steps the other coroutines. Therefore, no coroutine can detect that several coroutines shared its task.
+and a new task steps the other coroutines. Therefore, a coroutine cannot detect that it has shared its task with others.
 """
 
 import asyncio
@@ -256,7 +256,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
-    """Await `work`. Return its value, or return its exception, as an uncaught sys.exit() would stop the event loop."""
+    """Await `work` and return its value or its exception. If raised, a SystemExit would stop the event loop."""
     try:
         return await work
     except BaseException as error:  # noqa: BLE001 - user code may raise anything

@@ -70,7 +70,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Let heartbeats request histograms for some seconds. Return the servers' status, participant servers first."""
+        """Make heartbeats fetch histograms for OBSERVED_S from now. Return each server's status, moderators last."""
         self._detector.observe(self._game.numbers)
         return self.status
 

@@ -1,7 +1,7 @@
 """Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
 A server delays its heartbeat reply until its participants finish the round, but only for about WAIT_S. Main therefore
-learns the end of a round at once. A server is marked down if nothing or another program listens on its port, if its
+learns of the end of a round at once. A server is marked down if its port is closed or used by another program, if its
 process was replaced, or if no reply arrives within the heartbeat timeout. The caller decides how to react.
 """
 

@@ -32,7 +32,7 @@ class ProgressListener(Protocol):
         """Receive how many of `total` participants have finished `stage` ("participants created" or "answers in")."""
 
     def warn(self, line: str) -> None:
-        """Receive a message that a server was lost or has recovered."""
+        """Called when a server was lost or has recovered; `line` is the message for the user."""
 
 
 class Membership:

@@ -198,7 +198,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case with ASCII digits, without reasoning and markup. Cut-off reasoning leaves ""."""
+    """Return the text in lower case with ASCII digits, without reasoning and markup; "" if the reasoning is cut off."""
     plain = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     plain = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in plain)
     plain = _STRUCK.sub(_struck, _TOKEN.sub(" ", plain)).strip()
@@ -208,7 +208,7 @@ def _plain(text: str) -> str:
 
 
 def _struck(found: re.Match[str]) -> str:
-    """Return the replacement of a match: " n0 " (number uncertain) if struck-out text is next to a digit, else " "."""
+    """Return what replaces a match: " n0 " (an uncertain number) for struck-out text next to a digit, else " "."""
     beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
     return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 

@@ -97,7 +97,7 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> "AnswerSheet":
-        """Return a copy in which undecided participants failed as interrupted. Another thread may record meanwhile."""
+        """Return a copy that counts undecided participants as failed. Meanwhile, threads may record answers."""
         copy = AnswerSheet(self.first, self.count)
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)

@@ -91,10 +91,10 @@ class Population:
 
     @cached_property
     def by_topic(self) -> dict[str, Grouping]:
-        """Return the partitions by persona set and by model.
+        """Return the partitions of the participants by topic: one per persona set, and one by model (MODEL).
 
-        The label of a model is its name on its server. If several models of a mixture share this name, for example with
-        different temperatures, their labels are their names in the models file.
+        The label of a model's part is the model's name on its server. If several models of a mixture share this name,
+        for example with different temperatures, their labels are their names in the models file.
         """
 
         def assigned(topic: str, labels: Iterable[str], parts: Sequence[Persona | ModelShare]) -> Grouping:

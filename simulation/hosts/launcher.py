@@ -74,7 +74,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
 
 class _Server:
-    """An agent server process. If it fails, restart it, unless its first start or several starts in a row failed."""
+    """An agent server process, restarted after a failure unless its first or several successive starts failed."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments, self._port = (config, port, key), port

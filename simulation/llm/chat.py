@@ -139,7 +139,7 @@ class Chat:
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Read the model file, register its models here and with AgentScope, and return them. Raises SettingsError."""
+    """Read the model file, register its models in this module and with AgentScope. Raises SettingsError."""
     models = read_models(config, required=False)
     ModelManager.get_instance().load_model_configs([each.entry for each in models.values()], clear_existing=True)
     _models.clear()

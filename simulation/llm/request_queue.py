@@ -253,7 +253,7 @@ class ModelThread:
         threading.Thread(target=self.loop.run_forever, name="models", daemon=True).start()
 
     def put(self, requests: list[SampleRequest]) -> None:
-        """Pass requests to their clients, which are created on first use. This method must be called on this thread."""
+        """Pass requests to their models' clients, created on first use. To be called on the model thread only."""
         for request in requests:
             config = request.config
             try:

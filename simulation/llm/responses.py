@@ -1,4 +1,4 @@
-"""Parsing of model server replies, token usage, and the pauses after failed requests; pure functions."""
+"""Pure functions that parse model server replies, add up token usage, and compute pauses after failed requests."""
 
 import email.utils
 import json
@@ -21,7 +21,7 @@ MOST_TOKENS = 10**12  # a larger token count of one request is invalid
 
 @dataclass
 class Usage:
-    """The usage of one or more groups so far. The tokens are those that the model servers report for each request."""
+    """The requests, tokens and times of one or more groups so far. Token counts are those that model servers report."""
 
     requests: int = 0  # requests sent, including retries
     retries: int = 0  # requests sent after an error, too few answers, or an unusable answer

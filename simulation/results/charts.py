@@ -55,7 +55,7 @@ def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
 
 
 def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """Draw a histogram of the answers from 0 to `top` (in units of 1 / scale) with at most `bins` bins."""
+    """Draw a histogram of the answers from 0 to `top` units with at most `bins` bins."""
     edges, counts = histogram(tally.units, tally.counts, top, bins)
     borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
     axes.stairs(counts, borders, fill=True, color="bars", label="answers")

@@ -151,7 +151,7 @@ def _name(text: str) -> str:
 
 
 def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, and the names of models that participants use in turn. At least one is empty.
+    """Return the mixture of models, and the models assigned round-robin. At least one of these two tuples is empty.
 
     Raises SettingsError if a model does not exist or the shares are invalid.
     """
