@@ -23,7 +23,7 @@ class LevelK(Participant):
         return int(self.personas["levels"].name.removeprefix("level "))
 
     async def answer(self, question: Question) -> float:
-        """Return a random number at level 0. At level k, compute offset + ratio * x k times, from x = last average."""
+        """Return a random number at level 0. At level k, apply x -> offset + ratio * x to the last average k times."""
         level = self.level
         if level == 0:
             return draw(self.game, question.round, self.index) / self.game.scale

@@ -1,4 +1,4 @@
-"""Query a run's answers with DuckDB, a database in a Python package. Print count, average, median, failures per round.
+"""Query a run's answers with DuckDB, a database in a Python package. Print figures of each round.
 
 .venv/bin/python -m pip install duckdb
 .venv/bin/python examples/read_answers.py [PATH]

@@ -27,7 +27,7 @@ main() {
   in_background cat
 }
 
-# Run a command in the background and wait for it: a signal interrupts `wait`, but no command in the foreground.
+# Run a command in the background and wait for it: a signal interrupts `wait`, but not a command in the foreground.
 in_background() {
   "$@" <&0 >&2 &
   JOB=$!

@@ -25,11 +25,11 @@ ENCODING: dict[str, Any] = {
     "use_dictionary": ["round", "value", "failure"],
     "column_encoding": {"participant": "DELTA_BINARY_PACKED"},
 }
-ROWS_AT_ONCE = 250_000  # maximum number of rows read at once, and minimum size of a row group except the last
+ROWS_AT_ONCE = 250_000  # maximum number of rows read at once; each row group except the last has at least as many
 
 
 def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
-    """Return a table of answers in one round. `part` holds them in units of 1 / scale, the table as plain numbers."""
+    """Return a table of the answers in `part`, all of one round, converted from units of 1 / `scale` to numbers."""
     failed = part.units < 0
     columns = [
         pa.array(np.full(len(part.units), round_number, np.int32)),
@@ -41,7 +41,7 @@ def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-    """Write tables as they come. Combine small ones: only the last row group may have fewer than ROWS_AT_ONCE rows."""
+    """Write tables to a file. Combine small ones: each row group except the last has at least ROWS_AT_ONCE rows."""
     with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
         waiting: list[pa.Table] = []
         for table in tables:
@@ -54,7 +54,7 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
 
 
 def rows_in(path: Path) -> Iterator[pa.Table]:
-    """Yield a file's rows in tables. Raises ArrowInvalid if columns are wrong or a row has no round or participant."""
+    """Yield a file's rows as tables. Raises ArrowInvalid if columns are wrong or a row has no round or participant."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         if file.schema_arrow.remove_metadata() != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
@@ -82,7 +82,7 @@ def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
-    """Return a table's tally in units of 1 / scale. Its `ended` is COMPLETE: rows do not state how a round ended."""
+    """Return the tally of a table in units of 1 / `scale`. `ended` is COMPLETE: rows do not state how a round ended."""
     values = table["value"].drop_null().to_numpy()
     units, counts = value_counts(np.rint(values * scale).astype(np.int64))
     causes = table["failure"].drop_null().value_counts()

@@ -77,7 +77,7 @@ def draw_lines(
 ) -> None:
     """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
 
-    The x-axis spans `rounds`, the y-axis 0 to slightly above the highest number. `styles` (optional) has one per line.
+    The x-axis spans `rounds`, the y-axis 0 to slightly above the highest number. `styles`, if given, has one per line.
     """
     for index, (name, numbers) in enumerate(lines.items()):
         colour, line_style = series_style(index)
@@ -118,7 +118,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
 
 
 def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
-    """Return histograms of the PARTS_DRAWN largest `tallies` as inline SVG. Each is scaled to its own highest bar."""
+    """Return inline SVG: a histogram for each of the PARTS_DRAWN largest `tallies`, scaled to its own highest bar."""
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
@@ -148,7 +148,7 @@ def last_round(run: SavedRun) -> Figure:
 
 
 def all_rounds(run: SavedRun) -> Figure:
-    """Return a figure for a PNG file: small histograms of some rounds above the averages by round."""
+    """Return a figure for a PNG file: small histograms of some rounds, and below them the averages by round."""
     entries = run.summary["rounds"]
     indices = selection(len(entries), SMALL_MULTIPLES)
     figure, above, below, grid = two_parts([(run, index) for index in indices], 3.4)
@@ -172,10 +172,10 @@ def all_rounds(run: SavedRun) -> Figure:
 def two_parts(
     rounds: Sequence[tuple[SavedRun, int]], lines_inches: float, lines_first: bool = False
 ) -> tuple[Figure, SubFigure, SubFigure, list[Axes]]:
-    """Return a figure for a PNG file, its upper and its lower part, and the axes of the histograms in one part.
+    """Return a figure for a PNG file, its upper part, its lower part, and the axes of its histograms.
 
-    Each histogram shows one of `rounds`, pairs of a run and an index in its `results`. The other part is left empty for
-    a line chart. It is `lines_inches` high, and the upper part if `lines_first` is True.
+    One part has a histogram for each of `rounds`, which are pairs of a run and an index in its `results`. The other is
+    left empty for a line chart. It has the height `lines_inches`, and is the upper part if `lines_first` is True.
     """
     columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
     rows = -(-len(rounds) // columns) or 1

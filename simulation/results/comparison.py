@@ -23,12 +23,12 @@ from simulation.settings import SETTINGS
 PAGE, PICTURE = "comparison.html", "comparison.png"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-LABEL_WIDTH = 32  # characters in a line of a label in the picture
+LABEL_WIDTH = 32  # maximum number of characters in a line of a label in the picture
 LINES = 24  # maximum number of runs in the line chart: as many lines as `series_style` distinguishes
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return the run folders, each once. Replace experiments by their runs. Raises SettingsError if one has no runs."""
+    """Return each folder in `named` once. An experiment stands for its runs. Raises SettingsError if it has none."""
     found: dict[Path, Path] = {}
     for path in named:
         runs = runs_in(path) if is_there(path / SWEEP) else [path]
@@ -53,7 +53,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
-    """Return the innermost common parent of all run folders. Raises SettingsError if this is the root folder."""
+    """Return the innermost folder that contains all run folders `paths`. Raises SettingsError if this is /."""
     folder = Path(os.path.commonpath([real(path).parent for path in paths]))
     if folder == folder.parent:
         raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
@@ -61,7 +61,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Return a dictionary for each run: the name and the value, as text, of each setting in which the runs differ."""
+    """Return a dictionary for each run. It maps each setting in which the runs differ to its value as text."""
 
     def text(name: str, value: Any) -> str:
         if name == "agent_class" and value is not None:
@@ -74,7 +74,7 @@ def _settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 
 def folder_names(runs: Sequence[SavedRun]) -> list[str]:
-    """Return the path of each run folder, relative to the innermost common parent."""
+    """Return the path of each run folder, relative to the innermost folder that contains all of them."""
     paths = [real(run.path) for run in runs]
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
@@ -98,7 +98,7 @@ def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 def comparison_lines(runs: list[SavedRun]) -> list[str]:
     """Return the lines of a text table that compares the runs."""
-    rows, settings = _rows(runs), _settings(runs)[0]  # may be dropped, as the folder names mention the settings, too
+    rows, settings = _rows(runs), _settings(runs)[0]  # columns of settings may be dropped: folder names mention them
     dropped = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
     return table_lines([*rows[0]], [[*row.values()] for row in rows], [*dropped, "status", "last average"])
 
@@ -112,7 +112,7 @@ def write_comparison(folder: Path, runs: list[SavedRun]) -> None:
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
-    """Return the template variables of the page in `folder`. Links to the reports are relative to `folder`."""
+    """Return the template variables of the comparison page. Its links to reports are relative to `folder`."""
     drawn, reports = runs_to_draw(runs), [real(run.path) / REPORT for run in runs]
     return {
         "runs": runs,
@@ -127,7 +127,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun]) -> dict[str, Any]:
 def runs_to_draw(runs: Sequence[SavedRun]) -> list[tuple[str, SavedRun]]:
     """Return at most LINES pairs of a label and a run. Omit runs without results.
 
-    A label names the settings in which the runs differ. It omits the seed, which is random by default, unless no other
+    A label lists the settings in which the runs differ. It omits the seed, which is random by default, unless no other
     setting differs. Labels that would be empty or equal also name the run folder.
     """
     texts = []
@@ -153,7 +153,7 @@ def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
     """Return a figure: above, the averages by round; below, the last round of some runs as histograms."""
     drawn = [(textwrap.fill(label, LABEL_WIDTH), run) for label, run in drawn]
-    lines = -(-len(drawn) // 3) * max((label.count("\n") + 1 for label, _ in drawn), default=1)  # of the legend
+    lines = -(-len(drawn) // 3) * max((label.count("\n") + 1 for label, _ in drawn), default=1)  # in the legend
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
     figure, above, _, grid = charts.two_parts([(run, -1) for _, run in selected], 3.6 + 0.3 * lines, lines_first=True)
     axes = above.subplots()

@@ -42,7 +42,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
 
 
 def _text(units: Fraction | float | None, game: Game, missing: str = "-") -> str:
-    """Format a number in units of 1 / scale, with three more decimals than an answer has. Return `missing` for None."""
+    """Format `units` / game.scale with three more decimals than an answer has. If `units` is None, return `missing`."""
     return missing if units is None else f"{float(units / game.scale):.{game.decimals + 3}f}"
 
 
@@ -53,7 +53,7 @@ def failure_line(tally: Tally) -> str:
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
-    """Return a line about the usage in one round, from the cumulative usage at its start and at its end."""
+    """Return a line about the usage in a round of `round_s` seconds. `before` and `after` are cumulative usages."""
     answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
     return (
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
@@ -91,14 +91,14 @@ def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
 
 
 def brief(number: float | None) -> str:
-    """Format a number with three decimals, or below 0.1 with three significant digits. None becomes a dash."""
+    """Format a number with three decimals, or with three significant digits if it is below 0.1. None becomes a dash."""
     if number is None:
         return "–"
     return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
 def run_lines(run: SavedRun) -> list[str]:
-    """Return the text report of a run: announcements, last histogram, tables by persona or model, and status."""
+    """Return a run's text report: announcements, histogram and tables of the last round, and the status of the run."""
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)

@@ -30,18 +30,18 @@ ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # 8 colours * 3 line styles = 24 distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page; legible on a phone, and wider screens show several charts per row
 
-mpl.rcdefaults()  # a user's matplotlibrc may require LaTeX, for example
+mpl.rcdefaults()  # discard the user's matplotlibrc, which may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
 mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_default_template=False))
 
 
 def series_style(index: int) -> tuple[str, str]:
-    """Return the colour and line style of line number `index` (from 0). Pages use both names as CSS classes, too."""
+    """Return the colour and line style of a chart's line `index` (from 0). Pages use both names as CSS classes, too."""
     return f"series-{index % SERIES + 1}", LINE_STYLES[index // SERIES % len(LINE_STYLES)]
 
 
 def short(number: float, _index: float = 0) -> str:
-    """Format a number for an axis tick: 950, 12k, 1.5M."""
+    """Format a number for an axis tick, such as 950, 12k or 1.5M."""
     for limit, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(number) >= limit:
             return f"{number / size:.4g}{letter}"
@@ -49,7 +49,7 @@ def short(number: float, _index: float = 0) -> str:
 
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
-    """Limit the ticks to about `across` on the x-axis and `up` on the y-axis. The axis `whole` has whole numbers."""
+    """Show about `across` ticks on the x-axis and `up` on the y-axis, and only whole numbers on the axis `whole`."""
     axes.locator_params("x", nbins=across, integer=whole == "x")
     axes.locator_params("y", nbins=up, integer=whole == "y")
     axes.xaxis.set_major_formatter(short)
@@ -106,7 +106,7 @@ class _PageRenderer(RendererBase):
         self.elements.append(Markup('<path d="{}" style="{}"/>').format(line, style))
 
     def draw_text(self, gc: Any, x: float, y: float, s: str, prop: Any, *_: Any, mtext: Any = None, **__: Any) -> None:
-        # Only the browser knows the font and the width of the text, and therefore aligns it
+        # The browser aligns the text, because only the browser knows the font and therefore the width
         x = mtext.get_transform().transform(mtext.get_unitless_position())[0]
         style = f"fill: {_variable(gc.get_rgb())}; font-size: {prop.get_size_in_points():g}px"
         style += f"; text-anchor: {ANCHORS[mtext.get_horizontalalignment()]}"

@@ -41,7 +41,7 @@ class SavedSummary:
 
     @property
     def position(self) -> run_files.SweepPosition | None:
-        """Return the position of the run in its experiment, if any, even if the run folder was moved elsewhere."""
+        """Return the position of the run in its experiment, if it has one, even if the run folder was moved."""
         return sweep_position(self.path) or self.summary.get("part_of")
 
     @property
@@ -56,7 +56,7 @@ class SavedSummary:
         return Usage(**(self.summary["llm"] or {}), answering_s=answering_s, client_s=seconds["client"])
 
     def is_spent(self, budget: int | None) -> bool:
-        """Return whether the run would have no tokens left with the token budget `budget` (None: unlimited)."""
+        """Return whether the run would have no tokens left if its token budget were `budget` (None: unlimited)."""
         if budget is None or not self.summary["rounds"]:
             return False
         ran_out = self.summary["rounds"][-1]["ended"] == "out_of_tokens" and budget == self.config.max_tokens
@@ -72,7 +72,7 @@ class SavedRun(SavedSummary):
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Return a tally per round for each persona and model, read from the answers, as `[topic][index][name]`.
+        """Read the answers. Return a tally for each persona and model in each round, indexed as `[topic][index][name]`.
 
         `topic` is a persona set or "model", `index` an index in `results`, and `name` the name of a persona or model.
         """
@@ -102,7 +102,7 @@ def read_run(path: Path, flag: str = "") -> SavedRun:
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
-    """Read a run, without its last round if that was interrupted. Update its settings as `config_to_resume` does."""
+    """Read a run, omit its last round if that was interrupted, and update its settings (see `config_to_resume`)."""
     run = read_run(path, "--resume ")
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
@@ -117,7 +117,7 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     changed = replace(config, **given)
     for name, value in given.items():
         before = getattr(config, name)
-        if SETTINGS[name].fixed_on_resume and getattr(changed, name) != before:  # not `value`: it may be 0.5 for 1/2
+        if SETTINGS[name].fixed_on_resume and getattr(changed, name) != before:  # `value` may be 0.5 for 1/2
             start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
@@ -139,7 +139,7 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def first_winner(run: SavedRun) -> int:
-    """Return the lowest participant index among the winners of the last round. Raises SettingsError without winners."""
+    """Return the lowest index of a winner of the last round. Raises SettingsError if the round has no winner."""
     if not run.results or not run.results[-1].winners.lowest:
         raise SettingsError(f"--winner: nobody has won the last round of the run in {run.path}")
     return run.results[-1].winners.lowest[0]
@@ -172,7 +172,7 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
 
 
 def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
-    """Yield pairs of a round number and a table. Its rows are checked, and belong to consecutive participants."""
+    """Yield pairs of a round number and a table of checked rows. Each table covers consecutive participants."""
     path, limits = saved.path, {"participant": saved.config.participant_num - 1, "value": saved.config.max_value}
     parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:

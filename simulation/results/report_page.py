@@ -47,7 +47,7 @@ ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds
 
 
 def draw_all(run: SavedRun) -> None:
-    """Write pictures and report. Raises SettingsError if answers are unreadable, ResultsError if a write fails."""
+    """Write a run's report and pictures. Raises SettingsError if answers are damaged, ResultsError if a write fails."""
     write_page(run.path / REPORT, page_content(run))
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))
@@ -92,7 +92,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return an entry for each failure cause, with its count and its rounds. The most frequent cause comes first."""
+    """Return a dictionary for each failure cause: its text, count and rounds. The most frequent comes first."""
     causes: dict[str, dict[int, int]] = {}
     for entry in entries:
         for cause, count in entry["failures"].items():

@@ -33,14 +33,14 @@ class ReportProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the process inherits and keeps this mask
         try:
             command = [sys.executable, str(ROOT / "main.py"), "--role", "report", "--draw-for-main"]
-            with other_end:  # `stdout=2`: libraries may print, but standard output is for main's results
+            with other_end:  # `stdout=2` is standard error: libraries may print, but standard output is for results
                 stdin = other_end.fileno()
                 self._process = subprocess.Popen(command, stdin=stdin, stdout=2, cwd=ROOT, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def draw(self, run: "SavedRun") -> None:
-        """Let the process write the pictures and the report of a run to its folder. If it fails, write them in main.
+        """Make the process write a run's pictures and report to its folder. If the process fails, write them in main.
 
         Raises SettingsError if the answers cannot be read, and ResultsError if a file cannot be written.
         """
@@ -59,7 +59,7 @@ class ReportProcess:
                 raise error
 
     def close(self) -> None:
-        """Kill the process. It is not creating a report when this is called, but may still be importing modules."""
+        """Kill the process, which may still be importing modules. Never called while a report is being created."""
         self._process.kill()
         self._process.wait()
         self._connection.close()

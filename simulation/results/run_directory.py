@@ -40,7 +40,7 @@ DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
-    """Return a new run id, unique across hosts. Their alphabetical order is by creation time in seconds."""
+    """Return a new run id, unique across hosts. Run ids sort alphabetically by creation time, to the second."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
@@ -66,8 +66,8 @@ def resume_command(path: Path, *flags: str) -> str:
 class RunDirectory:
     """The folder of a run or of an experiment, created and locked by the constructor.
 
-    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment that executes
-    this run, if any. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is
+    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment if all of its
+    runs are played. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is
     full. A method raises ResultsError if it cannot read or write a file.
     """
 
@@ -114,7 +114,7 @@ class RunDirectory:
         (self.path / PROBE).unlink()
 
     def _lock(self, path: Path, shared: bool = False) -> bool:
-        """Lock a folder until `close`. Return False if locks are unsupported. Raises SettingsError if it is locked."""
+        """Lock a folder until `close`. Return False if locks are unsupported. Raises SettingsError if it is in use."""
         self._locks.append(os.open(path, os.O_RDONLY))
         try:
             return lock(self._locks[-1], path, "see to it that no other run writes there", wait=False, shared=shared)
@@ -130,7 +130,7 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json (if too long, without rare failure causes and lost servers), and update runs/latest."""
+        """Write summary.json, without rare failure causes and lost servers if it is too long. Update runs/latest."""
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
@@ -143,7 +143,7 @@ class RunDirectory:
             self._whole._was_latest = True
 
     def _point_latest(self) -> None:
-        """Let runs/latest link to this run or its experiment. On a file system without links, log a warning instead."""
+        """Link runs/latest to this run or to its experiment. If links are unsupported, log a warning instead."""
         target = self.path if self.position is None else self.path.parent
         inside = target.is_relative_to(real(LATEST.parent.parent))  # a relative link: users may move the checkout
         draft = LATEST.with_name(f"latest.{secrets.token_hex(4)}")  # matches DRAFTS_OF_LATEST
@@ -161,7 +161,7 @@ class RunDirectory:
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write the answers of one round to a separate file, piece by piece. Update the file of failed answers."""
-        failed = [entry for entry in self._failed if entry["round"] != round_number]  # without an earlier attempt's
+        failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit those of earlier attempts
 
         def rows() -> Iterator[pa.Table]:
             for part in answers:
@@ -176,7 +176,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants first .. first+count-1 by round, shape (rounds, count); NaN: failed."""
+        """Return a (rounds, count) array of the answers of participants first .. first+count-1. NaN: no answer."""
         with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
@@ -184,7 +184,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Split answers.parquet into one file per round. Delete report, pictures, and answers after round `rounds`."""
+        """Delete report, pictures and answers after round `rounds`. Split the other answers into one file per round."""
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
@@ -225,7 +225,7 @@ class RunDirectory:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """Return leftover drafts: files in `path`, and drafts of the link runs/latest to `path` or to a missing folder."""
+    """Return the leftover drafts in `path`, and those of runs/latest that link to `path` or to a missing folder."""
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
     return drafts | {*path.glob(DRAFTS)}
@@ -255,7 +255,7 @@ def _on_disk(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def results_errors(action: str) -> Iterator[None]:
-    """Convert file errors in the block into a ResultsError, whose message states that `action` failed."""
+    """Convert file errors in the `with` block into a ResultsError whose message states that `action` failed."""
     try:
         yield
     except (OSError, pa.ArrowException, SettingsError) as error:

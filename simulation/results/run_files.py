@@ -17,7 +17,7 @@ from simulation.llm.responses import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
 CAUSES_SHOWN = 20
-# Exceptions for a file that is not text or not JSON, is nested too deeply, or has wrong types, keys or numbers
+# Raised for a file that is not text or not JSON, is nested too deeply, or has wrong types, keys or numbers
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def read_run_file(path: Path, name: str, parse: Callable[[str], T], flag: str = "") -> T:
-    """Parse a file of the run folder `path`. If it is missing or damaged, raise SettingsError, starting with `flag`."""
+    """Parse the file `name` in `path`. If it is missing or damaged, raise a SettingsError that starts with `flag`."""
     try:
         return parse(read_text(path / name))
     except OSError as error:
@@ -104,7 +104,7 @@ SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
 def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
-    """Return the settings and the content of a summary.json (older ones, too). Raises the errors of `parse_game`."""
+    """Return settings and content of a summary.json, new or old. Raises SettingsError or an error in DAMAGED."""
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
@@ -207,7 +207,7 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
 
 
 class KeptGroup(TypedDict):
-    """A line of agents.jsonl: a group that its server keeps after the run, of participants first .. first+count-1."""
+    """A line of agents.jsonl: a group of participants first .. first+count-1 that its server keeps after the run."""
 
     oid: Printable  # the remote id of the group
     host: Printable
@@ -217,7 +217,7 @@ class KeptGroup(TypedDict):
 
 
 class FailedAnswer(TypedDict):
-    """A line of failed_answers.jsonl: an unusable answer, and the failure cause."""
+    """A line of failed_answers.jsonl: the text of an unusable answer, and the failure cause."""
 
     round: int
     participant: int
@@ -226,7 +226,7 @@ class FailedAnswer(TypedDict):
 
 
 def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:
-    """Parse a JSON lines file. Return [] if it is missing. Raises SettingsError if it is damaged or unreadable."""
+    """Parse a JSON lines file of `shape` entries. Return [] if it is missing. Raises SettingsError if it is damaged."""
     lines = TypeAdapter(list[shape], config=SHAPE)  # type: ignore[valid-type]
 
     def parse(text: str) -> list[T]:

@@ -8,9 +8,9 @@ INDENT = 2  # spaces that the callers print before some tables
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns to show in a line of `room` characters. Columns without width are omitted.
+    """Return the indices of the columns to show in a line of `room` characters. Columns of width 0 are omitted.
 
-    Columns are separated by `gap` spaces. `dropped` lists the indices that may be omitted, the least important first.
+    Columns are separated by `gap` spaces. `dropped` lists the columns that may be omitted, the least important first.
     """
     columns = [column for column, width in enumerate(widths) if width]
     for index in dropped:

@@ -51,7 +51,7 @@ def keep_traceback() -> str:
 
 
 class Stage(NamedTuple):
-    """The progress of a stage, such as the answers of a round."""
+    """The progress of a stage of the run, such as waiting for the answers of a round."""
 
     name: str
     done: int
@@ -60,13 +60,13 @@ class Stage(NamedTuple):
 
 
 class ConsoleProgress:
-    """Progress on standard error: a bar in a terminal, else a line every LINE_EVERY_S seconds. Handles stop signals."""
+    """Progress on standard error: a bar on a terminal, else a line every LINE_EVERY_S seconds. Handles stop signals."""
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
         self.stage: Stage | None = None  # the latest stage
         self.warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS_KEPT)  # (time.time, message)
-        self.how_to_resume: Callable[[], str | None] = lambda: None  # printed on the second signal
+        self.how_to_resume: Callable[[], str | None] = lambda: None  # called on the second signal; its line is printed
         self._is_open = False  # whether the latest stage is still in progress
         self._has_bar = False
         self._signalled_at = self._last_line = 0.0
@@ -109,7 +109,7 @@ class ConsoleProgress:
         logger.warning(line)
 
     def signalled(self, number: int, _frame: FrameType | None) -> None:
-        """Handle a stop signal: the first requests an early stop, a later one (after SAME_SIGNAL_S) exits at once."""
+        """Handle a stop signal. The first requests an early stop; one at least SAME_SIGNAL_S later exits at once."""
         if self.stop_signal is None:
             self.stop(number)
         elif time.monotonic() >= self._signalled_at + SAME_SIGNAL_S:
@@ -128,7 +128,7 @@ class ConsoleProgress:
 
 
 def progress_line(stage: Stage, now: float, note: str, room: int) -> str:
-    """Return a line of at most `room` columns that shows the progress of a stage. Omit the least important parts."""
+    """Return a line that shows the progress of a stage. If it exceeds `room` columns, omit less important parts."""
     _, done, total, began = stage
     rate = done / (now - began) if now > began else 0.0
     left = str(timedelta(seconds=math.ceil((total - done) / rate))) if rate else ""

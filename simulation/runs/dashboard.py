@@ -78,7 +78,7 @@ class Dashboard:
 
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
-        """Show a run while the block is executed, and its outcome afterwards."""
+        """Show a run during the `with` block, and its outcome afterwards."""
         state = self._run = DashboardState(run)
         path, ended = run.directory.path, {"run_id": run.run_id, "error": ""}
         try:
@@ -103,7 +103,7 @@ class Dashboard:
         self._over, end = True, time.monotonic() + END_S
         while any(time.monotonic() < min(at + OPEN_S, end) for at in self._pages.values()):
             time.sleep(0.02)
-        with suppress(RuntimeError):  # the loop is closed, as the thread has failed
+        with suppress(RuntimeError):  # the loop is closed because the thread has failed
             self._loop.call_soon_threadsafe(_exit)
         self._thread.join(END_S)
 

@@ -88,7 +88,7 @@ class DashboardState:
                     self._progress[oid] = replace(progress, counts=before.counts, failures=before.failures)
 
     def _distribution(self, number: int | None, current: list[Progress]) -> dict[str, Any]:
-        """Return the histograms of the current and the previous round. Between rounds, return only the latest one."""
+        """Return the histograms of the current and the previous round. Between rounds, return only the last round's."""
         game = self.run.game
         width, bins = bins_of(game.numbers)
         counts = [sum(each) for each in zip([0] * bins, *(each.counts for each in current), strict=True)]
@@ -105,7 +105,7 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a grid of all servers, and one row each. With over SERVERS_LISTED servers, list some failing ones."""
+        """Return a grid and rows of all servers. With over SERVERS_LISTED servers, only some failing ones have rows."""
         done = {oid: each.done for oid, each in self._progress.items() if each.round == started}
         hosted: Counter[Endpoint | None] = Counter()  # number of participants that a server hosts or moderates
         for assignment in assignments:
@@ -139,10 +139,10 @@ class DashboardState:
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return an entry for each host and kind of server, with the totals of these servers.
+    """Return an entry for each host and kind of server, with the totals of its servers.
 
-    For each of the first GRID_CELLS servers, `states` contains one letter, the first of the server's state, and `done`
-    one digit, from 0 if no participant has answered to 9 if all have.
+    `states` has a letter for each server, the first of its state. `done` has a digit for each server, from 0 if none of
+    its participants has answered to 9 if all have. Both omit servers after the first GRID_CELLS.
     """
     grid, left = [], GRID_CELLS
     for (host, participants), group in groupby(rows, itemgetter("host", "participants")):

@@ -18,7 +18,7 @@ from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
 MOST_COMBINATIONS = 1000
-LONGEST_NAME = 120  # maximum number of characters in the name of a run folder, after the number
+LONGEST_NAME = 120  # maximum number of characters in the name of a run folder, after its leading number
 OF_GAME = {name: each for name, each in SETTINGS.items() if each.game}
 RUN_FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
 
@@ -66,7 +66,7 @@ class Experiment(YamlFile):
         return values
 
     def _read_value(self, name: str, node: yaml.Node) -> Any:
-        """Convert a value as on the command line. A relative path starts in the folder of the experiment file."""
+        """Convert a value as if it came from a flag. A relative path is relative to the experiment file's folder."""
         value: Any = text_of(node)
         if name == "models" and isinstance(node, yaml.MappingNode):
             shares = {model: text_of(share) for model, share in self.nodes_in(node, "").items()}
@@ -91,7 +91,7 @@ class Experiment(YamlFile):
         return self.error(node, str(error).replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
-        """Add the line number to a run's error about a setting in this file. Return other errors unchanged."""
+        """Return `error`. If it is about a setting in this file, add the line number of the value that `config` has."""
         name = str(error).partition(" ")[0].strip("-:").replace("-", "_")
         if name not in self.settings:
             return error
@@ -116,7 +116,7 @@ class Sweep:
     configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
 
     def label_of(self, config: SimulationConfig) -> str:
-        """Return the settings that distinguish a run from the others, such as `ratio 1/2, prompt basic`."""
+        """Return what distinguishes the run with `config` from the others, such as `ratio 1/2, prompt basic`."""
         return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in self.varies)
 
     def to_json(self) -> dict[str, Any]:

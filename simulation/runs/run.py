@@ -1,4 +1,4 @@
-"""The execution of one run on agent servers that are ready. Each round is printed and saved before the next one."""
+"""The execution of one run on agent servers that are ready. Each round is printed and saved before the next starts."""
 
 import secrets
 import time

@@ -123,7 +123,7 @@ class RunSpec:
                 samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
                 different = min(count, characters * game.numbers ** (number - 1))
                 shared = different + (count - different) // samples
-                alone = count if thoughts else 0  # second requests: none is shared, as the reasoning texts differ
+                alone = count if thoughts else 0  # second requests: none is shared because the reasoning texts differ
                 tokens = shared * prompt.tokens + alone * second.tokens
                 costs.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
             rounds.append(RoundEstimate(number, *map(sum, zip(*costs, strict=True))))
@@ -132,7 +132,7 @@ class RunSpec:
     def _group_parts(self) -> Counter[tuple[str, int]]:
         """Count the groups: the key (name, n) stands for groups with n participants that use the model `name`.
 
-        For a mixture of models, the counts are approximate, as its shares are exact only for all groups together.
+        For a mixture of models, the counts are approximate, because its shares are exact only for all groups together.
         """
         config, names, parts = self.config, asked_models(self.config), Counter[tuple[str, int]]()
         shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
@@ -145,7 +145,7 @@ class RunSpec:
         return parts
 
     def _longest_prompt(self, number: int) -> Prompt:
-        """Build a prompt about as long as the longest one of round `number`, with all announcements and many digits."""
+        """Build a prompt about as long as the longest in round `number`, with all announcements and long numbers."""
         game, population, long = self.game, self.game.population, self.game.max_value * 2 / 3
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
@@ -179,7 +179,7 @@ def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
-    """Return the specification that resumes the run in `path` with the settings in `given`.
+    """Return the specification that resumes the run in the folder `path`, with the settings `given` by flags.
 
     If `in_sweep` is True, a run without rounds or tokens left stays unchanged, and its answers are not read. Raises
     SettingsError if the run cannot be resumed or its participants would use other models.

@@ -19,7 +19,7 @@ from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConf
 PLACEHOLDERS = ("{number}", "{max_value}", "{target}", "{persona}", "{team}")
 MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
-OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # these need a model
+OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # settings that need a model
 OF_MODELS += ["prompt", "prompts_file", "models"]
 Models = Mapping[str, ModelConfig]
 

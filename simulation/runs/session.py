@@ -64,7 +64,7 @@ class Session:
             yield f"run {number} of {len(self.specs)}: {sweep.label_of(spec.config)}{status}", spec
 
     def open(self) -> None:
-        """Create and lock the folder, unless this is done already. Raises SettingsError or ResultsError."""
+        """Create and lock the folder, unless this was already done. Raises SettingsError or ResultsError."""
         self._directory = self._directory or RunDirectory(self.folder)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Session:
         """Execute the remaining rounds of all runs, and return the exit status.
 
         `observe(run)` returns a context manager that observes the run. If rounds are left at the end, even after an
-        error, log the command that resumes them.
+        error, log the command that resumes the run or sweep.
         """
 
         def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
@@ -118,7 +118,7 @@ class Session:
                 logger.warning(hint)
 
     def _play_one(self, spec: RunSpec, play: Callable[[RunSpec, RunDirectory], int]) -> int:
-        """Execute one of several runs. Return the exit status, even if the run is aborted."""
+        """Execute one run of a sweep, unless it is finished. Return its exit status, even if it is aborted."""
         with results_errors(f"write to {spec.folder}"):
             directory = RunDirectory(spec.folder, resumed=is_there(spec.folder), within=self._directory)
         try:
@@ -149,7 +149,7 @@ class Session:
         if self.sweep is not None and ready:
             command = resume_command(self.folder)
             return f"{ready} of {len(self.specs)} runs have rounds left; to go on with them: {command}"
-        for number, progress, flags in left:  # a single run, or all need more tokens: name the first
+        for number, progress, flags in left:  # a single run, or all runs need more tokens: name the first
             name = "the run" if self.sweep is None else f"run {number} of {len(self.specs)}"
             command = resume_command(self.specs[number - 1].folder, *flags)
             return f"{name} ends with {progress} rounds played; to go on with it: {command}"
@@ -157,7 +157,7 @@ class Session:
 
 
 def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
-    """Return the progress of a run, such as `2 of 3`, and the flags needed to resume it; None if it is finished."""
+    """Return the progress of a run, such as `2 of 3`, and the flags needed to resume it. A finished run gives None."""
     try:
         saved = reader.read_summary(spec.folder)
     except SettingsError:
@@ -205,7 +205,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
 
 
 def _experiment(experiment: Experiment, run_dir: str | None, given: dict[str, Any]) -> Session:
-    """Return a session with all runs of an experiment. If the experiment has one run, the session has no sweep."""
+    """Return a session with all runs of an experiment. If the experiment has only one run, the session has no sweep."""
     sweep, specs = experiment.sweep, []
     several = len(sweep.configs) > 1
     chosen = {} if "agent_type" in sweep.varies else given if "agent_type" in given else given | experiment.settings
@@ -226,7 +226,7 @@ def _experiment(experiment: Experiment, run_dir: str | None, given: dict[str, An
 
 
 def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
-    reader.read_summary(path, "--resume ")  # before a missing folder is created
+    reader.read_summary(path, "--resume ")  # fails before the next line would create a missing folder
     directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
         logger.warning(

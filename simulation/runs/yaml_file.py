@@ -22,7 +22,7 @@ A_MAPPING = "must be a mapping: lines such as name: value"
 
 
 class YamlFile:
-    """A YAML file. Its path is the value of `flag`. `nodes` maps names to the nodes of values. Raises SettingsError."""
+    """A YAML file that `flag` names. `nodes` maps each name to its value's node. Raises SettingsError."""
 
     def __init__(self, path: str, flag: str) -> None:
         self.name = printable(shown(path))  # for messages
@@ -58,7 +58,7 @@ class YamlFile:
         return SettingsError(f"{self.name}, line {line + 1}: {printable(text, LONGEST_ERROR)}")
 
     def nodes_in(self, node: yaml.Node, requirement: str) -> dict[str, yaml.Node]:
-        """Return the value nodes of a mapping, by name. The line number of a value node is that of its name.
+        """Return the nodes of the values in a mapping, by name. Each node gets the line number of its name.
 
         Raises SettingsError if a name or value is invalid, or with the text `requirement` if `node` is not a mapping.
         """
@@ -90,7 +90,7 @@ class YamlFile:
     def read_entry(
         self, name: str, node: yaml.Node, readers: Mapping[str, Callable[[str], Any]], optional: str
     ) -> dict[str, Any]:
-        """Return the fields of the entry `name`, each parsed by its function in `readers`. `optional` may be missing.
+        """Return the fields of entry `name`, each parsed by its function in `readers`. Only `optional` may be missing.
 
         Raises SettingsError with the line number if a field is invalid, unknown or missing.
         """
