@@ -1,4 +1,4 @@
-"""The entry point of all roles. The role `main` starts missing servers, plays, and stops the servers it started.
+"""The entry point of all roles. The role `main` plays the game, on temporary servers if none are running.
 
 README.md lists the exit statuses. The loop over the rounds of a run is in simulation/runs/run.py. Modules that need
 AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
@@ -30,7 +30,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something needs cleanup, Ctrl-C exits without a traceback
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the program itself reports a refused handshake, in one line
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # gRPC's own resolver queries DNS even for names in /etc/hosts
-OF_OTHER_PROGRAMS = ("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_", "SSLKEYLOGFILE")  # libraries may reject these
+OF_OTHER_PROGRAMS = ("LOGURU_", "MPLBACKEND", "PROTOCOL_BUFFERS_PYTHON_", "SSLKEYLOGFILE")  # may make libraries fail
 for name in [name for name in os.environ if name.startswith(OF_OTHER_PROGRAMS)]:
     del os.environ[name]
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the role in `arguments` (default: the command line). Print an error as one line. Return the exit status."""
+    """Run the role that `arguments` select (default: sys.argv). Print an error as one line. Return the exit status."""
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         if command is None:  # a help page was printed
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def play(command: Command) -> int:
-    """Check the settings, start missing servers, play, and clean up. Return the exit status."""
+    """Check the settings, start servers if none are running, play, and clean up. Return the exit status."""
     from simulation.results.report_process import ReportProcess
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
@@ -115,7 +115,7 @@ def play(command: Command) -> int:
 
 
 def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether localhost is the only host and runs no servers. Raises ClusterError if a run owns its servers."""
+    """Return whether the only host is localhost and has no servers. Raises ClusterError if another run owns servers."""
     from simulation.hosts.pid_files import any_port_in_use, check_not_owned
 
     if config.hosts != ("localhost",):
@@ -129,7 +129,7 @@ def has_no_servers(config: SimulationConfig) -> bool:
 
 
 def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
-    """Start agent servers on this host, and let `cleanup` stop them. Raises Interrupted if a stop signal arrives."""
+    """Start agent servers on this host, and let `cleanup` stop them at its end. Raises Interrupted at a stop signal."""
     from loguru import logger
 
     from simulation.hosts import local_cluster
@@ -165,7 +165,7 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may return text that cannot be encoded
         sys.stdout.reconfigure(errors="backslashreplace")
     status = main()
-    for stream in (sys.stdout, sys.stderr):  # flush here, as Python exits with status 120 if a flush fails at exit
+    for stream in (sys.stdout, sys.stderr):  # if a flush failed at exit, Python would exit with status 120
         try:
             stream.flush()
         except OSError:

@@ -39,7 +39,7 @@ OPTIONS = {  # the options of pip that configure package sources, and the equiva
     **dict.fromkeys(("no-index", "retries", "resume-retries", "cache-dir", "no-cache-dir", "build-constraint"), ""),
     **dict.fromkeys(("no-binary", "only-binary", "prefer-binary", "keyring-provider", "use-feature"), ""),
 }
-# Commands get only variables that match. Other variables of Python, pip and uv may change the folder or omit packages.
+# Commands get only environment variables that match. Others may make Python, pip or uv use another folder.
 KEPT = re.compile(
     f"PIP_(CONFIG_FILE|{'|'.join(OPTIONS).upper().replace('-', '_')})$"
     "|UV_(DEFAULT_INDEX|EXTRA_INDEX|INDEX|FIND_LINKS|INSECURE|HTTP|REQUEST_TIMEOUT|KEYRING|NATIVE_TLS|SYSTEM_CERTS"
@@ -100,7 +100,7 @@ def install(group: str, log: Path) -> None:
 
 
 def records() -> Iterator[tuple[Path, dict[str, str]]]:
-    """For each installed package, yield the metadata folder, and the size of each file by path. No file: damaged."""
+    """Yield the metadata folder of each installed package, and its file sizes by path ({} if its RECORD is missing)."""
     for folder in PACKAGES.glob("*.dist-info"):
         record = folder / "RECORD"
         text = record.read_text(encoding="utf-8") if record.is_file() else ""
@@ -153,8 +153,8 @@ def plain_name(requirement: str) -> str:
 def find_pip(log: Path) -> tuple[Sequence[str], dict[str, str]]:
     """Return a command that runs pip for this environment, and the options in pip's configuration.
 
-    To save 3 s, a new environment has no pip. This function then selects the pip of the base Python if that pip exists
-    and supports --python (22.3 or newer), and otherwise installs pip into the environment.
+    To save 3 s, a new environment has no pip. In this case, select the pip of the base Python if it exists and supports
+    --python (22.3 or newer); otherwise install pip into the environment.
     """
     base = (getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable)
     for pip in (OWN_PIP, base):
@@ -187,7 +187,7 @@ def uv_variables(group: str, options: Mapping[str, str], environment: Mapping[st
 
 
 def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command without input. Return its output, and append it to `log` (None: no log).
+    """Run a command without input. Return the output, and append it to `log` (None: no log).
 
     Raises InstallError if the command fails.
     """

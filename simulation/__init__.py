@@ -1,1 +1,1 @@
-"""A guessing game between very many agents, spread over agent servers."""
+"""A guessing game of very many agents that are distributed over agent servers."""

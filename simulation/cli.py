@@ -1,4 +1,4 @@
-"""The flags of all roles, and the work of all roles except main. AgentScope is imported only inside functions."""
+"""The flags of all roles, and functions for all roles except main. AgentScope is imported only inside functions."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from simulation.files import ROOT, full_path, shown
 from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
 HELP_WIDTH = 100  # maximum number of columns
-VERY_LIKE = 0.8  # similarity (0 to 1) from which a flag of the same role is suggested before those of other roles
+VERY_LIKE = 0.8  # minimum similarity (0 to 1) for suggesting a flag of the same role before those of other roles
 DASHES = tuple("-–—−")  # word processors replace the first by one of the others
 USAGES = {
     "main": "main.py [flags]",
@@ -34,7 +34,7 @@ ACTIONS = {  # flags that replace the usual work of a role; flags without a help
     "make_key": Setting(False, "make the cluster key unless it exists, and print its folder", roles=("participant",)),
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
     "launch": Setting(False, "", roles=("participant",)),  # this process becomes the launcher
-    "owned": Setting(False, "", roles=("participant",)),  # a launcher that stops at the end of standard input
+    "owned": Setting(False, "", roles=("participant",)),  # like launch; stops at the end of standard input
     "draw_for_main": Setting(False, "", roles=("report",)),  # this process becomes the report process
 }
 USED_BY: dict[str, Iterable[str]] = {  # the settings that each action uses
@@ -108,10 +108,10 @@ def _in_utf8(text: str) -> str:
 
 
 def parse(arguments: list[str]) -> Command | None:
-    """Parse and check `arguments`. For --help, print the help page and return None. Raises SettingsError if invalid."""
+    """Parse and check `arguments`. For --help, print help and return None. Raises SettingsError if one is invalid."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags, for_vllm = arguments[:end], arguments[end + 1 :]
-    words = itertools.pairwise([*flags, ""])  # find --role without the parser, because the parser depends on it
+    words = itertools.pairwise([*flags, ""])  # find --role without the parser, because the parser depends on the role
     roles = [after if word == "--role" else word[7:] for word, after in words if f"{word}=".startswith("--role=")]
     role = roles[-1] if roles else SimulationConfig.role
     SETTINGS["role"].check("--role", role)
@@ -137,7 +137,7 @@ def parse(arguments: list[str]) -> Command | None:
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
-    """Parse the flags of a role. Return the values by name, and the run folders. Raises SettingsError if invalid."""
+    """Parse the flags of a role. Return their values by name, and the run folders. Raises SettingsError on an error."""
     try:
         known, unknown = make_parser(role).parse_known_intermixed_args(flags)
     except argparse.ArgumentError as error:
@@ -174,7 +174,7 @@ def exclude_from_proxy(*hosts: str) -> None:
 
 
 def describe_damage(error: ImportError) -> str:
-    """Return the error text for a damaged environment. If it is .venv, also mark it for repair by the next script."""
+    """Return the error text for a damaged environment. If it is .venv, mark it so that the next script repairs it."""
     for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
@@ -215,7 +215,7 @@ def serve(command: Command) -> int:
 
 
 def serve_models(command: Command) -> int:
-    """Start, stop or show the vLLM servers of this host. Return the exit status."""
+    """Start, stop or show the vLLM servers of this host, or print its number of GPUs. Return the exit status."""
     from simulation.hosts import vllm_servers
 
     if command.action in ("stop", "status"):
@@ -251,7 +251,7 @@ def stop_or_show(what: str, servers: Any, command: Command) -> int:
 
 @contextlib.contextmanager
 def interruptible_progress() -> Iterator[Callable[..., None]]:
-    """Yield a progress function. In the block, a stop signal raises Interrupted, so that servers started there stop."""
+    """Yield a function that shows progress. In the block, a stop signal raises Interrupted, which stops new servers."""
     from simulation.runs.console import ConsoleProgress, on_stop_signals
 
     def interrupt(number: int, _frame: object) -> NoReturn:
@@ -290,7 +290,7 @@ def ask(command: Command) -> int:
 
 
 def report(command: Command) -> int:
-    """Report one run, or compare several runs, from their folders alone. Return the exit status."""
+    """Recreate the report of one run, compare several runs, or become the report process. Return the exit status."""
     if command.action is not None:
         from simulation.results.report_process import serve as draw_for_main
 

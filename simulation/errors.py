@@ -1,4 +1,4 @@
-"""The exceptions that this program raises on purpose. A message is one line. The numbers are exit statuses of main.
+"""The exceptions that this program raises on purpose. A message is one line. The numbers are exit statuses of main.py.
 
 SimulationError          1   a bug in this program
 ├── SettingsError        2   a flag, setting or file is invalid; nothing was started
@@ -36,7 +36,7 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errn
 
 
 class SimulationError(Exception):
-    """The base class. A message is one line that states what failed, where it failed, and what the user can do."""
+    """The base class of the program's errors. A message is one line: what failed, where it failed, and what to do."""
 
     exit_status = 1
 
@@ -82,7 +82,7 @@ class Interrupted(SimulationError):
 
 
 class UnusableAnswer(Exception):
-    """A participant gave no valid number. `text` is the answer, if any. Custom participants may raise this, too."""
+    """A participant gave no valid number. `text` is its answer, if any. Custom participants may raise this error."""
 
     def __init__(self, cause: str, text: str | None = None) -> None:
         super().__init__(cause)
@@ -99,7 +99,7 @@ class Ended(IntEnum):
 
 
 class KnownCause(UnusableAnswer):
-    """An unusable answer whose cause is counted verbatim. `ended` is how the round ended for the participant."""
+    """An unusable answer whose cause is counted verbatim. `ended` states how the round ended for the participant."""
 
     def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
         super().__init__(cause, text)
@@ -107,7 +107,7 @@ class KnownCause(UnusableAnswer):
 
 
 class Failure(NamedTuple):
-    """The failure of a participant. `text` is the unusable answer (None: no answer). `ended` is how the round ended."""
+    """A participant's failure. `text` is the unusable answer (None: no answer). `ended` states how its round ended."""
 
     cause: str
     text: str | None = None
@@ -122,7 +122,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def one_line(error: BaseException) -> str:
-    """Describe an error in one line such as `ValueError: text`, but a KnownCause by its text alone. Never raises."""
+    """Describe an error in one line such as `ValueError: text`; return only the text of a KnownCause. Never raises."""
     try:
         text = printable(str(error), CAUSE_LENGTH)
     except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
@@ -157,7 +157,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
-    """Return "did you mean ...?" with the most similar name, or "". Ignore case and leading dashes; treat _ as -."""
+    """Return "did you mean ...?" with the most similar name, or "". Ignore case and leading dashes. Equate _ and -."""
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
     def plain(name: str) -> str:
@@ -170,7 +170,7 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
 
 
 def near_file(path: str | Path) -> str:
-    """Return "; did you mean ...?" with a file name similar to that of the missing `path` in the same folder, or ""."""
+    """Return "; did you mean ...?" with a file in the folder of the missing `path` that has a similar name, or ""."""
     wanted = Path(path)
     try:
         names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]

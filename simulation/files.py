@@ -15,8 +15,8 @@ SERVERS = ROOT / "run" / "servers"
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
     """Lock the open file or folder `descriptor` until it is closed. Return whether its file system supports locks.
 
-    If not, log a warning that names `folder` and ends with `advice`. Several processes can hold a `shared` lock.
-    Raises BlockingIOError if another process holds the lock and `wait` is False. Raises OSError if locking fails.
+    If it does not, log a warning with `folder` and `advice`. If `shared`, several processes can hold the lock at once.
+    Raises BlockingIOError if `wait` is False and another process holds the lock. Raises OSError for other failures.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -58,7 +58,7 @@ def full_path(flag: str, text: str, folder: Path | None = None) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path for display: relative if the path is inside the working directory."""
+    """Return a path for display: relative if it is inside the working directory, otherwise unchanged."""
     try:
         return str(Path(path).absolute().relative_to(Path.cwd()))
     except (ValueError, OSError):  # the path is elsewhere, or the working directory is gone
@@ -77,7 +77,7 @@ def is_there(path: Path, flag: str = "") -> bool:
 
 
 def files_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Return the files in `folder` that end with `suffix`, sorted. Return [] if it is missing. Raises SettingsError."""
+    """Return the sorted files in `folder` that end with `suffix`; [] if the folder is missing. Raises SettingsError."""
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):

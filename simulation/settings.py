@@ -29,8 +29,8 @@ ROLES = {
     "report": "show a finished run again, or compare several",
     "vllm": "start, stop or show the vLLM servers of this host",
 }
-SERVERS = ("main", "participant")  # roles with the settings of agent servers
-MODELS = ("main", "participant", "vllm")  # roles with the settings of models
+SERVERS = ("main", "participant")  # roles that use the settings of agent servers
+MODELS = ("main", "participant", "vllm")  # roles that use the settings of models
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Setting:
 
 
 def setting(*declaration: Any, **options: Any) -> Any:
-    """Return a dataclass field. Its metadata contains a Setting with these arguments."""
+    """Return a dataclass field whose metadata contains a Setting with the given arguments."""
     return field(default=declaration[0], metadata={"setting": Setting(*declaration, **options)})
 
 
@@ -76,7 +76,7 @@ rule = partial(setting, game=True, fixed_on_resume=True)  # a rule of the game: 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """The settings of one command. Raises SettingsError if a value is invalid; the message states flag and range."""
+    """The settings of one command. The constructor raises SettingsError, with flag and range, if a value is invalid."""
 
     role: str = setting("main", "; ".join(map(": ".join, ROLES.items())), choices=tuple(ROLES), roles=tuple(ROLES))
     dry_run: bool = setting(False, "print what would be done and cost, and start nothing", roles=("main", "vllm"))
@@ -162,7 +162,7 @@ class SimulationConfig:
         for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):
             changed[name] = str(fraction(flag_of(name), getattr(self, name), low, high))
         for name, value in changed.items():
-            object.__setattr__(self, name, value)  # as the class is frozen
+            object.__setattr__(self, name, value)  # because the class is frozen
         for name, declared in SETTINGS.items():
             declared.check(flag_of(name), getattr(self, name))
         self._check_combinations()
@@ -191,12 +191,12 @@ class SimulationConfig:
             raise SettingsError("--experiment: does not go with --resume")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as stored in a run folder. Make paths in the checkout relative, as it may be moved."""
+        """Return the settings for a run folder. Make paths inside the checkout relative, because it can be moved."""
         return asdict(self) | _with_paths(vars(self), _from_root)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
-        """Return settings from `to_json` output. Raises KeyError, TypeError or SettingsError if it is malformed."""
+        """Convert `to_json` output to settings. Raises KeyError, TypeError or SettingsError if `data` is malformed."""
         for name in data.keys() & KINDS.keys():
             kinds = {*KINDS[name], int} if float in KINDS[name] else {*KINDS[name]}
             if not {type(value) for value in (data[name] if name == "hosts" else [data[name]])} <= kinds:
@@ -221,14 +221,14 @@ SEVERAL_PATHS = "extra_pythonpath"
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Return only the settings that contain paths, with each path replaced by `change(name, path)`."""
+    """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
     paths = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
     return {**paths, SEVERAL_PATHS: ":".join(folders) or None}
 
 
 def _from_root(_name: str, path: str) -> str:
-    """Return a path in the form for run folders: relative to ROOT if it, or the file it links to, is inside ROOT."""
+    """Return a path for `to_json`: relative to ROOT if the path or its link target is inside ROOT, else unchanged."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:
             return str(form.relative_to(ROOT))
@@ -236,7 +236,7 @@ def _from_root(_name: str, path: str) -> str:
 
 
 def _checkout_of(data: Mapping[str, Any]) -> str:
-    """Return the old checkout that contains most default paths of `data`, or ROOT if these paths are not absolute."""
+    """Guess the checkout that saved `data` from its paths of default files. If any is relative, return ROOT."""
     paths = {end: data[name] for name, end in DEFAULT_ENDS.items() if name in data}
     roots = [path.removesuffix(end) for end, path in paths.items() if path.endswith(end)]
     is_old = all(path.startswith("/") for path in paths.values())

@@ -1,6 +1,6 @@
 """One agent server: the servicer of AgentScope, extended by mutual TLS, handshakes, leases and an immediate shutdown.
 
-If an agent raises an exception, the server returns the error as one line. Deleted objects are closed.
+If a run makes no calls, its lease expires and its objects are deleted. An agent's error is returned as one line.
 """
 
 import asyncio
@@ -78,9 +78,9 @@ class SimulationServicer(AgentServerServicer):
     def heartbeat(self, request: bytes, context: Any) -> bytes:
         """Return the progress of the groups and moderators of a run. Renew the lease of the run.
 
-        The request contains `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` seconds until all groups in
-        round `number` have finished it. Unless `numbers`, the count of possible answers, is 0, the reply also contains
-        the CPU load and the memory of this process and, at intervals, partial histograms.
+        The request is a list of `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` seconds until all groups
+        that are in round `number` have finished it. `numbers` is the count of possible answers. If it is not 0, the
+        reply also contains the CPU load and the memory of this process and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)
@@ -105,7 +105,7 @@ class SimulationServicer(AgentServerServicer):
         return self._cpu[2], round(psutil.Process().memory_info().rss / 2**20, 1)
 
     def handshake(self, request: bytes, context: Any) -> bytes:
-        """Execute the directives of the request. Return the identity and the status of this server."""
+        """Execute directives of the request, such as the end of a run. Return the identity and state of this server."""
         if not Path(__file__).exists():  # the code is gone: later imports would fail
             restart = "stop all agent servers of this host, and start them again"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
@@ -181,7 +181,7 @@ class SimulationServicer(AgentServerServicer):
     def _begin_run(self, run: str) -> None:
         """Renew the lease of a run. The first call for a run also deletes leftover objects.
 
-        These are objects that other runs kept (--keep-agents), and objects of an earlier process of the same run.
+        Leftover objects were kept by other runs (--keep-agents), or belong to an earlier process of the same run.
         """
         if run not in self._renewed:
             with self._beginning:  # concurrent first calls wait until the objects are deleted
@@ -192,7 +192,7 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run] = time.monotonic()
 
     def _end_run(self, run: str, keep: bool) -> None:
-        """Delete the objects of a run or, if `keep`, end their lease, so that they remain until the next run begins."""
+        """Delete the objects of a run or, if `keep`, remove their lease, so that they stay until the next run."""
         self._begin_run(run)  # in case this call arrives before the first heartbeat of the run
         for oid, agent in self._hosted().items():
             if run_of(oid) == run and keep:

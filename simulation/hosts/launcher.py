@@ -1,6 +1,6 @@
 """The launcher: a process that starts the agent servers of this host and restarts servers that fail.
 
-The launcher imports AgentScope once, then forks one server per port. An import in each server would take a second of
+The launcher imports AgentScope once, then forks one server per port. A separate import would cost each server 1 s of
 CPU time and 125 MB. On macOS, where forks are unsafe, the launcher spawns the servers instead.
 """
 
@@ -74,7 +74,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
 
 class _Server:
-    """An agent server process, restarted after a failure unless its first or several successive starts failed."""
+    """An agent server process. It is restarted if it fails, unless its first or several consecutive starts failed."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments, self._port = (config, port, key), port
@@ -84,7 +84,7 @@ class _Server:
         self.start_at = 0.0  # time of the next start (time.monotonic); infinite if no start is planned
 
     def start(self) -> None:
-        """Start the server. If memory or disk is full, raise OSError at the first start, and otherwise plan a retry."""
+        """Start the server. If memory or disk is full, raise OSError at the first start; at a restart, plan a retry."""
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._ready = context.RawValue("b")  # 1 as soon as the server accepts calls
         process = context.Process(target=_child, args=(*self._arguments, self._ready))
@@ -116,7 +116,7 @@ class _Server:
             self.process = None
 
     def on_exit(self, stopping: bool) -> None:
-        """Log how the server ended. If the server has failed, plan a restart."""
+        """Log how the server ended. If it failed, plan a restart, unless `stopping` is True or starts keep failing."""
         self.process.join()
         status, pid, self.process = self.process.exitcode, self.process.pid, None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"

@@ -36,7 +36,7 @@ stop = AGENT_SERVERS.stop
 
 
 def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
-    """Stop an owned launcher and its servers by closing the launcher's standard input. Kill those that hang."""
+    """Stop this run's launcher and its servers by closing the launcher's standard input. Kill processes that hang."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         launcher.communicate(timeout=AGENT_SERVERS.term_timeout_s)
     if AGENT_SERVERS.running():  # the launcher hangs, or was killed before its servers
@@ -52,7 +52,7 @@ def start(
 ) -> Callable[[], None] | None:
     """Start the agent servers of this host and wait until all answer. The caller must have called `install_tls`.
 
-    If `owned`, return a function that stops the servers; they also end with this process. Otherwise, or if exactly
+    If `owned`, return a function that stops the servers; they also stop if this process exits. Otherwise, or if exactly
     the requested servers are already running, return None. `meanwhile` runs while the launcher starts (about 1 s).
     If other servers are running or a server does not start, stop all new servers and raise ClusterError.
     """

@@ -1,4 +1,4 @@
-"""The server processes of this host: starting, waiting, stopping, pid files, logs and ports in use.
+"""The server processes of this host: how they are started and stopped, their pid files and logs, and port checks.
 
 Each kind of server has a folder with the files `<name>.pid` and `<name>.log` for each process. The first line of
 `<name>.pid` is the pid.
@@ -60,7 +60,7 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Defer TERM, HUP and INT signals that arrive during the block until the end of the block."""
+    """Defer TERM, HUP and INT signals that arrive during the block until it ends."""
     received: list[int] = []
     numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, lambda which, _: received.append(which)) for number in numbers}
@@ -77,7 +77,7 @@ def deferred_signals() -> Iterator[None]:
 class ProcessId:
     """The identity of a process: its pid, and properties that distinguish the process from others with the same pid.
 
-    They include the time from boot to start, not the time of day, because clocks can be changed.
+    The start is measured from the boot of the host, not as the time of day, because clocks can be changed.
     """
 
     pid: int
@@ -119,7 +119,7 @@ class ProcessId:
 
     @property
     def elsewhere(self) -> str:
-        """Return the host or pid namespace of the process if it is not ours; "" if it is, or if the process ended."""
+        """Return the host or pid namespace of a process that runs elsewhere. Return "" if it runs here or has ended."""
         here = ProcessId.of(os.getpid())
         if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
             return ""
@@ -160,7 +160,7 @@ class ServerProcesses:
         return [*({LAUNCHER} & {*stems}), *map(str, ports)]
 
     def process(self, name: str) -> psutil.Process | None:
-        """Return the running process with this name, or None if it has ended, even if another one has its pid now."""
+        """Return the running process with this name, or None if it has ended, even if another process has its pid."""
         noted = self.noted(name)
         try:
             process = psutil.Process(noted.pid)
@@ -200,9 +200,9 @@ class ServerProcesses:
 
     @contextlib.contextmanager
     def starting(self, host_name: str, ports: Sequence[int], setting: str) -> Iterator[None]:
-        """Check the ports before servers are started in the block. If the block fails, stop all new servers.
+        """Check that the ports are free before the block starts servers. If the block fails, stop all new servers.
 
-        The caller must hold `one_at_a_time`. `setting` defines the ports. Raises ClusterError if a port is in use.
+        Raises ClusterError, which names the variable `setting`, if a port is in use. Callers must hold `one_at_a_time`.
         """
         self.check_same_host()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ class ServerProcesses:
         return waited
 
     def _failed_start(self, name: str, how: str) -> ClusterError:
-        """Return an error with the end of the log and the first error in it, which usually causes all others."""
+        """Return an error with the end of the log and its first error, because this error usually causes the others."""
         which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
         lines: list[str] = []
         with contextlib.suppress(OSError):
@@ -260,7 +260,7 @@ class ServerProcesses:
         return ClusterError("\n  ".join([f"the {which} {how}{cause}{end}", *lines[-LOG_LINES_SHOWN:]]))
 
     def stop(self) -> int:
-        """Stop all servers. Return how many were running. Raises ClusterError as check_same_host does."""
+        """Stop all servers. Return how many were running. Raises ClusterError if some cannot be stopped from here."""
         with one_at_a_time():
             running = self.running().keys() - {LAUNCHER}
             self.terminate(self.names())
@@ -285,11 +285,11 @@ class ServerProcesses:
             for name in self.names():
                 if self.process(name) is None and not self.noted(name).elsewhere:
                     self.pid_file(name).unlink(missing_ok=True)
-            for draft in self.folder.glob("*.pid.new"):  # of a process that was killed while writing
+            for draft in self.folder.glob("*.pid.new"):  # left by a process that was killed while writing
                 draft.unlink(missing_ok=True)
 
     def _end(self, pids: set[int]) -> bool:
-        """End the processes `pids` and all processes in their sessions. Return whether none had to be killed."""
+        """End the processes `pids` and all processes in their sessions. Return whether all ended within the timeout."""
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
         named = [process for process, session in sessions.items() if process.pid in pids and session is not None]
         running_pids = {process.pid for process in named}

@@ -57,7 +57,7 @@ SERVERS = ServerProcesses("vLLM server", ROOT / "run" / "vllm", "./stop_vllm.sh"
 
 @dataclass(frozen=True)
 class Plan:
-    """A vLLM server that will be started. Without `gpus`, the server uses the CPU. `model` is its name for clients."""
+    """A vLLM server to be started. Without `gpus`, it uses the CPU. `model` is the name of its model for clients."""
 
     port: int
     gpus: tuple[str, ...]
@@ -101,7 +101,7 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
 
 
 def servers_per_host(config: SimulationConfig) -> int:
-    """Return the number of servers on this host: its GPUs divided by --tensor-parallel, rounded down, at least 1."""
+    """Return the number of vLLM servers on this host: GPUs to use / --tensor-parallel, rounded down, but at least 1."""
     gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
     return max(gpus // config.tensor_parallel, 1)
 
@@ -118,7 +118,7 @@ def check_vllm_flags(flags: Iterable[str]) -> None:
 
 
 def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
-    """Return the servers to start, each with --tensor-parallel GPUs. `more` are additional flags for vLLM.
+    """Return the servers to start, each with --tensor-parallel GPUs. `more` contains additional flags for vLLM.
 
     Raises SettingsError if there are too few GPUs, if the model does not exist, or if a flag in `more` is reserved.
     """
@@ -148,7 +148,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
     """Start the servers and wait until all are healthy. Return table rows (STARTED names the columns).
 
-    `more` are additional flags for vLLM. If a server does not start, stop all new servers and raise ClusterError.
+    `more` contains additional flags for vLLM. If a server does not start, stop all new servers and raise ClusterError.
     """
     plans, venv = plan(config, more), _venv_without_spaces()
     ports = [each.port for each in plans]
@@ -205,9 +205,9 @@ def _checked_path(model_path: str | None) -> str:
 
 
 def _venv_without_spaces() -> Path:
-    """Return VENV or, if its path contains a space, the link LINK to it, which is created if necessary.
+    """Return VENV or, if its path contains a space, LINK, which is a link to VENV. Create LINK if it is missing.
 
-    Compilers and LD_PRELOAD would split the path at a space. Raises SettingsError if LINK has one or cannot be made.
+    Compilers and LD_PRELOAD would split a path at a space. Raises SettingsError if LINK has a space or cannot be made.
     """
     if not re.search(r"\s", str(VENV)):
         return VENV
@@ -240,7 +240,7 @@ def _spawn(venv: Path, each: Plan, model_path: str, more: list[str]) -> None:
 
 
 def _is_healthy(port: int) -> bool:
-    """Return whether a server is ready. If the server is not ready, wait LOOK_S seconds before returning."""
+    """Return whether the server on `port` is ready. If it is not ready, wait LOOK_S seconds before returning."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is on this host
     with contextlib.suppress(OSError, ValueError), opener.open(f"http://{HOST}:{port}/health", timeout=5) as reply:
         if reply.status == 200:

@@ -44,7 +44,7 @@ class TokenBudget:
         self.used.retries += request.deadline < math.inf
 
     def commit(self, request: SampleRequest, usage: Usage | None = None, answered: bool = False) -> None:
-        """Replace the reserved tokens by `usage`. If that is None, charge all of them if `answered`, otherwise none."""
+        """Replace reserved tokens by `usage`. Without `usage`, charge all reserved tokens if `answered`, else none."""
         cost = request.reserved if answered else 0.0
         if usage is not None:
             self.used.prompt_tokens += usage.prompt_tokens
@@ -65,16 +65,16 @@ class Chat:
         self.settings = game.llm
         self.budget = TokenBudget()
         self.closed = False
-        self.n_unsupported: set[ModelConfig] = set()  # models whose servers do not support n
+        self.n_unsupported: set[ModelConfig] = set()  # models whose servers reject several answers (n) per request
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float], deque[asyncio.Future[Sample]]] = {}
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
-        """Ask the model for one participant's own answer, and return `read(text)` of the answer text.
+        """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.
 
-        If the text is unusable or `read` raises UnusableAnswer, ask again, `max_attempts` times in all. Raises
-        UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
+        If the text is unusable or `read` raises UnusableAnswer, request another text, up to `max_attempts` in all.
+        Raises UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
         for _ in range(self.settings.max_attempts):
@@ -90,7 +90,7 @@ class Chat:
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
-        """Return a free text of up to `tokens` tokens, and whether the text is complete, not cut off by that limit.
+        """Request a free text of up to `tokens` tokens. Return the text, and whether it is complete (not cut off).
 
         Raises UnusableAnswer in the same cases as `ask`.
         """
@@ -107,7 +107,7 @@ class Chat:
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
     def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
-        """Request a text of up to `free_tokens` tokens (None: a number). Raises KnownCause if the model is unknown."""
+        """Request a text of up to `free_tokens` tokens (if None: a number). Raises KnownCause if `model` is unknown."""
         config = _models.get(model)
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")
@@ -119,7 +119,7 @@ class Chat:
         return future
 
     def _flush(self) -> None:
-        """Pass all requests that were made in this pass of the event loop to the model thread."""
+        """Send all requests from this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         requests = [
             SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline)
@@ -139,7 +139,7 @@ class Chat:
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Read the model file, register its models in this module and with AgentScope. Raises SettingsError."""
+    """Return the models of the model file. Register them in `_models` and with AgentScope. Raises SettingsError."""
     models = read_models(config, required=False)
     ModelManager.get_instance().load_model_configs([each.entry for each in models.values()], clear_existing=True)
     _models.clear()

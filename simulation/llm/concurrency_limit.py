@@ -1,7 +1,7 @@
-"""A fair semaphore for one model server, shared by all processes of this host. It limits the requests in flight.
+"""A fair semaphore that limits the requests in flight to one model server, shared by all processes of this host.
 
-A file has one row per process, and a lock that the kernel releases if its holder exits. The waiting process with the
-fewest permits is served first; among equals, the one that has waited longest. Rows without heartbeats are dropped.
+It is a file with one row per process. If a process exits, the kernel releases its lock. The waiting process with the
+fewest permits is served first; among equals, the one that waits longest. Rows without recent heartbeats are dropped.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ ROW = struct.Struct("=4q")  # owner (a random number), permits, start of waiting
 
 
 class SharedSemaphore:
-    """This process's handle on the semaphore of one model server. Its file name in `folder` is a hash of `address`.
+    """This process's handle on the semaphore of the model server `address`. The semaphore is a file in `folder`.
 
     If the file cannot be used, the limit applies to this process alone.
     """
@@ -71,7 +71,7 @@ class SharedSemaphore:
             self.held -= slots
 
     def beat(self, waiting: bool) -> None:
-        """Record a heartbeat, and whether this process waits. Needed every second while it waits or holds permits."""
+        """Record a heartbeat and the state `waiting`. A process without heartbeats loses its turn and its permits."""
         with self._locked():
             self._waiting_since = self._waiting_since if waiting else 0
 
@@ -83,7 +83,7 @@ class SharedSemaphore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        """Lock the file. Yield the time and the rows of other live processes. At the end, write these and our own."""
+        """Lock the file. Yield the time and the rows of other live processes. At the end, write these rows and ours."""
         locked = self._file is not None and lock(self._file, self._folder, NO_LOCK)
         try:
             now, rows = time.monotonic_ns(), self.rows()

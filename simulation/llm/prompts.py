@@ -48,7 +48,7 @@ class Prompt(NamedTuple):
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
-    """Return the system prompt. If its template lacks {persona}, start with personas; if {team}, end with the team."""
+    """Build the system prompt. Put personas first if its template lacks {persona}, the team last if it lacks {team}."""
     assert game.prompt is not None  # set in every game with LLM participants
     text = game.prompt.system
     if "{persona}" not in text:
@@ -134,7 +134,7 @@ def number_pattern(max_value: int, decimals: int) -> str:
 
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
-    """Return the request fields that constrain an answer to a number in range. `kind` is from --structured-output."""
+    """Return the request fields that constrain an answer to a number in range. --structured-output sets `kind`."""
     pattern = number_pattern(game.max_value, game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
@@ -147,7 +147,7 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer, at least one token per character. `kind` is from --structured-output."""
+    """Return the token limit of an answer, at least one token per character. --structured-output sets `kind`."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

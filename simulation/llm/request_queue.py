@@ -37,7 +37,7 @@ Sample = tuple[str | None, str | None, float]  # text, why the text is unusable 
 
 @dataclass(eq=False)
 class SampleRequest:
-    """A request of one group for samples of one prompt: one sample for each waiting participant."""
+    """A request of one group for answers (samples) to one prompt, one answer for each participant in `waiting`."""
 
     chat: "Chat"
     config: ModelConfig
@@ -46,8 +46,8 @@ class SampleRequest:
     waiting: deque[asyncio.Future[Sample]]
     deadline: float  # time.monotonic() at which the request expires; infinite until it is first sent
     queued_at: float = field(default_factory=time.monotonic)
-    errors: int = 0  # in a row
-    cause: str | None = None  # of the last error
+    errors: int = 0  # number of consecutive errors
+    cause: str | None = None  # cause of the last error
     single_worked: bool = False  # after errors with several answers, a request for one answer succeeded
     reserved: float = 0.0  # tokens reserved in the group's budget
 
@@ -56,7 +56,7 @@ class SampleRequest:
         return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
 
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
-        """For each outcome, remove the first participant from `waiting`, and pass it the outcome on its event loop."""
+        """Remove a participant from `waiting` for each outcome, and pass it the outcome on its group's event loop."""
         futures = [self.waiting.popleft() for _ in outcomes]
 
         def set_outcomes() -> None:
@@ -78,7 +78,7 @@ class SampleRequest:
 
 
 class ModelClient:
-    """The client for one model. Create and use it on the event loop of the model thread."""
+    """The client for one model. It must be created and used on the event loop of the model thread."""
 
     def __init__(self, config: ModelConfig) -> None:
         from simulation.llm.http_client import ModelHttp  # noqa: PLC0415 - imports openai, see Chat
@@ -130,7 +130,7 @@ class ModelClient:
         return not request.waiting
 
     def _send_next(self) -> bool:
-        """Send the next request that the semaphore and the token budgets allow. Return whether one was sent."""
+        """Send the next request that the semaphore and the token budgets allow. Return whether a request was sent."""
         for _ in range(len(self._queue)):
             request = self._queue[0]
             if self._prune(request):
@@ -170,7 +170,7 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome. If its parameter `n` may have caused an error, request one answer."""
+        """Send a request and handle its outcome. If its field n may have caused an error, request only one answer."""
         count = len(batch.waiting)
         try:
             try:
@@ -192,7 +192,7 @@ class ModelClient:
             batch.fail(one_line(error))
 
     async def _request(self, batch: SampleRequest, count: int) -> list[Text]:
-        """Request `count` answers once. Commit the cost before participants resume. Raises RequestError on failure."""
+        """Send one request for `count` answers. Charge its tokens before participants resume. Raises RequestError."""
         attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
@@ -253,7 +253,7 @@ class ModelThread:
         threading.Thread(target=self.loop.run_forever, name="models", daemon=True).start()
 
     def put(self, requests: list[SampleRequest]) -> None:
-        """Pass requests to their models' clients, created on first use. To be called on the model thread only."""
+        """Pass requests to the clients of their models. Create missing clients. Must be called on the model thread."""
         for request in requests:
             config = request.config
             try:

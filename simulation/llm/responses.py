@@ -46,7 +46,7 @@ Reply = tuple[list[Text], Usage | None]  # the usage is None if the server does 
 
 @dataclass(eq=False)
 class RequestError(Exception):
-    """The failure of a request. Failures of the waiting participants are counted by `cause`."""
+    """The failure of a request. If it makes participants fail, their failures are counted by `cause`."""
 
     cause: str
     _: KW_ONLY
@@ -62,7 +62,7 @@ class RequestError(Exception):
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float) -> Reply:
-    """Parse a reply of the chat completions API. `now` is the time in seconds since the epoch. Raises RequestError."""
+    """Parse a reply of the chat completions API. `now` is the Unix time. Raises RequestError if the request failed."""
     try:
         reply = json.loads(body)
     except (ValueError, RecursionError):  # RecursionError: JSON nested too deep
@@ -107,7 +107,7 @@ def _refusal(status: int, headers: Mapping[str, str], reply: Any, now: float) ->
 
 
 def retry_after(value: str | None, now: float) -> float:
-    """Return the wait in seconds that a Retry-After header (number or date, RFC 9110) requests; 0 if invalid."""
+    """Return the pause (s) that the Retry-After header `value` (number or date) requests; 0 if missing or invalid."""
     text = value or "0"
     try:
         seconds = float(text)
