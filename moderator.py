@@ -1,7 +1,7 @@
 """The moderator: one agent per moderator server, between main and a share of the groups.
 
 A moderator has the interface of a group. Main starts a round on the moderators; each moderator starts the round on its
-groups and merges their results. A moderator stores nothing that its successor would need.
+groups and merges their results. A moderator stores nothing that must survive the loss of its server.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Moderator(AgentBase):
         name: The agent's name.
         timeout_s: Deadline of each call to a group (seconds).
         lease_s: Seconds without a call or heartbeat of the run after which the server drops the agent (None: never).
-        one_by_one: Whether to ask each participant in a separate call (--dispatch agent), not each group in one call.
+        one_by_one: Whether to ask each participant separately (--dispatch agent) instead of each group in one call.
     """
 
     def __init__(self, name: str, timeout_s: float, lease_s: float | None, one_by_one: bool) -> None:
@@ -41,7 +41,7 @@ class Moderator(AgentBase):
         self._tally = Tally(0)
 
     def assign(self, assignments: list[GroupAssignment]) -> None:
-        """Replace the groups that this moderator asks. The new groups must already exist."""
+        """Replace the groups that this moderator asks with those in `assignments`, which must already exist."""
         self._groups = {each: group_proxy(each, self._timeout_s) for each in assignments}
         before, asked = self._dispatches, assignments if self._one_by_one else []
         self._dispatches = {each: before.get(each) or PerAgentDispatch(each, self._timeout_s) for each in asked}
@@ -49,13 +49,13 @@ class Moderator(AgentBase):
             before[removed].stopped = True
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start the round on all groups. `tokens_each` is the mean token budget per participant (None: no limit)."""
+        """Start a round on all groups. `tokens_each` is the mean token budget per participant (None: no limit)."""
         self._all(lambda group: group.begin(question, tokens_each, self._one_by_one))
         for dispatch in self._dispatches.values():
             dispatch.begin(question)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Report only why a participant could not be asked one by one. The groups report how many have answered."""
+        """Report why asking one by one failed, if it did. The groups report how many participants have answered."""
         return Progress(0, 0, error=next((each.error for each in self._dispatches.values() if each.error), ""))
 
     def halt(self) -> None:
@@ -65,7 +65,7 @@ class Moderator(AgentBase):
         self._all(lambda group: group.halt())
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """Return part `part` (from 0) of the merged tally, and the number of parts. Callers must fetch part 0 first."""
+        """Return part `part` (0, 1, ...) of the merged tally, and the number of parts. Part 0 must be fetched first."""
         if part == 0:
             self._tally = merge(self._all(whole_tally))
         parts = self._tally.parts(TALLY_VALUES)

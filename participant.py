@@ -46,7 +46,7 @@ class LLMParticipant(Participant):
         return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
-        """Return the prompt for a round. Round 0 stands for a user's question about the game (main.py --role ask)."""
+        """Return the prompt for `question`. Its round is 0 if a user asks it outside the game (main.py --role ask)."""
         if question.round > 0:
             return prompt_for(self.system(), question, self.numbers, instruction(self.game, *self._character()))
         missing = len(question.announcements) - len(self.numbers)  # number of rounds after the last recorded one
@@ -74,7 +74,7 @@ class LLMParticipant(Participant):
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Ask for up to `tokens` tokens of reasoning, then for the number if uncertain. Return units and reasoning."""
+        """Ask for up to `tokens` tokens of reasoning, and for a number if they state none. Return units, reasoning."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
         if whole:  # otherwise, the last line may be truncated
             with contextlib.suppress(UnusableAnswer):

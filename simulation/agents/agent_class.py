@@ -15,11 +15,11 @@ from simulation.agents.participant import Participant
 from simulation.rpc.lean_import import append_to_path
 
 _loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
-_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per class, as unpickling may import modules for a long time
+_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per run and class, because unpickling may take long
 
 
 def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
-    """Return the class pickled in `packed`. Unpickle it once per run, so that runs do not share class attributes."""
+    """Return the class pickled in `packed`. Unpickle it once for each `run`, so that runs share no class attributes."""
     key = (run, hashlib.sha256(packed).digest())
     with _locks.setdefault(key, threading.Lock()):
         cls = _loaded.get(key)

@@ -83,7 +83,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._closing = False
         # Elapsed and CPU seconds of all finished rounds, and both clocks' readings at the start of the current round
         self._spent: tuple[float, float, tuple[float, float] | None] = (0.0, 0.0, None)
-        self._changed = threading.Condition()  # guards check-then-set sequences, as many threads call this group
+        self._changed = threading.Condition()  # guards check-then-set sequences, because many threads call this group
         self._thread = threading.Thread(target=self._serve, name=oid, daemon=True)
         self._thread.start()
         self._run_in_loop(self._build())
@@ -134,13 +134,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         """
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
-        number, done, sheet = self._round, self._done(), self._sheet  # read in this order, as a round may begin now
+        number, done, sheet = self._round, self._done(), self._sheet  # read in this order: a round may begin now
         histogram = sheet.partial_histogram(numbers) if numbers and sheet is not None else ()
         return Progress(done, self.count, number, self._error, [*astuple(self.usage())], *histogram)
 
     def usage(self) -> Usage:
         """Return the usage of all rounds so far, including the current round."""
-        answering_s, client_s, began = self._spent  # read once, as the group's thread may end a round meanwhile
+        answering_s, client_s, began = self._spent  # read once, because the group's thread may now end a round
         if began is not None:
             took_s = time.monotonic() - began[0]
             answering_s, client_s = answering_s + took_s, client_s + min(time.process_time() - began[1], took_s)
@@ -148,7 +148,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         return replace(used, answering_s=answering_s, client_s=client_s)
 
     def halt(self) -> None:
-        """Stop the round: participants without an answer fail as interrupted, and later answers are ignored."""
+        """Stop the round. Count missing answers as failures with the cause "interrupted", and ignore later answers."""
         with self._changed:
             self._unasked.clear()
             if self._sheet is not None:
@@ -158,7 +158,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self.loop.call_soon_threadsafe(self._halt_scheduler)
 
     def collect(self, part: int) -> tuple[Tally, int]:
-        """Return part number `part` of the round's tally (from 0), and the number of parts."""
+        """Return part `part` (0, 1, ...) of the finished round's tally, and the number of parts."""
         parts = self._finished_sheet().tally().parts(TALLY_VALUES)
         return parts[part], len(parts)
 
@@ -171,12 +171,12 @@ class ParticipantGroup(metaclass=RpcMeta):
         return self._finished_sheet().answers(first, count)
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Pass answers of earlier rounds to recreated participants, starting with the participant of index `first`.
+        """Pass answers of earlier rounds to recreated participants, starting with the participant with index `first`.
 
         `values` has the shape (rounds, participants); NaN stands for no answer. Raises RuntimeError if not all
         participants of the group have been created.
         """
-        agents = self._agents  # read once, as `close` may clear this attribute
+        agents = self._agents  # read once, because `close` may clear this attribute
         if self._done() < self.count or len(agents) < self.count:
             raise RuntimeError(f"group {self.oid} is still being built")
         answers = values.astype(object)
@@ -196,7 +196,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def participant(self, index: int) -> Participant | None:
         """Return the participant with this index; None if this group has no such participant."""
-        offset, agents = index - self.first, self._agents  # read once, as `close` may clear this attribute
+        offset, agents = index - self.first, self._agents  # read once, because `close` may clear this attribute
         return agents[offset] if 0 <= offset < len(agents) else None
 
     def close(self) -> None:
@@ -209,7 +209,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             self.chat.close()
         with contextlib.suppress(RuntimeError):  # raised if the group's thread has closed the loop
             self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=1)  # not longer, as a participant may block the event loop
+        self._thread.join(timeout=1)  # not longer, because a participant may block the event loop
         with self._changed:
             self._agents = []
             self._scheduler = self._sheet = self._pool = None
@@ -217,7 +217,7 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- Internal ----------------------------------------------------------------------------------------------------
 
     def _done(self) -> int:
-        sheet = self._sheet  # read once, as `close` may clear this attribute
+        sheet = self._sheet  # read once, because `close` may clear this attribute
         return sheet.done if sheet is not None else len(self._agents)
 
     def _finished_sheet(self) -> AnswerSheet:
@@ -234,14 +234,14 @@ class ParticipantGroup(metaclass=RpcMeta):
             except (SystemExit, KeyboardInterrupt) as error:  # from a task that a user-defined participant created
                 logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
         self._halt_scheduler()
-        self.loop.run_until_complete(asyncio.sleep(0))  # start all coroutines before their cancellation
+        self.loop.run_until_complete(asyncio.sleep(0))  # let all coroutines start before they are cancelled
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
 
     def _run_in_loop(self, work: Awaitable[None]) -> None:
-        """Start `work` on the event loop. At its end, notify waiting calls. `progress` reports any exception of it."""
+        """Start `work` on the event loop. When it ends, notify waiting calls, and keep any exception for `progress`."""
 
         async def run() -> None:
             error = await outcome_of(work)
@@ -255,9 +255,9 @@ class ParticipantGroup(metaclass=RpcMeta):
     async def _build(self) -> None:
         """Create all participants.
 
-        AgentScope's metaclass generates a random id and keeps the arguments of every agent, and the garbage collector
-        scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s this way, 0.55 s without the collector,
-        and 0.08 s if the metaclass is bypassed as well. A hosted agent uses neither the id nor the arguments.
+        AgentScope's metaclass generates a random id for every agent and keeps the agent's arguments, and the garbage
+        collector scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s with both, 0.55 s without
+        the collector, and 0.08 s without either. A hosted agent uses neither the id nor the arguments.
         """
         for start in range(0, self.count, BUILD_BATCH):
             with gc_paused():
@@ -303,11 +303,11 @@ class ParticipantGroup(metaclass=RpcMeta):
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
         """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
 
-        The number of participants that wait for a model is limited, as each of them takes 2 KB. The next batch starts
+        The number of participants that wait for a model is limited, because each takes 2 KB. The next batch starts
         when half of the limit is free, so the model never idles. Batches are large, so that more participants with
         equal prompts share a request.
         """
-        if question.round > 1:  # free reference cycles of earlier rounds, as the scheduler pauses the collector
+        if question.round > 1:  # free reference cycles of earlier rounds: the scheduler pauses the collector
             gc.collect()
         agents = self._agents
         self._scheduler = Scheduler(
@@ -323,13 +323,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         await self._scheduler.run()
 
     def _halt_scheduler(self) -> None:
-        scheduler = self._scheduler  # read once, as `close` may clear this attribute
+        scheduler = self._scheduler  # read once, because `close` may clear this attribute
         if scheduler is not None:
             scheduler.halt()
 
 
 def group_proxy(assignment: GroupAssignment, timeout_s: float, kwargs: dict[str, Any] | None = None) -> RemoteObject:
-    """Return a proxy of an assigned group. If `kwargs` is not None, create the group with it unless it exists."""
+    """Return a proxy of an assigned group. If `kwargs` is not None, create a missing group with these arguments."""
     assert assignment.server is not None
     if kwargs is not None:
         kwargs = {"oid": assignment.oid, "first": assignment.first, "count": assignment.count, **kwargs}
@@ -342,6 +342,6 @@ def whole_tally(group: Any) -> Tally:
     return merge([first_part, *(group.collect(part)[0] for part in range(1, parts))])
 
 
-# One thread pool per run, for blocking `reply` methods. Its threads end once all groups are closed and no reply runs.
+# One thread pool per run, for blocking `reply` methods. It ends when the run's groups are closed and no `reply` runs.
 _pools: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
 _pools_lock = threading.Lock()

@@ -24,8 +24,8 @@ class Participant(AgentBase):
     """One participant: an AgentScope agent with an index, counted from 0, and the game that all participants share.
 
     AgentBase creates several attributes for each agent (name, hooks, memory, audience), which takes 1.4 KB and 6 us.
-    Here, the first access creates them, as most of a million participants never need them. A subclass may use all of
-    these attributes. If a subclass has a further base class, it must call the `__init__` of that class.
+    Here, the first access creates them, because most of a million participants never need them. A subclass may use all
+    of these attributes. If a subclass has a further base class, it must call the `__init__` of that class.
     """
 
     _home: "ParticipantGroup | None" = None  # set by the group
@@ -47,20 +47,20 @@ class Participant(AgentBase):
 
     @cached_property
     def personas(self) -> dict[str, Persona]:
-        """Return this participant's persona of each set by the set's name, as in `self.personas["education"].name`."""
+        """Return this participant's personas, with the set names as keys, as in `self.personas["education"].name`."""
         population = self.game.population
         return dict(zip(population.persona_sets, population.personas_of(self.index), strict=True))
 
     def think(self, seconds: float) -> Awaitable[None]:
-        """Pause, as in `await self.think(1.5)`. asyncio.sleep has the same effect, but takes 1.3 KB and 25 us more."""
+        """Pause for `seconds` when awaited: `await self.think(1.5)`. asyncio.sleep takes 1.3 KB and 25 us more."""
         return Sleep(seconds)
 
     async def answer(self, question: Question) -> float | str:
-        """Return a number from 0 to `question.max_value`, or a text that states a number. Subclasses override this."""
+        """Return a number from 0 to `question.max_value`, or a text that states one. A subclass overrides this."""
         raise KnownCause(self._creation_error or f"{type(self).__name__} defines neither answer nor reply")
 
     def recall(self, numbers: Numbers) -> None:
-        """Receive the answers of rounds 1, 2, ... (None: no answer) that this participant gave before it was recreated.
+        """Called after this participant was recreated. `numbers` are its answers in rounds 1, 2, ... (None: no answer).
 
         A participant is recreated if its server is lost or the run is resumed. All other data of the participant is
         lost. The next question contains the announcements of earlier rounds.
@@ -76,14 +76,14 @@ class Participant(AgentBase):
     def answer_round(self, x: Msg, index: int) -> Msg:
         """Answer the question of a round in a call to this participant alone. The group records the answer (`ask_one`).
 
-        `index` is the participant's index in the group. It is passed because a subclass may have changed `self.index`.
+        `index` is the index that the group gave to the participant. A subclass may have changed `self.index` since.
         """
         assert self._home is not None  # only participants in groups can be called
-        self._home.ask_one(index, question_in(x, self._home.game))  # a subclass may have no `game`
+        self._home.ask_one(index, question_in(x, self._home.game))  # not `self.game`, which a subclass may lack
         return Msg("participant", "", "assistant")
 
     def _run(self, answering: Awaitable[Any]) -> Any:
-        """Await `answering` on the group's event loop (without a group: on a new loop). Block this thread meanwhile."""
+        """Block until `answering` ends on the group's event loop (without a group: on a new loop). Return its value."""
         if self._home is None:
             value = asyncio.run(outcome_of(answering))
         else:
@@ -94,7 +94,7 @@ class Participant(AgentBase):
 
 
 class _CreatedLate:
-    """A descriptor for one attribute that AgentBase's __init__ sets. Its first access creates all such attributes.
+    """A descriptor for one attribute that AgentBase's __init__ sets. The first access creates all such attributes.
 
     Python calls the descriptor only if the instance has no attribute of that name. A `__getattr__` would have the same
     effect, but would triple the time to read any other attribute.
@@ -117,7 +117,7 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
 
 
 def ask_in_thread(participant: Participant, question: Question) -> int:
-    """Ask one participant, wait for the answer in this thread, and return it in units. May raise any exception."""
+    """Ask one participant, block the calling thread, and return the answer in units. May raise any exception."""
     if answers_many(type(participant)):
         answer = participant._run(participant.answer(question))
     else:
@@ -136,7 +136,7 @@ def message_of(question: Question) -> Msg:
 
 
 def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
-    """Return the question in a message, or in the last of a list. Without question metadata, its round is 0."""
+    """Return the question in a message (in the last of a list). Plain text is a question outside the game (round 0)."""
     if isinstance(message, list):
         message = message[-1] if message else None
     metadata: Any = message.metadata if message is not None else None
@@ -147,7 +147,7 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
 
 
 def answer_in(message: Any) -> Any:
-    """Return `answer` from the metadata of a Msg or, if missing, its text. Return any other reply unchanged."""
+    """Return the metadata entry `answer` of a Msg or, if missing, its text. Return any other reply unchanged."""
     if not isinstance(message, Msg):
         return message
     if isinstance(message.metadata, dict) and "answer" in message.metadata:

@@ -1,6 +1,6 @@
 """Dispatch of questions through one proxy per participant, as in AgentScope's examples.
 
-It exists for comparison. Each answer needs at least two remote calls, and a thread even while the participant waits.
+It exists for comparison. Each answer needs two or more remote calls, and occupies a thread while the participant waits.
 """
 
 import threading
@@ -16,7 +16,7 @@ THREADS = 32  # number of participants of a group that are asked at the same tim
 
 
 class PerAgentDispatch:
-    """The threads that ask the participants of one group, each in a separate call. The group records the answers."""
+    """The threads that ask the participants of one group, one participant per call. The group records the answers."""
 
     def __init__(self, assignment: GroupAssignment, timeout_s: float) -> None:
         self.stopped = False  # set to True to ask no further participants

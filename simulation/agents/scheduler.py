@@ -1,4 +1,4 @@
-"""A scheduler that runs many coroutines on one event loop without a task for each. Independent of agents.
+"""A scheduler that runs many coroutines on one event loop without a task for each. It does not depend on agents.
 
 One task steps (starts or resumes) all coroutines that only pause. A paused coroutine waits in a timer wheel. This takes
 a quarter of the memory of a task, a future and a timer. The first coroutine that does more than pause keeps the task,
@@ -29,7 +29,7 @@ Pair = tuple[int, Coroutine[Any, Any, Any]]  # an index and its coroutine
 
 
 class Sleep(float):
-    """A pause in seconds. `await Sleep(1.5)` works in any coroutine; a `Scheduler` makes the pause cheap."""
+    """A pause in seconds. `await Sleep(1.5)` works in any coroutine; in those that a `Scheduler` runs, it is cheap."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ class Sleep(float):
 
 
 class _Here(threading.local):
-    stepping = False  # whether a scheduler steps a coroutine in this thread; current_task() would need a system call
+    stepping = False  # whether a scheduler is stepping a coroutine in the thread; current_task() needs a system call
 
 
 _here = _Here()
@@ -56,7 +56,7 @@ def _touching(method: Callable[..., Any]) -> Any:
 
 
 class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched` becomes True if one uses this task without keeping a reference."""
+    """A task that steps many coroutines. `touched` becomes True if a coroutine uses the task but keeps no reference."""
 
     touched = False
     __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
@@ -69,9 +69,9 @@ class SharedTask(asyncio.Task[Any]):
 class Scheduler:
     """A runner of `count` coroutines, one for each index 0 .. count-1."""
 
-    loop: asyncio.AbstractEventLoop  # the loop of this thread
+    loop: asyncio.AbstractEventLoop  # the event loop on which `run` is awaited
     count: int
-    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates a coroutine; `failed` gets its exception
+    begin: Callable[[int], Coroutine[Any, Any, Any]]  # creates the coroutine of an index; its errors go to `failed`
     answered: Callable[[list[int], list[Any]], None]  # called with indices and the return values of their coroutines
     failed: Callable[[int, BaseException], None]  # called with an index and the exception of its coroutine
     # Maximum number of coroutines at a time (None: no limit). Set a limit if coroutines do more than pause: each then
@@ -91,16 +91,16 @@ class Scheduler:
         self._all_ended: asyncio.Future[None] = self.loop.create_future()
 
     async def run(self) -> None:
-        """Run all coroutines until the last one has ended. Raises what the callback `answered` raises."""
+        """Run all coroutines until the last one has ended. Raises any exception of the callback `answered`."""
         self._start_pass()
         await self._all_ended
 
     def halt(self) -> None:
-        """Start no more coroutines. Cancel the running coroutines as asyncio cancels a task."""
+        """Start no more coroutines, and raise CancelledError in those that run or are paused."""
         if not self._halted:
             self._halted = True
             for task in self._tasks:
-                self.loop.call_soon(task.cancel)  # after its start, as its coroutine must be awaited
+                self.loop.call_soon(task.cancel)  # not at once: the task must start first, to await its coroutine
             self._start_pass()
 
     # --- A pass steps paused coroutines that are due, then new ones --------------------------------------------------
@@ -176,7 +176,7 @@ class Scheduler:
         return rest and await outcome_of(rest)
 
     def _step_shared(self, pairs: Iterator[Pair], context: Context) -> Awaitable[Any] | None:
-        """Step coroutines until one of them needs the current task, and leave the remaining coroutines to new tasks.
+        """Step the coroutines in `pairs` until one of them needs the current task. Then leave the others to new tasks.
 
         Return the remaining work of the coroutine that needs the task, or None if nothing remains.
         """
@@ -256,7 +256,7 @@ def _rest(work: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, A
 
 
 async def outcome_of(work: Awaitable[Any]) -> Any:
-    """Await `work` and return its value or its exception. If raised, a SystemExit would stop the event loop."""
+    """Await `work`. Return its value, or its exception, because a raised SystemExit would stop the event loop."""
     try:
         return await work
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
@@ -265,7 +265,7 @@ async def outcome_of(work: Awaitable[Any]) -> Any:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection in this process. A block that creates many objects should end with `gc.collect(1)`.
+    """Pause garbage collection in a `with` block. A block that creates many objects should end with `gc.collect(1)`.
 
     Without a pause, the collector scans all objects again whenever their number has grown by a quarter. This takes half
     of the time to create 500,000 agents, and a quarter of the time to ask them.

@@ -23,7 +23,7 @@ OWN = "own_"  # prefix of the module names of users' files, so that a user's ran
 
 @functools.cache
 def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
-    """Return the class that `spec` names, as in `my_file.py:MyParticipant`; if None, the built-in one of `agent_type`.
+    """Return the class that `spec` names (`my_file.py:MyParticipant`) or, if None, the built-in class of `agent_type`.
 
     Raises SettingsError if the file or the class is unusable.
     """

@@ -37,11 +37,11 @@ class Record(Protocol):
         """Store the answers of one round, in units of 1 / `scale`. Replace earlier answers of the same round."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return the answers of participants first .. first+count-1: shape (rounds, count), with NaN for no answer."""
+        """Return the answers of participants first .. first+count-1, NaN if none, one row per round 1 .. rounds."""
 
 
 class Cluster(Membership):
-    """The servers and groups of one run. On exit, this context manager deletes the agents unless they are kept."""
+    """The servers and groups of one run. On exit, the agents are deleted unless they are kept (see --keep-agents)."""
 
     def __init__(
         self, config: SimulationConfig, run: str, game: Game, watch: ProgressListener, record: Record | None
@@ -70,7 +70,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Make heartbeats fetch histograms for OBSERVED_S from now. Return each server's status, moderators last."""
+        """Return each server's status, moderators last. For OBSERVED_S seconds, heartbeats will request histograms."""
         self._detector.observe(self._game.numbers)
         return self.status
 
@@ -81,7 +81,7 @@ class Cluster(Membership):
         self.close(keep)
 
     def all(self, call: Callable[[RemoteObject], V]) -> dict[Endpoint, V]:
-        """Call all moderators that have groups. Return the results by server. Raises ServerLost."""
+        """Pass each moderator that has groups to `call`. Return the results by server. Raises ServerLost."""
         return call_all_or_raise({server: partial(call, self.moderators[server]) for server in self._assigned})
 
     def halt(self) -> None:
@@ -93,7 +93,7 @@ class Cluster(Membership):
         self._assigned.pop(endpoint, None)
 
     def begin_round(self, number: int) -> None:
-        """Readmit recovered servers, move groups back to their preferred servers, and delete orphaned objects."""
+        """Readmit recovered servers, move groups back to their preferred servers, and delete replaced objects."""
         super().begin_round(number)
         self._plan.restore_preferred(set(self.up(self.participant_servers)), set(self.up(self.moderator_servers)))
         self._delete_orphans()
@@ -168,7 +168,7 @@ class Cluster(Membership):
         return RemoteObject(Moderator, oid, server, LONG_CALL_TIMEOUT_S, kwargs)
 
     def wait(self, stage: str, number: int, assignments: list[GroupAssignment]) -> None:
-        """Wait until these groups finish round `number` (0: the creation of participants); see `wait_until_done`."""
+        """Wait until the groups in `assignments` finish round `number` (0: their creation); see `wait_until_done`."""
         awaited = [(each.server, each.oid) for each in assignments if each.server is not None]
         if number > 0:
             awaited += [(server, self.moderators[server].oid) for server in self._assigned]

@@ -1,8 +1,8 @@
 """Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
-A server delays its heartbeat reply until its participants finish the round, but only for about WAIT_S. Main therefore
-learns of the end of a round at once. A server is marked down if its port is closed or used by another program, if its
-process was replaced, or if no reply arrives within the heartbeat timeout. The caller decides how to react.
+A server delays its heartbeat reply until its participants finish the round, but for at most about WAIT_S seconds. Main
+therefore learns of the end of a round at once. A server is marked down if its port is closed or used by another
+program, if its process was replaced, or if no reply arrives within the heartbeat timeout. Callers decide how to react.
 """
 
 import heapq
@@ -18,12 +18,12 @@ from simulation.rpc.channels import NOBODY_LISTENS, given_up, heartbeat
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import HeartbeatReply
 
-WAIT_S = 1.0  # longest delay of a busy server's reply
+WAIT_S = 1.0  # longest delay of a busy server's reply, with up to SERVERS_A_SECOND servers
 AGAIN_S = 0.1  # retry interval for an unreachable server
 SERVERS_A_SECOND = 1000  # heartbeats per second that main can process
 POLLS_IN_LEASE = 4  # minimum number of polls per lease or heartbeat timeout
-OBSERVED_S = 5.0  # how long heartbeats request histograms after `observe`; a dashboard calls it more often
-ASLEEP_S = 1.0  # a timeout error this long after its deadline shows that this process was suspended
+OBSERVED_S = 5.0  # seconds after `observe` in which heartbeats request histograms; a dashboard calls it more often
+ASLEEP_S = 1.0  # if a timeout error arrives this long after its deadline, this process was suspended
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,24 @@ class FailureDetector:
         self._thread.join()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` seconds for a new reply or a new loss since the previous call."""
+        """Wait until a reply or a loss has been recorded since the previous call, but at most `timeout_s` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._news, timeout_s)
             self._news = False
 
     def observe(self, numbers: int) -> None:
-        """Request a partial histogram of the `numbers` possible answers with each heartbeat, for OBSERVED_S seconds."""
+        """Request a partial histogram with each heartbeat for OBSERVED_S seconds. `numbers` answers are possible."""
         self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
 
     def poll_now(self, number: int) -> None:
-        """Poll all servers now, as round `number` has started. Servers that work on this round delay their replies."""
+        """Poll all servers now, at the start of round `number`. Servers that work on this round delay their replies."""
         with self._changed:
             self._round = number
             self._due = [(time.monotonic(), endpoint) for endpoint in self.statuses]
             self._changed.notify_all()
 
     def mark_down(self, endpoint: Endpoint, why: str) -> None:
-        """Mark a server down until `mark_up` is called, and cancel all pending calls to this server."""
+        """Mark a server down until `mark_up` is called, and cancel all calls to it. `why` is the cause of the loss."""
         with self._changed:
             status = self.statuses[endpoint]
             if not status.up:

@@ -19,17 +19,17 @@ V = TypeVar("V")
 POLL_S = 1.0  # interval between checks for Ctrl-C
 SCAN_PAUSE_S = 5e-5  # pause per object between two scans of the heartbeat replies
 RECOVERY_POLL_S = 0.1  # interval between checks for a recovered server
-GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first
+GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first recovery
 LOSSES_IN_ROUND = 3  # a server lost this often in one round is not readmitted: the game may crash it
 
 
 class ProgressListener(Protocol):
-    """The receiver of progress and warnings. If `stop_signal` is a signal number, not None, the run must end early."""
+    """The receiver of progress and warnings. `stop_signal` is the number of a signal that ends the run, or None."""
 
     stop_signal: int | None
 
     def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Receive how many of `total` participants have finished `stage` ("participants created" or "answers in")."""
+        """Called when `done` of `total` participants have finished `stage` ("participants created" or "answers in")."""
 
     def warn(self, line: str) -> None:
         """Called when a server was lost or has recovered; `line` is the message for the user."""
@@ -66,7 +66,7 @@ class Membership:
         return self
 
     def close(self, keep: bool) -> None:
-        """Stop the failure detector and end the run: the servers delete its agents unless `keep` is True."""
+        """Stop the failure detector and end the run. The servers delete the run's agents unless `keep` is True."""
         self._detector.__exit__()
         directives = {KEEP_RUN if keep else END_RUN: self.run}
         call = partial(channels.handshake, timeout_s=self.config.connect_timeout, directives=directives)
@@ -112,7 +112,7 @@ class Membership:
             self.watch.warn(f"{endpoint} answers again, and is used from round {number} on")
 
     def wait_for_servers(self, pool: list[Endpoint], role: str) -> list[Endpoint]:
-        """Wait until a server in `pool` is up, and return all that are up. Raises RunAborted or Interrupted."""
+        """Wait until one or more servers in `pool` are up, and return those. Raises RunAborted or Interrupted."""
         gathered_at: float | None = None
         while not (up := self.up(pool)):
             if self.watch.stop_signal is not None:

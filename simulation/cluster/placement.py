@@ -13,7 +13,7 @@ from simulation.rpc.endpoints import Endpoint, GroupAssignment
 
 
 def even_split(total: int, parts: int) -> list[range]:
-    """Split 0 .. total-1 into `parts` consecutive ranges whose sizes differ by at most one. Long ranges come first."""
+    """Split 0 .. total-1 into `parts` consecutive ranges whose sizes differ by at most 1. Longer ranges come first."""
     size, longer = divmod(total, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
@@ -44,7 +44,7 @@ class PlacementPlan:
         self.assignments = [*self._preferred]  # in participant order; every participant is in exactly one group
 
     def restore_preferred(self, servers: Collection[Endpoint], moderator_servers: Collection[Endpoint]) -> None:
-        """Move groups back to their preferred servers in `servers` and preferred moderators in `moderator_servers`."""
+        """Move groups back to their preferred servers and moderators that are in `servers` or `moderator_servers`."""
         starts = [each.first for each in self._preferred]
         pieces_of = groupby(self.assignments, lambda piece: bisect_right(starts, piece.first) - 1)
         self.assignments = []

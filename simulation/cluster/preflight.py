@@ -38,7 +38,7 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
 
 
 def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, as name servers may be slow. Return a future of the address."""
+    """Resolve a host name in a daemon thread, because name servers may be slow. Return a future of the address."""
     address: Future[str] = Future()
 
     def look_up() -> None:
@@ -95,7 +95,7 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
 
 
 def check_models_known(config: SimulationConfig, identities: Identities) -> None:
-    """Raise ClusterError if a server lacks a requested model, or SettingsError if one needs --allow-remote-model."""
+    """Raise ClusterError if a server lacks a requested model; SettingsError if a model needs --allow-remote-model."""
     names = asked_models(config)
     for endpoint, each in identities.items():
         missing = [name for name in names if name not in each.models]
@@ -113,7 +113,7 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
 
 
 def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
-    """Let one server per host check that the requested models answer. Raises ClusterError if one does not answer."""
+    """Ask one server per host to check that all requested models answer. Raises ClusterError if a model does not."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
     directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}

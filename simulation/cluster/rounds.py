@@ -24,12 +24,12 @@ from simulation.rpc.client import SHORT_CALL_TIMEOUT_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
-FETCHES_AT_ONCE = 4  # concurrent messages with answers
+FETCHES_AT_ONCE = 4  # number of concurrent calls that fetch answers
 NO_USAGE = Usage()
 
 
 class Simulation:
-    """A run on servers that are ready. On exit, this context manager deletes the run's agents unless they are kept.
+    """A run on servers that are ready. On exit, its agents are deleted unless they are kept (see --keep-agents).
 
         with Simulation(config, game, run, watch) as simulation:
             simulation.create()
@@ -67,7 +67,7 @@ class Simulation:
         self.cluster.__exit__(*error)
 
     def create(self) -> float:
-        """Create moderators, groups and participants. Return the seconds taken. Raises RunAborted, Interrupted."""
+        """Create moderators, groups and participants. Return the seconds taken. Raises RunAborted or Interrupted."""
         started = time.monotonic()
         self.cluster.retry_on_server_loss(lambda: self.cluster.reconcile(len(self._announcements)))
         return time.monotonic() - started
@@ -77,7 +77,7 @@ class Simulation:
         self._begin_round(number)
         question = question_for(self.game, number, self._announcements)
 
-        def ask_average_announce() -> RoundResult:  # a repeated call only does what is still missing
+        def ask_average_announce() -> RoundResult:  # a repeated call does only what is still missing
             result = score(self.game, number, self._ask(question))
             return self._record(self._announce(result))
 
@@ -108,7 +108,7 @@ class Simulation:
         return tally
 
     def _announce(self, result: RoundResult) -> RoundResult:
-        """Announce the result to all participants. Return the result, completed with the winners and the times."""
+        """Announce the result to all groups. Return the result, completed with the winners and the times."""
         announcement = announcement_of(result, self.game.scale)
         won = self.cluster.all(lambda moderator: moderator.announce(announcement))
         seconds = round(time.monotonic() - self._started, 4)  # rounded as in summary.json, so that reports match
@@ -135,7 +135,7 @@ class Simulation:
     @property
     def usage(self) -> Usage:
         """Return the usage of all rounds so far."""
-        used = [*self.cluster.used.values()]  # a copy, as observers call this in other threads
+        used = [*self.cluster.used.values()]  # a copy, because observers call this in other threads
         now, before = sum(used, start=NO_USAGE), self._usage_before_resume
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
@@ -164,7 +164,7 @@ class Simulation:
         return answers
 
     def _times(self, seconds: float) -> Times | None:
-        """Return the times of this round by activity; None with per-agent dispatch or without usage data."""
+        """Split the round's duration `seconds` by activity. Return None with --dispatch agent or without usage data."""
         used = [
             (self.cluster.used[each.oid], self._used_then.get(each.oid, NO_USAGE))
             for each in self.cluster.active_assignments
@@ -206,9 +206,9 @@ def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[in
 
 
 def ask(server: Endpoint, oid: str, question: Question) -> str:
-    """Ask a kept participant a question outside the game. Return the reply. `oid` is `<group id>/<index>`.
+    """Ask a participant that was kept (--keep-agents) a question outside the game, and return the reply.
 
-    Raises ClusterError or RunAborted.
+    `oid` is `<group id>/<index>`. Raises ClusterError or RunAborted.
     """
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:

@@ -22,7 +22,7 @@ LINE_READ = 1_000  # maximum length of a line that states a number
 
 
 def _joined(entry: Any) -> Any:
-    """Return an entry of answer_words.yaml in which each list of alternatives is joined to one pattern."""
+    """Return an entry of answer_words.yaml in which each list of alternatives is joined into one pattern."""
     if isinstance(entry, dict):
         return {key: _joined(value) for key, value in entry.items()}
     return "|".join(entry) if isinstance(entry, list) else entry
@@ -89,7 +89,7 @@ def stated_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
     Ignore reasoning (<think>...</think>), ranges, totals and negated numbers. Raises KnownCause if no number is
-    certain: it may belong to another player or an earlier round, be part of an expression, or be withdrawn.
+    certain: a number may belong to another player or an earlier round, be part of an expression, or be withdrawn.
     """
     if len(text) > TEXT_READ:
         raise KnownCause(f"text of more than {TEXT_READ} characters", text)
@@ -126,7 +126,7 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
 
 
 def _permits(number: float, line: str) -> bool:
-    """Return False if a line before the answer quotes, names a speaker, supposes something or states another number."""
+    """Return whether `line` may precede the answer `number`: no quotation, speaker, supposition or other number."""
     if _QUOTES.search(line) or _SPEAKS.match(line):
         return False
     sentences = [each for each in _SENTENCE_ENDS.split(_ITEM.sub("", line, count=1)) if each]
@@ -134,7 +134,7 @@ def _permits(number: float, line: str) -> bool:
 
 
 def _stands_alone(before: list[str], last: str) -> bool:
-    """Return whether the line before `last` is complete: a full sentence or a value, which `last` does not continue."""
+    """Return whether the line `last` is no continuation: the line before it, if any, is a sentence or gives a value."""
     if not before:
         return True
     if last.startswith("=") or last.endswith("%") or _LEADS.match(before[-1]) or _ASKS.match(before[-1]):
@@ -185,10 +185,10 @@ _BESIDE = re.compile(rf"{WORDS['headings']}|rationale|thoughts?|thinking|confide
 
 
 def _lines(text: str) -> list[str]:
-    """Remove ranges, totals and negated numbers. Return the non-empty lines, each label joined to the line after it."""
+    """Return non-empty lines without ranges, totals and negated numbers. Join a label ("answer:") to the next line."""
     lines: list[str] = []
     for raw in text.splitlines():
-        line = " ".join(_IGNORED.sub(" ", " ".join(raw.split())).split())  # single spaces: patterns are short and fast
+        line = " ".join(_IGNORED.sub(" ", " ".join(raw.split())).split())  # single spaces keep patterns short and fast
         if line and lines and (lines[-1].endswith(":") or _LABEL_LINE.fullmatch(lines[-1])):
             label = lines.pop().strip(" #")
             lines.append(f"{label} {line}" if label.endswith((":", "is")) else f"{label}: {line}")
@@ -208,7 +208,7 @@ def _plain(text: str) -> str:
 
 
 def _struck(found: re.Match[str]) -> str:
-    """Return what replaces a match: " n0 " (an uncertain number) for struck-out text next to a digit, else " "."""
+    """Return what replaces a match: a space or, for struck-out text next to a digit, a text that is not a number."""
     beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
     return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
 

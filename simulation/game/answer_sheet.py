@@ -1,4 +1,4 @@
-"""The answers of consecutive participants in one round. An entry is an answer in units (10^-decimals) or a code < 0."""
+"""The answers of consecutive participants in one round. Entries are answers in units (10^-decimals), or codes < 0."""
 
 import contextlib
 from array import array
@@ -37,13 +37,13 @@ class Answers:
 
 
 def bins_of(numbers: int) -> tuple[int, int]:
-    """Return the width of a bin in units and the number of bins, for the possible answers 0 .. numbers-1."""
+    """Return the width and the number of bins of a histogram of the possible answers 0 .. numbers-1, in units."""
     width = -(-numbers // BINS)
     return width, -(-numbers // width)
 
 
 class AnswerSheet:
-    """The outcomes of participants first .. first+count-1 in one round, each recorded once, at offset index - first."""
+    """Outcomes of participants first .. first+count-1 in one round. Each is recorded once, at offset index - first."""
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -97,7 +97,7 @@ class AnswerSheet:
         return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> "AnswerSheet":
-        """Return a copy that counts undecided participants as failed. Meanwhile, threads may record answers."""
+        """Return a copy that counts undecided participants as failed. Other threads may record answers concurrently."""
         copy = AnswerSheet(self.first, self.count)
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.texts = dict(self._causes), dict(self.texts)
@@ -114,10 +114,10 @@ class AnswerSheet:
 
     def _failures(self) -> dict[str, int]:
         codes = np.bincount(FAILED - self._units[self._units <= FAILED])
-        return top_causes(codes, list(self._causes).__getitem__)  # read last, as `fail` stores a cause before its code
+        return top_causes(codes, list(self._causes).__getitem__)  # read last: `fail` stores a cause before its code
 
     def partial_histogram(self, numbers: int) -> tuple[list[int], dict[str, int]]:
-        """Return the numbers of answers so far per bin (see `bins_of`), and the numbers of failures so far by cause."""
+        """Return how many answers so far fall into each bin (see `bins_of`), and how many failures have each cause."""
         width, bins = bins_of(numbers)
         return np.bincount(self._units[self._units >= 0] // width, minlength=bins).tolist(), self._failures()
 

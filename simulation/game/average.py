@@ -10,7 +10,7 @@ def target_in_words(ratio: Fraction, offset: Fraction) -> str:
 
 
 def _number(number: Fraction) -> str:
-    """Format a number as `3`, `2/3`, or as a decimal if the denominator exceeds 10 and the decimal is exact."""
+    """Format a number as `3` or `2/3`, or as a decimal if the denominator exceeds 10 and the decimal is exact."""
     decimal = f"{float(number):.6g}"
     return decimal if number.denominator > 10 and Fraction(decimal) == number else str(number)
 

@@ -1,4 +1,4 @@
-"""The assignment of personas and models to participants by exact shares and the seed, independent of the servers."""
+"""The assignment of personas and models to participants. It depends on shares and the seed, but not on the servers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -53,7 +53,7 @@ class Grouping:
         return assign_one(self.seed, self.topic, self.counts, participant)
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
-        """Return the label of each participant first .. first+count-1 as an index in `names`, int64, shape (count,)."""
+        """For each participant first .. first+count-1, return the index of its label in `names`, as an array."""
         if not self.counts:
             parts = np.arange(first, first + count) % len(self.labels)
         else:
@@ -109,20 +109,20 @@ class Population:
         return by_topic | {MODEL: assigned(MODEL, labels, self.models) if self.models else in_turn}
 
 
-STEPS = 4  # steps of the Feistel network; three steps yield a pseudorandom permutation (Luby, Rackoff 1988)
+STEPS = 4  # steps of the Feistel network; three suffice for a pseudorandom permutation (Luby, Rackoff 1988)
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
 
 
 def mix(z: Any) -> Any:
-    """Return SplitMix64's finaliser of a number or a uint64 array (Steele, Lea, Flood, "Fast Splittable ...", 2014)."""
+    """Apply SplitMix64's finaliser to a number or a uint64 array (Steele, Lea, Flood, "Fast Splittable ...", 2014)."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
 
 
 def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """Split `total` into whole counts by `shares`, which add up to 1. Each is off its exact value by less than 1."""
+    """Split `total` into whole counts in proportion to `shares`, which add up to 1. Rounding errors are less than 1."""
     exact = [share * total for share in shares]
     counts = [math.floor(each) for each in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))

@@ -25,7 +25,7 @@ class PromptTemplate:
 
     name: str
     system: str  # the system prompt: the participant's role and the rules
-    instruction: str  # the end of each round's prompt, which states how to answer; other questions omit it
+    instruction: str  # the end of each round's prompt, which states how to answer; not used outside the game
     reasoning_tokens: int | None = None  # token limit of the reasoning before the number; None without reasoning
 
 
@@ -46,7 +46,7 @@ class Game:
 
     @cached_property
     def scale(self) -> int:
-        """Return the number of units in 1: 10^decimals. One unit is the last decimal place of an answer."""
+        """Return the number of units in 1: 10^decimals. One unit is one step in the last decimal place of an answer."""
         return 10**self.decimals
 
     @cached_property

@@ -43,7 +43,7 @@ class Tally:  # noqa: PLW1641 - arrays are not hashable
 
     @property
     def total(self) -> int:
-        """Return the exact sum in units. It may exceed 64 bits, so high and low 32 bits are summed separately."""
+        """Return the exact sum of answers in units. High and low 32 bits are summed separately to avoid overflow."""
         high = int(np.dot(self.units >> 32, self.counts))
         return (high << 32) + int(np.dot(self.units & 0xFFFFFFFF, self.counts))
 
@@ -138,7 +138,7 @@ class RoundResult:
     closest: tuple[int, ...] = ()
     winners: Winners = Winners(0, ())
     seconds: float = 0.0
-    reassigned: int = 0  # participants moved to another server or moderator during the round
+    reassigned: int = 0  # number of participants that were moved to another server or moderator during the round
     times: Times | None = None  # None if unknown, as in a saved run
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # the name and the average of each team, in a game with teams
 
@@ -172,7 +172,7 @@ def announcement_of(result: RoundResult, scale: int) -> Announcement:
 
 
 def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent causes."""
+    """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent."""
     most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
     failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
     others = int(counts.sum()) - sum(failures.values())

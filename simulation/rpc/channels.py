@@ -36,8 +36,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
 )
 
-_credentials: list[grpc.ChannelCredentials] = []  # one element after `install_tls`, else empty
-identities: dict[Endpoint, Handshake] = {}  # cache of `identify`; each run clears it, as servers may be replaced
+_credentials: list[grpc.ChannelCredentials] = []  # empty before `install_tls`, one element after it
+identities: dict[Endpoint, Handshake] = {}  # cache of `identify`; each run clears it, because servers may be replaced
 given_up: set[Endpoint] = set()  # servers that are marked down: all calls to them are cancelled
 
 
@@ -60,12 +60,12 @@ def channel_to(url: str) -> grpc.Channel:
 
 @functools.cache
 def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
-    """Return the gRPC stub that `kind` creates for a server. Cache it, as its creation takes longer than a call."""
+    """Return the gRPC stub that `kind` creates for a server. Cache the stub: its creation takes longer than a call."""
     return kind(channel_to(str(endpoint)))
 
 
 def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
-    """Return the handshake and heartbeat calls of a channel by name. Requests and replies are bytes."""
+    """Return functions that send a handshake or heartbeat over a channel, by name. Requests and replies are bytes."""
     return {name: channel.unary_unary(f"/{SERVICE}/{name}") for name in (HANDSHAKE, HEARTBEAT)}
 
 
@@ -75,10 +75,10 @@ def handshake(
     """Request the identity and state of a server. `directives` adds further requests by name (see messages.py).
 
     If `starting`, wait up to `timeout_s` for a server to listen. Raises ServerUnreachable if no server answers, and
-    ClusterError if the server has another key, or is another program or version.
+    ClusterError if the server has another key, or if another program or version answers.
     """
     try:
-        # One long call, as gRPC reconnects only while a call waits for the connection
+        # One long call, because gRPC reconnects only while a call waits for the connection
         request = json.dumps(dict(directives or {})).encode()
         reply = stub_of(endpoint, _own_calls)[HANDSHAKE](request, timeout=timeout_s, wait_for_ready=starting)
         return Handshake(**json.loads(reply))
@@ -91,7 +91,7 @@ def handshake(
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Return the handshake of a server, which is requested once per run. Raises the same errors as `handshake`."""
+    """Return the handshake of a server. Request it only once per run. Raises the same errors as `handshake`."""
     if endpoint not in identities:
         identities[endpoint] = handshake(endpoint, timeout_s, starting)
     return identities[endpoint]
@@ -135,7 +135,7 @@ def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
 def call_all(
     calls: Mapping[K, Callable[[], V]], at_once: int = CALLS_AT_ONCE
 ) -> tuple[dict[K, V], dict[K, SimulationError]]:
-    """Make all calls, up to `at_once` concurrently. Return the results and the errors by key, in order of `calls`."""
+    """Make all calls, up to `at_once` concurrently. Return results and errors by key, in the order of `calls`."""
     results: dict[K, V] = {}
     failed: dict[K, SimulationError] = {}
     with ThreadPoolExecutor(min(at_once, max(len(calls), 1))) as pool:

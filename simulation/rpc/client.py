@@ -22,13 +22,13 @@ from simulation.rpc.endpoints import Endpoint
 
 SHORT_CALL_TIMEOUT_S = 20.0  # deadline of calls that should return at once: a server that takes longer hangs
 LONG_CALL_TIMEOUT_S = 3600.0  # deadline of calls that the failure detector cancels if heartbeats stop
-SILENT_POLLS = 4  # AgentScope waits 5 s in each poll, and without `_UntilAnswered` at most 105 s in all
+SILENT_POLLS = 4  # polls of 5 s without an answer until a call fails; AgentScope alone waits at most 105 s in all
 
 RpcClient._get_channel = classmethod(lambda _cls, url: channel_to(url))
 
 
 class RemoteObject(RpcObject):
-    """AgentScope's proxy of the remote object `oid`. If `kwargs` is not None, create the object if it is missing."""
+    """AgentScope's proxy of the remote object `oid`. A missing object is created with `kwargs` unless that is None."""
 
     def __init__(
         self, cls: type, oid: str, endpoint: Endpoint, deadline_s: float, kwargs: dict[str, Any] | None = None

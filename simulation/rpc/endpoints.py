@@ -37,7 +37,7 @@ class GroupAssignment:
     moderator_server: Endpoint
 
     def chunks(self, size: int = ANSWERS_PER_MESSAGE) -> Iterator[tuple[int, int]]:
-        """Yield (first index, length) of consecutive ranges of at most `size` participants, which cover the group."""
+        """Split the group into consecutive ranges of up to `size` participants. Yield (first index, length) of each."""
         stop = self.first + self.count
         return ((first, min(size, stop - first)) for first in range(self.first, stop, size))
 
@@ -48,12 +48,12 @@ def run_of(remote_id: str) -> str:
 
 
 def remote_run(run_id: str, part: str) -> str:
-    """Return a run's name on the servers. Each resume is another `part` with another name, as old objects may exist."""
+    """Return a run's name on the servers. Each resume uses a new `part`, because old objects may still exist."""
     return f"{run_id}~{part}"
 
 
 def same_run(one: str, other: str) -> bool:
-    """Return whether two names (see `remote_run`) belong to parts of the same run."""
+    """Return whether two names (see `remote_run`) belong to the same run, even if one was made by a resume."""
     return one.partition("~")[0] == other.partition("~")[0]
 
 

@@ -1,4 +1,4 @@
-"""The import of AgentScope in 0.7 s (not 1.7 s), without libraries that only users may need; extra import folders."""
+"""The import of AgentScope in 0.7 s, not 1.7 s (rarely used libraries load on first use), and extra import folders."""
 
 import importlib
 import os
@@ -27,7 +27,7 @@ def import_agentscope() -> None:
         os.environ["HOME"] = str(ROOT / "run")
     distances = ModuleType(DISTANCES)  # a placeholder: AgentScope imports the function `cdist` by name
     vars(distances)["cdist"] = lambda *args, **kwargs: importlib.import_module(DISTANCES).cdist(*args, **kwargs)
-    # None: AgentScope tolerates a failed import of dashscope, but reads the version of a _Late, which would import it
+    # dashscope is None: AgentScope tolerates a failed import, but would read the version of a _Late and so import it
     late: dict[str, Any] = {"dashscope": None, "socketio": _Late("socketio"), DISTANCES: distances}
     late = {name: stand_in for name, stand_in in late.items() if name not in sys.modules}
     sys.modules.update(late)

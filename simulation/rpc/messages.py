@@ -1,4 +1,4 @@
-"""The messages of handshakes and heartbeats, the two calls of agent servers in addition to AgentScope's calls."""
+"""The messages of handshakes and heartbeats, the two calls that this program adds to AgentScope's calls."""
 
 import hashlib
 import importlib.metadata
@@ -49,7 +49,7 @@ class HeartbeatReply:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "HeartbeatReply | None":
-        """Return the reply that a text contains, or None if the text is invalid, as one from another program may be."""
+        """Return the reply that a text contains, or None if the text is invalid, for example from another program."""
         try:
             data = json.loads(text)
             objects = {oid: Progress(**each) for oid, each in data["objects"].items()}
