@@ -1,1 +1,1 @@
-"""A guessing game of very many agents that are distributed over agent servers."""
+"""A guessing game among very many agents, distributed over agent servers."""

@@ -56,7 +56,7 @@ def _touching(method: Callable[..., Any]) -> Any:
 
 
 class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched` becomes True if a coroutine uses the task but keeps no reference."""
+    """A task that steps many coroutines. `touched`: a coroutine used the task without keeping a reference to it."""
 
     touched = False
     __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
@@ -267,8 +267,8 @@ async def outcome_of(work: Awaitable[Any]) -> Any:
 def gc_paused() -> Iterator[None]:
     """Pause garbage collection in a `with` block. A block that creates many objects should end with `gc.collect(1)`.
 
-    Without a pause, the collector scans all objects again whenever their number has grown by a quarter. This takes half
-    of the time to create 500,000 agents, and a quarter of the time to ask them.
+    Without a pause, the collector scans all objects again whenever their number has grown by a quarter. These scans
+    take up half of the time spent creating 500,000 agents, and a quarter of the time spent asking them.
     """
     was_enabled = gc.isenabled()  # another thread may have paused the collector, and will enable it
     gc.disable()

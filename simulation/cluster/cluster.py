@@ -108,7 +108,7 @@ class Cluster(Membership):
     def reconcile(self, rounds: int) -> None:
         """Create missing groups and moderators on servers that are up.
 
-        Participants in new groups get answers of rounds 1 .. `rounds`. Raises ServerLost, RunAborted or Interrupted.
+        New groups get back their answers of rounds 1 .. `rounds`. Raises ServerLost, RunAborted or Interrupted.
         """
         self.handle_losses()
         servers = self.wait_for_servers(self.participant_servers, "participant")

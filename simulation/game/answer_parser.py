@@ -185,7 +185,7 @@ _BESIDE = re.compile(rf"{WORDS['headings']}|rationale|thoughts?|thinking|confide
 
 
 def _lines(text: str) -> list[str]:
-    """Return non-empty lines without ranges, totals and negated numbers. Join a label ("answer:") to the next line."""
+    """Remove ranges, totals and negated numbers, and return the non-empty lines, each label joined to the next line."""
     lines: list[str] = []
     for raw in text.splitlines():
         line = " ".join(_IGNORED.sub(" ", " ".join(raw.split())).split())  # single spaces keep patterns short and fast

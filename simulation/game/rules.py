@@ -61,7 +61,7 @@ class Game:
 
     @property
     def target_or_it(self) -> str:
-        """Return "it" if the target is the average, which the caller's sentence already names; otherwise `target`."""
+        """Return "it" if the target is the average (already named in the caller's sentence), otherwise `target`."""
         return "it" if self.ratio == 1 and not self.offset else self.target
 
     @property

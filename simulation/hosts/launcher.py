@@ -74,7 +74,7 @@ def launch(config: SimulationConfig, owned: bool) -> None:
 
 
 class _Server:
-    """An agent server process. It is restarted if it fails, unless its first or several consecutive starts failed."""
+    """An agent server process, restarted if it fails, except after a failed first start or FAILED_STARTS in a row."""
 
     def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
         self._arguments, self._port = (config, port, key), port

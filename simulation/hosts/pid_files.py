@@ -89,7 +89,7 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int, restarts: int = 0) -> "ProcessId":
-        """Return the identity of a process of this host. If the process is not visible, return only the pid."""
+        """Return the identity of a process of this host, or only its pid if /proc cannot be read."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")

@@ -56,7 +56,7 @@ class TokenBudget:
 
 
 class Chat:
-    """The model access of one group, whose participants all run on one event loop."""
+    """The access of one group to its language models. The participants of a group all run on one event loop."""
 
     def __init__(self, game: Game) -> None:
         assert game.llm is not None  # groups without LLM participants have no Chat

@@ -66,9 +66,9 @@ def resume_command(path: Path, *flags: str) -> str:
 class RunDirectory:
     """The folder of a run or of an experiment, created and locked by the constructor.
 
-    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment if all of its
-    runs are played. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is
-    full. A method raises ResultsError if it cannot read or write a file.
+    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment, if this run
+    is played together with the other runs of the experiment. The constructor raises SettingsError if the folder cannot
+    be used, and ResultsError if the disk is full. A method raises ResultsError if it cannot read or write a file.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
@@ -130,7 +130,7 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, without rare failure causes and lost servers if it is too long. Update runs/latest."""
+        """Write summary.json; if it is too long, omit rare failure causes and some lost servers. Update runs/latest."""
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
@@ -184,7 +184,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Delete report, pictures and answers after round `rounds`. Split the other answers into one file per round."""
+        """Delete the pictures, the report, and answers of later rounds. Split the others into one file per round."""
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():

@@ -53,7 +53,7 @@ def remote_run(run_id: str, part: str) -> str:
 
 
 def same_run(one: str, other: str) -> bool:
-    """Return whether two names (see `remote_run`) belong to the same run, even if one was made by a resume."""
+    """Return whether two names from `remote_run` belong to the same run. A run and its resumes have different names."""
     return one.partition("~")[0] == other.partition("~")[0]
 
 
