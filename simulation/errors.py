@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 LIKENESS = 0.65  # a name is suggested if its difflib ratio is at least this
 SHORTEST_BEGINNING = 3  # minimum length of a prefix for which a longer name is suggested
@@ -106,19 +106,11 @@ class KnownCause(UnusableAnswer):
         self.ended = ended
 
 
-class Failure(NamedTuple):
-    """A participant's failure. `text` is the unusable answer (None: no answer). `ended` states how its round ended."""
-
-    cause: str
-    text: str | None = None
-    ended: Ended = Ended.COMPLETE
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Convert any exception of a participant to a Failure. Never raises."""
+def failure_of(error: BaseException) -> tuple[str, str | None, Ended]:
+    """Return the cause of a participant's failure, its unusable answer (None: no answer), and how its round ended."""
     text = vars(error).get("text") if isinstance(error, UnusableAnswer) else None  # a user's subclass may have no text
     ended = error.ended if type(error) is KnownCause else Ended.COMPLETE
-    return Failure(one_line(error), str.__str__(text) if isinstance(text, str) else None, ended)
+    return one_line(error), str.__str__(text) if isinstance(text, str) else None, ended
 
 
 def one_line(error: BaseException) -> str:

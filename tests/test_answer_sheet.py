@@ -134,7 +134,7 @@ class Rude(UnusableAnswer):
 def test_causes_of_participants_differ_from_those_of_the_program(error, cause, text):
     known = type(error) is KnownCause
     assert failure_of(error) == (cause, text, Ended.INTERRUPTED if known else Ended.COMPLETE)
-    assert type(failure_of(error).text) in (str, type(None))
+    assert type(failure_of(error)[1]) in (str, type(None))
 
 
 @given(answers, st.integers(0, 80), st.integers(0, 80))

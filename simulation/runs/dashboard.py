@@ -90,12 +90,8 @@ class Dashboard:
             ended |= {"status": "failed", "error": str(error)}
             raise
         finally:
-            written = {
-                "path": str(path),
-                "written": run.status is not None,
-                "report": os.access(path / REPORT, os.R_OK),
-            }
-            self._ended.append({"status": run.status, **written, **ended})
+            written = {"written": run.status is not None, "report": os.access(path / REPORT, os.R_OK)}
+            self._ended.append({"status": run.status, "path": str(path), **written, **ended})
             state.over = True
 
     def close(self) -> None:
