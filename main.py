@@ -129,7 +129,7 @@ def has_no_servers(config: SimulationConfig) -> bool:
 
 
 def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
-    """Start agent servers on this host, and let `cleanup` stop them at its end. Raises Interrupted at a stop signal."""
+    """Start agent servers on this host, and stop them when `cleanup` exits. Raises Interrupted on a stop signal."""
     from loguru import logger
 
     from simulation.hosts import local_cluster

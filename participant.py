@@ -74,7 +74,7 @@ class LLMParticipant(Participant):
         return number
 
     async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
-        """Ask for up to `tokens` tokens of reasoning, and for a number if they state none. Return units, reasoning."""
+        """Ask for up to `tokens` tokens of reasoning. If it states no number, ask for one. Return units, reasoning."""
         thoughts, whole = await chat.talk(model, prompt, tokens)
         if whole:  # otherwise, the last line may be truncated
             with contextlib.suppress(UnusableAnswer):

@@ -244,7 +244,7 @@ def _checkout_of(data: Mapping[str, Any]) -> str:
 
 
 def as_written(number: float) -> str:
-    """Return a number as shown to users: 1000, 0.1 or 1,000,000."""
+    """Return a number as shown to users: with commas from COMMAS_FROM on, such as 1000, 0.1 or 1,000,000."""
     number = int(number) if number == int(number) else number
     return f"{number:,}" if abs(number) >= COMMAS_FROM else str(number)
 
@@ -264,7 +264,7 @@ def to_number(kind: type, flag: str, text: str) -> Any:
 
 
 def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
-    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or not from `low` to `high`."""
+    """Parse an exact number such as 2/3 or 0.51. Raises SettingsError if it is invalid or outside `low` .. `high`."""
     text = str(text)
     if not FRACTION.fullmatch(text):  # an exponent could expand to more digits than fit in memory
         raise SettingsError(f"{flag} {text}: must be a number such as 2/3 or 0.51")

@@ -70,7 +70,7 @@ class Cluster(Membership):
         return [assignment for assignment in self.assignments if assignment.server is not None]
 
     def observe(self) -> dict[Endpoint, ServerStatus]:
-        """Return each server's status, moderators last. For OBSERVED_S seconds, heartbeats will request histograms."""
+        """Return each server's status, moderators last. Heartbeats then request histograms for OBSERVED_S seconds."""
         self._detector.observe(self._game.numbers)
         return self.status
 

@@ -108,7 +108,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass(frozen=True)
 class Winners:
-    """The number of winners, and the indices of the WINNERS_NAMED winners with the lowest indices, ascending."""
+    """The number of winners, and the lowest of their indices (at most WINNERS_NAMED), ascending."""
 
     count: int
     lowest: tuple[int, ...]

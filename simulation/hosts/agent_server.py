@@ -78,9 +78,9 @@ class SimulationServicer(AgentServerServicer):
     def heartbeat(self, request: bytes, context: Any) -> bytes:
         """Return the progress of the groups and moderators of a run. Renew the lease of the run.
 
-        The request is a list of `run`, `number`, `wait_s` and `numbers`. Wait up to `wait_s` seconds until all groups
-        that are in round `number` have finished it. `numbers` is the count of possible answers. If it is not 0, the
-        reply also contains the CPU load and the memory of this process and, at intervals, partial histograms.
+        The request is [run, number, wait_s, numbers]. Wait up to `wait_s` seconds until all groups in round `number`
+        have finished it. `numbers` is how many different answers are possible, or 0. If it is not 0, the reply also
+        contains the CPU load and the memory of this process and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)
@@ -192,7 +192,7 @@ class SimulationServicer(AgentServerServicer):
         self._renewed[run] = time.monotonic()
 
     def _end_run(self, run: str, keep: bool) -> None:
-        """Delete the objects of a run or, if `keep`, remove their lease, so that they stay until the next run."""
+        """Delete the objects of a run. If `keep`, remove their lease instead: they then stay until the next run."""
         self._begin_run(run)  # in case this call arrives before the first heartbeat of the run
         for oid, agent in self._hosted().items():
             if run_of(oid) == run and keep:

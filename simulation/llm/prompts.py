@@ -147,7 +147,7 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 
 def answer_tokens(kind: str, game: Game) -> int:
-    """Return the token limit of an answer, at least one token per character. --structured-output sets `kind`."""
+    """Return the token limit of an answer: at least one token per character. `kind` is set by --structured-output."""
     number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

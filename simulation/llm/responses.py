@@ -46,7 +46,7 @@ Reply = tuple[list[Text], Usage | None]  # the usage is None if the server does 
 
 @dataclass(eq=False)
 class RequestError(Exception):
-    """The failure of a request. If it makes participants fail, their failures are counted by `cause`."""
+    """The failure of a request. If participants fail because of it, `cause` is the failure cause counted for them."""
 
     cause: str
     _: KW_ONLY

@@ -28,7 +28,7 @@ LINES = 24  # maximum number of runs in the line chart: as many lines as `series
 
 
 def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return each folder in `named` once. An experiment stands for its runs. Raises SettingsError if it has none."""
+    """Return `named` without duplicates, experiments replaced by their runs. Raises SettingsError if one has none."""
     found: dict[Path, Path] = {}
     for path in named:
         runs = runs_in(path) if is_there(path / SWEEP) else [path]
@@ -151,7 +151,7 @@ def _draw_averages(axes: Axes, drawn: Sequence[tuple[str, SavedRun]]) -> None:
 
 
 def _picture(drawn: Sequence[tuple[str, SavedRun]]) -> Figure:
-    """Return a figure: above, the averages by round; below, the last round of some runs as histograms."""
+    """Return a figure with the averages by round at the top, and histograms of some runs' last rounds below."""
     drawn = [(textwrap.fill(label, LABEL_WIDTH), run) for label, run in drawn]
     lines = -(-len(drawn) // 3) * max((label.count("\n") + 1 for label, _ in drawn), default=1)  # in the legend
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]

@@ -49,7 +49,7 @@ def short(number: float, _index: float = 0) -> str:
 
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
-    """Show about `across` ticks on the x-axis and `up` on the y-axis, and only whole numbers on the axis `whole`."""
+    """Show about `across` ticks on the x-axis and `up` on the y-axis. Axis `whole` (x or y) has only whole numbers."""
     axes.locator_params("x", nbins=across, integer=whole == "x")
     axes.locator_params("y", nbins=up, integer=whole == "y")
     axes.xaxis.set_major_formatter(short)

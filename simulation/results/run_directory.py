@@ -40,7 +40,7 @@ DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
 
 
 def new_run_id() -> str:
-    """Return a new run id, unique across hosts. Run ids sort alphabetically by creation time, to the second."""
+    """Return a new run id, unique across hosts. Alphabetical order is the order of creation, to the second."""
     return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
 
 
@@ -184,7 +184,7 @@ class RunDirectory:
         return self.path / f"answers-{round_number:05d}.parquet"
 
     def go_back_to(self, rounds: int) -> None:
-        """Delete the pictures, the report, and answers of later rounds. Split the others into one file per round."""
+        """Delete pictures, report and the answers after round `rounds`. Split the other answers into files by round."""
         whole = self.path / WHOLE
         with results_errors(f"write {self.path}"):
             for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
@@ -199,7 +199,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the answer files of all rounds into answers.parquet, then delete the merged files."""
+        """Merge the answer files of all rounds into answers.parquet, then delete the files of the rounds."""
         whole = self.path / WHOLE
         with results_errors(f"write {whole}"):
             parts = sorted(self.path.glob(PARTS))

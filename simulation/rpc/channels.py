@@ -91,7 +91,7 @@ def handshake(
 
 
 def identify(endpoint: Endpoint, timeout_s: float, starting: bool = False) -> Handshake:
-    """Return the handshake of a server. Request it only once per run. Raises the same errors as `handshake`."""
+    """Return the handshake of a server, requested once per run and then cached. Raises the errors of `handshake`."""
     if endpoint not in identities:
         identities[endpoint] = handshake(endpoint, timeout_s, starting)
     return identities[endpoint]

@@ -105,7 +105,7 @@ class DashboardState:
     def _servers(
         self, statuses: dict[Endpoint, ServerStatus], assignments: list[GroupAssignment], started: int
     ) -> dict[str, Any]:
-        """Return a grid and rows of all servers. With over SERVERS_LISTED servers, only some failing ones have rows."""
+        """Return a grid of all servers, and a row for each. Over SERVERS_LISTED, only some failing ones get a row."""
         done = {oid: each.done for oid, each in self._progress.items() if each.round == started}
         hosted: Counter[Endpoint | None] = Counter()  # number of participants that a server hosts or moderates
         for assignment in assignments:

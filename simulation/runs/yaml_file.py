@@ -60,7 +60,7 @@ class YamlFile:
     def nodes_in(self, node: yaml.Node, requirement: str) -> dict[str, yaml.Node]:
         """Return the nodes of the values in a mapping, by name. Each node gets the line number of its name.
 
-        Raises SettingsError if a name or value is invalid, or with the text `requirement` if `node` is not a mapping.
+        Raises SettingsError if a name or value is invalid. If `node` is not a mapping, `requirement` is the error text.
         """
         if not isinstance(node, yaml.MappingNode):
             raise self.error(node, requirement)
