@@ -46,7 +46,7 @@ class LLMParticipant(Participant):
         return rules(self.game, *self._character())
 
     def prompt(self, question: Question) -> Prompt:
-        """Return the prompt for `question`. Its round is 0 if a user asks it outside the game (main.py --role ask)."""
+        """Return the prompt for `question`. A question that a user asks outside the game (--role ask) has round 0."""
         if question.round > 0:
             return prompt_for(self.system(), question, self.numbers, instruction(self.game, *self._character()))
         missing = len(question.announcements) - len(self.numbers)  # number of rounds after the last recorded one

@@ -303,8 +303,8 @@ class ParticipantGroup(metaclass=RpcMeta):
     async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
         """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
 
-        The number of participants that wait for a model is limited, because each takes 2 KB. The next batch starts
-        when half of the limit is free, so the model never idles. Batches are large, so that more participants with
+        The number of participants that wait for a model is limited, because each takes 2 KB. New ones start when half
+        of the limit is free, so the model never idles. They start in one large batch, so that more participants with
         equal prompts share a request.
         """
         if question.round > 1:  # free reference cycles of earlier rounds: the scheduler pauses the collector

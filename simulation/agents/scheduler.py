@@ -56,7 +56,7 @@ def _touching(method: Callable[..., Any]) -> Any:
 
 
 class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched`: a coroutine used the task without keeping a reference to it."""
+    """A task that steps many coroutines. `touched`: whether one used it in a way that its refcount does not show."""
 
     touched = False
     __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key

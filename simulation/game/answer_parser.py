@@ -228,7 +228,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _object(text: str) -> str:
-    """Rewrite a JSON object as lines of text if its last key names the answer. Return all other texts unchanged."""
+    """Rewrite a JSON object as lines of text if its last key is a word like "answer". Return other texts unchanged."""
     if not text.startswith("{"):
         return text
     try:

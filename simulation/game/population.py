@@ -161,7 +161,7 @@ def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int)
 
 @lru_cache(maxsize=256)
 def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
-    """Return half the number of bits of the smallest Feistel network for `total` numbers, and the key of each step."""
+    """Return half the bit length and the step keys of the smallest Feistel network that permutes 0 .. total-1."""
     key = seed
     for byte in topic.encode():
         key = mix((key + byte + 1) & MASK)

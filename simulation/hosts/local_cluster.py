@@ -52,8 +52,8 @@ def start(
 ) -> Callable[[], None] | None:
     """Start the agent servers of this host and wait until all answer. The caller must have called `install_tls`.
 
-    If `owned`, return a function that stops the servers; they also stop if this process exits. Otherwise, or if exactly
-    the requested servers are already running, return None. `meanwhile` runs while the launcher starts (about 1 s).
+    If `owned`, return a function that stops the servers, which also stop if this process exits. Return None if not
+    `owned`, or if exactly the requested servers already run. `meanwhile` runs while the launcher starts (about 1 s).
     If other servers are running or a server does not start, stop all new servers and raise ClusterError.
     """
     add_extra_folders(config.extra_pythonpath)  # the launcher does this, too; here, an error is reported in one line

@@ -1,7 +1,7 @@
 """A fair semaphore that limits the requests in flight to one model server, shared by all processes of this host.
 
-It is a file with one row per process. If a process exits, the kernel releases its lock. The waiting process with the
-fewest permits is served first; among equals, the one that waits longest. Rows without recent heartbeats are dropped.
+It is a file with one row per process, locked during each access; if a process exits, the kernel releases the lock.
+The waiting process with the fewest permits, then the longest wait, goes first. Rows without recent heartbeats expire.
 """
 
 import contextlib

@@ -174,8 +174,8 @@ def two_parts(
 ) -> tuple[Figure, SubFigure, SubFigure, list[Axes]]:
     """Return a figure for a PNG file, its upper part, its lower part, and the axes of its histograms.
 
-    One part has a histogram for each of `rounds`, which are pairs of a run and an index in its `results`. The other is
-    left empty for a line chart. It has the height `lines_inches`, and is the upper part if `lines_first` is True.
+    One part has a histogram for each of `rounds`, which are pairs of a run and an index in its `results`. The other
+    part, `lines_inches` high, is left empty for a line chart. It is the upper part if `lines_first` is True.
     """
     columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
     rows = -(-len(rounds) // columns) or 1

@@ -64,7 +64,7 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return the edges and the counts of at most `bars` bins over 0 .. top. Answer units[i] occurs counts[i] times."""
+    """Return edges and counts of at most `bars` bins over 0 .. top. Answer `units[i]` was given `counts[i]` times."""
     width = -(-(top + 1) // bars)
     edges = np.arange(0, top + width + 1, width, dtype=np.int64)
     return edges, np.bincount(units // width, counts, len(edges) - 1).astype(np.int64)

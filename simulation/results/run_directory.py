@@ -225,7 +225,7 @@ class RunDirectory:
 
 
 def _drafts(path: Path) -> set[Path]:
-    """Return the leftover drafts in `path`, and those of runs/latest that link to `path` or to a missing folder."""
+    """Return the leftover drafts in `path`, and drafts of the link runs/latest whose target is `path` or missing."""
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
     return drafts | {*path.glob(DRAFTS)}

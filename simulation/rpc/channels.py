@@ -65,7 +65,7 @@ def stub_of(endpoint: Endpoint, kind: Callable[[grpc.Channel], Any]) -> Any:
 
 
 def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
-    """Return functions that send a handshake or heartbeat over a channel, by name. Requests and replies are bytes."""
+    """Return the functions that send a handshake or a heartbeat over a channel, keyed by name. They exchange bytes."""
     return {name: channel.unary_unary(f"/{SERVICE}/{name}") for name in (HANDSHAKE, HEARTBEAT)}
 
 
