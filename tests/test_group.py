@@ -64,7 +64,7 @@ def group_of():
     yield make
     for group in groups:
         group.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "run/group-0"]
+    until(lambda: "run/group-0" not in [thread.name for thread in threading.enumerate()], 10, "ended")
 
 
 def test_participants_are_agents_with_their_own_proxies(group_of):
