@@ -299,6 +299,26 @@ def dispatch_to(monkeypatch):
     return make
 
 
+class Bare(Participant):
+    """Calls no __init__ of its base, so that it has neither index nor game."""
+
+    def __init__(self, *_):
+        self.mine = 3
+
+    async def answer(self, question):
+        return self.mine
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_participant_without_the_attributes_of_its_base_answers(group_of, one_by_one):
+    group, question = group_of(Bare, 2), question_for(GAME, 1, ())
+    group.begin(question, one_by_one=one_by_one)
+    for index in range(2 if one_by_one else 0):
+        group.participant(index).answer_round(message_of(question), index)
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    assert group.collect(0)[0].answered == 2
+
+
 def test_participants_asked_one_by_one_are_asked_once_in_each_round(group_of, dispatch_to):
     group = group_of(Asked, 4)
     for number in (1, 2):
@@ -333,7 +353,7 @@ def test_a_stopped_dispatch_asks_no_other_participant(group_of, dispatch_to):
 
 
 def test_a_failure_that_cannot_be_recorded_is_reported(group_of, dispatch_to, monkeypatch):
-    monkeypatch.setattr(group_module, "ask_in_thread", lambda participant, question: -5)
+    monkeypatch.setattr(group_module, "ask_in_thread", lambda participant, question, game: -5)
     group, question = group_of(Slow, 4), question_for(GAME, 1, ())
     group.begin(question)
     error = until(lambda: group.progress(1.0).error, 10, "told")

@@ -292,7 +292,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             if sheet is not self._sheet or self._closing:  # the round was halted, or the group closed
                 return
             try:
-                record = partial(sheet.record, offset, ask_in_thread(self._agents[offset], question))
+                record = partial(sheet.record, offset, ask_in_thread(self._agents[offset], question, self.game))
             except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
                 record = partial(sheet.fail, offset, *failure_of(error))
             with self._changed:

@@ -116,13 +116,13 @@ for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "
     setattr(Participant, _attribute, _CreatedLate(_attribute))
 
 
-def ask_in_thread(participant: Participant, question: Question) -> int:
+def ask_in_thread(participant: Participant, question: Question, game: Game) -> int:
     """Ask one participant, block the calling thread, and return the answer in units. May raise any exception."""
     if answers_many(type(participant)):
         answer = participant._run(participant.answer(question))
     else:
         answer = answer_in(participant.reply(message_of(question)))
-    return to_units(answer, participant.game)
+    return to_units(answer, game)  # not `participant.game`, which a subclass may lack
 
 
 def answers_many(cls: type[Participant]) -> bool:

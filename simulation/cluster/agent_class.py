@@ -51,8 +51,8 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
         raise refuse(f"{path} cannot be imported: {one_line(error)}") from None
     cls: Any = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Participant)):
-        own = [name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
-        guess = f"; {meant}" if (meant := meant_by(class_name, own)) else ""
+        own = {name for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__}
+        guess = f"; {meant}" if (meant := meant_by(class_name, own - {class_name})) else ""
         raise refuse(f"{path} has no class {class_name} derived from Participant{guess}")
     if issubclass(cls, LLMParticipant) and agent_type != "llm":
         raise refuse(f"{class_name} asks a model: give --agent-type llm, too")
