@@ -354,8 +354,8 @@ def test_many_servers_are_a_grid_of_bounded_size(servers, page):
     view = DashboardState(run_on(servers, lost=30))
     stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
     run = view.state(stage)
-    told = run["servers"]
-    assert told["states"] == {"plays": servers - 30, "lost": 30}
+    state = run["servers"]
+    assert state["states"] == {"plays": servers - 30, "lost": 30}
     assert run["round"]["done"] == 5 * servers
     state = state_of(run, stage)
     assert len(json.dumps(state)) < 20_000
@@ -365,7 +365,7 @@ def test_many_servers_are_a_grid_of_bounded_size(servers, page):
     assert page.locator(".grid i").count() == squares
     assert page.locator(".cells li").count() == (servers if squares == 0 else TROUBLED_LISTED)
     assert page.locator(".grid i.l").count() == min(squares, 30)
-    if squares:  # what a host's servers do together is told all the same; the last server asks all groups, too
+    if squares:  # what a host's servers do together is shown all the same; the last server asks all groups, too
         playing = min(servers, 1000) - 30
         participants = 10 * playing * (2 if servers <= 1000 else 1)
         line = f"{participants:,} participants, {playing / 2:.2f} cores busy, {20 * playing:,} MB resident"

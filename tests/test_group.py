@@ -356,13 +356,13 @@ def test_a_failure_that_cannot_be_recorded_is_reported(group_of, dispatch_to, mo
     monkeypatch.setattr(group_module, "ask_in_thread", lambda participant, question, game: -5)
     group, question = group_of(Slow, 4), question_for(GAME, 1, ())
     group.begin(question)
-    error = until(lambda: group.progress(1.0).error, 10, "told")
+    error = until(lambda: group.progress(1.0).error, 10, "reported")
     assert error == "group run/group-0: ValueError: an answer of -5 units"
     group = group_of(Slow, 4)
     group.begin(question, one_by_one=True)
     dispatch = dispatch_to(group)
     dispatch.begin(question)
-    assert until(lambda: dispatch.error, 10, "told") == "ValueError: an answer of -5 units"
+    assert until(lambda: dispatch.error, 10, "reported") == "ValueError: an answer of -5 units"
 
 
 def test_a_closed_group_begins_no_round(group_of):
