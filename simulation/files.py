@@ -4,6 +4,7 @@ import fcntl
 import functools
 import os
 import re
+import sys
 from pathlib import Path
 
 from simulation.errors import UNSUPPORTED, SettingsError, printable, reason
@@ -94,3 +95,9 @@ def read_text(path: Path) -> str:
 def real(path: str | Path) -> Path:
     """Return the path with all links resolved. Unlike Path.resolve(), do not fail on a link loop."""
     return Path(os.path.realpath(path))
+
+
+def append_to_path(folder: str) -> None:
+    """Append a folder to the end of the import path, where its modules cannot shadow other modules."""
+    if folder not in sys.path:
+        sys.path.append(folder)

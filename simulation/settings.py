@@ -83,7 +83,7 @@ class SimulationConfig:
 
     experiment: str | None = setting(None, "YAML file of settings; a list runs a sweep", path=True, group="the game")
     agent_type: str = rule("random", "random numbers or a language model", choices=("random", "llm"), roles=SERVERS)
-    agent_class: str | None = rule(None, "your own participant, as my_file.py:MyParticipant", path=True)
+    agent_class: str | None = rule(None, "your own participant, as my_file.py or my_file.py:MyParticipant", path=True)
     extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS)
     participant_num: int = rule(1000, "number of participants", 1, 10**9)
     max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)

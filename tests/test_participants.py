@@ -368,7 +368,6 @@ def test_the_newest_version_of_a_file_is_loaded_even_if_its_size_and_time_are_th
     for number in (3, 4):
         path.write_text(f"{SHORT}        return {number}\n    def plus(self, x: {number}): ...\n")
         os.utime(path, (1_700_000_000, 1_700_000_000))
-        load_agent_class.cache_clear()
         found = load_agent_class(f"{path}:Mine", "random")
         assert found.plus.__annotations__ == {"x": number}  # evaluated: the program's own future imports do not apply
 
@@ -377,6 +376,6 @@ def test_a_user_file_in_the_checkout_can_be_an_agent_class(cluster):
     path = cluster.path / "my_file.py"  # written after the servers were started
     for number in (3, 4):
         path.write_text(SHORT + f"        return {number}\n")
-        cluster.play("3", "5", "--agent-class", "my_file.py:Mine")
+        cluster.play("3", "5", "--agent-class", "my_file.py")  # its only class
         assert cluster.values() == [number] * 5
     path.unlink()

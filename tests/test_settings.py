@@ -100,7 +100,7 @@ BAD = [
     ("stray", "unrecognized arguments: stray (folders of runs go with --role report)"),
     ("--run-dir report stray", "unrecognized arguments: stray"),
     ("--role=report --run-dir x --colour red", "unrecognized arguments: --colour (--help"),
-    ("--agent-class mine.py", "my_file.py:MyParticipant"),
+    ("--agent-class mine.txt", "my_file.py:MyParticipant"),
     ("--agent-class nowhere.py:Mine", "there is no file"),
     ("--agent-class examples/level_l.py:LevelK", "there is no file examples/level_l.py; did you mean level_k.py?"),
     ("--agent-class examples/level_k.py:levelk", "derived from Participant; did you mean LevelK?"),

@@ -12,7 +12,7 @@ from agentscope.rpc import RpcMeta
 from loguru import logger
 
 from simulation.agents.participant import Participant
-from simulation.rpc.lean_import import append_to_path
+from simulation.files import append_to_path
 
 _loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
 _locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per run and class, because unpickling may take long

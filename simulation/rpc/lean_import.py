@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from simulation.errors import SettingsError, reason
-from simulation.files import ROOT
+from simulation.files import ROOT, append_to_path
 
 DISTANCES = "scipy.spatial.distance"
 
@@ -49,9 +49,3 @@ def add_extra_folders(folders: str | None) -> None:
             problem = f"cannot read the folder {folder}: {reason(error)}"
             raise SettingsError(f"--extra-pythonpath {folders}: {problem}") from None
         append_to_path(folder)
-
-
-def append_to_path(folder: str) -> None:
-    """Append a folder to the end of the import path, where its modules cannot shadow other modules."""
-    if folder not in sys.path:
-        sys.path.append(folder)

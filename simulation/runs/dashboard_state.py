@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulation.cluster.failure_detector import ServerStatus
@@ -65,7 +66,7 @@ class DashboardState:
             "label": run.label,
             "config": {
                 **{name: getattr(config, name) for name in ("participant_num", "rounds", "max_value", "decimals")},
-                "kind": config.agent_type if config.agent_class is None else config.agent_class.rpartition(":")[2],
+                "kind": Path(config.agent_class or config.agent_type).name.rpartition(":")[2],
                 "target": game.target,
                 "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
             },

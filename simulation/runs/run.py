@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -97,7 +98,7 @@ class Run:
         return self._finish()
 
     def _create_agents(self, simulation: Simulation) -> None:
-        kind = (self.config.agent_class or self.config.agent_type).rpartition(":")[2]
+        kind = Path(self.config.agent_class or self.config.agent_type).name.rpartition(":")[2]
         self.cluster_summary["moderators"] = simulation.moderator_num
         logger.info(f"init {self.config.participant_num} {kind} participant agents...")
         logger.info(f"init {simulation.moderator_num} moderator agents...")

@@ -1,0 +1,151 @@
+"""Users' Python files: loads a file, finds a class in it, and returns the contents of the files that were loaded.
+
+A file is executed again whenever it, or a module that it imports from its own folder, has changed. These modules are
+pickled by value, as the file is, so that servers need no copy of them and never use an old one.
+"""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+import cloudpickle
+
+from simulation.errors import SettingsError, listed, meant_by, near_file, one_line
+from simulation.files import append_to_path, full_path, is_there, shown
+
+OWN = "own_"  # prefix of the module names of users' files, so that a user's random.py hides no library
+PROGRAM = ("games", "main", "moderator", "participant", "simulation")  # modules that are not the user's in any folder
+
+
+@dataclass(frozen=True)
+class UserFile:
+    """A file of the user's, as it was when the program read it."""
+
+    name: str  # the file's path relative to the folder of the file that the user named
+    path: str  # absolute
+    content: bytes = field(repr=False)
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.content).hexdigest()
+
+
+_loaded: dict[str, tuple[ModuleType, tuple[UserFile, ...]]] = {}  # by the absolute path of the file that a user named
+_imported: dict[str, ModuleType] = {}  # by name: modules that users' files have imported from their own folders
+_folders: set[str] = set()  # folders that were appended to the import path
+
+
+def load_module(start: str, file: str) -> ModuleType:
+    """Return the module that a user's file defines. Raises SettingsError, which begins with `start`, such as a flag."""
+    return _load(start, file, nullcontext())
+
+
+def find_class(flag: str, spec: str, base: type, context: AbstractContextManager[object] | None = None) -> type:
+    """Return the class that `spec` names: `FILE.py:CLASS`, or `FILE.py` if that file defines one subclass of `base`.
+
+    The file is executed within `context`. Raises SettingsError if the file or the class is unusable.
+    """
+    spec = shown(spec)
+    start = f"{flag} {spec}"
+    file, _, name = (spec, "", "") if spec.endswith(".py") else spec.rpartition(":")
+    if not file.endswith(".py"):
+        raise SettingsError(f"{start}: write it as my_file.py:My{base.__name__}")
+    module = _load(start, file, context or nullcontext())
+    own = {name: each for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__}
+    usable = {name: each for name, each in own.items() if isinstance(each, type) and issubclass(each, base)}
+    if not name:
+        names = [each.__name__ for each in dict.fromkeys(usable.values())]
+        if len(names) != 1:
+            problem = f"{len(names)} classes" if names else "no class"
+            advice = f": {listed(names)}; name one, as {file}:{names[0]}" if names else ""
+            raise SettingsError(f"{start}: {file} has {problem} derived from {base.__name__}{advice}")
+        return next(iter(usable.values()))
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        guess = f"; {meant}" if (meant := meant_by(name, own.keys() - {name})) else ""
+        raise SettingsError(f"{start}: {file} has no class {name} derived from {base.__name__}{guess}")
+    return found
+
+
+def files_of(file: str) -> tuple[UserFile, ...]:
+    """Return what was loaded for a user's file: itself, and the modules that it imports from its own folder."""
+    return _loaded[full_path("", file)][1]
+
+
+def _load(start: str, file: str, context: AbstractContextManager[object]) -> ModuleType:
+    path = Path(full_path(start, file))
+    if not is_there(path, start):
+        raise SettingsError(f"{start}: there is no file {file}{near_file(path)}")
+    try:
+        module, loaded = _loaded.get(str(path), (None, ()))
+        if module is not None and all(_content(each.path) == each.content for each in loaded):
+            return module
+        content = path.read_bytes()
+        module = ModuleType(f"{OWN}{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}")
+        module.__file__ = str(path)  # absolute: servers run in another folder
+        with context, _import_folder(path.parent):
+            sys.modules[module.__name__] = module
+            # not `exec_module`: it may run old bytecode if two versions of equal size are saved in one second
+            exec(compile(content, path, "exec", dont_inherit=True), vars(module))
+        names = [name for name in sys.modules if _file_in(path.parent, name)]
+        _imported.update((name, sys.modules[name]) for name in names)
+        for each in (module, *map(sys.modules.__getitem__, names)):
+            cloudpickle.register_pickle_by_value(each)
+        files = [UserFile(path.name, str(path), content)]
+        files += [_user_file(str(sys.modules[name].__file__), path.parent) for name in names]
+        files += [_user_file(each, path.parent) for file in [*files] for each in _late(file.content, path.parent)]
+        _loaded[str(path)] = module, tuple({each.path: each for each in files}.values())
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
+        raise SettingsError(f"{start}: {file} cannot be imported: {one_line(error)}") from None
+    return module
+
+
+def _user_file(path: str, folder: Path) -> UserFile:
+    return UserFile(str(Path(path).relative_to(folder)), path, Path(path).read_bytes())
+
+
+def _content(path: str) -> bytes | None:
+    return Path(path).read_bytes() if is_there(Path(path)) else None
+
+
+@contextmanager
+def _import_folder(folder: Path) -> Iterator[None]:
+    """Let imports find modules in `folder`, after all others, and none in the folders of other users' files."""
+    for name in _imported:  # another file may mean another module by this name, and this one may have changed
+        sys.modules.pop(name, None)
+    _imported.clear()
+    append_to_path(str(folder))
+    before, bytecode = [*sys.path], sys.dont_write_bytecode
+    sys.path[:] = [each for each in before if each == str(folder) or each not in _folders]
+    sys.dont_write_bytecode = True  # as for `exec_module`
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:], sys.dont_write_bytecode = before, bytecode
+        _folders.add(str(folder))
+
+
+def _file_in(folder: Path, name: str) -> bool:
+    """Return whether the imported module `name` is a file in `folder`, found there by its name."""
+    file = getattr(sys.modules[name], "__file__", None)
+    stem = folder / name.replace(".", "/")
+    return file in (f"{stem}.py", f"{stem}/__init__.py") and name.partition(".")[0] not in PROGRAM
+
+
+def _late(content: bytes, folder: Path) -> Iterator[str]:
+    """Yield the modules in `folder` that a file imports only when a function of it is called."""
+    for node in ast.walk(ast.parse(content)):
+        module = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in [each.name for each in node.names] if isinstance(node, ast.Import) else module:
+            path = str(folder / f"{name}.py")
+            if name not in sys.modules and is_there(Path(path)):
+                spec = importlib.util.find_spec(name)
+                if spec is not None and spec.origin == path:  # and no module of another folder
+                    yield path
