@@ -7,7 +7,7 @@ AgentScope are imported inside functions, so that --help, usage errors and --sto
 import os
 import sys
 
-MODULES = ("simulation", "moderator", "participant")  # the program's own top-level modules
+MODULES = ("simulation", "games", "moderator", "participant")  # the program's own top-level modules
 
 if __name__ != "main":  # run as a program, not imported by a test
     # Before any other import, remove this folder and the working directory from the import path. A file there, such as
@@ -20,7 +20,9 @@ if __name__ != "main":  # run as a program, not imported by a test
 
     def find_own(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
         """Return the import spec of the module `name` in this folder if `name` is in MODULES; otherwise None."""
-        file = "simulation/__init__.py" if name == "simulation" else f"{name}.py"  # not a folder such as moderator/
+        file = (
+            f"{name}/__init__.py" if name in ("simulation", "games") else f"{name}.py"
+        )  # not a folder such as moderator/
         return spec_from_file_location(name, f"{HERE}/{file}") if name in MODULES else None
 
     sys.meta_path.insert(0, SimpleNamespace(find_spec=find_own))

@@ -10,8 +10,9 @@ import contextlib
 
 from simulation.agents.participant import Participant
 from simulation.errors import UnusableAnswer
+from simulation.game.game import Game
 from simulation.game.population import Persona
-from simulation.game.rules import Game, Question, draw, to_units
+from simulation.game.rules import Question, draw, to_units
 from simulation.llm.chat import Chat
 from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
 

@@ -14,7 +14,7 @@ set -euo pipefail +o posix
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 # The program's own files: a checkout may also hold files of the researcher who works in it, in examples/ for instance
-CODE=(main.py moderator.py participant.py scripts simulation tests examples/level_k.py examples/read_answers.py
+CODE=(main.py moderator.py participant.py games scripts simulation tests examples/level_k.py examples/read_answers.py
   benchmarks/call_counter/sitecustomize.py benchmarks/commands.py benchmarks/common.py benchmarks/dashboard.py benchmarks/faults.py
   benchmarks/llm.py benchmarks/own_participants.py benchmarks/rounds.py benchmarks/scale.py benchmarks/scale_network.py)
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh on_all_hosts.sh run_tests.sh
@@ -67,7 +67,7 @@ lint() {
   "$VENV/bin/ruff" format --config "$ROOT/pyproject.toml" --check --diff "${CODE[@]}"
   "$VENV/bin/shellcheck" --norc -x "${SCRIPTS[@]}"
   folder="$(mktemp -d)" # where a file such as random.py in the checkout does not stand for Python's own module
-  for name in main.py moderator.py participant.py simulation; do ln -s "$ROOT/$name" "$folder/"; done
+  for name in main.py moderator.py participant.py games simulation; do ln -s "$ROOT/$name" "$folder/"; done
   (cd "$folder" && "$VENV/bin/python" -P -m mypy --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/.mypy_cache")
   rm -rf "$folder"
 }

@@ -50,7 +50,8 @@ from loguru import logger
 
 from simulation.cluster.placement import PlacementPlan
 from simulation.cluster.rounds import Simulation
-from simulation.game.rules import Game, question_for
+from simulation.game.game import Game
+from simulation.game.rules import question_for
 from simulation.hosts import vllm_servers
 from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.llm.model_configs import read_models

@@ -94,6 +94,8 @@ def _options_of(name: str) -> dict[str, Any]:
         options = {"type": str if is_path else _in_utf8, "metavar": metavar}
     if name == "hosts":
         options |= {"nargs": "+", "metavar": "HOST"}
+    elif name == "set":
+        options |= {"action": "append", "metavar": "NAME=VALUE"}
     elif name == "dashboard":
         options |= {"nargs": "?", "metavar": "PORT", "const": DASHBOARD_PORT}
     return options
@@ -143,8 +145,7 @@ def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]
     except argparse.ArgumentError as error:
         raise SettingsError(f"{error} (--help lists all flags)") from None
     given = vars(known)
-    if "hosts" in given:
-        given["hosts"] = tuple(given["hosts"])
+    given |= {name: tuple(given[name]) for name in ("hosts", "set") if name in given}
     runs: list[str] = given.pop("runs", [])
     unknown += [folder for folder in runs if folder.startswith(DASHES)]
     if not unknown:
@@ -282,8 +283,8 @@ def ask(command: Command) -> int:
     import_agentscope()
     from simulation.cluster.rounds import ask as ask_participant
 
-    announcements = tuple(announcement_of(each, run.game.scale) for each in run.results)
-    question = Question(0, str(config.text), played.max_value, announcements, played.decimals)
+    announcements = tuple(announcement_of(each, run.game) for each in run.results)
+    question = Question(0, str(config.text), int(run.game.high), announcements, played.decimals, int(run.game.low))
     answer = ask_participant(*read_agents(path, participant), question)
     say("\n".join(map(printable, answer.splitlines())))  # a model may return control characters
     return 0

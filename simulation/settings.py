@@ -4,6 +4,7 @@ The flags, their help, the keys of experiment files and `config` in summary.json
 Every value is checked before anything starts.
 """
 
+import json
 import os
 import re
 import typing
@@ -21,6 +22,7 @@ DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/0*[1-9][0-9]{0,19})?")
 FINEST = 10**9  # largest denominator of a fraction
+FLAGS_OF_GAMES = ("ratio", "offset")  # parameters of games that have flags of their own
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
     "main": "play the game",
@@ -84,13 +86,15 @@ class SimulationConfig:
     experiment: str | None = setting(None, "YAML file of settings; a list runs a sweep", path=True, group="the game")
     agent_type: str = rule("random", "random numbers or a language model", choices=("random", "llm"), roles=SERVERS)
     agent_class: str | None = rule(None, "your own participant, as my_file.py or my_file.py:MyParticipant", path=True)
+    game: str = rule("average", "the game: one in games/, or your own as my_file.py:MyGame", path=True)
+    set: tuple[str, ...] = rule((), "parameter of the game or of your own participant, as name=value; repeatable")
     extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS)
     participant_num: int = rule(1000, "number of participants", 1, 10**9)
     max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)
     decimals: int = rule(0, "decimal places of the numbers", 0, 6)
     rounds: int = setting(1, "number of rounds", 1, 100, game=True)
-    ratio: str = rule("1", "the number closest to offset + ratio * average wins; such as 2/3 or 0.51")
-    offset: str = rule("0", "see --ratio; such as 5, or 1/2")
+    ratio: str | None = rule(None, "short for --set ratio=X, such as 2/3 or 0.51", without="that of the game")
+    offset: str | None = rule(None, "short for --set offset=X, such as 5, or 1/2", without="that of the game")
     sleep_time: float = setting(1.0, "think time of a random participant, in seconds", 0, 86_400, game=True)
     seed: int | None = rule(None, "seed of random draws, to repeat a game", 0, 2**64 - 1, without="drawn, and printed")
     prompt: str = rule("basic", "prompt of LLM participants: a name in the prompts file")
@@ -159,8 +163,14 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         changed = _with_paths(vars(self), lambda name, path: full_path(flag_of(name), path))
         changed["model_per_host"] = 1 if self.model_per_host is None else self.model_per_host
-        for name, low, high in (("ratio", Fraction(1, 10**6), 10), ("offset", Fraction(0), 10**9)):
-            changed[name] = str(fraction(flag_of(name), getattr(self, name), low, high))
+        changed["set"] = tuple(each for each in self.set if each.partition("=")[0].strip() not in FLAGS_OF_GAMES)
+        for name in FLAGS_OF_GAMES:
+            texts = [each.partition("=")[2].strip() for each in self.set if each.partition("=")[0].strip() == name]
+            texts = [text for text in (getattr(self, name), *texts) if text is not None]
+            values = {str(fraction(flag_of(name), text, Fraction(-(10**9)), 10**9)) for text in texts}
+            if len(values) > 1:
+                raise SettingsError(f"{flag_of(name)}: is given as {' and as '.join(sorted(values))}")
+            changed[name] = values.pop() if values else None
         for name, value in changed.items():
             object.__setattr__(self, name, value)  # because the class is frozen
         for name, declared in SETTINGS.items():
@@ -192,14 +202,19 @@ class SimulationConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings for a run folder. Make paths inside the checkout relative, because it can be moved."""
-        return asdict(self) | _with_paths(vars(self), _from_root)
+        values = {name: _from_text(value) for name, _, value in (each.partition("=") for each in self.set)}
+        return asdict(self) | _with_paths(vars(self), _from_root) | {"set": values}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
         """Convert `to_json` output to settings. Raises KeyError, TypeError or SettingsError if `data` is malformed."""
+        texts = (
+            (name, each if isinstance(each, str) else json.dumps(each)) for name, each in data.get("set", {}).items()
+        )
+        data = {**data, "set": tuple(map("=".join, texts))}  # absent in old runs
         for name in data.keys() & KINDS.keys():
             kinds = {*KINDS[name], int} if float in KINDS[name] else {*KINDS[name]}
-            if not {type(value) for value in (data[name] if name == "hosts" else [data[name]])} <= kinds:
+            if not {type(value) for value in (data[name] if ... in KINDS[name] else [data[name]])} <= kinds:
                 raise TypeError(f"{name} has a value of another type")
         moved_from = f"{_checkout_of(data)}/"
         paths = _with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
@@ -216,15 +231,30 @@ KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int
     name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SimulationConfig).items()
 }
 PATHS = tuple(name for name, each in SETTINGS.items() if each.path)
-DEFAULT_ENDS = {name: SETTINGS[name].default.removeprefix(str(ROOT)) for name in PATHS if SETTINGS[name].default}
+DEFAULTS = {name: str(SETTINGS[name].default) for name in PATHS}
+DEFAULT_ENDS = {name: path.removeprefix(str(ROOT)) for name, path in DEFAULTS.items() if path.startswith(str(ROOT))}
 SEVERAL_PATHS = "extra_pythonpath"
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
-    paths = {name: change(name, values[name]) for name in PATHS if values.get(name) is not None}
+    paths = {name: change(name, values[name]) for name in PATHS if is_path(name, values.get(name))}
     return {**paths, SEVERAL_PATHS: ":".join(folders) or None}
+
+
+def is_path(name: str, value: str | None) -> bool:
+    """Return whether the value of the setting `name`, one of PATHS, is a path: a game may also be a name in games/."""
+    return value is not None and (name != "game" or ".py" in value)
+
+
+def _from_text(text: str) -> Any:
+    """Return the number or truth value that `text` is in JSON; otherwise `text` itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text
 
 
 def _from_root(_name: str, path: str) -> str:

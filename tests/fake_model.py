@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from simulation.game.rules import PromptTemplate
+from simulation.game.game import PromptTemplate
 
 WORDING = PromptTemplate(
     "basic", "You give {number} from 0 to {max_value}; whoever is closest to {target} wins.", "Just it."

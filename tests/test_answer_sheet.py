@@ -12,10 +12,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from games.average import Average
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
 from simulation.game.answer_sheet import TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
-from simulation.game.rules import Game, to_units
-from simulation.game.tally import CAUSES_COUNTED, INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Tally, Winners, merge
+from simulation.game.rules import to_units
+from simulation.game.tally import (
+    CAUSES_COUNTED,
+    INTERRUPTED,
+    OTHER_CAUSES,
+    WINNERS_NAMED,
+    Tally,
+    Winners,
+    closest,
+    merge,
+)
 from simulation.results.answers_parquet import rows_of, tally_in
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
@@ -52,7 +62,7 @@ def test_figures_are_those_of_the_list(entries):
     assert tally.asked == len(entries) == tally.answered + tally.failed
     if not numbers:
         assert tally.average() is tally.median() is tally.std() is None
-        assert tally.closest(Fraction(3)) == ()
+        assert closest(tally.units, Fraction(3)).tolist() == []
     else:
         assert tally.average() == Fraction(sum(numbers), len(numbers))
         assert tally.median() == Fraction(statistics.median(numbers))
@@ -64,7 +74,8 @@ def test_the_closest_answers_are_exact(entries, target):
     sheet = sheet_of(entries, first=1000)
     distances = {1000 + place: abs(e - target) for place, e in enumerate(entries) if isinstance(e, int)}
     best = [index for index, distance in distances.items() if distance == min(distances.values())]
-    winners = sheet.winners(sheet.tally().closest(target))
+    units = sheet.tally().units
+    winners = sheet.winners(tuple(units[closest(units, target)].tolist()))
     assert winners == Winners(len(best), tuple(best[:WINNERS_NAMED]))
 
 
@@ -193,7 +204,7 @@ in_range = st.one_of(st.integers(0, 100), st.floats(0, 100), st.integers(0, 200)
 @example([0.5, 1.5, 2.5, 100.0, 0], 0, True)
 @example([10**400, 1], 2, False)
 def test_recording_many_equals_recording_one_by_one(said, decimals, neighbours):
-    game = Game(7, 100, decimals, 0.0)
+    game = Average(7, 100, decimals, 0.0)
     places: Any = range(2, 2 + len(said)) if neighbours else [2 * (len(said) - at) for at in range(len(said))]
     one, together = (AnswerSheet(5, 2 * len(said) + 2) for _ in range(2))
     for place, answer in zip(places, said, strict=True):
@@ -210,7 +221,7 @@ def test_recording_many_equals_recording_one_by_one(said, decimals, neighbours):
 
 def test_answers_match_their_indices():
     with pytest.raises(ValueError, match="1 answers for 2 offsets"):
-        AnswerSheet(0, 2).record_many([0, 1], [5], Game(7, 100, 0, 0.0))
+        AnswerSheet(0, 2).record_many([0, 1], [5], Average(7, 100, 0, 0.0))
 
 
 def test_a_different_cause_per_participant_is_kept():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
+from games.average import Average
 from simulation.game.tally import Tally
 from simulation.results.console_report import histogram_lines
 from simulation.results.tables import fitting, table_lines
 from simulation.runs import console
-from simulation.settings import SimulationConfig
 
 WIDTHS = (20, 24, 31, 40, 53, 60, 72, 80, 100, 600)
 HOSTS = "silent: " + ", ".join(f"a-rather-long-name-of-a-host-{number}.example:12345" for number in range(9))
@@ -101,9 +101,9 @@ def test_the_last_cell_of_a_row_is_not_padded(monkeypatch):
 @pytest.mark.parametrize(("top", "decimals", "most"), [(100, 0, 3), (10**9, 0, 7), (100, 2, 10**7), (9, 0, 10**9)])
 def test_a_histogram_has_shorter_bars_or_none(monkeypatch, width, top, decimals, most):
     monkeypatch.setenv("COLUMNS", str(width))
-    config = SimulationConfig(max_value=top, decimals=decimals)
+    game = Average(max_value=top, decimals=decimals)
     tally = Tally(most + 1, np.array([0, top * 10**decimals]), np.array([most, 1]))
-    lines = histogram_lines(tally, config)
+    lines = histogram_lines(tally, game)
     narrowest = max(len(line.replace("█", "")) for line in lines)
     assert max(map(len, lines)) <= max(width, narrowest)
     assert width < 80 or "█" * 30 in lines[0]

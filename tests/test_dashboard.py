@@ -24,9 +24,9 @@ import pytest
 from conftest import CONTRAST, NO_UTF8, is_free, one_line, open_again, until
 from waiting import Gates
 
+from games.average import Average
 from simulation.cluster.failure_detector import ServerStatus
 from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
-from simulation.game.rules import Game
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.hosts import agent_server
 from simulation.llm.responses import Usage
@@ -265,17 +265,17 @@ def test_participants_asked_one_by_one_are_shown_too(cluster, tmp_path):
 
 @pytest.mark.parametrize(("max_value", "decimals"), [(1, 0), (10, 0), (100, 0), (101, 0), (1000, 2), (10**9, 6)])
 def test_a_partial_histogram_counts_what_the_tally_counts(max_value, decimals):
-    game = Game(7, max_value, decimals, 0.0)
+    game = Average(7, max_value, decimals, 0.0)
     draws = np.random.default_rng(7)
     sheet = AnswerSheet(5, 200_000)
     for place, units in enumerate(draws.integers(0, game.numbers, 150_000).tolist()):
         sheet.record(place, units)
-    counts, failures = sheet.partial_histogram(game.numbers)
+    counts, failures = sheet.partial_histogram(game)
     assert sum(counts) == 150_000 and failures == {}
     for place in range(150_000, 200_000):
         sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
-    (counts, failures), tally = sheet.partial_histogram(game.numbers), sheet.tally()
-    _, wanted = histogram(tally.units, tally.counts, game.numbers - 1, BINS)
+    (counts, failures), tally = sheet.partial_histogram(game), sheet.tally()
+    _, wanted = histogram(tally, 0, game.numbers - 1, BINS)
     assert counts == [*wanted] and len(counts) == bins_of(game.numbers)[1] <= BINS
     assert sum(failures.values()) == 50_000 and len(failures) == CAUSES_COUNTED + 1
 
@@ -322,7 +322,7 @@ def run_on(servers: int, lost: int) -> Any:
         config=config,
         run_id="run",
         label="run 2 of 4: ratio 2/3",
-        game=Game(7, 100, 0, 1.0),
+        game=Average(7, 100, 0, 1.0),
         results=[],
         usage=Usage(),
         under_way=(1, time.monotonic() - 2),
@@ -376,7 +376,8 @@ def test_many_servers_are_a_grid_of_bounded_size(servers, page):
 
 def result_of(average: int) -> RoundResult:
     tally = Tally(640, np.array([average - 1, average + 1]), np.array([319, 319]), {NASTY: 2})
-    return RoundResult(1, tally, Fraction(average), Fraction(3 * average), (average + 1,), Winners(319, (1,)), 1.5)
+    outcome = {"average": Fraction(average), "winning_number": Fraction(3 * average)}
+    return RoundResult(1, tally, outcome, (average + 1,), Winners(319, (1,)), 1.5)
 
 
 @pytest.mark.parametrize(("width", "height"), [(375, 812), (1280, 900)])

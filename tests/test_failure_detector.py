@@ -15,12 +15,13 @@ import pytest
 from conftest import until
 from waiting import Gates
 
+from games.average import Average
 from participant import RandomParticipant
 from simulation.agents.group import ParticipantGroup
 from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.failure_detector import FailureDetector
 from simulation.errors import ServerUnreachable
-from simulation.game.rules import Game, question_for
+from simulation.game.rules import question_for
 from simulation.llm.responses import Usage
 from simulation.rpc.channels import call_all_or_raise, handshake, install_tls
 from simulation.rpc.client import RemoteObject
@@ -28,7 +29,7 @@ from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import HeartbeatReply, Progress
 
-GAME = Game(7, 100, 0, 0.0)
+GAME = Average(7, 100, 0, 0.0)
 TIMEOUT_S = 6.0  # on a busy machine, too, a server that answers is not taken for lost
 
 

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from games.average import Average
 from simulation.errors import UnusableAnswer
-from simulation.game.rules import Game, draw, to_units
+from simulation.game.rules import draw, to_units
 from simulation.game.tally import Tally
 
 
-def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Game:
-    return Game(seed, max_value, decimals, 0.0)
+def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Average:
+    return Average(seed, max_value, decimals, 0.0)
 
 
 def test_draws_equal_known_values():

@@ -17,6 +17,7 @@ from agentscope.message import Msg
 from agentscope.rpc import RpcMeta
 from conftest import until
 
+from games.average import Average
 from participant import RandomParticipant
 from simulation.agents import group as group_module
 from simulation.agents import per_agent_dispatch
@@ -25,13 +26,13 @@ from simulation.agents.participant import Participant, message_of
 from simulation.agents.per_agent_dispatch import PerAgentDispatch
 from simulation.cluster.agent_class import serialize_agent_class
 from simulation.game.answer_sheet import AnswerSheet
-from simulation.game.rules import Game, draw, question_for
+from simulation.game.rules import draw, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.hosts.agent_server import SimulationServicer
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
-GAME = Game(7, 100, 0, 0.0)
+GAME = Average(7, 100, 0, 0.0)
 ASSIGNMENT = GroupAssignment("run/group-0", 0, 4, Endpoint("localhost", 1), Endpoint("localhost", 2))
 
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import one_line, until
 from hosts import BASE_PORT, MODERATOR_NUM, NODES, SERVER_PER_HOST, UNTRUSTED
 
-from simulation.game.rules import Game, draw
+from games.average import Average
+from simulation.game.rules import draw
 from simulation.settings import SimulationConfig
 
 PORTS = range(BASE_PORT, BASE_PORT + SERVER_PER_HOST + MODERATOR_NUM)
@@ -71,7 +72,7 @@ def python(host, code, *arguments, **options):
 
 def drawn(seed: int, participants: int) -> list[int]:
     """What this game's participants answer, wherever they are."""
-    game = Game(seed, SimulationConfig().max_value, 0, 0.0)
+    game = Average(seed, SimulationConfig().max_value, 0, 0.0)
     return [draw(game, 1, participant) for participant in range(participants)]
 
 

@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 from conftest import one_line, until
 
-from simulation.game.rules import Game, draw
+from games.average import Average
+from simulation.game.rules import draw
 from simulation.results.reader import read_run
 
 COUNT, ROUNDS, DECIMALS = 1000, 5, 6
@@ -57,7 +58,7 @@ def test_level_0_adds_the_random_draw(cluster):
     run = read_run(cluster.path / "runs/latest")
     (parts,) = run.game.population.groupings
     levels = [int(parts.names[place].removeprefix("level ")) for place in parts.name_indices(0, COUNT)]
-    game, heard = Game(7, 100, DECIMALS, 0.0), Fraction(50)
+    game, heard = Average(7, 100, DECIMALS, 0.0), Fraction(50)
     for entry in summary["rounds"]:
         units = [
             played_by_levels(Fraction(2, 3), Fraction(0), heard, level) if level else draw(game, entry["round"], index)
@@ -102,9 +103,9 @@ def test_averages_of_teams_are_announced(cluster):
     lines = [line for line in done.stdout.splitlines() if "teams' averages" in line]
     assert len(lines) == 2
     for result, line, tallies in zip(run.results, lines, run.tallies_by_part["levels"], strict=True):
-        averages = {name: tally.average() for name, tally in tallies.items()}
+        averages = {name: tally.average() / 100 for name, tally in tallies.items()}
         assert dict(result.teams) == averages
-        assert all(f"{name} {float(average) / 100:.5f}" in line for name, average in averages.items())
+        assert all(f"{name} {float(average):.5f}" in line for name, average in averages.items())
         closest = min(averages, key=lambda name: abs(averages[name] - result.winning_number))
         assert line.endswith(f"; {closest} is closest.")
     unknown = cluster.run("run_simulation.sh", "3", "300", *LEVEL_K, "--personas", "levels", "--teams", "model")

@@ -7,14 +7,17 @@ import multiprocessing
 import re
 import time
 
+import numpy as np
 import pytest
 from conftest import estimate_of, until
 from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
 
+from games.average import Average
 from simulation.errors import SettingsError
-from simulation.game.rules import Announcement, Game, question_for
+from simulation.game.rules import question_for
+from simulation.game.tally import RoundResult, Tally, announcement_of, score
 from simulation.llm import concurrency_limit as in_flight
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.model_configs import check_model_is_local, is_within, read_models
@@ -52,12 +55,14 @@ def test_the_pattern_matches_no_other_text(text):
 
 
 def test_participants_with_equal_memory_have_equal_prompts():
-    game = Game(1, 100, 0, 0.0, prompt=WORDING)
-    told = (Announcement(1, 49.561, 49.561, (50,)), Announcement(2, None, None, ()))
+    game = Average(1, 100, 0, 0.0, prompt=WORDING)
+    tally = Tally(1000, np.array([49, 50]), np.array([439, 561]))
+    results = (score(game, 1, tally), RoundResult(2, Tally(0)))
+    told = tuple(announcement_of(each, game) for each in results)
     prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
     assert prompt is prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
     assert prompt.user.splitlines()[:3] == [
-        "Round 1: the average was 49.561.",
+        "Round 1: the average was 49.561; 0 won with 50.",
         "Round 2: nobody answered.",
         "Your numbers so far: 12, none.",
     ]
@@ -65,7 +70,7 @@ def test_participants_with_equal_memory_have_equal_prompts():
 
 
 def test_structured_output_limits_answers_to_numbers_and_length():
-    game = Game(1, 100, 2, 0.0)
+    game = Average(1, 100, 2, 0.0)
     assert structured_fields("none", game) == {}
     assert answer_tokens("structured_outputs", game) >= len("100.00")
     assert answer_tokens("response_format", game) > answer_tokens("structured_outputs", game)
@@ -273,7 +278,7 @@ def test_the_estimate_counts_requests_by_groups_models_and_memories(tmp_path):
     )
     rounds = estimate_of(config)
     assert [each.requests for each in rounds] == [2 * 2 * 3, 2 * 2 * (101 + (250 - 101) // 100), 1000]
-    assert rounds[0].answer_tokens == 1000 * answer_tokens("structured_outputs", Game(0, 100, 0, 0.0))
+    assert rounds[0].answer_tokens == 1000 * answer_tokens("structured_outputs", Average(0, 100, 0, 0.0))
     assert rounds[2].prompt_tokens > rounds[2].requests * rounds[0].prompt_tokens / rounds[0].requests
 
 

@@ -19,6 +19,7 @@ from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
 
 import main
+from games.average import Average
 from participant import LLMParticipant
 from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import message_of
@@ -26,7 +27,7 @@ from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
-from simulation.game.rules import Announcement, Game, question_for
+from simulation.game.rules import Announcement, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.llm.chat import Chat, TokenBudget, _models, load_models
 from simulation.llm.http_client import ModelHttp, check_models, proxy_of
@@ -53,7 +54,7 @@ def play(tmp_path):
         entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": 1.0, **(generate_args or {})}}
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
-        game = Game(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING)
+        game = Average(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING)
         group = ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")

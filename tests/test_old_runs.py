@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT, Checkout, one_line
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
 
+from games.average import Average
 from simulation.errors import Ended, SettingsError
-from simulation.game.rules import Game, draw
+from simulation.game.rules import draw
 from simulation.results.reader import read_run
 from simulation.rpc.cluster_key import load_or_make
 from simulation.settings import SimulationConfig
@@ -280,7 +281,7 @@ def check_resumed(name: str, folder: Path, rounds: int) -> None:
 def drawn(folder: Path) -> list[dict[str, Any]]:
     """The answers of a fresh game of random participants with the settings of this run."""
     config = SimulationConfig(**{**summary_in(folder)["config"], "hosts": ("localhost",)})
-    game = Game(config.seed, config.max_value, config.decimals, 0.0)
+    game = Average(config.seed, config.max_value, config.decimals, 0.0)
     return [
         {"round": number, "participant": index, "value": draw(game, number, index) / game.scale, "failure": None}
         for number in range(1, config.rounds + 1)

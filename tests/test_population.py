@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from games.average import Average
 from simulation.cluster.placement import even_split
 from simulation.game.population import (
     MODEL,
@@ -20,7 +21,6 @@ from simulation.game.population import (
     assign_one,
     largest_remainder,
 )
-from simulation.game.rules import Game
 from simulation.results.run_files import game_to_json, parse_game
 from simulation.settings import SimulationConfig
 
@@ -118,5 +118,5 @@ def test_round_robin_models_are_grouped_by_their_server_name():
 @given(seeds, totals, weights)
 def test_a_population_survives_a_round_trip_through_json(seed, total, weights):
     population = population_of(seed, total, weights, models=shares_of([1, 1]), round_robin_models=("m",))
-    text = json.dumps(game_to_json(Game(seed, 100, 0, 0.0, population=population)))
+    text = json.dumps(game_to_json(Average(seed, 100, 0, 0.0, population=population)))
     assert parse_game(text, SimulationConfig(seed=seed, participant_num=total)).population == population

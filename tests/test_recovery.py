@@ -15,7 +15,8 @@ from conftest import until
 from hosts import BASE_PORT, NODES, SERVER_PER_HOST
 from waiting import Gates
 
-from simulation.game.rules import Game, draw
+from games.average import Average
+from simulation.game.rules import draw
 from simulation.settings import SimulationConfig
 
 PARTICIPANTS = 8000
@@ -62,7 +63,7 @@ def play(hosts, tmp_path):
 
 def drawn(rounds: int) -> list[int]:
     """What an undisturbed game is answered, round by round."""
-    game = Game(7, SimulationConfig().max_value, 0, 0.0)
+    game = Average(7, SimulationConfig().max_value, 0, 0.0)
     return [draw(game, number + 1, index) for number in range(rounds) for index in range(PARTICIPANTS)]
 
 
@@ -110,7 +111,7 @@ def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
         check_whole(hosts, summary, 2)
     else:
         assert hosts["node1"].values() == drawn(1)[:400] + [
-            draw(Game(7, 100, 0, 0.0), 2, index) for index in range(400)
+            draw(Average(7, 100, 0, 0.0), 2, index) for index in range(400)
         ]
     if dispatch == "agent" and port == CHAIR:
         assert gates.asked() == [(number, index) for number in (1, 2) for index in range(400)]

@@ -20,9 +20,9 @@ import pytest
 from conftest import CONTRAST, one_line
 from matplotlib.figure import Figure
 
+from games.average import Average
 from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, Population
-from simulation.game.rules import Game
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, draw_lines, selection
 from simulation.results.comparison import page_content as comparison_content
@@ -72,7 +72,7 @@ def told_apart(cluster, played, tmp_path_factory) -> SavedRun:
     population = Population(
         7, 300, personas, (ModelShare("model_1", half, "small"), ModelShare("model_2", half, "large"))
     )
-    (folder / "game.json").write_text(json.dumps(game_to_json(Game(7, 100, 0, 0.0, population=population))))
+    (folder / "game.json").write_text(json.dumps(game_to_json(Average(7, 100, 0, 0.0, population=population))))
     times = [{"round": each, "model_s": 0.5, "client_s": 0.2, "rpc_s": 0.1, "slowest_s": 0.05} for each in (1, 2, 3)]
     summary = json.loads((folder / "summary.json").read_text())
     summary["cluster"] |= {"times": times, "lost": ["node2:12331"]}
@@ -157,7 +157,7 @@ def huge(cluster, tmp_path_factory) -> SavedRun:
     cluster.play("3", "100", *SEVEN, *arguments, "--run-dir", "runs/huge", status=4)
     folder = shutil.copytree(cluster.path / "runs/huge", tmp_path_factory.mktemp("huge") / "run")
     personas = {"S" * 80: tuple(Persona(f"{place} {'p' * 80}", Fraction(1, 600)) for place in range(600))}
-    game = Game(7, 10**9, 0, 0.0, population=Population(7, 100, personas))
+    game = Average(7, 10**9, 0, 0.0, population=Population(7, 100, personas))
     (folder / "game.json").write_text(json.dumps(game_to_json(game)))
     for entry in (summary := json.loads((folder / "summary.json").read_text()))["rounds"]:
         assert entry["winning_number"] == 3 * entry["average"]

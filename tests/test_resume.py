@@ -25,7 +25,7 @@ from simulation.errors import ClusterError, Interrupted, ResultsError, RunAborte
 from simulation.files import warn_once
 from simulation.game.population import Population
 from simulation.game.rules import game_of
-from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Winners
+from simulation.game.tally import INTERRUPTED, RoundResult, Tally
 from simulation.hosts import pid_files
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.responses import Usage
@@ -416,8 +416,7 @@ def test_a_summary_stays_small_with_many_failures(tmp_path, monkeypatch):
     config = SimulationConfig(rounds=100, decimals=6, seed=1)
     failures = {f"cause {place} in many words": 10**9 for place in range(20)}
     played = [
-        RoundResult(each, Tally(sum(failures.values()), failures=failures), None, None, (), Winners(0, ()), 1.2345)
-        for each in range(1, 101)
+        RoundResult(each, Tally(sum(failures.values()), failures=failures), seconds=1.2345) for each in range(1, 101)
     ]
     times = [
         {"round": each} | dict.fromkeys(("model_s", "client_s", "slowest_s", "rpc_s"), 1.2345) for each in range(100)

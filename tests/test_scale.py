@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Checkout, until
 
-from simulation.game.rules import Game, draw
+from games.average import Average
+from simulation.game.rules import draw
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,7 +22,7 @@ PLAY = ("--seed", "7", "--sleep-time", "1", "--max-value", "1000000", "--decimal
 @pytest.fixture(scope="module")
 def drawn() -> np.ndarray:
     """What an undisturbed game is answered, of shape (2 rounds, participants)."""
-    game = Game(7, 1_000_000, 1, 0.0)
+    game = Average(7, 1_000_000, 1, 0.0)
     return np.array([[draw(game, number, index) for index in range(PARTICIPANTS)] for number in (1, 2)]) / game.scale
 
 

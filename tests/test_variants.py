@@ -13,19 +13,19 @@ from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from games.average import Average
 from simulation.agents.participant import message_of, question_in
 from simulation.errors import SettingsError
-from simulation.game.average import equilibria, target_in_words
 from simulation.game.population import Persona
-from simulation.game.rules import Announcement, Game, draw, question_for
-from simulation.game.tally import RoundResult, Tally, Winners, announcement_of
+from simulation.game.rules import draw, question_for
+from simulation.game.tally import RoundResult, Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import instruction, prompt_for, rules
 from simulation.results.console_report import announcement_lines
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
-GAME = Game(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), prompt=WORDING)
+GAME = Average(7, 100, 0, 0.0, ratio=Fraction(2, 3), offset=Fraction(5), prompt=WORDING)
 QUESTION = question_for(GAME, 2, ())
 
 
@@ -72,7 +72,7 @@ def test_an_invalid_ratio_or_offset_is_refused(setting, value):
     ],
 )
 def test_the_target_in_words(ratio, offset, words):
-    assert target_in_words(Fraction(ratio), Fraction(offset)) == words
+    assert Average(ratio=Fraction(ratio), offset=Fraction(offset)).target == words
 
 
 @given(
@@ -81,28 +81,26 @@ def test_the_target_in_words(ratio, offset, words):
     st.integers(1, 1000),
 )
 def test_no_player_gains_by_leaving_an_equilibrium(ratio, offset, max_value):
-    for number in equilibria(ratio, offset, max_value):
+    equilibria = Average(max_value=max_value, ratio=ratio, offset=offset).equilibrium()
+    for number in equilibria:
         best = min(max(offset + ratio * Fraction(number), 0), max_value)
         assert float(best) == pytest.approx(number, abs=1e-9)
-    assert (equilibria(ratio, offset, max_value) == ()) == (ratio == 1 and offset == 0)
+    assert (equilibria == ()) == (ratio == 1 and offset == 0)
 
 
 def result_of(game, *units):
     distinct, counts = np.unique(np.array(units, np.int64), return_counts=True)
     tally = Tally(len(units), distinct, counts)
-    average = tally.average()
-    winning = game.winning_number(average) if average is not None else None
-    closest = tally.closest(winning) if winning is not None else ()
-    winners = [index for index, unit in enumerate(units) if unit in closest]
-    return RoundResult(1, tally, average, winning, closest, Winners(len(winners), tuple(winners[:10])), 0.5)
+    result = score(game, 1, tally)
+    winners = [index for index, unit in enumerate(units) if unit in result.winning_units]
+    return replace(result, winners=Winners(len(winners), tuple(winners[:10])), seconds=0.5)
 
 
 def test_the_closest_to_offset_and_ratio_win():
     game = replace(GAME, decimals=1)
     result = result_of(game, 0, 250, 300, 1000)  # 0, 25, 30 and 100: 38.75 on average
-    assert result.winning_number == Fraction(5 * 10) + Fraction(2, 3) * Fraction(1550, 4)
-    assert float(result.winning_number / 10) == pytest.approx(5 + 38.75 * 2 / 3)
-    assert result.closest == (300,) and result.winners.lowest == (2,)
+    assert result.winning_number == 5 + Fraction(2, 3) * Fraction(155, 4)
+    assert result.winning_units == (300,) and result.winners.lowest == (2,)
     assert announcement_lines(result, game) == [
         "Moderator: The average value is 38.7500 [takes 0.50 s]",
         "Moderator: P2 wins with 30.0, the closest to 30.8333, 5 plus 2/3 of the average.",
@@ -111,12 +109,13 @@ def test_the_closest_to_offset_and_ratio_win():
 
 def test_a_winning_number_out_of_range_has_winners():
     result = result_of(replace(GAME, ratio=Fraction(4)), 10, 90, 100)
-    assert result.winning_number > 100 and result.closest == (100,)
+    assert result.winning_number > 100 and result.winning_units == (100,)
 
 
 def test_prompts_contain_the_announcements():
-    announcement = announcement_of(result_of(GAME, 0, 25, 30, 100), 1)
-    question = question_for(GAME, 2, (announcement, Announcement(2, None, None, ())))
+    announcement = announcement_of(result_of(GAME, 0, 25, 30, 100), GAME)
+    nothing = announcement_of(RoundResult(2, Tally(0)), GAME)
+    question = question_for(GAME, 2, (announcement, nothing))
     prompt = prompt_for(rules(GAME), question, (30.0,), instruction(GAME))
     assert prompt.user.splitlines() == [
         "Round 1: the average was 38.75, so the number to be closest to was 30.833; 1 won with 30.",
@@ -129,7 +128,10 @@ def test_prompts_contain_the_announcements():
 
 
 def test_prompts_contain_the_averages_of_teams():
-    told = Announcement(1, 30.0, 20.0, (20,), 4, (("red", 18.5), ("blue", 21.5), ("green", None)), ("red", "blue"))
+    teams = (("red", Fraction(37, 2)), ("blue", Fraction(43, 2)), ("green", None))
+    result = replace(result_of(replace(GAME, offset=Fraction(0)), 20, 20, 20, 20, 70), teams=teams)
+    told = announcement_of(result, GAME)
+    assert (told.teams[0], told.closest_teams) == (("red", 18.5), ("red", "blue"))
     heard = prompt_for("", question_for(GAME, 2, (told,)), ()).user.splitlines()[0]
     assert heard == (
         "Round 1: the average was 30, so the number to be closest to was 20; 4 won with 20. "
@@ -141,8 +143,8 @@ def test_prompts_contain_the_averages_of_teams():
 @given(st.integers(0, 10**6), st.integers(1, 1000), st.integers(1, 99))
 def test_teams_at_equal_distance_tie_exactly(off, parts, winning):
     teams = (("low", winning - Fraction(off, parts)), ("high", winning + Fraction(off, parts)), ("none", None))
-    result = RoundResult(1, Tally(0), Fraction(winning), Fraction(winning), (), Winners(0, ()), 0.0, teams=teams)
-    assert announcement_of(result, 7).closest_teams == ("low", "high")
+    result = RoundResult(1, Tally(0), {"winning_number": Fraction(winning)}, teams=teams)
+    assert announcement_of(result, GAME).closest_teams == ("low", "high")
 
 
 def test_a_persona_fills_its_placeholder_or_comes_first():
@@ -163,9 +165,13 @@ def test_a_team_fills_its_placeholder_or_comes_last():
 
 @pytest.mark.parametrize(("number", "decimals", "said"), [(123456789.123456, 6, "123456789.123456"), (700.0, 0, "700")])
 def test_numbers_in_prompts_have_all_digits(number, decimals, said):
-    question = replace(QUESTION, announcements=(Announcement(1, number, number, ()),), decimals=decimals)
-    lines = prompt_for("", question, (number, None)).user.splitlines()
-    assert lines[0] == f"Round 1: the average was {said}." and lines[1] == f"Your numbers so far: {said}, none."
+    game = Average(max_value=10**9, decimals=decimals)
+    told = announcement_of(result_of(game, round(number * game.scale)), game)
+    lines = prompt_for(
+        "", replace(QUESTION, announcements=(told,), decimals=decimals), (number, None)
+    ).user.splitlines()
+    assert lines[0] == f"Round 1: the average was {said}; 1 won with {number:.{decimals}f}."
+    assert lines[1] == f"Your numbers so far: {said}, none."
 
 
 # --- On real servers -------------------------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ def test_a_ratio_and_an_offset_are_played(cluster, dispatch):
     )
     assert done.returncode == 0, done.stderr
     summary = cluster.summary()
-    game = Game(7, 50, 1, 0.0)
+    game = Average(7, 50, 1, 0.0)
     for entry in summary["rounds"]:
         units = [draw(game, entry["round"], index) for index in range(90)]
         average = Fraction(sum(units), 900)
@@ -386,6 +392,6 @@ def test_the_estimate_of_tokens_is_an_upper_bound(tmp_path):
         prompt = prompt_for(rules(game, team="short"), question, (12.34,) * len(told), instruction(game))
         both = prompt.tokens + prompt._replace(thoughts="x" * 9999, thought_tokens=512).tokens
         assert entry.prompt_tokens >= both * 1000 * (entry.round > 1)
-        average, teams = 33.3333333, (("short", 31.41592654), ("long", 27.18281828))
-        told += (Announcement(entry.round, average, average * 2 / 3, (2221, 2223), 17, teams, ("long",)),)
+        teams = (("short", Fraction(3141592654, 10**8)), ("long", Fraction(2718281828, 10**8)))
+        told += (announcement_of(replace(result_of(game, 2221, 2223, 5556), round=entry.round, teams=teams), game),)
     assert rounds[-1].answer_tokens >= 1000 * 512

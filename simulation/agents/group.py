@@ -28,7 +28,8 @@ from simulation.agents.participant import Participant, answers_many, ask_in_thre
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
 from simulation.errors import failure_of, one_line
 from simulation.game.answer_sheet import Answers, AnswerSheet
-from simulation.game.rules import Announcement, Game, Question
+from simulation.game.game import Game
+from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
 from simulation.llm.chat import Chat
 from simulation.llm.responses import Usage
@@ -135,7 +136,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
         number, done, sheet = self._round, self._done(), self._sheet  # read in this order: a round may begin now
-        histogram = sheet.partial_histogram(numbers) if numbers and sheet is not None else ()
+        histogram = sheet.partial_histogram(self.game) if numbers and sheet is not None else ()
         return Progress(done, self.count, number, self._error, [*astuple(self.usage())], *histogram)
 
     def usage(self) -> Usage:

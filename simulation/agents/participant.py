@@ -12,8 +12,9 @@ from agentscope.rpc import async_func
 
 from simulation.agents.scheduler import Sleep, outcome_of
 from simulation.errors import KnownCause
+from simulation.game.game import Game
 from simulation.game.population import Persona
-from simulation.game.rules import Announcement, Game, Question, to_units
+from simulation.game.rules import Announcement, Question, to_units
 from simulation.llm.prompts import Numbers
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def question_in(message: Msg | list[Msg] | None, game: Game) -> Question:
     if isinstance(metadata, dict) and "announcements" in metadata:
         announcements = tuple(Announcement(**each) for each in metadata["announcements"])
         return Question(**{**metadata, "announcements": announcements})
-    return Question(0, (message and message.get_text_content()) or "", game.max_value)
+    text = (message and message.get_text_content()) or ""
+    return Question(0, text, int(game.high), min_value=int(game.low))
 
 
 def answer_in(message: Any) -> Any:

@@ -21,7 +21,7 @@ from simulation.cluster.membership import Membership, ProgressListener
 from simulation.cluster.placement import PlacementPlan
 from simulation.errors import RunAborted
 from simulation.game.answer_sheet import Answers
-from simulation.game.rules import Game
+from simulation.game.game import Game
 from simulation.rpc.channels import call_all, call_all_or_raise
 from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
 from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints

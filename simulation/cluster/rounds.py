@@ -17,7 +17,8 @@ from simulation.cluster.cluster import Cluster, Record
 from simulation.cluster.membership import ProgressListener
 from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError, UnusableAnswer
 from simulation.game.answer_sheet import FAILED, Answers
-from simulation.game.rules import Announcement, Game, Question, question_for
+from simulation.game.game import Game
+from simulation.game.rules import Announcement, Question, question_for
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge, score
 from simulation.llm.responses import Usage
 from simulation.rpc.client import SHORT_CALL_TIMEOUT_S, RemoteObject, reply_of
@@ -82,7 +83,7 @@ class Simulation:
             return self._record(self._announce(result))
 
         result = self.cluster.retry_on_server_loss(ask_average_announce)
-        self._announcements += (announcement_of(result, self.game.scale),)
+        self._announcements += (announcement_of(result, self.game),)
         return result
 
     def _begin_round(self, number: int) -> None:
@@ -109,7 +110,7 @@ class Simulation:
 
     def _announce(self, result: RoundResult) -> RoundResult:
         """Announce the result to all groups. Return the result, completed with the winners and the times."""
-        announcement = announcement_of(result, self.game.scale)
+        announcement = announcement_of(result, self.game)
         won = self.cluster.all(lambda moderator: moderator.announce(announcement))
         seconds = round(time.monotonic() - self._started, 4)  # rounded as in summary.json, so that reports match
         winners, times = sum(won.values(), start=Winners(0, ())), self._times(seconds)
@@ -124,7 +125,10 @@ class Simulation:
             self.record.write_answers(self._number, answers, self.game.scale)
         elif self.game.teams is not None:
             deque(answers, maxlen=0)  # consume the answers, to count the teams
-        teams = tuple((name, Fraction(total, count) if count else None) for name, (total, count) in sums.items())
+        scale = self.game.scale
+        teams = tuple(
+            (name, Fraction(total, count * scale) if count else None) for name, (total, count) in sums.items()
+        )
         return replace(result, teams=teams)
 
     @property

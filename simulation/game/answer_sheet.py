@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from simulation.errors import OUT_OF_RANGE, Ended, failure_of
-from simulation.game.rules import Game, to_units
-from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Units, Winners, top_causes, value_counts
+from simulation.game.game import Game, Units
+from simulation.game.rules import to_units
+from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Winners, top_causes, value_counts
 
 BINS = 101  # maximum number of bins of a partial histogram
 TEXTS_KEPT, TEXT_KEPT = 20, 2000  # maximum number and length of the kept texts of unusable answers
@@ -37,7 +38,7 @@ class Answers:
 
 
 def bins_of(numbers: int) -> tuple[int, int]:
-    """Return the width and the number of bins of a histogram of the possible answers 0 .. numbers-1, in units."""
+    """Return the width in units, and the number of bins, of a histogram of `numbers` possible answers."""
     width = -(-numbers // BINS)
     return width, -(-numbers // width)
 
@@ -78,7 +79,7 @@ class AnswerSheet:
                 except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
                     self.fail(offset, *failure_of(error))
             return
-        usable = (numbers >= 0) & (numbers <= game.max_value)  # False for NaN
+        usable = (numbers >= game.low) & (numbers <= game.high)  # False for NaN
         units = np.rint(np.where(usable, numbers, 0) * game.scale).astype(np.int64)
         if not usable.all():
             units[~usable] = self._code(OUT_OF_RANGE)
@@ -116,10 +117,11 @@ class AnswerSheet:
         codes = np.bincount(FAILED - self._units[self._units <= FAILED])
         return top_causes(codes, list(self._causes).__getitem__)  # read last: `fail` stores a cause before its code
 
-    def partial_histogram(self, numbers: int) -> tuple[list[int], dict[str, int]]:
+    def partial_histogram(self, game: Game) -> tuple[list[int], dict[str, int]]:
         """Return how many answers so far fall into each bin (see `bins_of`), and how many failures have each cause."""
-        width, bins = bins_of(numbers)
-        return np.bincount(self._units[self._units >= 0] // width, minlength=bins).tolist(), self._failures()
+        width, bins = bins_of(game.numbers)
+        answers = self._units[self._units >= 0] - game.lowest
+        return np.bincount(answers // width, minlength=bins).tolist(), self._failures()
 
     def winners(self, winning_units: tuple[int, ...]) -> Winners:
         """Return the participants whose answer is one of `winning_units`."""

@@ -1,77 +1,23 @@
 """The rules of the game as pure functions: the question, the announcement, and the conversion of an answer to units."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from numbers import Integral, Rational, Real
 from typing import Any
 
 import numpy as np
 
-from simulation.errors import NO_NUMBER, OUT_OF_RANGE, UNCERTAIN, KnownCause
-from simulation.game.average import equilibria, target_in_words
+from simulation.errors import NO_NUMBER, OUT_OF_RANGE, UNCERTAIN, KnownCause, SettingsError
+from simulation.files import shown
+from simulation.game.game import Game, PromptTemplate, game_class
+from simulation.game.parameters import declared, values_of
 from simulation.game.population import GAMMA, MASK, Population, mix
-from simulation.settings import SimulationConfig
+from simulation.settings import FLAGS_OF_GAMES, SimulationConfig, flag_of
 
 _BARE_NUMBER = re.compile(r"\s{0,99}(\d{1,15}(?:\.\d{1,15})?)\s{0,99}", re.ASCII)
 _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """A prompt for LLM participants, from the prompts file. prompts.py fills in the placeholders in braces."""
-
-    name: str
-    system: str  # the system prompt: the participant's role and the rules
-    instruction: str  # the end of each round's prompt, which states how to answer; not used outside the game
-    reasoning_tokens: int | None = None  # token limit of the reasoning before the number; None without reasoning
-
-
-@dataclass(frozen=True)
-class Game:
-    """The parameters of the game, equal in all rounds. The answers closest to offset + ratio * average win."""
-
-    seed: int
-    max_value: int
-    decimals: int
-    sleep_time_s: float
-    llm: SimulationConfig | None = None  # the settings of requests to models; None if no participant asks a model
-    ratio: Fraction = Fraction(1)
-    offset: Fraction = Fraction(0)
-    prompt: PromptTemplate | None = None  # None if no participant asks a model
-    population: Population = field(default_factory=Population)
-    teams: str | None = None  # the topic (see `Grouping`) whose labels are the teams, if any
-
-    @cached_property
-    def scale(self) -> int:
-        """Return the number of units in 1: 10^decimals. One unit is one step in the last decimal place of an answer."""
-        return 10**self.decimals
-
-    @cached_property
-    def numbers(self) -> int:
-        """Return the number of possible answers."""
-        return self.max_value * self.scale + 1
-
-    @property
-    def target(self) -> str:
-        """Return the target in words: "the average", "2/3 of the average" or "5 plus 1/2 of the average"."""
-        return target_in_words(self.ratio, self.offset)
-
-    @property
-    def target_or_it(self) -> str:
-        """Return "it" if the target is the average (already named in the caller's sentence), otherwise `target`."""
-        return "it" if self.ratio == 1 and not self.offset else self.target
-
-    @property
-    def equilibria(self) -> tuple[float, ...]:
-        """Return the symmetric Nash equilibria of the game, ascending; () if every number is an equilibrium."""
-        return equilibria(self.ratio, self.offset, self.max_value)
-
-    def winning_number(self, average: Fraction) -> Fraction:
-        """Return the winning number in units for an average in units."""
-        return self.offset * self.scale + self.ratio * average
 
 
 @dataclass(frozen=True)
@@ -80,11 +26,14 @@ class Announcement:
 
     round: int
     average: float | None  # the mean of all answers; None if there are no answers
-    winning_number: float | None  # offset + ratio * average; None if there are no answers
-    winning_units: tuple[int, ...]  # all distinct answers closest to the winning number, in units
-    winners: int | None = None  # number of participants with one of `winning_units`; 0 until counted; None: unknown
+    winning_number: float | None  # the figure of this name in the game's outcome; None if there is none
+    winning_units: tuple[int, ...]  # all distinct answers that win, in units
+    winners: int = 0  # number of participants with one of `winning_units`; 0 until they are counted
     teams: tuple[tuple[str, float | None], ...] = ()  # name and average (None without answers) of each team
     closest_teams: tuple[str, ...] = ()  # the names of all teams whose averages are closest to the winning number
+    winning_numbers: tuple[float, ...] = ()  # `winning_units` as numbers
+    outcome: tuple[tuple[str, float | None], ...] = ()  # name and value of each figure of the game's outcome
+    text: str = ""  # the result in words, as prompts state it
 
 
 @dataclass(frozen=True)
@@ -93,18 +42,16 @@ class Question:
 
     round: int  # from 1; 0 for a question that a user asks outside the game
     text: str
-    max_value: int
+    max_value: int  # the highest answer
     announcements: tuple[Announcement, ...] = ()  # of all earlier rounds
     decimals: int = 0
+    min_value: int = 0  # the lowest answer
 
 
 def question_for(game: Game, round_number: int, announcements: tuple[Announcement, ...]) -> Question:
     """Return the moderator's question for one round."""
-    text = (
-        f"Round {round_number}: give a number from 0 to {game.max_value}. "
-        f"The average of all answers is announced, and whoever is closest to {game.target_or_it} wins."
-    )
-    return Question(round_number, text, game.max_value, announcements, game.decimals)
+    text = f"Round {round_number}: {game.rules().question}"
+    return Question(round_number, text, int(game.high), announcements, game.decimals, int(game.low))
 
 
 @lru_cache(maxsize=1024)
@@ -115,7 +62,7 @@ def _round_key(seed: int, round_number: int) -> int:
 def draw(game: Game, round_number: int, participant: int) -> int:
     """Return the random answer of a participant in units. A change here would change the results of every seed."""
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
-    return int((mix(key) * game.numbers) >> 64)
+    return game.lowest + int((mix(key) * game.numbers) >> 64)
 
 
 def parse_number(text: str) -> float:
@@ -127,20 +74,28 @@ def parse_number(text: str) -> float:
     return stated_number(text)
 
 
+def plain_number(number: float | None, digits: int) -> str:
+    """Format a number with up to `digits` decimal places. Return "none" for None."""
+    if number is None:
+        return "none"
+    text = f"{Decimal(repr(round(number, digits))):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def to_units(answer: Any, game: Game) -> int:
     """Convert `answer`, a number or a text, to units (see `Game.scale`), rounded half to even.
 
-    Raises KnownCause if `answer` is neither a number nor a text that certainly states one, or is not in 0..max_value.
+    Raises KnownCause if `answer` is neither a number nor a text that certainly states one, or is not in low..high.
     """
     text = answer if isinstance(answer, str) else None
     if text is not None:
         answer = parse_number(text)
-        if game.scale < 1000 <= game.max_value and _THOUSANDS.search(text):  # 12.345 means 12,345 in many languages
+        if game.scale < 1000 <= game.high and _THOUSANDS.search(text):  # 12.345 means 12,345 in many languages
             raise KnownCause(UNCERTAIN, text)
     if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
         raise KnownCause(NO_NUMBER)
     number: Any = answer
-    if not 0 <= number <= game.max_value:  # also true for NaN
+    if not game.low <= number <= game.high:  # also true for NaN
         raise KnownCause(OUT_OF_RANGE, text)
     if isinstance(number, Integral):
         number = int(number)  # products of small numpy integers may overflow
@@ -150,16 +105,31 @@ def to_units(answer: Any, game: Game) -> int:
 
 
 def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population) -> Game:
-    """Return the game that the settings describe."""
-    return Game(
-        seed=config.seed or 0,
-        max_value=config.max_value,
-        decimals=config.decimals,
-        sleep_time_s=config.sleep_time,
-        llm=config if config.agent_type == "llm" else None,
-        ratio=Fraction(config.ratio),
-        offset=Fraction(config.offset),
-        prompt=prompt,
-        population=population,
-        teams=config.teams,
-    )
+    """Return the game that the settings describe. Raises SettingsError if the game or one of its settings is invalid.
+
+    Values in `config.set` that are not settings of the game are ignored: they may be parameters of participants.
+    """
+    cls = game_class(config.game)
+    parameters = declared(cls, Game)
+    values = values_of(config.set, cls.__name__, parameters)
+    for name in FLAGS_OF_GAMES:
+        text = getattr(config, name)
+        if text is not None and name not in parameters:
+            raise SettingsError(f"{flag_of(name)} {text}: the game {shown(config.game)} has no such setting")
+        if text is not None:
+            values[name] = parameters[name].parse(flag_of(name), text)
+    return cls(**game_fields(config, prompt, population), **values)
+
+
+def game_fields(config: SimulationConfig, prompt: PromptTemplate | None, population: Population) -> dict[str, Any]:
+    """Return the fields of `Game` that all games have."""
+    return {
+        "seed": config.seed or 0,
+        "max_value": config.max_value,
+        "decimals": config.decimals,
+        "sleep_time_s": config.sleep_time,
+        "llm": config if config.agent_type == "llm" else None,
+        "prompt": prompt,
+        "population": population,
+        "teams": config.teams,
+    }

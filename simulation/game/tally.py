@@ -1,19 +1,23 @@
 """The counting of answers in whole units of 10^-decimals, so that every sum is exact, and the result of a round."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulation.errors import Ended
-from simulation.game.rules import Announcement, Game
-
-Units = NDArray[np.int64]
+from simulation.errors import Ended, SettingsError, one_line
+from simulation.game.game import Game, Outcome, Units, check_game
+from simulation.game.rules import Announcement, plain_number
 
 WINNERS_NAMED = 10  # number of winners that are listed: those with the lowest indices
+NUMBERS_NAMED = 10  # number of winning answers that texts list: the lowest
+AVERAGE_DIGITS = 3  # decimal places of averages in addition to those of answers
 CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 OTHER_CAUSES = "other causes"
 INTERRUPTED = "interrupted"  # the failure cause if the user ended the round
@@ -76,12 +80,9 @@ class Tally:  # noqa: PLW1641 - arrays are not hashable
             return None
         return float(np.sqrt(np.dot((self.units - float(average)) ** 2, self.counts) / self.answered))
 
-    def closest(self, target: Fraction) -> tuple[int, ...]:
-        """Return the distinct answers closest to the target, in units: none, one, or one on each side of the target."""
-        after = int(np.searchsorted(self.units, target.__floor__(), side="right"))
-        near = [int(unit) for unit in self.units[max(after - 1, 0) : after + 1]]
-        best = min((abs(unit - target) for unit in near), default=None)
-        return tuple(unit for unit in near if abs(unit - target) == best)
+    def maximum(self) -> Fraction | None:
+        """Return the highest answer in units, or None if there are no answers."""
+        return Fraction(int(self.units[-1])) if self.answered else None
 
     def parts(self, distinct: int) -> "list[Tally]":
         """Split the tally into tallies of at most `distinct` distinct answers, so that each fits into one message."""
@@ -129,18 +130,23 @@ class Times:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The result of one round. All numbers are in units; `closest` are the answers closest to the winning number."""
+    """The result of one round."""
 
     round: int
     tally: Tally
-    average: Fraction | None = None
-    winning_number: Fraction | None = None
-    closest: tuple[int, ...] = ()
+    outcome: Outcome = field(default_factory=dict)  # the figures of the game, in numbers; empty without answers
+    winning_units: tuple[int, ...] = ()  # all distinct answers with the highest payoff
     winners: Winners = Winners(0, ())
     seconds: float = 0.0
     reassigned: int = 0  # number of participants that were moved to another server or moderator during the round
     times: Times | None = None  # None if unknown, as in a saved run
-    teams: tuple[tuple[str, Fraction | None], ...] = ()  # the name and the average of each team, in a game with teams
+    teams: tuple[tuple[str, Fraction | None], ...] = ()  # name and average (a number, not units) of each team, if any
+    error: str = ""  # why the game could not compute outcome and payoffs
+
+    @property
+    def winning_number(self) -> Any:
+        """Return the figure of this name in the outcome, or None if the game has none or nothing wins."""
+        return self.outcome.get("winning_number")
 
     @property
     def closest_teams(self) -> tuple[str, ...]:
@@ -152,23 +158,102 @@ class RoundResult:
 
 
 def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
-    """Return the result of a round from its tally, still without winners and times."""
-    average = tally.average()
-    if average is None:
+    """Return the result of a round from its tally, still without winners and times. Never raises."""
+    if not tally.answered:
         return RoundResult(round_number, tally)
-    winning_number = game.winning_number(average)
-    return RoundResult(round_number, tally, average, winning_number, tally.closest(winning_number))
+    try:
+        outcome = {name: _figure(name, value) for name, value in game.outcome(tally).items()}
+        payoffs = payoffs_of(game, tally.units, outcome)
+    except Exception as error:  # noqa: BLE001 - the user's game may raise anything
+        return RoundResult(round_number, tally, error=one_line(error))
+    wins = payoffs == payoffs.max() if outcome.get("winning_number", 0) is not None else np.zeros(len(payoffs), bool)
+    return RoundResult(round_number, tally, outcome, tuple(tally.units[wins].tolist()))
 
 
-def announcement_of(result: RoundResult, scale: int) -> Announcement:
-    """Return the announcement of a round. It states 0 winners until they are counted. One unit is 1 / `scale`."""
+def payoffs_of(game: Game, units: Units, outcome: Outcome) -> NDArray[Any]:
+    """Return the payoffs of distinct answers, ascending. Raises ValueError if the game returns something unusable."""
+    with np.errstate(all="ignore"):  # division by zero is reported below
+        payoffs = np.asarray(game.payoffs(units, outcome))
+    if payoffs.shape != units.shape or payoffs.dtype.kind not in "biuf":
+        raise ValueError(f"payoffs returned {payoffs.dtype} of shape {payoffs.shape}, not {len(units)} numbers")
+    if not np.isfinite(payoffs).all():
+        raise ValueError(f"payoffs returned {payoffs[~np.isfinite(payoffs)][0]} for an answer")
+    return payoffs
 
-    def number(units: Fraction | None) -> float | None:
-        return None if units is None else float(units / scale)
 
-    teams = tuple((name, number(average)) for name, average in result.teams)
-    figures = number(result.average), number(result.winning_number), result.closest, result.winners.count
-    return Announcement(result.round, *figures, teams, result.closest_teams)
+def _figure(name: str, value: Any) -> Any:
+    """Return a figure of an outcome: None, an exact Fraction, an int or a float. Raises ValueError if it is neither."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"a figure of the outcome is called {name!r}, which is not a name")
+    if value is None or isinstance(value, Fraction):
+        return value
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"the figure {name} of the outcome is {value!r}, not a finite number or None")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def try_game(game: Game, name: str) -> None:
+    """Raise SettingsError if the game is unusable, or cannot compute the outcome of simple rounds."""
+    check_game(game, name)
+    players, low, high = max(game.population.total, 1), game.lowest, game.lowest + game.numbers - 1
+    half = players // 2
+    rounds = {f"all players give {int(game.low)}": {low: players}, f"all give {int(game.high)}": {high: players}}
+    rounds |= {"half of them give the lowest number, the others the highest": {low: players - half, high: half or 1}}
+    for what, counts in rounds.items():
+        tally = Tally(sum(counts.values()), np.array([*counts], np.int64), np.array([*counts.values()], np.int64))
+        if error := score(game, 1, tally).error:
+            raise SettingsError(f"--game {name}: no result if {what}: {error}")
+
+
+def announcement_of(result: RoundResult, game: Game) -> Announcement:
+    """Return the announcement of a round. It states 0 winners until they are counted."""
+    average = result.tally.average()
+    outcome = tuple((name, None if value is None else float(value)) for name, value in result.outcome.items())
+    return Announcement(
+        result.round,
+        None if average is None else float(average / game.scale),
+        dict(outcome).get("winning_number"),
+        result.winning_units,
+        result.winners.count,
+        tuple((name, None if each is None else float(each)) for name, each in result.teams),
+        result.closest_teams,
+        tuple(units / game.scale for units in result.winning_units),
+        outcome,
+        _in_words(result, dict(outcome), game),
+    )
+
+
+def _in_words(result: RoundResult, outcome: dict[str, float | None], game: Game) -> str:
+    """Return the result of a round as prompts state it."""
+    if not result.tally.answered:
+        return f"Round {result.round}: nobody answered."
+    digits, label = game.decimals + AVERAGE_DIGITS, game.words.label
+    winning = outcome.pop("winning_number", None)
+    figures = {name: value for name, value in outcome.items() if value is not None}
+    parts = [f"the {label(name)} was {plain_number(value, digits)}" for name, value in figures.items()]
+    if winning is not None and winning not in [*figures.values()][-1:]:
+        so = "so " if parts else ""
+        parts.append(f"{so}the {label('winning_number')} was {plain_number(winning, digits)}")
+    numbers = " or ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.winning_units[:NUMBERS_NAMED])
+    won = f"{result.winners.count} won with {numbers}" if result.winning_units else "nobody won"
+    text = f"Round {result.round}: {'; '.join(filter(None, [', '.join(parts), won]))}."
+    if result.teams:
+        averages = ((name, None if each is None else float(each)) for name, each in result.teams)
+        teams = ", ".join(f"{name} {plain_number(each, digits)}" for name, each in averages)
+        text += f" The averages of the teams were: {teams}."
+    if result.closest_teams:
+        text += f" The closest was that of {' and '.join(result.closest_teams)}."
+    return text
+
+
+def closest(units: Units, target: Fraction) -> NDArray[np.bool_]:
+    """Return which of the ascending `units` are closest to the target: none, one, or one on each side. Exact."""
+    after = int(np.searchsorted(units, math.floor(target), side="right"))
+    near = range(max(after - 1, 0), min(after + 1, len(units)))
+    best = min((abs(int(units[index]) - target) for index in near), default=None)
+    are_closest = np.zeros(len(units), bool)
+    are_closest[[index for index in near if abs(int(units[index]) - target) == best]] = True
+    return are_closest
 
 
 def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:

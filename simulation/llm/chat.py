@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from agentscope.manager import ModelManager
 
 from simulation.errors import KnownCause, UnusableAnswer
-from simulation.game.rules import Game
+from simulation.game.game import Game
 from simulation.llm.model_configs import ModelConfig, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, structured_fields
 from simulation.llm.request_queue import Sample, SampleRequest, model_thread

@@ -5,12 +5,12 @@ many prompts share comes first, so that a model server with prefix caching proce
 """
 
 from collections.abc import Sequence
-from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from simulation.game.game import Game
 from simulation.game.population import Persona
-from simulation.game.rules import Announcement, Game, Question
+from simulation.game.rules import Question, plain_number
 
 Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without an answer
 
@@ -19,7 +19,6 @@ TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds
 FREE_TEXT_TOKENS = 256  # token limit of an unconstrained answer
 JSON_TOKENS = 48  # tokens of {"number": "..."} in addition to the number, with white space that some models add
 SPARE_TOKENS = 4  # in addition to one token per character of a constrained number
-AVERAGE_DIGITS = 3  # decimal places of averages in addition to those of answers
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
@@ -66,14 +65,16 @@ def instruction(game: Game, personas: Sequence[Persona] = (), team: str | None =
 
 def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None) -> str:
     persona = " ".join(each.text for each in personas if each.text)
-    return _format(text, game.decimals, game.max_value, game.target, persona, team or "")
+    rules = game.words.prompt or f"In every round, {game.words.question}"
+    target = getattr(game, "target", "")  # a template with {target} is refused in a game without this attribute
+    return _format(text, game.number_words, int(game.high), target, rules, persona, team or "")
 
 
 @lru_cache(maxsize=4096)
-def _format(text: str, decimals: int, max_value: int, target: str, persona: str, team: str) -> str:
+def _format(text: str, number: str, max_value: int, target: str, rules: str, persona: str, team: str) -> str:
     """Replace all placeholders in `text`, a template of the prompts file, by the other arguments."""
-    number = "a whole number" if decimals == 0 else f"a number with up to {decimals} digits after the point"
-    return text.format(number=number, max_value=max_value, target=target, persona=persona, team=team).strip()
+    values = {"number": number, "max_value": max_value, "target": target, "rules": rules}
+    return text.format(**values, persona=persona, team=team).strip()
 
 
 @lru_cache(maxsize=16_384)
@@ -82,38 +83,12 @@ def prompt_for(system: str, question: Question, numbers: Numbers, last: str = ""
 
     Append the instruction `last` to the question. Include `thoughts`, their latest reasoning, unless it is empty.
     """
-    lines = [_announced(each, question.decimals) for each in question.announcements]
+    lines = [each.text for each in question.announcements]
     if numbers:
-        lines.append(f"Your numbers so far: {', '.join(_number(each, question.decimals) for each in numbers)}.")
+        lines.append(f"Your numbers so far: {', '.join(plain_number(each, question.decimals) for each in numbers)}.")
     if thoughts:
         lines.append(f"What you thought before the last of them: {thoughts}")
     return Prompt(system, "\n".join([*lines, f"{question.text} {last}".rstrip()]))
-
-
-def _announced(result: Announcement, decimals: int) -> str:
-    if result.average is None or result.winning_number is None:
-        return f"Round {result.round}: nobody answered."
-    digits = decimals + AVERAGE_DIGITS
-    text = f"Round {result.round}: the average was {_number(result.average, digits)}"
-    if result.winning_number != result.average:
-        text += f", so the number to be closest to was {_number(result.winning_number, digits)}"
-    if result.winners is None:
-        return f"{text}."
-    winning = " or ".join(f"{units / 10**decimals:.{decimals}f}" for units in result.winning_units)
-    text += f"; {result.winners} won with {winning}."
-    if result.teams:
-        teams = ", ".join(f"{name} {_number(average, digits)}" for name, average in result.teams)
-        closest = " and ".join(result.closest_teams)
-        text += f" The averages of the teams were: {teams}. The closest was that of {closest}."
-    return text
-
-
-def _number(number: float | None, digits: int) -> str:
-    """Format a number with up to `digits` decimal places. Return "none" for None."""
-    if number is None:
-        return "none"
-    text = f"{Decimal(repr(round(number, digits))):f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def number_pattern(max_value: int, decimals: int) -> str:
@@ -135,7 +110,7 @@ def number_pattern(max_value: int, decimals: int) -> str:
 
 def structured_fields(kind: str, game: Game) -> dict[str, Any]:
     """Return the request fields that constrain an answer to a number in range. --structured-output sets `kind`."""
-    pattern = number_pattern(game.max_value, game.decimals)
+    pattern = number_pattern(int(game.high), game.decimals)
     if kind == "structured_outputs":
         return {"structured_outputs": {"regex": pattern}}
     if kind != "response_format":
@@ -148,6 +123,6 @@ def structured_fields(kind: str, game: Game) -> dict[str, Any]:
 
 def answer_tokens(kind: str, game: Game) -> int:
     """Return the token limit of an answer: at least one token per character. `kind` is set by --structured-output."""
-    number = len(str(game.max_value)) + (game.decimals + 1 if game.decimals else 0)
+    number = len(str(game.high)) + (game.decimals + 1 if game.decimals else 0)
     extra = {"structured_outputs": SPARE_TOKENS, "response_format": JSON_TOKENS}
     return number + extra[kind] if kind in extra else FREE_TEXT_TOKENS

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from simulation.game.rules import Game
+from simulation.game.game import Game
 from simulation.game.tally import Tally
 from simulation.results.console_report import brief, histogram
 from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg
@@ -43,20 +43,21 @@ def by_round(run: SavedRun, key: str) -> dict[int, float]:
 def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
     """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
     game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
-    _draw_histogram(axes, game, run.results[index].tally, BINS, game.max_value * game.scale)
+    _draw_histogram(axes, game, run.results[index].tally, BINS, game.lowest + game.numbers - 1)
     average, winning = entry["average"], entry["winning_number"]
-    if average is None or winning is None:
+    if average is not None:
+        axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
+    if winning is None:
         return
-    axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
     line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=f"winning number {winning:.{digits}f}")
-    if winning <= BEYOND * game.max_value:
+    if winning <= BEYOND * game.high:
         line.set_xdata([winning, winning])
         axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
 
 
 def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """Draw a histogram of the answers from 0 to `top` units with at most `bins` bins."""
-    edges, counts = histogram(tally.units, tally.counts, top, bins)
+    """Draw a histogram of the answers up to `top` units with at most `bins` bins."""
+    edges, counts = histogram(tally, game.lowest, top, bins)
     borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
     axes.stairs(counts, borders, fill=True, color="bars", label="answers")
     if not tally.answered:
@@ -67,9 +68,9 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
 
 def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
     """Draw a horizontal dotted line at each equilibrium of the game."""
-    if game.equilibria:
+    if equilibria := game.equilibrium():
         across = axes.get_yaxis_transform()
-        axes.hlines(game.equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
+        axes.hlines(equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
 
 
 def draw_lines(
@@ -96,12 +97,12 @@ def draw_lines(
 
 def draw_averages(axes: Axes, run: SavedRun) -> None:
     """Draw the average and the winning number of each round as lines, and the equilibria."""
-    label = f"equilibrium {' and '.join(f'{each:,.6g}' for each in run.game.equilibria)}"
+    label = f"equilibrium {run.game.equilibrium_words()}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
-    highest = BEYOND * run.game.max_value
+    highest = BEYOND * run.game.high
     winning = {index: each if each <= highest else math.nan for index, each in by_round(run, "winning_number").items()}
     dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
-    lines = {"average": by_round(run, "average"), "winning number": winning}
+    lines = {"average": by_round(run, "average")} | ({"winning number": winning} if winning else {})
     draw_lines(axes, [result.round for result in run.results], lines, [{"color": "average"}, dashes])
 
 
@@ -121,7 +122,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     """Return inline SVG: a histogram for each of the PARTS_DRAWN largest `tallies`, scaled to its own highest bar."""
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
-    top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or 1
+    top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or game.lowest + 1
     height = 0.42 * len(names) + 0.35
     sides = {"left": 0.03 + 0.0172 * max(map(len, texts)), "right": 0.955, "top": 1.0, "bottom": 0.35 / height}
     figure = Figure(figsize=(WIDTH_INCHES, height))
@@ -142,7 +143,7 @@ def last_round(run: SavedRun) -> Figure:
     axes = figure.subplots()
     draw_answers(axes, run, -1)
     axes.set_title(f"Round {run.results[-1].round}: {tally.answered:,} of {tally.asked:,} participants answered")
-    axes.set(xlabel=f"number, 0 to {run.game.max_value:,}", ylabel="participants")
+    axes.set(xlabel=f"number, {run.game.low:,} to {run.game.high:,}", ylabel="participants")
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
@@ -152,7 +153,7 @@ def all_rounds(run: SavedRun) -> Figure:
     entries = run.summary["rounds"]
     indices = selection(len(entries), SMALL_MULTIPLES)
     figure, above, below, grid = two_parts([(run, index) for index in indices], 3.4)
-    title = f"{run.config.participant_num:,} participants, closest to {run.game.target} wins"
+    title = f"{run.config.participant_num:,} participants, {run.game.words.goal} wins"
     above.suptitle(title, fontsize=15, weight="bold")
     above.supylabel("participants", fontsize=11, color="muted")
     for axes, entry in zip(grid, [entries[index] for index in indices], strict=True):
@@ -164,7 +165,7 @@ def all_rounds(run: SavedRun) -> Figure:
     above_point: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
     for point in by_round(run, "average").items() if len(run.results) <= LABELLED_ROUNDS else ():
         axes.annotate(brief(point[1]), point, color="average", fontsize=10, **above_point)
-    axes.set(xlabel="round", ylabel=f"number, 0 to {run.game.max_value:,}")
+    axes.set(xlabel="round", ylabel=f"number, {run.game.low:,} to {run.game.high:,}")
     below.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10.5)
     return figure
 

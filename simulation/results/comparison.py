@@ -90,7 +90,8 @@ def _rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
         row = {"run": folder, **settings, "played": f"{len(entries)}"}
         row |= {key: whole(sum(entry[key] for entry in entries)) for key in ("answered", "asked")}
         row |= {name: "-" if number is None else fixed(number, game.decimals + 3) for name, number in numbers.items()}
-        row["equilibrium"] = " and ".join(f"{number:.6g}" for number in game.equilibria) or "any"
+        equilibria = game.equilibrium()
+        row["equilibrium"] = "-" if equilibria is None else " and ".join(f"{each:.6g}" for each in equilibria) or "any"
         row |= {"status": run.summary["status"], "seconds": f"{run.summary['seconds']['total']:.2f}"}
         rows.append(row)
     return rows

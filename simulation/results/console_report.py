@@ -7,13 +7,12 @@ from fractions import Fraction
 import numpy as np
 
 from simulation.errors import printable
-from simulation.game.rules import Game
-from simulation.game.tally import RoundResult, Tally, Units
+from simulation.game.game import Game, Units
+from simulation.game.tally import NUMBERS_NAMED, RoundResult, Tally
 from simulation.llm.responses import Usage
 from simulation.results.reader import SavedRun
 from simulation.results.run_files import most_frequent, position_in_words
 from simulation.results.tables import table_lines
-from simulation.settings import SimulationConfig
 
 BARS = 15
 BAR_WIDTH = 50
@@ -22,28 +21,40 @@ BAR_WIDTH = 50
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     """Return the lines that announce the result of a round."""
     duration = f"[takes {result.seconds:.2f} s]"
-    if result.average is None or result.winning_number is None:
+    if not result.tally.answered:
         return [f"Moderator: Nobody of {result.tally.asked} answered, so there is no average {duration}"]
+    if result.error:
+        return [f"Moderator: The answers have no result: {result.error} {duration}"]
+    texts = {game.words.label(name): _text(value, game) for name, value in result.outcome.items() if value is not None}
+    winning = texts.pop(game.words.label("winning_number"), "")
+    figures = ", ".join(f"the {label if ' ' in label else f'{label} value'} is {text}" for label, text in texts.items())
+    figures = figures or (f"the {game.words.label('winning_number')} is {winning}" if winning else "there is no figure")
+    lines = [f"Moderator: {figures[0].upper()}{figures[1:]} {duration}"]
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
     more = result.winners.count - len(result.winners.lowest)
     names += f" and {more} more" if more else ""
-    numbers = " and ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.closest)
-    target = game.target_or_it
-    target = target if target == "it" else f"{_text(result.winning_number, game)}, {target}"
-    lines = [
-        f"Moderator: The average value is {_text(result.average, game)} {duration}",
-        f"Moderator: {names} {'wins' if result.winners.count == 1 else 'win'} with {numbers}, the closest to {target}.",
-    ]
-    if result.closest_teams:
+    numbers = " and ".join(_number(units, game) for units in result.winning_units[:NUMBERS_NAMED])
+    won = game.words.won or game.words.goal + (f" ({winning})" if winning not in ("", numbers, *texts.values()) else "")
+    ending = (
+        f"{'wins' if result.winners.count == 1 else 'win'} with {numbers}, {won.replace('{winning_number}', winning)}."
+    )
+    lines.append(f"Moderator: {names} {ending}" if names else f"Moderator: Nobody wins with {game.words.goal}.")
+    if result.teams:
         averages = ", ".join(f"{name} {_text(average, game, 'none')}" for name, average in result.teams)
         closest = f"{' and '.join(result.closest_teams)} {'is' if len(result.closest_teams) == 1 else 'are'} closest"
-        lines.append(f"Moderator: The teams' averages are {averages}; {closest}.")
+        lines.append(f"Moderator: The teams' averages are {averages}{f'; {closest}' if result.closest_teams else ''}.")
     return lines
 
 
-def _text(units: Fraction | float | None, game: Game, missing: str = "-") -> str:
-    """Format `units` / game.scale with three more decimals than an answer has. If `units` is None, return `missing`."""
-    return missing if units is None else f"{float(units / game.scale):.{game.decimals + 3}f}"
+def _number(units: int, game: Game) -> str:
+    return f"{units / game.scale:.{game.decimals}f}"
+
+
+def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> str:
+    """Format a figure with three more decimals than an answer has, but an int as it is. None becomes `missing`."""
+    if number is None or isinstance(number, int):
+        return missing if number is None else f"{number:,}"
+    return f"{float(number):.{game.decimals + 3}f}"
 
 
 def failure_line(tally: Tally) -> str:
@@ -63,23 +74,23 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
     )
 
 
-def histogram(units: Units, counts: Units, top: int, bars: int) -> tuple[Units, Units]:
-    """Return edges and counts of at most `bars` bins over 0 .. top. Answer `units[i]` was given `counts[i]` times."""
-    width = -(-(top + 1) // bars)
-    edges = np.arange(0, top + width + 1, width, dtype=np.int64)
-    return edges, np.bincount(units // width, counts, len(edges) - 1).astype(np.int64)
+def histogram(tally: Tally, low: int, high: int, bars: int) -> tuple[Units, Units]:
+    """Return edges and counts of at most `bars` bins over the answers low .. high, in units."""
+    width = -(-(high - low + 1) // bars)
+    edges = np.arange(low, high + width + 1, width, dtype=np.int64)
+    return edges, np.bincount((tally.units - low) // width, tally.counts, len(edges) - 1).astype(np.int64)
 
 
-def histogram_lines(tally: Tally, config: SimulationConfig) -> list[str]:
+def histogram_lines(tally: Tally, game: Game) -> list[str]:
     """Return the lines of a text histogram of the answers. The lines fit the width of the terminal."""
     if not tally.answered:
         return []
-    decimals, scale, top = config.decimals, 10**config.decimals, config.max_value * 10**config.decimals
-    edges, counts = histogram(tally.units, tally.counts, top, BARS)
-    labels = [f"{low / scale:.{decimals}f}" for low in edges[:-1]]
-    if edges[1] > 1:
-        highest = np.minimum(edges[1:] - 1, top) / scale
-        labels = [f"{low}-{high:.{decimals}f}" for low, high in zip(labels, highest, strict=True)]
+    lowest, highest = game.lowest, game.lowest + game.numbers - 1
+    edges, counts = histogram(tally, lowest, highest, BARS)
+    labels = [_number(low, game) for low in edges[:-1]]
+    if edges[1] > edges[0] + 1:
+        highest_in_bins = np.minimum(edges[1:] - 1, highest)
+        labels = [f"{low}-{_number(high, game)}" for low, high in zip(labels, highest_in_bins, strict=True)]
     label_width, longest = max(map(len, labels)), int(counts.max())
     room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # 5: the spaces in a line
     bar_width = min(BAR_WIDTH, max(room, 0))
@@ -104,11 +115,11 @@ def run_lines(run: SavedRun) -> list[str]:
         lines += announcement_lines(result, run.game)
         lines += [failure_line(result.tally)] if result.tally.failed else []
     if run.results:
-        lines += histogram_lines(run.results[-1].tally, run.config)
+        lines += histogram_lines(run.results[-1].tally, run.game)
     for topic, rounds in run.tallies_by_part.items():
         rows = []
         for name, tally in rounds[-1].items():
-            figures = [_text(units, run.game) for units in (tally.average(), tally.std())]
+            figures = [_text(each and each / run.game.scale, run.game) for each in (tally.average(), tally.std())]
             rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *figures])
         head = [topic, "asked", "answered", "average", "spread"]
         lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))

@@ -6,6 +6,7 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -17,14 +18,15 @@ import pyarrow.compute as pc
 
 from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
-from simulation.game.rules import Game, game_of
+from simulation.game.game import Game
+from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
-from simulation.settings import SETTINGS, SimulationConfig, flag_of
+from simulation.settings import FLAGS_OF_GAMES, SETTINGS, SimulationConfig, flag_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class SavedSummary:
     def rounds_finished(self) -> int:
         """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
+
+    @property
+    def has_winning_number(self) -> bool:
+        """Return whether the game has a winning number in any round."""
+        return any("winning_number" in entry["outcome"] for entry in self.summary["rounds"])
 
     @property
     def usage(self) -> Usage:
@@ -78,7 +85,7 @@ class SavedRun(SavedSummary):
         """
         groupings = self.game.population.groupings if self.results else ()
         tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
-        for number, rows in _rows_of(self) if groupings else ():
+        for number, rows in _rows_of(self, self.game) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
                 ordered = rows.take(pa.array(np.argsort(indices, kind="stable")))  # one sort for all names
@@ -89,31 +96,36 @@ class SavedRun(SavedSummary):
         return tallies
 
 
-def read_run(path: Path, flag: str = "") -> SavedRun:
-    """Read a run: summary, game and answers. Error messages about the summary start with `flag`."""
+def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
+    """Read a run: summary, game and answers. Error messages about the summary start with `flag`.
+
+    Only if `trusted`, execute the file of a user's game to count the results again, instead of reading them.
+    """
     saved = read_summary(path, flag)
-    game = read_game(path, saved.config)
+    game = read_game(path, saved.config, trusted)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
     by_team = run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams is not None else []
     for index, tallies in enumerate(by_team):
-        averages = tuple((name, tally.average()) for name, tally in tallies.items())
+        averages = tuple((name, _number_of(tally.average(), run.game.scale)) for name, tally in tallies.items())
         run.results[index] = replace(run.results[index], teams=averages)
     return run
 
 
 def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
     """Read a run, omit its last round if that was interrupted, and update its settings (see `config_to_resume`)."""
-    run = read_run(path, "--resume ")
+    run = read_run(path, "--resume ", trusted=True)
     config = replace(config_to_resume(path, run.config, given), run_dir=str(real(path)))
     run_files.read_json_lines(path, FAILED_ANSWERS, run_files.FailedAnswer)  # detect damage before servers start
     results = [*takewhile(lambda result: result.tally.ended is not Ended.INTERRUPTED, run.results)]
     if config.rounds < len(results):
         raise SettingsError(f"--rounds {config.rounds}: the run in {path} has played {len(results)} already")
-    return replace(run, config=config, game=game_of(config, run.game.prompt, run.game.population), results=results)
+    game = replace(run.game, **game_fields(config, run.game.prompt, run.game.population))
+    return replace(run, config=config, game=game, results=results)
 
 
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """Return the settings of a run, updated with `given`. Raises SettingsError if `given` changes a fixed setting."""
+    given = {name: value for name, value in given.items() if value is not None or name not in FLAGS_OF_GAMES}
     changed = replace(config, **given)
     for name, value in given.items():
         before = getattr(config, name)
@@ -145,23 +157,28 @@ def first_winner(run: SavedRun) -> int:
     return run.results[-1].winners.lowest[0]
 
 
-def read_game(path: Path, config: SimulationConfig) -> Game:
-    """Return the game that `config` and the game.json in `path` describe."""
-    return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config))
+def read_game(path: Path, config: SimulationConfig, trusted: bool = False) -> Game:
+    """Return the game that `config` and the game.json in `path` describe; see `read_run` for `trusted`."""
+    return run_files.read_run_file(path, GAME, partial(run_files.parse_game, config=config, trusted=trusted))
 
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
     """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
     path, entries = saved.path, saved.summary["rounds"]
     tallies: dict[int, Tally] = {}
-    for number, rows in _rows_of(saved) if entries else ():
+    for number, rows in _rows_of(saved, game) if entries else ():
         tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
     results: list[RoundResult] = []
     for entry in entries:
         number = entry["round"]
         if number not in tallies:
             raise SettingsError(f"{path}: the answers of round {number} are missing")
-        result = score(game, number, replace(tallies[number], ended=Ended[entry["ended"].upper()]))
+        tally = replace(tallies[number], ended=Ended[entry["ended"].upper()])
+        if isinstance(game, run_files.RecordedGame):  # its code is not run: these figures are not counted again
+            wins = tuple(round(each * game.scale) for each in entry["winners"].get("numbers", ()))
+            result = RoundResult(number, tally, entry["outcome"], wins, error=entry.get("error", ""))
+        else:
+            result = score(game, number, tally)
         counted = run_files.round_entry(result, game.scale)
         same = all(counted[key] == entry[key] for key in ("asked", "answered", "failed", "average"))
         if not same or entry["asked"] != saved.config.participant_num:
@@ -171,17 +188,21 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
     return results
 
 
-def _rows_of(saved: SavedSummary) -> Iterator[tuple[int, pa.Table]]:
+def _number_of(units: Fraction | None, scale: int) -> Fraction | None:
+    return None if units is None else units / scale
+
+
+def _rows_of(saved: SavedSummary, game: Game) -> Iterator[tuple[int, pa.Table]]:
     """Yield pairs of a round number and a table of checked rows. Each table covers consecutive participants."""
-    path, limits = saved.path, {"participant": saved.config.participant_num - 1, "value": saved.config.max_value}
+    path, limits = saved.path, {"participant": (0, saved.config.participant_num - 1), "value": (game.low, game.high)}
     parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
     try:
         for file in [path / WHOLE] if is_there(path / WHOLE) or not parts else parts:
             for number, rows in rows_by_round(file):
-                for column, high in limits.items():
+                for column, (low, high) in limits.items():
                     found = pc.min_max(rows[column]).as_py()
-                    if found["min"] is not None and not 0 <= found["min"] <= found["max"] <= high:
-                        raise pa.ArrowInvalid(f"a {column} is not from 0 to {high}")
+                    if found["min"] is not None and not low <= found["min"] <= found["max"] <= high:
+                        raise pa.ArrowInvalid(f"a {column} is not from {low} to {high}")
                 yield number, rows
     except FileNotFoundError:
         raise SettingsError(f"{path}: its answers.parquet is missing") from None

@@ -67,6 +67,8 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "run": run,
         "answers": [(run, index) for index in range(len(entries))],
         "position": run.position and position_in_words(run.position),
+        "figures": [(name, run.game.words.label(name)) for name in outcome_names(entries)],
+        "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
     }
@@ -89,6 +91,11 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "rounds": [rounds[index] for index in selected],
         "lines": lines,
     }
+
+
+def outcome_names(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the figures of the outcomes in `entries` that a round's entry has no key for."""
+    return [*dict.fromkeys(name for entry in entries for name in entry["outcome"] if name not in entry)]
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

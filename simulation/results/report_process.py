@@ -13,6 +13,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import cloudpickle
 from loguru import logger
 
 from simulation.errors import SimulationError
@@ -46,7 +47,7 @@ class ReportProcess:
         """
         try:
             self._connection.settimeout(LONGEST_S)
-            self._connection.sendall(pickle.dumps(run))
+            self._connection.sendall(cloudpickle.dumps(run))  # a user's game travels by value
             error: SimulationError | None = pickle.load(self._connection.makefile("rb"))
         except (OSError, EOFError, pickle.UnpicklingError):
             self._process.kill()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, get_args
 
@@ -10,9 +11,10 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from simulation.errors import SettingsError, printable, reason
 from simulation.files import is_there, read_text
+from simulation.game.game import Game, PromptTemplate, Rules
 from simulation.game.population import ModelShare, Persona, Population
-from simulation.game.rules import Game, PromptTemplate, game_of
-from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, RoundResult
+from simulation.game.rules import game_fields, game_of
+from simulation.game.tally import INTERRUPTED, NUMBERS_NAMED, OTHER_CAUSES, RoundResult
 from simulation.llm.responses import OUT_OF_TOKENS, Usage
 from simulation.settings import SimulationConfig
 
@@ -56,6 +58,7 @@ def position_in_words(position: SweepPosition) -> str:
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
+    numbers: NotRequired[list[int | float]]  # the lowest answers that won; absent in old runs
 
 
 class RoundEntry(TypedDict):
@@ -65,12 +68,14 @@ class RoundEntry(TypedDict):
     failed: int
     failures: dict[str, int]
     ended: NotRequired[Literal["complete", "model_failed", "out_of_tokens", "interrupted"]]  # absent in old runs
+    error: NotRequired[str]  # why the game could not compute the outcome
     reassigned: int
     average: float | None
     median: float | None
     std: float | None
     min: float | None
     max: float | None
+    outcome: NotRequired[dict[str, int | float | None]]  # absent in old runs
     winning_number: float | None
     winners: WinnersEntry
     seconds: Seconds
@@ -110,6 +115,7 @@ def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
         raise ValueError("its rounds are not 1, 2, ...")
     for entry in summary["rounds"]:
         by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
+        entry.setdefault("outcome", {"average": entry["average"], "winning_number": entry["winning_number"]})
         entry.setdefault("ended", next((by_cause[each] for each in by_cause if each in entry["failures"]), "complete"))
     return SimulationConfig.from_json(summary["config"]), summary
 
@@ -145,8 +151,8 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
     """Return the entry of one round in summary.json. `scale` is 10^decimals."""
     tally = result.tally
     lowest, highest = tally.units[[0, -1]].tolist() if tally.answered else (None, None)
-    figures = {"average": result.average, "median": tally.median(), "std": tally.std()}
-    figures |= {"min": lowest, "max": highest, "winning_number": result.winning_number}
+    figures = {"average": tally.average(), "median": tally.median(), "std": tally.std(), "min": lowest, "max": highest}
+    winning, outcome = result.winning_number, result.outcome
     return {
         "round": result.round,
         "asked": tally.asked,
@@ -154,9 +160,16 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "failed": tally.failed,
         "failures": most_frequent(tally.failures),
         "ended": tally.ended.name.lower(),
+        **({"error": result.error} if result.error else {}),
         "reassigned": result.reassigned,
         **{name: None if units is None else float(units / scale) for name, units in figures.items()},
-        "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
+        "outcome": {name: float(each) if isinstance(each, Fraction) else each for name, each in outcome.items()},
+        "winning_number": None if winning is None else float(winning),
+        "winners": {
+            "count": result.winners.count,
+            "participants": [f"P{index}" for index in result.winners.lowest],
+            "numbers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
+        },
         "seconds": round(result.seconds, 4),
     }
 
@@ -175,12 +188,22 @@ class PopulationEntry(TypedDict):
     turns: tuple[str, ...]
 
 
+class RecordedRules(TypedDict):
+    """The words, the range and the equilibrium of a game, for reports that must not run the game's code."""
+
+    words: Rules
+    low: int
+    high: int
+    equilibrium: tuple[float, ...] | None
+
+
 @with_config(SHAPE)
 class GameFile(TypedDict):
     """The content of game.json: the prompt, personas and models of a game, copied from files that may change later."""
 
     wording: PromptTemplate | None
     cast: PopulationEntry
+    rules: NotRequired[RecordedRules]  # absent in old runs
 
 
 GAME_FILE = TypeAdapter(GameFile)
@@ -190,11 +213,31 @@ def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
     cast = game.population
     entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
-    return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry), mode="json")
+    rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
+    return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
 
 
-def parse_game(text: str, config: SimulationConfig) -> Game:
-    """Return the game that `config` and a game.json's `text` describe. Raises SettingsError or an error in DAMAGED."""
+class RecordedGame(Game):
+    """The game of a saved run, without the code of the user's class: it has its words, but computes no outcome."""
+
+    recorded: Any = None  # RecordedRules
+    low = property(lambda self: self.recorded["low"])
+    high = property(lambda self: self.recorded["high"])
+
+    def rules(self) -> Rules:
+        words: Rules = self.recorded["words"]
+        return words
+
+    def equilibrium(self) -> tuple[float, ...] | None:
+        known: tuple[float, ...] | None = self.recorded["equilibrium"]
+        return known
+
+
+def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Game:
+    """Return the game that `config` and a game.json's `text` describe. Raises SettingsError or an error in DAMAGED.
+
+    Only if `trusted`, execute the file of a game that is not in games/. Otherwise, return a `RecordedGame`.
+    """
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
     population = Population(config.seed or 0, config.participant_num, cast["personas"], cast["models"], cast["turns"])
@@ -203,7 +246,10 @@ def parse_game(text: str, config: SimulationConfig) -> Game:
         raise ValueError("shares do not add up to 1")
     if any(name != printable(name) for parts in population.groupings for name in (parts.topic, *parts.names)):
         raise ValueError("a name cannot be displayed")
-    return game_of(config, content["wording"], population)
+    if trusted or ".py" not in config.game:
+        return game_of(config, content["wording"], population)
+    fields = game_fields(config, content["wording"], population)
+    return RecordedGame(**{**fields, "recorded": content["rules"]})
 
 
 class KeptGroup(TypedDict):

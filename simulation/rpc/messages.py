@@ -62,7 +62,7 @@ def _code_version() -> str:
     """Return a hash of the program's Python files at import time. Users' files are not included."""
     digest = hashlib.sha256()
     top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
-    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py"))):
+    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py")), *sorted(ROOT.glob("games/[!.]*.py"))):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

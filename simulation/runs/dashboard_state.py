@@ -45,7 +45,7 @@ class DashboardState:
         results, (started, began) = list(run.results), run.under_way
         number = None if self.over or started <= len(results) or simulation is None else started
         for result in results[len(self._rounds) :]:
-            _, bars = histogram(result.tally.units, result.tally.counts, game.numbers - 1, BINS)
+            _, bars = histogram(result.tally, game.lowest, game.lowest + game.numbers - 1, BINS)
             self._bars = bars.tolist()
             entry = round_entry(result, game.scale)
             del entry["failures"]  # the page shows those of all rounds together
@@ -65,9 +65,9 @@ class DashboardState:
             "run_id": run.run_id,
             "label": run.label,
             "config": {
-                **{name: getattr(config, name) for name in ("participant_num", "rounds", "max_value", "decimals")},
+                **{name: getattr(config, name) for name in ("participant_num", "rounds", "decimals")},
+                **{"low": game.low, "high": game.high, "goal": game.words.goal, "labels": dict(game.words.labels)},
                 "kind": Path(config.agent_class or config.agent_type).name.rpartition(":")[2],
-                "target": game.target,
                 "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
             },
             "round": number and {"number": number, "done": done, "seconds": seconds, "reassigned": reassigned},
@@ -96,7 +96,8 @@ class DashboardState:
         return {
             "width": width,
             "scale": game.scale,
-            "top": game.numbers - 1,
+            "low": game.lowest,
+            "top": game.lowest + game.numbers - 1,
             "round": number or len(self._rounds),
             "counts": counts if number else self._bars or counts,
             "last": self._bars if number else [],

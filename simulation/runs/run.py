@@ -72,7 +72,7 @@ class Run:
             self.directory.go_back_to(len(self.results))
         if self.config.agent_type != "llm":  # the answers of models do not depend on the seed alone
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
-        announced = tuple(announcement_of(each, self.game.scale) for each in self.results)
+        announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
         simulation = Simulation(self.config, self.game, prefix, self.console, self.directory, announced, self.usage)
         try:
@@ -81,7 +81,9 @@ class Run:
                 self._create_agents(simulation)
                 for number in self.rounds_left:
                     self._play_round(simulation, number)
-                    self.ended_early = bool(self.rounds_left) and self._cannot_continue(simulation)
+                    self.ended_early = bool(self.rounds_left or self.results[-1].error) and self._cannot_continue(
+                        simulation
+                    )
                     if self.console.stop_signal is not None or self.ended_early:
                         break
                 if self.config.keep_agents:
@@ -131,7 +133,9 @@ class Run:
     def _cannot_continue(self, simulation: Simulation) -> bool:
         """Return whether no tokens are left or the models do not answer. If so, log the reason."""
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
-        if ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
+        if self.results[-1].error:
+            reason = f"the game cannot compute a result: {self.results[-1].error}"
+        elif ended is errors.Ended.OUT_OF_TOKENS or (max_tokens is not None and self.usage.tokens >= max_tokens):
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
         elif ended is errors.Ended.MODEL_FAILED and self.console.stop_signal is None:
             try:
@@ -160,7 +164,7 @@ class Run:
     def _finish(self) -> int:
         """Print and write the final results. Return the exit status."""
         last = self.results[-1].tally
-        for line in histogram_lines(last, self.config):
+        for line in histogram_lines(last, self.game):
             errors.say(line)
         unanswered = self.ended_early or any(result.tally.failed for result in self.results)
         interrupted = last.ended is errors.Ended.INTERRUPTED or (bool(self.rounds_left) and not self.ended_early)

@@ -10,11 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from simulation.cluster.placement import PlacementPlan
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown
+from simulation.game.game import Game
+from simulation.game.parameters import check_assignments, declared
 from simulation.game.population import largest_remainder
-from simulation.game.rules import Announcement, Game, question_for
+from simulation.game.rules import question_for
+from simulation.game.tally import Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import ModelConfig, asked_models, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
 from simulation.results import reader
@@ -23,7 +28,7 @@ from simulation.results.tables import table_lines
 from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_models
-from simulation.settings import SimulationConfig
+from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
 
@@ -74,7 +79,7 @@ class RunSpec:
             f"{ranges(ports[config.server_per_host :])}",
             f"participants: {config.participant_num:,} {kind}, {each} on each server",
             f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
-            f"game: numbers from 0 to {game.max_value:,}, closest to {game.target} wins"
+            f"game: numbers from {game.low:,} to {game.high:,}, {game.words.goal} wins"
             + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
             + "".join(f"; personas {name} ({len(each)})" for name, each in game.population.persona_sets.items())
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
@@ -146,16 +151,16 @@ class RunSpec:
 
     def _longest_prompt(self, number: int) -> Prompt:
         """Build a prompt about as long as the longest in round `number`, with all announcements and long numbers."""
-        game, population, long = self.game, self.game.population, self.game.max_value * 2 / 3
+        game, population, top = self.game, self.game.population, self.game.lowest + self.game.numbers - 1
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
-        units = (game.numbers - 2, game.numbers - 1)
-        winning, averages = long if game.target == "the average" else long / 2, tuple((name, long) for name in teams)
-        announcements = tuple(
-            Announcement(each, long, winning, units, self.config.participant_num, averages, teams)
-            for each in range(1, number)
+        tally = Tally(3, np.array([game.lowest, top]), np.array([1, 2]))  # its average has many digits
+        result = replace(
+            score(game, 1, tally), winning_units=(top - 1, top), winners=Winners(self.config.participant_num, ())
         )
-        numbers = (units[0] / game.scale,) * len(announcements)
+        result = replace(result, teams=tuple((name, tally.average()) for name in teams))
+        announcements = tuple(announcement_of(replace(result, round=each), game) for each in range(1, number))
+        numbers = ((top - 1) / game.scale,) * len(announcements)
         team = max(teams, key=len, default=None)
         system, last = rules(game, personas, team), instruction(game, personas, team)
         return prompt_for(system, question_for(game, number, announcements), numbers, last)
@@ -175,7 +180,10 @@ def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
     config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
     models, run_id = _checked_models(config), new_run_id()
     folder = Path(config.run_dir or ROOT / "runs" / run_id)
-    return RunSpec(config, models, build_game(config, models, given), folder, run_id)
+    game = build_game(config, models, given)
+    check_assignments(config.set, {type(game).__name__: declared(type(game), Game)})
+    resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
+    return RunSpec(replace(config, **resolved), models, game, folder, run_id)
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:

@@ -10,13 +10,15 @@ import yaml
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
+from simulation.game.game import Game, PromptTemplate
 from simulation.game.population import MODEL, ModelShare, Persona, Population
-from simulation.game.rules import Game, PromptTemplate, game_of
+from simulation.game.rules import game_of
+from simulation.game.tally import try_game
 from simulation.llm.model_configs import ModelConfig, asked_models
 from simulation.runs.yaml_file import YamlFile
 from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
 
-PLACEHOLDERS = ("{number}", "{max_value}", "{target}", "{persona}", "{team}")
+PLACEHOLDERS = ("{number}", "{max_value}", "{rules}", "{target}", "{persona}", "{team}")
 MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
 OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # settings that need a model
@@ -39,7 +41,17 @@ def build_game(config: SimulationConfig, models: Models, given: Collection[str] 
     for name, value in (("persona", config.personas), ("team", config.teams)):
         if prompt is not None and value is None and f"{{{name}}}" in prompt.system + prompt.instruction:
             raise SettingsError(f"--prompt {prompt.name}: tells participants of their {name}; give --{name}s, too")
-    return game_of(config, prompt, population)
+    game = game_of(config, prompt, population)
+    try_game(game, shown(config.game))
+    if prompt is not None and "{target}" in prompt.system + prompt.instruction and not hasattr(game, "target"):
+        raise SettingsError(
+            f"--prompt {prompt.name}: names a {{target}}, which the game has not; use one with {{rules}}"
+        )
+    if config.max_value != SimulationConfig.max_value and type(game).high is not Game.high:
+        raise SettingsError(
+            f"--max-value {config.max_value}: the numbers of this game are from {game.low} to {game.high}"
+        )
+    return game
 
 
 def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:

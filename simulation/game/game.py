@@ -1,0 +1,164 @@
+"""The base class of all games. A game is one class in one file, such as games/average.py.
+
+The program knows a game only by the methods of this class. A game does not know about agents, servers or files.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulation.errors import SettingsError, nearest, one_line, printable
+from simulation.files import ROOT, files_in
+from simulation.game.population import Population
+from simulation.settings import SimulationConfig
+from simulation.user_code import find_class
+
+if TYPE_CHECKING:
+    from simulation.game.tally import Tally
+
+Units = NDArray[np.int64]
+Outcome = Mapping[str, Any]  # the figures that are announced, by name: int, float or Fraction, or None if there is none
+HIGHEST = 10**9  # the highest answer of any game
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt for LLM participants, from the prompts file. prompts.py fills in the placeholders in braces."""
+
+    name: str
+    system: str  # the system prompt: the participant's role and the rules
+    instruction: str  # the end of each round's prompt, which states how to answer; not used outside the game
+    reasoning_tokens: int | None = None  # token limit of the reasoning before the number; None without reasoning
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The words of a game, from which all texts about it are made."""
+
+    question: str  # asks for a number and states who wins, as in "choose 0 or 1. The side that fewer choose wins."
+    goal: str  # what wins, as in "the side that fewer choose"
+    prompt: str = ""  # the text of {rules} in prompts (default: "In every round, " and the question)
+    won: str = ""  # what winners have, as in "P7 wins with 33, ..."; may contain {winning_number} (default: the goal)
+    labels: Mapping[str, str] = field(default_factory=dict)  # words for figures (default: the name, _ as a space)
+
+    def label(self, figure: str) -> str:
+        """Return the words for a figure of the outcome."""
+        return self.labels.get(figure, figure.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Game:
+    """A game: who wins, and the parameters of a run that are equal in all rounds.
+
+    A subclass declares its settings as annotated attributes (see `setting`), and defines `rules`, `outcome` and
+    `payoffs`. It becomes a frozen dataclass. Answers are counted in units: one unit is one step in the last decimal
+    place, so an answer of 3.5 with one decimal place is 35 units.
+    """
+
+    low: ClassVar[Any] = 0  # the lowest answer, a whole number of at least 0; may be a property
+    high: ClassVar[Any] = property(lambda self: self.max_value)  # the highest answer, a whole number
+    whole_numbers: ClassVar[bool] = False  # whether --decimals is refused
+
+    seed: int = 0
+    max_value: int = 100
+    decimals: int = 0
+    sleep_time_s: float = 0.0
+    llm: SimulationConfig | None = None  # the settings of requests to models; None if no participant asks a model
+    prompt: PromptTemplate | None = None  # None if no participant asks a model
+    population: Population = field(default_factory=Population)
+    teams: str | None = None  # the topic (see `Grouping`) whose labels are the teams, if any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        dataclass(frozen=True)(cls)
+
+    def rules(self) -> Rules:
+        """Return the words of the game."""
+        raise NotImplementedError
+
+    def outcome(self, tally: "Tally") -> Outcome:
+        """Return the figures that are announced after a round, by name, in numbers (not units).
+
+        `tally` has at least one answer. The figure `winning_number`, if there is one, is shown as such in all results;
+        None then means that the round has no winner.
+        """
+        raise NotImplementedError
+
+    def payoffs(self, units: Units, outcome: Outcome) -> NDArray[Any]:
+        """Return the payoff of each of the answers `units` (int64, shape (k,)), shape (k,). The highest payoff wins."""
+        raise NotImplementedError
+
+    def equilibrium(self) -> tuple[float, ...] | None:
+        """Return the pure symmetric Nash equilibria with many players; () if every number is one; None if unknown."""
+        return None
+
+    @cached_property
+    def words(self) -> Rules:
+        """Return `rules()`, computed once."""
+        return self.rules()
+
+    @cached_property
+    def scale(self) -> int:
+        """Return the number of units in 1: 10^decimals."""
+        return 10**self.decimals
+
+    @property
+    def lowest(self) -> int:
+        """Return the lowest answer in units."""
+        return int(self.low) * self.scale
+
+    @cached_property
+    def numbers(self) -> int:
+        """Return the number of possible answers."""
+        return (int(self.high) - int(self.low)) * self.scale + 1
+
+    @property
+    def number_words(self) -> str:
+        """Return what an answer is, as prompts name it."""
+        return "a whole number" if self.decimals == 0 else f"a number with up to {self.decimals} digits after the point"
+
+    def equilibrium_words(self) -> str:
+        """Return the equilibria as text; "" if they are unknown."""
+        known = self.equilibrium()
+        numbers = " and ".join(f"{each:,.6g}" for each in known or ())
+        return numbers or ("" if known is None else "any number, if all participants give it")
+
+
+def game_class(spec: str) -> type[Game]:
+    """Return the class of the game in games/ that is named `spec`, or that of `FILE.py:CLASS`. Raises SettingsError."""
+    if ".py" in spec:
+        return find_class("--game", spec, Game)
+    names = [path.stem for path in files_in(ROOT / "games", ".py") if not path.stem.startswith("_")]
+    if spec not in names:
+        advice = "write a game of your own as my_file.py:MyGame"
+        raise SettingsError(f"--game {spec}: there is no such game; {nearest(spec, names)}; {advice}")
+    module = importlib.import_module(f"games.{spec}")
+    own = (each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__)
+    return next(each for each in own if issubclass(each, Game))
+
+
+def check_game(game: Game, name: str) -> None:
+    """Raise SettingsError if the range of the game's answers, its decimals or its words are unusable."""
+    try:
+        low, high, words, equilibrium = game.low, game.high, game.words, game.equilibrium()
+        texts = [words.question, words.goal, words.prompt, words.won, *words.labels, *words.labels.values()]
+        float_equilibrium = [float(each) for each in equilibrium or ()]
+    except Exception as error:  # noqa: BLE001 - the user's class may raise anything
+        raise SettingsError(f"--game {name}: {one_line(error)}") from None
+    problem = ""
+    if not (isinstance(low, int) and isinstance(high, int) and 0 <= low < high <= HIGHEST):
+        problem = f"its numbers are from {low!r} to {high!r}; they must be whole, and from 0 to {HIGHEST:,} at most"
+    elif game.decimals and game.whole_numbers:
+        problem = f"has whole numbers only, and does not go with --decimals {game.decimals}"
+    elif not (words.question and words.goal) or any(text != printable(text) for text in texts):
+        problem = "its rules need a question and a goal; all its texts must be one line of printable characters"
+    elif not all(map(math.isfinite, float_equilibrium)):
+        problem = f"its equilibrium is {equilibrium}"
+    if problem:
+        raise SettingsError(f"--game {name}: {problem}")

@@ -1,0 +1,97 @@
+"""Parameters of games and participant classes: annotated class attributes with defaults, set by `--set name=value`."""
+
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from simulation.errors import SettingsError, listed, nearest, printable
+from simulation.settings import Setting, fraction, setting, to_number
+
+__all__ = ["Parameter", "declared", "parse_assignments", "setting", "values_of"]
+KINDS = (int, float, str, bool, Fraction)
+LARGEST = (-(10**9), 10**9)  # bounds of a Fraction that is declared without bounds
+TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+class Parameter(NamedTuple):
+    """A declared parameter: its type, one of KINDS, and its default, range and help."""
+
+    kind: Any
+    declaration: Setting
+
+    def parse(self, flag: str, text: str) -> Any:
+        """Convert `text` to a value. Raises SettingsError if it has the wrong type or is not in the range."""
+        if self.kind is Fraction:
+            low, high = (self.declaration.low, self.declaration.high) if self.declaration.low is not None else LARGEST
+            value: Any = fraction(flag, text, Fraction(low), high)
+        elif self.kind is bool:
+            if text.casefold() not in TRUTHS:
+                raise SettingsError(f"{flag} {text}: must be true or false")
+            value = TRUTHS[text.casefold()]
+        else:
+            value = text if self.kind is str else to_number(self.kind, flag, text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{flag} {text}: must be a finite number")
+        self.declaration.check(flag, value)
+        return value
+
+
+def declared(cls: type, base: type) -> dict[str, Parameter]:
+    """Return the parameters that `cls` and its bases below `base` declare, by name.
+
+    A parameter is an annotated class attribute whose type is one of KINDS and whose default is a value or a `setting`.
+    """
+    found: dict[str, Parameter] = {}
+    for each in (each for each in reversed(cls.__mro__) if issubclass(each, base) and each is not base):
+        for name in vars(each).get("__annotations__", {}):
+            default: Any = vars(each).get("__dataclass_fields__", {}).get(name, vars(each).get(name, MISSING))
+            kind = typing.get_type_hints(each).get(name)
+            metadata = default.metadata if isinstance(default, Field) else {}
+            value = default.default if isinstance(default, Field) else default
+            if kind in KINDS and value is not MISSING and not name.startswith("_"):
+                found[name] = Parameter(kind, metadata.get("setting") or Setting(value, ""))
+    return found
+
+
+def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
+    """Return names and values of texts such as `noise=5`. Raises SettingsError if one is malformed or given twice."""
+    values: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name or not value:
+            raise SettingsError(f"--set {printable(text)}: must be name=value, such as noise=5")
+        if name in values:
+            raise SettingsError(f"--set {printable(text)}: {name} is set twice")
+        values[name] = value
+    return values
+
+
+def values_of(assignments: Iterable[str], owner: str, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Return the values that texts such as `noise=5` or `LevelK.noise=5` set for `parameters` of the class `owner`."""
+    values: dict[str, Any] = {}
+    for full_name, text in parse_assignments(assignments).items():
+        prefix, _, name = full_name.rpartition(".")
+        if name in parameters and prefix in ("", owner):
+            if name in values:
+                raise SettingsError(f"--set {full_name}={printable(text)}: {name} is set twice")
+            values[name] = parameters[name].parse(f"--set {full_name}", text)
+    return values
+
+
+def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> None:
+    """Raise SettingsError if an assignment sets no parameter, or could set several.
+
+    `owners` maps the name of the game's class, and of each of the users' participant classes, to its parameters.
+    """
+    known = [f"{owner}.{name}" for owner, parameters in owners.items() for name in parameters]
+    for name, text in parse_assignments(assignments).items():
+        matching = [each for each in known if name in (each, each.partition(".")[2])]
+        if len(matching) > 1:
+            raise SettingsError(f"--set {name}={printable(text)}: which one? write {' or '.join(matching)}")
+        if not matching:
+            names = dict.fromkeys(each.partition(".")[2] for each in known)
+            which = nearest(name, names) if names else f"{listed(owners)} declare none"
+            raise SettingsError(f"--set {name}={printable(text)}: there is no such parameter; {which}")
