@@ -25,14 +25,14 @@ class Average(Game):
         return "average" if self.statistic == "mean" else self.statistic
 
     def rules(self) -> Rules:
-        range_words, wins = f"{self.number_words} from 0 to {self.max_value}", "is announced, and whoever is closest to"
-        it = "it" if self.target == f"the {self._figure}" else self.target
+        figure, wins = self._figure, "is announced, and whoever is closest to"
+        it = "it" if self.target == f"the {figure}" else self.target
         return Rules(
-            question=f"give a number from 0 to {self.max_value}. The {self._figure} of all answers {wins} {it} wins.",
+            question=f"give a number from 0 to {self.max_value}. The {figure} of all answers {wins} {it} wins.",
             goal=f"the number closest to {self.target}",
             won=f"the closest to {it}" if it == "it" else f"the closest to {{winning_number}}, {it}",
-            prompt=f"In every round each of you gives {range_words}. "
-            f"The {self._figure} of all numbers {wins} {self.target} wins.",
+            prompt=f"In every round each of you gives {self.number_words} from 0 to {self.max_value}. "
+            f"The {figure} of all numbers {wins} {self.target} wins.",
             labels={"winning_number": "number to be closest to"},
         )
 
@@ -48,11 +48,9 @@ class Average(Game):
     def equilibrium(self) -> tuple[float, ...]:
         """Return the fixed points of the best reply x -> offset + ratio * x, limited to 0..max_value."""
         highest = float(self.max_value)
-        if self.ratio == 1:
-            return (highest,) if self.offset else ()
         if self.ratio < 1:
             return (min(float(self.offset / (1 - self.ratio)), highest),)
-        return (highest,) if self.offset else (0.0, highest)
+        return (highest,) if self.offset else () if self.ratio == 1 else (0.0, highest)
 
 
 def _words(number: Fraction) -> str:

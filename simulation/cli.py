@@ -310,14 +310,14 @@ def report(command: Command) -> int:
     target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # the folder of the comparison
     if paths != named[:1]:
         target = target or comparison.common_folder(paths)
-        runs = [read_run(path) for path in paths]
+        runs = [read_run(path, trusted=command.config.trust) for path in paths]
         say("\n".join([*comparison.comparison_lines(runs), *comparison.unfinished_lines(named, runs)]))
         comparison.write_comparison(target, runs)
         say(f"compared in {target / 'comparison.html'}")
     elif target is not None:
         raise SettingsError(f"--run-dir {target}: is for a comparison of several runs; {paths[0]} is a single run")
     else:
-        run = read_run(paths[0])
+        run = read_run(paths[0], trusted=command.config.trust)
         say("\n".join(run_lines(run)))
         draw_all(run)
     return 0
