@@ -26,7 +26,8 @@ class LevelK(Participant):
         """Return a random number at level 0. At level k, apply x -> offset + ratio * x to the last average k times."""
         level = self.level
         if level == 0:
-            return draw(self.game, question.round, self.index) / self.game.scale
+            round_number = question.round or len(question.announcements)  # 0: a question about the last number
+            return draw(self.game, round_number, self.index) / self.game.scale
         number = last_average(question)
         for _ in range(level):
             number = self.game.offset + self.game.ratio * number

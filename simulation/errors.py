@@ -15,18 +15,23 @@ UnusableAnswer               one participant has failed; the failure is counted 
 └── KnownCause               raised by this program; its text is counted verbatim as the cause
 """
 
+import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 LIKENESS = 0.65  # a name is suggested if its difflib ratio is at least this
 SHORTEST_BEGINNING = 3  # minimum length of a prefix for which a longer name is suggested
 NAMES_SHOWN = 12
 CAUSE_LENGTH = 200  # characters
+TRACEBACK_LENGTH, NAME_LENGTH = 4000, 60  # maximum number of characters of a kept traceback and a file name
+OWN = "own_"  # prefix of the module names of users' files, so that a user's random.py hides no library
 # Causes of unusable answers
 NO_NUMBER, UNCERTAIN = "no number in the answer", "not certain which number is the answer"
 OUT_OF_RANGE = "number out of range"
@@ -101,6 +106,8 @@ class Ended(IntEnum):
 class KnownCause(UnusableAnswer):
     """An unusable answer whose cause is counted verbatim. `ended` states how the round ended for the participant."""
 
+    traceback = ""  # the formatted traceback of an earlier exception that is the cause, if any
+
     def __init__(self, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
         super().__init__(cause, text)
         self.ended = ended
@@ -114,16 +121,42 @@ def failure_of(error: BaseException) -> tuple[str, str | None, Ended]:
 
 
 def one_line(error: BaseException) -> str:
-    """Describe an error in one line such as `ValueError: text`; return only the text of a KnownCause. Never raises."""
-    try:
+    """Describe an error in one line, such as `ValueError: text (my_file.py, line 12)`. Never raises.
+
+    The line is that of the innermost call in a user's file, if any. Of a KnownCause, return only the text.
+    """
+    text, place = "(its text cannot be shown)", ""
+    with contextlib.suppress(BaseException):  # attributes and text of a user's exception may raise, too
+        own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own(frame)]
+        for frame, line in own[-1:]:
+            place = f" ({printable(Path(frame.f_code.co_filename).name, NAME_LENGTH)}, line {line})"
         text = printable(str(error), CAUSE_LENGTH)
-    except BaseException:  # noqa: BLE001 - the text of a user's exception may raise, too
-        text = "(its text cannot be shown)"
     if type(error) is KnownCause:  # not a subclass, which users may define
         return text
     name = type(error).__name__
     name = name if name.isidentifier() else "Exception"  # type() accepts any text as a class name
-    return printable(name if not text and name[0].isupper() else f"{name}: {text or 'no words'}", CAUSE_LENGTH)
+    description = name if not text and name[0].isupper() else f"{name}: {text or 'no words'}"
+    return printable(description, CAUSE_LENGTH) + place
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Return whether the frame executes code of a user's file."""
+    return str(frame.f_globals.get("__name__")).startswith(OWN)
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return a traceback from the first line in a user's file on ("" for a KnownCause without one). Never raises."""
+    if type(error) is KnownCause:
+        return error.traceback
+    text = "(the traceback cannot be shown)"
+    with contextlib.suppress(BaseException):  # as in `one_line`
+        start = error.__traceback__
+        while start is not None and not _is_own(start.tb_frame):
+            start = start.tb_next
+        text = "".join(traceback.format_exception(type(error), error, start or error.__traceback__))
+    text = text.encode(errors="backslashreplace").decode()  # JSON readers reject half a surrogate pair
+    half = TRACEBACK_LENGTH // 2
+    return text if len(text) <= TRACEBACK_LENGTH else f"{text[:half]}\n...\n{text[-half:]}"
 
 
 def reason(error: Exception) -> str:

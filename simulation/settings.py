@@ -154,6 +154,7 @@ class SimulationConfig:
         None, "folder of a run or comparison", without="a new one in runs/", roles=("main", "ask", "report"), path=True
     )
     trust: bool = setting(False, "count again with the code of games kept in run folders", roles=("report",))
+    keep_going: bool = setting(False, "play on after a round in which every participant failed")
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
 

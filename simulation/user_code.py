@@ -16,10 +16,9 @@ from types import ModuleType
 
 import cloudpickle
 
-from simulation.errors import SettingsError, listed, meant_by, near_file, one_line
+from simulation.errors import OWN, SettingsError, listed, meant_by, near_file, one_line
 from simulation.files import append_to_path, full_path, is_there, shown
 
-OWN = "own_"  # prefix of the module names of users' files, so that a user's random.py hides no library
 PROGRAM = ("games", "main", "moderator", "participant", "simulation")  # modules that are not the user's in any folder
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from games.average import Average
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
-from simulation.game.answer_sheet import TEXTS_KEPT, UNDECIDED, Answers, AnswerSheet
+from simulation.game.answer_sheet import KEPT, UNDECIDED, Answers, AnswerSheet
 from simulation.game.rules import to_units
 from simulation.game.tally import (
     CAUSES_COUNTED,
@@ -214,7 +214,8 @@ def test_recording_many_equals_recording_one_by_one(said, decimals, neighbours):
             one.fail(place, *failure_of(error))
     together.record_many(places, said, game)
     assert together.done == one.done == len(said)
-    assert together.texts == one.texts
+    shown = [{place: each.get("text") for place, each in sheet.examples.items()} for sheet in (one, together)]
+    assert shown[0] == shown[1]
     everyone = [sheet.with_missing_failed().answers(0, 1000) for sheet in (one, together)]
     assert said_in(everyone[0]) == said_in(everyone[1])
 
@@ -232,4 +233,4 @@ def test_a_different_cause_per_participant_is_kept():
     assert part.causes == [part.cause_of(place) for place in range(70_000, 70_010)]
     assert part.causes[0] == "cause 70000"
     assert sheet.tally().failures[OTHER_CAUSES] == 100_000 - CAUSES_COUNTED
-    assert list(sheet.texts) == list(range(TEXTS_KEPT))
+    assert list(sheet.examples) == list(range(2 * KEPT))

@@ -179,7 +179,8 @@ def test_a_run_directory_is_named_and_never_overwritten(cluster, tmp_path):
 
 
 def test_kept_agents_can_be_asked_until_the_next_run(cluster):
-    summary = cluster.play("3", "30", "--sleep-time", "0", "--seed", "7", "--keep-agents")
+    summary = cluster.play("3", "30", "--sleep-time", "0", "--seed", "7", "--rounds", "2", "--keep-agents")
+    last, (winner, *_) = cluster.values()[30:], summary["rounds"][1]["winners"]["participants"]
     run = cluster.path / "runs" / summary["run_id"]
     assert sum(agents(cluster)) == 34
 
@@ -191,7 +192,9 @@ def test_kept_agents_can_be_asked_until_the_next_run(cluster):
 
     for participant in (0, 17, 29):
         reply = ask(participant)
-        assert reply.returncode == 0 and 0 <= int(float(reply.stdout)) <= 100
+        assert reply.returncode == 0 and float(reply.stdout) == last[participant]  # and no number drawn now
+    reply = cluster.run("main.py", "--role", "ask", "--run-dir", str(run), "--winner", "--text", "Well?")
+    assert reply.returncode == 0 and float(reply.stdout) == last[int(winner[1:])]
     assert "participants 0 to 29" in ask(30).stderr
     cluster.play("3", "1", "--sleep-time", "0")  # on one server, and all of them let go of what was kept
     assert agents(cluster) == [0] * 7

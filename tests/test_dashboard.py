@@ -140,7 +140,7 @@ def test_a_page_shows_a_round_a_lost_server_and_the_end(cluster, page, tmp_path,
         assert row[6] == f"{played['seconds']:.2f}"
     assert number_in(page, "#done") == summary["rounds"][-1]["answered"]
     failed = sum(played["failed"] for played in summary["rounds"])
-    assert page.locator("#causes").text_content() == f"{failed}ValueError: {NASTY}"
+    assert page.locator("#causes").text_content() == f"{failed}ValueError: {NASTY} (slow.py, line 11)"
     assert f"is partial · results in {cluster.path}/runs/{summary['run_id']}" in page.locator("#runs").text_content()
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))

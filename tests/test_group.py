@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import cloudpickle
+import numpy as np
 import pytest
 from agentscope.agents import AgentBase
 from agentscope.message import Msg
@@ -26,13 +28,14 @@ from simulation.agents.participant import Participant, message_of
 from simulation.agents.per_agent_dispatch import PerAgentDispatch
 from simulation.cluster.agent_class import serialize_agent_class
 from simulation.game.answer_sheet import AnswerSheet
-from simulation.game.rules import draw, question_for
+from simulation.game.rules import Announcement, Question, draw, question_for
 from simulation.game.tally import INTERRUPTED
 from simulation.hosts.agent_server import SimulationServicer
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
 GAME = Average(7, 100, 0, 0.0)
+ANNOUNCED = tuple(Announcement(number, 50.0, 50.0, (50,)) for number in (1, 2))
 ASSIGNMENT = GroupAssignment("run/group-0", 0, 4, Endpoint("localhost", 1), Endpoint("localhost", 2))
 
 
@@ -72,7 +75,8 @@ def test_participants_are_agents_with_their_own_proxies(group_of):
     group = group_of(RandomParticipant, 10)
     agent = group.participant(3)
     assert agent.agent_id == "run/group-0/3" and agent.name == "P3" and agent.memory is None
-    assert agent.reply(None).metadata == {"answer": draw(GAME, 0, 3)}
+    asked = Msg("user", "Which number?", "user", metadata=asdict(Question(0, "?", 100, ANNOUNCED)))
+    assert agent.reply(asked).metadata == {"answer": draw(GAME, 2, 3)}
     assert group.participant(10) is None
 
 
@@ -211,7 +215,120 @@ def test_no_other_participant_is_asked_after_a_halt(group_of):
 
 
 def test_a_participant_without_a_group_can_be_asked():
-    assert RandomParticipant(3, GAME).reply(None).get_text_content() == str(float(draw(GAME, 0, 3)))
+    asked = message_of(question_for(GAME, 1, ()))
+    assert RandomParticipant(3, GAME).reply(asked).get_text_content() == str(float(draw(GAME, 1, 3)))
+
+
+def test_a_question_outside_the_game_draws_no_new_number(group_of):
+    alone, group = RandomParticipant(3, GAME), group_of(RandomParticipant, 10, replace(GAME, sleep_time_s=600.0))
+    for announced in range(3):
+        asked = message_of(Question(0, "?", 100, ANNOUNCED[:announced]))
+        expected = str(float(draw(GAME, announced, 3))) if announced else "no number yet"
+        assert alone.reply(asked).get_text_content() == expected
+    group.begin(question_for(GAME, 1, ANNOUNCED[:1]))
+    group.halt()
+    assert group.participant(3).reply(message_of(Question(0, "?", 100, ANNOUNCED[:1]))).content == "no number yet"
+    group.begin(question_for(GAME, 2, ANNOUNCED[:1]))
+    group.halt()
+    assert group.participant(3).reply(message_of(Question(0, "?", 100, ANNOUNCED))).content == str(draw(GAME, 1, 3) / 1)
+
+
+def expected_draws(round_number, index, count=3, seed=GAME.seed):
+    """What `rng.integers(10**9)` gives: the documented key and counter of the Philox."""
+    key, counter = seed | round_number << 64, index << 192
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(10**9, size=count).tolist()
+
+
+class Drawing(Participant):
+    """Draws in each way it can be asked, several times in an answer."""
+
+    def __init__(self, index, game):
+        super().__init__(index, game)
+        self.drawn = [self.rng.integers(10**9)]
+        self.drawn += [self.rng.integers(10**9)]
+        if index == 2:
+            raise ValueError("after it has drawn")
+
+    def recall(self, numbers):
+        self.recalled = self.rng.integers(10**9)
+
+    async def answer(self, question):
+        drawn = [self.rng.integers(10**9)]
+        await self.think(0.01)
+        drawn += [self.rng.integers(10**9)]
+        await asyncio.sleep(0.01)
+        drawn += [await asyncio.get_running_loop().create_task(self.late())]
+        self.drawn = drawn
+        return 50
+
+    async def late(self):
+        return self.rng.integers(10**9)
+
+
+class DrawingReply(Participant):
+    def reply(self, x=None):
+        self.drawn = self.rng.integers(10**9, size=2).tolist()
+        return super().reply(x)
+
+    async def answer(self, question):
+        self.drawn += [self.rng.integers(10**9)]
+        return 50
+
+
+class Blocked(Participant):
+    def reply(self, x=None):
+        first = [self.rng.integers(10**9)]
+        time.sleep(0.001)
+        self.drawn = first + self.rng.integers(10**9, size=2).tolist()
+        return Msg(self.name, "50", "assistant")
+
+
+@pytest.mark.parametrize("cls", [Drawing, Blocked])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_random_numbers_depend_on_seed_round_and_index_alone(group_of, cls, one_by_one):
+    group = group_of(cls, 50)
+    agents = [group.participant(index) for index in range(50) if index != 2]
+    if cls is Drawing:
+        assert [agent.drawn for agent in agents] == [expected_draws(0, agent.index, 2) for agent in agents]
+        group.remember(0, np.zeros((1, 50)))
+        assert agents[7].recalled == expected_draws(0, agents[7].index)[0]
+    for number in (1, 2):
+        question = question_for(GAME, number, ())
+        group.begin(question, one_by_one=one_by_one)
+        for index in range(50) if one_by_one else ():
+            group.participant(index).answer_round(message_of(question), index)
+        until(lambda: group.progress(1.0).finished, 10, "answered")
+        assert [agent.drawn for agent in agents] == [expected_draws(number, agent.index) for agent in agents]
+        assert not group.asking._rngs  # all are dropped
+        for _ in range(2):  # outside the game, each time anew
+            agents[7].reply(None)
+            assert agents[7].drawn == expected_draws(0, agents[7].index)
+
+
+@pytest.mark.parametrize("cls", [Drawing, DrawingReply, Blocked])
+def test_random_numbers_without_a_group(cls):
+    for number in (1, 1, 2):
+        agent = cls(3, replace(GAME, seed=2**64 - 1))
+        for _ in range(2):
+            agent.reply(message_of(question_for(GAME, number, ())))
+            assert agent.drawn == expected_draws(number, 3, seed=2**64 - 1)
+    agent = Blocked(3, GAME)  # not being asked
+    assert [agent.rng.integers(10**9) for _ in range(3)] == expected_draws(0, 3)
+
+
+def test_a_class_may_have_its_own_rng(group_of):
+    class Own(Participant):
+        def __init__(self, index, game):
+            super().__init__(index, game)
+            self.rng = range(index, 100)
+
+        async def answer(self, question):
+            return self.rng[0]
+
+    group = group_of(Own, 10)
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    assert group.answers(0, 10).units.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("attempt", range(10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import pytest
 from conftest import one_line, until
 
 from simulation.cluster.agent_class import load_agent_class
+from simulation.game.answer_sheet import KEPT
 
 MINE = """
 import asyncio
@@ -109,13 +111,20 @@ class Stranger:
     pass
 """
 SHORT = "from participant import Participant\nclass Mine(Participant):\n    async def answer(self, q):\n"
+
+
+def at(code: str) -> str:
+    """Where a piece of MINE stands, as causes name it."""
+    return f"random.py, line {MINE[: MINE.index(code)].count(chr(10)) + 1}"
+
+
 FAILURES = {
-    1: "ValueError: no seat",
-    2: "ZeroDivisionError: division by zero",
+    1: f"ValueError: no seat ({at('no seat')})",
+    2: f"ZeroDivisionError: division by zero ({at('1 / 0')})",
     3: "no number in the answer",
-    4: "number out of range",
-    5: "SystemExit: 3",
-    6: "CancelledError",
+    4: "number out of range (0 to 100)",
+    5: f"SystemExit: 3 ({at('SystemExit(3)')})",
+    6: f"CancelledError ({at('raise asyncio.CancelledError')})",
     7: "no number in the answer",
 }
 
@@ -169,7 +178,13 @@ def test_answer_and_reply_classes_play(cluster, mine, dispatch):
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
 def test_an_exception_fails_only_its_participant_with_the_cause(cluster, mine, dispatch):
-    summary = cluster.play("3", "20", "--agent-class", f"{mine}:Failing", "--dispatch", dispatch, status=4)
+    done = cluster.run("run_simulation.sh", "3", "20", "--agent-class", f"{mine}:Failing", "--dispatch", dispatch)
+    assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
+    assert f"ValueError: no seat ({at('no seat')}): 1" in done.stderr
+    assert "number out of range (0 to 100), such as 1000: 1" in done.stderr
+    (path,) = (cluster.path / "runs").glob("latest/failed_answers.jsonl")
+    assert f"the tracebacks of the first failures are in {path.resolve()}" in done.stderr
+    summary = cluster.summary()
     (played,) = summary["rounds"]
     assert summary["status"] == "partial"
     assert (played["asked"], played["answered"], played["failed"]) == (20, 13, 7)
@@ -178,8 +193,59 @@ def test_an_exception_fails_only_its_participant_with_the_cause(cluster, mine, d
     rows = cluster.answers()
     assert {row["participant"]: row["failure"] for row in rows if row["failure"]} == FAILURES
     assert [row["value"] for row in rows] == [None if index in FAILURES else 50.0 for index in range(20)]
+    kept = {entry["participant"]: entry for entry in failed_answers(cluster)}
+    assert {index: entry["failure"] for index, entry in kept.items()} == {k: v for k, v in FAILURES.items() if k != 7}
+    assert kept[3]["text"] == "I will not say" and kept[4]["text"] == "1000"
+    assert {index for index, entry in kept.items() if "traceback" in entry} == {1, 2, 5, 6}
+    trace = kept[2]["traceback"].splitlines()
+    assert trace[1].endswith(f'random.py", line {at("1 / 0").split()[-1]}, in answer') and len(trace) >= 3
+    assert "return 1 / 0" in trace[2] and trace[-1] == "ZeroDivisionError: division by zero"
     cluster.play("3", "20", "--agent-class", f"{mine}:FailingReply", "--dispatch", dispatch, status=4)
-    assert cluster.summary()["rounds"][0]["failures"] == {"KeyError: 'lost'": 1}
+    cause = f"KeyError: 'lost' ({at('KeyError')})"
+    assert cluster.summary()["rounds"][0]["failures"] == {cause: 1}
+    (entry,) = failed_answers(cluster)
+    assert entry["failure"] == cause and "in reply" in entry["traceback"]
+
+
+def failed_answers(cluster):
+    return [json.loads(line) for line in (cluster.path / "runs/latest/failed_answers.jsonl").read_text().splitlines()]
+
+
+LATE = """
+from participant import Participant
+class Late(Participant):
+    async def answer(self, question):
+        if question.round >= 2:
+            raise ValueError(f"bad {self.index}" if question.round == 2 else "bad")
+        return self.rng.normal(50, 10)
+"""
+
+
+def test_a_game_ends_when_everyone_fails_unless_it_is_to_keep_going(cluster, tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text(LATE)
+    flags = ("3", "60", "--agent-class", f"{path}:Late", "--rounds", "4", "--seed", "3")
+    done = cluster.run("run_simulation.sh", *flags)
+    assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
+    assert "seed 3; --seed 3 plays this game again if Late draws random numbers only from self.rng" in done.stderr
+    reason = (
+        "every participant failed in round 2 (--keep-going plays on nevertheless): the game ends after round 2 of 4"
+    )
+    assert reason in done.stderr
+    first = cluster.summary()
+    assert first["status"] == "partial" and [each["failed"] for each in first["rounds"]] == [0, 60]
+    kept = failed_answers(cluster)
+    assert len(kept) == 2 * KEPT and all(
+        each["failure"] == f"ValueError: bad {each['participant']} (late.py, line 6)" and each["round"] == 2
+        for each in kept
+    )
+    answers = cluster.values()[:60]
+    cluster.play(*flags, "--dispatch", "agent", "--keep-going", status=4)
+    assert [each["failed"] for each in cluster.summary()["rounds"]] == [0, 60, 60, 60]
+    assert cluster.values()[:60] == answers and len(set(answers)) > 10
+    assert failed_answers(cluster) == kept
+    done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "5")
+    assert done.returncode == 4 and "has played 4 of 5 rounds" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("dispatch", ["group", "agent"])
@@ -192,7 +258,7 @@ def test_the_text_of_a_cause_has_no_effect(cluster, mine, dispatch):
     ] * 2
     words = {"interrupted", "out of tokens (--max-tokens)", "model server: HTTP 500", "other causes"}
     causes = {row["failure"] for row in cluster.answers()}
-    assert not words & causes and {f"UnusableAnswer: {each}" for each in words} < causes
+    assert not words & causes and {f"UnusableAnswer: {each} ({at('raise Unusable')})" for each in words} < causes
     done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3")
     assert done.returncode == 4 and "has played 2 of 3 rounds" in done.stderr, done.stderr
     assert cluster.summary()["rounds"][:2] == summary["rounds"] and len(cluster.summary()["rounds"]) == 3
@@ -252,12 +318,13 @@ def test_the_servers_see_the_newest_version_of_the_file(cluster, tmp_path):
 def test_a_round_without_answers(cluster, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(SHORT + "        raise OSError('silent')\n")
-    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine", "--rounds", "2")
+    flags = ("--rounds", "2", "--keep-going")
+    done = cluster.run("run_simulation.sh", "3", "5", "--agent-class", f"{path}:Mine", *flags)
     assert done.returncode == 4 and "Traceback" not in done.stderr
     assert done.stdout.startswith("Moderator: Nobody of 5 answered")
     played = cluster.summary()["rounds"]
     assert [entry["average"] for entry in played] == [None, None]
-    assert [entry["failures"] for entry in played] == [{"OSError: silent": 5}] * 2
+    assert [entry["failures"] for entry in played] == [{"OSError: silent (mine.py, line 4)": 5}] * 2
 
 
 @pytest.mark.parametrize(
@@ -339,9 +406,11 @@ def test_no_exception_of_a_participant_delays_others(cluster, tmp_path, dispatch
     summary = cluster.play("3", "10", "--agent-class", f"{path}:Wild", "--dispatch", dispatch, status=4)
     assert (summary["rounds"][0]["answered"], summary["rounds"][0]["failed"]) == (4, 6)
     causes = {row["participant"]: row["failure"] for row in cluster.answers() if row["failure"]}
-    assert causes[1] == "Odd: no seat" and causes[2] == "Mute: (its text cannot be shown)" and causes[3] == "Odd: odd"
-    assert causes[4] == "ValueError: half a letter \\ud800"
-    assert causes[5].startswith("ValueError: many lines xxx") and len(causes[5]) == 200
+    assert causes[1] == "Odd: no seat (wild.py, line 20)" and causes[3] == "Odd: odd (wild.py, line 26)"
+    assert causes[2] == "Mute: (its text cannot be shown) (wild.py, line 24)"
+    assert causes[4] == "ValueError: half a letter \\ud800 (wild.py, line 28)"
+    assert causes[5].startswith("ValueError: many lines xxx") and causes[5].endswith("xxx... (wild.py, line 30)")
+    assert len(causes[5]) == 219
     assert causes[6].startswith("RuntimeError: coroutine raised StopIteration")
     assert (cluster.path / "runs/latest/summary.json").stat().st_size < 100_000
 
@@ -358,7 +427,10 @@ def test_a_blocked_reply_does_not_keep_the_server(cluster, tmp_path):
     assert game.returncode == 130
     assert cluster.summary()["rounds"][0]["failures"]["interrupted"] >= 1
     cluster.play("3", "4", *flags[:1], f"{path}:WildReply", "--reply-threads", "1", status=4)  # with threads of its own
-    assert cluster.summary()["rounds"][0]["failures"] == {"StopIteration": 1, "Odd: odd": 1}
+    assert cluster.summary()["rounds"][0]["failures"] == {
+        "StopIteration (wild.py, line 39)": 1,
+        "Odd: odd (wild.py, line 41)": 1,
+    }
 
 
 def test_the_newest_version_of_a_file_is_loaded_even_if_its_size_and_time_are_the_same(tmp_path, monkeypatch):

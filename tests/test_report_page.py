@@ -143,7 +143,7 @@ def test_charts_have_text_alternatives(page, run, played):
 def test_text_of_users_is_escaped(page, run, played):
     show(page, run / "report.html")
     (cause,) = played["rounds"][0]["failures"]
-    assert cause == f"ValueError: {HOSTILE}"
+    assert cause == f"ValueError: {HOSTILE} (failing.py, line 6)"
     assert page.locator("th", has_text="onerror").inner_text() == cause
     assert page.title() == "300 participants of Failing: closest to 2/3 of the average wins"
     assert page.locator("script, img, link[rel=stylesheet]").count() == 0
@@ -429,7 +429,7 @@ def test_an_interrupted_round_does_not_count_as_played(page, run, tmp_path):
 
 def test_a_round_without_answers(page, cluster):
     (cluster.path / "mute.py").write_text(FAILING.replace("if self.index % 10 == 3", "if True"))
-    arguments = ("--agent-class", "mute.py:Failing", "--rounds", "2", "--run-dir", "runs/mute")
+    arguments = ("--agent-class", "mute.py:Failing", "--rounds", "2", "--keep-going", "--run-dir", "runs/mute")
     cluster.play("3", "50", *SEVEN, *arguments, status=4)
     show(page, cluster.path / "runs/mute/report.html")
     assert figure(page, 1, "average") == "" and int(figure(page, 2, "failed")) == 50

@@ -85,7 +85,7 @@ BAD = [
     ("--gpus 2", "unrecognized arguments: --gpus 2 (--help lists all flags)"),
     ("--role vllm --gpus=2", "unrecognized arguments: --gpus=2 ("),
     ("--winner 3", "--winner: goes with --role ask, not with --role main"),
-    ("--keep", "did you mean --keep-agents?"),
+    ("--keep-agent", "did you mean --keep-agents?"),
     ("--role ask --participants 3", "did you mean --participant?"),
     ("--role participant --statu", "did you mean --status?"),
     ("--model-pth x", "did you mean --model-path?"),

@@ -24,10 +24,10 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from simulation.agents.agent_class import deserialize_agent_class
-from simulation.agents.participant import Participant, answers_many, ask_in_thread
+from simulation.agents.participant import Asking, Participant, answers_many, ask_in_thread
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
-from simulation.errors import failure_of, one_line
-from simulation.game.answer_sheet import Answers, AnswerSheet
+from simulation.errors import failure_of, one_line, traceback_of
+from simulation.game.answer_sheet import KEPT, Answers, AnswerSheet
 from simulation.game.game import Game
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
@@ -76,6 +76,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
         self._agents: list[Participant] = []  # the participants created so far
+        self.asking = Asking(0)  # the current round, for the random generators of the participants
+        self._tracebacks_left = KEPT  # number of further failed creations whose traceback is kept
         self._round = 0
         self._sheet: AnswerSheet | None = None  # None before the first round
         self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `ask_one`
@@ -109,6 +111,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self.chat.budget.left = math.inf if tokens_each is None else tokens_each * self.count
             self._sheet = AnswerSheet(self.first, self.count)
             self._round = question.round
+            self.asking = Asking(question.round)
             if one_by_one:
                 self._unasked = set(range(self.count))
             else:
@@ -182,11 +185,12 @@ class ParticipantGroup(metaclass=RpcMeta):
             raise RuntimeError(f"group {self.oid} is still being built")
         answers = values.astype(object)
         answers[np.isnan(values)] = None
-        for offset, numbers in enumerate(answers.T.tolist(), start=first - self.first):
-            try:
-                agents[offset].recall(tuple(numbers))
-            except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
-                agents[offset] = self._failed(offset, error)
+        with Asking(0):
+            for offset, numbers in enumerate(answers.T.tolist(), start=first - self.first):
+                try:
+                    agents[offset].recall(tuple(numbers))
+                except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
+                    agents[offset] = self._failed(offset, error)
 
     # --- Called by the server ----------------------------------------------------------------------------------------
 
@@ -199,6 +203,11 @@ class ParticipantGroup(metaclass=RpcMeta):
         """Return the participant with this index; None if this group has no such participant."""
         offset, agents = index - self.first, self._agents  # read once, because `close` may clear this attribute
         return agents[offset] if 0 <= offset < len(agents) else None
+
+    def has_answered(self, index: int, round_number: int) -> bool:
+        """Return whether a participant answered in the round; True if that is not the latest round of this group."""
+        sheet = self._sheet  # read once, because `close` may clear this attribute
+        return sheet is None or round_number != self._round or bool(sheet.answers(index, 1).units[0] >= 0)
 
     def close(self) -> None:
         """Stop all work and release all participants. A second call does nothing."""
@@ -261,7 +270,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         the collector, and 0.08 s without either. A hosted agent uses neither the id nor the arguments.
         """
         for start in range(0, self.count, BUILD_BATCH):
-            with gc_paused():
+            with gc_paused(), Asking(0):
                 for offset in range(start, min(start + BUILD_BATCH, self.count)):
                     try:
                         agent: Participant = type.__call__(self._class, self.first + offset, self.game)
@@ -275,6 +284,9 @@ class ParticipantGroup(metaclass=RpcMeta):
     def _failed(self, offset: int, error: BaseException) -> Participant:
         agent: Participant = type.__call__(Participant, self.first + offset, self.game)
         agent._home, agent._creation_error = self, one_line(error)
+        if self._tracebacks_left > 0:
+            self._tracebacks_left -= 1
+            agent._creation_traceback = traceback_of(error)
         return agent
 
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
@@ -289,13 +301,16 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
         """Ask participants until the iterator `offsets`, which several threads may share, is exhausted."""
+        current = self.asking
         for offset in offsets:
             if sheet is not self._sheet or self._closing:  # the round was halted, or the group closed
                 return
+            agent = self._agents[offset]
             try:
-                record = partial(sheet.record, offset, ask_in_thread(self._agents[offset], question, self.game))
+                record = partial(sheet.record, offset, ask_in_thread(agent, question, self.game))
             except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
-                record = partial(sheet.fail, offset, *failure_of(error))
+                record = partial(sheet.fail, offset, *failure_of(error), error)
+            current.drop((agent,))
             with self._changed:
                 record()
                 if sheet.done == sheet.count:
@@ -310,13 +325,22 @@ class ParticipantGroup(metaclass=RpcMeta):
         """
         if question.round > 1:  # free reference cycles of earlier rounds: the scheduler pauses the collector
             gc.collect()
-        agents = self._agents
+        agents, current = self._agents, self.asking
+
+        def answered(offsets: list[int], answers: list[Any]) -> None:
+            current.drop(agents[offset] for offset in offsets)
+            sheet.record_many(offsets, answers, self.game)
+
+        def failed(offset: int, error: BaseException) -> None:
+            current.drop((agents[offset],))
+            sheet.fail(offset, *failure_of(error), error)
+
         self._scheduler = Scheduler(
             self.loop,
             self.count,
             begin=lambda offset: agents[offset].answer(question),
-            answered=partial(sheet.record_many, game=self.game),
-            failed=lambda offset, error: sheet.fail(offset, *failure_of(error)),
+            answered=answered,
+            failed=failed,
             max_concurrent=None if self.chat is None else max(TURN, 2 * self.chat.settings.samples_per_request),
         )
         if sheet is not self._sheet:  # the round was halted

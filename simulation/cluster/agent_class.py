@@ -12,9 +12,9 @@ import cloudpickle
 from participant import LLMParticipant, RandomParticipant
 from simulation.agents.agent_class import unregistered
 from simulation.agents.participant import Participant, answers_many
-from simulation.errors import SettingsError, one_line
+from simulation.errors import OWN, SettingsError, one_line
 from simulation.files import shown
-from simulation.user_code import OWN, find_class
+from simulation.user_code import find_class
 
 PACKED_BYTES = 64 * 2**20
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from simulation.errors import OUT_OF_RANGE, Ended, failure_of
+from simulation.errors import Ended, failure_of, printable, traceback_of
 from simulation.game.game import Game, Units
-from simulation.game.rules import to_units
+from simulation.game.rules import NUMBER_LENGTH, out_of_range, to_units
 from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Winners, top_causes, value_counts
 
 BINS = 101  # maximum number of bins of a partial histogram
-TEXTS_KEPT, TEXT_KEPT = 20, 2000  # maximum number and length of the kept texts of unusable answers
+TEXT_KEPT = 2000  # maximum length of the kept text of an unusable answer
+KEPT = 20  # number of failures whose text and traceback are kept; as many again are kept if their causes are new
 UNDECIDED = -1  # the entry of a participant without an outcome so far
 FAILED = -2  # the code of the first failure cause of a sheet; the code of cause number k is FAILED - k
 
@@ -29,12 +30,18 @@ class Answers:
     first: int
     units: Units
     causes: list[str]
-    texts: dict[int, str] = field(default_factory=dict)  # the texts of some unusable answers, by participant index
+    # By participant index: the `text` of an unusable answer, the `traceback` of an exception, or both, of some failures
+    examples: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def cause_of(self, participant: int) -> str | None:
         """Return the failure cause of a participant, or None if the participant answered."""
         units = int(self.units[participant - self.first])
         return None if units >= 0 else self.causes[FAILED - units]
+
+
+def is_kept(number: int, is_new: bool) -> bool:
+    """Return whether to keep one more failure if `number` are kept. `is_new`: none of them has the same cause."""
+    return number < (2 * KEPT if is_new else KEPT)
 
 
 def bins_of(numbers: int) -> tuple[int, int]:
@@ -50,7 +57,7 @@ class AnswerSheet:
         self.first = first
         self.count = count
         self.done = 0
-        self.texts: dict[int, str] = {}
+        self.examples: dict[int, dict[str, str]] = {}  # as in `Answers`, by offset
         self.ended = Ended.COMPLETE
         self._causes: dict[str, int] = {}  # the code of each failure cause
         self._entries = array("q", [UNDECIDED]) * count
@@ -77,19 +84,30 @@ class AnswerSheet:
                 try:
                     self.record(offset, to_units(answer, game))
                 except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
-                    self.fail(offset, *failure_of(error))
+                    self.fail(offset, *failure_of(error), error)
             return
         usable = (numbers >= game.low) & (numbers <= game.high)  # False for NaN
         units = np.rint(np.where(usable, numbers, 0) * game.scale).astype(np.int64)
         if not usable.all():
-            units[~usable] = self._code(OUT_OF_RANGE)
+            for place in np.flatnonzero(~usable).tolist():
+                self.fail(offsets[place], out_of_range(game), printable(str(answers[place]), NUMBER_LENGTH))
+            offsets, units = np.asarray(offsets)[usable].tolist(), units[usable]
         self._units[offsets] = units
         self.done += len(units)
 
-    def fail(self, offset: int, cause: str, text: str | None = None, ended: Ended = Ended.COMPLETE) -> None:
-        """Record the failure of one participant. Keep the answer text unless TEXTS_KEPT texts are already kept."""
-        if text is not None and len(self.texts) < TEXTS_KEPT:
-            self.texts[offset] = text[:TEXT_KEPT]
+    def fail(
+        self,
+        offset: int,
+        cause: str,
+        text: str | None = None,
+        ended: Ended = Ended.COMPLETE,
+        error: BaseException | None = None,
+    ) -> None:
+        """Record the failure of one participant. Keep the text and the traceback of the first failures (see KEPT)."""
+        if is_kept(len(self.examples), cause not in self._causes):
+            kept = {} if text is None else {"text": text[:TEXT_KEPT]}
+            kept |= {"traceback": trace} if error is not None and (trace := traceback_of(error)) else {}
+            self.examples |= {offset: kept} if kept else {}
         self._entries[offset] = self._code(cause)
         self.ended = max(self.ended, ended)
         self.done += 1
@@ -101,7 +119,7 @@ class AnswerSheet:
         """Return a copy that counts undecided participants as failed. Other threads may record answers concurrently."""
         copy = AnswerSheet(self.first, self.count)
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
-        copy._causes, copy.texts = dict(self._causes), dict(self.texts)
+        copy._causes, copy.examples = dict(self._causes), dict(self.examples)
         undecided = copy._units == UNDECIDED
         copy._units[undecided] = copy._code(INTERRUPTED)
         copy.ended = Ended.INTERRUPTED if undecided.any() else self.ended
@@ -137,5 +155,5 @@ class AnswerSheet:
         used, codes = np.unique(FAILED - units[failed], return_inverse=True)  # codes of these participants only
         units[failed] = FAILED - codes
         causes = list(self._causes) if len(used) else []
-        texts = {self.first + offset: text for offset, text in self.texts.items() if start <= offset < stop}
-        return Answers(self.first + start, units, [causes[code] for code in used.tolist()], texts)
+        examples = {self.first + offset: each for offset, each in self.examples.items() if start <= offset < stop}
+        return Answers(self.first + start, units, [causes[code] for code in used.tolist()], examples)

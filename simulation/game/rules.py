@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simulation.errors import NO_NUMBER, OUT_OF_RANGE, UNCERTAIN, KnownCause, SettingsError
+from simulation.errors import NO_NUMBER, OUT_OF_RANGE, UNCERTAIN, KnownCause, SettingsError, printable
 from simulation.files import shown
 from simulation.game.game import Game, PromptTemplate, game_class
 from simulation.game.parameters import declared, values_of
@@ -18,6 +18,7 @@ from simulation.settings import FLAGS_OF_GAMES, SimulationConfig, flag_of
 
 _BARE_NUMBER = re.compile(r"\s{0,99}(\d{1,15}(?:\.\d{1,15})?)\s{0,99}", re.ASCII)
 _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}\.\d{3}(?![\d.])")
+NUMBER_LENGTH = 50  # maximum number of characters of a number in a message
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,17 @@ def to_units(answer: Any, game: Game) -> int:
         raise KnownCause(NO_NUMBER)
     number: Any = answer
     if not game.low <= number <= game.high:  # also true for NaN
-        raise KnownCause(OUT_OF_RANGE, text)
+        raise KnownCause(out_of_range(game), printable(str(number), NUMBER_LENGTH) if text is None else text)
     if isinstance(number, Integral):
         number = int(number)  # products of small numpy integers may overflow
     elif not isinstance(number, (Rational, Decimal)):
         number = float(number)
     return round(number * game.scale)
+
+
+def out_of_range(game: Game) -> str:
+    """Return the failure cause of all numbers outside the range. It does not contain the number, which is its text."""
+    return f"{OUT_OF_RANGE} ({game.low} to {game.high})"
 
 
 def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population: Population) -> Game:

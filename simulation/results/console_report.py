@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -11,11 +12,12 @@ from simulation.game.game import Game, Units
 from simulation.game.tally import NUMBERS_NAMED, RoundResult, Tally
 from simulation.llm.responses import Usage
 from simulation.results.reader import SavedRun
-from simulation.results.run_files import most_frequent, position_in_words
+from simulation.results.run_files import FailedAnswer, most_frequent, position_in_words
 from simulation.results.tables import table_lines
 
 BARS = 15
 BAR_WIDTH = 50
+ANSWERS_SHOWN, ANSWER_LENGTH = 3, 30  # maximum number and length of unusable answers that are shown for each cause
 
 
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
@@ -57,10 +59,14 @@ def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> st
     return f"{float(number):.{game.decimals + 3}f}"
 
 
-def failure_line(tally: Tally) -> str:
-    """Return a line that states how many participants failed, and why."""
-    causes = "; ".join(f"{printable(cause)}: {count}" for cause, count in most_frequent(tally.failures).items())
-    return f"{tally.failed} of {tally.asked} participants gave no usable answer: {causes}"
+def failure_line(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> str:
+    """Return a line that states how many participants failed, why, and some answers in `examples`."""
+    causes = []
+    for cause, count in most_frequent(tally.failures).items():
+        texts = dict.fromkeys(each["text"] for each in examples if each["failure"] == cause and "text" in each)
+        shown = ", ".join(printable(text, ANSWER_LENGTH) for text in list(texts)[:ANSWERS_SHOWN])
+        causes.append(f"{printable(cause)}{shown and f', such as {shown}'}: {count}")
+    return f"{tally.failed} of {tally.asked} participants gave no usable answer: {'; '.join(causes)}"
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
-from simulation.game.answer_sheet import TEXTS_KEPT, Answers
+from simulation.game.answer_sheet import Answers, is_kept
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, rows_in, rows_of, values_in, write_rows
 from simulation.results.run_files import FailedAnswer, SweepPosition
@@ -74,6 +74,7 @@ class RunDirectory:
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
         self.path = real(path)  # resolve links now: runs/latest may change during the run
         self.position = sweep_position(self.path)
+        self.failed_now: list[FailedAnswer] = []  # some failures of the latest round
         self._failed: list[FailedAnswer] = []
         self._made: list[Path] = []
         self._locks: list[int] = []
@@ -161,19 +162,21 @@ class RunDirectory:
 
     def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
         """Write the answers of one round to a separate file, piece by piece. Update the file of failed answers."""
-        failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit those of earlier attempts
+        self.failed_now = []
 
         def rows() -> Iterator[pa.Table]:
             for part in answers:
-                for participant, text in sorted(part.texts.items())[: TEXTS_KEPT - len(failed)]:
-                    cause = part.cause_of(participant)
-                    failed.append({"round": round_number, "participant": participant, "failure": cause, "text": text})
+                for participant, details in sorted(part.examples.items()):
+                    entry: Any = {"round": round_number, "participant": participant}
+                    _keep(self.failed_now, entry | {"failure": part.cause_of(participant), **details})
                 yield rows_of(round_number, part, scale)
 
         with _on_disk(self._part(round_number)) as file:
             write_rows(file, rows())
-        self._failed = failed
-        self.write_lines(FAILED_ANSWERS, failed)
+        self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
+        for entry in self.failed_now:
+            _keep(self._failed, entry)
+        self.write_lines(FAILED_ANSWERS, self._failed)
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return a (rounds, count) array of the answers of participants first .. first+count-1. NaN: no answer."""
@@ -222,6 +225,12 @@ class RunDirectory:
                 write_whole(self.path / name, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
             else:
                 (self.path / name).unlink(missing_ok=True)
+
+
+def _keep(kept: list[FailedAnswer], entry: FailedAnswer) -> None:
+    """Append a failure unless enough are kept."""
+    if is_kept(len(kept), all(each["failure"] != entry["failure"] for each in kept)):
+        kept.append(entry)
 
 
 def _drafts(path: Path) -> set[Path]:

@@ -263,12 +263,13 @@ class KeptGroup(TypedDict):
 
 
 class FailedAnswer(TypedDict):
-    """A line of failed_answers.jsonl: the text of an unusable answer, and the failure cause."""
+    """A line of failed_answers.jsonl: a failure, with the unusable answer or the traceback of an exception."""
 
     round: int
     participant: int
     failure: str | None
-    text: str
+    text: NotRequired[str]
+    traceback: NotRequired[str]
 
 
 def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:

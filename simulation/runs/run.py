@@ -16,7 +16,7 @@ from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.responses import Usage
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
-from simulation.results.run_directory import AGENTS, GAME, RunDirectory, results_errors
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, RunDirectory, results_errors
 from simulation.results.run_files import game_to_json, summarise
 from simulation.rpc.endpoints import remote_run
 from simulation.runs.console import ConsoleProgress
@@ -71,7 +71,9 @@ class Run:
             self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
         if self.config.agent_type != "llm":  # the answers of models do not depend on the seed alone
-            logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again")
+            drawing = self.config.agent_class and self.config.agent_class.rpartition(":")[2]
+            condition = f" if {drawing} draws random numbers only from self.rng" if drawing else ""
+            logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
         simulation = Simulation(self.config, self.game, prefix, self.console, self.directory, announced, self.usage)
@@ -119,7 +121,9 @@ class Run:
         for line in announcement_lines(result, self.game):
             errors.say(line)
         if result.tally.failed:
-            logger.warning(failure_line(result.tally))
+            logger.warning(failure_line(result.tally, self.directory.failed_now))
+            if any("traceback" in each for each in self.directory.failed_now):
+                logger.warning(f"the tracebacks of the first failures are in {self.directory.path / FAILED_ANSWERS}")
         if result.reassigned:
             logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
         self.results.append(result)
@@ -131,7 +135,7 @@ class Run:
         self._write("interrupted")
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
-        """Return whether no tokens are left or the models do not answer. If so, log the reason."""
+        """Return whether no tokens are left, the models do not answer, or every participant failed. Log the reason."""
         ended, max_tokens, reason = self.results[-1].tally.ended, self.config.max_tokens, ""
         if self.results[-1].error:
             reason = f"the game cannot compute a result: {self.results[-1].error}"
@@ -144,6 +148,8 @@ class Run:
                 pass  # the next round handles lost servers
             except errors.ClusterError as error:
                 reason = str(error)
+        elif ended is errors.Ended.COMPLETE and not self.results[-1].tally.answered and not self.config.keep_going:
+            reason = f"every participant failed in round {len(self.results)} (--keep-going plays on nevertheless)"
         if reason:
             logger.warning(f"{reason}: the game ends after round {len(self.results)} of {self.config.rounds}")
         return bool(reason)
