@@ -298,9 +298,11 @@ def report(command: Command) -> int:
         draw_for_main()
         return 0
     from simulation.results import comparison
+    from simulation.results.answers_parquet import write_csv
     from simulation.results.console_report import run_lines
     from simulation.results.reader import read_run
     from simulation.results.report_page import draw_all
+    from simulation.results.run_directory import WHOLE, results_errors
 
     run_dir = command.config.run_dir
     named = [Path(shown(full_path("RUN", run))) for run in command.runs or filter(None, [run_dir])]
@@ -320,6 +322,10 @@ def report(command: Command) -> int:
         run = read_run(paths[0], trusted=command.config.trust)
         say("\n".join(run_lines(run)))
         draw_all(run)
+    for path in paths if command.config.csv else ():
+        with results_errors(f"write {path / 'answers.csv'}"):
+            write_csv(path / WHOLE, path / "answers.csv")
+        say(f"answers in {path / 'answers.csv'}")
     return 0
 
 

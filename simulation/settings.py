@@ -155,6 +155,8 @@ class SimulationConfig:
     )
     trust: bool = setting(False, "count again with the code of games kept in run folders", roles=("report",))
     keep_going: bool = setting(False, "play on after a round in which every participant failed")
+    payoffs: bool = setting(False, "add payoff and won to answers.parquet, as in games other than average", game=True)
+    csv: bool = setting(False, "write answers.csv, too", roles=("report",))
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
 

@@ -21,12 +21,13 @@ from simulation.game.tally import (
     INTERRUPTED,
     OTHER_CAUSES,
     WINNERS_NAMED,
+    RoundResult,
     Tally,
     Winners,
     closest,
     merge,
 )
-from simulation.results.answers_parquet import rows_of, tally_in
+from simulation.results.answers_parquet import tables_of, tally_in
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
 
@@ -106,7 +107,8 @@ def test_how_a_round_ended_survives_any_number_of_causes(ended):
     sheet.fail(len(often), "once", None, ended)
     assert sheet.tally().ended is ended and "once" not in sheet.tally().failures
     assert merge([Tally(0), *sheet_of([3, INTERRUPTED]).tally().parts(1), *sheet.tally().parts(1)]).ended is ended
-    read = tally_in(rows_of(1, sheet.answers(0, len(often) + 1), 1), 1)
+    answers = [sheet.answers(0, len(often) + 1)]
+    read = tally_in(next(tables_of(RoundResult(1, sheet.tally()), answers, Average(), False, {})), 1)
     assert read.failed == len(often) + 1 and read.ended is Ended.COMPLETE
 
 

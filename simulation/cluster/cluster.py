@@ -22,6 +22,7 @@ from simulation.cluster.placement import PlacementPlan
 from simulation.errors import RunAborted
 from simulation.game.answer_sheet import Answers
 from simulation.game.game import Game
+from simulation.game.tally import RoundResult
 from simulation.rpc.channels import call_all, call_all_or_raise
 from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
 from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints
@@ -33,8 +34,8 @@ V = TypeVar("V")
 class Record(Protocol):
     """Storage for the answers of finished rounds."""
 
-    def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
-        """Store the answers of one round, in units of 1 / `scale`. Replace earlier answers of the same round."""
+    def write_answers(self, result: RoundResult, answers: Iterator[Answers], game: Game) -> None:
+        """Store the answers of one round. Replace earlier answers of the same round."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return the answers of participants first .. first+count-1, NaN if none, one row per round 1 .. rounds."""

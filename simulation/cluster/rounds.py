@@ -122,7 +122,7 @@ class Simulation:
         if self.game.teams is not None:
             answers = count_teams(self.game, answers, sums)
         if self.record is not None:
-            self.record.write_answers(self._number, answers, self.game.scale)
+            self.record.write_answers(result, answers, self.game)
         elif self.game.teams is not None:
             deque(answers, maxlen=0)  # consume the answers, to count the teams
         scale = self.game.scale

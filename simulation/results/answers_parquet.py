@@ -1,9 +1,12 @@
 """Reading and writing Parquet files of answers. Only a bounded number of rows is in memory at a time.
 
-A file contains one row per participant and round. The rows are sorted by round, then by participant.
+A file contains one row per participant and round. The rows are sorted by round, then by participant. After the columns
+of SCHEMA follow those in which the participants of the run differ, and payoffs.
 """
 
+import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,39 +15,62 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from simulation.game.answer_sheet import FAILED, Answers
-from simulation.game.tally import Tally, top_causes, value_counts
+from simulation.game.game import Game
+from simulation.game.tally import RoundResult, Tally, payoffs_of, top_causes, value_counts
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
+SETTINGS_KEY = "simulation.settings"  # key of the settings, as JSON, in a file's metadata
 # With these encodings, a file of ten million answers has 9 MB. With the library's defaults, the file has 60 MB, and
 # writing takes three times as long.
-ENCODING: dict[str, Any] = {
-    "use_dictionary": ["round", "value", "failure"],
-    "column_encoding": {"participant": "DELTA_BINARY_PACKED"},
-}
+ENCODING: dict[str, Any] = {"column_encoding": {"participant": "DELTA_BINARY_PACKED"}}
+NO_DICTIONARY = ("participant", "won")
 ROWS_AT_ONCE = 250_000  # maximum number of rows read at once; each row group except the last has at least as many
 
 
-def rows_of(round_number: int, part: Answers, scale: int) -> pa.Table:
-    """Return a table of the answers in `part`, all of one round, converted from units of 1 / `scale` to numbers."""
-    failed = part.units < 0
-    columns = [
-        pa.array(np.full(len(part.units), round_number, np.int32)),
-        pa.array(np.arange(part.first, part.first + len(part.units), dtype=np.int64)),
-        pa.array(part.units / scale, mask=failed),
-        pa.array(part.causes, pa.string()).take(pa.array(FAILED - part.units, mask=~failed)),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+def tables_of(
+    result: RoundResult, answers: Iterable[Answers], game: Game, payoffs: bool, settings: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """Yield a table for each piece of a round's answers. `settings` become metadata.
+
+    If `payoffs`, add the columns `payoff` and `won`.
+    """
+    tally, metadata = result.tally, {SETTINGS_KEY: json.dumps(settings)}
+    has_payoffs = payoffs and result.outcome
+    paid = payoffs_of(game, tally.units, result.outcome) if has_payoffs else np.full(len(tally.units), np.nan)
+    groupings = {each.topic: each for each in game.population.groupings}
+    groupings |= {"team": groupings[game.teams]} if game.teams is not None else {}
+    for part in answers:
+        failed, count = part.units < 0, len(part.units)
+        columns = {
+            "round": pa.array(np.full(count, result.round, np.int32)),
+            "participant": pa.array(np.arange(part.first, part.first + count, dtype=np.int64)),
+            "value": pa.array(part.units / game.scale, mask=failed),
+            "failure": pa.array(part.causes, pa.string()).take(pa.array(FAILED - part.units, mask=~failed)),
+        }
+        for topic, grouping in groupings.items():
+            indices = pa.array(grouping.name_indices(part.first, count).astype(np.int32))
+            columns[topic] = pa.DictionaryArray.from_arrays(indices, pa.array(grouping.names, pa.string()))
+        if payoffs:
+            each_paid = np.full(count, np.nan)
+            each_paid[~failed] = paid[np.searchsorted(tally.units, part.units[~failed])]
+            columns["payoff"] = pa.array(each_paid, mask=np.isnan(each_paid))
+            columns["won"] = pa.array(np.isin(part.units, result.winning_units), mask=failed)
+        yield pa.table(columns, metadata=metadata)
 
 
 def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
     """Write tables to a file. Combine small ones: each row group except the last has at least ROWS_AT_ONCE rows."""
-    with pq.ParquetWriter(file, SCHEMA, **ENCODING) as writer:
+    rest = iter(tables)
+    first = next(rest, SCHEMA.empty_table())
+    encoding = {**ENCODING, "use_dictionary": [name for name in first.schema.names if name not in NO_DICTIONARY]}
+    with pq.ParquetWriter(file, first.schema, **encoding) as writer:
         waiting: list[pa.Table] = []
-        for table in tables:
+        for table in chain([first], rest):
             waiting.append(table)
             if sum(map(len, waiting)) >= ROWS_AT_ONCE:
                 writer.write_table(pa.concat_tables(waiting))
@@ -56,7 +82,7 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
 def rows_in(path: Path) -> Iterator[pa.Table]:
     """Yield a file's rows as tables. Raises ArrowInvalid if columns are wrong or a row has no round or participant."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-        if file.schema_arrow.remove_metadata() != SCHEMA:
+        if [*file.schema_arrow][: len(SCHEMA)] != [*SCHEMA]:
             raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
         for batch in file.iter_batches(ROWS_AT_ONCE):
             if batch["round"].null_count or batch["participant"].null_count:
@@ -69,6 +95,17 @@ def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
     for table in rows_in(path):
         for number in np.unique(table["round"].to_numpy()):
             yield int(number), table.filter(pc.equal(table["round"], number))
+
+
+def write_csv(path: Path, target: Path) -> None:
+    """Write the rows of the Parquet file `path` to the CSV file `target`."""
+    with pq.ParquetFile(path) as file:
+        kinds = {each.name: each.type for each in file.schema_arrow}
+    plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
+    schema = pa.schema([*plain.items()])
+    with target.open("wb") as opened, csv.CSVWriter(opened, schema) as writer:
+        for table in rows_in(path):
+            writer.write_table(table.cast(schema))
 
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:

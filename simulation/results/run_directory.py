@@ -24,9 +24,12 @@ from numpy.typing import NDArray
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import Answers, is_kept
+from simulation.game.game import Game
+from simulation.game.tally import RoundResult
 from simulation.results import run_files
-from simulation.results.answers_parquet import rows_by_round, rows_in, rows_of, values_in, write_rows
+from simulation.results.answers_parquet import rows_by_round, rows_in, tables_of, values_in, write_rows
 from simulation.results.run_files import FailedAnswer, SweepPosition
+from simulation.settings import SimulationConfig
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
@@ -75,6 +78,7 @@ class RunDirectory:
         self.path = real(path)  # resolve links now: runs/latest may change during the run
         self.position = sweep_position(self.path)
         self.failed_now: list[FailedAnswer] = []  # some failures of the latest round
+        self.config = SimulationConfig()  # the settings of the run, set before its first round
         self._failed: list[FailedAnswer] = []
         self._made: list[Path] = []
         self._locks: list[int] = []
@@ -160,20 +164,21 @@ class RunDirectory:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
 
-    def write_answers(self, round_number: int, answers: Iterator[Answers], scale: int) -> None:
+    def write_answers(self, result: RoundResult, answers: Iterator[Answers], game: Game) -> None:
         """Write the answers of one round to a separate file, piece by piece. Update the file of failed answers."""
-        self.failed_now = []
+        self.failed_now, config = [], self.config
+        payoffs = config.payoffs or config.game != SimulationConfig.game
 
-        def rows() -> Iterator[pa.Table]:
+        def keep_examples() -> Iterator[Answers]:
             for part in answers:
                 for participant, details in sorted(part.examples.items()):
-                    entry: Any = {"round": round_number, "participant": participant}
+                    entry: Any = {"round": result.round, "participant": participant}
                     _keep(self.failed_now, entry | {"failure": part.cause_of(participant), **details})
-                yield rows_of(round_number, part, scale)
+                yield part
 
-        with _on_disk(self._part(round_number)) as file:
-            write_rows(file, rows())
-        self._failed = [entry for entry in self._failed if entry["round"] != round_number]  # omit an earlier attempt's
+        with _on_disk(self._part(result.round)) as file:
+            write_rows(file, tables_of(result, keep_examples(), game, payoffs, config.to_json()))
+        self._failed = [entry for entry in self._failed if entry["round"] != result.round]  # omit an earlier attempt's
         for entry in self.failed_now:
             _keep(self._failed, entry)
         self.write_lines(FAILED_ANSWERS, self._failed)

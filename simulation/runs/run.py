@@ -35,6 +35,7 @@ class Run:
     ) -> None:
         self.config, self.game, self.run_id, self.label = spec.config, spec.game, spec.run_id, label
         self.directory, self.console = directory, console
+        directory.config = spec.config
         self.simulation: Simulation | None = None  # None until the servers are ready
         self.under_way = (0, 0.0)  # the number and the start time (time.monotonic) of the latest round
         self.status: str | None = None  # the status in summary.json; None before the first write
