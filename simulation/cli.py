@@ -313,8 +313,9 @@ def report(command: Command) -> int:
     if paths != named[:1]:
         target = target or comparison.common_folder(paths)
         runs = [read_run(path, trusted=command.config.trust) for path in paths]
-        say("\n".join([*comparison.comparison_lines(runs), *comparison.unfinished_lines(named, runs)]))
-        comparison.write_comparison(target, runs)
+        lines = comparison.comparison_lines(runs, command.config.all_runs)
+        say("\n".join([*lines, *comparison.unfinished_lines(named, runs)]))
+        comparison.write_comparison(target, runs, command.config.all_runs)
         say(f"compared in {target / 'comparison.html'}")
     elif target is not None:
         raise SettingsError(f"--run-dir {target}: is for a comparison of several runs; {paths[0]} is a single run")

@@ -93,6 +93,7 @@ class SimulationConfig:
     max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)
     decimals: int = rule(0, "decimal places of the numbers", 0, 6)
     rounds: int = setting(1, "number of rounds", 1, 100, game=True)
+    repeats: int = setting(1, "number of times to play each game, each time with another seed", 1, 1000, game=True)
     ratio: str | None = rule(None, "short for --set ratio=X, such as 2/3 or 0.51", without="that of the game")
     offset: str | None = rule(None, "short for --set offset=X, such as 5, or 1/2", without="that of the game")
     sleep_time: float = setting(1.0, "think time of a random participant, in seconds", 0, 86_400, game=True)
@@ -157,6 +158,7 @@ class SimulationConfig:
     keep_going: bool = setting(False, "play on after a round in which every participant failed")
     payoffs: bool = setting(False, "add payoff and won to answers.parquet, as in games other than average", game=True)
     csv: bool = setting(False, "write answers.csv, too", roles=("report",))
+    all_runs: bool = setting(False, "also show single runs where repeats are compared", roles=("main", "report"))
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
 

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure, SubFigure
 from simulation.game.game import Game
 from simulation.game.tally import Tally
 from simulation.results.console_report import brief, histogram
-from simulation.results.figures import WIDTH_INCHES, limit_ticks, series_style, svg
+from simulation.results.figures import LINE_STYLES, WIDTH_INCHES, limit_ticks, series_style, svg
 from simulation.results.reader import SavedRun
 
 BINS, PART_BINS = 101, 51
+MARKERS = "os^"  # for each of LINE_STYLES
 MARKED_ROUNDS = 25  # if there are more rounds, lines have no markers
 LABELLED_ROUNDS = 12  # if there are more rounds, averages are not labelled
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
@@ -82,7 +83,8 @@ def draw_lines(
     """
     for index, (name, numbers) in enumerate(lines.items()):
         colour, line_style = series_style(index)
-        style = {"color": colour, "linestyle": line_style, "marker": "o", **(styles[index] if styles else {})}
+        marker = MARKERS[LINE_STYLES.index(line_style)]
+        style = {"color": colour, "linestyle": line_style, "marker": marker, **(styles[index] if styles else {})}
         drawn = range(min(numbers), max(numbers) + 1) if numbers else ()
         axes.plot(list(drawn), [numbers.get(each, math.nan) for each in drawn], label=name, **style)
     limit_ticks(axes, across=8, up=4, whole="x")
@@ -93,6 +95,14 @@ def draw_lines(
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
     for line in axes.lines if len(all_rounds) > MARKED_ROUNDS else ():
         line.set_marker("")
+
+
+def draw_band(axes: Axes, intervals: Mapping[int, tuple[float, float]], colour: str) -> None:
+    """Shade the intervals by round, with gaps for missing rounds. The interval of a single round becomes a line."""
+    rounds = [*range(min(intervals), max(intervals) + 1)] if intervals else []
+    lows, highs = ([intervals.get(each, (math.nan, math.nan))[end] for each in rounds] for end in (0, 1))
+    axes.fill_between(rounds, lows, highs, color=colour, alpha=0.2, linewidth=0)
+    axes.vlines(rounds[: len(rounds) == 1], lows[:1], highs[:1], color=colour, linewidth=1.2)
 
 
 def draw_averages(axes: Axes, run: SavedRun) -> None:

@@ -50,7 +50,7 @@ def short(number: float, _index: float = 0) -> str:
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
     """Show about `across` ticks on the x-axis and `up` on the y-axis. Axis `whole` (x or y) has only whole numbers."""
-    axes.locator_params("x", nbins=across, integer=whole == "x")
+    axes.locator_params("x", nbins=across, integer=whole == "x", min_n_ticks=1)  # a single round has one tick
     axes.locator_params("y", nbins=up, integer=whole == "y")
     axes.xaxis.set_major_formatter(short)
     axes.yaxis.set_major_formatter(short)
@@ -100,6 +100,8 @@ class _PageRenderer(RendererBase):
             for numbers, code in steps
         )
         style = f"fill: {'none' if rgbFace is None else _variable(rgbFace)}"
+        if rgbFace is not None and len(rgbFace) > 3 and rgbFace[3] < 1:
+            style += f"; fill-opacity: {rgbFace[3]:g}"
         if width := gc.get_linewidth():
             dashes = " ".join(f"{length:.4g}" for length in gc.get_dashes()[1] or ()) or "none"
             style += f"; stroke: {_variable(gc.get_rgb())}; stroke-width: {width:.4g}; stroke-dasharray: {dashes}"

@@ -146,8 +146,9 @@ def read_summary(path: Path, flag: str = "") -> SavedSummary:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """Return the run folders in an experiment's folder `path`, sorted. Omit folders without a summary.json."""
-    return [folder for folder in files_in(path) if is_there(folder / "summary.json")]
+    """Return the run folders in an experiment's folder `path`, by number. Omit folders without a summary.json."""
+    runs = [folder for folder in files_in(path) if is_there(folder / "summary.json")]
+    return sorted(runs, key=lambda folder: (len(folder.name.partition("-")[0]), folder.name))  # 100-x after 99-x
 
 
 def first_winner(run: SavedRun) -> int:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import yaml
 
 from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
+from simulation.game.population import GAMMA, MASK, mix
 from simulation.results.run_directory import new_run_id
 from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
 
-MOST_COMBINATIONS = 1000
+MOST_RUNS = 1000  # of a sweep, repeats included
+SEED_BITS = 32  # of the seeds of repeats, as of a seed that is drawn
 LONGEST_NAME = 120  # maximum number of characters in the name of a run folder, after its leading number
 OF_GAME = {name: each for name, each in SETTINGS.items() if each.game}
 RUN_FOLDER = re.compile(r"[0-9]+-[A-Za-z0-9.,=_+-]*")
@@ -34,18 +37,17 @@ class Experiment(YamlFile):
             raise self.error(about, "about must be text")
         values = {name: self._read_values(name, node) for name, node in self.nodes.items()}
         self.settings = {name: each for name, each in values.items() if name not in given}  # the values of each setting
-        if (count := math.prod(map(len, self.settings.values()))) > MOST_COMBINATIONS:
-            raise self.error(self.root, f"has {count:,} combinations; the maximum is {MOST_COMBINATIONS:,}")
+        repeats = given.get("repeats") or self.settings.pop("repeats", [1])[0]
+        if (count := math.prod(map(len, self.settings.values()))) * repeats > MOST_RUNS:
+            times = f", each played {repeats:,} times" if repeats > 1 else ""
+            raise self.error(self.root, f"has {count:,} combinations{times}; the maximum is {MOST_RUNS:,}")
         varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
-        seed, digits = secrets.randbits(32), max(len(str(count)), 2)
-        configs = {}
-        for number, combination in enumerate(itertools.product(*self.settings.values()), start=1):
-            config = SimulationConfig(**given, **dict(zip(self.settings, combination, strict=True)))
-            config = config if config.seed is not None else replace(config, seed=seed)  # all runs get the same seed
-            name = ",".join(f"{name}={value_text(name, getattr(config, name))}" for name in varies)
-            name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]  # safe in shells
-            configs[f"{number:0{digits}}-{name}"] = config
-        self.sweep = Sweep(new_run_id(), Path(self.name).name, text_of(about), varies, configs)
+        seed, configs = secrets.randbits(32), []
+        for combination in itertools.product(*self.settings.values()):
+            config = SimulationConfig(**given | dict(zip(self.settings, combination, strict=True)) | {"repeats": 1})
+            # Without a seed in the file, all combinations get the same one
+            configs.append(config if config.seed is not None else replace(config, seed=seed))
+        self.sweep = new_sweep(Path(self.name).name, text_of(about), varies, configs, repeats)
 
     def _read_values(self, name: str, node: yaml.Node) -> list[Any]:
         if name not in OF_GAME:
@@ -53,6 +55,8 @@ class Experiment(YamlFile):
             if name.replace("-", "_") in KINDS.keys() - OF_GAME.keys():
                 text = f"{name} is not a setting of the game; give it on the command line as {flag_of(name)}"
             raise self.error(node, text)
+        if name == "repeats" and not isinstance(node, yaml.ScalarNode):
+            raise self.error(node, "repeats must be one number, not a list")
         values: list[Any] = []
         for each in items_in(node):
             try:
@@ -105,15 +109,43 @@ def value_text(name: str, value: Any) -> str:
     return printable(Path(value).name if name == "agent_class" else str(value))
 
 
+def repeat_seeds(seed: int, repeats: int) -> list[int]:
+    """Return the seeds of `repeats` runs, all different: first `seed`, then numbers derived with SplitMix64.
+
+    More repeats add seeds and change none. All combinations of settings get the same seeds, which pairs their runs.
+    """
+    key, seeds = mix(seed), {seed: None}
+    while len(seeds) < repeats:
+        key = (key + GAMMA) & MASK
+        seeds.setdefault(mix(key) >> (64 - SEED_BITS))
+    return [*seeds]
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of an experiment, as saved in sweep.json."""
+    """All runs of an experiment, as saved in sweep.json. The first repeats of all combinations come first."""
 
     sweep_id: str
     experiment: str  # the name of the experiment file
     about: str | None
     varies: tuple[str, ...]  # the settings that differ between the runs
     configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
+    repeats: int = 1  # number of runs of each combination of settings, which differ in the seed
+
+    @property
+    def combinations(self) -> int:
+        return len(self.configs) // self.repeats
+
+    def with_repeats(self, repeats: int) -> "Sweep":
+        """Return the sweep with further runs, so that each combination has `repeats`. Folders keep their names."""
+        configs, first = dict(self.configs), [*self.configs.values()][: self.combinations]
+        seeds = [repeat_seeds(config.seed or 0, repeats) for config in first]
+        digits = len(next(iter(configs)).partition("-")[0])
+        for repeat in range(self.repeats + 1, repeats + 1):
+            for config, each in zip(first, seeds, strict=True):
+                repeated = replace(config, seed=each[repeat - 1])
+                configs[_folder_name(len(configs) + 1, digits, self.varies, repeated, repeat)] = repeated
+        return replace(self, configs=configs, repeats=repeats)
 
     def label_of(self, config: SimulationConfig) -> str:
         """Return what distinguishes the run with `config` from the others, such as `ratio 1/2, prompt basic`."""
@@ -123,14 +155,16 @@ class Sweep:
         """Return the content of sweep.json: the settings that all runs share, and the other settings of each run."""
         settings = {folder: config.to_json() for folder, config in self.configs.items()}
         shared = next(iter(settings.values()))
+        varies = [*self.varies, *(["seed"] if self.repeats > 1 and "seed" not in self.varies else [])]
         return {
             "sweep_id": self.sweep_id,
             "experiment": self.experiment,
             "about": self.about,
             "varies": list(self.varies),
-            "config": {name: value for name, value in shared.items() if name not in self.varies},
+            "repeats": self.repeats,
+            "config": {name: value for name, value in shared.items() if name not in varies},
             "runs": [
-                {"folder": folder, "settings": {name: each[name] for name in self.varies}}
+                {"folder": folder, "settings": {name: each[name] for name in varies}}
                 for folder, each in settings.items()
             ],
         }
@@ -147,4 +181,23 @@ class Sweep:
             raise ValueError("it names no runs, or folders elsewhere")
         if not set(data["varies"]) <= OF_GAME.keys():
             raise ValueError("it varies something that is not a setting of the game")
-        return cls(data["sweep_id"], data["experiment"], data["about"], tuple(data["varies"]), configs)
+        repeats = data.get("repeats", 1)  # absent in old files
+        if type(repeats) is not int or repeats < 1 or len(configs) % repeats:
+            raise ValueError("its runs are not as many repeats of some combinations")
+        return cls(data["sweep_id"], data["experiment"], data["about"], tuple(data["varies"]), configs, repeats)
+
+
+def new_sweep(
+    experiment: str, about: str | None, varies: tuple[str, ...], configs: Sequence[SimulationConfig], repeats: int
+) -> Sweep:
+    """Return the sweep that plays each of `configs`, which differ in the settings `varies`, `repeats` times."""
+    digits, first = max(len(str(len(configs) * repeats)), 2), 1 if repeats > 1 else None
+    folders = {_folder_name(n, digits, varies, config, first): config for n, config in enumerate(configs, start=1)}
+    return Sweep(new_run_id(), experiment, about, varies, folders).with_repeats(repeats)
+
+
+def _folder_name(number: int, digits: int, varies: Sequence[str], config: SimulationConfig, repeat: int | None) -> str:
+    """Return the name of a run folder, safe in shells. `repeat` is None if no combination is repeated."""
+    name = ",".join(f"{name}={value_text(name, getattr(config, name))}" for name in varies)
+    name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
+    return f"{number:0{digits}}-" + ",".join(filter(None, [name, f"repeat={repeat}" if repeat is not None else ""]))

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from simulation.results.run_directory import SWEEP, RunDirectory, results_errors
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
-from simulation.runs.experiment import Experiment, Sweep
+from simulation.runs.experiment import MOST_RUNS, Experiment, Sweep, new_sweep
 from simulation.runs.run_spec import RunSpec, new_run, price_text, resumed_run
 from simulation.settings import SimulationConfig, flag_of
 
@@ -49,10 +50,13 @@ class Session:
         if self.sweep is None:
             return self.specs[0].plan_lines()
         about = f": {printable(self.sweep.about)}" if self.sweep.about else ""
-        lines = [f"experiment {self.sweep.experiment}{about}"]
-        for title, spec in self._titled(self.sweep):
+        lines, shown_plans = [f"experiment {self.sweep.experiment}{about}"], set[int]()
+        for number, (title, spec) in enumerate(self._titled(self.sweep)):
             lines.append(title)
-            lines += [f"  {line}" for line in spec.plan_lines()] if spec in self.unfinished[:PLANS_SHOWN] else []
+            combination = number % self.sweep.combinations  # repeats have the same plan
+            if spec.rounds_left and combination not in shown_plans and len(shown_plans) < PLANS_SHOWN:
+                shown_plans.add(combination)
+                lines += [f"  {line}" for line in spec.plan_lines()]
         rounds = sum(len(spec.rounds_left) for spec in self.unfinished)
         tokens = sum(spec.tokens for spec in self.unfinished)
         cost = f", at most about {tokens:,} tokens{price_text(tokens, self.config)}" if tokens else ""
@@ -61,7 +65,9 @@ class Session:
     def _titled(self, sweep: Sweep) -> Iterator[tuple[str, RunSpec]]:
         for number, spec in enumerate(self.specs, start=1):
             status = f", which was played before and is {spec.status}" if spec.status is not None else ""
-            yield f"run {number} of {len(self.specs)}: {sweep.label_of(spec.config)}{status}", spec
+            repeat = f"repeat {(number - 1) // sweep.combinations + 1}" if sweep.repeats > 1 else ""
+            label = ", ".join(filter(None, [sweep.label_of(spec.config), repeat]))
+            yield f"run {number} of {len(self.specs)}: {label}{status}", spec
 
     def open(self) -> None:
         """Create and lock the folder, unless this was already done. Raises SettingsError or ResultsError."""
@@ -136,8 +142,8 @@ class Session:
 
         with results_errors(f"compare the runs in {self.folder}"):
             runs = [reader.read_run(spec.folder) for spec in self.specs if is_there(spec.folder / "summary.json")]
-        say("\n".join(comparison_lines(runs)))
-        write_comparison(self.folder, runs)
+        say("\n".join(comparison_lines(runs, self.config.all_runs)))
+        write_comparison(self.folder, runs, self.config.all_runs)
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
 
     def how_to_resume(self) -> str | None:
@@ -188,7 +194,12 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         changed = {name: value for name, value in given.items() if name != "resume"}
         session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
     elif config.experiment is not None:
-        session = _experiment(Experiment(config.experiment, given), config.run_dir, given)
+        experiment = Experiment(config.experiment, given)
+        settings = given if "agent_type" in given else given | experiment.settings
+        session = _new_session(experiment.sweep, config.run_dir, settings, experiment.with_line)
+    elif config.repeats > 1:
+        one = replace(config, repeats=1, seed=secrets.randbits(32) if config.seed is None else config.seed)
+        session = _new_session(new_sweep("one repeated game", None, (), [one], config.repeats), config.run_dir, given)
     else:
         session = Session([new_run(config, given)])
     tokens, allowed = sum(spec.tokens for spec in session.specs), given.get("max_tokens")
@@ -204,11 +215,18 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     return session
 
 
-def _experiment(experiment: Experiment, run_dir: str | None, given: dict[str, Any]) -> Session:
-    """Return a session with all runs of an experiment. If the experiment has only one run, the session has no sweep."""
-    sweep, specs = experiment.sweep, []
-    several = len(sweep.configs) > 1
-    chosen = {} if "agent_type" in sweep.varies else given if "agent_type" in given else given | experiment.settings
+def _new_session(
+    sweep: Sweep,
+    run_dir: str | None,
+    settings: Collection[str],
+    with_line: Callable[[SettingsError, SimulationConfig], SettingsError] = lambda error, _: error,
+) -> Session:
+    """Return a session with all runs of a new sweep. If there is only one run, the session has no sweep.
+
+    `settings` are the names of those set by flags or a file. `with_line` adds the position in the file to an error.
+    """
+    several, specs = len(sweep.configs) > 1, []
+    chosen = () if "agent_type" in sweep.varies else settings
     folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
     for name, config in sweep.configs.items():
         try:
@@ -220,13 +238,16 @@ def _experiment(experiment: Experiment, run_dir: str | None, given: dict[str, An
                     f"{config.max_tokens:,}"
                 )
         except SettingsError as error:
-            raise experiment.with_line(error, config) from None
+            raise with_line(error, config) from None
         specs.append(spec)
     return Session(specs, sweep if several else None)
 
 
 def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     reader.read_summary(path, "--resume ")  # fails before the next line would create a missing folder
+    if "repeats" in given:
+        problem = f"{path} is the folder of a single run; give that of an experiment, which holds several"
+        raise SettingsError(f"--repeats {given['repeats']}: {problem}")
     directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
         logger.warning(
@@ -242,8 +263,15 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     for name in given.keys() & sweep.varies:
         flag = f"{flag_of(name)} {given[name]}"
         raise SettingsError(f"{flag}: the runs of {path} differ in it; --resume one of them by its folder")
-    configs = {name: reader.config_to_resume(path / name, each, given) for name, each in sweep.configs.items()}
-    specs = []
+    repeats = given.pop("repeats", sweep.repeats)
+    if repeats < sweep.repeats:
+        raise SettingsError(f"--repeats {repeats}: the experiment in {path} has {sweep.repeats}; give at least as many")
+    if (count := sweep.combinations * repeats) > MOST_RUNS:
+        raise SettingsError(f"--repeats {repeats}: would make {count:,} runs in {path}; the maximum is {MOST_RUNS:,}")
+    sweep, configs, specs = sweep.with_repeats(repeats), {}, list[RunSpec]()
+    for name, config in sweep.configs.items():
+        configs[name] = reader.config_to_resume(path / name, config, given)
+        given.pop("seed", None)  # only the first repeats have the seed that the user gave
     for name, config in configs.items():
         folder = directory.path / name
         if is_there(folder / "summary.json"):  # pass all settings: the runs may have started on another cluster
