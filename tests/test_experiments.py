@@ -8,7 +8,7 @@ import math
 import re
 import signal
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import psutil
@@ -21,7 +21,7 @@ from waiting import Gates
 
 from simulation.errors import SettingsError
 from simulation.llm.model_configs import read_models
-from simulation.runs.experiment import MOST_COMBINATIONS, Experiment, Sweep
+from simulation.runs.experiment import MOST_RUNS, Experiment, Sweep
 from simulation.runs.scenario import read_population, read_prompt
 from simulation.settings import SimulationConfig
 
@@ -80,7 +80,11 @@ BAD = {
     "empty list": ("ratio: []\n", "line 1: ratio has an empty list"),
     "no value": ("rounds: 2\nratio:\n", "x.yaml, line 2: ratio has no value"),
     "no value in a list": ("rounds:\n- 1\n-\n", "x.yaml, line 3: rounds has no value"),
-    "null": ("ratio: null\n", "line 1: ratio must be a value or a list of values, not null"),
+    "null": ("rounds: null\n", "line 1: rounds must be a value or a list of values, not null"),
+    "list of repeats": ("ratio: 1\nrepeats: [2, 3]\n", "x.yaml, line 2: repeats must be one number, not a list"),
+    "no repeat": ("repeats: 0\n", "x.yaml, line 1: repeats 0: must be from 1 to 1000"),
+    "repeated combinations": ("ratio: [1, 1/2, 1/3]\nrepeats: 400\n", "x.yaml, line 1: has 3 combinations, each "
+        "played 400 times; the maximum is 1,000"),
     "about": ("about: [1]\n", "line 1: about must be text"),
     "no mapping": ("- ratio: 1\n", "x.yaml, line 1: must be a mapping"),
     "empty": ("# nothing yet\n", "x.yaml: is empty"),
@@ -153,7 +157,7 @@ BAD_PERSONAS = {
 }  # fmt: skip
 BAD_PROMPTS = {
     "placeholder": ("basic:\n  system: from {min} to {max_valu}\n  instruction: x\n",
-        "p.yaml, line 2: {min} is not known here; known are {number}, {max_value}, {target}, {persona}"),
+        "p.yaml, line 2: {min} is not known here; known are {number}, {max_value}, {rules}, {target}, {persona}"),
     "near": ("basic:\n  system: x\n  instruction: to {max_valu}\n",
         "p.yaml, line 3: {max_valu} is not known here; did you mean {max_value}?"),
     "form": ("basic: {system: '{number:>9}', instruction: x}\n", "p.yaml, line 1: {number:>9} is not known here"),
@@ -259,7 +263,7 @@ def test_a_class_path_is_relative_to_the_experiment(tmp_path):
     )
 )
 def test_combinations_are_unique(tmp_path_factory, said):
-    assume(math.prod(map(len, said.values())) <= MOST_COMBINATIONS)
+    assume(math.prod(map(len, said.values())) <= MOST_RUNS)
     text = "".join(f"{name}: {values}\n" for name, values in said.items())
     configs = read(tmp_path_factory.getbasetemp(), text).configs.values()
     found = [tuple(getattr(each, name) for name in said) for each in configs]
@@ -484,7 +488,7 @@ def test_a_sweep_of_language_models_resumes(cluster, fake):
 
 @pytest.mark.parametrize("folder", ["..", ".", "", "../x", "01-a/b", "/tmp", "02-b"])
 def test_a_sweep_with_foreign_or_repeated_folders_is_damaged(folder):
-    config = asdict(SimulationConfig(seed=1))
+    config = SimulationConfig(seed=1).to_json()
     said = {"sweep_id": "s", "experiment": "x.yaml", "about": None, "varies": ["ratio"], "config": config}
     said["runs"] = [{"folder": each, "settings": {"ratio": "1/2"}} for each in ("01-a", "02-b", folder)]
     with pytest.raises(ValueError, match="folders elsewhere"):
