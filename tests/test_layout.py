@@ -68,7 +68,10 @@ def test_every_folder_has_a_row_and_at_most_eleven_files():
     assert {folder_of(name) for name in files()} == set(MAY_IMPORT)
     for folder in {path.parent for path in files().values()} - {ROOT}:
         assert len([path for path in folder.iterdir() if path.is_file()]) <= MOST_FILES, folder
-    assert {name.removesuffix(".py") for name in TOP if "/" not in name} | {"simulation", "games"} == {"main", *main.MODULES}
+    assert {name.removesuffix(".py") for name in TOP if "/" not in name} | {"simulation", "games"} == {
+        "main",
+        *main.MODULES,
+    }
 
 
 @pytest.mark.parametrize("name", files())
