@@ -22,6 +22,7 @@ DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
 FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/0*[1-9][0-9]{0,19})?")
 FINEST = 10**9  # largest denominator of a fraction
+OF_SET = "set."  # prefix of the names of parameters (see --set) where they stand beside settings
 FLAGS_OF_GAMES = ("ratio", "offset")  # parameters of games that have flags of their own
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
@@ -225,6 +226,12 @@ class SimulationConfig:
         moved_from = f"{_checkout_of(data)}/"
         paths = _with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
         return cls(**{**data, **paths, "hosts": tuple(data["hosts"])})
+
+    def value_of(self, name: str) -> Any:
+        """Return the value of a setting, or the text of the parameter NAME if `name` is `set.NAME` (None: not set)."""
+        assigned = (each.partition("=") for each in self.set if name.startswith(OF_SET))
+        texts = {key: text for key, _, text in assigned}
+        return texts.get(name.removeprefix(OF_SET)) if name.startswith(OF_SET) else getattr(self, name)
 
     @property
     def ports(self) -> range:

@@ -24,6 +24,7 @@ from simulation.game.rules import draw, game_of, question_for
 from simulation.game.tally import Tally, announcement_of, score, value_counts
 from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import prompt_for, rules
+from simulation.runs.experiment import Experiment, Sweep
 from simulation.runs.scenario import build_game
 from simulation.settings import ROOT, SimulationConfig
 
@@ -265,3 +266,25 @@ def test_a_report_does_not_run_the_code_of_a_game_unless_it_is_trusted(cluster, 
     trusted = cluster.run("main.py", "--role", "report", "runs/latest", "--trust")
     assert trusted.returncode == 0 and witness.exists(), trusted.stderr
     assert trusted.stdout == report.stdout
+
+
+def test_parameters_in_an_experiment_are_swept_and_checked_with_their_line(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "game: public_goods\nset: {multiplier: [1, 2]}\nparticipant_num: 10\n"
+    (tmp_path / "x.yaml").write_text(text)
+    sweep = Experiment("x.yaml", {}).sweep
+    assert [*sweep.configs] == ["01-multiplier=1", "02-multiplier=2"]
+    assert [sweep.label_of(config) for config in sweep.configs.values()] == ["multiplier 1", "multiplier 2"]
+    assert Sweep.from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
+    flags = Experiment("x.yaml", {"set": ("multiplier=3",)}).sweep
+    assert [config.set for config in flags.configs.values()] == [("multiplier=3",)]
+    for wrong, words in {
+        "{multiplier: [1, x]}": "x.yaml, line 2: multiplier 'x': must be a number",
+        "{multiplyer: 1}": "x.yaml, line 2: multiplyer=1: there is no such parameter; did you mean multiplier?",
+        "[multiplier]": "x.yaml, line 2: set must be a mapping",
+        "{multiplier: }": "x.yaml, line 2: multiplier has no value",
+        "{ratio: 1/2}": "x.yaml, line 2: ratio 1/2: the game public_goods has no such setting",
+    }.items():
+        (tmp_path / "x.yaml").write_text(text.replace("{multiplier: [1, 2]}", wrong))
+        status, err = command("--experiment", "x.yaml")
+        assert status == 2 and words in one_line(err), err

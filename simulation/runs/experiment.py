@@ -17,7 +17,16 @@ from simulation.files import full_path
 from simulation.game.population import GAMMA, MASK, mix
 from simulation.results.run_directory import new_run_id
 from simulation.runs.yaml_file import YamlFile, items_in, text_of
-from simulation.settings import KINDS, SETTINGS, SimulationConfig, flag_of, to_number
+from simulation.settings import (
+    FLAGS_OF_GAMES,
+    KINDS,
+    OF_SET,
+    SETTINGS,
+    SimulationConfig,
+    flag_of,
+    is_path,
+    to_number,
+)
 
 MOST_RUNS = 1000  # of a sweep, repeats included
 SEED_BITS = 32  # of the seeds of repeats, as of a seed that is drawn
@@ -35,8 +44,15 @@ class Experiment(YamlFile):
         about = self.nodes.pop("about", yaml.ScalarNode("", "null"))
         if not isinstance(about, yaml.ScalarNode):
             raise self.error(about, "about must be text")
+        assigned = self.nodes.pop("set", yaml.MappingNode("", []))
+        for name, node in self.nodes_in(assigned, "set must be a mapping of parameters, as in set: {noise: 5}").items():
+            key = name if name in FLAGS_OF_GAMES else f"{OF_SET}{name}"
+            if key in self.nodes:
+                raise self.error(node, f"{name} is already set in line {self.nodes[key].start_mark.line + 1}")
+            self.nodes[key] = node
         values = {name: self._read_values(name, node) for name, node in self.nodes.items()}
-        self.settings = {name: each for name, each in values.items() if name not in given}  # the values of each setting
+        set_by_flags = {*given, *(f"{OF_SET}{each.partition('=')[0]}" for each in given.get("set", ()))}
+        self.settings = {name: each for name, each in values.items() if name not in set_by_flags}
         repeats = given.get("repeats") or self.settings.pop("repeats", [1])[0]
         if (count := math.prod(map(len, self.settings.values()))) * repeats > MOST_RUNS:
             times = f", each played {repeats:,} times" if repeats > 1 else ""
@@ -44,13 +60,17 @@ class Experiment(YamlFile):
         varies = tuple(name for name, each in self.settings.items() if len(each) > 1)
         seed, configs = secrets.randbits(32), []
         for combination in itertools.product(*self.settings.values()):
-            config = SimulationConfig(**given | dict(zip(self.settings, combination, strict=True)) | {"repeats": 1})
+            chosen = dict(zip(self.settings, combination, strict=True))
+            parameters = [name for name in chosen if name.startswith(OF_SET)]
+            assignments = tuple(f"{name.removeprefix(OF_SET)}={chosen.pop(name)}" for name in parameters)
+            assignments += given.get("set", ())
+            config = SimulationConfig(**given | chosen | {"repeats": 1, "set": assignments})
             # Without a seed in the file, all combinations get the same one
             configs.append(config if config.seed is not None else replace(config, seed=seed))
         self.sweep = new_sweep(Path(self.name).name, text_of(about), varies, configs, repeats)
 
     def _read_values(self, name: str, node: yaml.Node) -> list[Any]:
-        if name not in OF_GAME:
+        if name not in OF_GAME and not name.startswith(OF_SET):
             text = f"{name} is not known here; {nearest(name, ['about', *OF_GAME])}"
             if name.replace("-", "_") in KINDS.keys() - OF_GAME.keys():
                 text = f"{name} is not a setting of the game; give it on the command line as {flag_of(name)}"
@@ -78,13 +98,15 @@ class Experiment(YamlFile):
                 raise SettingsError("models: a model's share must be a number such as 2/3")
             value = ",".join(f"{model}={share}" for model, share in shares.items())
         elif value is None:
-            if isinstance(node, yaml.ScalarNode) and OF_GAME[name].default is None:
+            if isinstance(node, yaml.ScalarNode) and name in OF_GAME and OF_GAME[name].default is None:
                 return None
             kind = {yaml.ScalarNode: "null", yaml.MappingNode: "a mapping"}.get(type(node), "a list inside a list")
             raise SettingsError(f"{name} must be a value or a list of values, not {kind}")
+        if name.startswith(OF_SET):
+            return value
         if KINDS[name][0] in (int, float):
             value = to_number(KINDS[name][0], name, value)
-        elif OF_GAME[name].path:
+        elif OF_GAME[name].path and is_path(name, value):
             value = os.path.normpath(full_path(name, value, self._folder))
         return getattr(SimulationConfig(**{name: value}), name)
 
@@ -92,21 +114,22 @@ class Experiment(YamlFile):
         """Return `error` with the line number of `node`, and with the name of the setting instead of its flag."""
         if str(error).startswith(f"{self.name}, line "):
             return error
-        return self.error(node, str(error).replace(flag_of(name), name, 1))
+        return self.error(node, str(error).removeprefix("--set ").replace(flag_of(name), name, 1))
 
     def with_line(self, error: SettingsError, config: SimulationConfig) -> SettingsError:
         """Return `error`. If it is about a setting in this file, add the line number of the value that `config` has."""
-        name = str(error).partition(" ")[0].strip("-:").replace("-", "_")
+        flag, name, *_ = [*str(error).replace("=", " ").split(" "), ""]
+        name = f"{OF_SET}{name.strip(':')}" if flag == "--set" else flag.strip("-:").replace("-", "_")
         if name not in self.settings:
             return error
-        index = self.settings[name].index(getattr(config, name))
+        index = self.settings[name].index(config.value_of(name))
         return self._error_in_setting(name, items_in(self.nodes[name])[index], error)
 
 
 def value_text(name: str, value: Any) -> str:
     if value is None:
         return "none"
-    return printable(Path(value).name if name == "agent_class" else str(value))
+    return printable(Path(value).name if name in ("agent_class", "game") else str(value))
 
 
 def repeat_seeds(seed: int, repeats: int) -> list[int]:
@@ -149,13 +172,15 @@ class Sweep:
 
     def label_of(self, config: SimulationConfig) -> str:
         """Return what distinguishes the run with `config` from the others, such as `ratio 1/2, prompt basic`."""
-        return ", ".join(f"{name} {value_text(name, getattr(config, name))}" for name in self.varies)
+        texts = ((name, value_text(name, config.value_of(name))) for name in self.varies)
+        return ", ".join(f"{name.removeprefix(OF_SET)} {text}" for name, text in texts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of sweep.json: the settings that all runs share, and the other settings of each run."""
         settings = {folder: config.to_json() for folder, config in self.configs.items()}
         shared = next(iter(settings.values()))
-        varies = [*self.varies, *(["seed"] if self.repeats > 1 and "seed" not in self.varies else [])]
+        seeds = ["seed"] if self.repeats > 1 and "seed" not in self.varies else []
+        varies = dict.fromkeys(name.partition(".")[0] for name in (*self.varies, *seeds))  # `set` holds all parameters
         return {
             "sweep_id": self.sweep_id,
             "experiment": self.experiment,
@@ -179,7 +204,7 @@ class Sweep:
             raise TypeError("a name is not a text")
         if not configs or not all(map(RUN_FOLDER.fullmatch, configs)) or len(configs) < len(data["runs"]):
             raise ValueError("it names no runs, or folders elsewhere")
-        if not set(data["varies"]) <= OF_GAME.keys():
+        if not {name.partition(".")[0] for name in data["varies"]} <= OF_GAME.keys():
             raise ValueError("it varies something that is not a setting of the game")
         repeats = data.get("repeats", 1)  # absent in old files
         if type(repeats) is not int or repeats < 1 or len(configs) % repeats:
@@ -198,6 +223,7 @@ def new_sweep(
 
 def _folder_name(number: int, digits: int, varies: Sequence[str], config: SimulationConfig, repeat: int | None) -> str:
     """Return the name of a run folder, safe in shells. `repeat` is None if no combination is repeated."""
-    name = ",".join(f"{name}={value_text(name, getattr(config, name))}" for name in varies)
+    texts = ((name.removeprefix(OF_SET), value_text(name, config.value_of(name))) for name in varies)
+    name = ",".join(f"{name}={text}" for name, text in texts)
     name = re.sub(r"[^A-Za-z0-9.,=_+-]+", "-", name)[:LONGEST_NAME]
     return f"{number:0{digits}}-" + ",".join(filter(None, [name, f"repeat={repeat}" if repeat is not None else ""]))

@@ -260,7 +260,7 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
 def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     directory = RunDirectory(path, resumed=True)
     sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
-    for name in given.keys() & sweep.varies:
+    for name in given.keys() & {each.partition(".")[0] for each in sweep.varies}:
         flag = f"{flag_of(name)} {given[name]}"
         raise SettingsError(f"{flag}: the runs of {path} differ in it; --resume one of them by its folder")
     repeats = given.pop("repeats", sweep.repeats)
