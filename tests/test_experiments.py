@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -11,8 +12,10 @@ import threading
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy
 import psutil
 import pytest
+import scipy.stats
 from conftest import MODELS, ROOT, drafts_in, one_line, until
 from fake_model import FakeModel
 from hypothesis import assume, given
@@ -21,7 +24,7 @@ from waiting import Gates
 
 from simulation.errors import SettingsError
 from simulation.llm.model_configs import read_models
-from simulation.runs.experiment import MOST_RUNS, Experiment, Sweep
+from simulation.runs.experiment import MOST_RUNS, Experiment, Sweep, repeat_seeds
 from simulation.runs.scenario import read_population, read_prompt
 from simulation.settings import SimulationConfig
 
@@ -57,6 +60,7 @@ def refused(tmp_path, capsys):
     signal.signal(signal.SIGINT, handler)
 
 
+SEEDS_OF_7 = [7, 2252048671, 1297677266]
 LLM = "agent_type: llm\n"
 ENTRY = {"model_type": "openai_chat", "model_name": "m", "client_args": {"base_url": "http://localhost:8010/v1"}}
 BOMB = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 20)}]\n" for n in range(9))
@@ -270,6 +274,46 @@ def test_combinations_are_unique(tmp_path_factory, said):
     assert found == list(itertools.product(*said.values())) and len(found) == math.prod(map(len, said.values()))
 
 
+@given(st.integers(0, 2**64 - 1), st.integers(1, 40), st.integers(1, 40))
+def test_seeds_of_repeats_differ_and_more_repeats_change_none(seed, few, more):
+    seeds = repeat_seeds(seed, few + more)
+    assert seeds[0] == seed and len(seeds) == len(set(seeds)) == few + more and seeds[:few] == repeat_seeds(seed, few)
+    assert all(0 <= each < 2**32 for each in seeds[1:])
+
+
+def test_seeds_of_repeats_stay_the_same():
+    assert repeat_seeds(7, 3) == SEEDS_OF_7 and len(set(repeat_seeds(7, MOST_RUNS))) == MOST_RUNS
+
+
+def test_repeats_are_added_to_all_combinations_and_rename_nothing(tmp_path):
+    sweep = read(tmp_path, "ratio: [1/2, 2/3]\nrepeats: 2\nseed: 7\n")
+    named = [f"0{n}-ratio={r},repeat={k}" for n, (k, r) in enumerate(itertools.product((1, 2, 3), ("1-2", "2-3")), 1)]
+    assert [*sweep.configs] == named[:4] and sweep.varies == ("ratio",)
+    assert {each.repeats for each in sweep.configs.values()} == {1}  # each run alone is one run
+    more = Sweep.from_json(json.loads(json.dumps(sweep.to_json()))).with_repeats(3)
+    assert [*more.configs] == named and more.repeats == 3 and more.with_repeats(3) == more
+    assert [each.seed for each in more.configs.values()] == [seed for seed in SEEDS_OF_7 for _ in range(2)]
+    assert more.configs == read(tmp_path, "ratio: [1/2, 2/3]\nrepeats: 3\nseed: 7\n").configs
+    ones = read(tmp_path, "ratio: [1/2, 2/3]\nrepeats: 9\n", repeats=1)  # a flag overrides the file
+    assert [*ones.configs] == ["01-ratio=1-2", "02-ratio=2-3"]
+    assert [*ones.with_repeats(2).configs][2:] == ["03-ratio=1-2,repeat=2", "04-ratio=2-3,repeat=2"]
+    assert [*read(tmp_path, "repeats: 100\n").configs][98:] == ["099-repeat=99", "100-repeat=100"]
+
+
+def test_an_old_sweep_gets_repeats():
+    old = Sweep.from_json(json.loads((ROOT / "tests/data/old_runs/sweep/sweep.json").read_text()))
+    more = old.with_repeats(2)
+    assert old.repeats == 1 and [*more.configs][:4] == [*old.configs] and len(more.configs) == 8
+    assert len({(each.ratio, each.seed) for each in more.configs.values()}) == 8
+
+
+@pytest.mark.parametrize("repeats", [0, 2, -1, "1", True, None, 1.0])
+def test_a_sweep_with_a_wrong_number_of_repeats_is_damaged(repeats):
+    said = Sweep("s", "x.yaml", None, ("ratio",), {"01-a": SimulationConfig(seed=1)}).to_json()
+    with pytest.raises(ValueError, match="repeats"):
+        Sweep.from_json({**said, "repeats": repeats})
+
+
 def test_prompts_personas_and_models_are_read_exactly(tmp_path):
     (tmp_path / "p.yaml").write_text(
         "free: {system: 'From {{0}} to {max_value}.', instruction: Go., reasoning_tokens: 9}"
@@ -352,6 +396,81 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
     again = cluster.run("run_simulation.sh", "--resume", f"runs/{name}")
     assert again.returncode == 0 and "asking" not in again.stderr, again.stderr
     assert again.stdout.splitlines() == [head, *table]
+
+
+REPEATED = "ratio: [1/2, 2/3]\nparticipant_num: 60\nsleep_time: 0\nrounds: 2\nrepeats: 2\nseed: 7\n"
+
+
+def test_repeats_are_played_compared_and_extended(cluster):
+    play = (*write(cluster, REPEATED), "--run-dir", "runs/repeated")
+    planned = cluster.run(*play, "--dry-run").stdout
+    assert planned.count("hosts: 1") == 2 and planned.endswith(
+        "run 3 of 4: ratio 1/2, repeat 2\nrun 4 of 4: ratio 2/3, repeat 2\nin all: 4 runs, 8 rounds\n"
+    )
+    done = cluster.run(*play)
+    assert done.returncode == 0, done.stderr
+    folder = cluster.path / "runs/repeated"
+    names = [f"0{n}-ratio={r},repeat={k}" for n, (k, r) in enumerate(itertools.product((1, 2, 3), ("1-2", "2-3")), 1)]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names[:4]
+    summaries = [cluster.summary(folder / name) for name in names[:4]]
+    assert [each["config"]["seed"] for each in summaries] == [7, 7, SEEDS_OF_7[1], SEEDS_OF_7[1]]
+    answers = answers_in(cluster, folder)  # random participants ignore the ratio: runs of one repeat are paired
+    assert answers[names[0]] == answers[names[1]] != answers[names[2]] == answers[names[3]]
+    head, *rows = done.stdout.splitlines()[-3:]
+    assert head.split()[:2] == ["treatment", "average"] and [row[:9] for row in rows] == ["ratio 1/2", "ratio 2/3"]
+    lasts = [each["rounds"][-1] for each in summaries]
+    for row, pair in zip(rows, (lasts[::2], lasts[1::2]), strict=True):
+        cells = row.split()[2:]
+        for key, found in (("average", cells[:5]), ("winning_number", cells[5:10])):
+            numbers = [entry[key] for entry in pair]
+            low, high = scipy.stats.t.interval(0.95, 1, numpy.mean(numbers), scipy.stats.sem(numbers))
+            expected = [numpy.mean(numbers), low, high, numpy.std(numbers, ddof=1)]
+            assert [float(found[at]) for at in (0, 1, 3, 4)] == pytest.approx(expected, abs=6e-4)
+    with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        data = [*csv.DictReader(file)]
+    assert [row["run"] for row in data] == [name for name in names[:4] for _ in range(2)]
+    assert [*data[0]][:8] == ["run", "run_id", "repeat", "status", "ratio", "seed", "round", "asked"]
+    assert (data[5]["run_id"], data[5]["repeat"]) == (summaries[2]["run_id"], "2")
+    for key in ("average", "median", "std", "winning_number", "seconds"):
+        assert float(data[5][key]) == summaries[2]["rounds"][1][key]
+    assert data[5]["winners"] == str(summaries[2]["rounds"][1]["winners"]["count"]) and data[5]["ratio"] == "1/2"
+
+    resume = ("run_simulation.sh", "--resume", "runs/repeated")
+    for more, error in (
+        (["--repeats", "1"], "--repeats 1: the experiment in runs/repeated has 2; give at least as many"),
+        (["--repeats", "501"], "--repeats 501: would make 1,002 runs in runs/repeated; the maximum is 1,000"),
+        (["--repeats", "3", "--seed", "8"], "was started with 7; this setting cannot be changed on resume"),
+    ):
+        refused = cluster.run(*resume, *more)
+        assert refused.returncode == 2 and error in one_line(refused.stderr)
+    refused = cluster.run("run_simulation.sh", "--resume", f"runs/repeated/{names[0]}", "--repeats", "3")
+    assert refused.returncode == 2 and "is the folder of a single run" in one_line(refused.stderr)
+    before = [(folder / name / "summary.json").read_bytes() for name in names[:4]]
+    done = cluster.run(*resume, "--repeats", "3", "--seed", "7")
+    assert done.returncode == 0 and done.stderr.count(": asking") == 4, done.stderr
+    assert [(folder / name / "summary.json").read_bytes() for name in names[:4]] == before
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
+    assert "run 5 of 6: ratio 1/2, repeat 3" in done.stderr
+    assert cluster.summary(folder / names[5])["config"]["seed"] == SEEDS_OF_7[2]
+    again = cluster.run(*resume)
+    assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+    every = cluster.run("main.py", "--role", "report", "runs/repeated", "--all-runs").stdout.splitlines()
+    assert [line.split()[0] for line in every[3:10]] == ["run", *names] and every[:3] == again.stdout.splitlines()
+
+
+def test_a_command_without_a_file_is_repeated(cluster):
+    play = ("run_simulation.sh", "3", "40", "--sleep-time", "0", "--max-value", "9")
+    done = cluster.run(*play, "--seed", "7", "--repeats", "3")
+    assert done.returncode == 0, done.stderr
+    sweep = (cluster.path / "runs/latest").resolve()
+    answers = answers_in(cluster, sweep)
+    assert [*answers] == ["01-repeat=1", "02-repeat=2", "03-repeat=3"]
+    assert done.stdout.splitlines()[-1].startswith("3 runs")
+    alone = cluster.run(*play, "--seed", str(SEEDS_OF_7[2]), "--run-dir", "runs/alone")
+    assert alone.returncode == 0 and cluster.answers(cluster.path / "runs/alone") == answers["03-repeat=3"]
+    reported = cluster.run("main.py", "--role", "report", "runs/alone", str(sweep / "01-repeat=1"))
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.splitlines()[1].startswith("2 runs")  # runs that differ in the seed alone are repeats
 
 
 def test_a_single_combination_is_an_ordinary_run(cluster):
@@ -447,6 +566,17 @@ def fake(cluster):
     server = FakeModel(port=cluster.model_port)
     yield server
     server.close()
+
+
+def test_runs_of_language_models_are_repeated(cluster, fake):
+    text = "agent_type: llm\nmodels: {model_1: 1}\nparticipant_num: 20\nrepeats: 2\n"
+    done = cluster.run(*write(cluster, text), "--run-dir", "runs/twice")
+    assert done.returncode == 0, done.stderr
+    found = [cluster.summary(cluster.path / f"runs/twice/0{n}-repeat={n}") for n in (1, 2)]
+    assert [each["rounds"][0]["answered"] for each in found] == [20, 20] and all(
+        each["llm"]["requests"] for each in found
+    )
+    assert found[0]["config"]["seed"] != found[1]["config"]["seed"]
 
 
 ASKING = "agent_type: llm\nmodels: {model_1: 1}\nratio: [1/2, 2/3]\nrounds: 2\nparticipant_num: 60\nprompt: mine\n"

@@ -132,8 +132,8 @@ def reported(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGINT)
     import main
 
-    def report(folder: Path) -> str:
-        status = main.main(["--role", "report", str(folder)])
+    def report(folder: Path, *flags: str) -> str:
+        status = main.main(["--role", "report", str(folder), *flags])
         out, err = capsys.readouterr()
         assert (status, err) == (0, "")
         return out
@@ -225,7 +225,7 @@ def test_a_summary_with_a_value_of_another_kind_is_damaged(place: Any, value: An
 
 def test_an_old_sweep_is_reported(tmp_path: Path, reported: Any):
     folder = copy_of("sweep", tmp_path / "sweep")
-    rows = [line for line in reported(folder).splitlines() if line.startswith("0")]
+    rows = [line for line in reported(folder, "--all-runs").splitlines() if line.startswith("0")]
     runs = [name for name in FOLDERS if name.startswith("sweep/")]
     assert [f"sweep/{row.split()[0]}" for row in rows] == runs
     page = (folder / "comparison.html").read_text()

@@ -26,6 +26,7 @@ from simulation.game.population import ModelShare, Persona, Population
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, draw_lines, selection
 from simulation.results.comparison import page_content as comparison_content
+from simulation.results.comparison import treatments_of, write_comparison
 from simulation.results.console_report import brief, run_lines
 from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
@@ -311,12 +312,13 @@ def test_several_runs_are_compared(page, cluster, run, played):
     assert row.locator('[data-key="last average"]').inner_text() == f"{last['average']:.3f}"
     assert "ratio 1/2" in page.locator("figcaption").first.inner_text()
     row.get_by_role("link", name="1-2", exact=True).click()
-    assert page.locator("h1").inner_text() == "200 random participants: closest to 1/2 of the average wins"
+    assert page.locator("h1").inner_text() == "200 random participants: the number closest to 1/2 of the average wins"
 
     three = cluster.run("main.py", "--role", "report", "runs/three", "runs/sweep", "--run-dir", "runs/side by side")
     assert three.returncode == 0, three.stderr
     assert len(three.stdout.splitlines()) == 5 and "agent class" in three.stdout
     assert {path.name for path in (cluster.path / "runs/side by side").iterdir()} == {
+        "comparison.csv",
         "comparison.png",
         "comparison.html",
     }
@@ -487,16 +489,80 @@ def test_a_number_far_out_of_range_is_stated_and_not_drawn(told_apart):
 
 def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     folders = [tmp_path / f"{number:02}" for number in range(60)]
-    runs = [replace(told_apart, path=folder) for folder in folders]
+    configs = [replace(told_apart.config, ratio=f"1/{number + 1}") for number in range(60)]
+    runs = [replace(told_apart, path=path, config=each) for path, each in zip(folders, configs, strict=True)]
     content = comparison_content(tmp_path, runs)
-    labels = [label for label, _ in content["drawn"]]
+    labels = [each.label for each in content["drawn"]]
     assert len(content["rows"]) == 60 and len(labels) == 24
     write_page(tmp_path / "comparison.html", content)
-    unfolded, folded = (tmp_path / "comparison.html").read_text().split("<summary>12 more runs</summary>")
+    unfolded, folded = (tmp_path / "comparison.html").read_text().split("<summary>12 more</summary>")
+    assert "24 of 60 shown" in unfolded
     assert (unfolded.count("<figure>"), folded.count("<figure>")) == (1 + 12, 12)
     assert [row["run"] for row in content["rows"]] == [folder.name for folder in folders]
-    assert labels[0] == "(00)" and labels[-1] == "(59)"
+    assert labels[0] == "ratio 1" and labels[-1] == "ratio 1/60"
     assert len({series_style(index) for index in range(24)}) == 24
+
+
+def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
+    def made(number, ratio, seed, average, **summary):
+        rounds = [entry | {"average": average + entry["round"]} for entry in told_apart.summary["rounds"]]
+        config = replace(told_apart.config, ratio=ratio, seed=seed, hosts=("a", "b"), prompt="x")
+        data = told_apart.summary | {"run_id": f"r{number}", "rounds": rounds, **summary}
+        return replace(told_apart, path=tmp_path / f"{number}", config=config, summary=data)
+
+    runs = [
+        made(3 * at + seed, ratio, seed, 20.0 * at + seed) for at, ratio in enumerate(("1/2", "1")) for seed in range(3)
+    ]
+    runs.append(made(9, "1/3", 1, 3.0))
+    cut = runs[0].summary["rounds"]
+    cut[2] = cut[2] | {"ended": "interrupted"}
+    half, whole, third = treatments_of(runs)
+    assert [each.label for each in (half, whole, third)] == ["ratio 1/2", "ratio 1", "ratio 1/3"]
+    estimates = whole.estimates("average")
+    assert estimates[3][:3] == (3, 24.0, 1.0) and estimates[3].high == pytest.approx(24 + 4.302653 / 3**0.5)
+    assert half.estimates("average")[3].runs == 2  # a cut round does not count
+    assert third.estimates("average")[3].mean == 6.0 and math.isnan(third.estimates("average")[3].low)
+    pooled = whole.last_round()
+    assert pooled.results[0].tally.answered == 3 * told_apart.results[-1].tally.answered
+    write_comparison(tmp_path, runs)
+    for size in SIZES:
+        show(page, tmp_path / "comparison.html", size)
+        assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    assert page.locator("h1").inner_text() == "3 treatments, 7 runs compared"
+    assert page.locator("figure svg").count() == 2 + 3
+    chart = page.locator("figure").first.inner_html()
+    colours = set(re.findall(r"--series-\d", chart))
+    assert colours == {"--series-1", "--series-2", "--series-3"}
+    assert "fill-opacity: 0.2" in chart
+    row = page.locator("tbody tr").first
+    assert row.locator("th").inner_text() == "ratio 1/2" and row.locator('[data-key="runs"]').inner_text() == "2 of 3"
+    assert not page.locator("tr[data-run=r0]").is_visible()
+    write_comparison(tmp_path, runs, all_runs=True)
+    show(page, tmp_path / "comparison.html")
+    assert page.locator("tr[data-run=r0]").is_visible()
+    assert page.locator("figure").first.inner_html().count("<path") == chart.count("<path") + 6
+
+
+def test_labels_have_two_settings_in_words(told_apart, tmp_path):
+    def made(number, **settings):
+        return replace(told_apart, path=tmp_path / f"{number}", config=replace(told_apart.config, **settings))
+
+    kinds = [
+        {"max_value": high, "personas": who, "decimals": places}
+        for high in (50, 99, 100)
+        for who in (None, "a")
+        for places in (0, 1)
+    ]
+    labels = [each.label for each in treatments_of([made(n, **kind) for n, kind in enumerate(kinds)])]
+    assert labels[:3] == [
+        "upper bound 50, decimals 0 (1)",
+        "upper bound 50, decimals 1 (2)",
+        "upper bound 50, decimals 0 (3)",
+    ]
+    apart = [made(0, personas=None), made(1, personas="a")]
+    assert [each.label for each in treatments_of(apart)] == ["no personas", "personas a"]
+    classes = [made(0, agent_class="/a/x.py:C"), made(1, agent_class="/b/x.py:C")]
+    assert [each.label for each in treatments_of(classes)] == ["class x.py:C (1)", "class x.py:C (2)"]
 
 
 def test_a_chart_has_the_colours_of_the_pages_and_is_the_same_every_time():

@@ -37,6 +37,7 @@ from simulation.settings import SETTINGS
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
+NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no figure of a run
 WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_type": "players", "agent_class": "class"}
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions; the tables have all
 TITLE_WIDTH = 38  # maximum number of characters in a line of a label in the picture
@@ -151,7 +152,9 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
     values: list[dict[str, Any]] = []
     for run in runs:
-        names = [name for name, each in SETTINGS.items() if (each.game and name != "repeats") or name in COMPARED]
+        names = [
+            name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED
+        ]
         values.append({name: getattr(run.config, name) for name in names})
         for each in values[-1].pop("set", ()):  # parameters, such as noise=5
             name, _, value = each.partition("=")
