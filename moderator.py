@@ -49,7 +49,7 @@ class Moderator(AgentBase):
             before[removed].stopped = True
 
     def begin(self, question: Question, tokens_each: float | None = None) -> None:
-        """Start a round on all groups. `tokens_each` is the mean token budget per participant (None: no limit)."""
+        """Start a round on all groups. `tokens_each` is the token budget per participant that asks a model, if any."""
         self._all(lambda group: group.begin(question, tokens_each, self._one_by_one))
         for dispatch in self._dispatches.values():
             dispatch.begin(question)

@@ -20,7 +20,7 @@
 #   BASE_PORT           first port of the agent servers on every host (12330)
 #   HOSTS               the hosts, separated by spaces ("localhost")
 #   MODERATOR_PER_HOST  moderator servers on every host, as started (4)
-#   AGENT_TYPE          random, or llm: participants ask the models of configs/model_configs.json
+#   AGENT_TYPE          random, or llm: participants ask the models of configs/model_configs.json; ignored with --players
 #   MODEL_PER_HOST      model servers on every host (one per GPU of this one, at least 1)
 #   VLLM_BASE_PORT      their first port (8010)
 #   MAX_VALUE           upper bound of the numbers (100)
@@ -80,7 +80,10 @@ main() {
     need_numbers "$USAGE" "server_per_host participant_num" "$@"
     FLAGS=(--server-per-host "$1" --participant-num "$2")
     for word in "${@:3}"; do
-      case "$word" in --resume | --resume=* | --experiment | --experiment=*) AGENT_TYPE="" MAX_VALUE="" ;; esac
+      case "$word" in
+        --resume | --resume=* | --experiment | --experiment=*) AGENT_TYPE="" MAX_VALUE="" ;;
+        --players | --players=*) AGENT_TYPE="" ;; # of the two, the flag says who plays
+      esac
     done
   fi
   shift 2

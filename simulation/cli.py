@@ -89,7 +89,7 @@ def _options_of(name: str) -> dict[str, Any]:
         return {"action": "store_true"}
     options: dict[str, Any] = {"type": partial(to_number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
     if kind is str:
-        is_path = flag.path or name in ("model_path", "extra_pythonpath")
+        is_path = flag.path or name in ("model_path", "extra_pythonpath", "players")
         metavar = "|".join(flag.choices) or name.rpartition("_")[2].upper()
         options = {"type": str if is_path else _in_utf8, "metavar": metavar}
     if name == "hosts":
@@ -128,9 +128,10 @@ def parse(arguments: list[str]) -> Command | None:
         raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
+    SimulationConfig.check_who_plays(given)
     config = SimulationConfig(**given)
     plays = role == "main" and config.resume is None  # a resumed run has a saved model_per_host
-    asks = role == "participant" or (plays and (config.agent_type == "llm" or config.experiment is not None))
+    asks = role == "participant" or (plays and (config.uses_models or config.experiment is not None))
     if action is None and asks and "model_per_host" not in given:
         from simulation.hosts.vllm_servers import servers_per_host
 

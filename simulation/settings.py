@@ -8,15 +8,15 @@ import json
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from simulation.errors import SettingsError, meant_by
-from simulation.files import ROOT, full_path
+from simulation.errors import SettingsError, meant_by, nearest, printable
+from simulation.files import ROOT, full_path, real, shown
 
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
@@ -24,6 +24,13 @@ FRACTION = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20}|/0*[1-9][0-9]{0,19})?")
 FINEST = 10**9  # largest denominator of a fraction
 OF_SET = "set."  # prefix of the names of parameters (see --set) where they stand beside settings
 FLAGS_OF_GAMES = ("ratio", "offset")  # parameters of games that have flags of their own
+KIND_OF_PLAYER = re.compile(
+    r"random|surrogate:(?P<run>.+)|(?:llm:)?(?P<agent_class>.+\.py(?::[^:]+)?)|llm(?::(?P<model>.+))?", re.DOTALL
+)
+KINDS_OF_PLAYERS = ("random", "llm", "llm:MODEL", "FILE.py:CLASS", "surrogate:RUN")
+NEXT_KIND = re.compile(r"(?<=[0-9]),\s*(?=random\b|llm\b|surrogate:|[^=]*\.py)")  # other commas are in paths
+WHO = ("agent_type", "agent_class")  # settings that do not go with `players`
+MOST_KINDS = 100  # fewer than 256: a group stores the kind of a participant in one byte
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
     "main": "play the game",
@@ -87,6 +94,7 @@ class SimulationConfig:
     experiment: str | None = setting(None, "YAML file of settings; a list runs a sweep", path=True, group="the game")
     agent_type: str = rule("random", "random numbers or a language model", choices=("random", "llm"), roles=SERVERS)
     agent_class: str | None = rule(None, "your own participant, as my_file.py or my_file.py:MyParticipant", path=True)
+    players: str | None = rule(None, "shares of kinds of players, as llm=1/5,my_file.py:MyParticipant=4/5")
     game: str = rule("average", "the game: one in games/, or your own as my_file.py:MyGame", path=True)
     set: tuple[str, ...] = rule((), "parameter of the game or of your own participant, as name=value; repeatable")
     extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS)
@@ -168,7 +176,12 @@ class SimulationConfig:
     text: str | None = setting(None, "the question; required", roles=("ask",))
 
     def __post_init__(self) -> None:
-        changed = _with_paths(vars(self), lambda name, path: full_path(flag_of(name), path))
+
+        def full(name: str, path: str) -> str:
+            found = full_path(flag_of(name), path)
+            return str(real(found)) if name == "players" else found  # runs/latest will be another run
+
+        changed = _with_paths(vars(self), full)
         changed["model_per_host"] = 1 if self.model_per_host is None else self.model_per_host
         changed["set"] = tuple(each for each in self.set if each.partition("=")[0].strip() not in FLAGS_OF_GAMES)
         for name in FLAGS_OF_GAMES:
@@ -199,6 +212,11 @@ class SimulationConfig:
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
+        if self.players is not None:
+            parse_players(self.players)  # again: two paths may name the same file
+            self.check_who_plays(
+                ["players", *(name for name in WHO if getattr(self, name) != getattr(type(self), name))]
+            )
         if self.winner and self.participant is not None:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         asks_somebody = self.winner or self.participant is not None
@@ -233,10 +251,90 @@ class SimulationConfig:
         texts = {key: text for key, _, text in assigned}
         return texts.get(name.removeprefix(OF_SET)) if name.startswith(OF_SET) else getattr(self, name)
 
+    @staticmethod
+    def check_who_plays(given: Collection[str]) -> None:
+        """Raise SettingsError if the settings `given` say twice who plays."""
+        for name in WHO:
+            if "players" in given and name in given:
+                raise SettingsError(f"--players: does not go with {flag_of(name)}; players alone says who plays")
+
+    @property
+    def kinds(self) -> tuple["Kind", ...]:
+        """Return the kinds of players."""
+        if self.players is not None:
+            return parse_players(self.players)
+        asks = "llm:" if self.agent_type == "llm" else ""
+        kind = Kind.of(self.agent_type if self.agent_class is None else asks + self.agent_class)
+        if kind is None or (self.agent_class is not None and kind.agent_class is None):
+            raise SettingsError(f"--agent-class {shown(str(self.agent_class))}: write it as my_file.py:MyParticipant")
+        return (kind,)
+
+    @property
+    def who_flag(self) -> str:
+        """Return the flag that says who plays."""
+        return "--players" if self.players is not None else "--agent-class" if self.agent_class else "--agent-type"
+
+    @property
+    def uses_models(self) -> bool:
+        """Return whether any participant asks a language model."""
+        return any(kind.asks_models for kind in self.kinds)
+
     @property
     def ports(self) -> range:
         """Return the ports of one host: first the ports of participant servers, then those of moderator servers."""
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
+
+
+class Kind(NamedTuple):
+    """A kind of player, as in KINDS_OF_PLAYERS; `llm:FILE.py:CLASS` is a class of the user that asks models."""
+
+    text: str
+    share: Fraction
+    run: str | None = None  # the folder of the run whose answers surrogates draw from
+    agent_class: str | None = None  # the user's class
+    model: str | None = None  # the model that these players ask, if the kind names one
+
+    @classmethod
+    def of(cls, text: str, share: Fraction = Fraction(1)) -> "Kind | None":
+        match = KIND_OF_PLAYER.fullmatch(text)
+        return None if match is None else cls(text, share, **match.groupdict())
+
+    @property
+    def asks_models(self) -> bool:
+        return self.text.partition(":")[0] == "llm"
+
+    @property
+    def label(self) -> str:
+        """Return a short name, such as `LevelK`, `llm` or `surrogate`."""
+        path = Path(self.agent_class or "").name
+        return "surrogate" if self.run else path.partition(".py:")[2] or path or self.text
+
+
+def parse_players(text: str) -> tuple[Kind, ...]:
+    """Return the kinds in shares such as `llm=1/5,random=4/5`. A single kind needs no share. Raises SettingsError."""
+    flag, kinds, parts = f"--players {printable(text)}", dict[str, Kind](), NEXT_KIND.split(text)
+    for part in map(str.strip, parts):
+        name, equals, share = map(str.strip, part.rpartition("="))
+        if len(parts) == 1 and not (equals and FRACTION.fullmatch(share)):
+            name, share = part, "1"
+        start = f"{flag}: the share of {printable(name)},"
+        kind = Kind.of(name, fraction(start, share, Fraction(1, FINEST), 1))
+        if kind is None:
+            raise SettingsError(f"{flag}: {printable(name)!r} is no kind of player; {nearest(name, KINDS_OF_PLAYERS)}")
+        if name in kinds:
+            raise SettingsError(f"{flag}: names {printable(name)} twice")
+        kinds[name] = kind
+    if (total := sum(kind.share for kind in kinds.values())) != 1:
+        raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
+    if len(kinds) > MOST_KINDS:
+        raise SettingsError(f"{flag}: has {len(kinds)} kinds of players; the maximum is {MOST_KINDS}")
+    return tuple(kinds.values())
+
+
+def moved_players(text: str, change: Callable[[str], str]) -> str:
+    """Return the same shares of kinds of players, with each path replaced by `change(path)`."""
+    paths = [(kind, kind.run or kind.agent_class or "") for kind in parse_players(text)]
+    return ",".join(f"{kind.text.removesuffix(path)}{path and change(path)}={kind.share}" for kind, path in paths)
 
 
 SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in fields(SimulationConfig)}
@@ -253,7 +351,8 @@ def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) ->
     """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
     paths = {name: change(name, values[name]) for name in PATHS if is_path(name, values.get(name))}
-    return {**paths, SEVERAL_PATHS: ":".join(folders) or None}
+    players = values.get("players") and moved_players(values["players"], partial(change, "players"))
+    return {**paths, SEVERAL_PATHS: ":".join(folders) or None, "players": players}
 
 
 def is_path(name: str, value: str | None) -> bool:

@@ -367,7 +367,7 @@ def test_an_unknown_model_is_an_error(play, fake_of):
 
 
 def test_an_unknown_model_error_lists_the_known_ones():
-    config = SimulationConfig(model_per_host=2)
+    config = SimulationConfig(agent_type="llm", model_per_host=2)
     for known, words in (
         ({"model": "http://node2/v1"}, "knows model at http://node2/v1, and model_1 is not among them"),
         ({f"m{number}": "u" for number in range(5)}, "knows m0 at u, m1 at u, m2 at u, ..., and model_1"),

@@ -440,7 +440,7 @@ def test_the_newest_version_of_a_file_is_loaded_even_if_its_size_and_time_are_th
     for number in (3, 4):
         path.write_text(f"{SHORT}        return {number}\n    def plus(self, x: {number}): ...\n")
         os.utime(path, (1_700_000_000, 1_700_000_000))
-        found = load_agent_class(f"{path}:Mine", "random")
+        found = load_agent_class(f"{path}:Mine", False)
         assert found.plus.__annotations__ == {"x": number}  # evaluated: the program's own future imports do not apply
 
 

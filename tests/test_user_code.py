@@ -7,7 +7,7 @@ import sys
 import cloudpickle
 import pytest
 
-from simulation.cluster.agent_class import load_agent_class, pickled_agent_class
+from simulation.cluster.agent_class import load_agent_class, serialize_agent_class
 from simulation.errors import SettingsError
 from simulation.user_code import files_of, find_class, load_module
 
@@ -21,7 +21,7 @@ def _import_path(monkeypatch):
 
 def answer_of(spec):
     """What a participant of the class would answer, from its file alone."""
-    cls = load_agent_class(spec, "random")
+    cls = load_agent_class(spec, False)
     with pytest.raises(StopIteration) as stopped:
         cls.answer(None, None).send(None)
     return stopped.value.value
@@ -30,15 +30,15 @@ def answer_of(spec):
 def test_an_edited_file_is_loaded_again_and_an_unchanged_one_is_not(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(f"{MINE}        return 20\n")
-    before = load_agent_class(f"{path}:Mine", "random")
-    assert load_agent_class(f"{path}:Mine", "random") is before and answer_of(f"{path}:Mine") == 20
-    packed = pickled_agent_class(f"{path}:Mine", "random")
-    assert pickled_agent_class(f"{path}:Mine", "random") is packed
+    before = load_agent_class(f"{path}:Mine", False)
+    assert load_agent_class(f"{path}:Mine", False) is before and answer_of(f"{path}:Mine") == 20
+    packed = serialize_agent_class(load_agent_class(f"{path}:Mine", False))
+    assert serialize_agent_class(load_agent_class(f"{path}:Mine", False)) == packed
     path.write_text(f"{MINE}        return 70\n")  # of the same size, in the same second
-    assert answer_of(f"{path}:Mine") == 70 and pickled_agent_class(f"{path}:Mine", "random") != packed
+    assert answer_of(f"{path}:Mine") == 70 and serialize_agent_class(load_agent_class(f"{path}:Mine", False)) != packed
     path.write_text("broken(")
     with pytest.raises(SettingsError, match=r"^--agent-class .*mine.py:Mine: .* cannot be imported: SyntaxError: "):
-        load_agent_class(f"{path}:Mine", "random")
+        load_agent_class(f"{path}:Mine", False)
     path.write_text(f"{MINE}        return 20\n")
     assert answer_of(f"{path}:Mine") == 20
 
@@ -55,10 +55,10 @@ def test_files_and_modules_of_the_same_name_do_not_collide(tmp_path):
         )
         (folder / "parts/more.py").write_text(f"TENS = {number}\nREST = 100\n")
         specs.append(f"{folder}/mine.py:Mine")
-    first, second = (load_agent_class(spec, "random") for spec in specs)
+    first, second = (load_agent_class(spec, False) for spec in specs)
     assert first.__module__ != second.__module__ and first.__module__.startswith("own_mine_")
     assert [answer_of(spec) for spec in specs] == [111, 122]
-    packed = [cloudpickle.dumps(load_agent_class(spec, "random")) for spec in specs]
+    packed = [cloudpickle.dumps(load_agent_class(spec, False)) for spec in specs]
     (tmp_path / "1/parts/more.py").write_text("TENS = 5\nREST = 100\n")
     assert [answer_of(spec) for spec in specs] == [151, 122]
     for name in ("helper", "parts", "parts.more"):

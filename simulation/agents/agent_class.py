@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import cloudpickle
@@ -14,22 +15,30 @@ from loguru import logger
 from simulation.agents.participant import Participant
 from simulation.files import append_to_path
 
-_loaded: WeakValueDictionary[tuple[str, bytes], type[Participant]] = WeakValueDictionary()
-_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per run and class, because unpickling may take long
+
+@dataclass(eq=False)
+class Unpacked:
+    """What all groups of a run share."""
+
+    classes: tuple[type[Participant], ...]  # one per kind of player
 
 
-def deserialize_agent_class(packed: bytes, run: str) -> type[Participant]:
-    """Return the class pickled in `packed`. Unpickle it once for each `run`, so that runs share no class attributes."""
+_unpacked: WeakValueDictionary[tuple[str, bytes], Unpacked] = WeakValueDictionary()
+_locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per run and content, because unpickling may take long
+
+
+def unpack(packed: bytes, run: str) -> Unpacked:
+    """Return what `serialize_agent_class` has packed. Unpickle it once per `run`: runs share no class attributes."""
     key = (run, hashlib.sha256(packed).digest())
     with _locks.setdefault(key, threading.Lock()):
-        cls = _loaded.get(key)
-        if cls is None:
-            folder, pickled = pickle.loads(packed)
-            if folder is not None:
-                append_to_path(folder)  # the folder of the user's file; Python ignores a missing folder
+        unpacked = _unpacked.get(key)
+        if unpacked is None:
+            folders, pickled = pickle.loads(packed)
+            for folder in folders:
+                append_to_path(folder)  # the folder of a user's file; Python ignores a missing folder
             with unregistered():
-                cls = _loaded[key] = cloudpickle.loads(pickled)
-        return cls
+                unpacked = _unpacked[key] = Unpacked(*cloudpickle.loads(pickled))
+        return unpacked
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from array import array
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from functools import partial
@@ -23,7 +24,7 @@ from agentscope.rpc import RpcMeta
 from loguru import logger
 from numpy.typing import NDArray
 
-from simulation.agents.agent_class import deserialize_agent_class
+from simulation.agents.agent_class import unpack
 from simulation.agents.participant import Asking, Participant, answers_many, ask_in_thread
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
 from simulation.errors import failure_of, one_line, traceback_of
@@ -48,7 +49,7 @@ class ParticipantGroup(metaclass=RpcMeta):
     The remote id of a participant is `<oid>/<index>`.
 
     Args:
-        participant_class: The pickled class (see `serialize_agent_class`).
+        participant_class: The pickled classes, one per kind of player (see `serialize_agent_class`).
         reply_threads: Number of threads for blocking `reply` methods. All groups of a run on this server share them.
         lease_s: Seconds without a call or heartbeat of the run after which the server drops the group (None: never).
     """
@@ -69,9 +70,11 @@ class ParticipantGroup(metaclass=RpcMeta):
         self.game = game
         self.lease_s = lease_s
         self.chat = Chat(game) if game.llm is not None else None
-        self._class = deserialize_agent_class(participant_class, run_of(oid))
+        self._unpacked = unpack(participant_class, run_of(oid))
+        self._kinds = game.population.kind_indices(first, count).astype(np.uint8).tobytes()  # of the participants
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()  # needs half of asyncio's time per participant
-        self._reply_threads = min(reply_threads, count)
+        self._to_schedule, self._to_block = self._by_way_of_asking()
+        self._reply_threads = min(reply_threads, len(self._to_block))
         with _pools_lock:
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
@@ -81,7 +84,7 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._round = 0
         self._sheet: AnswerSheet | None = None  # None before the first round
         self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `ask_one`
-        self._scheduler: Scheduler | None = None  # runs the current round
+        self._schedulers: tuple[Scheduler, ...] = ()  # run the current round
         self._error = ""
         self._closing = False
         # Elapsed and CPU seconds of all finished rounds, and both clocks' readings at the start of the current round
@@ -94,7 +97,8 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- Called by main and moderators -------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
-        """Start a round and return at once. `tokens_each` is the mean token budget per participant (None: no limit).
+        """Start a round and return at once. `tokens_each` is the mean token budget per participant that asks a
+        model (None: no limit).
 
         If `one_by_one`, ask a participant only when its `answer_round` is called. Do nothing if this round or a later
         round has started, so that a retry is safe. Raises RuntimeError if the group is closed, or still busy with the
@@ -108,7 +112,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             if self._done() < self.count:
                 raise RuntimeError(f"group {self.oid} is still busy")
             if self.chat is not None:
-                self.chat.budget.left = math.inf if tokens_each is None else tokens_each * self.count
+                asking = 0 if tokens_each is None else self.game.population.asking(self.first, self.count)
+                self.chat.budget.left = math.inf if tokens_each is None else tokens_each * asking
             self._sheet = AnswerSheet(self.first, self.count)
             self._round = question.round
             self.asking = Asking(question.round)
@@ -159,7 +164,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self._sheet = self._sheet.with_missing_failed()
             self._changed.notify_all()
         with contextlib.suppress(RuntimeError):  # raised if the group is closed
-            self.loop.call_soon_threadsafe(self._halt_scheduler)
+            self.loop.call_soon_threadsafe(self._halt_schedulers)
 
     def collect(self, part: int) -> tuple[Tally, int]:
         """Return part `part` (0, 1, ...) of the finished round's tally, and the number of parts."""
@@ -221,8 +226,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=1)  # not longer, because a participant may block the event loop
         with self._changed:
-            self._agents = []
-            self._scheduler = self._sheet = self._pool = None
+            self._agents, self._schedulers = [], ()
+            self._sheet = self._pool = None
 
     # --- Internal ----------------------------------------------------------------------------------------------------
 
@@ -243,7 +248,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self.loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:  # from a task that a user-defined participant created
                 logger.error(f"{self.oid}: a participant's own task raised {one_line(error)}")
-        self._halt_scheduler()
+        self._halt_schedulers()
         self.loop.run_until_complete(asyncio.sleep(0))  # let all coroutines start before they are cancelled
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
@@ -269,11 +274,12 @@ class ParticipantGroup(metaclass=RpcMeta):
         collector scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s with both, 0.55 s without
         the collector, and 0.08 s without either. A hosted agent uses neither the id nor the arguments.
         """
+        classes = map(self._unpacked.classes.__getitem__, self._kinds)
         for start in range(0, self.count, BUILD_BATCH):
             with gc_paused(), Asking(0):
-                for offset in range(start, min(start + BUILD_BATCH, self.count)):
+                for offset, cls in zip(range(start, min(start + BUILD_BATCH, self.count)), classes, strict=False):
                     try:
-                        agent: Participant = type.__call__(self._class, self.first + offset, self.game)
+                        agent: Participant = type.__call__(cls, self.first + offset, self.game)
                         agent._home = self
                     except BaseException as error:  # noqa: BLE001 - a user-defined __init__ may raise anything
                         agent = self._failed(offset, error)
@@ -289,13 +295,29 @@ class ParticipantGroup(metaclass=RpcMeta):
             agent._creation_traceback = traceback_of(error)
         return agent
 
+    def _by_way_of_asking(self) -> tuple[dict[bool, Sequence[int]], Sequence[int]]:
+        """Return the offsets of participants with `answer`, by whether they ask a model, and of those with `reply`."""
+        asking = [bool(each.models) for each in self.game.population.players] or [self.chat is not None]
+        ways = [asks if answers_many(cls) else None for cls, asks in zip(self._unpacked.classes, asking, strict=True)]
+        if len({*ways}) == 1:
+            everyone = range(self.count)
+            return ({}, everyone) if ways[0] is None else ({ways[0]: everyone}, ())
+        kinds = np.frombuffer(self._kinds, np.uint8)
+        found = {way: np.isin(kinds, [kind for kind, each in enumerate(ways) if each is way]) for way in ways}
+        offsets = {way: array("I", np.flatnonzero(each).astype(np.uint32).tobytes()) for way, each in found.items()}
+        blocking = offsets.pop(None, array("I"))
+        return {way: offsets[way] for way in (True, False) if offsets.get(way)}, blocking  # models are asked first
+
     async def _ask_all(self, question: Question, sheet: AnswerSheet) -> None:
         self._spent = (*self._spent[:2], (time.monotonic(), time.process_time()))
-        if answers_many(self._class):
-            await self._schedule(question, sheet)
-        else:
-            ask = partial(self._ask_in_thread, iter(range(self.count)), question, sheet)
-            await asyncio.gather(*(self.loop.run_in_executor(self._pool, ask) for _ in range(self._reply_threads)))
+        if question.round > 1:  # free reference cycles of earlier rounds: the scheduler pauses the collector
+            gc.collect()
+        self._schedulers = tuple(self._scheduler(question, sheet, *each) for each in self._to_schedule.items())
+        if sheet is not self._sheet:  # the round was halted
+            self._halt_schedulers()
+        ask = partial(self._ask_in_thread, iter(self._to_block), question, sheet)
+        replies = [self.loop.run_in_executor(self._pool, ask) for _ in range(self._reply_threads)]
+        await asyncio.gather(*(each.run() for each in self._schedulers), *replies)
         used = self.usage()
         self._spent = (used.answering_s, used.client_s, None)
 
@@ -316,40 +338,37 @@ class ParticipantGroup(metaclass=RpcMeta):
                 if sheet.done == sheet.count:
                     self._changed.notify_all()
 
-    async def _schedule(self, question: Question, sheet: AnswerSheet) -> None:
-        """Ask all participants concurrently. If a participant raises an exception, record its failure with the cause.
+    def _scheduler(self, question: Question, sheet: AnswerSheet, ask_models: bool, offsets: Sequence[int]) -> Scheduler:
+        """Return what asks the participants at `offsets` concurrently. An exception of one of them is its failure.
 
         The number of participants that wait for a model is limited, because each takes 2 KB. New ones start when half
         of the limit is free, so the model never idles. They start in one large batch, so that more participants with
         equal prompts share a request.
         """
-        if question.round > 1:  # free reference cycles of earlier rounds: the scheduler pauses the collector
-            gc.collect()
-        agents, current = self._agents, self.asking
+        agents, current, everyone = self._agents, self.asking, len(offsets) == self.count
+        if not everyone:
+            agents = [agents[offset] for offset in offsets]
 
-        def answered(offsets: list[int], answers: list[Any]) -> None:
-            current.drop(agents[offset] for offset in offsets)
-            sheet.record_many(offsets, answers, self.game)
+        def answered(indices: list[int], answers: list[Any]) -> None:
+            current.drop(agents[index] for index in indices)
+            sheet.record_many(indices if everyone else [offsets[index] for index in indices], answers, self.game)
 
-        def failed(offset: int, error: BaseException) -> None:
-            current.drop((agents[offset],))
-            sheet.fail(offset, *failure_of(error), error)
+        def failed(index: int, error: BaseException) -> None:
+            current.drop((agents[index],))
+            sheet.fail(offsets[index], *failure_of(error), error)
 
-        self._scheduler = Scheduler(
+        limit = max(TURN, 2 * self.chat.settings.samples_per_request) if ask_models and self.chat is not None else None
+        return Scheduler(
             self.loop,
-            self.count,
-            begin=lambda offset: agents[offset].answer(question),
+            len(offsets),
+            begin=lambda index: agents[index].answer(question),
             answered=answered,
             failed=failed,
-            max_concurrent=None if self.chat is None else max(TURN, 2 * self.chat.settings.samples_per_request),
+            max_concurrent=limit,
         )
-        if sheet is not self._sheet:  # the round was halted
-            self._scheduler.halt()
-        await self._scheduler.run()
 
-    def _halt_scheduler(self) -> None:
-        scheduler = self._scheduler  # read once, because `close` may clear this attribute
-        if scheduler is not None:
+    def _halt_schedulers(self) -> None:
+        for scheduler in self._schedulers:
             scheduler.halt()
 
 

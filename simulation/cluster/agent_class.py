@@ -1,9 +1,9 @@
 """Participant classes on main's side: checked after they were loaded, and pickled for the agent servers."""
 
-import functools
 import inspect
 import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,28 @@ import cloudpickle
 from participant import LLMParticipant, RandomParticipant
 from simulation.agents.agent_class import unregistered
 from simulation.agents.participant import Participant, answers_many
-from simulation.errors import OWN, SettingsError, one_line
+from simulation.agents.surrogate import surrogate_of
+from simulation.errors import OWN, SettingsError, listed, one_line
 from simulation.files import shown
+from simulation.settings import Kind, SimulationConfig
 from simulation.user_code import find_class
 
 PACKED_BYTES = 64 * 2**20
 
 
-def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
-    """Return the class that `spec` names (see `find_class`) or, if None, the built-in class of `agent_type`.
+def load_agent_class(spec: str, asks_models: bool, flag: str = "--agent-class") -> type[Participant]:
+    """Return the class that `spec` names (see `find_class`).
 
-    Raises SettingsError if the file or the class is unusable.
+    Raises SettingsError, which names `flag`, if the file or the class is unusable.
     """
-    if spec is None:
-        return LLMParticipant if agent_type == "llm" else RandomParticipant
-    cls: type[Participant] = find_class("--agent-class", spec, Participant, unregistered())
+    cls: type[Participant] = find_class(flag, spec, Participant, unregistered())
 
     def refuse(problem: str) -> SettingsError:
-        return SettingsError(f"--agent-class {shown(spec)}: {problem}")
+        return SettingsError(f"{flag} {shown(spec)}: {problem}")
 
-    if issubclass(cls, LLMParticipant) and agent_type != "llm":
-        raise refuse(f"{cls.__name__} asks a model: give --agent-type llm, too")
+    if issubclass(cls, LLMParticipant) and not asks_models:
+        advice = "give --agent-type llm, too" if flag == "--agent-class" else f"write it as llm:{shown(spec)}"
+        raise refuse(f"{cls.__name__} asks a model: {advice}")
     if not answers_many(cls) and cls.reply is Participant.reply:
         raise refuse(f"{cls.__name__} defines neither answer nor reply")
     if not inspect.iscoroutinefunction(cls.answer):
@@ -42,28 +43,39 @@ def load_agent_class(spec: str | None, agent_type: str) -> type[Participant]:
     return cls
 
 
-def serialize_agent_class(cls: type[Participant]) -> bytes:
-    """Pickle a class (by value if user-defined). Raises SettingsError if pickling fails or the result is too large."""
+def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) -> tuple[type[Participant], ...]:
+    """Return the class of each kind of player. `recorded` has the arguments of `surrogate_of` by kind.
+
+    Raises SettingsError if a user's file or class is unusable.
+    """
+
+    def load(kind: Kind) -> type[Participant]:
+        if kind.agent_class is not None:
+            return load_agent_class(kind.agent_class, kind.asks_models, config.who_flag)
+        if kind.run is not None:
+            with unregistered():
+                return surrogate_of(*recorded[kind.text])
+        return LLMParticipant if kind.asks_models else RandomParticipant
+
+    return tuple(map(load, config.kinds))
+
+
+def serialize_agent_class(*classes: type[Participant], flag: str = "--agent-class") -> bytes:
+    """Pickle classes (by value if user-defined). Raises SettingsError if this fails or the result is too large."""
+    names = listed(cls.__name__ for cls in classes)
     try:
-        file, folder = getattr(sys.modules[cls.__module__], "__file__", None), None
-        if file is not None and cls.__module__.startswith(OWN):
-            folder = str(Path(file).parent)
-        packed = pickle.dumps((folder, cloudpickle.dumps(cls)))
+        files = (getattr(sys.modules[cls.__module__], "__file__", None) for cls in classes if _is_own(cls))
+        folders = {str(Path(file).parent): None for file in files if file is not None}
+        packed = pickle.dumps((list(folders), cloudpickle.dumps((classes,))))
     except BaseException as error:  # noqa: BLE001 - a user-defined class may raise anything
-        raise SettingsError(f"--agent-class: {cls.__name__} cannot travel to the servers: {one_line(error)}") from None
+        raise SettingsError(f"{flag}: {names} cannot travel to the servers: {one_line(error)}") from None
     if len(packed) > PACKED_BYTES:
         raise SettingsError(
-            f"--agent-class: {cls.__name__} carries {len(packed) >> 20} MB of its file's data to every server, "
+            f"{flag}: {names} carries {len(packed) >> 20} MB of its file's data to every server, "
             f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
         )
     return packed
 
 
-def pickled_agent_class(spec: str | None, agent_type: str) -> bytes:
-    """Load a class, and pickle it for the servers. Raises SettingsError if either step fails."""
-    return _serialize_once(load_agent_class(spec, agent_type))  # type: ignore[arg-type]  # a class is hashable
-
-
-@functools.lru_cache(maxsize=8)  # the runs of an experiment and every reassignment use the same class
-def _serialize_once(cls: Any) -> bytes:
-    return serialize_agent_class(cls)
+def _is_own(cls: type[Participant]) -> bool:
+    return cls.__module__.startswith(OWN)

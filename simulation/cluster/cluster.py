@@ -5,7 +5,7 @@ that already exists does nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moderator import Moderator
 from simulation.agents.group import group_proxy
 from simulation.agents.participant import Participant
-from simulation.cluster.agent_class import load_agent_class, pickled_agent_class
+from simulation.cluster.agent_class import load_agent_classes, serialize_agent_class
 from simulation.cluster.failure_detector import ServerStatus
 from simulation.cluster.membership import Membership, ProgressListener
 from simulation.cluster.placement import PlacementPlan
@@ -45,7 +45,13 @@ class Cluster(Membership):
     """The servers and groups of one run. On exit, the agents are deleted unless they are kept (see --keep-agents)."""
 
     def __init__(
-        self, config: SimulationConfig, run: str, game: Game, watch: ProgressListener, record: Record | None
+        self,
+        config: SimulationConfig,
+        run: str,
+        game: Game,
+        watch: ProgressListener,
+        record: Record | None,
+        recorded: Mapping[str, Any],
     ) -> None:
         servers = endpoints(config.hosts, config.base_port, config.server_per_host)
         first_port = config.base_port + config.server_per_host
@@ -55,6 +61,8 @@ class Cluster(Membership):
         self.moderator_servers = moderator_servers
         self._game = game
         self._record = record
+        self._classes = load_agent_classes(config, recorded)
+        self._packed = serialize_agent_class(*self._classes, flag=config.who_flag)
         self._plan = PlacementPlan(run, config.participant_num, servers, moderator_servers)
         self._ready: set[str] = set()  # ids of groups whose participants exist and have their earlier answers
         self.moderators: dict[Endpoint, RemoteObject] = {}  # the moderator on each server
@@ -127,17 +135,17 @@ class Cluster(Membership):
         """Create groups, wait for their participants, and restore the participants' memory of rounds 1 .. `rounds`."""
         if not assignments:
             return
-        kind = (self.config.agent_class, self.config.agent_type)
         kwargs = {
             "game": self._game,
-            "participant_class": pickled_agent_class(*kind),
+            "participant_class": self._packed,
             "reply_threads": self.config.reply_threads,
             "lease_s": self.config.lease,
         }
         create = partial(group_proxy, timeout_s=LONG_CALL_TIMEOUT_S, kwargs=kwargs)
         groups = call_all_or_raise({each: partial(create, each) for each in assignments})
         self.wait("participants created", 0, assignments)
-        if rounds > 0 and self._record is not None and load_agent_class(*kind).recall is not Participant.recall:
+        remembers = any(cls.recall is not Participant.recall for cls in self._classes)
+        if rounds > 0 and self._record is not None and remembers:
             restore = partial(_restore_memory, self._record, rounds)
             call_all_or_raise({each: partial(restore, each, group) for each, group in groups.items()})
         self._ready |= {assignment.oid for assignment in assignments}

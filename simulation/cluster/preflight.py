@@ -61,7 +61,7 @@ def check_cluster(config: SimulationConfig) -> Identities:
     lines = [f"{host}: {problem}" for host, problem in problems.items() if problem]
     if lines:
         raise ClusterError("\nerror: ".join(lines))
-    if config.agent_type == "llm":
+    if config.uses_models:
         check_models_known(config, identities)
         check_models(config, list(identities))
     return identities
@@ -103,7 +103,8 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
             known = ", ".join(f"{name} at {url}" for name, url in list(each.models.items())[:3]) or "no model"
             known += ", ..." if len(each.models) > 3 else ""
             wanted = f"--model-per-host {config.model_per_host} asks for {names[0]} to {names[-1]}"
-            wanted = wanted if config.models is None else f"--models asks for {', '.join(names)}"
+            if config.models is not None or config.players is not None:
+                wanted = f"{'--models' if config.players is None else '--players'} asks for {', '.join(names)}"
             raise ClusterError(
                 f"{endpoint} knows {known}, and {missing[0]} is not among them; {wanted}: see "
                 "configs/model_configs.json, and start the agent servers again with it and the same MODEL_PER_HOST"

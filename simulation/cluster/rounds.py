@@ -2,10 +2,11 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,12 +51,13 @@ class Simulation:
         record: Record | None = None,  # if None, recreated participants do not receive earlier answers
         played: tuple[Announcement, ...] = (),  # announcements of the rounds before a resume
         usage: Usage = NO_USAGE,  # usage of the rounds before a resume
+        recorded: Mapping[str, Any] = MappingProxyType({}),  # for surrogates (see `read_recorded`)
     ) -> None:
         assert config.seed is not None  # main generates a seed if the user gives none
         self.config = config
         self.game = game
         self.record = record
-        self.cluster = Cluster(config, run, game, watch, record)
+        self.cluster = Cluster(config, run, game, watch, record, recorded)
         self._announcements = played
         self._usage_before_resume = usage
         self._begin_round(0)
@@ -182,10 +184,11 @@ class Simulation:
         return Times(answering_s - client_s, client_s, slowest_s - answering_s, max(seconds - slowest_s, 0.0))
 
     def _tokens_each(self) -> float | None:
-        """Return the token budget per participant (None: no limit) for the groups that start the round now."""
+        """Return the token budget per participant that asks a model, for the groups that start the round now."""
         if self.config.max_tokens is None:
             return None
-        counts = {assignment.oid: assignment.count for assignment in self.cluster.active_assignments}
+        asking = self.game.population.asking
+        counts = {each.oid: asking(each.first, each.count) for each in self.cluster.active_assignments}
         spent: dict[str, float] = {oid: used.tokens for oid, used in self.cluster.used.items()}
         for oid in self._allowed.keys() & counts.keys():  # these groups may still spend their whole budget
             spent[oid] = self._used_then.get(oid, NO_USAGE).tokens + self._allowed[oid]

@@ -1,17 +1,20 @@
-"""The assignment of personas and models to participants. It depends on shares and the seed, but not on the servers."""
+"""The assignment of kinds of player, personas and models to participants, by shares and the seed, on any servers."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-MODEL = "model"  # the topic of the partition by model; every other topic is the name of a persona set
+KIND, MODEL = "kind", "model"  # the topics of two partitions; every other topic is the name of a persona set
+# Names of columns in answers.parquet, so of no persona set
+RESERVED = (KIND, MODEL, "round", "participant", "value", "failure", "team", "payoff", "won")
+NO_MODEL = "none"  # the label of players without a model
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,25 @@ class ModelShare:
 
 
 @dataclass(frozen=True)
-class Grouping:
-    """A partition of the participants into parts, by their personas of one set or by their models."""
+class PlayerShare:
+    """A kind of player of a mixture: its label, its share, and the shares of the models that these players ask."""
 
-    topic: str  # the name of the persona set, or MODEL
-    labels: tuple[str, ...]  # the name of each part; several models may have the same name
+    label: str
+    share: Fraction
+    models: tuple[ModelShare, ...] = ()  # empty if they ask no model
+    in_turn: bool = False  # whether these models are assigned in equal shares, so that equal names mean one model
+    source: str | None = None  # of a surrogate: which answers it draws from
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A partition of the participants into parts, by their kinds, their personas of one set, or their models."""
+
+    topic: str  # KIND, MODEL, or the name of the persona set
+    labels: tuple[str, ...]  # the name of each part; several parts may have the same name
     counts: tuple[int, ...]  # number of participants in each part; empty if participant i is in part i mod len(labels)
     seed: int
+    assigned_by: str = ""  # the topic whose assignment this partition has, if not its own
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -50,26 +65,46 @@ class Grouping:
         """Return the part of one participant, as an index in `labels`."""
         if not self.counts:
             return participant % len(self.labels)
-        return assign_one(self.seed, self.topic, self.counts, participant)
+        return assign_one(self.seed, self.assigned_by or self.topic, self.counts, participant)
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its label in `names`, as an array."""
         if not self.counts:
             parts = np.arange(first, first + count) % len(self.labels)
         else:
-            parts = assign_many(self.seed, self.topic, self.counts, first, count)
+            parts = assign_many(self.seed, self.assigned_by or self.topic, self.counts, first, count)
         return np.array([self.names.index(label) for label in self.labels])[parts]
 
 
 @dataclass(frozen=True)
+class Combination:
+    """The partition of the participants by several partitions at once. A name has one label of each of them."""
+
+    groupings: tuple[Grouping, ...]
+    topic: str = ""
+
+    @cached_property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(product(*(each.names for each in self.groupings)))
+
+    def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
+        """For each participant first .. first+count-1, return the index of its labels in `names`, as an array."""
+        indices = np.zeros(count, np.int64)
+        for each in self.groupings:
+            indices = indices * len(each.names) + each.name_indices(first, count)
+        return indices
+
+
+@dataclass(frozen=True)
 class Population:
-    """The personas and models of all participants."""
+    """The kinds, personas and models of all participants."""
 
     seed: int = 0  # the seed of the game
     total: int = 0  # number of participants
     persona_sets: dict[str, tuple[Persona, ...]] = field(default_factory=dict)  # by name; each set's shares add up to 1
     models: tuple[ModelShare, ...] = ()  # the mixture of models; empty if models are assigned round-robin
     round_robin_models: tuple[str, ...] = ()  # the models assigned round-robin, by their names on the servers
+    players: tuple[PlayerShare, ...] = ()  # the mixture of kinds (then without the two before); empty if all are alike
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """Return the participant's personas, one of each set, in the order of the sets."""
@@ -77,17 +112,49 @@ class Population:
 
     def model_of(self, participant: int) -> str | None:
         """Return the name of the participant's model in the models file, or None if models are not mixed."""
-        return self.models[self.by_topic[MODEL].part_of(participant)].name if self.models else None
+        models = self.part_models if self.players else self.models
+        model = models[self.by_topic[MODEL].part_of(participant)] if models else None
+        return None if model is None else model.name
 
     def label_of(self, topic: str, participant: int) -> str:
-        """Return the name of a participant's persona in the set `topic`, or its model's label if `topic` is MODEL."""
+        """Return the label of a participant's part of `topic`, such as the name of its persona in that set."""
         grouping = self.by_topic[topic]
         return grouping.labels[grouping.part_of(participant)]
 
     @property
     def groupings(self) -> tuple[Grouping, ...]:
-        """Return one partition of the participants per persona set, and one by model if the model labels differ."""
-        return tuple(each for each in self.by_topic.values() if each.topic != MODEL or len(each.names) > 1)
+        """Return one partition of the participants per persona set, and those by kind and by model if these differ."""
+        models = {*self.by_topic[MODEL].names} - ({NO_MODEL} if self.players else set())
+        alike = {MODEL} if len(models) < 2 else set()
+        alike |= {KIND} if len(self.players) == 1 else set()
+        return tuple(each for each in self.by_topic.values() if each.topic not in alike)
+
+    @cached_property
+    def part_models(self) -> tuple[ModelShare | None, ...]:
+        """Return the model of each part of the partition by kind. A kind has one part for each of its models."""
+        return tuple(model for each in self.players for model in each.models or (None,))
+
+    def kind_indices(self, first: int, count: int) -> NDArray[np.int64]:
+        """For each participant first .. first+count-1, return the index of its kind in `players`, as an array."""
+        return self.by_topic[KIND].name_indices(first, count) if self.players else np.zeros(count, np.int64)
+
+    def asking(self, first: int, count: int) -> int:
+        """Return how many of the participants first .. first+count-1 ask a model, if any do in this game."""
+        if not self.players:
+            return count
+        return int(np.array([bool(each.models) for each in self.players])[self.kind_indices(first, count)].sum())
+
+    @property
+    def server_models(self) -> list[str]:
+        """Return the models that participants ask, by their names on the servers."""
+        mixed = [*self.models, *(self.part_models if self.players else ())]
+        return [*(each.model for each in mixed if each is not None), *self.round_robin_models]
+
+    @property
+    def players_in_words(self) -> str:
+        """Return the number of players of each kind, such as `200 llm, 800 random`; "" without a mixture."""
+        counts = largest_remainder(self.total, [each.share for each in self.players])
+        return ", ".join(f"{count:,} {each.label}" for each, count in zip(self.players, counts, strict=True))
 
     @cached_property
     def by_topic(self) -> dict[str, Grouping]:
@@ -103,10 +170,26 @@ class Population:
 
         sets = self.persona_sets.items()
         by_topic = {topic: assigned(topic, (each.name for each in personas), personas) for topic, personas in sets}
+        if self.players:
+            kinds, models = self._by_kind()
+            return {KIND: kinds, **by_topic, MODEL: models}
         names = [each.model for each in self.models]
         labels = (each.name if names.count(each.model) > 1 else each.model for each in self.models)
         in_turn = Grouping(MODEL, self.round_robin_models, (), self.seed)
         return by_topic | {MODEL: assigned(MODEL, labels, self.models) if self.models else in_turn}
+
+    def _by_kind(self) -> tuple[Grouping, Grouping]:
+        """Return the partitions by kind and by model. They are one assignment, so that all shares are exact."""
+        explicit = {each.name: each.model for kind in self.players if not kind.in_turn for each in kind.models}
+        names, kinds, models, counts = list(explicit.values()), list[str](), list[str](), list[int]()
+        players = largest_remainder(self.total, [kind.share for kind in self.players])
+        for kind, count in zip(self.players, players, strict=True):
+            same = [each.model if kind.in_turn or names.count(each.model) < 2 else each.name for each in kind.models]
+            models += same or [NO_MODEL]
+            counts += largest_remainder(count, [each.share for each in kind.models] or [Fraction(1)])
+            kinds += [kind.label] * (len(counts) - len(kinds))
+        by_kind = Grouping(KIND, tuple(kinds), tuple(counts), self.seed)
+        return by_kind, Grouping(MODEL, tuple(models), tuple(counts), self.seed, assigned_by=KIND)
 
 
 STEPS = 4  # steps of the Feistel network; three suffice for a pseudorandom permutation (Luby, Rackoff 1988)

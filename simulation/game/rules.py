@@ -63,7 +63,13 @@ def _round_key(seed: int, round_number: int) -> int:
 def draw(game: Game, round_number: int, participant: int) -> int:
     """Return the random answer of a participant in units. A change here would change the results of every seed."""
     key = (_round_key(game.seed, round_number) + participant * GAMMA) & MASK
-    return game.lowest + int((mix(key) * game.numbers) >> 64)
+    return game.lowest + int((mix(key) * game.numbers) >> 64)  # not `draw_below`: one more call takes too long
+
+
+def draw_below(limit: int, seed: int, round_number: int, participant: int) -> int:
+    """Return a random number from 0 to limit - 1 that seed, round and participant determine."""
+    key = (_round_key(seed, round_number) + participant * GAMMA) & MASK
+    return int((mix(key) * limit) >> 64)
 
 
 def parse_number(text: str) -> float:
@@ -134,7 +140,7 @@ def game_fields(config: SimulationConfig, prompt: PromptTemplate | None, populat
         "max_value": config.max_value,
         "decimals": config.decimals,
         "sleep_time_s": config.sleep_time,
-        "llm": config if config.agent_type == "llm" else None,
+        "llm": config if config.uses_models else None,
         "prompt": prompt,
         "population": population,
         "teams": config.teams,

@@ -27,7 +27,7 @@ READY_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
 SERVER_SETTINGS = (  # the settings that the servers need
     *("host_name", "base_port", "server_per_host", "moderator_per_host", "cluster_key_dir"),
-    *("model_per_host", "model_configs", "vllm_base_port", "agent_type", "extra_pythonpath"),
+    *("model_per_host", "model_configs", "vllm_base_port", "extra_pythonpath"),
 )
 STATUS = ("port", "role", "pid", "up since", "agents", "memory", "restarts")
 STOP_FIRST = f"run {AGENT_SERVERS.stop_command} first"
@@ -104,6 +104,7 @@ def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[b
     for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
+    command += ["--agent-type", "llm"] if config.uses_models else []
     # Prevent OpenBLAS from starting threads, because a process with several threads cannot fork safely
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     stdin = subprocess.PIPE if owned else subprocess.DEVNULL

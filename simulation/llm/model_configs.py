@@ -54,7 +54,14 @@ def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
 
 
 def asked_models(config: SimulationConfig) -> list[str]:
-    """Return the names of the models in use: those of the mixture (--models) if given, otherwise model_1 .. model_N."""
+    """Return the names of the models that the participants ask."""
+    return [*dict.fromkeys([*(kind.model for kind in config.kinds if kind.model), *unnamed_models(config)])]
+
+
+def unnamed_models(config: SimulationConfig) -> list[str]:
+    """Return the models of players whose kind names none: those of --models if given, otherwise model_1 .. model_N."""
+    if not any(kind.asks_models and kind.model is None for kind in config.kinds):
+        return []
     if config.models is None:
         return [f"model_{number}" for number in range(1, config.model_per_host + 1)]
     return [each.partition("=")[0].strip() for each in config.models.split(",")]

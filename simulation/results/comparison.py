@@ -32,7 +32,7 @@ from simulation.results.report_page import fixed, whole, write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole
 from simulation.results.run_files import round_entry
 from simulation.results.tables import table_lines
-from simulation.settings import SETTINGS
+from simulation.settings import SETTINGS, parse_players
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
@@ -165,6 +165,8 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
 
 
 def _text(name: str, value: Any) -> str:
+    if name == "players" and value is not None:
+        return ",".join(f"{kind.label}={kind.share}" for kind in parse_players(value))
     if name in ("agent_class", "game") and value is not None:
         return Path(value).name
     return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"

@@ -135,6 +135,8 @@ def run_lines(run: SavedRun) -> list[str]:
             rows.append([name, f"{tally.asked:,}", f"{tally.answered:,}", *figures])
         head = [topic, "asked", "answered", "average", "spread"]
         lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))
+    players = run.game.population.players
+    lines += [f"{each.share} {each.label}: {each.source}" for each in players if each.source is not None]
     played = f"{run.rounds_finished} of {run.config.rounds} rounds"
     experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
     return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

@@ -4,7 +4,7 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
 from simulation.game.game import Game
+from simulation.game.population import Combination, Grouping
 from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
@@ -79,12 +80,17 @@ class SavedRun(SavedSummary):
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Read the answers. Return a tally for each persona and model in each round, indexed as `[topic][index][name]`.
+        """Read the answers. Return a tally for each part of each partition, indexed as `[topic][index][name]`.
 
-        `topic` is a persona set or "model", `index` an index in `results`, and `name` the name of a persona or model.
+        `topic` is "kind", a persona set or "model", `index` an index in `results`, and `name` the label of a part.
         """
-        groupings = self.game.population.groupings if self.results else ()
-        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
+        return self.tallies_of(self.game.population.groupings if self.results else ())
+
+    def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
+        """Read the answers. Return a tally for each part of each of the `groupings`, as `tallies_by_part` does."""
+        tallies: dict[str, list[dict[Any, Tally]]] = {
+            parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings
+        }
         for number, rows in _rows_of(self, self.game) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from simulation.errors import SettingsError, printable, reason
 from simulation.files import is_there, read_text
 from simulation.game.game import Game, PromptTemplate, Rules
-from simulation.game.population import ModelShare, Persona, Population
+from simulation.game.population import ModelShare, Persona, PlayerShare, Population
 from simulation.game.rules import game_fields, game_of
 from simulation.game.tally import INTERRUPTED, NUMBERS_NAMED, OTHER_CAUSES, RoundResult
 from simulation.llm.responses import OUT_OF_TOKENS, Usage
@@ -131,7 +131,7 @@ def summarise(
     position: SweepPosition | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json. `status` is one of the values that `Summary` allows."""
-    llm = config.agent_type == "llm"
+    llm = config.uses_models
     rpc_s = seconds["rounds"] - usage.answering_s  # `answering_s` and `client_s` are times of the slowest group
     llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
     llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
@@ -186,6 +186,7 @@ class PopulationEntry(TypedDict):
     personas: dict[str, Annotated[tuple[Persona, ...], Field(min_length=1)]]
     models: tuple[ModelShare, ...]
     turns: tuple[str, ...]
+    players: NotRequired[tuple[PlayerShare, ...]]  # absent in old runs
 
 
 class RecordedRules(TypedDict):
@@ -212,7 +213,9 @@ GAME_FILE = TypeAdapter(GameFile)
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
     cast = game.population
-    entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
+    entry = PopulationEntry(
+        personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models, players=cast.players
+    )
     rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
     return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
 
@@ -240,8 +243,13 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     """
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
-    population = Population(config.seed or 0, config.participant_num, cast["personas"], cast["models"], cast["turns"])
-    mixtures: list[tuple[Persona | ModelShare, ...]] = [*cast["personas"].values(), cast["models"]]
+    players = cast.get("players", ())
+    parts = (cast["personas"], cast["models"], cast["turns"], players)
+    population = Population(config.seed or 0, config.participant_num, *parts)
+    mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]] = [*cast["personas"].values(), cast["models"]]
+    mixtures += [players, *(each.models for each in players)]
+    if len({each.label for each in players}) < len(players) or bool(players) is (config.players is None):
+        raise ValueError("its kinds of players are not those of the settings")
     if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
         raise ValueError("shares do not add up to 1")
     if any(name != printable(name) for parts in population.groupings for name in (parts.topic, *parts.names)):

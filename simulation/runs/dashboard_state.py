@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulation.cluster.failure_detector import ServerStatus
@@ -67,14 +66,14 @@ class DashboardState:
             "config": {
                 **{name: getattr(config, name) for name in ("participant_num", "rounds", "decimals")},
                 **{"low": game.low, "high": game.high, "goal": game.words.goal, "labels": dict(game.words.labels)},
-                "kind": Path(config.agent_class or config.agent_type).name.rpartition(":")[2],
-                "seed": str(config.seed) if config.agent_type != "llm" else None,  # too many digits for JavaScript
+                "kind": ", ".join(kind.label for kind in config.kinds),
+                "seed": str(config.seed) if not config.uses_models else None,  # too many digits for JavaScript
             },
             "round": number and {"number": number, "done": done, "seconds": seconds, "reassigned": reassigned},
             "rounds": self._rounds,
             "distribution": {**self._distribution(number, current), "groups": len(assignments)},
             "failures": list(most_frequent(dict(failures)).items()),
-            "llm": asdict(usage) if config.agent_type == "llm" else None,
+            "llm": asdict(usage) if config.uses_models else None,
             "servers": self._servers(statuses, assignments, started) if statuses else None,
         }
 

@@ -25,6 +25,8 @@ from simulation.settings import (
     SimulationConfig,
     flag_of,
     is_path,
+    moved_players,
+    parse_players,
     to_number,
 )
 
@@ -51,6 +53,10 @@ class Experiment(YamlFile):
                 raise self.error(node, f"{name} is already set in line {self.nodes[key].start_mark.line + 1}")
             self.nodes[key] = node
         values = {name: self._read_values(name, node) for name, node in self.nodes.items()}
+        try:
+            SimulationConfig.check_who_plays([*values, *given])
+        except SettingsError as error:
+            raise self._error_in_setting("players", self.nodes.get("players", self.root), error) from None
         set_by_flags = {*given, *(f"{OF_SET}{each.partition('=')[0]}" for each in given.get("set", ()))}
         self.settings = {name: each for name, each in values.items() if name not in set_by_flags}
         repeats = given.get("repeats") or self.settings.pop("repeats", [1])[0]
@@ -92,11 +98,11 @@ class Experiment(YamlFile):
     def _read_value(self, name: str, node: yaml.Node) -> Any:
         """Convert a value as if it came from a flag. A relative path is relative to the experiment file's folder."""
         value: Any = text_of(node)
-        if name == "models" and isinstance(node, yaml.MappingNode):
-            shares = {model: text_of(share) for model, share in self.nodes_in(node, "").items()}
+        if name in ("models", "players") and isinstance(node, yaml.MappingNode):
+            shares = {key: text_of(share) for key, share in self.nodes_in(node, "").items()}
             if None in shares.values():
-                raise SettingsError("models: a model's share must be a number such as 2/3")
-            value = ",".join(f"{model}={share}" for model, share in shares.items())
+                raise SettingsError(f"{name}: a share must be a number such as 2/3")
+            value = ",".join(f"{key}={share}" for key, share in shares.items())
         elif value is None:
             if isinstance(node, yaml.ScalarNode) and name in OF_GAME and OF_GAME[name].default is None:
                 return None
@@ -106,6 +112,8 @@ class Experiment(YamlFile):
             return value
         if KINDS[name][0] in (int, float):
             value = to_number(KINDS[name][0], name, value)
+        elif name == "players":
+            value = moved_players(value, lambda path: full_path(name, path, self._folder))
         elif OF_GAME[name].path and is_path(name, value):
             value = os.path.normpath(full_path(name, value, self._folder))
         return getattr(SimulationConfig(**{name: value}), name)
@@ -129,6 +137,8 @@ class Experiment(YamlFile):
 def value_text(name: str, value: Any) -> str:
     if value is None:
         return "none"
+    if name == "players" and value is not None:
+        value = ",".join(f"{kind.label}={kind.share}" for kind in parse_players(value))
     return printable(Path(value).name if name in ("agent_class", "game") else str(value))
 
 

@@ -4,7 +4,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -44,7 +43,7 @@ class Run:
         self.usage = Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster_summary: dict[str, Any] = {"servers": 0, "moderators": 0, "lost": [], "times": []}
-        self._draw, self._saved = draw, spec.saved
+        self._draw, self._saved, self._recorded = draw, spec.saved, spec.recorded
         if self._saved is not None:
             self.results, self.usage = [*self._saved.results], self._saved.usage
             self.seconds |= self._saved.summary["seconds"]
@@ -71,13 +70,14 @@ class Run:
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
             self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
-        if self.config.agent_type != "llm":  # the answers of models do not depend on the seed alone
-            drawing = self.config.agent_class and self.config.agent_class.rpartition(":")[2]
+        if not self.config.uses_models:  # the answers of models do not depend on the seed alone
+            drawing = " and ".join(kind.label for kind in self.config.kinds if kind.agent_class)
             condition = f" if {drawing} draws random numbers only from self.rng" if drawing else ""
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
-        simulation = Simulation(self.config, self.game, prefix, self.console, self.directory, announced, self.usage)
+        past = (announced, self.usage, self._recorded)
+        simulation = Simulation(self.config, self.game, prefix, self.console, self.directory, *past)
         try:
             with simulation:
                 self.simulation = simulation
@@ -103,7 +103,8 @@ class Run:
         return self._finish()
 
     def _create_agents(self, simulation: Simulation) -> None:
-        kind = Path(self.config.agent_class or self.config.agent_type).name.rpartition(":")[2]
+        kind = self.game.population.players_in_words
+        kind = f"({kind})" if kind else self.config.kinds[0].label
         self.cluster_summary["moderators"] = simulation.moderator_num
         logger.info(f"init {self.config.participant_num} {kind} participant agents...")
         logger.info(f"init {simulation.moderator_num} moderator agents...")
@@ -128,7 +129,7 @@ class Run:
         if result.reassigned:
             logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
         self.results.append(result)
-        if self.config.agent_type == "llm":
+        if self.config.uses_models:
             logger.info(usage_line(before, self.usage, result.seconds))
         if result.times is not None:
             times = {name: round(value, 4) for name, value in asdict(result.times).items()}

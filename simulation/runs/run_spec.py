@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulation.cluster.placement import PlacementPlan
+from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown
 from simulation.game.game import Game
 from simulation.game.parameters import check_assignments, declared
-from simulation.game.population import largest_remainder
+from simulation.game.population import KIND, Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import ModelConfig, asked_models, read_models
@@ -27,7 +27,7 @@ from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
 from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
-from simulation.runs.scenario import build_game, choose_models
+from simulation.runs.scenario import build_game, choose_players, read_recorded
 from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
@@ -53,6 +53,7 @@ class RunSpec:
     run_id: str = field(default_factory=new_run_id)
     saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
     status: str | None = None  # the saved status, if the run is finished
+    recorded: Mapping[str, Any] = field(default_factory=dict)  # what surrogates draw from (see `read_recorded`)
 
     @property
     def rounds_left(self) -> range:
@@ -71,19 +72,21 @@ class RunSpec:
         fewest, rest = divmod(config.participant_num, len(config.hosts) * config.server_per_host)
         each = f"{fewest:,} to {fewest + 1:,}" if rest else f"{fewest:,}"
         ports = list(config.ports)
-        kind = config.agent_type if config.agent_class is None else shown(config.agent_class)
+        kinds = game.population.players_in_words
+        kind = f"({kinds})" if kinds else config.agent_type if config.agent_class is None else shown(config.agent_class)
         return [
             f"hosts: {len(config.hosts)} ({' '.join(config.hosts)})",
             f"servers on each host: {config.server_per_host} for participants, ports "
             f"{ranges(ports[: config.server_per_host])}; {config.moderator_per_host} for moderators, ports "
             f"{ranges(ports[config.server_per_host :])}",
             f"participants: {config.participant_num:,} {kind}, {each} on each server",
+            *(f"{one.label}: {one.source}" for one in game.population.players if one.source is not None),
             f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
             f"game: numbers from {game.low:,} to {game.high:,}, {game.words.goal} wins"
             + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
             + "".join(f"; personas {name} ({len(each)})" for name, each in game.population.persona_sets.items())
             + (f"; teams by {game.teams}" if game.teams is not None else ""),
-            *(self._cost_lines() if config.agent_type == "llm" else ()),
+            *(self._cost_lines() if config.uses_models else ()),
         ]
 
     def _cost_lines(self) -> list[str]:
@@ -137,13 +140,19 @@ class RunSpec:
     def _group_parts(self) -> Counter[tuple[str, int]]:
         """Count the groups: the key (name, n) stands for groups with n participants that use the model `name`.
 
-        For a mixture of models, the counts are approximate, because its shares are exact only for all groups together.
+        For a mixture, the counts are approximate, because its shares are exact only for all groups together.
         """
         config, names, parts = self.config, asked_models(self.config), Counter[tuple[str, int]]()
-        shares = [each.share for each in self.game.population.models] or [Fraction(1, len(names))] * len(names)
+        population = self.game.population
+        shares = [each.share for each in population.models] or [Fraction(1, len(names))] * len(names)
         numbers = (config.server_per_host, config.moderator_per_host)
         servers, moderators = (endpoints(config.hosts, config.base_port, number) for number in numbers)
         plan = PlacementPlan("", config.participant_num, servers, moderators)
+        if population.players:  # few may ask models: spread them over as many groups as possible, which costs most
+            for model, count in zip(population.part_models, population.by_topic[KIND].counts, strict=True):
+                if model is not None:
+                    parts.update((model.name, len(part)) for part in even_split(count, len(plan.assignments)))
+            return parts
         for size, groups in Counter(each.count for each in plan.assignments).items():
             for name, count in zip(names, largest_remainder(size, shares), strict=True):
                 parts[name, count] += groups
@@ -183,7 +192,9 @@ def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
     game = build_game(config, models, given)
     check_assignments(config.set, {type(game).__name__: declared(type(game), Game)})
     resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
-    return RunSpec(replace(config, **resolved), models, game, folder, run_id)
+    config = replace(config, **resolved)
+    game, recorded = read_recorded(config, game)
+    return RunSpec(config, models, game, folder, run_id, recorded=recorded)
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
@@ -204,24 +215,26 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
         raise SettingsError(f"--resume {path}: its budget of {budget} tokens is spent; give a larger --max-tokens")
     saved = reader.read_run_to_resume(path, given)
     config, game, models = saved.config, saved.game, _checked_models(saved.config)
-    mixture, in_turn = choose_models(config, models)
-    models_now = [*(share.model for share in mixture), *in_turn]
-    models_before = [*(share.model for share in game.population.models), *game.population.round_robin_models]
+    models_now = Population(0, 0, {}, *choose_players(config, models)).server_models
+    models_before = game.population.server_models
     if models_before != models_now and len({*models_before, *models_now}) > 1:
         raise SettingsError(
             f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}: the run in "
             f"{path} asked {listed(models_before)}; this cannot be changed on resume, and it would ask "
             f"{listed(models_now)}"
         )
-    return RunSpec(config, models, game, real(path), saved.run_id, saved)
+    game, recorded = read_recorded(config, game)
+    return RunSpec(config, models, game, real(path), saved.run_id, saved, recorded=recorded)
 
 
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models by name, or {} for a run without models. Also check the user's agent class, if any."""
-    if config.agent_class is not None:  # detect errors in the user's file before servers start
+    """Return the models by name, or {} for a run without models. Also check the user's agent classes, if any."""
+    own = [(kind.agent_class, kind.asks_models) for kind in config.kinds if kind.agent_class is not None]
+    if own:  # detect errors in the user's files before servers start
         import_agentscope()
-        from simulation.cluster.agent_class import pickled_agent_class  # noqa: PLC0415 - imports AgentScope
+        from simulation.cluster import agent_class  # noqa: PLC0415 - imports AgentScope
 
         add_extra_folders(config.extra_pythonpath)
-        pickled_agent_class(config.agent_class, config.agent_type)
-    return read_models(config) if config.agent_type == "llm" else {}
+        classes = [agent_class.load_agent_class(*each, config.who_flag) for each in own]
+        agent_class.serialize_agent_class(*classes, flag=config.who_flag)
+    return read_models(config) if config.uses_models else {}

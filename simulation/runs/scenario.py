@@ -1,20 +1,26 @@
 """Building a game from the settings, and from the files that define prompts, personas and models."""
 
 import string
+from array import array
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import shown
 from simulation.game.game import Game, PromptTemplate
-from simulation.game.population import MODEL, ModelShare, Persona, Population
+from simulation.game.parameters import declared
+from simulation.game.population import KIND, RESERVED, Combination, ModelShare, Persona, PlayerShare, Population
 from simulation.game.rules import game_of
-from simulation.game.tally import try_game
-from simulation.llm.model_configs import ModelConfig, asked_models
+from simulation.game.tally import Tally, try_game
+from simulation.llm.model_configs import ModelConfig, unnamed_models
+from simulation.results.reader import SavedRun, read_run
 from simulation.runs.yaml_file import YamlFile
 from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
 
@@ -23,6 +29,7 @@ MOST_REASONING_TOKENS = 100_000
 _names = list(SETTINGS)
 OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # settings that need a model
 OF_MODELS += ["prompt", "prompts_file", "models"]
+MOST_RECORDED, MOST_COMBINATIONS = 10**6, 10**4  # distinct answers that surrogates draw from; combinations of personas
 Models = Mapping[str, ModelConfig]
 
 
@@ -56,12 +63,13 @@ def build_game(config: SimulationConfig, models: Models, given: Collection[str] 
 
 def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> None:
     """Raise SettingsError if a setting in `given` has no effect because no participant uses a model."""
-    for name in OF_MODELS if config.agent_type != "llm" else ():
-        value = getattr(config, name)
-        of_class = config.agent_class is not None and name == "allow_remote_model"  # the class may call models
-        if name in given and value is not None and not of_class:
+    who = f"--agent-type {config.agent_type}" if config.players is None else f"--players {printable(config.players)}"
+    for name in OF_MODELS:
+        value, used = getattr(config, name), bool(unnamed_models(config) if name == "models" else config.uses_models)
+        of_class = name == "allow_remote_model" and any(kind.agent_class for kind in config.kinds)  # may call models
+        if name in given and value is not None and not used and not of_class:
             text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
-            raise SettingsError(f"{flag_of(name)}{text}: does nothing with --agent-type {config.agent_type}")
+            raise SettingsError(f"{flag_of(name)}{text}: does nothing with {who}")
 
 
 def _check_known(
@@ -77,7 +85,7 @@ def _check_known(
 
 def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
     """Return the prompt that the settings select, or None if no participant uses a model. Raises SettingsError."""
-    if config.agent_type != "llm":
+    if not config.uses_models:
         return None
     prompts = _prompts_in(config.prompts_file)
     _check_known(config, "prompt", config.prompt, prompts, f"{shown(config.prompts_file)} has no such prompt")
@@ -131,7 +139,7 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
     if len(set(names)) < len(names):
         raise SettingsError(f"--personas {config.personas}: names a set twice")
     chosen = {name: sets[name] for name in names}
-    return Population(config.seed or 0, config.participant_num, chosen, *choose_models(config, models))
+    return Population(config.seed or 0, config.participant_num, chosen, *choose_players(config, models))
 
 
 @lru_cache(maxsize=8)  # as for the prompts file
@@ -140,8 +148,9 @@ def _personas_in(path: str) -> dict[str, tuple[Persona, ...]]:
     readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
     sets = {}
     for topic, node in file.nodes.items():
-        if topic == MODEL or "+" in topic or not topic.strip() or topic != printable(topic):
-            raise file.error(node, f"a set cannot be called {topic!r}: + separates sets, {MODEL} means the models")
+        if topic in RESERVED or "+" in topic or not topic.strip() or topic != printable(topic):
+            why = f"+ separates sets, and {', '.join(RESERVED[:-1])} and {RESERVED[-1]} are columns of answers.parquet"
+            raise file.error(node, f"a set cannot be called {topic!r}: {why}")
         if not isinstance(node, yaml.SequenceNode):
             raise file.error(node, f"{topic} must be a list")
         personas: dict[str, Persona] = {}
@@ -162,15 +171,37 @@ def _name(text: str) -> str:
     return text
 
 
-def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, and the models assigned round-robin. At least one of these two tuples is empty.
+Players = tuple[tuple[ModelShare, ...], tuple[str, ...], tuple[PlayerShare, ...]]
 
-    Raises SettingsError if a model does not exist or the shares are invalid.
+
+def choose_players(config: SimulationConfig, models: Models) -> Players:
+    """Return the mixture of models, the models assigned round-robin, and the kinds of players: only one is not empty.
+
+    Raises SettingsError if a model does not exist or the shares of models are invalid.
     """
-    if config.agent_type != "llm":
+    mixture, in_turn = _choose_models(config, models)
+    if config.players is None:
+        return mixture, in_turn, ()
+    named = zip(unnamed_models(config), in_turn, strict=False)
+    unnamed = mixture or tuple(ModelShare(name, Fraction(1, len(in_turn)), model) for name, model in named)
+    forms = [(kind.label, Path(kind.text).name, kind.text) for kind in config.kinds]  # labels, the shortest first
+    labels = next(each for each in zip(*forms, strict=True) if len({*each}) == len(each))
+    players = []
+    for kind, label in zip(config.kinds, labels, strict=True):
+        asked = unnamed if kind.asks_models else ()
+        if kind.model is not None:
+            _check_known(config, "players", kind.model, models, f"{shown(config.model_configs)} has no such model")
+            asked = (ModelShare(kind.model, Fraction(1), models[kind.model].model),)
+        players.append(PlayerShare(printable(label), kind.share, asked, in_turn=bool(in_turn) and asked == unnamed))
+    return (), (), tuple(players)
+
+
+def _choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
+    """Return the mixture of models, and the models assigned round-robin. At least one of these two tuples is empty."""
+    if not unnamed_models(config):
         return (), ()
     if config.models is None:
-        names = asked_models(config)
+        names = unnamed_models(config)
         if missing := [name for name in names if name not in models]:
             raise SettingsError(
                 f"--model-per-host {config.model_per_host}: participants would ask {names[0]} to {names[-1]} in turn, "
@@ -192,3 +223,72 @@ def choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[Model
     if (total := sum(shares.values())) != 1:
         raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
     return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items()), ()
+
+
+# --- Recorded runs ---------------------------------------------------------------------------------------------------
+
+
+def read_recorded(config: SimulationConfig, game: Game) -> tuple[Game, dict[str, Any]]:
+    """Read the runs that surrogates draw from. Return the game, which now names them, and their answers by kind.
+
+    The answers are the arguments of `surrogate_of`. Raises SettingsError if a run does not fit this game.
+    """
+    recorded, players = dict[str, Any](), list(game.population.players)
+    for index, kind in enumerate(config.kinds):
+        if kind.run is not None:
+            try:
+                run = read_run(Path(kind.run))
+                topics, answers = _recorded_in(run, config, game)
+            except SettingsError as error:
+                raise SettingsError(f"--players surrogate:{printable(shown(kind.run))}: {error}") from None
+            by = f" by {' and '.join(topics)}" if topics else ""
+            players[index] = replace(players[index], source=f"draws from the answers{by} of run {run.run_id}")
+            recorded[kind.text] = (topics, answers)
+    return replace(game, population=replace(game.population, players=tuple(players))), recorded
+
+
+def _recorded_in(run: SavedRun, config: SimulationConfig, game: Game) -> tuple[tuple[str, ...], dict[int, Any]]:
+    """Return the persona sets that tell answers of a run apart, and its answers (see `Recorded` in surrogate.py).
+
+    If language models and others played in that run, the answers are those of the models.
+    """
+    if run.config.game != config.game:
+        raise SettingsError(f"that run played the game {shown(run.config.game)}, not {shown(config.game)}")
+    their_game = game_of(run.config, None, run.game.population)
+    for name in ("low", "high", "decimals", *declared(type(game), Game)):
+        theirs, ours = getattr(their_game, name), getattr(game, name)
+        if theirs != ours:
+            raise SettingsError(f"that run has {name} {theirs}, and this game {ours}; they must be equal")
+    if run.rounds_finished < config.rounds:
+        raise SettingsError(f"that run has {run.rounds_finished} finished rounds, and this game has {config.rounds}")
+    population = run.game.population
+    topics, same = tuple(population.persona_sets), _texts(population) == _texts(game.population)
+    topics = topics if same else ()
+    asking = {each.label for each in population.players if each.models}
+    by_kind = [population.by_topic[KIND]] if asking else []
+    parts = Combination((*by_kind, *(population.by_topic[topic] for topic in topics)))
+    if np.prod([len(each.names) for each in parts.groupings], dtype=float) > MOST_COMBINATIONS:
+        raise SettingsError(f"that run has more than {MOST_COMBINATIONS:,} combinations of personas")
+    recorded, size = dict[int, Any](), 0
+    for number, tallies in enumerate(run.tallies_of([parts])[parts.topic][: config.rounds], start=1):
+        by_personas: dict[tuple[str, ...], Tally] = {}
+        for names, tally in tallies.items():
+            if not asking or names[0] in asking:
+                key = names[len(by_kind) :]
+                by_personas[key] = by_personas.get(key, Tally(0)) + tally
+        for key, tally in by_personas.items():
+            if not tally.answered:
+                who = f"nobody with the persona {', '.join(key)}" if key else "nobody"
+                raise SettingsError(f"{who} has answered in round {number} of that run")
+        if (size := size + sum(len(tally.units) for tally in by_personas.values())) > MOST_RECORDED:
+            raise SettingsError(f"that run has more than {MOST_RECORDED:,} different answers, by round and persona")
+        recorded[number] = {
+            key: (array("q", tally.units.tobytes()), array("q", np.cumsum(tally.counts).tobytes()))
+            for key, tally in by_personas.items()
+        }
+    return topics, recorded
+
+
+def _texts(population: Population) -> dict[str, list[tuple[str, str]]]:
+    """Return the names and texts of all personas by set. Their shares may differ between two runs."""
+    return {topic: [(each.name, each.text) for each in personas] for topic, personas in population.persona_sets.items()}

@@ -195,7 +195,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
     elif config.experiment is not None:
         experiment = Experiment(config.experiment, given)
-        settings = given if "agent_type" in given else given | experiment.settings
+        settings = given if {"agent_type", "players"} & given.keys() else given | experiment.settings
         session = _new_session(experiment.sweep, config.run_dir, settings, experiment.with_line)
     elif config.repeats > 1:
         one = replace(config, repeats=1, seed=secrets.randbits(32) if config.seed is None else config.seed)
@@ -226,7 +226,7 @@ def _new_session(
     `settings` are the names of those set by flags or a file. `with_line` adds the position in the file to an error.
     """
     several, specs = len(sweep.configs) > 1, []
-    chosen = () if "agent_type" in sweep.varies else settings
+    chosen = () if {"agent_type", "players"} & {*sweep.varies} else settings
     folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
     for name, config in sweep.configs.items():
         try:
