@@ -64,7 +64,7 @@ def test_payoffs_are_columns_of_games_other_than_the_default_and_on_request(clus
     assert (
         sum(row["won"] for row in rows)
         == sum(row["payoff"] for row in rows)
-        == sum(row["value"] in cluster.summary()["rounds"][0]["winners"]["numbers"] for row in rows)
+        == sum(row["value"] in cluster.summary()["rounds"][0]["winning_answers"] for row in rows)
     )
 
 

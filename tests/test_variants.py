@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from games.average import Average
 from simulation.agents.participant import message_of, question_in
 from simulation.errors import SettingsError
-from simulation.game.population import Persona
-from simulation.game.rules import draw, question_for
+from simulation.game.population import Persona, Population
+from simulation.game.rules import draw, game_of, question_for
 from simulation.game.tally import RoundResult, Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import instruction, prompt_for, rules
@@ -51,13 +51,13 @@ def test_a_ratio_is_a_fraction_or_a_decimal(text, same):
         ("ratio", "٢/٣"),
         ("ratio", "1e999999999"),
         ("offset", "-1"),
-        ("offset", "-0.5"),
+        ("offset", "-1/2"),
         ("offset", "five"),
     ],
 )
 def test_an_invalid_ratio_or_offset_is_refused(setting, value):
     with pytest.raises(SettingsError, match=f"--{setting} {value[:20]}.*: must be"):
-        SimulationConfig(**{setting: value})
+        game_of(SimulationConfig(**{setting: value}), None, Population())
 
 
 @pytest.mark.parametrize(

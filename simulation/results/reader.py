@@ -182,7 +182,7 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
             raise SettingsError(f"{path}: the answers of round {number} are missing")
         tally = replace(tallies[number], ended=Ended[entry["ended"].upper()])
         if isinstance(game, run_files.RecordedGame):  # its code is not run: these figures are not counted again
-            wins = tuple(round(each * game.scale) for each in entry["winners"].get("numbers", ()))
+            wins = tuple(round(each * game.scale) for each in entry.get("winning_answers", ()))
             result = RoundResult(number, tally, entry["outcome"], wins, error=entry.get("error", ""))
         else:
             result = score(game, number, tally)

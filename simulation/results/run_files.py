@@ -58,7 +58,6 @@ def position_in_words(position: SweepPosition) -> str:
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
-    numbers: NotRequired[list[int | float]]  # the lowest answers that won; absent in old runs
 
 
 class RoundEntry(TypedDict):
@@ -77,6 +76,7 @@ class RoundEntry(TypedDict):
     max: float | None
     outcome: NotRequired[dict[str, int | float | None]]  # absent in old runs
     winning_number: float | None
+    winning_answers: NotRequired[list[int | float]]  # the lowest ones; absent in old runs
     winners: WinnersEntry
     seconds: Seconds
 
@@ -168,8 +168,8 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "winners": {
             "count": result.winners.count,
             "participants": [f"P{index}" for index in result.winners.lowest],
-            "numbers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
         },
+        "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
         "seconds": round(result.seconds, 4),
     }
 
