@@ -30,6 +30,15 @@ def commands_in(block: str) -> list[str]:
     return [line for line in block.splitlines() if line and not line.startswith("#")]
 
 
+def write_python(checkout):
+    """Write the participant and the game of README to their files, and return the content of both."""
+    files = {"my_file.py" if "MyParticipant" in block else "market.py": block for block in blocks("python")}
+    assert len(files) == 2 and len(files["market.py"].splitlines()) <= 25
+    for name, content in files.items():
+        (checkout.path / name).write_text(content)
+    return files
+
+
 def run_all(checkout, commands):
     """Run commands, and return what each printed."""
     printed = {}
@@ -60,7 +69,7 @@ def test_every_command_runs(checkout):
     libraries = {path.stem for path in Path(pytest.__file__).parents[1].iterdir()}
     for name in {*sys.stdlib_module_names, *filter(str.isidentifier, libraries), "sitecustomize", "usercustomize"}:
         (checkout.path / f"{name}.py").write_text("raise SystemExit('imported in place of a module of Python')\n")
-    (checkout.path / "my_file.py").write_text(blocks("python")[0])
+    write_python(checkout)
     checkout.cold = True
     commands = [command for block in blocks("shell") if "vllm" not in block for command in commands_in(block)]
     assert len(commands) >= 8
@@ -68,9 +77,8 @@ def test_every_command_runs(checkout):
 
 
 def test_the_participant_of_ten_lines_plays(checkout):
-    source = blocks("python")[0]
+    source = write_python(checkout)["my_file.py"]
     assert len([line for line in source.splitlines() if line.strip()]) <= 10
-    (checkout.path / "my_file.py").write_text(source)
     summary = checkout.play("2", "50", "--rounds", "3", "--agent-class", "my_file.py:MyParticipant")
     averages = [entry["average"] for entry in summary["rounds"]]
     assert averages[1] < averages[0] and averages[2] < averages[1]
