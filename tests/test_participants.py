@@ -227,9 +227,9 @@ def test_a_game_ends_when_everyone_fails_unless_it_is_to_keep_going(cluster, tmp
     flags = ("3", "60", "--agent-class", f"{path}:Late", "--rounds", "4", "--seed", "3")
     done = cluster.run("run_simulation.sh", *flags)
     assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
-    assert "seed 3; --seed 3 plays this game again if Late draws random numbers only from self.rng" in done.stderr
+    assert "seed 3; --seed 3 plays this game again if all random numbers of Late come from self.rng" in done.stderr
     reason = (
-        "every participant failed in round 2 (--keep-going plays on nevertheless): the game ends after round 2 of 4"
+        "every participant failed in round 2 (--keep-going continues nevertheless): the game ends after round 2 of 4"
     )
     assert reason in done.stderr
     first = cluster.summary()

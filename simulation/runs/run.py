@@ -72,7 +72,7 @@ class Run:
             self.directory.go_back_to(len(self.results))
         if not self.config.uses_models:  # the answers of models do not depend on the seed alone
             drawing = " and ".join(kind.label for kind in self.config.kinds if kind.agent_class)
-            condition = f" if {drawing} draws random numbers only from self.rng" if drawing else ""
+            condition = f" if all random numbers of {drawing} come from self.rng" if drawing else ""
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
@@ -151,7 +151,7 @@ class Run:
             except errors.ClusterError as error:
                 reason = str(error)
         elif ended is errors.Ended.COMPLETE and not self.results[-1].tally.answered and not self.config.keep_going:
-            reason = f"every participant failed in round {len(self.results)} (--keep-going plays on nevertheless)"
+            reason = f"every participant failed in round {len(self.results)} (--keep-going continues nevertheless)"
         if reason:
             logger.warning(f"{reason}: the game ends after round {len(self.results)} of {self.config.rounds}")
         return bool(reason)
