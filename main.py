@@ -86,6 +86,7 @@ def play(command: Command) -> int:
     session = session_of(command.config, command.given)
     if command.config.dry_run:
         say("\n".join(session.plan_lines()))
+        session.close()
         return 0
     folder = session.config.cluster_key_dir
     # If only the resumed run names this key folder, make no key in it: a new key would not match that run's servers

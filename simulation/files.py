@@ -11,6 +11,7 @@ from simulation.errors import UNSUPPORTED, SettingsError, printable, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVERS = ROOT / "run" / "servers"
+SOURCE = "source"  # a folder of copies of users' files in the folder of each run or experiment
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
@@ -90,6 +91,14 @@ def files_in(folder: Path, suffix: str = "") -> list[Path]:
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark. Raises OSError or UnicodeDecodeError."""
     return path.read_text(encoding="utf-8-sig")
+
+
+def content_of(path: str | Path) -> bytes | None:
+    """Return the content of a file, or None if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return None
 
 
 def real(path: str | Path) -> Path:

@@ -111,8 +111,8 @@ class SimulationConfig:
     personas: str | None = rule(None, "set of personas in the personas file, or several: education+occupation")
     models: str | None = rule(None, "shares of models, as model_1=2/3,model_2=1/3", without="all of a host in turn")
     teams: str | None = rule(None, "teams, whose averages are announced too: a set of personas, or model")
-    prompts_file: str = setting(f"{ROOT}/configs/prompts.yaml", "prompts, in YAML", fixed_on_resume=True, path=True)
-    personas_file: str = setting(f"{ROOT}/configs/personas.yaml", "personas, in YAML", fixed_on_resume=True, path=True)
+    prompts_file: str = rule(f"{ROOT}/configs/prompts.yaml", "prompts, in YAML", path=True)
+    personas_file: str = rule(f"{ROOT}/configs/personas.yaml", "personas, in YAML", path=True)
     dispatch: str = setting(
         "group", "ask participants in groups, or each through its AgentScope proxy", choices=("group", "agent")
     )
@@ -181,7 +181,7 @@ class SimulationConfig:
             found = full_path(flag_of(name), path)
             return str(real(found)) if name == "players" else found  # runs/latest will be another run
 
-        changed = _with_paths(vars(self), full)
+        changed = with_paths(vars(self), full)
         changed["model_per_host"] = 1 if self.model_per_host is None else self.model_per_host
         changed["set"] = tuple(each for each in self.set if each.partition("=")[0].strip() not in FLAGS_OF_GAMES)
         for name in FLAGS_OF_GAMES:
@@ -228,7 +228,7 @@ class SimulationConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the settings for a run folder. Make paths inside the checkout relative, because it can be moved."""
         values = {name: _from_text(value) for name, _, value in (each.partition("=") for each in self.set)}
-        return asdict(self) | _with_paths(vars(self), _from_root) | {"set": values}
+        return asdict(self) | with_paths(vars(self), from_root) | {"set": values}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
@@ -242,7 +242,7 @@ class SimulationConfig:
             if not {type(value) for value in (data[name] if ... in KINDS[name] else [data[name]])} <= kinds:
                 raise TypeError(f"{name} has a value of another type")
         moved_from = f"{_checkout_of(data)}/"
-        paths = _with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
+        paths = with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
         return cls(**{**data, **paths, "hosts": tuple(data["hosts"])})
 
     def value_of(self, name: str) -> Any:
@@ -347,7 +347,7 @@ DEFAULT_ENDS = {name: path.removeprefix(str(ROOT)) for name, path in DEFAULTS.it
 SEVERAL_PATHS = "extra_pythonpath"
 
 
-def _with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
     folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
     paths = {name: change(name, values[name]) for name in PATHS if is_path(name, values.get(name))}
@@ -369,7 +369,7 @@ def _from_text(text: str) -> Any:
     return value if isinstance(value, int | float) else text
 
 
-def _from_root(_name: str, path: str) -> str:
+def from_root(_name: str, path: str) -> str:
     """Return a path for `to_json`: relative to ROOT if the path or its link target is inside ROOT, else unchanged."""
     for form in (Path(path), Path(os.path.realpath(path))):
         if form.is_relative_to(ROOT) and ".." not in form.parts:

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +18,10 @@ from types import ModuleType
 import cloudpickle
 
 from simulation.errors import OWN, SettingsError, listed, meant_by, near_file, one_line
-from simulation.files import append_to_path, full_path, is_there, shown
+from simulation.files import append_to_path, content_of, full_path, is_there, shown
 
+Context = AbstractContextManager[object]
+NO_CONTEXT = nullcontext()
 PROGRAM = ("games", "main", "moderator", "participant", "simulation")  # modules that are not the user's in any folder
 
 
@@ -38,24 +41,21 @@ class UserFile:
 _loaded: dict[str, tuple[ModuleType, tuple[UserFile, ...]]] = {}  # by the absolute path of the file that a user named
 _imported: dict[str, ModuleType] = {}  # by name: modules that users' files have imported from their own folders
 _folders: set[str] = set()  # folders that were appended to the import path
+_reloads = ContextVar("_reloads", default=True)  # whether files that have changed are loaded again
 
 
-def load_module(start: str, file: str) -> ModuleType:
-    """Return the module that a user's file defines. Raises SettingsError, which begins with `start`, such as a flag."""
-    return _load(start, file, nullcontext())
-
-
-def find_class(flag: str, spec: str, base: type, context: AbstractContextManager[object] | None = None) -> type:
+def find_class(flag: str, spec: str, base: type, context: Context = NO_CONTEXT) -> type:
     """Return the class that `spec` names: `FILE.py:CLASS`, or `FILE.py` if that file defines one subclass of `base`.
 
     The file is executed within `context`. Raises SettingsError if the file or the class is unusable.
     """
     spec = shown(spec)
     start = f"{flag} {spec}"
-    file, _, name = (spec, "", "") if spec.endswith(".py") else spec.rpartition(":")
+    file = file_of(spec)
+    name = spec[len(file) + 1 :]
     if not file.endswith(".py"):
         raise SettingsError(f"{start}: write it as my_file.py:My{base.__name__}")
-    module = _load(start, file, context or nullcontext())
+    module = load_module(start, file, context)
     own = {name: each for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__}
     usable = {name: each for name, each in own.items() if isinstance(each, type) and issubclass(each, base)}
     if not name:
@@ -72,18 +72,37 @@ def find_class(flag: str, spec: str, base: type, context: AbstractContextManager
     return found
 
 
+def file_of(spec: str) -> str:
+    """Return the file in a spec `FILE.py:CLASS` or `FILE.py`."""
+    return spec if spec.endswith(".py") else spec.rpartition(":")[0]
+
+
 def files_of(file: str) -> tuple[UserFile, ...]:
     """Return what was loaded for a user's file: itself, and the modules that it imports from its own folder."""
     return _loaded[full_path("", file)][1]
 
 
-def _load(start: str, file: str, context: AbstractContextManager[object]) -> ModuleType:
+@contextmanager
+def loaded_files() -> Iterator[None]:
+    """Within this context, use files as they were when they were loaded, even if they have changed since."""
+    before = _reloads.set(False)
+    try:
+        yield
+    finally:
+        _reloads.reset(before)
+
+
+def load_module(start: str, file: str, context: Context = NO_CONTEXT) -> ModuleType:
+    """Execute a user's file within `context`, unless this was done before and the file is the same. Return the module.
+
+    Raises SettingsError, which begins with `start`, such as a flag.
+    """
     path = Path(full_path(start, file))
     if not is_there(path, start):
         raise SettingsError(f"{start}: there is no file {file}{near_file(path)}")
     try:
         module, loaded = _loaded.get(str(path), (None, ()))
-        if module is not None and all(_content(each.path) == each.content for each in loaded):
+        if module is not None and (not _reloads.get() or all(content_of(each.path) == each.content for each in loaded)):
             return module
         content = path.read_bytes()
         module = ModuleType(f"{OWN}{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}")
@@ -107,10 +126,6 @@ def _load(start: str, file: str, context: AbstractContextManager[object]) -> Mod
 
 def _user_file(path: str, folder: Path) -> UserFile:
     return UserFile(str(Path(path).relative_to(folder)), path, Path(path).read_bytes())
-
-
-def _content(path: str) -> bytes | None:
-    return Path(path).read_bytes() if is_there(Path(path)) else None
 
 
 @contextmanager

@@ -377,7 +377,7 @@ def write(checkout, text):
 
 
 def answers_in(checkout, sweep):
-    return {path.name: checkout.answers(path) for path in sorted(sweep.iterdir()) if path.is_dir()}
+    return {path.name: checkout.answers(path) for path in sorted(sweep.glob("[0-9]*"))}
 
 
 def test_all_combinations_are_played_on_the_same_servers(cluster):
@@ -393,11 +393,7 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
     said = json.loads((sweep / "sweep.json").read_text())
     assert (said["sweep_id"], said["experiment"], said["about"]) == (name, "x.yaml", "Halves")
     assert said["varies"] == ["ratio", "max_value"]
-    assert (
-        [run["folder"] for run in said["runs"]]
-        == FOLDERS
-        == sorted(path.name for path in sweep.iterdir() if path.is_dir())
-    )
+    assert [run["folder"] for run in said["runs"]] == FOLDERS == sorted(path.name for path in sweep.glob("[0-9]*"))
     assert said["runs"][2]["settings"] == {"ratio": "2/3", "max_value": 50}
     summaries = [cluster.summary(sweep / folder) for folder in FOLDERS]
     assert all(each["status"] == "complete" and len(each["rounds"]) == 2 for each in summaries)
@@ -659,10 +655,10 @@ def test_all_runs_of_a_sweep_share_a_budget_flag(cluster):
 def test_an_aborted_run_keeps_its_results(checkout):
     checkout.play("2", "50", "--rounds", "2", "--sleep-time", "0")
     run = (checkout.path / "runs/latest").resolve()
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3", "--hosts", "127.0.0.9")
     assert done.returncode == 3, done.stderr
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     done = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3", "--prompts-file", "other.yaml")
     assert done.returncode == 2 and "cannot be changed on resume" in one_line(done.stderr)
 

@@ -194,7 +194,16 @@ def test_an_interrupted_run_resumes_with_the_same_results(checkout, mindful, gat
     for one, other in zip(summary["rounds"], whole["rounds"], strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert sorted(path.name for path in run.iterdir()) == [
-        *("answers.parquet", "game.json", "histogram.png", "report.html", "rounds.png", "summary.json"),
+        *(
+            "answers.parquet",
+            "failed_answers.jsonl",
+            "game.json",
+            "histogram.png",
+            "report.html",
+            "rounds.png",
+            "source",
+            "summary.json",
+        ),
     ]
 
 
@@ -216,7 +225,7 @@ def test_a_finished_run_can_be_extended(checkout):
 def test_a_run_that_cannot_be_resumed_is_refused_and_unchanged(checkout):
     summary = checkout.play("2", "50", "--seed", "7", "--sleep-time", "0")
     run = checkout.path / "runs" / summary["run_id"]
-    files = {path.name: path.read_bytes() for path in run.iterdir()}
+    files = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     refused = {
         (
             "--resume",
@@ -233,7 +242,7 @@ def test_a_run_that_cannot_be_resumed_is_refused_and_unchanged(checkout):
     for arguments, message in refused.items():
         done = checkout.run("run_simulation.sh", *arguments)
         assert done.returncode == 2 and message in one_line(done.stderr), done.stderr
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == files
+    assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
 def test_a_moved_checkout_resumes_its_runs(checkout, tmp_path):

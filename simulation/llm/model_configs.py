@@ -3,6 +3,7 @@
 This module reads and checks the file. It does not contact any model server.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,16 @@ def read_models(config: SimulationConfig, required: bool = True) -> dict[str, Mo
     if len(models) < len(entries):
         raise SettingsError(f"--model-configs {path}: two entries have the same config_name")
     return models
+
+
+def settings_hash(models: Sequence[ModelConfig], named: bool) -> str | None:
+    """Return the SHA-256 of what determines the models' answers, without addresses and keys. None without models.
+
+    Names in this program count only if `named`; otherwise, the number of equal models does not count, either.
+    """
+    entries = [[each.model, each.generate_args, each.name if named else None] for each in models]
+    parts = {json.dumps(entry, sort_keys=True) for entry in entries}
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest() if models else None
 
 
 def _at_port(template: dict[str, Any], port: int, name: str) -> dict[str, Any]:

@@ -139,4 +139,5 @@ def run_lines(run: SavedRun) -> list[str]:
     lines += [f"{each.share} {each.label}: {each.source}" for each in players if each.source is not None]
     played = f"{run.rounds_finished} of {run.config.rounds} rounds"
     experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
+    lines += [f"started {run.provenance}"] if run.provenance else []
     return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

@@ -23,6 +23,7 @@ from simulation.game.population import Combination, Grouping
 from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
+from simulation.provenance import kept_files, with_copies
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
@@ -56,6 +57,16 @@ class SavedSummary:
     def has_winning_number(self) -> bool:
         """Return whether the game has a winning number in any round."""
         return any("winning_number" in entry["outcome"] for entry in self.summary["rounds"])
+
+    @property
+    def provenance(self) -> str:
+        """Return when and with which program the run was started, in words. Old runs do not tell."""
+        if "program" not in self.summary:
+            return ""
+        day, _, time = self.summary["started"].partition("T")
+        version, code, commit = (self.summary["program"][name] for name in ("version", "code", "git"))
+        commit = f", commit {commit[:10]}" if commit is not None else ""
+        return f"{day} {time}, program {version}, code {code}{commit}, Python {self.summary['python']}"
 
     @property
     def usage(self) -> Usage:
@@ -108,7 +119,8 @@ def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
     Only if `trusted`, execute the file of a user's game to count the results again, instead of reading them.
     """
     saved = read_summary(path, flag)
-    game = read_game(path, saved.config, trusted)
+    _, copies = kept_files(path, saved.summary.get("sources", []) if trusted else [], flag)
+    game = read_game(path, with_copies(saved.config, copies), trusted)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
     by_team = run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams is not None else []
     for index, tallies in enumerate(by_team):

@@ -10,19 +10,19 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
-from simulation.files import ROOT, is_there, lock, read_text, real, shown, warn_once
+from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import Answers, is_kept
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult
@@ -30,6 +30,9 @@ from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, rows_in, tables_of, values_in, write_rows
 from simulation.results.run_files import FailedAnswer, SweepPosition
 from simulation.settings import SimulationConfig
+
+if TYPE_CHECKING:
+    from simulation.user_code import UserFile
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 100_000
@@ -190,6 +193,14 @@ class RunDirectory:
 
     def _part(self, round_number: int) -> Path:
         return self.path / f"answers-{round_number:05d}.parquet"
+
+    def write_sources(self, sources: "Iterable[UserFile]") -> None:
+        """Write copies of `sources` to the folder source/, in place of earlier copies."""
+        for each in sources:
+            copy = self.path / SOURCE / each.name
+            with results_errors(f"write {copy}"):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(copy, each.content)
 
     def go_back_to(self, rounds: int) -> None:
         """Delete pictures, report and the answers after round `rounds`. Split the other answers into files by round."""

@@ -55,6 +55,17 @@ def position_in_words(position: SweepPosition) -> str:
     return f"run {position['run']} of {position['runs']} of {printable(position['experiment'])}"
 
 
+class SourceEntry(TypedDict):
+    """A file of the user's that a run uses, and its copy in the run folder."""
+
+    name: str  # of the copy, in source/
+    file: str  # relative to the checkout, or absolute
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+SOURCES: TypeAdapter[list[SourceEntry]] = TypeAdapter(list[SourceEntry])
+
+
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
@@ -97,6 +108,13 @@ class Summary(TypedDict):
     run_id: str
     part_of: NotRequired[SweepPosition]
     status: Literal["complete", "partial", "interrupted", "failed"]
+    started: NotRequired[Printable]  # in ISO 8601; old runs have neither this nor the next keys
+    program: NotRequired[Annotated[dict[Literal["version", "code", "git"], Printable | None], Field(min_length=3)]]
+    python: NotRequired[Printable]
+    packages: NotRequired[dict[str, str | None]]
+    resumed: NotRequired[list[dict[str, Any]]]  # rounds from which on another program or another Python was used
+    sources: NotRequired[list[SourceEntry]]
+    model_settings: NotRequired[str | None]  # a SHA-256
     config: dict[str, Any]
     cluster: ClusterEntry
     seconds: Annotated[dict[Literal["connect", "create", "rounds", "total"], Seconds], Field(min_length=4)]

@@ -16,6 +16,7 @@ from simulation.errors import SettingsError, nearest, printable
 from simulation.files import full_path
 from simulation.game.population import GAMMA, MASK, mix
 from simulation.results.run_directory import new_run_id
+from simulation.results.run_files import SOURCES, SourceEntry
 from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import (
     FLAGS_OF_GAMES,
@@ -164,6 +165,7 @@ class Sweep:
     varies: tuple[str, ...]  # the settings that differ between the runs
     configs: dict[str, SimulationConfig]  # by the name of the run folder, in the order of execution
     repeats: int = 1  # number of runs of each combination of settings, which differ in the seed
+    sources: tuple[SourceEntry, ...] = ()  # the users' files in use, which the folder of the sweep keeps
 
     @property
     def combinations(self) -> int:
@@ -197,6 +199,7 @@ class Sweep:
             "about": self.about,
             "varies": list(self.varies),
             "repeats": self.repeats,
+            "sources": list(self.sources),
             "config": {name: value for name, value in shared.items() if name not in varies},
             "runs": [
                 {"folder": folder, "settings": {name: each[name] for name in varies}}
@@ -219,7 +222,8 @@ class Sweep:
         repeats = data.get("repeats", 1)  # absent in old files
         if type(repeats) is not int or repeats < 1 or len(configs) % repeats:
             raise ValueError("its runs are not as many repeats of some combinations")
-        return cls(data["sweep_id"], data["experiment"], data["about"], tuple(data["varies"]), configs, repeats)
+        names = (data["sweep_id"], data["experiment"], data["about"], tuple(data["varies"]))
+        return cls(*names, configs, repeats, tuple(SOURCES.validate_python(data.get("sources", []))))
 
 
 def new_sweep(

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from loguru import logger
@@ -13,13 +14,16 @@ from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
 from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.responses import Usage
+from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, RunDirectory, results_errors
 from simulation.results.run_files import game_to_json, summarise
 from simulation.rpc.endpoints import remote_run
+from simulation.rpc.messages import CODE_VERSION
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
+from simulation.user_code import UserFile
 
 Draw = Callable[[SavedRun], None]  # writes the pictures and the report of a run
 
@@ -32,7 +36,7 @@ class Run:
     def __init__(
         self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw, label: str
     ) -> None:
-        self.config, self.game, self.run_id, self.label = spec.config, spec.game, spec.run_id, label
+        self.spec, self.config, self.game, self.run_id, self.label = spec, spec.config, spec.game, spec.run_id, label
         self.directory, self.console = directory, console
         directory.config = spec.config
         self.simulation: Simulation | None = None  # None until the servers are ready
@@ -51,6 +55,7 @@ class Run:
             times = [each for each in cluster["times"] if each["round"] <= len(self.results)]
             self.cluster_summary |= cluster | {"times": times}
         self.cluster_summary["hosts"] = list(self.config.hosts)
+        self._provenance: dict[str, Any] = {}
         self._began = time.monotonic() - self.seconds["total"]
 
     @property
@@ -76,8 +81,8 @@ class Run:
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
-        past = (announced, self.usage, self._recorded)
-        simulation = Simulation(self.config, self.game, prefix, self.console, self.directory, *past)
+        past = (self.directory, announced, self.usage, self._recorded)
+        simulation = Simulation(with_copies(self.config, self.spec.copies), self.game, prefix, self.console, *past)
         try:
             with simulation:
                 self.simulation = simulation
@@ -196,9 +201,31 @@ class Run:
         self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])][:LOST_SHOWN]
         if self.status is None:  # not earlier: a folder that contains only this file can be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
+            self._provenance = self._write_sources()
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)
-        summary = summarise(self.config, self.run_id, status, *parts)
+        summary = self._provenance | summarise(self.config, self.run_id, status, *parts)
         self.directory.write_summary(summary)
         self.status = status
         return summary
+
+    def _write_sources(self) -> dict[str, Any]:
+        """Write copies of users' files and an experiment file that repeats the run. Return keys of the summary."""
+        if self._saved is None or "sources" not in self._saved.summary:
+            self.directory.write_sources(self.spec.sources)
+        text = experiment_text(self.config, self.spec.sources, self.run_id)
+        self.directory.write_sources([UserFile(EXPERIMENT, "", text.encode())])
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        current = {"started": started, **versions(CODE_VERSION)}
+        before = self._saved.summary if self._saved is not None else current
+        resumed = before.get("resumed", [])
+        latest = [before, *resumed][-1]
+        if any(latest.get(name) != current[name] for name in ("program", "python")):
+            changed = {name: current[name] for name in ("started", "program", "python")}
+            resumed = [*resumed, {"round": len(self.results) + 1, **changed}]
+        return {
+            **{name: before[name] for name in current if name in before},
+            **({"resumed": resumed} if resumed else {}),
+            "sources": entries_of(self.spec.sources),
+            "model_settings": self.spec.model_settings,
+        }

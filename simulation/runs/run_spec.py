@@ -14,14 +14,15 @@ import numpy as np
 
 from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
-from simulation.files import ROOT, is_there, real, shown
+from simulation.files import ROOT, is_there, real, shown, warn_once
 from simulation.game.game import Game
 from simulation.game.parameters import check_assignments, declared
 from simulation.game.population import KIND, Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, score
-from simulation.llm.model_configs import ModelConfig, asked_models, read_models
+from simulation.llm.model_configs import ModelConfig, asked_models, read_models, settings_hash
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
+from simulation.provenance import kept_files, sources_of, with_copies
 from simulation.results import reader
 from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
@@ -29,6 +30,7 @@ from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_players, read_recorded
 from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
+from simulation.user_code import UserFile
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
 
@@ -54,6 +56,13 @@ class RunSpec:
     saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
     status: str | None = None  # the saved status, if the run is finished
     recorded: Mapping[str, Any] = field(default_factory=dict)  # what surrogates draw from (see `read_recorded`)
+    sources: tuple[UserFile, ...] = ()  # the users' files in use, as they were when the run was started
+    copies: Mapping[str, str] = field(default_factory=dict)  # files to use in place of some of these, by path
+
+    @property
+    def model_settings(self) -> str | None:
+        """Return a hash of the settings of the models in use, or None without models."""
+        return settings_hash(self.asked_models, named=self.config.models is not None)
 
     @property
     def rounds_left(self) -> range:
@@ -181,20 +190,27 @@ def price_text(tokens: int, config: SimulationConfig) -> str:
     return f": {tokens / 1e6 * price:,.2f} at {price:g} per million" if price is not None else ""
 
 
-def new_run(config: SimulationConfig, given: Collection[str] = ()) -> RunSpec:
+def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mapping[str, str] | None = None) -> RunSpec:
     """Return the specification of a new run. If the seed is not set, choose a random seed.
+
+    `copies` contains files to use in place of those that the settings name, by path.
 
     Raises SettingsError if a setting or a file is invalid, or if a setting in `given` has no effect.
     """
     config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
-    models, run_id = _checked_models(config), new_run_id()
-    folder = Path(config.run_dir or ROOT / "runs" / run_id)
-    game = build_game(config, models, given)
+    copies = copies or {}
+    used, run_id = with_copies(config, copies), new_run_id()
+    models = _checked_models(used)
+    game, folder = build_game(used, models, given), Path(config.run_dir or ROOT / "runs" / run_id)
+    texts = {"prompts_file": game.prompt, "personas_file": game.population.persona_sets}
+    users = {copy: path for path, copy in copies.items()}
+    sources = sources_of(used, [getattr(used, name) for name, each in texts.items() if each])
+    sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
     check_assignments(config.set, {type(game).__name__: declared(type(game), Game)})
     resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
     config = replace(config, **resolved)
     game, recorded = read_recorded(config, game)
-    return RunSpec(config, models, game, folder, run_id, recorded=recorded)
+    return RunSpec(config, models, game, folder, run_id, recorded=recorded, sources=sources, copies=copies)
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
@@ -214,7 +230,12 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
         budget = f"{config.max_tokens:,}"
         raise SettingsError(f"--resume {path}: its budget of {budget} tokens is spent; give a larger --max-tokens")
     saved = reader.read_run_to_resume(path, given)
-    config, game, models = saved.config, saved.game, _checked_models(saved.config)
+    config, game = saved.config, saved.game
+    sources, copies = kept_files(path, before.summary.get("sources", []))
+    models = _checked_models(with_copies(config, copies))
+    if "sources" not in before.summary:
+        warn_of_missing_copy(config)
+        sources = sources_of(config, [])
     models_now = Population(0, 0, {}, *choose_players(config, models)).server_models
     models_before = game.population.server_models
     if models_before != models_now and len({*models_before, *models_now}) > 1:
@@ -224,7 +245,20 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
             f"{listed(models_now)}"
         )
     game, recorded = read_recorded(config, game)
-    return RunSpec(config, models, game, real(path), saved.run_id, saved, recorded=recorded)
+    others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies}
+    spec = RunSpec(config, models, game, real(path), saved.run_id, saved, **others)
+    if (was := before.summary.get("model_settings", spec.model_settings)) != spec.model_settings:
+        raise SettingsError(
+            f"--resume {path}: the models in {shown(config.model_configs)} have other settings than at its start: "
+            f"their SHA-256 is {spec.model_settings}, not {was}"
+        )
+    return spec
+
+
+def warn_of_missing_copy(*configs: SimulationConfig) -> None:
+    """Log a warning for each class of which a run folder has no copy, because an older version made the folder."""
+    for spec in {kind.agent_class for config in configs for kind in config.kinds} - {None}:
+        warn_once(f"an older version, which kept no copies, has played {shown(str(spec))}: it is used as it is now")
 
 
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
-from simulation.files import shown
+from simulation.files import content_of, shown
 from simulation.game.game import Game, PromptTemplate
 from simulation.game.parameters import declared
 from simulation.game.population import KIND, RESERVED, Combination, ModelShare, Persona, PlayerShare, Population
@@ -87,13 +87,13 @@ def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
     """Return the prompt that the settings select, or None if no participant uses a model. Raises SettingsError."""
     if not config.uses_models:
         return None
-    prompts = _prompts_in(config.prompts_file)
+    prompts = _prompts_in(config.prompts_file, content_of(config.prompts_file))
     _check_known(config, "prompt", config.prompt, prompts, f"{shown(config.prompts_file)} has no such prompt")
     return prompts[config.prompt]
 
 
-@lru_cache(maxsize=8)  # all runs of an experiment read the same file
-def _prompts_in(path: str) -> dict[str, PromptTemplate]:
+@lru_cache(maxsize=8)  # all runs of an experiment read the same file, unless it has changed
+def _prompts_in(path: str, _content: bytes | None) -> dict[str, PromptTemplate]:
     file = YamlFile(path, "--prompts-file")
     readers = {"system": _template, "instruction": _template, "reasoning_tokens": _reasoning_tokens}
     return {
@@ -133,7 +133,7 @@ _share = partial(fraction, low=Fraction(1, FINEST), high=1)
 def read_population(config: SimulationConfig, models: Models) -> Population:
     """Return the personas and models that the settings select. Raises SettingsError if one of them does not exist."""
     names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
-    sets = _personas_in(config.personas_file) if names else {}
+    sets = _personas_in(config.personas_file, content_of(config.personas_file)) if names else {}
     for name in names:
         _check_known(config, "personas", name, sets, f"{shown(config.personas_file)} has no such set of personas")
     if len(set(names)) < len(names):
@@ -143,7 +143,7 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
 
 
 @lru_cache(maxsize=8)  # as for the prompts file
-def _personas_in(path: str) -> dict[str, tuple[Persona, ...]]:
+def _personas_in(path: str, _content: bytes | None) -> dict[str, tuple[Persona, ...]]:
     file = YamlFile(path, "--personas-file")
     readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
     sets = {}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from simulation.errors import RunAborted, SettingsError, printable, say
-from simulation.files import ROOT, is_there, shown
+from simulation.files import ROOT, SOURCE, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
+from simulation.provenance import arranged, entries_of, kept_files
 from simulation.results import reader
 from simulation.results.run_directory import SWEEP, RunDirectory, results_errors, resume_command
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.experiment import MOST_RUNS, Experiment, Sweep, new_sweep
-from simulation.runs.run_spec import RunSpec, new_run, price_text, resumed_run
+from simulation.runs.run_spec import RunSpec, new_run, price_text, resumed_run, warn_of_missing_copy
 from simulation.settings import SimulationConfig, flag_of
+from simulation.user_code import loaded_files
 
 if TYPE_CHECKING:
     from simulation.runs.run import Draw, Run
@@ -80,11 +83,13 @@ class Session:
         if self._is_new and self.sweep is not None and not self._has_results():
             with contextlib.suppress(OSError):  # if this fails, the folder remains, too
                 (self.folder / SWEEP).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / SOURCE, ignore_errors=True)
         self._directory.close()
 
     def _has_results(self) -> bool:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
+    @loaded_files()  # runs that start later, and participants that are created again, use no later version
     def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe") -> int:
         """Execute the remaining rounds of all runs, and return the exit status.
 
@@ -110,6 +115,10 @@ class Session:
             configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
             for config in [*configs.values()][1:]:  # the first run checks its models itself
                 check_cluster(config)
+            if not self.sweep.sources:
+                sources = arranged(spec.sources for spec in self.specs)
+                self._directory.write_sources(sources)
+                self.sweep = replace(self.sweep, sources=tuple(entries_of(sources)))
             self._directory.write_json(SWEEP, self.sweep.to_json())
             status = 0
             for title, spec in self._titled(self.sweep):
@@ -192,7 +201,13 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
             raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
         path = Path(shown(config.resume))
         changed = {name: value for name, value in given.items() if name != "resume"}
-        session = _resumed_sweep(path, changed) if is_there(path / SWEEP) else _resumed_run(path, changed)
+        resumed = _resumed_sweep if is_there(path / SWEEP) else _resumed_run
+        if resumed is _resumed_run:
+            reader.read_summary(path, "--resume ")  # fails before the next line would create a missing folder
+        with contextlib.ExitStack() as on_error:
+            directory = on_error.enter_context(contextlib.closing(RunDirectory(path, resumed=True)))  # locks it, too
+            session = resumed(path, changed, directory)
+            on_error.pop_all()
     elif config.experiment is not None:
         experiment = Experiment(config.experiment, given)
         settings = given if {"agent_type", "players"} & given.keys() else given | experiment.settings
@@ -243,12 +258,10 @@ def _new_session(
     return Session(specs, sweep if several else None)
 
 
-def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
-    reader.read_summary(path, "--resume ")  # fails before the next line would create a missing folder
+def _resumed_run(path: Path, given: dict[str, Any], directory: RunDirectory) -> Session:
     if "repeats" in given:
         problem = f"{path} is the folder of a single run; give that of an experiment, which holds several"
         raise SettingsError(f"--repeats {given['repeats']}: {problem}")
-    directory = RunDirectory(path, resumed=True)  # also locks the folder
     if directory.position is not None:
         logger.warning(
             f"this run is one of an experiment's, {position_in_words(directory.position)}; to go on with all of them: "
@@ -257,8 +270,7 @@ def _resumed_run(path: Path, given: dict[str, Any]) -> Session:
     return Session([resumed_run(path, given)], directory=directory)
 
 
-def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
-    directory = RunDirectory(path, resumed=True)
+def _resumed_sweep(path: Path, given: dict[str, Any], directory: RunDirectory) -> Session:
     sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)), "--resume ")
     for name in given.keys() & {each.partition(".")[0] for each in sweep.varies}:
         flag = f"{flag_of(name)} {given[name]}"
@@ -272,10 +284,13 @@ def _resumed_sweep(path: Path, given: dict[str, Any]) -> Session:
     for name, config in sweep.configs.items():
         configs[name] = reader.config_to_resume(path / name, config, given)
         given.pop("seed", None)  # only the first repeats have the seed that the user gave
+    _, copies = kept_files(directory.path, sweep.sources)
+    if not sweep.sources:
+        warn_of_missing_copy(*configs.values())
     for name, config in configs.items():
         folder = directory.path / name
         if is_there(folder / "summary.json"):  # pass all settings: the runs may have started on another cluster
             specs.append(resumed_run(folder, asdict(config), in_sweep=True))
         else:
-            specs.append(new_run(replace(config, run_dir=str(folder))))
+            specs.append(new_run(replace(config, run_dir=str(folder)), copies=copies))
     return Session(specs, replace(sweep, configs=configs), directory)
