@@ -3,7 +3,8 @@
 import inspect
 import pickle
 import sys
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from simulation.agents.participant import Participant, answers_many
 from simulation.agents.surrogate import surrogate_of
 from simulation.errors import OWN, SettingsError, listed, one_line
 from simulation.files import shown
+from simulation.game.parameters import declared, values_of
 from simulation.settings import Kind, SimulationConfig
 from simulation.user_code import find_class
 
 PACKED_BYTES = 64 * 2**20
 
 
-def load_agent_class(spec: str, asks_models: bool, flag: str = "--agent-class") -> type[Participant]:
-    """Return the class that `spec` names (see `find_class`).
+def load_agent_class(
+    spec: str, asks_models: bool, flag: str = "--agent-class", assignments: Iterable[str] = ()
+) -> type[Participant]:
+    """Return the class that `spec` names (see `find_class`), or a subclass with the parameters that `assignments` set.
 
     Raises SettingsError, which names `flag`, if the file or the class is unusable.
     """
@@ -40,7 +44,12 @@ def load_agent_class(spec: str, asks_models: bool, flag: str = "--agent-class") 
         raise refuse("answer must be written as 'async def answer(self, question)'")
     if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
         raise refuse("reply must be an ordinary method; its async kind is called answer")
-    return cls
+    parameters = declared(cls, Participant)
+    values = {name: each.declaration.default for name, each in parameters.items()}
+    values |= values_of(assignments, cls.__name__, parameters)
+    values["__module__"] = cls.__module__  # which is pickled by value
+    with unregistered():  # a subclass: the user's class stays as it is
+        return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(values)) if parameters else cls
 
 
 def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) -> tuple[type[Participant], ...]:
@@ -51,7 +60,7 @@ def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) ->
 
     def load(kind: Kind) -> type[Participant]:
         if kind.agent_class is not None:
-            return load_agent_class(kind.agent_class, kind.asks_models, config.who_flag)
+            return load_agent_class(kind.agent_class, kind.asks_models, config.who_flag, config.set)
         if kind.run is not None:
             with unregistered():
                 return surrogate_of(*recorded[kind.text])

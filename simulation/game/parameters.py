@@ -1,7 +1,6 @@
 """Parameters of games and participant classes: annotated class attributes with defaults, set by `--set name=value`."""
 
 import math
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field
 from fractions import Fraction
@@ -11,13 +10,13 @@ from simulation.errors import SettingsError, listed, nearest, printable
 from simulation.settings import Setting, fraction, setting, to_number
 
 __all__ = ["Parameter", "declared", "parse_assignments", "setting", "values_of"]
-KINDS = (int, float, str, bool, Fraction)
+KINDS = {kind.__name__: kind for kind in (int, float, str, bool, Fraction)}
 LARGEST = (-(10**9), 10**9)  # bounds of a Fraction that is declared without bounds
 TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 class Parameter(NamedTuple):
-    """A declared parameter: its type, one of KINDS, and its default, range and help."""
+    """A declared parameter: its type, one of KINDS, and its default, range and help text."""
 
     kind: Any
     declaration: Setting
@@ -43,15 +42,16 @@ def declared(cls: type, base: type) -> dict[str, Parameter]:
     """Return the parameters that `cls` and its bases below `base` declare, by name.
 
     A parameter is an annotated class attribute whose type is one of KINDS and whose default is a value or a `setting`.
+    Its name does not start with an underscore.
     """
     found: dict[str, Parameter] = {}
     for each in (each for each in reversed(cls.__mro__) if issubclass(each, base) and each is not base):
-        for name in vars(each).get("__annotations__", {}):
+        for name, annotation in vars(each).get("__annotations__", {}).items():
             default: Any = vars(each).get("__dataclass_fields__", {}).get(name, vars(each).get(name, MISSING))
-            kind = typing.get_type_hints(each).get(name)
+            kind = KINDS.get(getattr(annotation, "__name__", annotation))  # a text if annotations are postponed
             metadata = default.metadata if isinstance(default, Field) else {}
             value = default.default if isinstance(default, Field) else default
-            if kind in KINDS and value is not MISSING and not name.startswith("_"):
+            if kind is not None and value is not MISSING and not name.startswith("_"):
                 found[name] = Parameter(kind, metadata.get("setting") or Setting(value, ""))
     return found
 
@@ -84,8 +84,12 @@ def values_of(assignments: Iterable[str], owner: str, parameters: Mapping[str, P
 def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> None:
     """Raise SettingsError if an assignment sets no parameter, or could set several.
 
-    `owners` maps the name of the game's class, and of each of the users' participant classes, to its parameters.
+    `owners` maps the name of the game's class, and then of each of the users' participant classes, to its parameters.
     """
+    game, *classes = owners
+    for each in classes:
+        if both := sorted(owners[each].keys() & owners[game].keys()):
+            raise SettingsError(f"{both[0]} is a parameter of the game {game} and of the class {each}: rename one")
     known = [f"{owner}.{name}" for owner, parameters in owners.items() for name in parameters]
     for name, text in parse_assignments(assignments).items():
         matching = [each for each in known if name in (each, each.partition(".")[2])]
@@ -93,5 +97,5 @@ def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[s
             raise SettingsError(f"--set {name}={printable(text)}: which one? write {' or '.join(matching)}")
         if not matching:
             names = dict.fromkeys(each.partition(".")[2] for each in known)
-            which = nearest(name, names) if names else f"{listed(owners)} declare none"
+            which = nearest(name.rpartition(".")[2], names) if names else f"{listed(owners)} declare none"
             raise SettingsError(f"--set {name}={printable(text)}: there is no such parameter; {which}")

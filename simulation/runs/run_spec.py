@@ -15,7 +15,7 @@ import numpy as np
 from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown, warn_once
-from simulation.game.game import Game
+from simulation.game.game import Game, game_class
 from simulation.game.parameters import check_assignments, declared
 from simulation.game.population import KIND, Population, largest_remainder
 from simulation.game.rules import question_for
@@ -206,7 +206,6 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     users = {copy: path for path, copy in copies.items()}
     sources = sources_of(used, [getattr(used, name) for name, each in texts.items() if each])
     sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
-    check_assignments(config.set, {type(game).__name__: declared(type(game), Game)})
     resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
     config = replace(config, **resolved)
     game, recorded = read_recorded(config, game)
@@ -264,11 +263,15 @@ def warn_of_missing_copy(*configs: SimulationConfig) -> None:
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     """Return the models by name, or {} for a run without models. Also check the user's agent classes, if any."""
     own = [(kind.agent_class, kind.asks_models) for kind in config.kinds if kind.agent_class is not None]
+    owners = {(cls := game_class(config.game)).__name__: declared(cls, Game)}
     if own:  # detect errors in the user's files before servers start
         import_agentscope()
-        from simulation.cluster import agent_class  # noqa: PLC0415 - imports AgentScope
+        from simulation.agents.participant import Participant  # noqa: PLC0415 - imports AgentScope
+        from simulation.cluster import agent_class  # noqa: PLC0415
 
         add_extra_folders(config.extra_pythonpath)
-        classes = [agent_class.load_agent_class(*each, config.who_flag) for each in own]
+        classes = [agent_class.load_agent_class(*each, config.who_flag, config.set) for each in own]
+        owners |= {each.__name__: declared(each, Participant) for each in classes}
         agent_class.serialize_agent_class(*classes, flag=config.who_flag)
+    check_assignments(config.set, owners)
     return read_models(config) if config.uses_models else {}
