@@ -29,7 +29,6 @@ KIND_OF_PLAYER = re.compile(
 )
 KINDS_OF_PLAYERS = ("random", "llm", "llm:MODEL", "FILE.py:CLASS", "surrogate:RUN")
 NEXT_KIND = re.compile(r"(?<=[0-9]),\s*(?=random\b|llm\b|surrogate:|[^=]*\.py)")  # other commas are in paths
-WHO = ("agent_type", "agent_class")  # settings that do not go with `players`
 MOST_KINDS = 100  # fewer than 256: a group stores the kind of a participant in one byte
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
@@ -214,9 +213,6 @@ class SimulationConfig:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
         if self.players is not None:
             parse_players(self.players)  # again: two paths may name the same file
-            self.check_who_plays(
-                ["players", *(name for name in WHO if getattr(self, name) != getattr(type(self), name))]
-            )
         if self.winner and self.participant is not None:
             raise SettingsError(f"--winner: does not go with --participant {self.participant}")
         asks_somebody = self.winner or self.participant is not None
@@ -254,7 +250,7 @@ class SimulationConfig:
     @staticmethod
     def check_who_plays(given: Collection[str]) -> None:
         """Raise SettingsError if the settings `given` say twice who plays."""
-        for name in WHO:
+        for name in ("agent_type", "agent_class"):
             if "players" in given and name in given:
                 raise SettingsError(f"--players: does not go with {flag_of(name)}; players alone says who plays")
 

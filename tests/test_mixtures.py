@@ -57,7 +57,7 @@ def population_of(seed, total, weights):
     mixture = (ModelShare("m1", Fraction(1, 4), "model 0"), ModelShare("m3", Fraction(3, 4), "model 3"))
     models = [thirds, mixture, (ModelShare("m2", Fraction(1), "model 1"),), (), ()]
     players = [
-        PlayerShare(f"kind {number}", share, asked, in_turn=asked is thirds)
+        PlayerShare(f"kind {number}", share, asked)
         for number, (share, asked) in enumerate(zip(shares, models, strict=False))
     ]
     return Population(seed, total, players=tuple(players))
@@ -72,7 +72,7 @@ def test_shares_of_kinds_and_of_their_models_are_exact_for_any_placement(seed, t
     for number, player in enumerate(population.players):
         mine = kinds == number
         assert abs(mine.sum() - player.share * total) < 1
-        for name in {*(each.model for each in player.models)} if player.in_turn else ():
+        for name in {each.model for each in player.models}:
             share = sum(each.share for each in player.models if each.model == name)
             asking = (mine & (labels == population.by_topic[MODEL].names.index(name))).sum()
             assert abs(asking - share * int(mine.sum())) < len(player.models)
@@ -97,7 +97,6 @@ def test_kinds_are_assigned_as_personas_are():
     assert population.kind_indices(0, 100).tolist() == alone.kind_indices(0, 100).tolist() == dealt
     assert [each.topic for each in alone.groupings] == [KIND]
     assert [each.topic for each in population.groupings] == [KIND, MODEL]
-    # m0 and m1 are one model in turn; of the mixture, m1 is told apart from m2 and m3 by the name on the server
     assert population.by_topic[MODEL].names == ("model 0", "model 1", "model 3", NO_MODEL)
     assert population.players_in_words == "25 kind 0, 25 kind 1, 25 kind 2, 25 kind 3"
 

@@ -73,9 +73,9 @@ def serialize_agent_class(*classes: type[Participant], flag: str = "--agent-clas
     """Pickle classes (by value if user-defined). Raises SettingsError if this fails or the result is too large."""
     names = listed(cls.__name__ for cls in classes)
     try:
-        files = (getattr(sys.modules[cls.__module__], "__file__", None) for cls in classes if _is_own(cls))
-        folders = {str(Path(file).parent): None for file in files if file is not None}
-        packed = pickle.dumps((list(folders), cloudpickle.dumps((classes,))))
+        modules = [sys.modules[cls.__module__] for cls in classes if cls.__module__.startswith(OWN)]
+        folders = [str(Path(str(module.__file__)).parent) for module in modules]
+        packed = pickle.dumps((folders, cloudpickle.dumps((classes,))))
     except BaseException as error:  # noqa: BLE001 - a user-defined class may raise anything
         raise SettingsError(f"{flag}: {names} cannot travel to the servers: {one_line(error)}") from None
     if len(packed) > PACKED_BYTES:
@@ -84,7 +84,3 @@ def serialize_agent_class(*classes: type[Participant], flag: str = "--agent-clas
             f"more than {PACKED_BYTES >> 20} MB: read large data in __init__ instead"
         )
     return packed
-
-
-def _is_own(cls: type[Participant]) -> bool:
-    return cls.__module__.startswith(OWN)

@@ -37,12 +37,11 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class PlayerShare:
-    """A kind of player of a mixture: its label, its share, and the shares of the models that these players ask."""
+    """A kind of player of a mixture."""
 
     label: str
     share: Fraction
-    models: tuple[ModelShare, ...] = ()  # empty if they ask no model
-    in_turn: bool = False  # whether these models are assigned in equal shares, so that equal names mean one model
+    models: tuple[ModelShare, ...] = ()  # the shares of the models that these players ask; empty if they ask none
     source: str | None = None  # of a surrogate: which answers it draws from
 
 
@@ -180,16 +179,14 @@ class Population:
 
     def _by_kind(self) -> tuple[Grouping, Grouping]:
         """Return the partitions by kind and by model. They are one assignment, so that all shares are exact."""
-        explicit = {each.name: each.model for kind in self.players if not kind.in_turn for each in kind.models}
-        names, kinds, models, counts = list(explicit.values()), list[str](), list[str](), list[int]()
+        kinds, counts = list[str](), list[int]()
         players = largest_remainder(self.total, [kind.share for kind in self.players])
         for kind, count in zip(self.players, players, strict=True):
-            same = [each.model if kind.in_turn or names.count(each.model) < 2 else each.name for each in kind.models]
-            models += same or [NO_MODEL]
             counts += largest_remainder(count, [each.share for each in kind.models] or [Fraction(1)])
             kinds += [kind.label] * (len(counts) - len(kinds))
+        models = tuple(NO_MODEL if each is None else each.model for each in self.part_models)
         by_kind = Grouping(KIND, tuple(kinds), tuple(counts), self.seed)
-        return by_kind, Grouping(MODEL, tuple(models), tuple(counts), self.seed, assigned_by=KIND)
+        return by_kind, Grouping(MODEL, models, tuple(counts), self.seed, assigned_by=KIND)
 
 
 STEPS = 4  # steps of the Feistel network; three suffice for a pseudorandom permutation (Luby, Rackoff 1988)

@@ -182,8 +182,10 @@ def choose_players(config: SimulationConfig, models: Models) -> Players:
     mixture, in_turn = _choose_models(config, models)
     if config.players is None:
         return mixture, in_turn, ()
-    named = zip(unnamed_models(config), in_turn, strict=False)
-    unnamed = mixture or tuple(ModelShare(name, Fraction(1, len(in_turn)), model) for name, model in named)
+    names = [each.model for each in mixture]  # models that share a name on the server are told apart by their own
+    told_apart = (replace(each, model=each.name) if names.count(each.model) > 1 else each for each in mixture)
+    in_shares = (ModelShare(name, Fraction(1, len(in_turn)), models[name].model) for name in unnamed_models(config))
+    unnamed = tuple(told_apart if mixture else in_shares)
     forms = [(kind.label, Path(kind.text).name, kind.text) for kind in config.kinds]  # labels, the shortest first
     labels = next(each for each in zip(*forms, strict=True) if len({*each}) == len(each))
     players = []
@@ -192,7 +194,7 @@ def choose_players(config: SimulationConfig, models: Models) -> Players:
         if kind.model is not None:
             _check_known(config, "players", kind.model, models, f"{shown(config.model_configs)} has no such model")
             asked = (ModelShare(kind.model, Fraction(1), models[kind.model].model),)
-        players.append(PlayerShare(printable(label), kind.share, asked, in_turn=bool(in_turn) and asked == unnamed))
+        players.append(PlayerShare(printable(label), kind.share, asked))
     return (), (), tuple(players)
 
 
