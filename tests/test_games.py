@@ -225,10 +225,13 @@ def test_a_game_outside_the_checkout_is_played_reported_resumed_and_swept(checko
     winner = 1.0 if 40000 / entered > 1 else 0.0
     assert entry["winners"]["count"] == checkout.values().count(winner)
     assert f"Moderator: The number of entrants is {int(entered):,} " in played.stdout
+    market.write_text("raise ValueError('the run keeps a copy of what was here')")
     resumed = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
     assert resumed.returncode == 0 and len(checkout.summary()["rounds"]) == 2, resumed.stderr
-    report = checkout.run("main.py", "--role", "report", "runs/latest")
-    assert report.returncode == 0 and "the highest payoff" in report.stdout, report.stderr
+    for flag in ("--csv", "--trust"):
+        report = checkout.run("main.py", "--role", "report", "runs/latest", flag)
+        assert report.returncode == 0 and "the highest payoff" in report.stdout, report.stderr
+    market.write_text(MARKET)
     (checkout.path / "x.yaml").write_text(
         f"game: {market}:MarketEntry\nset: {{pot: [40, 80]}}\nparticipant_num: 100\nsleep_time: 0\n"
     )
