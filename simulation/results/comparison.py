@@ -38,7 +38,7 @@ PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no figure of a run
-WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_type": "players", "agent_class": "class"}
+WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_class": "class"}
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions; the tables have all
 TITLE_WIDTH = 38  # maximum number of characters in a line of a label in the picture
 LINES = 24  # maximum number of treatments in the line chart: as many lines as `series_style` distinguishes
@@ -83,14 +83,19 @@ class Treatment:
 
     def last_round(self) -> SavedRun:
         """Return a run with one round: the answers of all repeats in their last round, and the mean of each figure."""
-        number, run = max(len(run.results) for run in self.runs), self.runs[0]
-        results = [run.results[-1] for run in self.runs if len(run.results) == number]
-        tally = merge(each.tally for each in results)
-        known = {name: [each.outcome.get(name) for each in results] for name in results[0].outcome}
-        numbers = {name: [each for each in values if each is not None] for name, values in known.items()}
-        outcome = {name: statistics.fmean(values) if values else None for name, values in numbers.items()}
-        pooled = replace(results[0], tally=tally, outcome=outcome)
-        return replace(run, summary=run.summary | {"rounds": [round_entry(pooled, run.game.scale)]}, results=[pooled])
+        first = self.runs[0]
+        if len(self.runs) == 1:
+            return first
+        number = max(run.rounds_finished for run in self.runs)
+        results = [run.results[number - 1] for run in self.runs if run.rounds_finished >= number > 0]
+        results = results or [run.results[0] for run in self.runs if run.results]  # all were cut in round 1
+        figures: dict[str, list[float]] = {}
+        for name, value in itertools.chain(*(each.outcome.items() for each in results)):
+            figures.setdefault(name, []).extend([] if value is None else [value])
+        outcome = {name: statistics.fmean(values) if values else None for name, values in figures.items()}
+        pooled = replace(results[0], tally=merge(each.tally for each in results), outcome=outcome)
+        entry = round_entry(pooled, first.game.scale)
+        return replace(first, summary=first.summary | {"rounds": [entry]}, results=[pooled])
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:

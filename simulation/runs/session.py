@@ -211,7 +211,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
     elif config.experiment is not None:
         experiment = Experiment(config.experiment, given)
         settings = given if {"agent_type", "players"} & given.keys() else given | experiment.settings
-        session = _new_session(experiment.sweep, config.run_dir, settings, experiment.with_line)
+        session = _new_session(experiment.sweep, config.run_dir, settings, experiment)
     elif config.repeats > 1:
         one = replace(config, repeats=1, seed=secrets.randbits(32) if config.seed is None else config.seed)
         session = _new_session(new_sweep("one repeated game", None, (), [one], config.repeats), config.run_dir, given)
@@ -231,15 +231,9 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
 
 
 def _new_session(
-    sweep: Sweep,
-    run_dir: str | None,
-    settings: Collection[str],
-    with_line: Callable[[SettingsError, SimulationConfig], SettingsError] = lambda error, _: error,
+    sweep: Sweep, run_dir: str | None, settings: Collection[str], experiment: Experiment | None = None
 ) -> Session:
-    """Return a session with all runs of a new sweep. If there is only one run, the session has no sweep.
-
-    `settings` are the names of those set by flags or a file. `with_line` adds the position in the file to an error.
-    """
+    """Return a session with all runs of a sweep, whose `settings` a flag or file sets. One run alone is no sweep."""
     several, specs = len(sweep.configs) > 1, []
     chosen = () if {"agent_type", "players"} & {*sweep.varies} else settings
     folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
@@ -247,13 +241,13 @@ def _new_session(
         try:
             spec = new_run(replace(config, run_dir=str(folder / name)) if several else config, chosen)
             if config.max_tokens is not None and spec.tokens > config.max_tokens:
-                label = f" ({sweep.label_of(config)})" if several else ""
+                label = f" ({sweep.label_of(config)})" if sweep.varies else ""
                 raise SettingsError(
                     f"--max-tokens {config.max_tokens}: a run{label} may cost {spec.tokens:,} tokens, more than these "
                     f"{config.max_tokens:,}"
                 )
         except SettingsError as error:
-            raise with_line(error, config) from None
+            raise (experiment.with_line(error, config) if experiment is not None else error) from None
         specs.append(spec)
     return Session(specs, sweep if several else None)
 
