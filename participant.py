@@ -23,17 +23,12 @@ class RandomParticipant(Participant):
     """A participant that waits for the think time, then returns the number that seed, round and index determine."""
 
     async def answer(self, question: Question) -> float | str:
-        if question.round == 0:  # a question outside the game (--role ask)
-            return self._last_number(len(question.announcements))
-        if self.game.sleep_time_s > 0:
+        round_number = question.round or self.last_round(question)  # 0: a question outside the game (--role ask)
+        if round_number == 0:
+            return "no number yet"
+        if question.round > 0 and self.game.sleep_time_s > 0:
             await self.think(self.game.sleep_time_s)
-        return draw(self.game, question.round, self.index) / self.game.scale
-
-    def _last_number(self, rounds: int) -> float | str:
-        """Return this participant's last number. `rounds` rounds were announced, of which the last may be cut short."""
-        if self._home is not None and not self._home.has_answered(self.index, rounds):
-            rounds -= 1
-        return draw(self.game, rounds, self.index) / self.game.scale if rounds > 0 else "no number yet"
+        return draw(self.game, round_number, self.index) / self.game.scale
 
 
 class LLMParticipant(Participant):

@@ -26,7 +26,7 @@ class LevelK(Participant):
         """Return a random number at level 0. At level k, apply x -> offset + ratio * x to the last average k times."""
         level = self.level
         if level == 0:
-            round_number = question.round or len(question.announcements)  # 0: a question about the last number
+            round_number = question.round or self.last_round(question)  # 0: a question outside the game
             return draw(self.game, round_number, self.index) / self.game.scale
         number = last_average(question)
         for _ in range(level):

@@ -139,6 +139,11 @@ class Participant(AgentBase):
         error.traceback = self._creation_traceback
         raise error
 
+    def last_round(self, question: Question) -> int:
+        """Return the last announced round, or the one before if this participant has no answer in that. 0: none."""
+        last = len(question.announcements)
+        return last - 1 if last and self._home is not None and not self._home.has_answered(self.index, last) else last
+
     def recall(self, numbers: Numbers) -> None:
         """Called after this participant was recreated. `numbers` are its answers in rounds 1, 2, ... (None: no answer).
 

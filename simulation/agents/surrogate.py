@@ -20,12 +20,9 @@ class Surrogate(Participant):
     persona_sets: tuple[str, ...] = ()  # those that tell the recorded answers of a round apart
 
     async def answer(self, question: Question) -> float | str:
-        round_number = question.round or len(question.announcements)
-        if question.round == 0:  # a question outside the game: say the last number
-            if self._home is not None and not self._home.has_answered(self.index, round_number):
-                round_number -= 1
-            if round_number < 1:
-                return "no number yet"
+        round_number = question.round or self.last_round(question)  # 0: a question outside the game
+        if round_number == 0:
+            return "no number yet"
         names = tuple(self.personas[topic].name for topic in self.persona_sets)
         units, up_to = self.recorded[round_number][names]
         drawn = draw_below(up_to[-1], self.game.seed, round_number, self.index)
