@@ -5,7 +5,7 @@ of SCHEMA follow those in which the participants of the run differ, and payoffs.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -88,6 +88,14 @@ def rows_in(path: Path) -> Iterator[pa.Table]:
             if batch["round"].null_count or batch["participant"].null_count:
                 raise pa.ArrowInvalid(f"{path} has rows without round or participant")
             yield pa.Table.from_batches([batch])
+
+
+def joined_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
+    """Yield the rows of several files. A column that only the last file has is null in files of older versions."""
+    with pq.ParquetFile(paths[-1]) as file:
+        empty = file.schema_arrow.empty_table()
+    for table in chain.from_iterable(map(rows_in, paths)):
+        yield pa.concat_tables([empty, table], promote_options="default")
 
 
 def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:

@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from simulation.game.answer_sheet import Answers, is_kept
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult
 from simulation.results import run_files
-from simulation.results.answers_parquet import rows_by_round, rows_in, tables_of, values_in, write_rows
+from simulation.results.answers_parquet import joined_rows, rows_by_round, tables_of, values_in, write_rows
 from simulation.results.run_files import FailedAnswer, SweepPosition
 from simulation.settings import SimulationConfig
 
@@ -226,7 +226,7 @@ class RunDirectory:
                 parts[0].replace(whole)
             elif parts:
                 with _on_disk(whole) as file:
-                    write_rows(file, chain.from_iterable(map(rows_in, parts)))
+                    write_rows(file, joined_rows(parts))
                 for part in parts:
                     part.unlink()
 
