@@ -121,15 +121,12 @@ def failure_of(error: BaseException) -> tuple[str, str | None, Ended]:
 
 
 def one_line(error: BaseException) -> str:
-    """Describe an error in one line, such as `ValueError: text (my_file.py, line 12)`. Never raises.
-
-    The line is that of the innermost call in a user's file, if any. Of a KnownCause, return only the text.
-    """
+    """Describe an error as `ValueError: text (my_file.py, line 12)`, and a KnownCause by its text. Never raises."""
     text, place = "(its text cannot be shown)", ""
     with contextlib.suppress(BaseException):  # attributes and text of a user's exception may raise, too
-        own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own(frame)]
-        for frame, line in own[-1:]:
-            place = f" ({printable(Path(frame.f_code.co_filename).name, NAME_LENGTH)}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if _is_own(frame):  # the last one is the innermost
+                place = f" ({printable(Path(frame.f_code.co_filename).name, NAME_LENGTH)}, line {line})"
         text = printable(str(error), CAUSE_LENGTH)
     if type(error) is KnownCause:  # not a subclass, which users may define
         return text
@@ -154,7 +151,6 @@ def traceback_of(error: BaseException) -> str:
         while start is not None and not _is_own(start.tb_frame):
             start = start.tb_next
         text = "".join(traceback.format_exception(type(error), error, start or error.__traceback__))
-    text = text.encode(errors="backslashreplace").decode()  # JSON readers reject half a surrogate pair
     half = TRACEBACK_LENGTH // 2
     return text if len(text) <= TRACEBACK_LENGTH else f"{text[:half]}\n...\n{text[-half:]}"
 

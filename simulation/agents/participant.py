@@ -41,10 +41,9 @@ class Asking:
         _asking.reset(self._token)
 
     def rng_of(self, participant: "Participant") -> np.random.Generator:
-        """Return the generator of a participant. The first call creates it.
+        """Return the generator of a participant: a Philox with the key (seed, round).
 
-        The key of the Philox is (seed, round), and the highest of the four 64-bit words of its counter is the index.
-        Thus, generators that differ in seed, round or index share no blocks: each has 2^192 blocks.
+        The index is the highest of the four 64-bit words of its counter, so no two generators have a block in common.
         """
         kept = self._rngs.get(id(participant))
         if kept is None:

@@ -39,11 +39,6 @@ class Answers:
         return None if units >= 0 else self.causes[FAILED - units]
 
 
-def is_kept(number: int, is_new: bool) -> bool:
-    """Return whether to keep one more failure if `number` are kept. `is_new`: none of them has the same cause."""
-    return number < (2 * KEPT if is_new else KEPT)
-
-
 def bins_of(numbers: int) -> tuple[int, int]:
     """Return the width in units, and the number of bins, of a histogram of `numbers` possible answers."""
     width = -(-numbers // BINS)
@@ -104,7 +99,7 @@ class AnswerSheet:
         error: BaseException | None = None,
     ) -> None:
         """Record the failure of one participant. Keep the text and the traceback of the first failures (see KEPT)."""
-        if is_kept(len(self.examples), cause not in self._causes):
+        if len(self.examples) < (KEPT if cause in self._causes else 2 * KEPT):
             kept = {} if text is None else {"text": text[:TEXT_KEPT]}
             kept |= {"traceback": trace} if error is not None and (trace := traceback_of(error)) else {}
             self.examples |= {offset: kept} if kept else {}

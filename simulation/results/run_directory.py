@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
-from simulation.game.answer_sheet import Answers, is_kept
+from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult
 from simulation.results import run_files
@@ -244,8 +244,8 @@ class RunDirectory:
 
 
 def _keep(kept: list[FailedAnswer], entry: FailedAnswer) -> None:
-    """Append a failure unless enough are kept."""
-    if is_kept(len(kept), all(each["failure"] != entry["failure"] for each in kept)):
+    """Append a failure unless enough are kept (see KEPT)."""
+    if len(kept) < (KEPT if any(each["failure"] == entry["failure"] for each in kept) else 2 * KEPT):
         kept.append(entry)
 
 
