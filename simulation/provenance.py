@@ -95,7 +95,8 @@ def kept_files(folder: Path, entries: Iterable[Mapping[str, Any]], flag: str = "
         try:
             files.append(UserFile(each["name"], str(path), copy.read_bytes()))
         except OSError as error:
-            raise SettingsError(f"{flag}{folder}: cannot read {error.filename}: {reason(error)}") from None
+            problem = f"cannot read {error.filename}, with the SHA-256 {each['sha256']}: {reason(error)}"
+            raise SettingsError(f"{flag}{folder}: {problem}") from None
         if files[-1].sha256 != each["sha256"]:
             was = f"its SHA-256 is {files[-1].sha256}, not {each['sha256']}"
             raise SettingsError(f"{flag}{folder}: {copy.relative_to(folder)} was changed after the run: {was}")

@@ -105,9 +105,15 @@ def test_a_resumed_run_plays_what_it_was_started_with(cluster, mine, tmp_path):
     unchanged = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
     assert unchanged.returncode == 0 and "WARNING" not in unchanged.stderr
     (mine / "helper.py").write_text(HELPER.format(more=50))  # alone: the file that imports it is the same
+    played = cluster.summary()
+    assert "resumed" not in played
+    (cluster.path / "runs/latest/summary.json").write_text(json.dumps(played | {"python": "3.11.0"}))
     done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3")
     assert done.returncode == 0 and len(changes_in(done.stderr, mine / "helper.py", before)) == 1, done.stderr
     assert cluster.values() == [21] * 12
+    (other,) = cluster.summary()["resumed"]
+    assert other["round"] == 3 and other["python"] == played["python"] and other["program"] == played["program"]
+    assert cluster.summary()["python"] == "3.11.0" and cluster.summary()["started"] == played["started"]
     shutil.rmtree(mine)
     done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "4")
     assert done.returncode == 0 and cluster.values() == [21] * 16
@@ -122,7 +128,7 @@ def test_a_resumed_run_plays_what_it_was_started_with(cluster, mine, tmp_path):
     assert done.returncode == 2 and {before, sha256_of(copy)} <= {*re.findall(r"[0-9a-f]{64}", one_line(done.stderr))}
     copy.unlink()
     done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "5")
-    assert done.returncode == 2 and "source/helper.py: No such file" in one_line(done.stderr)
+    assert done.returncode == 2 and f"source/helper.py, with the SHA-256 {before}: No such" in one_line(done.stderr)
     assert (run / "summary.json").read_text() == text
 
 
@@ -279,3 +285,19 @@ def test_changed_settings_of_models_are_refused_on_resume(command, tmp_path):
     status, text = resumed(generate_args={"temperature": 0.5})
     hashes = re.findall(r"[0-9a-f]{64}", one_line(text))
     assert status == 2 and len({*hashes}) == 2 and known in hashes
+
+
+def test_a_second_run_in_the_same_process_plays_the_edited_class(cluster, command, tmp_path):
+    """As in a notebook. A refused or planned resume leaves the folder unlocked."""
+    path, run = tmp_path / "mine.py", tmp_path / "run"
+    flags = ("--cluster-key-dir", cluster.path / ".cluster", "--base-port", cluster.base_port, "--server-per-host", "3")
+    for number in (20, 70):
+        path.write_text(f"{SHORT}        return {number}\n")
+        folder = f"{run}-{number}"
+        status, err = command(*flags, "--participant-num", "4", "--agent-class", path, "--run-dir", folder)
+        assert status == 0 and {row["value"] for row in cluster.answers(Path(folder))} == {number}, err
+    folder = f"{run}-20"  # whose class is now another one
+    for more, expected in (("--dry-run", 0), ("--max-value=7", 2), ("--rounds=2", 0)):
+        status, err = command(*flags[:2], "--resume", folder, more)
+        assert status == expected, err
+    assert [row["value"] for row in cluster.answers(Path(folder))] == [20] * 8
