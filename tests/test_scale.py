@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import Checkout, until
+from fake_model import FakeModel
 
 from games.average import Average
 from simulation.game.rules import draw
@@ -68,3 +70,29 @@ def test_a_server_killed_during_a_round_costs_no_answer(cluster, drawn, tmp_path
     assert summary["cluster"]["lost"] == [f"localhost:{cluster.base_port + 1}"]
     assert summary["rounds"][0]["reassigned"] == pytest.approx(PARTICIPANTS / 3, abs=1)
     check_whole(cluster, summary, drawn)
+
+
+def test_language_models_play_among_a_million_others(cluster):
+    """And then a million play with what 2,000 of them answered."""
+    fake = FakeModel(port=cluster.model_port)
+    flags = ("--seed", "7", "--sleep-time", "0", "--personas", "education", "--rounds", "2")
+    try:
+        players = ("--players", "llm=0.002,random=0.998")
+        summary = cluster.play("3", str(PARTICIPANTS), *players, *flags, timeout=600)
+    finally:
+        fake.close()
+    assert summary["status"] == "complete" and len(fake.texts) == 4000
+    recorded = (cluster.path / "runs/latest").resolve()
+    answers = pq.read_table(recorded / "answers.parquet")
+    kinds = np.array(answers["kind"].to_pylist())
+    assert Counter(kinds.tolist()) == {"llm": 4000, "random": 2 * PARTICIPANTS - 4000}
+    assert Counter(answers["value"].to_numpy()[kinds == "llm"].tolist()) == Counter(map(float, fake.texts))
+    game = Average(7, 100, 0, 0.0)
+    first = kinds[:PARTICIPANTS] == "random"
+    drawn = np.array([draw(game, 1, index) for index in np.flatnonzero(first).tolist()])
+    assert np.array_equal(answers["value"].to_numpy()[:PARTICIPANTS][first], drawn)
+
+    summary = cluster.play("3", str(PARTICIPANTS), "--players", f"surrogate:{recorded}", *flags, timeout=600)
+    assert summary["status"] == "complete" and summary["llm"] is None
+    asked = [float(text) for text in fake.texts[:2000]]
+    assert summary["rounds"][0]["average"] == pytest.approx(np.mean(asked), abs=0.5)
