@@ -11,16 +11,22 @@ from fractions import Fraction
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import MODELS, ROOT, estimate_of, one_line
-from fake_model import FakeModel
+from agentscope.message import Msg
+from conftest import MODELS, ROOT, estimate_of, one_line, until
+from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from games.average import Average
+from participant import LLMParticipant
+from simulation.agents.group import ParticipantGroup
+from simulation.agents.participant import Participant
+from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.placement import even_split
 from simulation.errors import SettingsError
 from simulation.game.population import KIND, MODEL, NO_MODEL, ModelShare, PlayerShare, Population, assign_many
-from simulation.game.rules import draw
+from simulation.game.rules import draw, question_for
+from simulation.llm.chat import load_models
 from simulation.llm.model_configs import asked_models
 from simulation.results.reader import read_run
 from simulation.results.run_files import game_to_json, parse_game
@@ -176,6 +182,54 @@ def test_only_players_that_ask_models_cost(tmp_path):
     few = estimate_of(SimulationConfig(**one | {"participant_num": 10**6}, players="llm=0.000003,random=0.999997"))
     assert few[0].requests == 3  # one for each participant
     assert asked_models(SimulationConfig(**one, players="random")) == []
+
+
+class Rule(Participant):
+    async def answer(self, question):
+        await self.think(0.01)
+        return 1
+
+
+class Blocking(Participant):
+    def reply(self, x=None):
+        return Msg(self.name, "2", "assistant")
+
+
+def test_only_players_that_ask_models_wait_for_each_other(tmp_path, monkeypatch):
+    """In one group, while the model server says nothing: few wait for it, and all others have answered."""
+    monkeypatch.setattr("simulation.agents.group.TURN", 4)
+    fake = FakeModel()
+    fake.held = lambda _text: True
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}
+    (tmp_path / "models.json").write_text(json.dumps([entry | {"client_args": {"base_url": fake.url}}]))
+    config = SimulationConfig(players="llm=1/3,random=1/3,llm:model_1=1/3", samples_per_request=1,
+                              model_configs=str(tmp_path / "models.json"))  # fmt: skip
+    load_models(config)
+    asked = (ModelShare("model_1", Fraction(1), "participant-model"),)
+    names = ("llm", "rule", "blocking")
+    players = tuple(PlayerShare(name, Fraction(1, 3), asked if name == "llm" else ()) for name in names)
+    game = Average(7, 100, 0, 0.0, config, prompt=WORDING, population=Population(7, 90, players=players))
+    packed = serialize_agent_class(LLMParticipant, Rule, Blocking)
+    group = ParticipantGroup("run/group-0", 0, 90, game, packed, 4, 60.0)
+    try:
+        until(lambda: group.progress(1.0).finished, 10, "built")
+        kinds = [type(group.participant(index)).__name__ for index in range(90)]
+        assert Counter(kinds) == {"LLMParticipant": 30, "Rule": 30, "Blocking": 30}
+        group.begin(question_for(game, 1, ()), tokens_each=1000)
+        assert group.chat.budget.left == 30 * 1000
+        until(lambda: group.progress(1.0).done == 60 and len(fake.bodies) == 4, 10, "answered")
+        assert fake.most_at_once == 4
+        fake.held = None
+        until(lambda: group.progress(1.0).finished, 10, "answered by the model")
+        units = group.answers(0, 90).units.tolist()
+        assert [units[index] for index in range(90) if kinds[index] == "Rule"] == [1] * 30
+        assert [units[index] for index in range(90) if kinds[index] == "Blocking"] == [2] * 30
+        group.begin(question_for(game, 2, ()))
+        group.halt()  # of all ways of asking
+        assert group.progress().finished
+    finally:
+        group.close()
+        fake.close()
 
 
 # --- On real servers -------------------------------------------------------------------------------------------------

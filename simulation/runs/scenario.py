@@ -20,7 +20,7 @@ from simulation.game.population import KIND, RESERVED, Combination, ModelShare, 
 from simulation.game.rules import game_of
 from simulation.game.tally import Tally, try_game
 from simulation.llm.model_configs import ModelConfig, unnamed_models
-from simulation.results.reader import SavedRun, read_run
+from simulation.results.reader import SavedRun, read_run, read_summary
 from simulation.runs.yaml_file import YamlFile
 from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
 
@@ -239,7 +239,8 @@ def read_recorded(config: SimulationConfig, game: Game) -> tuple[Game, dict[str,
     for index, kind in enumerate(config.kinds):
         if kind.run is not None:
             try:
-                run = read_run(Path(kind.run))
+                saved = read_summary(Path(kind.run))
+                run = _read_once(saved.path, saved.run_id, saved.rounds_finished)
                 topics, answers = _recorded_in(run, config, game)
             except SettingsError as error:
                 raise SettingsError(f"--players surrogate:{printable(shown(kind.run))}: {error}") from None
@@ -247,6 +248,11 @@ def read_recorded(config: SimulationConfig, game: Game) -> tuple[Game, dict[str,
             players[index] = replace(players[index], source=f"draws from the answers{by} of run {run.run_id}")
             recorded[kind.text] = (topics, answers)
     return replace(game, population=replace(game.population, players=tuple(players))), recorded
+
+
+@lru_cache(maxsize=4)  # the runs of a sweep draw from few recorded runs
+def _read_once(path: Path, _run_id: str, _rounds: int) -> SavedRun:
+    return read_run(path)
 
 
 def _recorded_in(run: SavedRun, config: SimulationConfig, game: Game) -> tuple[tuple[str, ...], dict[int, Any]]:
