@@ -114,7 +114,7 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
     assert int(page.locator('td[data-key="failures"]').get_attribute("data-value")) == 90
     words = page.locator("body").inner_text()
     for expected in (
-        *("300 participants of Failing: closest to 2/3 of the average wins", "whole numbers from 0 to 100"),
+        *("300 participants of Failing: the number closest to 2/3 of the average wins", "whole numbers from 0 to 100"),
         *("3 of 3 rounds played", "partial: some gave no usable answer", "3 for participants, 4 moderators"),
         *("localhost", played["run_id"], ", ".join(played["rounds"][0]["winners"]["participants"])),
     ):
@@ -130,7 +130,7 @@ def test_charts_have_text_alternatives(page, run, played):
         label = pictures.nth(place).get_attribute("aria-label")
         assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
         assert f"average {entry['average']:.3f}, winning number {entry['winning_number']:.3f}" in label
-    assert "equilibrium 0" in pictures.nth(3).get_attribute("aria-label")
+    assert "equilibrium: 0" in pictures.nth(3).get_attribute("aria-label")
     assert pictures.nth(4).get_attribute("aria-label").startswith("Spread by round: 1: ")
     assert pictures.nth(5).get_attribute("aria-label").startswith("Seconds by round: thinking ")
     assert page.locator("figure").count() == page.locator("figure > figcaption").count()
@@ -146,7 +146,7 @@ def test_text_of_users_is_escaped(page, run, played):
     (cause,) = played["rounds"][0]["failures"]
     assert cause == f"ValueError: {HOSTILE} (failing.py, line 6)"
     assert page.locator("th", has_text="onerror").inner_text() == cause
-    assert page.title() == "300 participants of Failing: closest to 2/3 of the average wins"
+    assert page.title() == "300 participants of Failing: the number closest to 2/3 of the average wins"
     assert page.locator("script, img, link[rel=stylesheet]").count() == 0
 
 
