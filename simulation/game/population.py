@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulation.errors import listed
+
 KIND, MODEL = "kind", "model"  # the topics of two partitions; every other topic is the name of a persona set
 # Names of columns in answers.parquet, so of no persona set
 RESERVED = (KIND, MODEL, "round", "participant", "value", "failure", "team", "payoff", "won")
@@ -135,7 +137,8 @@ class Population:
 
     def kind_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its kind in `players`, as an array."""
-        return self.by_topic[KIND].name_indices(first, count) if self.players else np.zeros(count, np.int64)
+        several = len(self.players) > 1
+        return self.by_topic[KIND].name_indices(first, count) if several else np.zeros(count, np.int64)
 
     def asking(self, first: int, count: int) -> int:
         """Return how many of the participants first .. first+count-1 ask a model, if any do in this game."""
@@ -153,7 +156,8 @@ class Population:
     def players_in_words(self) -> str:
         """Return the number of players of each kind, such as `200 llm, 800 random`; "" without a mixture."""
         counts = largest_remainder(self.total, [each.share for each in self.players])
-        return ", ".join(f"{count:,} {each.label}" for each, count in zip(self.players, counts, strict=True))
+        texts = [f"{count:,} {each.label}" for each, count in zip(self.players, counts, strict=True)]
+        return listed(texts) if texts else ""
 
     @cached_property
     def by_topic(self) -> dict[str, Grouping]:
