@@ -25,7 +25,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from simulation.agents.agent_class import unpack
-from simulation.agents.participant import Asking, Participant, answers_many, ask_in_thread
+from simulation.agents.participant import Participant, answers_many, ask_in_thread
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
 from simulation.errors import failure_of, one_line, traceback_of
 from simulation.game.answer_sheet import KEPT, Answers, AnswerSheet
@@ -79,7 +79,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
             self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
         self._agents: list[Participant] = []  # the participants created so far
-        self.asking = Asking(0)  # the current round, for the random generators of the participants
+        self.uses_rng = False  # whether any participant has used `rng`
         self._tracebacks_left = KEPT  # number of further failed creations whose traceback is kept
         self._round = 0
         self._sheet: AnswerSheet | None = None  # None before the first round
@@ -116,7 +116,6 @@ class ParticipantGroup(metaclass=RpcMeta):
                 self.chat.budget.left = math.inf if tokens_each is None else tokens_each * asking
             self._sheet = AnswerSheet(self.first, self.count)
             self._round = question.round
-            self.asking = Asking(question.round)
             if one_by_one:
                 self._unasked = set(range(self.count))
             else:
@@ -190,12 +189,12 @@ class ParticipantGroup(metaclass=RpcMeta):
             raise RuntimeError(f"group {self.oid} is still being built")
         answers = values.astype(object)
         answers[np.isnan(values)] = None
-        with Asking(0):
-            for offset, numbers in enumerate(answers.T.tolist(), start=first - self.first):
-                try:
-                    agents[offset].recall(tuple(numbers))
-                except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
-                    agents[offset] = self._failed(offset, error)
+        for offset, numbers in enumerate(answers.T.tolist(), start=first - self.first):
+            try:
+                agents[offset].recall(tuple(numbers))
+            except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
+                agents[offset] = self._failed(offset, error)
+            self._drop_rng(agents[offset])
 
     # --- Called by the server ----------------------------------------------------------------------------------------
 
@@ -230,6 +229,16 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._sheet = self._pool = None
 
     # --- Internal ----------------------------------------------------------------------------------------------------
+
+    @property
+    def current_round(self) -> int:
+        """Return the number of the round that is being played, or 0 between rounds."""
+        return self._round if self._done() < self.count and self._sheet is not None else 0
+
+    def _drop_rng(self, agent: Participant) -> None:
+        """Delete a participant's random generator, so that the next question starts with a new one."""
+        if self.uses_rng:
+            agent.__dict__.pop("_rng", None)
 
     def _done(self) -> int:
         sheet = self._sheet  # read once, because `close` may clear this attribute
@@ -276,13 +285,15 @@ class ParticipantGroup(metaclass=RpcMeta):
         """
         classes = map(self._unpacked.classes.__getitem__, self._kinds)
         for start in range(0, self.count, BUILD_BATCH):
-            with gc_paused(), Asking(0):
+            with gc_paused():
                 for offset, cls in zip(range(start, min(start + BUILD_BATCH, self.count)), classes, strict=False):
                     try:
-                        agent: Participant = type.__call__(cls, self.first + offset, self.game)
+                        agent: Participant = cls.__new__(cls)
                         agent._home = self
+                        agent.__init__(self.first + offset, self.game)  # type: ignore[misc]
                     except BaseException as error:  # noqa: BLE001 - a user-defined __init__ may raise anything
                         agent = self._failed(offset, error)
+                    self._drop_rng(agent)
                     self._agents.append(agent)
                 gc.collect(1)
             await asyncio.sleep(0)
@@ -323,7 +334,6 @@ class ParticipantGroup(metaclass=RpcMeta):
 
     def _ask_in_thread(self, offsets: Iterator[int], question: Question, sheet: AnswerSheet) -> None:
         """Ask participants until the iterator `offsets`, which several threads may share, is exhausted."""
-        current = self.asking
         for offset in offsets:
             if sheet is not self._sheet or self._closing:  # the round was halted, or the group closed
                 return
@@ -332,7 +342,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 record = partial(sheet.record, offset, ask_in_thread(agent, question, self.game))
             except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
                 record = partial(sheet.fail, offset, *failure_of(error), error)
-            current.drop((agent,))
+            self._drop_rng(agent)
             with self._changed:
                 record()
                 if sheet.done == sheet.count:
@@ -345,16 +355,17 @@ class ParticipantGroup(metaclass=RpcMeta):
         of the limit is free, so the model never idles. They start in one large batch, so that more participants with
         equal prompts share a request.
         """
-        agents, current, everyone = self._agents, self.asking, len(offsets) == self.count
+        agents, everyone = self._agents, len(offsets) == self.count
         if not everyone:
             agents = [agents[offset] for offset in offsets]
 
         def answered(indices: list[int], answers: list[Any]) -> None:
-            current.drop(agents[index] for index in indices)
+            for index in indices if self.uses_rng else ():
+                self._drop_rng(agents[index])
             sheet.record_many(indices if everyone else [offsets[index] for index in indices], answers, self.game)
 
         def failed(index: int, error: BaseException) -> None:
-            current.drop((agents[index],))
+            self._drop_rng(agents[index])
             sheet.fail(offsets[index], *failure_of(error), error)
 
         limit = max(TURN, 2 * self.chat.settings.samples_per_request) if ask_models and self.chat is not None else None

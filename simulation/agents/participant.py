@@ -1,11 +1,9 @@
 """The base class of all participants, and functions that ask a single participant."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import nullcontext
-from contextvars import ContextVar
+from collections.abc import Awaitable
 from dataclasses import asdict
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,69 +22,24 @@ if TYPE_CHECKING:
     from simulation.agents.group import ParticipantGroup
 
 
-class Asking:
-    """A question to one participant or to many, or the creation of participants. Keeps the generators behind `rng`.
+class _Rng:
+    """The descriptor of `Participant.rng`. It is no property, so that a class may assign its own `self.rng`."""
 
-    In a `with` block, and in tasks that start there, it takes precedence over the current round of the group.
-    """
-
-    def __init__(self, round_number: int) -> None:
-        self.round = round_number
-        self._rngs: dict[int, tuple[Participant, np.random.Generator]] = {}  # by id; the participant keeps its id valid
-
-    def __enter__(self) -> None:
-        self._token = _asking.set(self)
-
-    def __exit__(self, *error: object) -> None:
-        _asking.reset(self._token)
-
-    def rng_of(self, participant: "Participant") -> np.random.Generator:
-        """Return the generator of a participant: a Philox with the key (seed, round).
+    def __get__(self, participant: "Participant | None", cls: type) -> np.random.Generator:
+        """Return the generator of the current answer, a Philox with the key (seed, round). The first use creates it.
 
         The index is the highest of the four 64-bit words of its counter, so no two generators have a block in common.
         """
-        kept = self._rngs.get(id(participant))
-        if kept is None:
-            key = np.array([participant.game.seed, self.round], np.uint64)
-            philox = np.random.Philox(key=key, counter=np.array([0, 0, 0, participant.index], np.uint64))
-            kept = self._rngs[id(participant)] = participant, np.random.Generator(philox)
-        return kept[1]
-
-    def drop(self, participants: "Iterable[Participant]") -> None:
-        """Delete the generators of participants that have answered. Do nothing if no participant has used one."""
-        for participant in participants if self._rngs else ():
-            self._rngs.pop(id(participant), None)
-
-
-_asking: ContextVar[Asking | None] = ContextVar("_asking", default=None)
-
-
-def _as_one_answer(reply: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `reply`: each call answers a new question, except a call within `reply`, such as `super().reply(x)`."""
-
-    @wraps(reply)
-    def reply_once(participant: "Participant", *args: Any, **kwargs: Any) -> Any:
-        return _reply_once(reply, participant, *args, **kwargs)  # by reference: a context variable cannot be pickled
-
-    return reply_once
-
-
-def _reply_once(reply: Callable[..., Any], participant: "Participant", *args: Any, **kwargs: Any) -> Any:
-    message = args[0] if args else kwargs.get("x")
-    metadata = getattr(message[-1] if isinstance(message, list) and message else message, "metadata", None)
-    round_number = metadata["round"] if isinstance(metadata, dict) and "announcements" in metadata else 0
-    with nullcontext() if _asking.get() is not None else Asking(round_number):
-        return reply(participant, *args, **kwargs)
-
-
-class _Rng:
-    """A descriptor for `rng`. It is no property, so that a class may assign its own `self.rng`."""
-
-    def __get__(self, participant: "Participant | None", cls: type) -> np.random.Generator:
         if participant is None:
             return self  # type: ignore[return-value]
-        current = _asking.get() or (participant._home and participant._home.asking)
-        return (current or participant.__dict__.setdefault("_asking", Asking(0))).rng_of(participant)
+        if participant._rng is None:
+            home = participant._home
+            if home is not None:
+                home.uses_rng = True  # the group deletes the generators after each answer
+            key = np.array([participant.game.seed, home.current_round if home is not None else 0], np.uint64)
+            philox = np.random.Philox(key=key, counter=np.array([0, 0, 0, participant.index], np.uint64))
+            participant._rng = np.random.Generator(philox)
+        return participant._rng
 
 
 class Participant(AgentBase):
@@ -102,11 +55,7 @@ class Participant(AgentBase):
     # numpy's random generator for the current answer. It depends on seed, round and index alone. The round is 0 in
     # `__init__`, in `recall`, and for questions outside the game.
     rng = _Rng()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "reply" in vars(cls):
-            cls.reply = _as_one_answer(cls.reply)  # type: ignore[method-assign]
+    _rng: np.random.Generator | None = None
 
     def __init__(self, index: int, game: Game) -> None:
         self.index = index
@@ -150,7 +99,6 @@ class Participant(AgentBase):
         lost. The next question contains the announcements of earlier rounds.
         """
 
-    @_as_one_answer
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
         """Answer one message: run `answer` once, on the group's event loop if the participant is in a group."""
         value = self._run(self.answer(question_in(x, self.game)))

@@ -222,6 +222,7 @@ class SimulationServicer(AgentServerServicer):
             agent = self.get_agent(agent_id)
             if agent is None:
                 raise KnownCause(AGENT_GONE)
+            vars(agent).pop("_rng", None)  # each question to a participant starts with a new random generator
             result = cloudpickle.dumps(getattr(agent, target_func)(*cloudpickle.loads(raw_args)["args"]))
         except BaseException as error:  # noqa: BLE001 - the code of users may raise any exception
             result = MAGIC_PREFIX + one_line(error).encode()
