@@ -392,7 +392,7 @@ def test_a_run_that_does_not_fit_is_refused(cluster, recorded, fake):
     cluster.play("3", "10", "--agent-type", "llm", "--max-attempts", "1", status=4)
     failed = (cluster.path / "runs/latest").resolve().relative_to(cluster.path)
     done = cluster.run("run_simulation.sh", "3", "10", "--players", f"surrogate:{failed}")
-    assert done.returncode == 2 and "nobody has answered in round 1 of that run" in one_line(done.stderr)
+    assert done.returncode == 2 and "round 1 of that run has no answers of participants" in one_line(done.stderr)
     (cluster.path / "x.yaml").write_text(f"rounds: 3\nplayers: {{surrogate:{name}: 1}}\n")
     done = cluster.run("run_simulation.sh", "--experiment", "x.yaml", "--server-per-host", "3")
     assert done.returncode == 2 and one_line(done.stderr).startswith("error: x.yaml, line 2: players surrogate:")

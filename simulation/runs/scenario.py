@@ -182,10 +182,10 @@ def choose_players(config: SimulationConfig, models: Models) -> Players:
     mixture, in_turn = _choose_models(config, models)
     if config.players is None:
         return mixture, in_turn, ()
-    names = [each.model for each in mixture]  # models that share a name on the server are told apart by their own
-    told_apart = (replace(each, model=each.name) if names.count(each.model) > 1 else each for each in mixture)
+    names = [each.model for each in mixture]  # names on the servers
+    distinct = (replace(each, model=each.name) if names.count(each.model) > 1 else each for each in mixture)
     in_shares = (ModelShare(name, Fraction(1, len(in_turn)), models[name].model) for name in unnamed_models(config))
-    unnamed = tuple(told_apart if mixture else in_shares)
+    unnamed = tuple(distinct if mixture else in_shares)
     forms = [(kind.label, Path(kind.text).name, kind.text) for kind in config.kinds]  # labels, the shortest first
     labels = next(each for each in zip(*forms, strict=True) if len({*each}) == len(each))
     players = []
@@ -286,8 +286,8 @@ def _recorded_in(run: SavedRun, config: SimulationConfig, game: Game) -> tuple[t
                 by_personas[key] = by_personas.get(key, Tally(0)) + tally
         for key, tally in by_personas.items():
             if not tally.answered:
-                who = f"nobody with the persona {', '.join(key)}" if key else "nobody"
-                raise SettingsError(f"{who} has answered in round {number} of that run")
+                who = f"participants with the persona {', '.join(key)}" if key else "participants"
+                raise SettingsError(f"round {number} of that run has no answers of {who}")
         if (size := size + sum(len(tally.units) for tally in by_personas.values())) > MOST_RECORDED:
             raise SettingsError(f"that run has more than {MOST_RECORDED:,} different answers, by round and persona")
         recorded[number] = {
