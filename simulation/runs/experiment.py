@@ -78,7 +78,9 @@ class Experiment(YamlFile):
 
     def _read_values(self, name: str, node: yaml.Node) -> list[Any]:
         if name not in OF_GAME and not name.startswith(OF_SET):
-            text = f"{name} is not known here; {nearest(name, ['about', *OF_GAME])}"
+            guess = nearest(name, ["about", *OF_GAME])
+            hint = "" if guess.endswith("?") else "; a parameter of a game or a class belongs under set"
+            text = f"{name} is not known here; {guess}{hint}"
             if name.replace("-", "_") in KINDS.keys() - OF_GAME.keys():
                 text = f"{name} is not a setting of the game; give it on the command line as {flag_of(name)}"
             raise self.error(node, text)
