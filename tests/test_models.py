@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import free_ports, until
 from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, WORDING, FakeModel
@@ -27,8 +28,8 @@ from simulation.cluster.agent_class import serialize_agent_class
 from simulation.cluster.preflight import check_models_known
 from simulation.errors import ClusterError, Ended, UnusableAnswer
 from simulation.game.answer_sheet import FAILED
-from simulation.game.rules import Announcement, question_for
-from simulation.game.tally import INTERRUPTED
+from simulation.game.rules import question_for
+from simulation.game.tally import INTERRUPTED, Tally, announcement_of, score
 from simulation.llm.chat import Chat, TokenBudget, _models, load_models
 from simulation.llm.http_client import ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
@@ -62,7 +63,8 @@ def play(tmp_path):
         for number in range(1, rounds + 1):
             group.begin(question_for(game, number, told), tokens_each)
             until(lambda: group.progress(1.0).finished, 60, "answered")
-            told += (Announcement(number, 49.5, 49.5, (49, 50)),)
+            tally = Tally(2, np.array([49, 50]), np.array([1, 1]))
+            told += (announcement_of(score(game, number, tally), game),)
         return group
 
     yield make
