@@ -213,7 +213,7 @@ def test_a_shipped_game_is_played_and_reported(cluster, name):
 
 
 def test_a_game_outside_the_checkout_is_played_reported_resumed_and_swept(checkout, market):
-    """The engine needs no game of its own: there is none in this checkout."""
+    """This checkout has no other game: the engine needs none."""
     shutil.rmtree(checkout.path / "games")
     flags = ("--game", f"{market}:MarketEntry", "--sleep-time", "0", "--seed", "7")
     played = checkout.run("run_simulation.sh", "2", "100000", *flags, "--set", "pot=40000")
