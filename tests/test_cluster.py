@@ -48,7 +48,7 @@ grpc.secure_channel = lambda target, *rest, **more: grpc.intercept_channel(
     secure_channel(target, *rest, **more), Calls(target)
 )
 counted(grpc, "ssl_channel_credentials", lambda *_: add("credentials"))
-counted(cloudpickle, "dumps", lambda value, *_: add("classes", getattr(value, "__name__", "") == "Mine"))
+counted(cloudpickle, "dumps", lambda value, *_: add("classes", ".Mine'" in repr(value)))
 def audit(event, args):
     if event == "open" and str(args[0]).endswith("cluster.key") and not args[2] & os.O_CREAT:
         add("keys")
@@ -94,7 +94,8 @@ def test_summary_and_console_follow_the_contract(cluster):
     assert done.returncode == 0
     summary = cluster.summary()
     assert summary["status"] == "complete" and summary["llm"] is None
-    assert set(summary) == {"run_id", "status", "config", "cluster", "seconds", "rounds", "llm"}
+    assert set(summary) >= {"run_id", "status", "config", "cluster", "seconds", "rounds", "llm"}
+    assert set(summary) >= {"started", "program", "python", "packages", "sources"}
     assert set(summary["seconds"]) == {"connect", "create", "rounds", "total"}
     assert summary["cluster"]["lost"] == []
     assert [entry["round"] for entry in summary["rounds"]] == [1, 2]

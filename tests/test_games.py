@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -247,10 +248,12 @@ def test_a_game_that_fails_in_a_round_ends_the_run_with_its_answers(cluster, tmp
     flags = ("--game", f"{tmp_path}/failing.py:MarketEntry", "--rounds", "3", "--sleep-time", "0")
     done = cluster.run("run_simulation.sh", "3", "40", *flags)
     assert done.returncode == 4 and "ArithmeticError: too many" in done.stdout, done.stderr
-    assert "cannot compute a result: ArithmeticError: too many: the game ends after round 1 of 3" in done.stderr
+    assert re.search(
+        r"ArithmeticError: too many \(failing.py, line \d+\): the game ends after round 1 of 3", done.stderr
+    )
     summary = cluster.summary()
     assert summary["status"] == "partial" and len(summary["rounds"]) == 1 and len(cluster.answers()) == 40
-    assert summary["rounds"][0]["error"] == "ArithmeticError: too many" and summary["rounds"][0]["answered"] == 40
+    assert summary["rounds"][0]["error"] in done.stderr and summary["rounds"][0]["answered"] == 40
     assert summary["rounds"][0]["outcome"] == {} and summary["rounds"][0]["winners"]["count"] == 0
     report = cluster.run("main.py", "--role", "report", "runs/latest")
     assert report.returncode == 0 and "ArithmeticError: too many" in report.stdout, report.stderr

@@ -1,5 +1,6 @@
 """Participant classes on main's side: checked after they were loaded, and pickled for the agent servers."""
 
+import functools
 import inspect
 import pickle
 import sys
@@ -47,9 +48,15 @@ def load_agent_class(
     parameters = declared(cls, Participant)
     values = {name: each.declaration.default for name, each in parameters.items()}
     values |= values_of(assignments, cls.__name__, parameters)
-    values["__module__"] = cls.__module__  # which is pickled by value
-    with unregistered():  # a subclass: the user's class stays as it is
-        return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(values)) if parameters else cls
+    return _with_values(cls, tuple(values.items())) if values else cls  # type: ignore[arg-type]  # it is hashable
+
+
+@functools.lru_cache(maxsize=8)  # the runs of an experiment and the check before them use the same class
+def _with_values(cls: type[Participant], values: tuple[tuple[str, Any], ...]) -> type[Participant]:
+    """Return a subclass with these attributes: the user's class stays as it is."""
+    attributes = {"__module__": cls.__module__, **dict(values)}  # that module is pickled by value
+    with unregistered():
+        return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(attributes))
 
 
 def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) -> tuple[type[Participant], ...]:
@@ -71,6 +78,11 @@ def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) ->
 
 def serialize_agent_class(*classes: type[Participant], flag: str = "--agent-class") -> bytes:
     """Pickle classes (by value if user-defined). Raises SettingsError if this fails or the result is too large."""
+    return _serialize_once(classes, flag)  # type: ignore[arg-type]  # classes are hashable
+
+
+@functools.lru_cache(maxsize=8)
+def _serialize_once(classes: tuple[type[Participant], ...], flag: str) -> bytes:
     names = listed(cls.__name__ for cls in classes)
     try:
         modules = [sys.modules[cls.__module__] for cls in classes if cls.__module__.startswith(OWN)]

@@ -29,7 +29,7 @@ from simulation.results.tables import table_lines
 from simulation.rpc.endpoints import endpoints, ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_players, read_recorded
-from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
+from simulation.settings import FLAGS_OF_GAMES, SimulationConfig, is_path
 from simulation.user_code import UserFile
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
@@ -228,6 +228,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     if not in_sweep and has_rounds and is_spent:
         budget = f"{config.max_tokens:,}"
         raise SettingsError(f"--resume {path}: its budget of {budget} tokens is spent; give a larger --max-tokens")
+    _prepare_for_users_files(config)
     saved = reader.read_run_to_resume(path, given)
     config, game = saved.config, saved.game
     sources, copies = kept_files(path, before.summary.get("sources", []))
@@ -260,16 +261,22 @@ def warn_of_missing_copy(*configs: SimulationConfig) -> None:
         warn_once(f"an older version, which kept no copies, has played {shown(str(spec))}: it is used as it is now")
 
 
+def _prepare_for_users_files(config: SimulationConfig) -> None:
+    """Import AgentScope before the folders of users' files are on the import path, if a user's file is in use."""
+    if is_path("game", config.game) or any(kind.agent_class is not None for kind in config.kinds):
+        import_agentscope()
+        add_extra_folders(config.extra_pythonpath)
+
+
 def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
     """Return the models by name, or {} for a run without models. Also check the user's agent classes, if any."""
     own = [(kind.agent_class, kind.asks_models) for kind in config.kinds if kind.agent_class is not None]
+    _prepare_for_users_files(config)
     owners = {(cls := game_class(config.game)).__name__: declared(cls, Game)}
     if own:  # detect errors in the user's files before servers start
-        import_agentscope()
         from simulation.agents.participant import Participant  # noqa: PLC0415 - imports AgentScope
         from simulation.cluster import agent_class  # noqa: PLC0415
 
-        add_extra_folders(config.extra_pythonpath)
         classes = [agent_class.load_agent_class(*each, config.who_flag, config.set) for each in own]
         owners |= {each.__name__: declared(each, Participant) for each in classes}
         agent_class.serialize_agent_class(*classes, flag=config.who_flag)
