@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Play the game: ask participants for a number, announce the average, and name the closest participants.
+# Play a game: ask participants for a number, announce the result, and name the winners.
 #
 #   ./run_simulation.sh <server_per_host> <participant_num> [flags]
 #   ./run_simulation.sh --resume <folder of a run, or of an experiment's runs> [flags]

@@ -154,7 +154,7 @@ def test_a_round_without_a_winner_is_announced():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--game minorty", "--game minorty: there is no such game; did you mean minority?"),
+        ("--game minorty", "--game minorty: there is no such game; did you mean minority? (a game"),
         ("--game none.py:X", "there is no file none.py"),
         ("--game market.py:MarketEntri", "did you mean MarketEntry?"),
         ("--game market.py:MarketEntry --set pott=5", "there is no such parameter; did you mean pot?"),
@@ -169,10 +169,16 @@ def test_a_round_without_a_winner_is_announced():
         ("--ratio 1/2 --set ratio=2/3", "--ratio: is given as 1/2 and as 2/3"),
         ("--game lowest_unique --max-value 1", "its numbers are from 1 to 1"),
         ("--game bad.py:OneNumber", "its numbers are from 3 to 3"),
-        ("--game bad.py:Shape", "no result if all players give 0: ValueError: payoffs returned int64 of shape ()"),
+        ("--game bad.py:Shape", "no result if all players give 0: ValueError: payoffs returned an array of shape ()"),
         ("--game bad.py:NotANumber", "payoffs returned nan for an answer"),
         ("--game bad.py:Raises", "no result if all players give 0: KeyError: 'x'"),
         ("--game bad.py:Texts", "its rules need a question and a goal"),
+        ("--game bad.py:Fractions", "payoffs returned int in an array of object, not float or int"),
+        ("--game bad.py:Exits", "no result if all players give 0: SystemExit: 0"),
+        ("--game bad.py:Sorts", "read-only"),
+        ("--game bad.py:Shifts", "read-only"),
+        ("--game bad.py:NoFigures", "outcome returned 5, not a dictionary"),
+        ("--game bad.py:NoRules", "rules returned None, not Rules(question, goal)"),
         ("--game bad.py:Figure", "the figure of_all of the outcome is 'many'"),
     ],
 )
@@ -183,6 +189,12 @@ def test_unusable_games_and_settings_are_refused(command, tmp_path, monkeypatch,
         "class NotANumber(Base):\n  def payoffs(self, units, outcome): return units * np.nan\n"
         "class Raises(Base):\n  def outcome(self, tally): return {}['x']\n"
         "class Texts(Base):\n  def rules(self): return Rules('q', '')\n"
+        "class Fractions(Base):\n  def payoffs(self, units, outcome): return units.astype(object)\n"
+        "class Exits(Base):\n  def outcome(self, tally): raise SystemExit(0)\n"
+        "class Sorts(Base):\n  def outcome(self, tally): tally.counts.sort(); return {}\n"
+        "class Shifts(Base):\n  def payoffs(self, units, outcome): units -= units % 2; return units\n"
+        "class NoFigures(Base):\n  def outcome(self, tally): return 5\n"
+        "class NoRules(Base):\n  def rules(self): return None\n"
         "class Figure(Base):\n  def outcome(self, tally): return {'of_all': 'many'}\n"
     )
     (tmp_path / "bad.py").write_text(bad)

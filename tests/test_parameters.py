@@ -95,11 +95,13 @@ def test_parameters_reach_the_servers_are_recorded_and_swept(cluster, noisy):
     flags = ("--agent-class", f"{noisy}:Noisy", "--set", "noise=4", "--set", "loud=true")
     summary = cluster.play("3", "20", *flags)
     assert set(cluster.values()) == {40 + 4 / 2 + 10}
-    assert summary["config"]["set"] == {"noise": 4, "loud": True}
+    recorded = {"statistic": "mean", "start": 40, "noise": 4.0, "share": "1/2", "style": "calm", "loud": True}
+    assert summary["config"]["set"] == recorded
     resumed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
     assert resumed.returncode == 0 and set(cluster.values()) == {52.0}, resumed.stderr
     changed = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3", "--set", "noise=6")
-    assert changed.returncode == 2 and "cannot be changed on resume" in one_line(changed.stderr)
+    assert changed.returncode == 2
+    assert "--set noise=6: the run in runs/latest was started with 4.0" in one_line(changed.stderr)
     (cluster.path / "x.yaml").write_text(
         f"agent_class: {noisy}:Noisy\nset: {{noise: [2, 8], loud: true}}\nparticipant_num: 20\n"
     )

@@ -78,7 +78,7 @@ def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) ->
 
 def serialize_agent_class(*classes: type[Participant], flag: str = "--agent-class") -> bytes:
     """Pickle classes (by value if user-defined). Raises SettingsError if this fails or the result is too large."""
-    return _serialize_once(classes, flag)  # type: ignore[arg-type]  # classes are hashable
+    return _serialize_once(classes, flag)
 
 
 @functools.lru_cache(maxsize=8)

@@ -136,8 +136,8 @@ def game_class(spec: str) -> type[Game]:
         return find_class("--game", spec, Game)
     names = [path.stem for path in files_in(ROOT / "games", ".py") if not path.stem.startswith("_")]
     if spec not in names:
-        advice = "write a game of your own as my_file.py:MyGame"
-        raise SettingsError(f"--game {spec}: there is no such game; {nearest(spec, names)}; {advice}")
+        advice = "(a game of your own is written as my_file.py:MyGame)"
+        raise SettingsError(f"--game {spec}: there is no such game; {nearest(spec, names)} {advice}")
     module = importlib.import_module(f"games.{spec}")
     own = (each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__)
     return next(each for each in own if issubclass(each, Game))
@@ -147,13 +147,16 @@ def check_game(game: Game, name: str) -> None:
     """Raise SettingsError if the range of the game's answers, its decimals or its words are unusable."""
     try:
         low, high, words, equilibrium = game.low, game.high, game.words, game.equilibrium()
+        if not isinstance(words, Rules):
+            raise TypeError(f"rules returned {words!r}, not Rules(question, goal)")
         texts = [words.question, words.goal, words.prompt, words.won, *words.labels, *words.labels.values()]
         float_equilibrium = [float(each) for each in equilibrium or ()]
-    except Exception as error:  # noqa: BLE001 - the user's class may raise anything
+    except BaseException as error:  # noqa: BLE001 - the user's class may raise anything
         raise SettingsError(f"--game {name}: {one_line(error)}") from None
     problem = ""
     if not (isinstance(low, int) and isinstance(high, int) and 0 <= low < high <= HIGHEST):
-        problem = f"its numbers are from {low!r} to {high!r}; they must be whole, and from 0 to {HIGHEST:,} at most"
+        needed = f"there must be at least two whole numbers from 0 to {HIGHEST:,}"
+        problem = f"its numbers are from {low!r} to {high!r}; {needed}"
     elif game.decimals and game.whole_numbers:
         problem = f"has whole numbers only, and does not go with --decimals {game.decimals}"
     elif not (words.question and words.goal) or any(text != printable(text) for text in texts):

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, listed, nearest, printable
-from simulation.settings import Setting, fraction, setting, to_number
+from simulation.settings import FLAGS_OF_GAMES, Setting, fraction, setting, to_number
 
 __all__ = ["Parameter", "declared", "parse_assignments", "setting", "values_of"]
 KINDS = {kind.__name__: kind for kind in (int, float, str, bool, Fraction)}
@@ -81,6 +81,21 @@ def values_of(assignments: Iterable[str], owner: str, parameters: Mapping[str, P
     return values
 
 
+def all_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> tuple[str, ...]:
+    """Return an assignment for each parameter without a flag, with its default if it is not set.
+
+    See `check_assignments` for `owners`.
+    """
+    names = [name for parameters in owners.values() for name in parameters]
+    every = []
+    for owner, parameters in owners.items():
+        values = {name: each.declaration.default for name, each in parameters.items() if name not in FLAGS_OF_GAMES}
+        for name, value in (values | values_of(assignments, owner, parameters)).items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            every.append(f"{owner}.{name}={text}" if names.count(name) > 1 else f"{name}={text}")
+    return tuple(every)
+
+
 def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> None:
     """Raise SettingsError if an assignment sets no parameter, or could set several.
 
@@ -97,5 +112,5 @@ def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[s
             raise SettingsError(f"--set {name}={printable(text)}: which one? write {' or '.join(matching)}")
         if not matching:
             names = dict.fromkeys(each.partition(".")[2] for each in known)
-            which = nearest(name.rpartition(".")[2], names) if names else f"{listed(owners)} declare none"
+            which = nearest(name.rpartition(".")[2], names) if names else f"there are none in {listed(owners)}"
             raise SettingsError(f"--set {name}={printable(text)}: there is no such parameter; {which}")

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
@@ -162,20 +162,34 @@ def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
     if not tally.answered:
         return RoundResult(round_number, tally)
     try:
-        outcome = {name: _figure(name, value) for name, value in game.outcome(tally).items()}
+        figures = game.outcome(replace(tally, units=_read_only(tally.units), counts=_read_only(tally.counts)))
+        if not isinstance(figures, Mapping):
+            raise TypeError(f"outcome returned {figures!r}, not a dictionary of figures by name")
+        outcome = {name: _figure(name, value) for name, value in figures.items()}
         payoffs = payoffs_of(game, tally.units, outcome)
-    except Exception as error:  # noqa: BLE001 - the user's game may raise anything
+    except BaseException as error:  # noqa: BLE001 - the user's game may raise anything
         return RoundResult(round_number, tally, error=one_line(error))
     wins = payoffs == payoffs.max() if outcome.get("winning_number", 0) is not None else np.zeros(len(payoffs), bool)
     return RoundResult(round_number, tally, outcome, tuple(tally.units[wins].tolist()))
 
 
+def _read_only(array: Units) -> Units:
+    """Return a view that a user's game cannot change."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def payoffs_of(game: Game, units: Units, outcome: Outcome) -> NDArray[Any]:
     """Return the payoffs of distinct answers, ascending. Raises ValueError if the game returns something unusable."""
     with np.errstate(all="ignore"):  # division by zero is reported below
-        payoffs = np.asarray(game.payoffs(units, outcome))
-    if payoffs.shape != units.shape or payoffs.dtype.kind not in "biuf":
-        raise ValueError(f"payoffs returned {payoffs.dtype} of shape {payoffs.shape}, not {len(units)} numbers")
+        payoffs = np.array(game.payoffs(_read_only(units), outcome))
+    if payoffs.shape != units.shape:
+        raise ValueError(f"payoffs returned an array of shape {payoffs.shape}, not {units.shape}")
+    if payoffs.dtype.kind not in "biuf":
+        raise ValueError(
+            f"payoffs returned {type(payoffs[0]).__name__} in an array of {payoffs.dtype}, not float or int"
+        )
     if not np.isfinite(payoffs).all():
         raise ValueError(f"payoffs returned {payoffs[~np.isfinite(payoffs)][0]} for an answer")
     return payoffs

@@ -35,7 +35,9 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
     more = result.winners.count - len(result.winners.lowest)
     names += f" and {more} more" if more else ""
-    numbers = " and ".join(_number(units, game) for units in result.winning_units[:NUMBERS_NAMED])
+    named = [_number(units, game) for units in result.winning_units[:NUMBERS_NAMED]]
+    rest = len(result.winning_units) - NUMBERS_NAMED
+    numbers = f"{', '.join(named)} and {rest} more" if rest > 0 else " and ".join(named)
     won = game.words.won or game.words.goal + (f" ({winning})" if winning not in ("", numbers, *texts.values()) else "")
     ending = (
         f"{'wins' if result.winners.count == 1 else 'win'} with {numbers}, {won.replace('{winning_number}', winning)}."

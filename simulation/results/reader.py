@@ -28,7 +28,7 @@ from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
-from simulation.settings import FLAGS_OF_GAMES, SETTINGS, SimulationConfig, flag_of
+from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,12 @@ def read_run_to_resume(path: Path, given: dict[str, Any]) -> SavedRun:
 def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
     """Return the settings of a run, updated with `given`. Raises SettingsError if `given` changes a fixed setting."""
     given = {name: value for name, value in given.items() if value is not None or name not in FLAGS_OF_GAMES}
+    for name, _, text in (each.partition("=") for each in given.pop("set", ())):
+        known = (config.value_of(f"{OF_SET}{each}") for each in (name, name.rpartition(".")[2]))
+        was = next((each for each in known if each is not None), None)
+        if was is None or not _same_value(was, text):
+            start = f"--set {name}={text}: the run in {path} was started {f'with {was}' if was else 'without it'}"
+            raise SettingsError(f"{start}; this setting cannot be changed on resume")
     changed = replace(config, **given)
     for name, value in given.items():
         before = getattr(config, name)
@@ -151,6 +157,13 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
             start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
+
+
+def _same_value(one: str, other: str) -> bool:
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one.casefold() == other.casefold()
 
 
 def read_summary(path: Path, flag: str = "") -> SavedSummary:

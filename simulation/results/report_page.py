@@ -43,6 +43,7 @@ ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
 ENVIRONMENT.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
+ENVIRONMENT.filters |= {"with_capital": lambda text: text[:1].upper() + text[1:]}
 ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds}
 
 

@@ -16,7 +16,7 @@ from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown, warn_once
 from simulation.game.game import Game, game_class
-from simulation.game.parameters import check_assignments, declared
+from simulation.game.parameters import all_assignments, check_assignments, declared
 from simulation.game.population import KIND, Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, score
@@ -200,14 +200,14 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     config = config if config.seed is not None else replace(config, seed=secrets.randbits(32))
     copies = copies or {}
     used, run_id = with_copies(config, copies), new_run_id()
-    models = _checked_models(used)
+    models, assignments = _checked(used)
     game, folder = build_game(used, models, given), Path(config.run_dir or ROOT / "runs" / run_id)
     texts = {"prompts_file": game.prompt, "personas_file": game.population.persona_sets}
     users = {copy: path for path, copy in copies.items()}
     sources = sources_of(used, [getattr(used, name) for name, each in texts.items() if each])
     sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
     resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
-    config = replace(config, **resolved)
+    config = replace(config, **resolved, set=assignments)
     game, recorded = read_recorded(config, game)
     return RunSpec(config, models, game, folder, run_id, recorded=recorded, sources=sources, copies=copies)
 
@@ -232,7 +232,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     saved = reader.read_run_to_resume(path, given)
     config, game = saved.config, saved.game
     sources, copies = kept_files(path, before.summary.get("sources", []))
-    models = _checked_models(with_copies(config, copies))
+    models, _ = _checked(with_copies(config, copies))
     if "sources" not in before.summary:
         warn_of_missing_copy(config)
         sources = sources_of(config, [])
@@ -268,8 +268,8 @@ def _prepare_for_users_files(config: SimulationConfig) -> None:
         add_extra_folders(config.extra_pythonpath)
 
 
-def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
-    """Return the models by name, or {} for a run without models. Also check the user's agent classes, if any."""
+def _checked(config: SimulationConfig) -> tuple[dict[str, ModelConfig], tuple[str, ...]]:
+    """Check the user's classes and parameters. Return the models by name, and an assignment for each parameter."""
     own = [(kind.agent_class, kind.asks_models) for kind in config.kinds if kind.agent_class is not None]
     _prepare_for_users_files(config)
     owners = {(cls := game_class(config.game)).__name__: declared(cls, Game)}
@@ -281,4 +281,5 @@ def _checked_models(config: SimulationConfig) -> dict[str, ModelConfig]:
         owners |= {each.__name__: declared(each, Participant) for each in classes}
         agent_class.serialize_agent_class(*classes, flag=config.who_flag)
     check_assignments(config.set, owners)
-    return read_models(config) if config.uses_models else {}
+    assignments = all_assignments(config.set, owners)
+    return read_models(config) if config.uses_models else {}, assignments
