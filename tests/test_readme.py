@@ -79,9 +79,12 @@ def test_every_command_runs(checkout):
 def test_the_participant_of_ten_lines_plays(checkout):
     source = write_python(checkout)["my_file.py"]
     assert len([line for line in source.splitlines() if line.strip()]) <= 10
-    summary = checkout.play("2", "50", "--rounds", "3", "--agent-class", "my_file.py:MyParticipant")
+    summary = checkout.play("2", "50", "--rounds", "3", "--ratio", "2/3", "--agent-class", "my_file.py:MyParticipant")
     averages = [entry["average"] for entry in summary["rounds"]]
     assert averages[1] < averages[0] and averages[2] < averages[1]
+    (checkout.path / "example.yaml").write_text(blocks("yaml")[0])
+    planned = checkout.run("run_simulation.sh", "--experiment", "example.yaml", "--dry-run")
+    assert planned.returncode == 0 and "in all: 12 runs" in planned.stdout, planned.stderr
 
 
 def test_architecture_names_every_folder_and_readme_every_page():
