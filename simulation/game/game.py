@@ -108,7 +108,7 @@ class Game:
         """Return the number of units in 1: 10^decimals."""
         return 10**self.decimals
 
-    @property
+    @cached_property  # read for every random answer
     def lowest(self) -> int:
         """Return the lowest answer in units."""
         return int(self.low) * self.scale
