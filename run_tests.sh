@@ -4,7 +4,7 @@
 #   ./run_tests.sh [--fast | --all] [pytest arguments]
 #
 # Without a flag it checks all that a change needs, in at most ten minutes on two cores. --all adds what takes long:
-# real vLLM, new installations, a million participants. --fast checks in two minutes that the program works on this machine.
+# real vLLM, new installations, a million participants. --fast checks in three minutes that the program works on this machine.
 # Without --fast, root of a Debian also gets the packages that tests with several hosts and with pages need.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_tests.sh
 ! (return 0 2>/dev/null) || { echo "error: run_tests.sh is to be started, not sourced" >&2 && return 2; }

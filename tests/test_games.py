@@ -35,7 +35,7 @@ from simulation.game import Game, Rules, setting
 
 
 class MarketEntry(Game):
-    """Each player enters a market or stays out. Those who enter share a pot; staying out pays 1."""
+    """Each player enters a market or stays out. Players who enter share a pot; staying out pays 1."""
 
     pot: int = setting(100, "what all who enter share", 1, 10**9)
     low, high = 0, 1

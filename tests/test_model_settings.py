@@ -58,9 +58,9 @@ def test_participants_with_equal_memory_have_equal_prompts():
     game = Average(1, 100, 0, 0.0, prompt=WORDING)
     tally = Tally(1000, np.array([49, 50]), np.array([439, 561]))
     results = (score(game, 1, tally), RoundResult(2, Tally(0)))
-    told = tuple(announcement_of(each, game) for each in results)
-    prompt = prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
-    assert prompt is prompt_for(rules(game), question_for(game, 3, told), (12.0, None))
+    announcements = tuple(announcement_of(each, game) for each in results)
+    prompt = prompt_for(rules(game), question_for(game, 3, announcements), (12.0, None))
+    assert prompt is prompt_for(rules(game), question_for(game, 3, announcements), (12.0, None))
     assert prompt.user.splitlines()[:3] == [
         "Round 1: the average was 49.561; 0 won with 50.",
         "Round 2: nobody answered.",

@@ -59,12 +59,12 @@ def play(tmp_path):
         group = ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")
-        told = ()
+        announcements = ()
         for number in range(1, rounds + 1):
-            group.begin(question_for(game, number, told), tokens_each)
+            group.begin(question_for(game, number, announcements), tokens_each)
             until(lambda: group.progress(1.0).finished, 60, "answered")
             tally = Tally(2, np.array([49, 50]), np.array([1, 1]))
-            told += (announcement_of(score(game, number, tally), game),)
+            announcements += (announcement_of(score(game, number, tally), game),)
         return group
 
     yield make

@@ -130,14 +130,16 @@ def test_prompts_contain_the_announcements():
 def test_prompts_contain_the_averages_of_teams():
     teams = (("red", Fraction(37, 2)), ("blue", Fraction(43, 2)), ("green", None))
     result = replace(result_of(replace(GAME, offset=Fraction(0)), 20, 20, 20, 20, 70), teams=teams)
-    told = announcement_of(result, GAME)
-    assert (told.teams[0], told.closest_teams) == (("red", 18.5), ("red", "blue"))
-    heard = prompt_for("", question_for(GAME, 2, (told,)), ()).user.splitlines()[0]
+    announcement = announcement_of(result, GAME)
+    assert (announcement.teams[0], announcement.closest_teams) == (("red", 18.5), ("red", "blue"))
+    heard = prompt_for("", question_for(GAME, 2, (announcement,)), ()).user.splitlines()[0]
     assert heard == (
         "Round 1: the average was 30, so the number to be closest to was 20; 4 won with 20. "
         "The averages of the teams were: red 18.5, blue 21.5, green none. The closest was that of red and blue."
     )
-    assert question_in(message_of(question_for(GAME, 2, (told,))), GAME) == question_for(GAME, 2, (told,))
+    assert question_in(message_of(question_for(GAME, 2, (announcement,))), GAME) == question_for(
+        GAME, 2, (announcement,)
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(1, 1000), st.integers(1, 99))
@@ -166,9 +168,9 @@ def test_a_team_fills_its_placeholder_or_comes_last():
 @pytest.mark.parametrize(("number", "decimals", "said"), [(123456789.123456, 6, "123456789.123456"), (700.0, 0, "700")])
 def test_numbers_in_prompts_have_all_digits(number, decimals, said):
     game = Average(max_value=10**9, decimals=decimals)
-    told = announcement_of(result_of(game, round(number * game.scale)), game)
+    announcement = announcement_of(result_of(game, round(number * game.scale)), game)
     lines = prompt_for(
-        "", replace(QUESTION, announcements=(told,), decimals=decimals), (number, None)
+        "", replace(QUESTION, announcements=(announcement,), decimals=decimals), (number, None)
     ).user.splitlines()
     assert lines[0] == f"Round 1: the average was {said}; 1 won with {number:.{decimals}f}."
     assert lines[1] == f"Your numbers so far: {said}, none."
@@ -386,12 +388,14 @@ def test_the_estimate_of_tokens_is_an_upper_bound(tmp_path):
     )
     rounds = estimate_of(config)
     game = build_game(config, read_models(config))
-    told = ()
+    announcements = ()
     for entry in rounds:
-        question = question_for(game, entry.round, told)
-        prompt = prompt_for(rules(game, team="short"), question, (12.34,) * len(told), instruction(game))
+        question = question_for(game, entry.round, announcements)
+        prompt = prompt_for(rules(game, team="short"), question, (12.34,) * len(announcements), instruction(game))
         both = prompt.tokens + prompt._replace(thoughts="x" * 9999, thought_tokens=512).tokens
         assert entry.prompt_tokens >= both * 1000 * (entry.round > 1)
         teams = (("short", Fraction(3141592654, 10**8)), ("long", Fraction(2718281828, 10**8)))
-        told += (announcement_of(replace(result_of(game, 2221, 2223, 5556), round=entry.round, teams=teams), game),)
+        announcements += (
+            announcement_of(replace(result_of(game, 2221, 2223, 5556), round=entry.round, teams=teams), game),
+        )
     assert rounds[-1].answer_tokens >= 1000 * 512

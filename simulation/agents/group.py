@@ -97,9 +97,9 @@ class ParticipantGroup(metaclass=RpcMeta):
     # --- Called by main and moderators -------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
-        """Start a round and return at once. `tokens_each` is the mean token budget per participant that asks a
-        model (None: no limit).
+        """Start a round and return at once.
 
+        `tokens_each` is the mean token budget per participant that asks a model (None: no limit).
         If `one_by_one`, ask a participant only when its `answer_round` is called. Do nothing if this round or a later
         round has started, so that a retry is safe. Raises RuntimeError if the group is closed, or still busy with the
         previous round or with the creation of participants.
