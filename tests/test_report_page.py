@@ -17,21 +17,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CONTRAST, one_line
+from conftest import CONTRAST, ROOT, one_line
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from games.average import Average
+from games.lowest_unique import LowestUnique
+from games.minority import Minority
+from games.public_goods import PublicGoods
 from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, Population
+from simulation.game.tally import Tally, score
 from simulation.results.answers_parquet import SCHEMA
-from simulation.results.charts import draw_answers, draw_averages, draw_lines, selection
+from simulation.results.charts import draw_answers, draw_averages, draw_lines, draw_times, selection
+from simulation.results.comparison import _picture, comparison_lines, csv_text, treatments_of, write_comparison
 from simulation.results.comparison import page_content as comparison_content
-from simulation.results.comparison import treatments_of, write_comparison
-from simulation.results.console_report import brief, run_lines
+from simulation.results.console_report import run_lines
 from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import draw_all, page_content, seconds, write_page
 from simulation.results.run_files import game_to_json
+from simulation.results.tables import number_text
 from simulation.rpc.endpoints import ranges
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -108,7 +114,7 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
             assert int(figure(page, number, key)) == entry[key]
         assert int(figure(page, number, "winners")) == entry["winners"]["count"]
         cell = page.locator(f'td[data-round="{number}"][data-key="average"]')
-        assert cell.inner_text() == f"{entry['average']:.3f}"
+        assert cell.inner_text() == number_text(entry["average"])
     for key, value in played["seconds"].items():
         assert float(page.locator(f'dd[data-key="{key}"]').get_attribute("data-value")) == value
     assert int(page.locator('td[data-key="failures"]').get_attribute("data-value")) == 90
@@ -129,7 +135,8 @@ def test_charts_have_text_alternatives(page, run, played):
     for place, entry in enumerate(played["rounds"]):
         label = pictures.nth(place).get_attribute("aria-label")
         assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
-        assert f"average {entry['average']:.3f}, winning number {entry['winning_number']:.3f}" in label
+        average, winning = number_text(entry["average"]), number_text(entry["winning_number"])
+        assert f"average {average}, winning number {winning}" in label
     assert "equilibrium: 0" in pictures.nth(3).get_attribute("aria-label")
     assert pictures.nth(4).get_attribute("aria-label").startswith("Spread by round: 1: ")
     assert pictures.nth(5).get_attribute("aria-label").startswith("Seconds by round: thinking ")
@@ -235,7 +242,7 @@ def test_participants_are_distinguished_by_persona_and_model(page, told_apart):
             assert int(row.locator('[data-key="asked"]').inner_text()) == tally.asked
             assert int(row.locator('[data-key="failed"]').inner_text()) == tally.failed
             average = tally.average()
-            assert row.locator('[data-key="average"]').inner_text() == f"{float(average):.3f}"
+            assert row.locator('[data-key="average"]').inner_text() == number_text(average)
         assert section.locator("svg[role=img]").count() == 2
         assert section.locator("details tbody tr").count() == 3 * len(rounds[-1])
     assert set(told_apart.tallies_by_part) == {"education", "job", "model"}
@@ -309,7 +316,7 @@ def test_several_runs_are_compared(page, cluster, run, played):
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
     assert page.locator("figure svg[role=img]").count() == 3
     row = page.locator(f'tr[data-run="{summary["run_id"]}"]')
-    assert row.locator('[data-key="last average"]').inner_text() == f"{last['average']:.3f}"
+    assert row.locator('[data-key="last average"]').inner_text() == number_text(last["average"])
     assert "ratio 1/2" in page.locator("figcaption").first.inner_text()
     row.get_by_role("link", name="1-2", exact=True).click()
     assert page.locator("h1").inner_text() == "200 random participants: the number closest to 1/2 of the average wins"
@@ -425,7 +432,7 @@ def test_an_interrupted_round_does_not_count_as_played(page, run, tmp_path):
     assert page.locator(".lede").inner_text().split(";")[1].strip() == "interrupted in round 3."
     assert page.locator(".lede").inner_text().startswith("2 of 3 rounds played")
     tiles = page.locator(".tiles").first.inner_text()
-    assert f"{summary['rounds'][1]['average']:.3f}" in tiles and "average of round 2" in tiles
+    assert number_text(summary["rounds"][1]["average"]) in tiles and "average of round 2" in tiles
     assert run_lines(read_run(folder))[-1].endswith("is interrupted: 2 of 3 rounds")
 
 
@@ -456,9 +463,12 @@ def test_a_large_run_has_a_small_report(page, cluster, more):
 
 
 def test_numbers_in_words():
-    assert [brief(number) for number in (None, 0, 51.7777, 12345.6, 0.00012345)] == [
-        *("–", "0.000", "51.778", "12,345.600", "0.000123"),
+    numbers = (None, 0, 1502, 502.0, 24.5, Fraction(155333, 3000), 12345.6, 0.00012345, -0.25)
+    assert [number_text(number) for number in numbers] == [
+        *("–", "0", "1,502", "502", "24.5", "51.778", "12,345.6", "0.000123", "-0.25"),
     ]
+    assert [number_text(number, 4, padded=True) for number in (7, 7.0, 0.00012)] == ["7", "7.0000", "0.0001"]
+    assert number_text(1200.4, 0) == "1,200"
     assert [short(number) for number in (0, 950, 1200, 12_000, 1.5e6, 2e9)] == [
         "0",
         "950",
@@ -480,7 +490,7 @@ def test_a_number_far_out_of_range_is_stated_and_not_drawn(told_apart):
     axes = Figure().subplots()
     draw_answers(axes, far, 0)
     assert axes.get_xlim()[1] <= 101
-    assert "winning number 150.000" in [line.get_label() for line in axes.lines]
+    assert "winning number 150" in [line.get_label() for line in axes.lines]
     axes = Figure().subplots()
     draw_averages(axes, far)
     (winning,) = (line for line in axes.lines if line.get_label() == "winning number")
@@ -498,7 +508,7 @@ def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     unfolded, folded = (tmp_path / "comparison.html").read_text().split("<summary>12 more</summary>")
     assert "24 of 60 shown" in unfolded
     assert (unfolded.count("<figure>"), folded.count("<figure>")) == (1 + 12, 12)
-    assert [row["run"] for row in content["rows"]] == [folder.name for folder in folders]
+    assert [row[0] for row in content["rows"]] == [("run", folder.name) for folder in folders]
     assert labels[0] == "ratio 1" and labels[-1] == "ratio 1/60"
     assert len({series_style(index) for index in range(24)}) == 24
 
@@ -529,7 +539,7 @@ def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
         show(page, tmp_path / "comparison.html", size)
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
     assert page.locator("h1").inner_text() == "3 treatments, 7 runs compared"
-    assert page.locator("figure svg").count() == 2 + 3
+    assert page.locator("figure svg").count() == 1 + 3
     chart = page.locator("figure").first.inner_html()
     colours = set(re.findall(r"--series-\d", chart))
     assert colours == {"--series-1", "--series-2", "--series-3"}
@@ -541,6 +551,126 @@ def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
     show(page, tmp_path / "comparison.html")
     assert page.locator("tr[data-run=r0]").is_visible()
     assert page.locator("figure").first.inner_html().count("<path") == chart.count("<path") + 6
+
+
+@pytest.fixture
+def saved(tmp_path) -> SavedRun:
+    """A run of three rounds, played by an earlier version."""
+    return read_run(Path(shutil.copytree(ROOT / "tests/data/old_runs/random", tmp_path / "saved")))
+
+
+OUTCOMES = [
+    (Minority, {"share_of_1": 0.25, "winning_number": 1}, "share of players who chose 1"),
+    (LowestUnique, {"unique_numbers": 12, "winning_number": 7}, "count of numbers given once"),
+    (PublicGoods, {"average": 4.0, "average_payoff": 12.5}, "average contribution"),
+]
+
+
+@pytest.mark.parametrize(("game", "outcome", "words"), OUTCOMES)
+def test_the_figures_of_every_game_are_compared(saved, tmp_path, game, outcome, words):
+    def made(number):
+        rounds = [
+            entry | {"outcome": {name: value + number for name, value in outcome.items()}}
+            for entry in saved.summary["rounds"]
+        ]
+        config, data = replace(saved.config, seed=number), saved.summary | {"run_id": f"r{number}", "rounds": rounds}
+        return replace(saved, path=tmp_path / f"{number}", config=config, summary=data, game=game())
+
+    values = [*outcome.values()]
+    other = "average payoff" if game is PublicGoods else "winning number"
+    head, alone = comparison_lines([made(0)])
+    assert re.split(" {2,}", head)[3:6] == ["asked", f"first {words}", f"last {words}"]
+    assert ("winning number" in head) is ("winning_number" in outcome) and other in head
+    texts = [number_text(value, padded=True) for value in values]
+    assert alone.split()[4:7] == [texts[0], texts[0], texts[1]]
+    pair = [made(0), made(1)]
+    head, row = comparison_lines(pair)
+    assert [each.strip() for each in re.split(" {2,}", head)][:7] == [
+        *("treatment", words, "95 % interval", "std", other, "its 95 % interval", "its std"),
+    ]
+    means = [float(each) for each in row.split()[2::5][:2]]
+    assert means == [value + 0.5 for value in values]
+    rows = comparison_content(tmp_path, pair)["treatment_rows"]
+    assert dict(rows[0])[words] == number_text(values[0] + 0.5) and dict(rows[0])["std"] == "0.707"
+    head, *data = csv_text(pair).splitlines()
+    assert {f"outcome_{name}" for name in outcome} < {*head.split(",")} and len(data) == 6
+    mixed = [made(0), replace(saved, path=tmp_path / "x", config=replace(saved.config, ratio="1/7"))]
+    assert "average contribution" not in comparison_lines(mixed)[0]  # the games have different words for it
+
+
+def test_a_comparison_of_unlike_runs_has_a_handful_of_columns(saved, tmp_path):
+    names = ("participant_num", "max_value", "decimals", "max_attempts", "samples_per_request", "sleep_time", "rounds")
+    runs = [
+        replace(saved, path=tmp_path / f"{at}", config=replace(saved.config, **dict.fromkeys(names, at + 1)))
+        for at in range(4)
+    ]
+    runs[0] = replace(runs[0], config=replace(runs[0].config, set=("noise=1",)))
+    head, *rows, note = comparison_lines(runs)
+    assert note == "2 more settings are in comparison.csv only" and len(rows) == 4
+    shown = {"participant num", "max value", "decimals", "rounds", "sleep time", "samples per request"}
+    assert {*re.split(" {2,}", head)[1:7]} == shown and re.split(" {2,}", head)[7] == "played"
+    assert {*names, "noise"} < {*csv_text(runs).splitlines()[0].split(",")}
+    content = comparison_content(tmp_path, runs)
+    assert content["omitted"] == note and len(content["treatment_rows"][0]) < 16
+    write_page(tmp_path / "comparison.html", content)
+    assert note in (tmp_path / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 13, 24])
+@pytest.mark.parametrize(
+    "label", ["ratio", "a rather long label of a treatment, with seven words", "a_class_with_a_long_name" * 3]
+)
+def test_nothing_in_the_picture_of_a_comparison_is_cut(saved, label, count):
+    (one,) = treatments_of([saved])
+    figure = _picture([replace(one, label=f"{label} {number}") for number in range(count)], all_runs=False)
+    figure.draw_without_rendering()
+    texts = [each for each in figure.findobj(Text) if label[:20] in each.get_text() or "round" in each.get_text()]
+    assert len(texts) == count + min(count, 6) + 3  # the legend, the titles of histograms, two titles and an axis
+    for each in texts:
+        box = each.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, each.get_text()
+    legend, *_ = [each.get_window_extent() for each in figure.subfigs[0].legends]
+    assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_lines_at_the_same_position_are_all_visible():
+    axes = Figure().add_subplot()
+    same = {1: 30.0, 2: 20.0, 3: 10.0}
+    draw_lines(axes, [1, 2, 3], {"a": same, "b": {1: 5.0, 2: 5.0, 3: 5.0}, "c": same, "d": same})
+    first, alone, second, third = axes.lines
+    dashes = [line._unscaled_dash_pattern for line in (first, second, third)]
+    assert len({offset for offset, _ in dashes}) == 3 and len({tuple(lengths) for _, lengths in dashes}) == 1
+    (_, (drawn, gap)) = dashes[0]
+    assert gap == 2 * drawn and [offset for offset, _ in dashes] == [0, drawn, 2 * drawn]
+    assert [line.get_markevery() for line in (first, second, third)] == [(0, 3), (1, 3), (2, 3)]
+    assert alone.get_linestyle() == "-" and alone.get_markevery() is None
+
+
+def test_axes_of_whole_numbers_have_no_ticks_between_them(saved):
+    def ticks(axis, limits):
+        return [each for each in axis.get_ticklocs() if limits[0] <= each <= limits[1]]
+
+    for game, decimals in ((Minority(), 0), (Average(max_value=3), 0), (Average(max_value=1, decimals=1), 1)):
+        tally = score(game, 1, Tally(3, np.array([0, 1]), np.array([1, 2]))).tally
+        axes = Figure().subplots()
+        draw_answers(axes, replace(saved, game=game, results=[replace(saved.results[0], tally=tally)]), 0)
+        answers, counts = ticks(axes.xaxis, (game.low, game.high)), ticks(axes.yaxis, axes.get_ylim())
+        assert all(each == round(each) for each in counts) and len(answers) > 1
+        assert all(each == round(each) for each in answers) is (decimals == 0)
+    axes = Figure().subplots()
+    draw_lines(axes, [1, 2], {"average": {1: 0.2, 2: 0.4}})
+    assert ticks(axes.xaxis, axes.get_xlim()) == [1, 2] and len(ticks(axes.yaxis, axes.get_ylim())) > 1
+    axes = Figure().subplots()
+    draw_times(axes, [{"round": 1, "model_s": 0.5}], ["model_s"])
+    assert ticks(axes.xaxis, axes.get_xlim()) == [1]
+
+
+def test_of_many_winning_answers_the_rest_is_counted(page, saved, tmp_path):
+    results = [replace(saved.results[0], winning_units=tuple(range(13))), *saved.results[1:]]
+    write_page(tmp_path / "report.html", page_content(replace(saved, results=results)))
+    show(page, tmp_path / "report.html")
+    row = page.locator("section", has=page.locator("#winners")).locator("tbody tr").first
+    assert "0.00, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09 and 3 more" in row.inner_text()
 
 
 def test_labels_have_two_settings_in_words(told_apart, tmp_path):

@@ -11,12 +11,15 @@ from matplotlib.figure import Figure, SubFigure
 
 from simulation.game.game import Game
 from simulation.game.tally import Tally
-from simulation.results.console_report import brief, histogram
+from simulation.results.console_report import histogram
 from simulation.results.figures import LINE_STYLES, WIDTH_INCHES, limit_ticks, series_style, svg
 from simulation.results.reader import SavedRun
+from simulation.results.tables import number_text
 
 BINS, PART_BINS = 101, 51
+DASH = 3  # length of the dashes of lines at the same position, in line widths
 MARKERS = "os^"  # for each of LINE_STYLES
+PICTURE_INCHES = 10  # width of a PNG file with several charts
 MARKED_ROUNDS = 25  # if there are more rounds, lines have no markers
 LABELLED_ROUNDS = 12  # if there are more rounds, averages are not labelled
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
@@ -36,21 +39,17 @@ def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
     return [name for name in tallies if name in by_size]
 
 
-def by_round(run: SavedRun, key: str) -> dict[int, float]:
-    """Return each round's value of `key` in the summary, by round number. Omit rounds whose value is None."""
-    return {entry["round"]: entry[key] for entry in run.summary["rounds"] if entry[key] is not None}
-
-
 def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
     """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
     game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
     _draw_histogram(axes, game, run.results[index].tally, BINS, game.lowest + game.numbers - 1)
     average, winning = entry["average"], entry["winning_number"]
     if average is not None:
-        axes.axvline(average, color="average", label=f"average {average:.{digits}f}")
+        axes.axvline(average, color="average", label=f"average {number_text(average, digits)}")
     if winning is None:
         return
-    line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=f"winning number {winning:.{digits}f}")
+    label = f"winning number {number_text(winning, digits)}"
+    line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=label)
     if winning <= BEYOND * game.high:
         line.set_xdata([winning, winning])
         axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
@@ -64,7 +63,7 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
     if not tally.answered:
         axes.set_ylim(0, 1)
     axes.set_xlim(float(borders[0]), max(float(borders[-1]), (top + 0.5) / game.scale))
-    limit_ticks(axes, across=5, up=4, whole="y")
+    limit_ticks(axes, across=5, up=4, whole="y" if game.decimals else "xy")
 
 
 def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
@@ -74,17 +73,26 @@ def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
         axes.hlines(equilibria, 0, 1, linestyles="dotted", clip_on=False, transform=across, **style)
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """Return the style of a chart's line `index` (from 0)."""
+    colour, dashes = series_style(index)
+    return {"color": colour, "linestyle": dashes, "marker": MARKERS[LINE_STYLES.index(dashes)]}
+
+
 def draw_lines(
     axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]], styles: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
 
-    The x-axis spans `rounds`, the y-axis 0 to slightly above the highest number. `styles`, if given, has one per line.
+    Lines at the same position share it by alternating dashes and markers. The x-axis spans `rounds`, the y-axis 0 to
+    slightly above the highest number. `styles`, if given, has one per line.
     """
+    positions = [{each: f"{number:.3g}" for each, number in numbers.items()} for numbers in lines.values()]
     for index, (name, numbers) in enumerate(lines.items()):
-        colour, line_style = series_style(index)
-        marker = MARKERS[LINE_STYLES.index(line_style)]
-        style = {"color": colour, "linestyle": line_style, "marker": marker, **(styles[index] if styles else {})}
+        style = line_style(index) | (styles[index] if styles else {})
+        shared, before = positions.count(positions[index]), positions[:index].count(positions[index])
+        if shared > 1:
+            style |= {"linestyle": (DASH * before, (DASH, DASH * (shared - 1))), "markevery": (before, shared)}
         drawn = range(min(numbers), max(numbers) + 1) if numbers else ()
         axes.plot(list(drawn), [numbers.get(each, math.nan) for each in drawn], label=name, **style)
     limit_ticks(axes, across=8, up=4, whole="x")
@@ -110,9 +118,9 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     label = f"equilibrium {run.game.equilibrium_words()}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
     highest = BEYOND * run.game.high
-    winning = {index: each if each <= highest else math.nan for index, each in by_round(run, "winning_number").items()}
+    winning = {index: each if each <= highest else math.nan for index, each in run.by_round("winning_number").items()}
     dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
-    lines = {"average": by_round(run, "average")} | ({"winning number": winning} if winning else {})
+    lines = {"average": run.by_round("average")} | ({"winning number": winning} if winning else {})
     draw_lines(axes, [result.round for result in run.results], lines, [{"color": "average"}, dashes])
 
 
@@ -160,7 +168,7 @@ def last_round(run: SavedRun) -> Figure:
 
 def all_rounds(run: SavedRun) -> Figure:
     """Return a figure for a PNG file: small histograms of some rounds, and below them the averages by round."""
-    entries = run.summary["rounds"]
+    entries, digits = run.summary["rounds"], run.game.decimals + 3
     indices = selection(len(entries), SMALL_MULTIPLES)
     figure, above, below, grid = two_parts([(run, index) for index in indices], 3.4)
     title = f"{run.config.participant_num:,} participants, {run.game.words.goal} wins"
@@ -169,12 +177,14 @@ def all_rounds(run: SavedRun) -> Figure:
     for axes, entry in zip(grid, [entries[index] for index in indices], strict=True):
         axes.set_title(f"Round {entry['round']}", loc="left", fontsize=11, weight="bold")
         if entry["average"] is not None:
-            axes.set_title(f"average {brief(entry['average'])}", loc="right", fontsize=10.5, color="average")
+            axes.set_title(
+                f"average {number_text(entry['average'], digits)}", loc="right", fontsize=10.5, color="average"
+            )
     axes = below.subplots()
     draw_averages(axes, run)
     above_point: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-    for point in by_round(run, "average").items() if len(run.results) <= LABELLED_ROUNDS else ():
-        axes.annotate(brief(point[1]), point, color="average", fontsize=10, **above_point)
+    for point in run.by_round("average").items() if len(run.results) <= LABELLED_ROUNDS else ():
+        axes.annotate(number_text(point[1], digits), point, color="average", fontsize=10, **above_point)
     axes.set(xlabel="round", ylabel=f"number, {run.game.low:,} to {run.game.high:,}")
     below.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10.5)
     return figure
@@ -191,7 +201,7 @@ def two_parts(
     columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
     rows = -(-len(rounds) // columns) or 1
     heights = (lines_inches, 2.4 * rows) if lines_first else (2.3 * rows + 0.7, lines_inches)
-    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(PICTURE_INCHES, sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     grid = list(parts[1 if lines_first else 0].subplots(rows, columns, squeeze=False).flat)
     for axes in grid[len(rounds) :]:

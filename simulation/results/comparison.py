@@ -19,19 +19,19 @@ from urllib.parse import quote
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.game.game import Game
 from simulation.game.tally import merge
 from simulation.results import charts
-from simulation.results.console_report import brief
-from simulation.results.figures import limit_ticks, series_style, write_png
-from simulation.results.reader import SavedRun, runs_in
-from simulation.results.report_page import fixed, whole, write_page
+from simulation.results.figures import series_style, write_png
+from simulation.results.reader import SavedRun, figure_of, runs_in
+from simulation.results.report_page import write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole
 from simulation.results.run_files import round_entry
-from simulation.results.tables import table_lines
+from simulation.results.tables import number_text, table_lines
 from simulation.settings import SETTINGS, parse_players
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
@@ -39,9 +39,12 @@ PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no figure of a run
 WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_class": "class"}
-LABEL_SETTINGS = 2  # maximum number of settings that a label mentions; the tables have all
+LABEL_SETTINGS = 2  # maximum number of settings that a label mentions
+SETTINGS_SHOWN, FIGURES_SHOWN = 6, 3  # maximum numbers in a table; the CSV file has all
 TITLE_WIDTH = 38  # maximum number of characters in a line of a label in the picture
 LINES = 24  # maximum number of treatments in the line chart: as many lines as `series_style` distinguishes
+
+Row = list[tuple[str, str]]  # pairs of a column heading and the text of a cell
 
 
 class Estimate(NamedTuple):
@@ -70,15 +73,16 @@ class Treatment:
     """Runs whose compared settings are equal, except for the seed: the repeats of one combination of settings."""
 
     label: str
-    settings: dict[str, str]  # those that differ between treatments and that the label does not mention
+    settings: Row  # those that differ between treatments and that the label does not mention
     runs: list[SavedRun]
 
-    def estimates(self, key: str) -> dict[int, Estimate]:
-        """Estimate the figure `key` of each round from the runs that have it; of several runs, omit cut rounds."""
+    def estimates(self, name: str) -> dict[int, Estimate]:
+        """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds."""
         numbers: dict[int, list[float]] = {}
-        for entry in [entry for run in self.runs for entry in run.summary["rounds"]]:
-            if entry[key] is not None and (entry["ended"] != "interrupted" or len(self.runs) == 1):
-                numbers.setdefault(entry["round"], []).append(entry[key])
+        for run in self.runs:
+            for number, value in run.by_round(name).items():
+                if number <= run.rounds_finished or len(self.runs) == 1:
+                    numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
 
     def last_round(self) -> SavedRun:
@@ -89,10 +93,8 @@ class Treatment:
         number = max(run.rounds_finished for run in self.runs)
         results = [run.results[number - 1] for run in self.runs if run.rounds_finished >= number > 0]
         results = results or [run.results[0] for run in self.runs if run.results]  # all were cut in round 1
-        figures: dict[str, list[float]] = {}
-        for name, value in itertools.chain(*(each.outcome.items() for each in results)):
-            figures.setdefault(name, []).extend([] if value is None else [value])
-        outcome = {name: statistics.fmean(values) if values else None for name, values in figures.items()}
+        estimates = {name: self.estimates(name).get(results[0].round) for name in first.figures}
+        outcome = {name: each and each.mean for name, each in estimates.items()}
         pooled = replace(results[0], tally=merge(each.tally for each in results), outcome=outcome)
         entry = round_entry(pooled, first.game.scale)
         return replace(first, summary=first.summary | {"rounds": [entry]}, results=[pooled])
@@ -101,22 +103,21 @@ class Treatment:
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
     """Group the runs by their compared settings, in the order in which the treatments first occur."""
     differing = _differing(runs)
-    distinct = {name: len({each[name] for each in differing}) for name in differing[0] if name != "seed"}
-    names = sorted(distinct, key=lambda name: -distinct[name])  # labels mention those with the most values
+    names = [name for name in _by_variety(differing) if name != "seed"]
     groups: dict[tuple[Any, ...], list[SavedRun]] = {}
-    for run, values in zip(runs, differing, strict=True):
-        groups.setdefault(tuple(values[name] for name in names), []).append(run)
-    texts = [[_text(name, value) for name, value in zip(names, values, strict=True)] for values in groups]
-    words = [WORDS.get(name, name.replace("_", " ")) for name in names][:LABEL_SETTINGS]
-    labels = [
-        ", ".join(f"no {word}" if text == "-" else f"{word} {text}" for word, text in zip(words, each, strict=False))
-        for each in texts
-    ]
-    labels = [f"{each} ({n})" if labels.count(each) > 1 else each for n, each in enumerate(labels, start=1)]
-    rest = [name.replace("_", " ") for name in names[LABEL_SETTINGS:]]
+    for run, settings in zip(runs, differing, strict=True):
+        groups.setdefault(tuple(settings[name] for name in names), []).append(run)
+    treatments: list[Treatment] = []
+    for values, group in groups.items():
+        texts = [(name, _text(name, each)) for name, each in zip(names, values, strict=True)][:SETTINGS_SHOWN]
+        words = [(WORDS.get(name, _plain(name)), text) for name, text in texts[:LABEL_SETTINGS]]
+        label = ", ".join(f"no {word}" if text == "-" else f"{word} {text}" for word, text in words)
+        rest = [(_plain(name), text) for name, text in texts[LABEL_SETTINGS:]]
+        treatments.append(Treatment(label or f"{len(group)} runs", rest, group))
+    labels = [each.label for each in treatments]
     return [
-        Treatment(label or f"{len(group)} runs", dict(zip(rest, each[LABEL_SETTINGS:], strict=True)), group)
-        for label, each, group in zip(labels, texts, groups.values(), strict=True)
+        replace(each, label=f"{each.label} ({number})") if labels.count(each.label) > 1 else each
+        for number, each in enumerate(treatments, start=1)
     ]
 
 
@@ -155,18 +156,25 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
+    compared = [name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED]
     values: list[dict[str, Any]] = []
     for run in runs:
-        names = [
-            name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED
-        ]
-        values.append({name: getattr(run.config, name) for name in names})
+        values.append({name: getattr(run.config, name) for name in compared})
         for each in values[-1].pop("set", ()):  # parameters, such as noise=5
             name, _, value = each.partition("=")
             values[-1][f"set {name}" if name in SETTINGS else name] = value
     every = dict.fromkeys(itertools.chain(*values))
     names = [name for name in every if len({each.get(name) for each in values}) > 1]
     return [{name: each.get(name) for name in names} for each in values]
+
+
+def _by_variety(differing: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the settings. Those with the most distinct values come first."""
+    return sorted(differing[0], key=lambda name: -len({each[name] for each in differing}))
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _text(name: str, value: Any) -> str:
@@ -183,66 +191,94 @@ def folder_names(runs: Sequence[SavedRun]) -> list[str]:
     return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
+def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
+    """Return the words for each figure of the games' outcomes, by name. If games differ in the words, use the name."""
+    figures: dict[str, str] = {}
+    for run in runs:
+        for name, words in run.figures.items():
+            figures[name] = words if figures.get(name, words) == words else _plain(name)
+    return figures or {"average": "average"}
+
+
 def _equilibrium(game: Game) -> str:
     known = game.equilibrium()
     return "-" if known is None else " and ".join(f"{each:.6g}" for each in known) or "any"
 
 
-def _run_rows(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Return a table row for each run. A row maps column headings to texts."""
+def _run_rows(runs: Sequence[SavedRun], padded: bool) -> list[Row]:
+    """Return a table row for each run. If `padded`, all averages have the same number of decimals."""
+    differing, (main, *others) = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
+    shown = _by_variety(differing)[:SETTINGS_SHOWN]
     rows = []
-    for run, folder, values in zip(runs, folder_names(runs), _differing(runs), strict=True):
-        entries, game = run.summary["rounds"], run.game
-        first, last = (entries[0], entries[-1]) if entries else ({}, {})
-        numbers = {"first average": first.get("average"), "last average": last.get("average")}
-        numbers["winning number"] = last.get("winning_number")
-        row = {"run": folder} | {name.replace("_", " "): _text(name, value) for name, value in values.items()}
-        row["played"] = f"{len(entries)}"
-        row |= {key: whole(sum(entry[key] for entry in entries)) for key in ("answered", "asked")}
-        row |= {name: "-" if number is None else fixed(number, game.decimals + 3) for name, number in numbers.items()}
-        row |= {"equilibrium": _equilibrium(game), "status": run.summary["status"]}
-        rows.append(row | {"seconds": f"{run.summary['seconds']['total']:.2f}"})
+    for run, folder, values in zip(runs, folder_names(runs), differing, strict=True):
+        entries = run.summary["rounds"]
+        row = [("run", folder), *((_plain(name), _text(name, values[name])) for name in values if name in shown)]
+        row.append(("played", f"{len(entries)}"))
+        row += [(key, number_text(sum(entry[key] for entry in entries))) for key in ("answered", "asked")]
+        for heading, name, at in (
+            (f"first {main[1]}", main[0], 0),
+            (f"last {main[1]}", main[0], -1),
+            *((words, name, -1) for name, words in others),
+        ):
+            number = figure_of(entries[at], name) if entries else None
+            row.append((heading, "-" if number is None else number_text(number, run.game.decimals + 3, padded)))
+        row += [("equilibrium", _equilibrium(run.game)), ("status", run.summary["status"])]
+        rows.append([*row, ("seconds", f"{run.summary['seconds']['total']:.2f}")])
     return rows
 
 
-def _treatment_rows(treatments: Sequence[Treatment]) -> list[dict[str, str]]:
+def _treatment_rows(treatments: Sequence[Treatment], padded: bool) -> list[Row]:
     """Return a table row for each treatment, with estimates of the last round that its runs have played."""
-    rows = []
+
+    def text(number: float) -> str:
+        return number_text(number, padded=padded and not 0 < abs(number) < 0.1)
+
+    rows: list[Row] = []
+    figures = [*_figures([run for each in treatments for run in each.runs]).items()][:FIGURES_SHOWN]
     for treatment in treatments:
-        averages, winning = (treatment.estimates(key) for key in ("average", "winning_number"))
+        averages = treatment.estimates("average")
         last = max(averages, default=0)
-        row = {"treatment": treatment.label, **treatment.settings}
-        for its, name, found in (("", "average", averages.get(last)), ("its ", "winning number", winning.get(last))):
-            several = found is not None and found.runs > 1
-            row[name] = brief(found.mean) if found else "-"
-            row[f"{its}95 % interval"] = f"{brief(found.low)} to {brief(found.high)}" if found and several else "-"
-            row[f"{its}std"] = brief(found.std) if found and several else "-"
         known, count = averages[last].runs if averages else 0, len(treatment.runs)
-        row |= {"runs": f"{known} of {count}" if known < count else f"{count}", "round": f"{last or '-'}"}
-        row["equilibrium"] = _equilibrium(treatment.runs[0].game)
-        row["failed"] = whole(sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"]))
+        row = [("treatment", treatment.label), *treatment.settings]
+        for name, words in figures:
+            its, mean, interval, std = "" if (name, words) == figures[0] else "its ", "-", "-", "-"
+            if (found := treatment.estimates(name).get(last)) is not None:
+                mean = text(found.mean) + (f" ({found.runs} of {known})" if found.runs < known else "")
+                if found.runs > 1:
+                    interval, std = f"{text(found.low)} to {text(found.high)}", text(found.std)
+            row += [(words, mean), (f"{its}95 % interval", interval), (f"{its}std", std)]
+        row += [("runs", f"{known} of {count}" if known < count else f"{count}"), ("round", f"{last or '-'}")]
+        row.append(("equilibrium", _equilibrium(treatment.runs[0].game)))
+        failed = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
         states = Counter(run.summary["status"] for run in treatment.runs)
-        row["status"] = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
-        rows.append(row)
-    used = [name for name in rows[0] if name == "average" or any(row[name] != "-" for row in rows)]
-    return [{name: row[name] for name in used} for row in rows]
+        status = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
+        rows.append([*row, ("failed", number_text(failed)), ("status", status)])
+    texts = [{text for _, text in cells} for cells in zip(*rows, strict=True)]
+    return [[cell for cell, each in zip(row, texts, strict=True) if each != {"-"}] for row in rows]
+
+
+def _omitted(runs: Sequence[SavedRun]) -> str:
+    """State how many settings and figures only the CSV file has. Return "" if there are none."""
+    counts = {"settings": len(_differing(runs)[0]) - SETTINGS_SHOWN, "figures": len(_figures(runs)) - FIGURES_SHOWN}
+    texts = [f"{count} more {name}" for name, count in counts.items() if count > 0]
+    return f"{' and '.join(texts)} are in {DATA} only" if texts else ""
 
 
 def comparison_lines(runs: Sequence[SavedRun], all_runs: bool = False) -> list[str]:
     """Return the lines of text tables: the treatments if a treatment has several runs; otherwise, or also, the runs."""
     lines, treatments = [], treatments_of(runs)
+    figures, settings = [*_figures(runs).values()], [_plain(name) for name in _differing(runs)[0]]
     if len(treatments) < len(runs):
-        rows = _treatment_rows(treatments)
-        dropped = ["equilibrium", "failed", "its std", "its 95 % interval", "round", *treatments[0].settings]
-        lines = table_lines(
-            [*rows[0]], [[*row.values()] for row in rows], [*dropped, "status", "winning number", "std"]
-        )
-    if all_runs or not lines:
-        rows = _run_rows(runs)
-        settings = [name.replace("_", " ") for name in _differing(runs)[0]]  # may be dropped: folder names mention them
-        order = ["seconds", "equilibrium", "asked", "first average", *settings, "played", "answered", "winning number"]
-        lines += table_lines([*rows[0]], [[*row.values()] for row in rows], [*order, "status", "last average"])
-    return lines
+        dropped = ["equilibrium", "failed", "its std", "its 95 % interval", "round", *settings]
+        lines += _lines(_treatment_rows(treatments, padded=True), [*dropped, "status", *figures[:0:-1], "std"])
+    if all_runs or not lines:  # settings may be dropped: folder names mention them
+        dropped = ["seconds", "equilibrium", "asked", f"first {figures[0]}", *settings, "played", "answered"]
+        lines += _lines(_run_rows(runs, padded=True), [*dropped, *figures[:0:-1], "status", f"last {figures[0]}"])
+    return [*lines, *filter(None, [_omitted(runs)])]
+
+
+def _lines(rows: Sequence[Row], dropped: Sequence[str]) -> list[str]:
+    return table_lines([heading for heading, _ in rows[0]], [[text for _, text in row] for row in rows], dropped)
 
 
 def write_comparison(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False) -> None:
@@ -262,7 +298,7 @@ def csv_text(runs: Sequence[SavedRun]) -> str:
         start = {"run": folder, "run_id": run.run_id, "repeat": repeats[run.path], "status": run.summary["status"]}
         for entry in run.summary["rounds"]:
             figures = {key: each for key, each in entry.items() if each is None or isinstance(each, int | float)}
-            figures |= {f"outcome_{name}": each for name, each in entry.get("outcome", {}).items()}
+            figures |= {f"outcome_{name}": each for name, each in entry["outcome"].items()}
             figures |= {"winners": entry["winners"]["count"], "seconds": figures.pop("seconds")}
             taken = start.keys() | figures.keys()
             named = {f"set {name}" if name in taken else name: value for name, value in settings.items()}
@@ -278,19 +314,19 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
     """Return the template variables of the comparison page. Its links to reports are relative to `folder`."""
     treatments, reports = treatments_of(runs), [real(run.path) / REPORT for run in runs]
     drawn = _to_draw(treatments)
-    styles = {treatment.label: " ".join(series_style(index)) for index, treatment in enumerate(drawn)}
     return {
         "runs": runs,
         "all_runs": all_runs,
         "treatments": treatments,
-        "treatment_rows": _treatment_rows(treatments),
-        "rows": _run_rows(runs),
-        "styles": styles,  # CSS classes by the label of a treatment that is drawn
+        "treatment_rows": _treatment_rows(treatments, padded=False),
+        "rows": _run_rows(runs, padded=False),
+        "omitted": _omitted(runs),
+        "styles": {treatment.label: " ".join(series_style(index)) for index, treatment in enumerate(drawn)},
         "labels": {run.path: treatment.label for treatment in treatments for run in treatment.runs},
         "links": [quote(os.path.relpath(each, real(folder))) if is_there(each) else None for each in reports],
         "drawn": drawn,
+        "has_equilibrium": any(run.game.equilibrium() for run in runs),
         "draw_averages": _draw_averages,
-        "draw_intervals": _draw_intervals,
         "last_rounds": [(treatment.last_round(), -1, treatment.label) for treatment in drawn],
     }
 
@@ -303,57 +339,53 @@ def _to_draw(treatments: Sequence[Treatment]) -> list[Treatment]:
 
 def _draw_averages(axes: Axes, drawn: Sequence[Treatment], all_runs: bool) -> None:
     """Draw each treatment's mean of the averages by round as a line, its interval, and its equilibria."""
-    lines = {}
+    lines, equilibria = {}, [each.runs[0].game.equilibrium() for each in drawn]
     for index, treatment in enumerate(drawn):
         colour, estimates = series_style(index)[0], treatment.estimates("average")
-        charts.draw_equilibria(axes, treatment.runs[0].game, color=colour, linewidth=1.6)
+        own = colour if equilibria.count(equilibria[index]) == 1 else "muted"
+        charts.draw_equilibria(axes, treatment.runs[0].game, color=own, linewidth=1.6)
         intervals = {number: (each.low, each.high) for number, each in estimates.items() if each.runs > 1}
         charts.draw_band(axes, intervals, colour)
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
-            axes.plot(*zip(*charts.by_round(run, "average").items(), strict=True), color=colour, linewidth=0.6)
-        lines[textwrap.fill(treatment.label, TITLE_WIDTH)] = {number: each.mean for number, each in estimates.items()}
-    rounds = [1, *(result.round for each in drawn for run in each.runs for result in run.results)]
-    charts.draw_lines(axes, rounds, lines)
-
-
-def _draw_intervals(axes: Axes, drawn: Sequence[Treatment]) -> None:
-    """Draw a row for each treatment: the averages of its runs in their last round, the mean, and the interval."""
-    for row, treatment in enumerate(drawn):
-        colour, estimates = series_style(row)[0], treatment.estimates("average")
-        axes.text(0, row - 0.3, treatment.label, transform=axes.get_yaxis_transform(), fontsize=9.5, color="ink")
-        for last, each in [*estimates.items()][-1:]:
-            numbers = [found[last] for run in treatment.runs if last in (found := charts.by_round(run, "average"))]
-            axes.plot(numbers, [row] * len(numbers), marker="|", markersize=9, linestyle="none", color=colour)
-            axes.errorbar(each.mean, row, xerr=each.high - each.mean, marker="o", markersize=7, color=colour)
-    limit_ticks(axes, across=5, up=1, whole="")
-    axes.set_yticks([])
-    axes.set_ylim(len(drawn) - 0.6, -0.8)
-    axes.grid(visible=True, axis="x")
+            axes.plot(*zip(*run.by_round("average").items(), strict=True), color=colour, linewidth=0.6)
+        lines[treatment.label] = {number: each.mean for number, each in estimates.items()}
+    charts.draw_lines(
+        axes, [1, *(result.round for each in drawn for run in each.runs for result in run.results)], lines
+    )
 
 
 def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
     """Return a figure with the averages by round at the top, and histograms of some last rounds below."""
     drawn = _to_draw(treatments)
-    lines = -(-len(drawn) // 3) * max((len(textwrap.wrap(each.label, TITLE_WIDTH)) for each in drawn), default=1)
+    legend, legend_inches = _legend([textwrap.fill(each.label, TITLE_WIDTH) for each in drawn])
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
     last_rounds = [(each.last_round(), -1) for each in selected]
-    figure, above, below, grid = charts.two_parts(last_rounds, 3.6 + 0.3 * lines, lines_first=True)
+    figure, above, below, grid = charts.two_parts(last_rounds, 3.6 + legend_inches, lines_first=True)
     axes = above.subplots()
     _draw_averages(axes, drawn, all_runs)
-    bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in treatments) else ""
-    axes.set_title(
-        f"Average by round; dotted: equilibrium{bands}" + _shown(drawn, treatments),
-        loc="left",
-        weight="bold",
-        fontsize=12,
-    )
+    dotted = "; dotted: equilibrium" if any(each.runs[0].game.equilibrium() for each in drawn) else ""
+    bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in drawn) else ""
+    title = f"Average by round{dotted}{bands}{_shown(drawn, treatments)}"
+    axes.set_title(title, loc="left", weight="bold", fontsize=12)
     axes.set(xlabel="round", ylabel="average")
-    above.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10)
+    above.legend(loc="outside lower center", **legend)
     below.suptitle(f"Answers of the last round{_shown(selected, treatments)}", fontsize=12, weight="bold")
     for axes, treatment, (run, _) in zip(grid, selected, last_rounds, strict=True):
         title = f"{treatment.label}, round\N{NO-BREAK SPACE}{run.results[-1].round}"
         axes.set_title(textwrap.fill(title, TITLE_WIDTH), loc="left", fontsize=10)
     return figure
+
+
+def _legend(labels: Sequence[str]) -> tuple[dict[str, Any], float]:
+    """Return the arguments of a legend with as many columns as fit into the picture, and its height in inches."""
+    handles = [Line2D([], [], **charts.line_style(index)) for index in range(len(labels))]
+    for columns in (3, 2, 1):
+        options = {"handles": handles, "labels": labels, "ncols": columns, "frameon": False, "fontsize": 10}
+        picture = Figure(figsize=(charts.PICTURE_INCHES, 1))
+        box = picture.legend(**options).get_window_extent()
+        if box.width < picture.bbox.width:
+            break
+    return options, box.height / picture.dpi
 
 
 def _shown(selected: Sequence[Treatment], treatments: Sequence[Treatment]) -> str:

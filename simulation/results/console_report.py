@@ -13,7 +13,7 @@ from simulation.game.tally import NUMBERS_NAMED, RoundResult, Tally
 from simulation.llm.responses import Usage
 from simulation.results.reader import SavedRun
 from simulation.results.run_files import FailedAnswer, most_frequent, position_in_words
-from simulation.results.tables import table_lines
+from simulation.results.tables import number_text, table_lines
 
 BARS = 15
 BAR_WIDTH = 50
@@ -35,9 +35,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
     more = result.winners.count - len(result.winners.lowest)
     names += f" and {more} more" if more else ""
-    named = [_number(units, game) for units in result.winning_units[:NUMBERS_NAMED]]
-    rest = len(result.winning_units) - NUMBERS_NAMED
-    numbers = f"{', '.join(named)} and {rest} more" if rest > 0 else " and ".join(named)
+    numbers = winning_answers(result, game)
     won = game.words.won or game.words.goal + (f" ({winning})" if winning not in ("", numbers, *texts.values()) else "")
     ending = (
         f"{'wins' if result.winners.count == 1 else 'win'} with {numbers}, {won.replace('{winning_number}', winning)}."
@@ -56,15 +54,23 @@ def _figure(name: str, game: Game) -> str:
     return f"{name} value" if label == name in ("average", "median", "maximum") else label
 
 
+def winning_answers(result: RoundResult, game: Game) -> str:
+    """Return the lowest answers that won, as in `33 and 34`, and how many more there are."""
+    named = [_number(units, game) for units in result.winning_units[:NUMBERS_NAMED]]
+    rest = len(result.winning_units) - NUMBERS_NAMED
+    return f"{', '.join(named)} and {rest} more" if rest > 0 else " and ".join(named)
+
+
 def _number(units: int, game: Game) -> str:
     return f"{units / game.scale:.{game.decimals}f}"
 
 
 def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> str:
     """Format a figure with three more decimals than an answer has, but an int as it is. None becomes `missing`."""
-    if number is None or isinstance(number, int):
-        return missing if number is None else f"{number:,}"
-    return f"{float(number):.{game.decimals + 3}f}"
+    if number is None:
+        return missing
+    text = number_text(number, game.decimals + 3, padded=True)
+    return text if isinstance(number, int) else text.replace(",", "")
 
 
 def failure_line(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> str:
@@ -113,13 +119,6 @@ def histogram_lines(tally: Tally, game: Game) -> list[str]:
         f"  {label:>{label_width}}  {block * round(count / longest * bar_width)} {count}".rstrip()
         for label, count in zip(labels, counts, strict=True)
     ]
-
-
-def brief(number: float | None) -> str:
-    """Format a number with three decimals, or with three significant digits if it is below 0.1. None becomes a dash."""
-    if number is None:
-        return "–"
-    return f"{number:,.3f}" if abs(number) >= 0.1 or number == 0 else f"{number:.3g}"
 
 
 def run_lines(run: SavedRun) -> list[str]:

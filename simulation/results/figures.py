@@ -49,9 +49,9 @@ def short(number: float, _index: float = 0) -> str:
 
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
-    """Show about `across` ticks on the x-axis and `up` on the y-axis. Axis `whole` (x or y) has only whole numbers."""
-    axes.locator_params("x", nbins=across, integer=whole == "x", min_n_ticks=1)  # a single round has one tick
-    axes.locator_params("y", nbins=up, integer=whole == "y")
+    """Show about `across` ticks on the x-axis and `up` on the y-axis. The axes in `whole` have only whole numbers."""
+    axes.locator_params("x", nbins=across, integer="x" in whole, min_n_ticks=1)  # a single round has one tick
+    axes.locator_params("y", nbins=up, integer="y" in whole, min_n_ticks=1)
     axes.xaxis.set_major_formatter(short)
     axes.yaxis.set_major_formatter(short)
 
@@ -103,8 +103,10 @@ class _PageRenderer(RendererBase):
         if rgbFace is not None and len(rgbFace) > 3 and rgbFace[3] < 1:
             style += f"; fill-opacity: {rgbFace[3]:g}"
         if width := gc.get_linewidth():
-            dashes = " ".join(f"{length:.4g}" for length in gc.get_dashes()[1] or ()) or "none"
+            offset, lengths = gc.get_dashes()
+            dashes = " ".join(f"{length:.4g}" for length in lengths or ()) or "none"
             style += f"; stroke: {_variable(gc.get_rgb())}; stroke-width: {width:.4g}; stroke-dasharray: {dashes}"
+            style += f"; stroke-dashoffset: {offset:.4g}" if offset else ""
         self.elements.append(Markup('<path d="{}" style="{}"/>').format(line, style))
 
     def draw_text(self, gc: Any, x: float, y: float, s: str, prop: Any, *_: Any, mtext: Any = None, **__: Any) -> None:

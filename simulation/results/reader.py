@@ -4,7 +4,7 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -53,10 +53,10 @@ class SavedSummary:
         """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
-    @property
-    def has_winning_number(self) -> bool:
-        """Return whether the game has a winning number in any round."""
-        return any("winning_number" in entry["outcome"] for entry in self.summary["rounds"])
+    def by_round(self, name: str) -> dict[int, float]:
+        """Return the figure `name` (see `figure_of`) of each round that has it, by round number."""
+        values = {entry["round"]: figure_of(entry, name) for entry in self.summary["rounds"]}
+        return {number: value for number, value in values.items() if value is not None}
 
     @property
     def provenance(self) -> str:
@@ -89,6 +89,12 @@ class SavedRun(SavedSummary):
     game: Game
     results: list[RoundResult]
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """Return the words for each figure of the game's outcome, by name."""
+        names = dict.fromkeys(name for entry in self.summary["rounds"] for name in entry["outcome"])
+        return {each: "winning number" if each == "winning_number" else self.game.words.label(each) for each in names}
+
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
         """Read the answers. Return a tally for each part of each partition, indexed as `[topic][index][name]`.
@@ -111,6 +117,11 @@ class SavedRun(SavedSummary):
                     tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
                     tallies[parts.topic][number - 1][name] += tally
         return tallies
+
+
+def figure_of(entry: Mapping[str, Any], name: str) -> Any:
+    """Return a figure from a round's entry, of the game's outcome or of all games. None if there is no such figure."""
+    return entry["outcome"].get(name, entry.get(name))
 
 
 def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:

@@ -11,24 +11,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
 from simulation.results.charts import PART_LINES, largest, selection
-from simulation.results.console_report import brief
+from simulation.results.console_report import winning_answers
 from simulation.results.figures import PAGES, page_chart, series_style, write_png
-from simulation.results.reader import SavedRun
+from simulation.results.reader import SavedRun, figure_of
 from simulation.results.run_directory import REPORT, write_whole
-from simulation.results.run_files import position_in_words
+from simulation.results.run_files import RoundEntry, position_in_words
+from simulation.results.tables import number_text
 from simulation.rpc.endpoints import ranges
 
 PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
-
-
-def fixed(value: float | None, digits: int = 3) -> str:
-    """Format a number with `digits` decimals. None becomes a dash."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def whole(value: float | None) -> str:
-    """Format a number without decimals. None becomes a dash."""
-    return fixed(value, 0)
 
 
 def seconds(duration: float) -> str:
@@ -42,9 +33,10 @@ def seconds(duration: float) -> str:
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
-ENVIRONMENT.globals |= {"charts": charts, "page_chart": page_chart, "series_style": series_style}
-ENVIRONMENT.filters |= {"with_capital": lambda text: text[:1].upper() + text[1:]}
-ENVIRONMENT.filters |= {"fixed": fixed, "brief": brief, "whole": whole, "seconds": seconds}
+ENVIRONMENT.globals |= {each.__name__: each for each in (figure_of, page_chart, series_style, winning_answers)}
+ENVIRONMENT.globals["charts"] = charts
+ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds}
+ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 
 def draw_all(run: SavedRun) -> None:
@@ -63,12 +55,13 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
 
 def page_content(run: SavedRun) -> dict[str, Any]:
     """Return the template variables of the report."""
-    entries = run.summary["rounds"]
+    entries, figures = run.summary["rounds"], {"average": "average", **run.figures}
+    others = RoundEntry.__annotations__.keys() - {"average", "winning_number"}  # these have columns in all games
     return {
         "run": run,
         "answers": [(run, index) for index in range(len(entries))],
         "position": run.position and position_in_words(run.position),
-        "figures": [(name, run.game.words.label(name)) for name in outcome_names(entries)],
+        "figures": [(name, words) for name, words in figures.items() if name not in others],
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
@@ -92,11 +85,6 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "rounds": [rounds[index] for index in selected],
         "lines": lines,
     }
-
-
-def outcome_names(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the figures of the outcomes in `entries` that a round's entry has no key for."""
-    return [*dict.fromkeys(name for entry in entries for name in entry["outcome"] if name not in entry)]
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,10 +1,27 @@
-"""Aligned text tables. On a terminal, columns that do not fit are omitted."""
+"""Aligned text tables, and numbers as text. On a terminal, columns that do not fit are omitted."""
 
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 INDENT = 2  # spaces that the callers print before some tables
+
+
+def number_text(number: Fraction | float | None, digits: int = 3, padded: bool = False) -> str:
+    """Format a number with at most `digits` decimals, or with three significant digits if it is below 0.1.
+
+    If `padded`, a number that is not an int has exactly `digits` decimals. None becomes a dash.
+    """
+    if number is None:
+        return "–"
+    if isinstance(number, int):
+        return f"{number:,}"
+    number = float(number)
+    if 0 < abs(number) < 0.1 and not padded:
+        return f"{number:.3g}"
+    text = f"{number:,.{digits}f}"
+    return text if padded or not digits else text.rstrip("0").rstrip(".")
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
@@ -35,7 +52,7 @@ def table_lines(
     widths = [max(map(cell_len, column)) for column in zip(head, *whole, strict=True)]
     columns = list(range(len(head)))
     if sys.stdout.isatty():
-        order = [head.index(name) for name in dropped if name in head]
+        order = [column for name in dropped for column in columns if head[column] == name]
         columns = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
     lines = []
     for row in (head, *rows):
