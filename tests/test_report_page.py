@@ -27,7 +27,7 @@ from games.minority import Minority
 from games.public_goods import PublicGoods
 from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, Population
-from simulation.game.tally import Tally, score
+from simulation.game.tally import RoundResult, Tally
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import draw_answers, draw_averages, draw_lines, draw_times, selection
 from simulation.results.comparison import _picture, comparison_lines, csv_text, treatments_of, write_comparison
@@ -485,10 +485,10 @@ def test_numbers_in_words():
 
 
 def test_a_number_far_out_of_range_is_stated_and_not_drawn(told_apart):
-    rounds = [entry | {"winning_number": 150.0} for entry in told_apart.summary["rounds"]]
+    rounds = [entry | {"outcome": {"winning_number": 150.0}} for entry in told_apart.summary["rounds"]]
     far = replace(told_apart, summary=told_apart.summary | {"rounds": rounds})
     axes = Figure().subplots()
-    draw_answers(axes, far, 0)
+    draw_answers(axes, far.game, replace(far.results[0], outcome={"winning_number": 150.0}))
     assert axes.get_xlim()[1] <= 101
     assert "winning number 150" in [line.get_label() for line in axes.lines]
     axes = Figure().subplots()
@@ -515,7 +515,9 @@ def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
 
 def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
     def made(number, ratio, seed, average, **summary):
-        rounds = [entry | {"average": average + entry["round"]} for entry in told_apart.summary["rounds"]]
+        figures = [{"average": average + number} for number in (1, 2, 3)]
+        entries = zip(told_apart.summary["rounds"], figures, strict=True)
+        rounds = [entry | each | {"outcome": entry["outcome"] | each} for entry, each in entries]
         config = replace(told_apart.config, ratio=ratio, seed=seed, hosts=("a", "b"), prompt="x")
         data = told_apart.summary | {"run_id": f"r{number}", "rounds": rounds, **summary}
         return replace(told_apart, path=tmp_path / f"{number}", config=config, summary=data)
@@ -533,7 +535,7 @@ def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
     assert half.estimates("average")[3].runs == 2  # a cut round does not count
     assert third.estimates("average")[3].mean == 6.0 and math.isnan(third.estimates("average")[3].low)
     pooled = whole.last_round()
-    assert pooled.results[0].tally.answered == 3 * told_apart.results[-1].tally.answered
+    assert pooled.tally.answered == 3 * told_apart.results[-1].tally.answered
     write_comparison(tmp_path, runs)
     for size in SIZES:
         show(page, tmp_path / "comparison.html", size)
@@ -636,7 +638,7 @@ def test_nothing_in_the_picture_of_a_comparison_is_cut(saved, label, count):
 def test_lines_at_the_same_position_are_all_visible():
     axes = Figure().add_subplot()
     same = {1: 30.0, 2: 20.0, 3: 10.0}
-    draw_lines(axes, [1, 2, 3], {"a": same, "b": {1: 5.0, 2: 5.0, 3: 5.0}, "c": same, "d": same})
+    draw_lines(axes, 3, {"a": same, "b": {1: 5.0, 2: 5.0, 3: 5.0}, "c": same, "d": same})
     first, alone, second, third = axes.lines
     dashes = [line._unscaled_dash_pattern for line in (first, second, third)]
     assert len({offset for offset, _ in dashes}) == 3 and len({tuple(lengths) for _, lengths in dashes}) == 1
@@ -651,14 +653,14 @@ def test_axes_of_whole_numbers_have_no_ticks_between_them(saved):
         return [each for each in axis.get_ticklocs() if limits[0] <= each <= limits[1]]
 
     for game, decimals in ((Minority(), 0), (Average(max_value=3), 0), (Average(max_value=1, decimals=1), 1)):
-        tally = score(game, 1, Tally(3, np.array([0, 1]), np.array([1, 2]))).tally
+        tally = Tally(3, np.array([0, 1]), np.array([1, 2]))
         axes = Figure().subplots()
-        draw_answers(axes, replace(saved, game=game, results=[replace(saved.results[0], tally=tally)]), 0)
+        draw_answers(axes, game, RoundResult(1, tally))
         answers, counts = ticks(axes.xaxis, (game.low, game.high)), ticks(axes.yaxis, axes.get_ylim())
         assert all(each == round(each) for each in counts) and len(answers) > 1
         assert all(each == round(each) for each in answers) is (decimals == 0)
     axes = Figure().subplots()
-    draw_lines(axes, [1, 2], {"average": {1: 0.2, 2: 0.4}})
+    draw_lines(axes, 2, {"average": {1: 0.2, 2: 0.4}})
     assert ticks(axes.xaxis, axes.get_xlim()) == [1, 2] and len(ticks(axes.yaxis, axes.get_ylim())) > 1
     axes = Figure().subplots()
     draw_times(axes, [{"round": 1, "model_s": 0.5}], ["model_s"])
@@ -726,5 +728,5 @@ def test_the_page_is_the_same_from_memory(told_apart, tmp_path):
 
 def test_a_line_has_a_gap_at_a_round_without_a_figure():
     axes = Figure().add_subplot()
-    draw_lines(axes, [1, 2, 3], {"average": {1: 30.0, 3: 10.0}})
+    draw_lines(axes, 3, {"average": {1: 30.0, 3: 10.0}})
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 30], [2, math.nan], [3, 10]])

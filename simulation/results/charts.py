@@ -1,16 +1,18 @@
 """The charts of a run. PNG files and HTML pages use the same drawing functions."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
 from simulation.game.game import Game
-from simulation.game.tally import Tally
+from simulation.game.tally import RoundResult, Tally
 from simulation.results.console_report import histogram
 from simulation.results.figures import LINE_STYLES, WIDTH_INCHES, limit_ticks, series_style, svg
 from simulation.results.reader import SavedRun
@@ -21,7 +23,7 @@ DASH = 3  # length of the dashes of lines at the same position, in line widths
 MARKERS = "os^"  # for each of LINE_STYLES
 PICTURE_INCHES = 10  # width of a PNG file with several charts
 MARKED_ROUNDS = 25  # if there are more rounds, lines have no markers
-LABELLED_ROUNDS = 12  # if there are more rounds, averages are not labelled
+TITLE_WIDTH = 36  # maximum number of characters in a line of a histogram's title and in a legend
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
 PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
 NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
@@ -39,20 +41,19 @@ def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
     return [name for name in tallies if name in by_size]
 
 
-def draw_answers(axes: Axes, run: SavedRun, index: int) -> None:
-    """Draw a histogram of the answers in `run.results[index]`, and mark the average and the winning number."""
-    game, entry, digits = run.game, run.summary["rounds"][index], run.game.decimals + 3
-    _draw_histogram(axes, game, run.results[index].tally, BINS, game.lowest + game.numbers - 1)
-    average, winning = entry["average"], entry["winning_number"]
+def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:
+    """Draw a histogram of the answers of a round, and mark the average and the winning number."""
+    _draw_histogram(axes, game, result.tally, BINS, game.lowest + game.numbers - 1)
+    average, winning, digits = result.tally.average(), result.winning_number, game.decimals + 3
     if average is not None:
-        axes.axvline(average, color="average", label=f"average {number_text(average, digits)}")
-    if winning is None:
-        return
-    label = f"winning number {number_text(winning, digits)}"
-    line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=label)
-    if winning <= BEYOND * game.high:
-        line.set_xdata([winning, winning])
-        axes.set_xlim(right=max(axes.get_xlim()[1], winning * 1.01))
+        average /= game.scale
+        axes.axvline(float(average), color="average", label=f"average {number_text(average, digits)}")
+    if winning is not None:
+        label = f"winning number {number_text(winning, digits)}"
+        line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=label)
+        if winning <= BEYOND * game.high:
+            line.set_xdata([float(winning)] * 2)
+            axes.set_xlim(right=max(axes.get_xlim()[1], float(winning) * 1.01))
 
 
 def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
@@ -80,37 +81,37 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def draw_lines(
-    axes: Axes, rounds: Iterable[int], lines: Mapping[str, Mapping[int, float]], styles: Sequence[dict[str, Any]] = ()
+    axes: Axes,
+    rounds: int,
+    lines: Mapping[str, Mapping[int, float]],
+    styles: Sequence[dict[str, Any]] = (),
+    bands: Sequence[Mapping[int, tuple[float, float]]] = (),
 ) -> None:
     """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
 
-    Lines at the same position share it by alternating dashes and markers. The x-axis spans `rounds`, the y-axis 0 to
-    slightly above the highest number. `styles`, if given, has one per line.
+    Lines at the same position share it by alternating dashes and markers. `styles` and `bands`, if given, have one
+    entry per line. A band shades intervals by round.
     """
+    every = [*range(1, rounds + 1)]
     positions = [{each: f"{number:.3g}" for each, number in numbers.items()} for numbers in lines.values()]
     for index, (name, numbers) in enumerate(lines.items()):
         style = line_style(index) | (styles[index] if styles else {})
         shared, before = positions.count(positions[index]), positions[:index].count(positions[index])
         if shared > 1:
             style |= {"linestyle": (DASH * before, (DASH, DASH * (shared - 1))), "markevery": (before, shared)}
-        drawn = range(min(numbers), max(numbers) + 1) if numbers else ()
-        axes.plot(list(drawn), [numbers.get(each, math.nan) for each in drawn], label=name, **style)
+        if rounds > MARKED_ROUNDS:
+            style["marker"] = ""
+        axes.plot(every, [numbers.get(each, math.nan) for each in every], label=name, **style)
+    for index, band in enumerate(bands):
+        lows, highs = ([band.get(each, (math.nan, math.nan))[end] for each in every] for end in (0, 1))
+        axes.fill_between(every, lows, highs, color=series_style(index)[0], alpha=0.2, linewidth=0)
+        if len(band) == 1:  # an area would have no width
+            axes.vlines(every, lows, highs, color=series_style(index)[0], linewidth=1.2)
     limit_ticks(axes, across=8, up=4, whole="x")
     axes.spines.bottom.set_visible(False)  # the line of an equilibrium of 0 has the same position
-    all_rounds = sorted(set(rounds))
-    margin = max(0.25, (all_rounds[-1] - all_rounds[0]) / 60)
-    axes.set_xlim(all_rounds[0] - margin, all_rounds[-1] + margin)
+    margin = max(0.25, (rounds - 1) / 60)
+    axes.set_xlim(1 - margin, rounds + margin)
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
-    for line in axes.lines if len(all_rounds) > MARKED_ROUNDS else ():
-        line.set_marker("")
-
-
-def draw_band(axes: Axes, intervals: Mapping[int, tuple[float, float]], colour: str) -> None:
-    """Shade the intervals by round, with gaps for missing rounds. The interval of a single round becomes a line."""
-    rounds = [*range(min(intervals), max(intervals) + 1)] if intervals else []
-    lows, highs = ([intervals.get(each, (math.nan, math.nan))[end] for each in rounds] for end in (0, 1))
-    axes.fill_between(rounds, lows, highs, color=colour, alpha=0.2, linewidth=0)
-    axes.vlines(rounds[: len(rounds) == 1], lows[:1], highs[:1], color=colour, linewidth=1.2)
 
 
 def draw_averages(axes: Axes, run: SavedRun) -> None:
@@ -121,7 +122,7 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     winning = {index: each if each <= highest else math.nan for index, each in run.by_round("winning_number").items()}
     dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
     lines = {"average": run.by_round("average")} | ({"winning number": winning} if winning else {})
-    draw_lines(axes, [result.round for result in run.results], lines, [{"color": "average"}, dashes])
+    draw_lines(axes, len(run.results), lines, [{"color": "average"}, dashes])
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
@@ -157,55 +158,51 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
 
 def last_round(run: SavedRun) -> Figure:
     """Return a figure for a PNG file: the histogram of the last round."""
-    tally, figure = run.results[-1].tally, Figure(figsize=(9, 4.5), layout="constrained")
+    result, figure = run.results[-1], Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    draw_answers(axes, run, -1)
-    axes.set_title(f"Round {run.results[-1].round}: {tally.answered:,} of {tally.asked:,} participants answered")
+    draw_answers(axes, run.game, result)
+    title = f"Round {result.round}: {result.tally.answered:,} of {result.tally.asked:,} participants answered"
+    axes.set_title(title, loc="center", fontsize=12)
     axes.set(xlabel=f"number, {run.game.low:,} to {run.game.high:,}", ylabel="participants")
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 def all_rounds(run: SavedRun) -> Figure:
-    """Return a figure for a PNG file: small histograms of some rounds, and below them the averages by round."""
-    entries, digits = run.summary["rounds"], run.game.decimals + 3
-    indices = selection(len(entries), SMALL_MULTIPLES)
-    figure, above, below, grid = two_parts([(run, index) for index in indices], 3.4)
+    """Return a figure for a PNG file: the averages by round, and histograms of some rounds."""
+    results = [run.results[index] for index in selection(len(run.results), SMALL_MULTIPLES)]
     title = f"{run.config.participant_num:,} participants, {run.game.words.goal} wins"
-    above.suptitle(title, fontsize=15, weight="bold")
-    above.supylabel("participants", fontsize=11, color="muted")
-    for axes, entry in zip(grid, [entries[index] for index in indices], strict=True):
-        axes.set_title(f"Round {entry['round']}", loc="left", fontsize=11, weight="bold")
-        if entry["average"] is not None:
-            axes.set_title(
-                f"average {number_text(entry['average'], digits)}", loc="right", fontsize=10.5, color="average"
-            )
-    axes = below.subplots()
-    draw_averages(axes, run)
-    above_point: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-    for point in run.by_round("average").items() if len(run.results) <= LABELLED_ROUNDS else ():
-        axes.annotate(number_text(point[1], digits), point, color="average", fontsize=10, **above_point)
-    axes.set(xlabel="round", ylabel=f"number, {run.game.low:,} to {run.game.high:,}")
-    below.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=10.5)
-    return figure
+    histograms = [(f"Round {result.round}", run.game, result) for result in results]
+    return picture(partial(draw_averages, run=run), title, histograms, "Answers by round", {"ncols": 3})
 
 
-def two_parts(
-    rounds: Sequence[tuple[SavedRun, int]], lines_inches: float, lines_first: bool = False
-) -> tuple[Figure, SubFigure, SubFigure, list[Axes]]:
-    """Return a figure for a PNG file, its upper part, its lower part, and the axes of its histograms.
+def picture(
+    draw: Callable[[Axes], None],
+    title: str,
+    histograms: Sequence[tuple[str, Game, RoundResult]],
+    histograms_title: str,
+    legend: dict[str, Any],
+    legend_inches: float = 0.3,
+) -> Figure:
+    """Return a figure for a PNG file: a line chart by round, its legend, and histograms below it.
 
-    One part has a histogram for each of `rounds`, which are pairs of a run and an index in its `results`. The other
-    part, `lines_inches` high, is left empty for a line chart. It is the upper part if `lines_first` is True.
+    `histograms` lists titles, games and results of rounds.
     """
-    columns = 2 if len(rounds) == 4 else min(len(rounds) or 1, 3)
-    rows = -(-len(rounds) // columns) or 1
-    heights = (lines_inches, 2.4 * rows) if lines_first else (2.3 * rows + 0.7, lines_inches)
+    columns = 2 if len(histograms) == 4 else min(len(histograms) or 1, 3)
+    rows = -(-len(histograms) // columns) or 1
+    heights = (3.6 + legend_inches, 2.4 * rows)
     figure = Figure(figsize=(PICTURE_INCHES, sum(heights)), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
-    grid = list(parts[1 if lines_first else 0].subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[len(rounds) :]:
+    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=heights))
+    axes = above.subplots()
+    draw(axes)
+    axes.set(xlabel="round", ylabel="average")
+    axes.set_title(textwrap.fill(title, 80), weight="bold", fontsize=12)
+    above.legend(loc="outside lower center", **legend)
+    below.suptitle(histograms_title)
+    grid = list(below.subplots(rows, columns, squeeze=False).flat)
+    for axes, (text, game, result) in zip(grid, histograms, strict=False):
+        draw_answers(axes, game, result)
+        axes.set_title(textwrap.fill(text, TITLE_WIDTH))
+    for axes in grid[len(histograms) :]:
         axes.set_visible(False)
-    for axes, (run, index) in zip(grid, rounds, strict=False):
-        draw_answers(axes, run, index)
-    return figure, *parts, grid[: len(rounds)]
+    return figure

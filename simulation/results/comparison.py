@@ -13,6 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -24,13 +25,12 @@ from matplotlib.lines import Line2D
 from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.game.game import Game
-from simulation.game.tally import merge
+from simulation.game.tally import RoundResult, merge
 from simulation.results import charts
 from simulation.results.figures import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, runs_in
 from simulation.results.report_page import write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole
-from simulation.results.run_files import round_entry
 from simulation.results.tables import number_text, table_lines
 from simulation.settings import SETTINGS, parse_players
 
@@ -41,7 +41,6 @@ NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no fig
 WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_class": "class"}
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions
 SETTINGS_SHOWN, FIGURES_SHOWN = 6, 3  # maximum numbers in a table; the CSV file has all
-TITLE_WIDTH = 38  # maximum number of characters in a line of a label in the picture
 LINES = 24  # maximum number of treatments in the line chart: as many lines as `series_style` distinguishes
 
 Row = list[tuple[str, str]]  # pairs of a column heading and the text of a cell
@@ -52,19 +51,20 @@ class Estimate(NamedTuple):
 
     runs: int
     mean: float
-    std: float  # of a sample: the divisor is runs - 1
-    low: float  # the 95 % confidence interval of the mean, by Student's t
-    high: float
+    std: float = math.nan  # of a sample: the divisor is runs - 1
+    low: float = math.nan  # the 95 % confidence interval of the mean, by Student's t
+    high: float = math.nan
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
     """Return the estimate from one or more numbers."""
-    runs, mean, std, half = len(numbers), statistics.fmean(numbers), math.nan, math.nan
-    if runs > 1:
-        from scipy.special import stdtrit  # noqa: PLC0415 - takes 0.5 s, and only repeats need it
+    runs, mean = len(numbers), statistics.fmean(numbers)
+    if runs == 1:
+        return Estimate(runs, mean)
+    from scipy.special import stdtrit  # noqa: PLC0415 - takes 0.5 s, and only repeats need it
 
-        std = statistics.stdev(numbers)
-        half = float(stdtrit(runs - 1, 0.975)) * std / math.sqrt(runs)
+    std = statistics.stdev(numbers)
+    half = float(stdtrit(runs - 1, 0.975)) * std / math.sqrt(runs)
     return Estimate(runs, mean, std, mean - half, mean + half)
 
 
@@ -85,19 +85,16 @@ class Treatment:
                     numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
 
-    def last_round(self) -> SavedRun:
-        """Return a run with one round: the answers of all repeats in their last round, and the mean of each figure."""
-        first = self.runs[0]
+    def last_round(self) -> RoundResult:
+        """Return the last round: the answers of all repeats together, and the mean of each figure."""
         if len(self.runs) == 1:
-            return first
+            return self.runs[0].results[-1]
         number = max(run.rounds_finished for run in self.runs)
         results = [run.results[number - 1] for run in self.runs if run.rounds_finished >= number > 0]
         results = results or [run.results[0] for run in self.runs if run.results]  # all were cut in round 1
-        estimates = {name: self.estimates(name).get(results[0].round) for name in first.figures}
+        estimates = {name: self.estimates(name).get(results[0].round) for name in results[0].outcome}
         outcome = {name: each and each.mean for name, each in estimates.items()}
-        pooled = replace(results[0], tally=merge(each.tally for each in results), outcome=outcome)
-        entry = round_entry(pooled, first.game.scale)
-        return replace(first, summary=first.summary | {"rounds": [entry]}, results=[pooled])
+        return replace(results[0], tally=merge(each.tally for each in results), outcome=outcome)
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
@@ -327,7 +324,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
         "drawn": drawn,
         "has_equilibrium": any(run.game.equilibrium() for run in runs),
         "draw_averages": _draw_averages,
-        "last_rounds": [(treatment.last_round(), -1, treatment.label) for treatment in drawn],
+        "last_rounds": _last_rounds(drawn),
     }
 
 
@@ -337,55 +334,51 @@ def _to_draw(treatments: Sequence[Treatment]) -> list[Treatment]:
     return [played[index] for index in charts.selection(len(played), LINES)]
 
 
+def _last_rounds(drawn: Sequence[Treatment]) -> list[tuple[str, Game, RoundResult]]:
+    return [(each.label, each.runs[0].game, each.last_round()) for each in drawn]
+
+
 def _draw_averages(axes: Axes, drawn: Sequence[Treatment], all_runs: bool) -> None:
     """Draw each treatment's mean of the averages by round as a line, its interval, and its equilibria."""
-    lines, equilibria = {}, [each.runs[0].game.equilibrium() for each in drawn]
+    games = [each.runs[0].game for each in drawn]
+    equilibria = [game.equilibrium() for game in games]
     for index, treatment in enumerate(drawn):
-        colour, estimates = series_style(index)[0], treatment.estimates("average")
+        colour = series_style(index)[0]
         own = colour if equilibria.count(equilibria[index]) == 1 else "muted"
-        charts.draw_equilibria(axes, treatment.runs[0].game, color=own, linewidth=1.6)
-        intervals = {number: (each.low, each.high) for number, each in estimates.items() if each.runs > 1}
-        charts.draw_band(axes, intervals, colour)
+        charts.draw_equilibria(axes, games[index], color=own, linewidth=1.6)
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
             axes.plot(*zip(*run.by_round("average").items(), strict=True), color=colour, linewidth=0.6)
-        lines[treatment.label] = {number: each.mean for number, each in estimates.items()}
-    charts.draw_lines(
-        axes, [1, *(result.round for each in drawn for run in each.runs for result in run.results)], lines
-    )
+    rounds = max((len(run.results) for each in drawn for run in each.runs), default=1)
+    estimates = {each.label: each.estimates("average") for each in drawn}
+    lines = {label: {number: each.mean for number, each in found.items()} for label, found in estimates.items()}
+    repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates.values()]
+    bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
+    charts.draw_lines(axes, rounds, lines, bands=bands)
 
 
 def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
     """Return a figure with the averages by round at the top, and histograms of some last rounds below."""
     drawn = _to_draw(treatments)
-    legend, legend_inches = _legend([textwrap.fill(each.label, TITLE_WIDTH) for each in drawn])
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
-    last_rounds = [(each.last_round(), -1) for each in selected]
-    figure, above, below, grid = charts.two_parts(last_rounds, 3.6 + legend_inches, lines_first=True)
-    axes = above.subplots()
-    _draw_averages(axes, drawn, all_runs)
+    histograms = [(f"{label}, round {each.round}", game, each) for label, game, each in _last_rounds(selected)]
     dotted = "; dotted: equilibrium" if any(each.runs[0].game.equilibrium() for each in drawn) else ""
     bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in drawn) else ""
-    title = f"Average by round{dotted}{bands}{_shown(drawn, treatments)}"
-    axes.set_title(title, loc="left", weight="bold", fontsize=12)
-    axes.set(xlabel="round", ylabel="average")
-    above.legend(loc="outside lower center", **legend)
-    below.suptitle(f"Answers of the last round{_shown(selected, treatments)}", fontsize=12, weight="bold")
-    for axes, treatment, (run, _) in zip(grid, selected, last_rounds, strict=True):
-        title = f"{treatment.label}, round\N{NO-BREAK SPACE}{run.results[-1].round}"
-        axes.set_title(textwrap.fill(title, TITLE_WIDTH), loc="left", fontsize=10)
-    return figure
-
-
-def _legend(labels: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """Return the arguments of a legend with as many columns as fit into the picture, and its height in inches."""
-    handles = [Line2D([], [], **charts.line_style(index)) for index in range(len(labels))]
+    handles = [Line2D([], [], **charts.line_style(index)) for index in range(len(drawn))]
+    labels = [textwrap.fill(each.label, charts.TITLE_WIDTH) for each in drawn]
     for columns in (3, 2, 1):
-        options = {"handles": handles, "labels": labels, "ncols": columns, "frameon": False, "fontsize": 10}
-        picture = Figure(figsize=(charts.PICTURE_INCHES, 1))
-        box = picture.legend(**options).get_window_extent()
-        if box.width < picture.bbox.width:
+        legend: dict[str, Any] = {"handles": handles, "labels": labels, "ncols": columns}
+        page = Figure(figsize=(charts.PICTURE_INCHES, 1))
+        box = page.legend(**legend).get_window_extent()
+        if box.width < page.bbox.width:
             break
-    return options, box.height / picture.dpi
+    return charts.picture(
+        partial(_draw_averages, drawn=drawn, all_runs=all_runs),
+        f"Average by round{dotted}{bands}{_shown(drawn, treatments)}",
+        histograms,
+        f"Answers of the last round{_shown(selected, treatments)}",
+        legend,
+        box.height / page.dpi,
+    )
 
 
 def _shown(selected: Sequence[Treatment], treatments: Sequence[Treatment]) -> str:

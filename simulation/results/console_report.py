@@ -29,7 +29,9 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
         return [f"Moderator: The answers have no result: {result.error} {duration}"]
     texts = {name: _text(value, game) for name, value in result.outcome.items() if value is not None}
     winning = texts.pop("winning_number", "")
-    figures = ", ".join(f"the {_figure(name, game)} is {text}" for name, text in texts.items())
+    words = {name: game.words.label(name) for name in texts}
+    words |= {name: f"{name} value" for name in ("average", "median", "maximum") if words.get(name) == name}
+    figures = ", ".join(f"the {words[name]} is {text}" for name, text in texts.items())
     figures = figures or (f"the {game.words.label('winning_number')} is {winning}" if winning else "there is no figure")
     lines = [f"Moderator: {figures[0].upper()}{figures[1:]} {duration}"]
     names = ", ".join(f"P{index}" for index in result.winners.lowest)
@@ -46,12 +48,6 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
         closest = f"{' and '.join(result.closest_teams)} {'is' if len(result.closest_teams) == 1 else 'are'} closest"
         lines.append(f"Moderator: The teams' averages are {averages}{f'; {closest}' if result.closest_teams else ''}.")
     return lines
-
-
-def _figure(name: str, game: Game) -> str:
-    """Return the words for a figure of the outcome: "average value", or the words that the game has for it."""
-    label = game.words.label(name)
-    return f"{name} value" if label == name in ("average", "median", "maximum") else label
 
 
 def winning_answers(result: RoundResult, game: Game) -> str:

@@ -6,7 +6,6 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -61,12 +60,11 @@ class SavedSummary:
     @property
     def provenance(self) -> str:
         """Return when and with which program the run was started, in words. Old runs do not tell."""
-        if "program" not in self.summary:
+        if (program := self.summary.get("program")) is None:
             return ""
-        day, _, time = self.summary["started"].partition("T")
-        version, code, commit = (self.summary["program"][name] for name in ("version", "code", "git"))
-        commit = f", commit {commit[:10]}" if commit is not None else ""
-        return f"{day} {time}, program {version}, code {code}{commit}, Python {self.summary['python']}"
+        commit = f", commit {program['git'][:10]}" if program["git"] is not None else ""
+        started, python = self.summary["started"].replace("T", " ", 1), self.summary["python"]
+        return f"{started}, program {program['version']}, code {program['code']}{commit}, Python {python}"
 
     @property
     def usage(self) -> Usage:
@@ -97,14 +95,11 @@ class SavedRun(SavedSummary):
 
     @cached_property
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
-        """Read the answers. Return a tally for each part of each partition, indexed as `[topic][index][name]`.
-
-        `topic` is "kind", a persona set or "model", `index` an index in `results`, and `name` the label of a part.
-        """
+        """Return `tallies_of` all groupings. Their topics are "kind", persona sets and "model"."""
         return self.tallies_of(self.game.population.groupings if self.results else ())
 
     def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
-        """Read the answers. Return a tally for each part of each of the `groupings`, as `tallies_by_part` does."""
+        """Read the answers. Return a tally for each part of each grouping: `[topic][index in self.results][name]`."""
         tallies: dict[str, list[dict[Any, Tally]]] = {
             parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings
         }
@@ -133,10 +128,10 @@ def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
     _, copies = kept_files(path, saved.summary.get("sources", []) if trusted else [], flag)
     game = read_game(path, with_copies(saved.config, copies), trusted)
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
-    by_team = run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams is not None else []
-    for index, tallies in enumerate(by_team):
-        averages = tuple((name, _number_of(tally.average(), run.game.scale)) for name, tally in tallies.items())
-        run.results[index] = replace(run.results[index], teams=averages)
+    for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams else []):
+        averages = ((name, tally.average()) for name, tally in tallies.items())
+        teams = tuple((name, units and units / game.scale) for name, units in averages)
+        run.results[index] = replace(run.results[index], teams=teams)
     return run
 
 
@@ -229,10 +224,6 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
         winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
         results.append(replace(result, winners=winners, seconds=entry["seconds"], reassigned=entry["reassigned"]))
     return results
-
-
-def _number_of(units: Fraction | None, scale: int) -> Fraction | None:
-    return None if units is None else units / scale
 
 
 def _rows_of(saved: SavedSummary, game: Game) -> Iterator[tuple[int, pa.Table]]:

@@ -59,7 +59,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
     others = RoundEntry.__annotations__.keys() - {"average", "winning_number"}  # these have columns in all games
     return {
         "run": run,
-        "answers": [(run, index) for index in range(len(entries))],
+        "answers": [(f"Round {result.round}", run.game, result) for result in run.results],
         "position": run.position and position_in_words(run.position),
         "figures": [(name, words) for name, words in figures.items() if name not in others],
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],

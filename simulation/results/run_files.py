@@ -246,12 +246,10 @@ class RecordedGame(Game):
     high = property(lambda self: self.recorded["high"])
 
     def rules(self) -> Rules:
-        words: Rules = self.recorded["words"]
-        return words
+        return self.recorded["words"]
 
     def equilibrium(self) -> tuple[float, ...] | None:
-        known: tuple[float, ...] | None = self.recorded["equilibrium"]
-        return known
+        return self.recorded["equilibrium"]
 
 
 def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Game:
@@ -264,8 +262,8 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     players = cast.get("players", ())
     parts = (cast["personas"], cast["models"], cast["turns"], players)
     population = Population(config.seed or 0, config.participant_num, *parts)
-    mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]] = [*cast["personas"].values(), cast["models"]]
-    mixtures += [players, *(each.models for each in players)]
+    mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]]
+    mixtures = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
     if len({each.label for each in players}) < len(players) or bool(players) is (config.players is None):
         raise ValueError("its kinds of players are not those of the settings")
     if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
