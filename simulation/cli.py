@@ -18,7 +18,6 @@ from simulation.files import ROOT, full_path, shown
 from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
 HELP_WIDTH = 100  # maximum number of columns
-VERY_LIKE = 0.8  # minimum similarity (0 to 1) for suggesting a flag of the same role before those of other roles
 DASHES = tuple("-–—−")  # word processors replace the first by one of the others
 USAGES = {
     "main": "main.py [flags]",
@@ -89,7 +88,7 @@ def _options_of(name: str) -> dict[str, Any]:
         return {"action": "store_true"}
     options: dict[str, Any] = {"type": partial(to_number, kind, flag_of(name)), "metavar": "N" if kind is int else "X"}
     if kind is str:
-        is_path = flag.path or name in ("model_path", "extra_pythonpath", "players")
+        is_path = flag.path or name == "model_path"
         metavar = "|".join(flag.choices) or name.rpartition("_")[2].upper()
         options = {"type": str if is_path else _in_utf8, "metavar": metavar}
     if name == "hosts":
@@ -157,14 +156,9 @@ def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]
         raise SettingsError(f"{flag}: goes with --role {' or '.join(every[flag])}, not with --role {role}")
     hint = "folders of runs go with --role report"
     if flag:
-        guess = meant_by(flag, flags_of(role), VERY_LIKE) or meant_by(flag, itertools.chain(*map(flags_of, ROLES)))
+        guess = meant_by(flag, (flag_of(name) for name, each in FLAGS.items() if each.about))
         hint = f"{guess} --help lists all flags".lstrip()
     raise SettingsError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
-
-
-def flags_of(role: str) -> list[str]:
-    """Return the flags that the help page of a role shows."""
-    return [flag_of(name) for name, flag in FLAGS.items() if role in flag.roles and flag.about]
 
 
 def exclude_from_proxy(*hosts: str) -> None:
@@ -254,11 +248,12 @@ def stop_or_show(what: str, servers: Any, command: Command) -> int:
 @contextlib.contextmanager
 def interruptible_progress() -> Iterator[Callable[..., None]]:
     """Yield a function that shows progress. In the block, a stop signal raises Interrupted, which stops new servers."""
-    from simulation.runs.console import ConsoleProgress, on_stop_signals
+    from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
 
     def interrupt(number: int, _frame: object) -> NoReturn:
         raise Interrupted(number)
 
+    log_to_stderr()
     on_stop_signals(interrupt)
     with contextlib.closing(ConsoleProgress()) as progress:
         yield progress.progress
@@ -266,7 +261,7 @@ def interruptible_progress() -> Iterator[Callable[..., None]]:
 
 def ask(command: Command) -> int:
     """Send one message to one participant and print its answer. Return the exit status."""
-    from simulation.game.rules import Question
+    from simulation.game.rules import Question, plain_number
     from simulation.game.tally import announcement_of
     from simulation.results.reader import first_winner, read_agents, read_run
     from simulation.rpc.channels import install_tls
@@ -287,6 +282,8 @@ def ask(command: Command) -> int:
     announcements = tuple(announcement_of(each, run.game) for each in run.results)
     question = Question(0, str(config.text), int(run.game.high), announcements, played.decimals, int(run.game.low))
     answer = ask_participant(*read_agents(path, participant), question)
+    if re.fullmatch(r"-?[0-9]+\.[0-9]+", answer):  # the participant replied with a number
+        answer = plain_number(float(answer), played.decimals)
     say("\n".join(map(printable, answer.splitlines())))  # a model may return control characters
     return 0
 

@@ -177,7 +177,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return meant_by(name, names) or f"known are {listed(names)}"
 
 
-def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str:
+def meant_by(name: str, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the most similar name, or "". Ignore case and leading dashes. Equate _ and -."""
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
@@ -186,7 +186,7 @@ def meant_by(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str
 
     names, wanted = {plain(each): each for each in known}, plain(name)
     longer = [each for each in names if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
-    meant = [*sorted(longer, key=len), *difflib.get_close_matches(wanted, names, 1, likeness)]
+    meant = [*sorted(longer, key=len), *difflib.get_close_matches(wanted, names, 1, LIKENESS)]
     return f"did you mean {names[meant[0]]}?" if meant else ""
 
 

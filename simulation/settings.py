@@ -8,7 +8,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -56,7 +56,7 @@ class Setting:
     group: str = ""  # title of the help section that this setting starts
     game: bool = False  # whether an experiment file may contain this setting
     fixed_on_resume: bool = False
-    path: bool = False  # whether the value is a path, which becomes absolute (see full_path)
+    path: bool = False  # whether the value is a path, or has paths in it, which become absolute (see full_path)
 
     def check(self, flag: str, value: Any) -> None:
         """Raise SettingsError unless the value is in the range and among the choices. None is in every range."""
@@ -93,10 +93,10 @@ class SimulationConfig:
     experiment: str | None = setting(None, "YAML file of settings; a list runs a sweep", path=True, group="the game")
     agent_type: str = rule("random", "random numbers or a language model", choices=("random", "llm"), roles=SERVERS)
     agent_class: str | None = rule(None, "your own participant, as my_file.py or my_file.py:MyParticipant", path=True)
-    players: str | None = rule(None, "shares of kinds of players, as llm=1/5,my_file.py:MyParticipant=4/5")
+    players: str | None = rule(None, "shares of kinds of players, as llm=1/5,my_file.py:MyParticipant=4/5", path=True)
     game: str = rule("average", "the game: one in games/, or your own as my_file.py:MyGame", path=True)
     set: tuple[str, ...] = rule((), "parameter of the game or of your own participant, as name=value; repeatable")
-    extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS)
+    extra_pythonpath: str | None = setting(None, "more import folders, separated by colons", roles=SERVERS, path=True)
     participant_num: int = rule(1000, "number of participants", 1, 10**9)
     max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)
     decimals: int = rule(0, "decimal places of the numbers", 0, 6)
@@ -229,10 +229,9 @@ class SimulationConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
         """Convert `to_json` output to settings. Raises KeyError, TypeError or SettingsError if `data` is malformed."""
-        texts = (
-            (name, each if isinstance(each, str) else json.dumps(each)) for name, each in data.get("set", {}).items()
-        )
-        data = {**data, "set": tuple(map("=".join, texts))}  # absent in old runs
+        assigned = data.get("set", {}).items()  # absent in old runs
+        texts = (f"{name}={each if isinstance(each, str) else json.dumps(each)}" for name, each in assigned)
+        data = {**data, "set": tuple(texts)}
         for name in data.keys() & KINDS.keys():
             kinds = {*KINDS[name], int} if float in KINDS[name] else {*KINDS[name]}
             if not {type(value) for value in (data[name] if ... in KINDS[name] else [data[name]])} <= kinds:
@@ -243,9 +242,9 @@ class SimulationConfig:
 
     def value_of(self, name: str) -> Any:
         """Return the value of a setting, or the text of the parameter NAME if `name` is `set.NAME` (None: not set)."""
-        assigned = (each.partition("=") for each in self.set if name.startswith(OF_SET))
-        texts = {key: text for key, _, text in assigned}
-        return texts.get(name.removeprefix(OF_SET)) if name.startswith(OF_SET) else getattr(self, name)
+        if not name.startswith(OF_SET):
+            return getattr(self, name)
+        return {key: text for key, _, text in (each.partition("=") for each in self.set)}.get(name.removeprefix(OF_SET))
 
     @staticmethod
     def check_who_plays(given: Collection[str]) -> None:
@@ -259,11 +258,11 @@ class SimulationConfig:
         """Return the kinds of players."""
         if self.players is not None:
             return parse_players(self.players)
-        asks = "llm:" if self.agent_type == "llm" else ""
-        kind = Kind.of(self.agent_type if self.agent_class is None else asks + self.agent_class)
-        if kind is None or (self.agent_class is not None and kind.agent_class is None):
-            raise SettingsError(f"--agent-class {shown(str(self.agent_class))}: write it as my_file.py:MyParticipant")
-        return (kind,)
+        if self.agent_class is None:
+            return (Kind.of("--agent-type", self.agent_type),)
+        if not KIND_OF_PLAYER.fullmatch(self.agent_class):  # an absolute path, so it can match a class only
+            raise SettingsError(f"--agent-class {shown(self.agent_class)}: write it as my_file.py:MyParticipant")
+        return (Kind.of("--agent-class", "llm:" * (self.agent_type == "llm") + self.agent_class),)
 
     @property
     def who_flag(self) -> str:
@@ -281,6 +280,28 @@ class SimulationConfig:
         return range(self.base_port, self.base_port + self.server_per_host + self.moderator_per_host)
 
 
+SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in fields(SimulationConfig)}
+KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int, NoneType)
+    name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SimulationConfig).items()
+}
+
+
+def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
+    found = {name: values.get(name) for name, each in SETTINGS.items() if each.path}
+    return {name: moved(name, value, partial(change, name)) for name, value in found.items() if value is not None}
+
+
+def moved(name: str, value: str, change: Callable[[str], str]) -> str:
+    """Return the value of the setting `name`, with each path in it replaced by `change(path)`."""
+    if name == "players":
+        paths = [(kind, kind.run or kind.agent_class or "") for kind in parse_players(value)]
+        return ",".join(f"{kind.text.removesuffix(path)}{path and change(path)}={kind.share}" for kind, path in paths)
+    if name == "extra_pythonpath":
+        return ":".join(change(each) for each in value.split(":") if each)
+    return change(value) if name != "game" or ".py" in value else value  # a game may also be a name in games/
+
+
 class Kind(NamedTuple):
     """A kind of player, as in KINDS_OF_PLAYERS; `llm:FILE.py:CLASS` is a class of the user that asks models."""
 
@@ -291,9 +312,11 @@ class Kind(NamedTuple):
     model: str | None = None  # the model that these players ask, if the kind names one
 
     @classmethod
-    def of(cls, text: str, share: Fraction = Fraction(1)) -> "Kind | None":
+    def of(cls, flag: str, text: str) -> "Kind":
         match = KIND_OF_PLAYER.fullmatch(text)
-        return None if match is None else cls(text, share, **match.groupdict())
+        if match is None:
+            raise SettingsError(f"{flag}: {printable(text)!r} is no kind of player; {nearest(text, KINDS_OF_PLAYERS)}")
+        return cls(text, Fraction(1), **match.groupdict())
 
     @property
     def asks_models(self) -> bool:
@@ -308,52 +331,29 @@ class Kind(NamedTuple):
 
 def parse_players(text: str) -> tuple[Kind, ...]:
     """Return the kinds in shares such as `llm=1/5,random=4/5`. A single kind needs no share. Raises SettingsError."""
-    flag, kinds, parts = f"--players {printable(text)}", dict[str, Kind](), NEXT_KIND.split(text)
-    for part in map(str.strip, parts):
+    flag, parts, named = f"--players {printable(text)}", NEXT_KIND.split(text), list[tuple[str, str]]()
+    for part in parts:
         name, equals, share = map(str.strip, part.rpartition("="))
         if len(parts) == 1 and not (equals and FRACTION.fullmatch(share)):
-            name, share = part, "1"
-        start = f"{flag}: the share of {printable(name)},"
-        kind = Kind.of(name, fraction(start, share, Fraction(1, FINEST), 1))
-        if kind is None:
-            raise SettingsError(f"{flag}: {printable(name)!r} is no kind of player; {nearest(name, KINDS_OF_PLAYERS)}")
-        if name in kinds:
-            raise SettingsError(f"{flag}: names {printable(name)} twice")
-        kinds[name] = kind
-    if (total := sum(kind.share for kind in kinds.values())) != 1:
-        raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
+            name, share = part.strip(), "1"
+        named.append((name or share, share))
+    kinds = [Kind.of(flag, name) for name, _ in named]
     if len(kinds) > MOST_KINDS:
         raise SettingsError(f"{flag}: has {len(kinds)} kinds of players; the maximum is {MOST_KINDS}")
-    return tuple(kinds.values())
+    shares = parse_shares(flag, named)
+    return tuple(kind._replace(share=shares[kind.text]) for kind in kinds)
 
 
-def moved_players(text: str, change: Callable[[str], str]) -> str:
-    """Return the same shares of kinds of players, with each path replaced by `change(path)`."""
-    paths = [(kind, kind.run or kind.agent_class or "") for kind in parse_players(text)]
-    return ",".join(f"{kind.text.removesuffix(path)}{path and change(path)}={kind.share}" for kind, path in paths)
-
-
-SETTINGS: dict[str, Setting] = {item.name: item.metadata["setting"] for item in fields(SimulationConfig)}
-KINDS: dict[str, tuple[Any, ...]] = {  # the types of each setting, such as (int, NoneType)
-    name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SimulationConfig).items()
-}
-PATHS = tuple(name for name, each in SETTINGS.items() if each.path)
-DEFAULTS = {name: str(SETTINGS[name].default) for name in PATHS}
-DEFAULT_ENDS = {name: path.removeprefix(str(ROOT)) for name, path in DEFAULTS.items() if path.startswith(str(ROOT))}
-SEVERAL_PATHS = "extra_pythonpath"
-
-
-def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Return only those settings in `values` that contain paths, with each path replaced by `change(name, path)`."""
-    folders = [change(SEVERAL_PATHS, each) for each in (values.get(SEVERAL_PATHS) or "").split(":") if each]
-    paths = {name: change(name, values[name]) for name in PATHS if is_path(name, values.get(name))}
-    players = values.get("players") and moved_players(values["players"], partial(change, "players"))
-    return {**paths, SEVERAL_PATHS: ":".join(folders) or None, "players": players}
-
-
-def is_path(name: str, value: str | None) -> bool:
-    """Return whether the value of the setting `name`, one of PATHS, is a path: a game may also be a name in games/."""
-    return value is not None and (name != "game" or ".py" in value)
+def parse_shares(flag: str, parts: Iterable[tuple[str, str]]) -> dict[str, Fraction]:
+    """Return the exact shares by name. Raises SettingsError unless all names differ and the shares add up to 1."""
+    shares: dict[str, Fraction] = {}
+    for name, share in parts:
+        if name in shares:
+            raise SettingsError(f"{flag}: names {printable(name)} twice")
+        shares[name] = share_in(f"{flag}: the share of {printable(name)},", share)
+    if (total := sum(shares.values())) != 1:
+        raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
+    return shares
 
 
 def _from_text(text: str) -> Any:
@@ -375,7 +375,8 @@ def from_root(_name: str, path: str) -> str:
 
 def _checkout_of(data: Mapping[str, Any]) -> str:
     """Guess the checkout that saved `data` from its paths of default files. If any is relative, return ROOT."""
-    paths = {end: data[name] for name, end in DEFAULT_ENDS.items() if name in data}
+    defaults = {name: str(each.default) for name, each in SETTINGS.items() if str(each.default).startswith(f"{ROOT}/")}
+    paths = {path.removeprefix(str(ROOT)): data[name] for name, path in defaults.items() if name in data}
     roots = [path.removesuffix(end) for end, path in paths.items() if path.endswith(end)]
     is_old = all(path.startswith("/") for path in paths.values())
     return max(roots, key=roots.count, default=str(ROOT)) if is_old else str(ROOT)
@@ -411,3 +412,6 @@ def fraction(flag: str, text: str, low: Fraction, high: float) -> Fraction:
         bounds = f"from {low} to {as_written(high)}, as a fraction such as 2/3 or as 0.51"
         raise SettingsError(f"{flag} {text}: must be {bounds}, with a denominator of at most {FINEST:,}")
     return value
+
+
+share_in = partial(fraction, low=Fraction(1, FINEST), high=1)

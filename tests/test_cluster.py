@@ -201,6 +201,23 @@ def test_kept_agents_can_be_asked_until_the_next_run(cluster):
     assert gone.returncode == 3 and "--keep-agents" in gone.stderr and len(gone.stderr.splitlines()) == 1
 
 
+TALKATIVE = """
+from participant import Participant
+
+class Talkative(Participant):
+    async def answer(self, question):
+        return "33.333 is near" if self.index == 1 and question.round == 0 else 100 / 3
+"""
+
+
+def test_a_reply_of_a_class_is_printed_like_the_numbers_of_the_game(cluster, tmp_path):
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    cluster.play("3", "2", "--agent-class", str(tmp_path / "talkative.py"), "--decimals", "2", "--keep-agents")
+    for number, printed in (("0", "33.33\n"), ("1", "33.333 is near\n")):
+        ask = ("main.py", "--role", "ask", "--run-dir", "runs/latest", "--participant", number, "--text", "Why?")
+        assert cluster.run(*ask).stdout == printed
+
+
 def test_agents_of_a_killed_main_are_dropped_after_the_lease(cluster):
     process = cluster.start("run_simulation.sh", "3", "300", "--sleep-time", "600", "--lease", "3")
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
+from loguru import logger
 from rich.cells import cell_len
 
 from games.average import Average
+from simulation import cli
 from simulation.game.tally import Tally
 from simulation.results.console_report import histogram_lines
 from simulation.results.tables import fitting, table_lines
@@ -107,3 +110,16 @@ def test_a_histogram_has_shorter_bars_or_none(monkeypatch, width, top, decimals,
     narrowest = max(len(line.replace("█", "")) for line in lines)
     assert max(map(len, lines)) <= max(width, narrowest)
     assert width < 80 or "█" * 30 in lines[0]
+
+
+def test_progress_of_servers_is_logged_like_that_of_a_run(monkeypatch, capsys):
+    monkeypatch.setattr(console, "on_stop_signals", lambda _: None)
+    monkeypatch.setattr(console, "LINE_EVERY_S", 1e-9)
+    try:
+        with cli.interruptible_progress() as progress:
+            progress("agent servers ready", 0, 3)
+            progress("agent servers ready", 1, 3)
+    finally:
+        logger.remove()
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"[0-9-]{10} [0-9:.]{12} \| INFO     \| agent servers ready: 1 of 3 \(.+\)\n", line), line

@@ -134,6 +134,7 @@ BAD = [
     ("robot", "'robot' is no kind of player; known are random, llm, llm:MODEL, FILE.py:CLASS, surrogate:RUN"),
     ("llm=1/2,random=1/3", "the shares add up to 5/6; they must add up to exactly 1"),
     ("llm=1/2,llm=1/2", "names llm twice"),
+    ("random=1,random=0", "names random twice"),
     (f"{LEVEL_K}=1/2,{ROOT}/tests/../examples/level_k.py:LevelK=1/2", "level_k.py:LevelK twice"),
     ("llm=x,random=1/2", "'llm=x,random' is no kind of player"),
     ("llm=0,random=1", "the share of llm, 0: must be from 1/1000000000 to 1"),

@@ -25,8 +25,7 @@ from simulation.settings import (
     SETTINGS,
     SimulationConfig,
     flag_of,
-    is_path,
-    moved_players,
+    moved,
     parse_players,
     to_number,
 )
@@ -115,10 +114,8 @@ class Experiment(YamlFile):
             return value
         if KINDS[name][0] in (int, float):
             value = to_number(KINDS[name][0], name, value)
-        elif name == "players":
-            value = moved_players(value, lambda path: full_path(name, path, self._folder))
-        elif OF_GAME[name].path and is_path(name, value):
-            value = os.path.normpath(full_path(name, value, self._folder))
+        elif OF_GAME[name].path:
+            value = moved(name, value, lambda path: os.path.normpath(full_path(name, path, self._folder)))
         return getattr(SimulationConfig(**{name: value}), name)
 
     def _error_in_setting(self, name: str, node: yaml.Node, error: SettingsError) -> SettingsError:
@@ -193,31 +190,19 @@ class Sweep:
         """Return the content of sweep.json: the settings that all runs share, and the other settings of each run."""
         settings = {folder: config.to_json() for folder, config in self.configs.items()}
         shared = next(iter(settings.values()))
-        seeds = ["seed"] if self.repeats > 1 and "seed" not in self.varies else []
-        varies = dict.fromkeys(name.partition(".")[0] for name in (*self.varies, *seeds))  # `set` holds all parameters
-        return {
-            "sweep_id": self.sweep_id,
-            "experiment": self.experiment,
-            "about": self.about,
-            "varies": list(self.varies),
-            "repeats": self.repeats,
-            "sources": list(self.sources),
+        varies = [name for name in shared if any(each[name] != shared[name] for each in settings.values())]
+        folders = {folder: {name: each[name] for name in varies} for folder, each in settings.items()}
+        return {name: value for name, value in vars(self).items() if name != "configs"} | {
             "config": {name: value for name, value in shared.items() if name not in varies},
-            "runs": [
-                {"folder": folder, "settings": {name: each[name] for name in varies}}
-                for folder, each in settings.items()
-            ],
+            "runs": [{"folder": folder, "settings": each} for folder, each in folders.items()],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Sweep":
         """Return the sweep in a sweep.json. Raises KeyError, TypeError, ValueError or SettingsError if invalid."""
-        configs = {
-            each["folder"]: SimulationConfig.from_json({**data["config"], **each["settings"]}) for each in data["runs"]
-        }
-        if not all(isinstance(data[name] or "", str) for name in ("sweep_id", "experiment", "about")):
-            raise TypeError("a name is not a text")
-        if not configs or not all(map(RUN_FOLDER.fullmatch, configs)) or len(configs) < len(data["runs"]):
+        shared, runs = data["config"], data["runs"]
+        configs = {each["folder"]: SimulationConfig.from_json({**shared, **each["settings"]}) for each in runs}
+        if not configs or not all(map(RUN_FOLDER.fullmatch, configs)) or len(configs) < len(runs):
             raise ValueError("it names no runs, or folders elsewhere")
         if not {name.partition(".")[0] for name in data["varies"]} <= OF_GAME.keys():
             raise ValueError("it varies something that is not a setting of the game")

@@ -2,7 +2,6 @@
 
 import math
 import secrets
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -12,12 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulation.cluster.placement import PlacementPlan, even_split
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown, warn_once
 from simulation.game.game import Game, game_class
 from simulation.game.parameters import all_assignments, check_assignments, declared
-from simulation.game.population import KIND, Population, largest_remainder
+from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import ModelConfig, asked_models, read_models, settings_hash
@@ -26,10 +24,10 @@ from simulation.provenance import kept_files, sources_of, with_copies
 from simulation.results import reader
 from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
-from simulation.rpc.endpoints import endpoints, ranges
+from simulation.rpc.endpoints import ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.scenario import build_game, choose_players, read_recorded
-from simulation.settings import FLAGS_OF_GAMES, SimulationConfig, is_path
+from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 from simulation.user_code import UserFile
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
@@ -53,6 +51,7 @@ class RunSpec:
     game: Game
     folder: Path
     run_id: str = field(default_factory=new_run_id)
+    label: str = ""  # the number of the run in an experiment, and what distinguishes it from the others
     saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
     status: str | None = None  # the saved status, if the run is finished
     recorded: Mapping[str, Any] = field(default_factory=dict)  # what surrogates draw from (see `read_recorded`)
@@ -128,44 +127,35 @@ class RunSpec:
             return []
         thoughts = game.prompt.reasoning_tokens or 0
         characters = math.prod(map(len, game.population.persona_sets.values()))
-        group_parts = self._group_parts()
+        groups = len(config.hosts) * (config.server_per_host + config.moderator_per_host) - 1  # at most
         for number in numbers:
             prompt = self._longest_prompt(number)
             second = prompt._replace(thoughts="x" * thoughts, thought_tokens=thoughts)
             costs = []
-            for (name, count), groups in group_parts.items():
+            for name, count in self._askers():
                 fields = self.models[name].generate_args if name in self.models else {}
                 limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
                 answer = int(limit or answer_tokens(config.structured_output, game))
                 samples = 1 if fields.get("temperature") == 0 else config.samples_per_request
-                different = min(count, characters * game.numbers ** (number - 1))
-                shared = different + (count - different) // samples
+                in_group = math.ceil(count / groups)
+                different = min(in_group, characters * game.numbers ** (number - 1))
+                shared = min(count, groups * (different + (in_group - different) // samples))
                 alone = count if thoughts else 0  # second requests: none is shared because the reasoning texts differ
                 tokens = shared * prompt.tokens + alone * second.tokens
-                costs.append((groups * (shared + alone), groups * tokens, groups * count * (answer + thoughts)))
+                costs.append((shared + alone, tokens, count * (answer + thoughts)))
             rounds.append(RoundEstimate(number, *map(sum, zip(*costs, strict=True))))
         return rounds
 
-    def _group_parts(self) -> Counter[tuple[str, int]]:
-        """Count the groups: the key (name, n) stands for groups with n participants that use the model `name`.
-
-        For a mixture, the counts are approximate, because its shares are exact only for all groups together.
-        """
-        config, names, parts = self.config, asked_models(self.config), Counter[tuple[str, int]]()
+    def _askers(self) -> list[tuple[str, int]]:
+        """Return the names of the models in use, each with the number of participants that ask it."""
         population = self.game.population
-        shares = [each.share for each in population.models] or [Fraction(1, len(names))] * len(names)
-        numbers = (config.server_per_host, config.moderator_per_host)
-        servers, moderators = (endpoints(config.hosts, config.base_port, number) for number in numbers)
-        plan = PlacementPlan("", config.participant_num, servers, moderators)
-        if population.players:  # few may ask models: spread them over as many groups as possible, which costs most
-            for model, count in zip(population.part_models, population.by_topic[KIND].counts, strict=True):
-                if model is not None:
-                    parts.update((model.name, len(part)) for part in even_split(count, len(plan.assignments)))
-            return parts
-        for size, groups in Counter(each.count for each in plan.assignments).items():
-            for name, count in zip(names, largest_remainder(size, shares), strict=True):
-                parts[name, count] += groups
-        return parts
+        shares = [(model.name, kind.share * model.share) for kind in population.players for model in kind.models]
+        shares += [(model.name, model.share) for model in population.models]
+        in_turn = [] if shares else asked_models(self.config)
+        shares += [(name, Fraction(1, len(in_turn))) for name in in_turn]
+        others = 1 - sum((share for _, share in shares), Fraction())
+        counts = largest_remainder(self.config.participant_num, [*(share for _, share in shares), others])
+        return [(name, count) for (name, _), count in zip(shares, counts, strict=False)]
 
     def _longest_prompt(self, number: int) -> Prompt:
         """Build a prompt about as long as the longest in round `number`, with all announcements and long numbers."""
@@ -173,10 +163,8 @@ class RunSpec:
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
         tally = Tally(3, np.array([game.lowest, top]), np.array([1, 2]))  # its average has many digits
-        result = replace(
-            score(game, 1, tally), winning_units=(top - 1, top), winners=Winners(self.config.participant_num, ())
-        )
-        result = replace(result, teams=tuple((name, tally.average()) for name in teams))
+        winners, averages = Winners(self.config.participant_num, ()), tuple((name, tally.average()) for name in teams)
+        result = replace(score(game, 1, tally), winning_units=(top - 1, top), winners=winners, teams=averages)
         announcements = tuple(announcement_of(replace(result, round=each), game) for each in range(1, number))
         numbers = ((top - 1) / game.scale,) * len(announcements)
         team = max(teams, key=len, default=None)
@@ -236,17 +224,16 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     if "sources" not in before.summary:
         warn_of_missing_copy(config)
         sources = sources_of(config, [])
-    models_now = Population(0, 0, {}, *choose_players(config, models)).server_models
+    models_now = Population(**choose_players(config, models)).server_models
     models_before = game.population.server_models
     if models_before != models_now and len({*models_before, *models_now}) > 1:
-        raise SettingsError(
-            f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}: the run in "
-            f"{path} asked {listed(models_before)}; this cannot be changed on resume, and it would ask "
-            f"{listed(models_now)}"
-        )
+        flags = f"--model-configs {shown(config.model_configs)}, --model-per-host {config.model_per_host}"
+        asked = f"the run in {path} asked {listed(models_before)}"
+        problem = f"{asked}; this cannot be changed on resume, and it would ask {listed(models_now)}"
+        raise SettingsError(f"{flags}: {problem}")
     game, recorded = read_recorded(config, game)
     others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies}
-    spec = RunSpec(config, models, game, real(path), saved.run_id, saved, **others)
+    spec = RunSpec(config, models, game, real(path), saved.run_id, saved=saved, **others)
     if (was := before.summary.get("model_settings", spec.model_settings)) != spec.model_settings:
         raise SettingsError(
             f"--resume {path}: the models in {shown(config.model_configs)} have other settings than at its start: "
@@ -263,7 +250,7 @@ def warn_of_missing_copy(*configs: SimulationConfig) -> None:
 
 def _prepare_for_users_files(config: SimulationConfig) -> None:
     """Import AgentScope before the folders of users' files are on the import path, if a user's file is in use."""
-    if is_path("game", config.game) or any(kind.agent_class is not None for kind in config.kinds):
+    if ".py" in config.game or any(kind.agent_class is not None for kind in config.kinds):
         import_agentscope()
         add_extra_folders(config.extra_pythonpath)
 

@@ -15,17 +15,17 @@ import yaml
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
 from simulation.files import content_of, shown
 from simulation.game.game import Game, PromptTemplate
-from simulation.game.parameters import declared
+from simulation.game.parameters import Parameter, declared
 from simulation.game.population import KIND, RESERVED, Combination, ModelShare, Persona, PlayerShare, Population
 from simulation.game.rules import game_of
 from simulation.game.tally import Tally, try_game
 from simulation.llm.model_configs import ModelConfig, unnamed_models
 from simulation.results.reader import SavedRun, read_run, read_summary
 from simulation.runs.yaml_file import YamlFile
-from simulation.settings import FINEST, PATHS, SETTINGS, Setting, SimulationConfig, flag_of, fraction, to_number
+from simulation.settings import SETTINGS, Setting, SimulationConfig, flag_of, parse_shares, share_in
 
 PLACEHOLDERS = ("{number}", "{max_value}", "{rules}", "{target}", "{persona}", "{team}")
-MOST_REASONING_TOKENS = 100_000
+REASONING_TOKENS = Parameter(int, Setting(None, "", 1, 100_000))
 _names = list(SETTINGS)
 OF_MODELS = _names[_names.index("model_configs") + 1 : _names.index("vllm_base_port")]  # settings that need a model
 OF_MODELS += ["prompt", "prompts_file", "models"]
@@ -45,19 +45,17 @@ def build_game(config: SimulationConfig, models: Models, given: Collection[str] 
         topics = [grouping.topic for grouping in population.groupings]
         advice = "" if topics else "; add --personas, or use several models"
         _check_known(config, "teams", config.teams, topics, "this game has no such grouping", advice)
+    game, text = game_of(config, prompt, population), "" if prompt is None else prompt.system + prompt.instruction
     for name, value in (("persona", config.personas), ("team", config.teams)):
-        if prompt is not None and value is None and f"{{{name}}}" in prompt.system + prompt.instruction:
-            raise SettingsError(f"--prompt {prompt.name}: tells participants of their {name}; give --{name}s, too")
-    game = game_of(config, prompt, population)
+        if value is None and f"{{{name}}}" in text:
+            raise SettingsError(f"--prompt {config.prompt}: tells participants of their {name}; give --{name}s, too")
     try_game(game, shown(config.game))
-    if prompt is not None and "{target}" in prompt.system + prompt.instruction and not hasattr(game, "target"):
-        raise SettingsError(
-            f"--prompt {prompt.name}: names a {{target}}, which the game has not; use one with {{rules}}"
-        )
+    if "{target}" in text and not hasattr(game, "target"):
+        problem = "names a {target}, which the game has not; use one with {rules}"
+        raise SettingsError(f"--prompt {config.prompt}: {problem}")
     if config.max_value != SimulationConfig.max_value and type(game).high is not Game.high:
-        raise SettingsError(
-            f"--max-value {config.max_value}: the numbers of this game are from {game.low} to {game.high}"
-        )
+        allowed = f"the numbers of this game are from {game.low} to {game.high}"
+        raise SettingsError(f"--max-value {config.max_value}: {allowed}")
     return game
 
 
@@ -68,7 +66,7 @@ def _check_model_settings(config: SimulationConfig, given: Collection[str]) -> N
         value, used = getattr(config, name), bool(unnamed_models(config) if name == "models" else config.uses_models)
         of_class = name == "allow_remote_model" and any(kind.agent_class for kind in config.kinds)  # may call models
         if name in given and value is not None and not used and not of_class:
-            text = "" if value is True else f" {printable(shown(value) if name in PATHS else str(value))}"
+            text = "" if value is True else f" {printable(shown(value) if SETTINGS[name].path else str(value))}"
             raise SettingsError(f"{flag_of(name)}{text}: does nothing with {who}")
 
 
@@ -95,7 +93,8 @@ def read_prompt(config: SimulationConfig) -> PromptTemplate | None:
 @lru_cache(maxsize=8)  # all runs of an experiment read the same file, unless it has changed
 def _prompts_in(path: str, _content: bytes | None) -> dict[str, PromptTemplate]:
     file = YamlFile(path, "--prompts-file")
-    readers = {"system": _template, "instruction": _template, "reasoning_tokens": _reasoning_tokens}
+    readers: dict[str, Any] = {"system": _template, "instruction": _template}
+    readers["reasoning_tokens"] = partial(REASONING_TOKENS.parse, "reasoning_tokens")
     return {
         name: PromptTemplate(name, **file.read_entry(name, node, readers, optional="reasoning_tokens"))
         for name, node in file.nodes.items()
@@ -121,15 +120,6 @@ def _text(text: str) -> str:
     return text
 
 
-def _reasoning_tokens(text: str) -> int:
-    tokens = to_number(int, "reasoning_tokens", text)
-    Setting(None, "", 1, MOST_REASONING_TOKENS).check("reasoning_tokens", tokens)
-    return tokens
-
-
-_share = partial(fraction, low=Fraction(1, FINEST), high=1)
-
-
 def read_population(config: SimulationConfig, models: Models) -> Population:
     """Return the personas and models that the settings select. Raises SettingsError if one of them does not exist."""
     names = [name.strip() for name in config.personas.split("+")] if config.personas is not None else []
@@ -139,13 +129,13 @@ def read_population(config: SimulationConfig, models: Models) -> Population:
     if len(set(names)) < len(names):
         raise SettingsError(f"--personas {config.personas}: names a set twice")
     chosen = {name: sets[name] for name in names}
-    return Population(config.seed or 0, config.participant_num, chosen, *choose_players(config, models))
+    return Population(config.seed or 0, config.participant_num, chosen, **choose_players(config, models))
 
 
 @lru_cache(maxsize=8)  # as for the prompts file
 def _personas_in(path: str, _content: bytes | None) -> dict[str, tuple[Persona, ...]]:
     file = YamlFile(path, "--personas-file")
-    readers: dict[str, Any] = {"name": _name, "share": partial(_share, "share"), "text": _text}
+    readers: dict[str, Any] = {"name": _name, "share": partial(share_in, "share"), "text": _text}
     sets = {}
     for topic, node in file.nodes.items():
         if topic in RESERVED or "+" in topic or not topic.strip() or topic != printable(topic):
@@ -171,17 +161,15 @@ def _name(text: str) -> str:
     return text
 
 
-Players = tuple[tuple[ModelShare, ...], tuple[str, ...], tuple[PlayerShare, ...]]
-
-
-def choose_players(config: SimulationConfig, models: Models) -> Players:
-    """Return the mixture of models, the models assigned round-robin, and the kinds of players: only one is not empty.
+def choose_players(config: SimulationConfig, models: Models) -> dict[str, Any]:
+    """Return the one field of Population that says who plays: kinds of players, a mixture of models, models in turn.
 
     Raises SettingsError if a model does not exist or the shares of models are invalid.
     """
-    mixture, in_turn = _choose_models(config, models)
+    chosen = _choose_models(config, models)
     if config.players is None:
-        return mixture, in_turn, ()
+        return chosen
+    mixture, in_turn = chosen.get("models", ()), chosen.get("round_robin_models", ())
     names = [each.model for each in mixture]  # names on the servers
     distinct = (replace(each, model=each.name) if names.count(each.model) > 1 else each for each in mixture)
     in_shares = (ModelShare(name, Fraction(1, len(in_turn)), models[name].model) for name in unnamed_models(config))
@@ -195,36 +183,32 @@ def choose_players(config: SimulationConfig, models: Models) -> Players:
             _check_known(config, "players", kind.model, models, f"{shown(config.model_configs)} has no such model")
             asked = (ModelShare(kind.model, Fraction(1), models[kind.model].model),)
         players.append(PlayerShare(printable(label), kind.share, asked))
-    return (), (), tuple(players)
+    return {"players": tuple(players)}
 
 
-def _choose_models(config: SimulationConfig, models: Models) -> tuple[tuple[ModelShare, ...], tuple[str, ...]]:
-    """Return the mixture of models, and the models assigned round-robin. At least one of these two tuples is empty."""
-    if not unnamed_models(config):
-        return (), ()
+def _choose_models(config: SimulationConfig, models: Models) -> dict[str, Any]:
+    """Return the field of Population that says which models those players ask whose kind names none."""
+    names = unnamed_models(config)
+    if not names:
+        return {}
     if config.models is None:
-        names = unnamed_models(config)
         if missing := [name for name in names if name not in models]:
-            raise SettingsError(
-                f"--model-per-host {config.model_per_host}: participants would ask {names[0]} to {names[-1]} in turn, "
-                f"and {shown(config.model_configs)} has no {missing[0]}: it has {listed(models)}; name yours with "
-                "--models"
-            )
-        return (), tuple(models[name].model for name in names)
+            asked = f"participants would ask {names[0]} to {names[-1]} in turn"
+            problem = f"{shown(config.model_configs)} has no {missing[0]}: it has {listed(models)}"
+            advice = "name yours with --models"
+            raise SettingsError(f"--model-per-host {config.model_per_host}: {asked}, and {problem}; {advice}")
+        return {"round_robin_models": tuple(models[name].model for name in names)}
     flag, problem = f"--models {printable(config.models)}", f"{shown(config.model_configs)} has no such model"
     advice = "; with more --model-per-host one entry becomes model_1, model_2, ..."
-    shares: dict[str, Fraction] = {}
+    parts = list[tuple[str, str]]()
     for part in config.models.split(","):
-        name, _, share = map(str.strip, part.partition("="))
-        if not name or "=" not in part:
+        name, equals, share = map(str.strip, part.partition("="))
+        if not (name and equals):
             raise SettingsError(f"{flag}: must be shares of models, as model_1=2/3,model_2=1/3")
         _check_known(config, "models", name, models, problem, advice)
-        if name in shares:
-            raise SettingsError(f"{flag}: names {name} twice")
-        shares[name] = _share(f"{flag}: the share of {name},", share)
-    if (total := sum(shares.values())) != 1:
-        raise SettingsError(f"{flag}: the shares add up to {total}; they must add up to exactly 1")
-    return tuple(ModelShare(name, share, models[name].model) for name, share in shares.items()), ()
+        parts.append((name, share))
+    shares = parse_shares(flag, parts)
+    return {"models": tuple(ModelShare(name, share, models[name].model) for name, share in shares.items())}
 
 
 # --- Recorded runs ---------------------------------------------------------------------------------------------------

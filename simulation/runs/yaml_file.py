@@ -36,25 +36,23 @@ class YamlFile:
         except OSError as error:
             raise SettingsError(f"{flag} {self.name}: cannot be read: {reason(error)}{near_file(path)}") from None
         except UnicodeDecodeError as error:
-            raise self._error_in(error.object[: error.start].count(b"\n"), "is not UTF-8 text") from None
+            raise self.error(error.object[: error.start].count(b"\n"), "is not UTF-8 text") from None
         except yaml.MarkedYAMLError as error:
             mark = (error.context_mark if error.problem in LATE else None) or error.problem_mark or error.context_mark
             problem = f"is not YAML: {error.problem or error.context}"
             if "character '\\t'" in problem:
                 problem = "has a tab outside quotes, where YAML allows only spaces"
-            raise self._error_in(mark.line if mark is not None else 0, problem) from None
+            raise self.error(mark.line if mark is not None else 0, problem) from None
         except yaml.reader.ReaderError as error:
-            raise self._error_in(text[: error.position].count("\n"), f"is not YAML: {error.reason}") from None
+            raise self.error(text[: error.position].count("\n"), f"is not YAML: {error.reason}") from None
         except RecursionError:
             raise SettingsError(f"{self.name}: is nested too deeply") from None
         except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is not a character
             raise SettingsError(f"{self.name}: is not YAML: {printable(str(error))}") from None
 
-    def error(self, node: yaml.Node, text: str) -> SettingsError:
-        """Return an error with the file name and the line number of the node."""
-        return self._error_in(node.start_mark.line, text)
-
-    def _error_in(self, line: int, text: str) -> SettingsError:
+    def error(self, where: yaml.Node | int, text: str) -> SettingsError:
+        """Return an error with the file name and the line number of a node, or with the line `where`, from 0."""
+        line = where if isinstance(where, int) else where.start_mark.line
         return SettingsError(f"{self.name}, line {line + 1}: {printable(text, LONGEST_ERROR)}")
 
     def nodes_in(self, node: yaml.Node, requirement: str) -> dict[str, yaml.Node]:
