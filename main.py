@@ -14,16 +14,12 @@ if __name__ != "main":  # run as a program, not imported by a test
     # random.py, must not shadow a module of Python or of a library, or an optional module that a library imports.
     HERE = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
     sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != HERE]
-    from importlib.machinery import ModuleSpec
-    from importlib.util import spec_from_file_location
+    from importlib.machinery import ModuleSpec, PathFinder
     from types import SimpleNamespace
 
     def find_own(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
         """Return the import spec of the module `name` in this folder if `name` is in MODULES; otherwise None."""
-        file = (
-            f"{name}/__init__.py" if name in ("simulation", "games") else f"{name}.py"
-        )  # not a folder such as moderator/
-        return spec_from_file_location(name, f"{HERE}/{file}") if name in MODULES else None
+        return PathFinder.find_spec(name, [HERE]) if name in MODULES else None
 
     sys.meta_path.insert(0, SimpleNamespace(find_spec=find_own))
 
@@ -83,19 +79,18 @@ def play(command: Command) -> int:
     from simulation.runs.session import session_of
 
     log_to_stderr()
-    session = session_of(command.config, command.given)
-    if command.config.dry_run:
-        say("\n".join(session.plan_lines()))
-        session.close()
-        return 0
-    folder = session.config.cluster_key_dir
-    # If only the resumed run names this key folder, make no key in it: a new key would not match that run's servers
-    named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
-    install_tls((load_or_make if named else load)(Path(folder)))
-    progress = ConsoleProgress()
-    on_stop_signals(progress.signalled)
     observe: "Observe" = nullcontext
     with ExitStack() as cleanup:
+        session = session_of(command.config, command.given, cleanup)
+        if command.config.dry_run:
+            say("\n".join(session.plan_lines()))
+            return 0
+        folder = session.config.cluster_key_dir
+        # If only the resumed run names this key folder, make no key in it: a new key would not match its servers
+        named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
+        install_tls((load_or_make if named else load)(Path(folder)))
+        progress = ConsoleProgress()
+        on_stop_signals(progress.signalled)
         if command.config.dashboard is not None:  # the flag of this command, not of the resumed run
             from simulation.runs.dashboard import Dashboard
 

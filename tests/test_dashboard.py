@@ -321,7 +321,7 @@ def run_on(servers: int, lost: int) -> Any:
     return SimpleNamespace(
         config=config,
         run_id="run",
-        label="run 2 of 4: ratio 2/3",
+        spec=SimpleNamespace(label="run 2 of 4: ratio 2/3"),
         game=Average(7, 100, 0, 1.0),
         results=[],
         usage=Usage(),

@@ -24,8 +24,9 @@ from simulation import settings as config
 from simulation.errors import SettingsError, meant_by, nearest
 from simulation.files import files_in, shown
 from simulation.hosts.pid_files import ProcessId
+from simulation.results.run_directory import RunDirectory
 from simulation.rpc.lean_import import add_extra_folders
-from simulation.settings import PATHS, ROLES, SETTINGS, SimulationConfig, flag_of
+from simulation.settings import ROLES, SETTINGS, SimulationConfig, flag_of
 
 BAD = [
     ("--max-value -1", "must be from 1 to 1,000,000,000"),
@@ -127,9 +128,14 @@ def test_bad_settings_are_one_line_and_status_2(arguments, expected):
     assert expected in message
 
 
+def flags_of(role: str) -> list[str]:
+    """Return the flags that the help page of a role shows."""
+    return [flag_of(name) for name, flag in cli.FLAGS.items() if role in flag.roles and flag.about]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_a_mistyped_flag_of_any_role_gets_a_suggestion(role):
-    flags = cli.flags_of(role)
+    flags = flags_of(role)
     for flag in set(flags) - {"--help"}:
         middle = len(flag) // 2
         for mistyped in (
@@ -198,7 +204,7 @@ def test_help_lists_every_flag_of_a_role_with_its_default(role, capsys, monkeypa
         assert max(map(len, told.splitlines()[1:])) <= min(columns, 100)
     blocks = re.split(r"\n(?=  -|\n)", told)
     texts = {re.search(r"--[a-z-]+", each)[0]: " ".join(each.split()) for each in blocks if each.startswith("  -")}
-    assert sorted(texts) == sorted(cli.flags_of(role))
+    assert sorted(texts) == sorted(flags_of(role))
     settings = {flag_of(name): setting for name, setting in SETTINGS.items()}
     for flag, text in texts.items():
         assert text.count("(default: ") == 1 and text.endswith(")"), text
@@ -230,6 +236,9 @@ def test_help_shows_readable_defaults_and_bounds():
 # --- Paths that people give -------------------------------------------------------------------------------------------
 
 
+ONE_PATH = [
+    name for name, each in SETTINGS.items() if each.path and name not in ("game", "players", "extra_pythonpath")
+]
 OUT_OF_REACH = {
     "closed to us": errno.EACCES,
     "leads in circles": errno.ELOOP,
@@ -348,7 +357,7 @@ def test_unreadable_pid_files_are_an_error(monkeypatch, tmp_path):
     [("", "is empty"), ("~no-such-user/x", "no home folder is known for ~no-such-user"), ("a\0b", "must be a path")],
 )
 def test_an_invalid_path_is_refused(text, trouble):
-    for name in (name for name in PATHS if name != "game"):  # a text without .py is the name of a game
+    for name in ONE_PATH:
         with pytest.raises(SettingsError, match=trouble):
             SimulationConfig(**{name: text})
 
@@ -377,7 +386,7 @@ def test_paths_inside_the_checkout_move_with_it(tmp_path, monkeypatch, given, wr
     places["root"].mkdir()
     places["link"].symlink_to("root")
     monkeypatch.setattr(config, "ROOT", places["root"])
-    names = [name for name in PATHS if name not in ("experiment", "game")]  # the first excludes --resume
+    names = [name for name in ONE_PATH if name != "experiment"]  # which excludes --resume
     folders = "{0}:{0}/lib".format(given.format(**places))
     said = SimulationConfig(**dict.fromkeys(names, given.format(**places)), extra_pythonpath=folders).to_json()
     assert {said[name] for name in names} == {written.format(**places)}
@@ -403,6 +412,7 @@ def test_resuming_a_run_does_not_create_its_key(command, tmp_path):
 
     assert main(["--resume", str(run), "--rounds", "4"]) == 2
     assert not (tmp_path / "gone").exists()
+    RunDirectory(run, resumed=True).close()  # the refused command holds no lock
 
 
 # --- Texts in UTF-8 ---------------------------------------------------------------------------------------------------

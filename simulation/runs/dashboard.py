@@ -31,7 +31,6 @@ PAGE = Path(__file__).with_name("dashboard.html")
 ADDRESS = "127.0.0.1"
 NAMES = (ADDRESS, "localhost")  # accepted host names; other names may belong to a foreign site (DNS rebinding)
 OPEN_S = 3.0  # a page counts as open until this time after its last request
-END_S = 3.0  # maximum time that `close` waits for open pages
 STATE_S = 0.3  # minimum cache time of a state; several pages share a cached state
 SHARE = 0.01  # maximum share of its time that the thread spends on states (26 ms per state for 4096 servers)
 RUNS_LISTED = 50
@@ -69,6 +68,7 @@ class Dashboard:
         self._run: DashboardState | None = None  # the current run, or the last one if no run is in progress
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_LISTED)
         self._over = False
+        self._all_fetched = threading.Event()  # set when no page has to fetch the final state
         self._cached: tuple[float, dict[str, Any]] = (0.0, {})  # the time when the cached state expires, and this state
         self._pages: dict[str, float] = {}  # time.monotonic of each page's last request; replaced, never changed
         self._loop = asyncio.new_event_loop()
@@ -95,17 +95,15 @@ class Dashboard:
             state.over = True
 
     def close(self) -> None:
-        """Wait at most END_S until all open pages have fetched the final state, then stop the web server."""
-        self._over, end = True, time.monotonic() + END_S
-        while any(time.monotonic() < min(at + OPEN_S, end) for at in self._pages.values()):
-            time.sleep(0.02)
+        """Wait until no page is open that has not fetched the final state, then stop the web server."""
+        self._over = True
+        self._all_fetched.wait(max(self._pages.values(), default=0.0) + OPEN_S - time.monotonic())
         with suppress(RuntimeError):  # the loop is closed because the thread has failed
             self._loop.call_soon_threadsafe(_exit)
-        self._thread.join(END_S)
+        self._thread.join(OPEN_S)
 
     def _serve(self) -> None:
         app = web.Application(middlewares=[self._guarded])
-        app.on_response_prepare.append(_add_headers)
         app.add_routes([web.get("/", self._page), web.get("/state", self._state), web.get("/report", self._report)])
         app.add_routes([web.post("/stop", self._stop)])
         quiet: dict[str, Any] = {"handle_signals": False, "print": None, "access_log": None}
@@ -120,7 +118,9 @@ class Dashboard:
         site = request.headers.get("Sec-Fetch-Site", "none")
         if request.host not in hosts or elsewhere or (site not in ("none", "same-origin") and request.path != "/"):
             raise web.HTTPForbidden(text="this page is for this host alone\n")
-        return await handler(request)
+        response = await handler(request)
+        response.headers.update(HEADERS)
+        return response
 
     async def _page(self, _request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)
@@ -133,6 +133,8 @@ class Dashboard:
         others = {each: at for each, at in self._pages.items() if each != page and now - at < OPEN_S}
         has_more_to_fetch = page and "done" not in request.query
         self._pages = {**others, page: now} if has_more_to_fetch else others
+        if self._over and not self._pages:
+            self._all_fetched.set()
         until, state = self._cached
         if now > until or state["over"] != self._over:
             began, over, run, stage = time.thread_time(), self._over, self._run, self._watch.stage
@@ -165,10 +167,6 @@ class Dashboard:
             logger.info("the dashboard requests an early end of the run")
             self._watch.stop(signal.SIGINT)
         return web.json_response({"stopping": True})
-
-
-async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
 
 
 def _exit() -> None:

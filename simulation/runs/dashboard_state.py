@@ -62,7 +62,7 @@ class DashboardState:
         seconds = time.monotonic() - began
         return {
             "run_id": run.run_id,
-            "label": run.label,
+            "label": run.spec.label,
             "config": {
                 **{name: getattr(config, name) for name in ("participant_num", "rounds", "decimals")},
                 **{"low": game.low, "high": game.high, "goal": game.words.goal, "labels": dict(game.words.labels)},

@@ -27,16 +27,12 @@ from simulation.user_code import UserFile
 
 Draw = Callable[[SavedRun], None]  # writes the pictures and the report of a run
 
-LOST_SHOWN = 1000  # maximum number of lost servers in summary.json
-
 
 class Run:
-    """A run in progress, with its results so far. `label` distinguishes this run from others of the experiment."""
+    """A run in progress, with its results so far."""
 
-    def __init__(
-        self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw, label: str
-    ) -> None:
-        self.spec, self.config, self.game, self.run_id, self.label = spec, spec.config, spec.game, spec.run_id, label
+    def __init__(self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw) -> None:
+        self.spec, self.config, self.game, self.run_id = spec, spec.config, spec.game, spec.run_id
         self.directory, self.console = directory, console
         directory.config = spec.config
         self.simulation: Simulation | None = None  # None until the servers are ready
@@ -89,9 +85,8 @@ class Run:
                 self._create_agents(simulation)
                 for number in self.rounds_left:
                     self._play_round(simulation, number)
-                    self.ended_early = bool(self.rounds_left or self.results[-1].error) and self._cannot_continue(
-                        simulation
-                    )
+                    is_over = not self.rounds_left and not self.results[-1].error
+                    self.ended_early = not is_over and self._cannot_continue(simulation)
                     if self.console.stop_signal is not None or self.ended_early:
                         break
                 if self.config.keep_agents:
@@ -198,7 +193,7 @@ class Run:
         self.seconds["rounds"] = sum(result.seconds for result in self.results)
         self.seconds["total"] = time.monotonic() - self._began
         lost = map(str, self.simulation.cluster.losses if self.simulation is not None else ())
-        self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])][:LOST_SHOWN]
+        self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])]
         if self.status is None:  # not earlier: a folder that contains only this file can be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
             self._provenance = self._write_sources()

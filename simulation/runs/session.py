@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +38,11 @@ class Session:
     """A single run, or the runs of a sweep, executed one after another. `folder` is the folder of the run or sweep."""
 
     def __init__(self, specs: list[RunSpec], sweep: Sweep | None = None, directory: RunDirectory | None = None) -> None:
-        self.specs = specs
+        self.specs = specs if sweep is None else [*_labelled(specs, sweep)]
         self.sweep = sweep
         self.config = specs[0].config  # all runs share the settings of the cluster
         self.folder = specs[0].folder if sweep is None else specs[0].folder.parent
-        self.unfinished = [spec for spec in specs if spec.rounds_left]
+        self.unfinished = [spec for spec in self.specs if spec.rounds_left]
         self.models = [model for spec in self.unfinished for model in spec.asked_models]
         self._directory = directory  # None until `folder` is created and locked
         self._is_new = directory is None
@@ -54,8 +53,8 @@ class Session:
             return self.specs[0].plan_lines()
         about = f": {printable(self.sweep.about)}" if self.sweep.about else ""
         lines, shown_plans = [f"experiment {self.sweep.experiment}{about}"], set[int]()
-        for number, (title, spec) in enumerate(self._titled(self.sweep)):
-            lines.append(title)
+        for number, spec in enumerate(self.specs):
+            lines.append(spec.label)
             combination = number % self.sweep.combinations  # repeats have the same plan
             if spec.rounds_left and combination not in shown_plans and len(shown_plans) < PLANS_SHOWN:
                 shown_plans.add(combination)
@@ -64,13 +63,6 @@ class Session:
         tokens = sum(spec.tokens for spec in self.unfinished)
         cost = f", at most about {tokens:,} tokens{price_text(tokens, self.config)}" if tokens else ""
         return [*lines, f"in all: {len(self.unfinished)} runs, {rounds:,} rounds{cost}"]
-
-    def _titled(self, sweep: Sweep) -> Iterator[tuple[str, RunSpec]]:
-        for number, spec in enumerate(self.specs, start=1):
-            status = f", which was played before and is {spec.status}" if spec.status is not None else ""
-            repeat = f"repeat {(number - 1) // sweep.combinations + 1}" if sweep.repeats > 1 else ""
-            label = ", ".join(filter(None, [sweep.label_of(spec.config), repeat]))
-            yield f"run {number} of {len(self.specs)}: {label}{status}", spec
 
     def open(self) -> None:
         """Create and lock the folder, unless this was already done. Raises SettingsError or ResultsError."""
@@ -97,11 +89,11 @@ class Session:
         error, log the command that resumes the run or sweep.
         """
 
-        def play(spec: RunSpec, directory: RunDirectory, label: str = "") -> int:
+        def play(spec: RunSpec, directory: RunDirectory) -> int:
             import_agentscope()  # slow: earlier errors need not wait for this
             from simulation.runs.run import Run  # noqa: PLC0415
 
-            run = Run(spec, directory, console, draw, label)
+            run = Run(spec, directory, console, draw)
             with observe(run):
                 return run.play_rounds()
 
@@ -121,9 +113,9 @@ class Session:
                 self.sweep = replace(self.sweep, sources=tuple(entries_of(sources)))
             self._directory.write_json(SWEEP, self.sweep.to_json())
             status = 0
-            for title, spec in self._titled(self.sweep):
-                logger.info(title)
-                status = max(status, self._play_one(spec, partial(play, label=title)))
+            for spec in self.specs:
+                logger.info(spec.label)
+                status = max(status, self._play_one(spec, play))
                 if console.stop_signal is not None:
                     return 128 + console.stop_signal
             self._compare()
@@ -171,6 +163,14 @@ class Session:
         return None
 
 
+def _labelled(specs: list[RunSpec], sweep: Sweep) -> Iterator[RunSpec]:
+    for number, spec in enumerate(specs, start=1):
+        status = f", which was played before and is {spec.status}" if spec.status is not None else ""
+        repeat = f"repeat {(number - 1) // sweep.combinations + 1}" if sweep.repeats > 1 else ""
+        label = ", ".join(filter(None, [sweep.label_of(spec.config), repeat]))
+        yield replace(spec, label=f"run {number} of {len(specs)}: {label}{status}")
+
+
 def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
     """Return the progress of a run, such as `2 of 3`, and the flags needed to resume it. A finished run gives None."""
     try:
@@ -190,9 +190,10 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
 # --- Building sessions -----------------------------------------------------------------------------------------------
 
 
-def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
+def session_of(config: SimulationConfig, given: dict[str, Any], cleanup: contextlib.ExitStack) -> Session:
     """Build the session that the settings describe. Settings in `given` come from flags and override those in files.
 
+    The folder of a resumed run or sweep is locked until the exit of `cleanup`.
     If models outside the cluster are used, print the plan. Raises SettingsError if a setting or file is invalid, or if
     the runs of an experiment may cost more than the token budget.
     """
@@ -201,13 +202,11 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
             raise SettingsError("--run-dir: does not go with --resume, which writes where the run is")
         path = Path(shown(config.resume))
         changed = {name: value for name, value in given.items() if name != "resume"}
-        resumed = _resumed_sweep if is_there(path / SWEEP) else _resumed_run
-        if resumed is _resumed_run:
+        is_sweep = is_there(path / SWEEP)
+        if not is_sweep:
             reader.read_summary(path, "--resume ")  # fails before the next line would create a missing folder
-        with contextlib.ExitStack() as on_error:
-            directory = on_error.enter_context(contextlib.closing(RunDirectory(path, resumed=True)))  # locks it, too
-            session = resumed(path, changed, directory)
-            on_error.pop_all()
+        directory = cleanup.enter_context(contextlib.closing(RunDirectory(path, resumed=True)))
+        session = (_resumed_sweep if is_sweep else _resumed_run)(path, changed, directory)
     elif config.experiment is not None:
         experiment = Experiment(config.experiment, given)
         settings = given if {"agent_type", "players"} & given.keys() else given | experiment.settings
@@ -219,10 +218,9 @@ def session_of(config: SimulationConfig, given: dict[str, Any]) -> Session:
         session = Session([new_run(config, given)])
     tokens, allowed = sum(spec.tokens for spec in session.specs), given.get("max_tokens")
     if session.sweep is not None and allowed is not None and tokens > allowed:
-        raise SettingsError(
-            f"--max-tokens {allowed}: these {len(session.specs)} runs may together cost {tokens:,} tokens, not "
-            f"{allowed:,}; max_tokens in the experiment's file would bound each of them"
-        )
+        advice = "max_tokens in the experiment's file would bound each of them"
+        cost = f"these {len(session.specs)} runs may together cost {tokens:,} tokens, not {allowed:,}"
+        raise SettingsError(f"--max-tokens {allowed}: {cost}; {advice}")
     remote = [model for model in session.models if not is_within(model.base_url, session.config.hosts)]
     if remote and not config.dry_run:
         say("\n".join(session.plan_lines()), sys.stderr)
@@ -242,10 +240,8 @@ def _new_session(
             spec = new_run(replace(config, run_dir=str(folder / name)) if several else config, chosen)
             if config.max_tokens is not None and spec.tokens > config.max_tokens:
                 label = f" ({sweep.label_of(config)})" if sweep.varies else ""
-                raise SettingsError(
-                    f"--max-tokens {config.max_tokens}: a run{label} may cost {spec.tokens:,} tokens, more than these "
-                    f"{config.max_tokens:,}"
-                )
+                cost = f"a run{label} may cost {spec.tokens:,} tokens, more than these {config.max_tokens:,}"
+                raise SettingsError(f"--max-tokens {config.max_tokens}: {cost}")
         except SettingsError as error:
             raise (experiment.with_line(error, config) if experiment is not None else error) from None
         specs.append(spec)
@@ -257,10 +253,8 @@ def _resumed_run(path: Path, given: dict[str, Any], directory: RunDirectory) -> 
         problem = f"{path} is the folder of a single run; give that of an experiment, which holds several"
         raise SettingsError(f"--repeats {given['repeats']}: {problem}")
     if directory.position is not None:
-        logger.warning(
-            f"this run is one of an experiment's, {position_in_words(directory.position)}; to go on with all of them: "
-            f"{resume_command(directory.path.parent)}"
-        )
+        position, command = position_in_words(directory.position), resume_command(directory.path.parent)
+        logger.warning(f"this run is one of an experiment's, {position}; to go on with all of them: {command}")
     return Session([resumed_run(path, given)], directory=directory)
 
 
