@@ -334,9 +334,9 @@ def parse_players(text: str) -> tuple[Kind, ...]:
     flag, parts, named = f"--players {printable(text)}", NEXT_KIND.split(text), list[tuple[str, str]]()
     for part in parts:
         name, equals, share = map(str.strip, part.rpartition("="))
-        if len(parts) == 1 and not (equals and FRACTION.fullmatch(share)):
-            name, share = part.strip(), "1"
-        named.append((name or share, share))
+        if not equals or (len(parts) == 1 and not FRACTION.fullmatch(share)):
+            name, share = part.strip(), "1" if len(parts) == 1 else ""
+        named.append((name, share))
     kinds = [Kind.of(flag, name) for name, _ in named]
     if len(kinds) > MOST_KINDS:
         raise SettingsError(f"{flag}: has {len(kinds)} kinds of players; the maximum is {MOST_KINDS}")

@@ -95,9 +95,10 @@ class Dashboard:
             state.over = True
 
     def close(self) -> None:
-        """Wait until no page is open that has not fetched the final state, then stop the web server."""
+        """Wait at most OPEN_S until all open pages have fetched the final state, then stop the web server."""
         self._over = True
-        self._all_fetched.wait(max(self._pages.values(), default=0.0) + OPEN_S - time.monotonic())
+        if time.monotonic() < max(self._pages.values(), default=0.0) + OPEN_S:
+            self._all_fetched.wait(OPEN_S)
         with suppress(RuntimeError):  # the loop is closed because the thread has failed
             self._loop.call_soon_threadsafe(_exit)
         self._thread.join(OPEN_S)
