@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/scale.py
 
-Unless noted, participants have 1 s think time and run on 2 participant servers and 1 moderator server.
+Unless noted, participants have 1 s think time and run on 2 participant servers (--server-per-host) and 1 moderator
+server.
 
 - time: the creation and one round. A straight line is fitted to the measured times minus the think time, with the
   smallest possible maximum relative deviation. Times are medians of --repeats runs (default 5). Memory (GB = 10^9
@@ -116,7 +117,7 @@ def play(config: SimulationConfig, participants: int) -> Timing:
 def times(config: SimulationConfig, up_to: int, repeats: int, picture: Path | None) -> None:
     """Play games of increasing size. Print the table and the fitted line, and draw the picture."""
     table = Table(
-        f"Creation and a round of {THINK_S:g} s think time, 2 + 1 agent servers",
+        f"Creation and a round of {THINK_S:g} s think time, {config.server_per_host} + 1 agent servers",
         *(
             "participants",
             "creation",
@@ -304,7 +305,7 @@ def check_command(game: subprocess.Popen[bytes], participants: int, folder: Path
 def command(config: SimulationConfig, participants: int, repeats: int) -> None:
     """Measure the duration of the whole command, and print the table."""
     table = Table(
-        "The whole command with 2 + 1 agent servers up, from its start to its end",
+        f"The whole command with {config.server_per_host} + 1 agent servers up, from its start to its end",
         *("command", "time", "goal", "creation", "round", "the rest", "runs"),
     )
     taken = []
@@ -355,6 +356,7 @@ def main() -> None:
     parser.add_argument("--up-to", type=int, default=SIZES[-1], help="participants of the largest game (default all)")
     parser.add_argument("--servers", type=int, default=SCENES[-1][0], help="servers of the largest mode hosts")
     parser.add_argument("--base-port", type=int, default=12330, help="first port of the servers (default 12330)")
+    parser.add_argument("--server-per-host", type=int, default=2, help="participant servers (default 2)")
     parser.add_argument("--picture", type=Path, help=f"where to draw the curve (default {PICTURE}, if it is whole)")
     parser.add_argument("--only", choices=MODES, help="one of the tables")
     arguments = parser.parse_args()
@@ -363,13 +365,16 @@ def main() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the servers are stopped
     logger.remove()
     config = SimulationConfig(
-        base_port=arguments.base_port, server_per_host=2, moderator_per_host=1, sleep_time=THINK_S
+        base_port=arguments.base_port,
+        server_per_host=arguments.server_per_host,
+        moderator_per_host=1,
+        sleep_time=THINK_S,
     )
     if chosen & {"time", "command"}:
         with agent_servers(config, owned=False):  # so that run_simulation.sh can use them too
             play(config, 1000)  # warm-up
             if "time" in chosen:
-                whole = arguments.up_to >= SIZES[-1]
+                whole = arguments.up_to >= SIZES[-1] and arguments.server_per_host == 2
                 times(config, arguments.up_to, arguments.repeats, arguments.picture or (PICTURE if whole else None))
             if "command" in chosen:
                 command(config, min(arguments.up_to, COMMAND_SIZE), arguments.repeats)
