@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from simulation.errors import SettingsError, reason
-from simulation.files import ROOT, SOURCE, content_of, real, shown, warn_once
+from simulation.files import ROOT, SOURCE, content_of, files_in, real, shown, warn_once
 from simulation.settings import SETTINGS, SimulationConfig, from_root, with_paths
 from simulation.user_code import UserFile, file_of, files_of
 
+RUN_FILE = "summary.json"  # which each run folder contains
 EXPERIMENT = "experiment.yaml"  # a file beside the copies of users' files, which repeats the run
 ALWAYS = ("participant_num", "rounds", "seed")  # settings in each EXPERIMENT, even if they have their default values
 Kept = tuple[tuple[UserFile, ...], dict[str, str]]
@@ -54,10 +55,17 @@ def _commit() -> str | None:
 
 
 def sources_of(config: SimulationConfig, texts: Iterable[str]) -> tuple[UserFile, ...]:
-    """Return the files that a run uses: classes, which must have been loaded, and the text files named in `texts`."""
-    groups = [(UserFile(Path(path).name, path, Path(path).read_bytes()),) for path in texts]
+    """Return the files that a run uses: classes, which must have been loaded, recorded runs, and the files `texts`."""
+    groups: list[Sequence[UserFile]] = [[UserFile(Path(path).name, path, Path(path).read_bytes())] for path in texts]
     files = [file_of(spec) for spec in (config.game, *(kind.agent_class or "" for kind in config.kinds))]
-    return arranged([*groups, *(files_of(file) for file in files if file)])
+    groups += [files_of(file) for file in files if file]
+    return arranged([*groups, *(_files_of_run(real(kind.run)) for kind in config.kinds if kind.run)])
+
+
+def _files_of_run(folder: Path) -> tuple[UserFile, ...]:
+    """Return the files of a recorded run that surrogates need. Their names start with the name of its folder."""
+    files = [folder / RUN_FILE, folder / "game.json", *files_in(folder, ".parquet")]
+    return tuple(UserFile(f"{folder.name}/{each.name}", str(each), each.read_bytes()) for each in files)
 
 
 def arranged(groups: Iterable[Sequence[UserFile]]) -> tuple[UserFile, ...]:
@@ -113,6 +121,8 @@ def renamed(config: SimulationConfig, paths: Mapping[str, str]) -> dict[str, str
     """Return the settings that name files in `paths`, with the other paths in their place."""
 
     def change(_name: str, path: str) -> str:
+        if run_file := paths.get(f"{path}/{RUN_FILE}"):
+            return str(Path(run_file).parent)
         file = path if path in paths else file_of(path)
         return paths.get(file, file) + path[len(file) :]
 

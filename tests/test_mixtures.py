@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -11,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from agentscope.message import Msg
 from conftest import MODELS, ROOT, estimate_of, one_line, until
 from fake_model import WORDING, FakeModel
@@ -374,6 +376,29 @@ def test_surrogates_draw_from_the_answers_of_models_by_round_and_persona(cluster
     units, up_to = answers[1][()]
     assert topics == () and list(units) == sorted(everyone) and up_to[-1] == 300
     assert spec.plan_lines()[3].startswith("surrogate: draws from the answers of run ")
+
+
+def test_a_run_with_surrogates_repeats_and_resumes_without_the_recorded_run(cluster, recorded, tmp_path):
+    name = recorded.name
+    flags = ("--players", f"surrogate:{recorded}=1/2,random=1/2", "--personas", "education", "--sleep-time", "0")
+    summary = cluster.play("3", "400", *flags)
+    path, answers = (cluster.path / "runs/latest").resolve(), cluster.answers()
+    kept = [f"{name}/{file}" for file in ("answers.parquet", "game.json", "summary.json")]
+    assert sorted(each["name"] for each in summary["sources"])[:3] == kept
+    repeated = yaml.safe_load((path / "source/experiment.yaml").read_text())
+    assert repeated["players"] == f"surrogate:{name}=1/2,random=1/2"
+    shutil.copytree(path / "source", tmp_path / "elsewhere")
+    shutil.rmtree(recorded)
+    done = cluster.run(
+        "run_simulation.sh", "--experiment", str(tmp_path / "elsewhere/experiment.yaml"), "--server-per-host", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert cluster.answers() == answers and len({each["value"] for each in answers}) > 10
+    done = cluster.run("run_simulation.sh", "--resume", str(path), "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    resumed = cluster.summary(path)
+    assert [each["answered"] for each in resumed["rounds"]] == [400, 400]
+    assert resumed["sources"] == summary["sources"]
 
 
 def test_a_run_that_does_not_fit_is_refused(cluster, recorded, fake):

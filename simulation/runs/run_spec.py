@@ -191,12 +191,12 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     models, assignments = _checked(used)
     game, folder = build_game(used, models, given), Path(config.run_dir or ROOT / "runs" / run_id)
     texts = {"prompts_file": game.prompt, "personas_file": game.population.persona_sets}
+    resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
+    config = replace(config, **resolved, set=assignments)
+    game, recorded = read_recorded(with_copies(config, copies), game)
     users = {copy: path for path, copy in copies.items()}
     sources = sources_of(used, [getattr(used, name) for name, each in texts.items() if each])
     sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
-    resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
-    config = replace(config, **resolved, set=assignments)
-    game, recorded = read_recorded(config, game)
     return RunSpec(config, models, game, folder, run_id, recorded=recorded, sources=sources, copies=copies)
 
 
@@ -231,7 +231,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
         asked = f"the run in {path} asked {listed(models_before)}"
         problem = f"{asked}; this cannot be changed on resume, and it would ask {listed(models_now)}"
         raise SettingsError(f"{flags}: {problem}")
-    game, recorded = read_recorded(config, game)
+    game, recorded = read_recorded(with_copies(config, copies), game)
     others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies}
     spec = RunSpec(config, models, game, real(path), saved.run_id, saved=saved, **others)
     if (was := before.summary.get("model_settings", spec.model_settings)) != spec.model_settings:

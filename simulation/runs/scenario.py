@@ -244,9 +244,9 @@ def _recorded_in(run: SavedRun, config: SimulationConfig, game: Game) -> tuple[t
 
     If language models and others played in that run, the answers are those of the models.
     """
-    if run.config.game != config.game:
+    if Path(run.config.game).name != Path(config.game).name:
         raise SettingsError(f"that run played the game {shown(run.config.game)}, not {shown(config.game)}")
-    their_game = game_of(run.config, None, run.game.population)
+    their_game = game_of(replace(run.config, game=config.game), None, run.game.population)  # no code of that run
     for name in ("low", "high", "decimals", *declared(type(game), Game)):
         theirs, ours = getattr(their_game, name), getattr(game, name)
         if theirs != ours:
