@@ -204,20 +204,18 @@ def _equilibrium(game: Game) -> str:
 
 def _run_rows(runs: Sequence[SavedRun], padded: bool) -> list[Row]:
     """Return a table row for each run. If `padded`, all averages have the same number of decimals."""
-    differing, (main, *others) = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
-    shown = _by_variety(differing)[:SETTINGS_SHOWN]
+    differing, figures = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
+    shown, (main, words) = _by_variety(differing)[:SETTINGS_SHOWN], figures[0]
+    columns = [(f"first {words}", main, 0), (f"last {words}", main, -1)]
+    columns += [(text, name, -1) for name, text in figures[1:]]
     rows = []
     for run, folder, values in zip(runs, folder_names(runs), differing, strict=True):
         entries = run.summary["rounds"]
         row = [("run", folder), *((_plain(name), _text(name, values[name])) for name in values if name in shown)]
         row.append(("played", f"{len(entries)}"))
         row += [(key, number_text(sum(entry[key] for entry in entries))) for key in ("answered", "asked")]
-        for heading, name, at in (
-            (f"first {main[1]}", main[0], 0),
-            (f"last {main[1]}", main[0], -1),
-            *((words, name, -1) for name, words in others),
-        ):
-            number = figure_of(entries[at], name) if entries else None
+        for heading, name, index in columns:
+            number = figure_of(entries[index], name) if entries else None
             row.append((heading, "-" if number is None else number_text(number, run.game.decimals + 3, padded)))
         row += [("equilibrium", _equilibrium(run.game)), ("status", run.summary["status"])]
         rows.append([*row, ("seconds", f"{run.summary['seconds']['total']:.2f}")])
@@ -250,15 +248,16 @@ def _treatment_rows(treatments: Sequence[Treatment], padded: bool) -> list[Row]:
         states = Counter(run.summary["status"] for run in treatment.runs)
         status = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
         rows.append([*row, ("failed", number_text(failed)), ("status", status)])
-    texts = [{text for _, text in cells} for cells in zip(*rows, strict=True)]
-    return [[cell for cell, each in zip(row, texts, strict=True) if each != {"-"}] for row in rows]
+    columns = [*zip(*rows, strict=True)]
+    used = [cells for cells in columns if any(text != "-" for _, text in cells) or cells[0][0] == figures[0][1]]
+    return [[*row] for row in zip(*used, strict=True)]
 
 
 def _omitted(runs: Sequence[SavedRun]) -> str:
     """State how many settings and figures only the CSV file has. Return "" if there are none."""
-    counts = {"settings": len(_differing(runs)[0]) - SETTINGS_SHOWN, "figures": len(_figures(runs)) - FIGURES_SHOWN}
-    texts = [f"{count} more {name}" for name, count in counts.items() if count > 0]
-    return f"{' and '.join(texts)} are in {DATA} only" if texts else ""
+    counts = {"setting": len(_differing(runs)[0]) - SETTINGS_SHOWN, "figure": len(_figures(runs)) - FIGURES_SHOWN}
+    texts = [f"{count} more {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count > 0]
+    return f"only in {DATA}: {' and '.join(texts)}" if texts else ""
 
 
 def comparison_lines(runs: Sequence[SavedRun], all_runs: bool = False) -> list[str]:
