@@ -92,8 +92,7 @@ def rows_in(path: Path) -> Iterator[pa.Table]:
 
 def joined_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """Yield the rows of several files. A column that only the last file has is null in files of older versions."""
-    with pq.ParquetFile(paths[-1]) as file:
-        empty = file.schema_arrow.empty_table()
+    empty = pq.read_schema(paths[-1]).empty_table()
     for table in chain.from_iterable(map(rows_in, paths)):
         yield pa.concat_tables([empty, table], promote_options="default")
 
@@ -107,10 +106,8 @@ def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
 
 def write_csv(path: Path, target: Path) -> None:
     """Write the rows of the Parquet file `path` to the CSV file `target`."""
-    with pq.ParquetFile(path) as file:
-        kinds = {each.name: each.type for each in file.schema_arrow}
-    plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
-    schema = pa.schema([*plain.items()])
+    columns = [(each.name, getattr(each.type, "value_type", each.type)) for each in pq.read_schema(path)]
+    schema = pa.schema(columns)  # dictionaries become texts
     with target.open("wb") as opened, csv.CSVWriter(opened, schema) as writer:
         for table in rows_in(path):
             writer.write_table(table.cast(schema))

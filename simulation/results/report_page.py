@@ -72,19 +72,14 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
     game, tallies = run.game, run.tallies_by_part[topic]
     rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
-    listed = largest(tallies[-1], max(PART_ROWS // 3 // len(run.tallies_by_part), 1))
-    selected = selection(len(rounds), max(PART_ROWS // len(run.tallies_by_part) // len(listed), 1))
+    rows = PART_ROWS // len(run.tallies_by_part)
+    listed = largest(tallies[-1], max(rows // 3, 1))
+    shown = [rounds[index] for index in selection(len(rounds), max(rows // len(listed), 1))]
     lines = {}
     for name in largest(tallies[-1], PART_LINES):
         averages = {number: each[name].average() for number, each in rounds}
         lines[name] = {number: float(units / game.scale) for number, units in averages.items() if units is not None}
-    return {
-        "name": topic,
-        "last": tallies[-1],
-        "listed": listed,
-        "rounds": [rounds[index] for index in selected],
-        "lines": lines,
-    }
+    return {"name": topic, "last": tallies[-1], "listed": listed, "rounds": shown, "lines": lines}
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

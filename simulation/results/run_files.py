@@ -183,10 +183,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         **{name: None if units is None else float(units / scale) for name, units in figures.items()},
         "outcome": {name: float(each) if isinstance(each, Fraction) else each for name, each in outcome.items()},
         "winning_number": None if winning is None else float(winning),
-        "winners": {
-            "count": result.winners.count,
-            "participants": [f"P{index}" for index in result.winners.lowest],
-        },
+        "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
         "seconds": round(result.seconds, 4),
     }
