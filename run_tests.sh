@@ -23,7 +23,7 @@ SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh 
 # The rules, games on servers that stay up, participants of one's own, language models (a stand-in answers), scripts
 FAST=(tests/test_game.py tests/test_answer_parser.py tests/test_group.py tests/test_cluster.py tests/test_failure_detector.py tests/test_level_k.py
   tests/test_participants.py tests/test_models.py tests/test_security.py)
-WORKERS=3 # tests at a time: most wait for processes to start, or for participants to think
+WORKERS=4 # tests at a time: most wait for processes to start, or for participants to think
 
 USAGE="./run_tests.sh [--fast | --all] [pytest arguments]"
 

@@ -59,8 +59,17 @@ hypothesis.settings.load_profile("same")
 # What was started in the background of a shell ignores Ctrl-C, and so would all that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files whose tests share something dear: hosts, a real vLLM server, Chromium and the runs that it shows
-TOGETHER = ("test_hosts.py", "test_recovery.py", "test_vllm.py", "test_report_page.py", "test_dashboard.py")
+# Files whose tests share what takes long to make: hosts, a real vLLM server, Chromium and the runs that it shows, the
+# agent servers of `cluster`. One worker runs all tests of such a file.
+TOGETHER = (
+    *("test_vllm.py", "test_experiments.py", "test_recovery.py", "test_cluster.py", "test_participants.py"),
+    *("test_hosts.py", "test_report_page.py", "test_mixtures.py", "test_llm.py", "test_dashboard.py"),
+    *("test_provenance.py", "test_variants.py", "test_old_runs.py", "test_games.py", "test_answers.py"),
+    *("test_report_process.py", "test_failure_detector.py", "test_level_k.py", "test_parameters.py"),
+    *("test_security.py", "test_scale.py"),
+)
+# What is started first, as it takes longest: tests, and those files
+FIRST = ("test_every_command_runs", "test_user_files_in_the_checkout_are_not_checked", *TOGETHER)
 NO_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale in which Python knows ASCII alone
 WARM_SCRIPTS = ("run_simulation.sh", "start_all_server.sh", "stop_all_server.sh")
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
@@ -261,6 +270,7 @@ def copy_checkout(target: Path) -> Path:
     for cache in (
         ROOT / "__pycache__",
         *(ROOT / "simulation").rglob("__pycache__"),
+        *(ROOT / "games").rglob("__pycache__"),
     ):  # modification times are kept, so it is valid
         if cache.exists():
             shutil.copytree(cache, target / cache.relative_to(ROOT))
@@ -302,7 +312,7 @@ def clean_up(checkout: Checkout) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the program once, for all copies of the checkout: where Python writes no bytecode, too."""
     if not hasattr(config, "workerinput"):
-        for path in (ROOT / "simulation", ROOT / "moderator.py", ROOT / "participant.py"):
+        for path in (ROOT / "simulation", ROOT / "games", ROOT / "moderator.py", ROOT / "participant.py"):
             compileall.compile_dir(path, quiet=2) if path.is_dir() else compileall.compile_file(path, quiet=2)
 
 
@@ -312,11 +322,17 @@ def pytest_unconfigure() -> None:
 
 
 class _ByTest(LoadScopeScheduling):
-    """Gives each worker the next test, and all tests of a file in TOGETHER to one worker, those files first."""
+    """Gives each worker the next test, or all tests of a file in TOGETHER."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return file if Path(file).name in TOGETHER else nodeid
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left with it at the end."""
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: min(place.get(name, len(FIRST)) for name in (item.path.name, item.name.split("[")[0])))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -327,6 +343,7 @@ def pytest_xdist_setupnodes() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByTest:
+    config.option.loadscopereorder = False  # the order of FIRST, not that of the number of tests
     return _ByTest(config, log)
 
 

@@ -302,7 +302,11 @@ def test_network_traffic_does_not_grow_with_the_participants(checkout):
     assert checkout.run("stop_all_server.sh").returncode == 0
 
 
-@pytest.mark.parametrize("running", [True, False], ids=["servers that run", "servers of the run"])
+@pytest.mark.parametrize(
+    "running",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["servers that run", "servers of the run"],
+)
 def test_a_run_greets_each_server_once_and_prepares_everything_once(cluster, checkout, tmp_path, running):
     own = cluster if running else checkout
     mine = tmp_path / "mine.py"

@@ -234,7 +234,7 @@ def test_a_taken_port_is_one_line(checkout):
     assert checkout.runs() == set() and checkout.processes() == []
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_only_a_run_with_a_dashboard_imports_it(cluster, asked):
     flags = ["--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30"]
     flags += ["--sleep-time", "0"] + ["--dashboard", "0"] * asked

@@ -500,7 +500,9 @@ def test_a_single_combination_is_an_ordinary_run(cluster):
     assert cluster.answers() == cluster.answers(cluster.path / "runs" / name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT], ids=["killed", "Ctrl-C"]
+)
 def test_an_interrupted_sweep_resumes_with_the_same_results(cluster, number):
     gates = Gates(cluster.path, "question.max_value == 50", "question.max_value == 100 and question.round == 2")
     gates.open(0), gates.open(1)

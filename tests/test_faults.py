@@ -470,7 +470,7 @@ def test_a_full_disk_behind_standard_output_does_not_stop_a_run(checkout):
 LOST_STREAMS = [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full", "| true", "2>&1 | true"]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("streams", LOST_STREAMS)
 def test_output_that_cannot_be_written_changes_no_exit_status(streams, unbuffered):
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

@@ -187,6 +187,7 @@ def test_each_failing_host_gets_its_own_line(hosts, tmp_path):
     assert seconds < CHECK_TIMEOUT_S + MARGIN_S
 
 
+@pytest.mark.slow
 def test_unreachable_hosts_share_one_deadline(hosts):
     lost = NODES[1:]
     for name in lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -319,12 +320,13 @@ def test_a_budget_is_for_the_players_that_ask(cluster, fake):
     assert summary["rounds"][0]["answered"] == 3000 and summary["llm"]["completion_tokens"] == 9
 
 
-@pytest.fixture
-def recorded(cluster, fake):
+@pytest.fixture(scope="module")
+def recorded(cluster):
     """The folder of a run in which language models and others played."""
     players = "llm=3/5,random=2/5"
     flags = ("--players", players, "--personas", "education", "--rounds", "2", "--sleep-time", "0", "--seed", "3")
-    cluster.play("3", "500", *flags)
+    with contextlib.closing(FakeModel(port=cluster.model_port)):
+        cluster.play("3", "500", *flags)
     return (cluster.path / "runs/latest").resolve()
 
 

@@ -13,6 +13,7 @@ from conftest import estimate_of, until
 from fake_model import WORDING
 from hypothesis import given
 from hypothesis import strategies as st
+from places import use_places
 
 from games.average import Average
 from simulation.errors import SettingsError
@@ -330,20 +331,6 @@ def test_slots_of_an_exited_process_are_released(tmp_path, monkeypatch):
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**12)
     gone.release()  # it was only slow: its row is its own, or another one
     assert gone.held == 0 and one.held == 1
-
-
-def use_places(folder, limit, everyone, enough, taken, number, results):
-    places, most = SharedSemaphore("a", folder), 0
-    everyone.wait(60)
-    while not enough.is_set():
-        if places.acquire(limit):
-            taken[number] += 1
-            most = max(most, sum(held for _, held, *_ in places.rows()))
-            time.sleep(0.002)
-            places.release()
-        else:
-            time.sleep(0.0005)
-    results.put(most)
 
 
 def test_several_processes_keep_the_limit_and_share_it(tmp_path):

@@ -157,6 +157,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_page_about_clusters(outside):
     """Every command of docs/cluster.md on two hosts, but for those of Slurm and the one that installs vLLM."""

@@ -164,7 +164,7 @@ def test_imports_of_a_class_come_from_its_folder_or_extra_folders(checkout):
     assert checkout.values() == [7.0] * 4
 
 
-@pytest.mark.parametrize("dispatch", ["group", "agent"])
+@pytest.mark.parametrize("dispatch", ["group", pytest.param("agent", marks=pytest.mark.slow)])
 def test_answer_and_reply_classes_play(cluster, mine, dispatch):
     for cls, expected in (
         ("Answering", [41.0] * 9 + [42.0] * 9),
@@ -248,7 +248,7 @@ def test_a_game_ends_when_everyone_fails_unless_it_is_to_keep_going(cluster, tmp
     assert done.returncode == 4 and "has played 4 of 5 rounds" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("dispatch", ["group", "agent"])
+@pytest.mark.parametrize("dispatch", ["group", pytest.param("agent", marks=pytest.mark.slow)])
 def test_the_text_of_a_cause_has_no_effect(cluster, mine, dispatch):
     kind = ("--agent-class", f"{mine}:Quoting", "--dispatch", dispatch)
     summary = cluster.play("3", "60", "--rounds", "2", *kind, status=4)

@@ -63,6 +63,7 @@ def run_all(checkout, commands):
     return printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_command_runs(checkout):
     """Also where the checkout holds a file for each module of Python and of the libraries."""

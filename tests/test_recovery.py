@@ -90,8 +90,15 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("port", [BASE_PORT + 1, CHAIR], ids=["participant server", "moderator server"])
-@pytest.mark.parametrize("dispatch", ["group", "agent"])
+@pytest.mark.parametrize(
+    ("dispatch", "port"),
+    [
+        pytest.param("group", BASE_PORT + 1, id="group-participant server"),
+        pytest.param("group", CHAIR, id="group-moderator server", marks=pytest.mark.slow),
+        pytest.param("agent", BASE_PORT + 1, id="agent-participant server", marks=pytest.mark.slow),
+        pytest.param("agent", CHAIR, id="agent-moderator server"),
+    ],
+)
 def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
     flags = ("--participant-num", "400") if dispatch == "agent" else ()
     gates = Gates(tmp_path, "question.round == 1 and self.index % 2", note=dispatch == "agent")
@@ -117,7 +124,11 @@ def test_a_server_that_is_killed(hosts, play, tmp_path, port, dispatch):
         assert gates.asked() == [(number, index) for number in (1, 2) for index in range(400)]
 
 
-@pytest.mark.parametrize("port", [BASE_PORT, CHAIR], ids=["participant server", "moderator server"])
+@pytest.mark.parametrize(
+    "port",
+    [BASE_PORT, pytest.param(CHAIR, marks=pytest.mark.slow)],
+    ids=["participant server", "moderator server"],
+)
 def test_a_server_that_hangs_and_comes_back(hosts, play, tmp_path, port):
     gates = Gates(tmp_path, "question.round == 1", "question.round == 2")
     game = play("--rounds", "6", *gates.flags, *SOON)

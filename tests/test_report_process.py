@@ -42,7 +42,7 @@ def test_a_killed_report_process_costs_no_report(cluster, tmp_path):
     assert drawer_of(cluster) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_every_process_of_a_run_costs_no_report(cluster, tmp_path, number):
     """As Slurm and systemd send it."""
     gates = Gates(tmp_path)

@@ -163,7 +163,9 @@ def test_recreated_participants_remember(checkout, mindful, gate):
     assert checkout.run("stop_all_server.sh").returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["killed", "Ctrl-C"]
+)
 def test_an_interrupted_run_resumes_with_the_same_results(checkout, mindful, gate, number):
     checkout.play("3", "300", *mindful, status=4)
     undisturbed, whole = checkout.answers(), checkout.summary()
@@ -285,7 +287,7 @@ def test_a_running_run_is_not_resumed(checkout, tmp_path):
     assert game.returncode == 0 and checkout.summary()["status"] == "complete"
 
 
-@pytest.mark.parametrize("finished", [0, 1])
+@pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_rounds_recorded_but_missing_in_the_summary_are_played_again(checkout, finished):
     """As after a kill between two files: the summary says what is finished, whatever else lies there."""
     checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "3")

@@ -121,11 +121,16 @@ def main_py(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD)
-def test_bad_settings_are_one_line_and_status_2(arguments, expected):
+def test_bad_settings_are_one_line_and_status_2(command, capsys, arguments, expected):
+    status = main.main(words_in(arguments))
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and expected in one_line(err)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [BAD[0], BAD[-3], BAD[-1]])
+def test_bad_settings_are_one_line_and_status_2_of_the_process(arguments, expected):
     done = main_py(*words_in(arguments))
-    message = one_line(done.stderr)
-    assert done.returncode == 2 and done.stdout == ""
-    assert expected in message
+    assert done.returncode == 2 and done.stdout == "" and expected in one_line(done.stderr)
 
 
 def flags_of(role: str) -> list[str]:

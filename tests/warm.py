@@ -34,6 +34,7 @@ LIBRARIES = (
     *("agentscope.agents", "agentscope.manager", "agentscope.rpc", "agentscope.server.servicer", "httpx2", "uvloop"),
     *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.figure", "multiprocessing"),
     *("pyarrow.compute", "pyarrow.parquet", "pydantic", "rich.progress", "yaml", "aiohttp.web", "concurrent.futures"),
+    *("cryptography.hazmat.primitives.serialization", "matplotlib.style", "numpy.random", "pyarrow.csv", "tomllib"),
 )
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "GRPC_VERBOSITY": "NONE", "GRPC_DNS_RESOLVER": "native"}
 PADDING = 16_000  # room for the command line of a child
@@ -137,6 +138,7 @@ def serve(address: str) -> NoReturn:
     import_agentscope()
     for library in LIBRARIES:
         __import__(library)
+    _draw()
     sys.path.remove(str(ROOT))
     for name in [name for name in sys.modules if name.split(".")[0] == "simulation"]:
         del sys.modules[name]
@@ -153,6 +155,15 @@ def serve(address: str) -> NoReturn:
             listener.close()
             _supervise(connection)
         connection.close()
+
+
+def _draw() -> None:
+    """Draw a picture, so that the processes that draw reports find the fonts and the modules for files loaded."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    figure.add_subplot().set_title("a")
+    figure.savefig(io.BytesIO(), format="png")
 
 
 def _supervise(connection: socket.socket) -> NoReturn:
