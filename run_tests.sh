@@ -4,7 +4,8 @@
 #   ./run_tests.sh [--fast | --all] [pytest arguments]
 #
 # Without a flag it checks all that a change needs, in at most ten minutes on two cores. --all adds what takes long:
-# real vLLM, new installations, a million participants. --fast checks in three minutes that the program works on this machine.
+# real vLLM, new installations, a million participants, the commands of README, and further cases of what is tested without it.
+# --fast checks in three minutes that the program works on this machine.
 # Without --fast, root of a Debian also gets the packages that tests with several hosts and with pages need.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started by another shell, as in: sh run_tests.sh
 ! (return 0 2>/dev/null) || { echo "error: run_tests.sh is to be started, not sourced" >&2 && return 2; }
@@ -29,7 +30,7 @@ USAGE="./run_tests.sh [--fast | --all] [pytest arguments]"
 
 main() {
   local tests=() selection="not slow" folder status=0 argument name
-  local left_out="real vLLM, new installations, a million participants; ./run_tests.sh --all runs them"
+  local left_out="real vLLM, new installations, a million participants and more; ./run_tests.sh --all runs them"
   for argument in "$@"; do # before anything is installed: pytest, which gets the others, is asked last
     case "$argument" in
       --fast | --all) [ "$argument" = "$1" ] || fail 2 "$argument comes first; usage: $USAGE" ;;

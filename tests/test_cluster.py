@@ -71,7 +71,9 @@ def agents(cluster) -> list[int]:
     return [int(row[5]) for row in rows.values()]
 
 
-@pytest.mark.parametrize("participants", [1, 2, 3, 1000, 1001])
+@pytest.mark.parametrize(
+    "participants", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(1000, marks=pytest.mark.slow), 1001]
+)
 def test_every_participant_is_asked_once(cluster, participants):
     summary = cluster.play("3", str(participants), "--sleep-time", "0", "--seed", "7")
     (played,) = summary["rounds"]
@@ -160,6 +162,7 @@ def test_many_decimals_are_counted_exactly(cluster):
     assert summary["rounds"][0]["average"] == pytest.approx(statistics.fmean(cluster.values()), rel=1e-12)
 
 
+@pytest.mark.slow  # test_hosts.py has one with as many
 def test_64000_participants(cluster):
     summary = cluster.play("3", "64000", "--seed", "7", "--sleep-time", "0")
     assert summary["rounds"][0]["answered"] == 64_000

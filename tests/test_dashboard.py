@@ -349,7 +349,9 @@ def show(page, state: dict[str, Any]) -> None:
     page.locator("#status").get_by_text("connecting").wait_for(state="hidden")
 
 
-@pytest.mark.parametrize("servers", [SERVERS_LISTED, SERVERS_LISTED + 1, 600, 9000])
+@pytest.mark.parametrize(
+    "servers", [SERVERS_LISTED, SERVERS_LISTED + 1, pytest.param(600, marks=pytest.mark.slow), 9000]
+)
 def test_many_servers_are_a_grid_of_bounded_size(servers, page):
     view = DashboardState(run_on(servers, lost=30))
     stage = Stage("answers in", 5 * servers, 10 * servers, time.monotonic())  # not before its round
@@ -380,8 +382,15 @@ def result_of(average: int) -> RoundResult:
     return RoundResult(1, tally, outcome, (average + 1,), Winners(319, (1,)), 1.5)
 
 
-@pytest.mark.parametrize(("width", "height"), [(375, 812), (1280, 900)])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [
+        (375, 812, "light"),
+        (1280, 900, "dark"),
+        pytest.param(375, 812, "dark", marks=pytest.mark.slow),
+        pytest.param(1280, 900, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_live_page_is_readable_in_any_size_and_colour_scheme(page, width, height, scheme):
     page.set_viewport_size({"width": width, "height": height})
     page.emulate_media(color_scheme=scheme)

@@ -93,17 +93,17 @@ def kill_launcher(checkout) -> None:
 
 
 def test_a_dead_server_is_named_before_the_run(checkout):
-    assert checkout.run("start_all_server.sh", "10").returncode == 0
+    assert checkout.run("start_all_server.sh", "3").returncode == 0
     kill_launcher(checkout)
-    os.kill(checkout.pid(5), signal.SIGKILL)
-    done = checkout.run("run_simulation.sh", "10", "100")
+    os.kill(checkout.pid(1), signal.SIGKILL)
+    done = checkout.run("run_simulation.sh", "3", "100")
     assert done.returncode == 3
-    assert "13 of 14 agent servers are ready" in last_line(done.stderr)
-    assert f"localhost:{checkout.base_port + 5}: no server listens there" in last_line(done.stderr)
+    assert "6 of 7 agent servers are ready" in last_line(done.stderr)
+    assert f"localhost:{checkout.base_port + 1}: no server listens there" in last_line(done.stderr)
     status = checkout.run("start_all_server.sh", "--status")
     assert status.returncode == 3 and "does not answer" in status.stdout
-    assert checkout.run("start_all_server.sh", "10").returncode == 3
-    assert checkout.run("stop_all_server.sh").stdout == "stopped 13 agent servers\n"
+    assert checkout.run("start_all_server.sh", "3").returncode == 3
+    assert checkout.run("stop_all_server.sh").stdout == "stopped 6 agent servers\n"
     assert checkout.runs() == set()
 
 

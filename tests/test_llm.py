@@ -180,7 +180,7 @@ def test_models_that_restart_during_a_round_lose_no_participant(cluster, fake, p
     assert done.returncode == 0 and cluster.summary()["rounds"][0]["answered"] == 200
 
 
-@pytest.mark.parametrize("victim", ["a participant server", "main"])
+@pytest.mark.parametrize("victim", ["a participant server", pytest.param("main", marks=pytest.mark.slow)])
 def test_a_recreated_participant_remembers_its_numbers(cluster, fake, tmp_path, victim):
     going_on = threading.Event()
     fake.held = lambda words: "Round 3:" in words and not going_on.is_set()

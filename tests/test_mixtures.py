@@ -332,11 +332,13 @@ def recorded(cluster):
 
 def distributions(run_path, kind, persona=None):
     """How often each value was given in each round by players of a kind, and by those with a persona."""
-    run = read_run(run_path)
-    population, found = run.game.population, {}
+    run, found = read_run(run_path), {}
+    groupings = (run.game.population.by_topic[topic] for topic in (KIND, "education"))
+    labels = ([each.names[at] for at in each.name_indices(0, run.config.participant_num)] for each in groupings)
+    wanted = [one == kind and persona in (None, other) for one, other in zip(*labels, strict=True)]
     table = pq.read_table(run_path / "answers.parquet").to_pydict()
     for number, index, value in zip(table["round"], table["participant"], table["value"], strict=True):
-        if population.label_of(KIND, index) == kind and persona in (None, population.label_of("education", index)):
+        if wanted[index]:
             found.setdefault(number, Counter())[value] += 1
     return found
 

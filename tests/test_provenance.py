@@ -132,6 +132,7 @@ def test_a_resumed_run_plays_what_it_was_started_with(cluster, mine, tmp_path):
     assert (run / "summary.json").read_text() == text
 
 
+@pytest.mark.slow
 def test_a_resumed_experiment_plays_what_it_was_started_with(cluster, tmp_path):
     files = [tmp_path / name / "mine.py" for name in ("one", "two")]
     for file, number in zip(files, (10, 20), strict=True):

@@ -19,7 +19,7 @@ from games.average import Average
 from simulation.game.rules import draw
 from simulation.settings import SimulationConfig
 
-PARTICIPANTS = 8000
+PARTICIPANTS = 1600  # 100 on each server
 CHAIR = BASE_PORT + SERVER_PER_HOST  # the moderator server of each host
 SOON_S = 8  # on a busy machine, too, what answers is not taken for lost
 SOON = ("--heartbeat-timeout", str(SOON_S))
@@ -72,10 +72,10 @@ def check_whole(hosts, summary: dict, rounds: int) -> None:
     assert summary["status"] == "complete"
     for played in summary["rounds"]:
         assert (played["asked"], played["answered"], played["failed"]) == (PARTICIPANTS, PARTICIPANTS, 0)
-    assert hosts["node1"].values() == drawn(rounds)
+    expected = drawn(rounds)
+    assert hosts["node1"].values() == expected
     averages = [
-        sum(drawn(rounds)[at : at + PARTICIPANTS]) / PARTICIPANTS
-        for at in range(0, rounds * PARTICIPANTS, PARTICIPANTS)
+        sum(expected[at : at + PARTICIPANTS]) / PARTICIPANTS for at in range(0, rounds * PARTICIPANTS, PARTICIPANTS)
     ]
     assert [played["average"] for played in summary["rounds"]] == pytest.approx(averages)
 
@@ -171,7 +171,8 @@ def test_a_host_that_is_cut_off_and_comes_back(hosts, play, tmp_path):
 def test_a_slow_server_is_not_marked_down(hosts, play, tmp_path):
     gates = Gates(tmp_path)
     game = play(*gates.flags, *SOON, "--lease", str(SOON_S))
-    game.logged("answers in: 0 of 8,000 (0/s); 20 of 20 servers answer", times=1 + SOON_S // 5)  # a line every 5 s
+    line = f"answers in: 0 of {PARTICIPANTS:,} (0/s); 20 of 20 servers answer"
+    game.logged(line, times=1 + SOON_S // 5)  # a line every 5 s
     gates.open()
     summary = game.end()
     assert summary["cluster"]["lost"] == []

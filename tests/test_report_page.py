@@ -183,8 +183,15 @@ def test_of_many_personas_the_largest_are_shown(page, huge):
     assert "Listed are the 500 largest of 600." in section.inner_text()
 
 
-@pytest.mark.parametrize("name", ["told_apart", "huge"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("huge", "phone"),
+        ("told_apart", "desk"),
+        pytest.param("huge", "desk", marks=pytest.mark.slow),
+        pytest.param("told_apart", "phone", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_wider_than_the_screen(page, request, name, size):
     show(page, request.getfixturevalue(name).path / "report.html", size)
     page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")

@@ -510,9 +510,9 @@ def seen(checkout: Checkout) -> dict[int, str]:
     ("env", "devices"),
     [
         ({}, ["0", "1", "2", "3"]),
-        ({"GPU_NUM": "2"}, ["0", "1"]),
+        pytest.param({"GPU_NUM": "2"}, ["0", "1"], marks=pytest.mark.slow),
         ({"TENSOR_PARALLEL": "2"}, ["0,1", "2,3"]),
-        ({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"]),
+        pytest.param({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"], marks=pytest.mark.slow),
         ({"CUDA_VISIBLE_DEVICES": "2,-1,3"}, ["2"]),
     ],
 )
