@@ -16,7 +16,7 @@ import yaml
 
 from simulation.errors import SettingsError, reason
 from simulation.files import ROOT, SOURCE, content_of, files_in, real, shown, warn_once
-from simulation.settings import SETTINGS, SimulationConfig, from_root, with_paths
+from simulation.settings import OF_SET, SETTINGS, SimulationConfig, from_root, with_paths
 from simulation.user_code import UserFile, file_of, files_of
 
 RUN_FILE = "summary.json"  # which each run folder contains
@@ -135,13 +135,30 @@ def with_copies(config: SimulationConfig, copies: Mapping[str, str]) -> Simulati
     return replace(config, **changes)
 
 
-def experiment_text(config: SimulationConfig, sources: Iterable[UserFile], run_id: str) -> str:
-    """Return an experiment file that repeats a run, for the folder of the copies of its `sources`."""
-    settings = {name: getattr(config, name) for name, each in SETTINGS.items() if each.game}
-    del settings["repeats"]  # the run is one of them
-    given = {name for name, value in settings.items() if value != SETTINGS[name].default or name in ALWAYS}
-    names = renamed(config, {each.path: each.name for each in sources})
-    settings["set"] = config.to_json()["set"]
-    values = {name: names.get(name, value) for name, value in settings.items() if name in given | names.keys()}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return f"# Plays the game of run {run_id} again: ./run_simulation.sh --experiment <this file>\n{text}"
+def experiment_text(
+    title: str,
+    configs: Iterable[SimulationConfig],
+    names: Mapping[str, str],
+    varies: Sequence[str] = (),
+    repeats: int = 1,
+) -> str:
+    """Return an experiment file that plays all of `configs` again, with the files that `names` maps to their copies.
+
+    `configs` are all combinations of some values of the settings `varies`, and each of them was played `repeats` times.
+    """
+    values: dict[str, list[Any]] = {"repeats": [repeats]}
+    for config in configs:
+        own = {name: getattr(config, name) for name, each in SETTINGS.items() if each.game} | renamed(config, names)
+        own |= {f"{OF_SET}{name}": value for name, value in config.to_json()["set"].items()}
+        for name in own.keys() - {"repeats", "set"}:
+            known = values.setdefault(name, [])
+            known.extend([own[name]] if own[name] not in known else [])
+    order = [*(name for name in SETTINGS if name not in varies), *(name for name in values if name not in SETTINGS)]
+    content: dict[str, Any] = {}
+    for name in dict.fromkeys((*order, *varies)):
+        known = values.get(name, [])
+        if name not in SETTINGS or name in ALWAYS or known not in ([], [SETTINGS[name].default]):
+            into = content.setdefault("set", {}) if name.startswith(OF_SET) else content
+            into[name.removeprefix(OF_SET)] = known[0] if len(known) == 1 else known
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return f"# Plays {title} again: ./run_simulation.sh --experiment <this file>\n{text}"

@@ -16,7 +16,9 @@ from conftest import ROOT, one_line
 
 import main
 from simulation.llm.model_configs import read_models, settings_hash
+from simulation.provenance import experiment_text, with_copies
 from simulation.rpc.messages import CODE_VERSION
+from simulation.runs.experiment import Experiment
 from simulation.settings import SimulationConfig
 
 MINE = """
@@ -152,6 +154,8 @@ def test_a_resumed_experiment_plays_what_it_was_started_with(cluster, tmp_path):
     assert (sweep / "source/2/mine.py").read_text() == files[1].read_text()
     first, second = (sweep / each["folder"] for each in json.loads((sweep / "sweep.json").read_text())["runs"])
     assert (second / "source/mine.py").read_text() == files[1].read_text()
+    shutil.copytree(sweep / "source", tmp_path / "elsewhere/source")
+    shutil.copy(sweep / "experiment.yaml", tmp_path / "elsewhere")
     shutil.rmtree(second)  # as if it had not been started
     hashes = [*map(sha256_of, files)]
     for file in files:
@@ -167,6 +171,36 @@ def test_a_resumed_experiment_plays_what_it_was_started_with(cluster, tmp_path):
     (sweep / "source/2/mine.py").write_text("")
     done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "3")
     assert done.returncode == 2 and hashes[1] in one_line(done.stderr)
+    done = cluster.run(
+        "run_simulation.sh", "--experiment", f"{tmp_path}/elsewhere/experiment.yaml", "--server-per-host", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    values = [
+        [row["value"] for row in cluster.answers(run)] for run in sorted((cluster.path / "runs/latest").glob("0*"))
+    ]
+    assert values == [[10] * 4, [20] * 4]
+
+
+def test_the_experiment_of_a_sweep_gives_the_same_runs(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(
+        "set: {statistic: [mean, median], offset: 1/2}\nratio: [1/2, 2/3]\nseed: 5\nrounds: 3\ndecimals: [1]\n"
+        "players: ['random', 'random=1/2,mine.py:Mine=1/2']\npersonas: [null, education]\n"
+        "participant_num: 7\nrepeats: 3\n"
+    )
+    (tmp_path / "mine.py").write_text(f"{SHORT}        return 3\n")
+    sweep = Experiment(str(tmp_path / "sweep.yaml"), {}).sweep
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    configs = [*sweep.configs.values()][: sweep.combinations]
+    text = experiment_text("a sweep", configs, {f"{tmp_path}/mine.py": "mine.py"}, sweep.varies, sweep.repeats)
+    (kept / "experiment.yaml").write_text(text)
+    again = Experiment(str(kept / "experiment.yaml"), {}).sweep
+    assert len(again.configs) == 48 and again.varies == sweep.varies and again.repeats == 3
+    assert [*again.configs] == [*sweep.configs]
+    moved = {
+        name: with_copies(each, {f"{tmp_path}/mine.py": f"{kept}/mine.py"}) for name, each in sweep.configs.items()
+    }
+    assert again.configs == moved
 
 
 def test_an_edited_class_changes_no_run_that_was_started_before(cluster, tmp_path):

@@ -208,7 +208,8 @@ class Run:
         """Write copies of users' files and an experiment file that repeats the run. Return keys of the summary."""
         if self._saved is None or "sources" not in self._saved.summary:
             self.directory.write_sources(self.spec.sources)
-        text = experiment_text(self.config, self.spec.sources, self.run_id)
+        names = {each.path: each.name for each in self.spec.sources}
+        text = experiment_text(f"the game of run {self.run_id}", [self.config], names)
         self.directory.write_sources([UserFile(EXPERIMENT, "", text.encode())])
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         current = {"started": started, **versions(CODE_VERSION)}

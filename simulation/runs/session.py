@@ -15,9 +15,9 @@ from loguru import logger
 from simulation.errors import RunAborted, SettingsError, printable, say
 from simulation.files import ROOT, SOURCE, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
-from simulation.provenance import arranged, entries_of, kept_files
+from simulation.provenance import EXPERIMENT, arranged, entries_of, experiment_text, kept_files
 from simulation.results import reader
-from simulation.results.run_directory import SWEEP, RunDirectory, results_errors, resume_command
+from simulation.results.run_directory import SWEEP, RunDirectory, results_errors, resume_command, write_whole
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import ConsoleProgress
@@ -74,7 +74,8 @@ class Session:
             return
         if self._is_new and self.sweep is not None and not self._has_results():
             with contextlib.suppress(OSError):  # if this fails, the folder remains, too
-                (self.folder / SWEEP).unlink(missing_ok=True)
+                for name in (SWEEP, EXPERIMENT):
+                    (self.folder / name).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / SOURCE, ignore_errors=True)
         self._directory.close()
 
@@ -111,6 +112,11 @@ class Session:
                 sources = arranged(spec.sources for spec in self.specs)
                 self._directory.write_sources(sources)
                 self.sweep = replace(self.sweep, sources=tuple(entries_of(sources)))
+            names = {str(ROOT / each["file"]): f"{SOURCE}/{each['name']}" for each in self.sweep.sources}
+            combinations = [spec.config for spec in self.specs[: self.sweep.combinations]]
+            title = f"all runs of experiment {self.sweep.sweep_id}"
+            text = experiment_text(title, combinations, names, self.sweep.varies, self.sweep.repeats)
+            write_whole(self._directory.path / EXPERIMENT, text.encode())
             self._directory.write_json(SWEEP, self.sweep.to_json())
             status = 0
             for spec in self.specs:
