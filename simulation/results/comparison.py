@@ -194,7 +194,7 @@ def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
     for run in runs:
         for name, words in run.figures.items():
             figures[name] = words if figures.get(name, words) == words else _plain(name)
-    return figures or {"average": "average"}
+    return figures or {"average": "average", "winning_number": "winning number"}
 
 
 def _equilibrium(game: Game) -> str:
