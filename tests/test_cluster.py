@@ -162,7 +162,6 @@ def test_many_decimals_are_counted_exactly(cluster):
     assert summary["rounds"][0]["average"] == pytest.approx(statistics.fmean(cluster.values()), rel=1e-12)
 
 
-@pytest.mark.slow  # test_hosts.py has one with as many
 def test_64000_participants(cluster):
     summary = cluster.play("3", "64000", "--seed", "7", "--sleep-time", "0")
     assert summary["rounds"][0]["answered"] == 64_000

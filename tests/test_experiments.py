@@ -553,6 +553,7 @@ def test_an_interrupted_sweep_resumes_with_the_same_results(cluster, number):
     assert len(resumed.stdout.splitlines()[-4:]) == 4 and list(answers_in(cluster, cut)) == FOLDERS
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_servers_once_and_plays_on_after_a_partial_run(checkout):
     (checkout.path / "sub").mkdir()
     (checkout.path / "sub/mine.py").write_text(GREEDY)

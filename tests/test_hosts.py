@@ -99,6 +99,7 @@ def test_servers_listen_at_the_address_of_their_host_only(hosts):
         assert results == [0] * len(PORTS) + [errno.ECONNREFUSED] * len(PORTS), done
 
 
+@pytest.mark.slow  # test_recovery.py plays on as many hosts
 def test_64000_participants_on_four_hosts_answer_as_on_one(hosts):
     summary = hosts["node1"].play("4", "64000", "--seed", "7", "--sleep-time", "0")
     assert summary["status"] == "complete" and summary["rounds"][0]["answered"] == 64_000
