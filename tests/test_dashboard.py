@@ -198,6 +198,7 @@ def _own_address() -> str:
     return "127.0.0.2"
 
 
+@pytest.mark.slow
 def test_the_page_works_in_any_locale(cluster, tmp_path):
     gates, folder = Gates(tmp_path), tmp_path / "läuft"
     flags = ("--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30", *gates.flags)
@@ -234,7 +235,8 @@ def test_a_taken_port_is_one_line(checkout):
     assert checkout.runs() == set() and checkout.processes() == []
 
 
-@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_imports.py has the same of a run without one
+@pytest.mark.parametrize("asked", [False, True])
 def test_only_a_run_with_a_dashboard_imports_it(cluster, asked):
     flags = ["--base-port", str(cluster.base_port), "--server-per-host", "3", "--participant-num", "30"]
     flags += ["--sleep-time", "0"] + ["--dashboard", "0"] * asked

@@ -130,6 +130,7 @@ def test_a_suspended_main_does_not_mark_servers_down(cluster, tmp_path):
     assert cluster.summary()["cluster"]["lost"] == [] and "is lost" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_main_suspended_beyond_its_lease_recreates_all_participants(cluster, tmp_path):
     log, gates = tmp_path / "stderr", Gates(tmp_path)
     game, main = suspended_main(cluster, log, *gates.flags, "--lease", "5")

@@ -458,6 +458,7 @@ def test_a_closed_pipe_on_standard_output_does_not_stop_a_run(checkout):
     assert checkout.summary()["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_standard_output_does_not_stop_a_run(checkout):
     checkout.cold = True
     with Path("/dev/full").open("w") as full:
@@ -480,6 +481,7 @@ def test_output_that_cannot_be_written_changes_no_exit_status(streams, unbuffere
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_game_finishes_without_writable_output(checkout):
     env = {**os.environ, "BASE_PORT": str(checkout.base_port)}
     command = ["bash", "-c", "./run_simulation.sh 2 10 --sleep-time 0 >&- 2>/dev/full"]

@@ -206,7 +206,9 @@ def test_unusable_games_and_settings_are_refused(command, tmp_path, monkeypatch,
 # --- On real servers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["minority", "public_goods", "lowest_unique"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("minority", "public_goods")), "lowest_unique"]
+)
 def test_a_shipped_game_is_played_and_reported(cluster, name):
     maximum = ("--max-value", "300") if name == "lowest_unique" else ()
     done = cluster.run("run_simulation.sh", "3", "200", "--game", name, "--rounds", "2", "--sleep-time", "0", *maximum)

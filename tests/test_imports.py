@@ -21,6 +21,7 @@ except SystemExit as end:
 print(json.dumps([status, sorted(sys.modules)]))
 """
 AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.http_client")
+DASHBOARD = ("simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web")
 PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "scipy", "socketio")
 
 
@@ -52,7 +53,13 @@ def test_commands_without_agents_do_not_import_agentscope(checkout, arguments):
     assert not modules & {*AGENTSCOPE, *MODEL_CLIENT, *PICTURES, *NEVER} - {*needed}
 
 
-@pytest.mark.parametrize("name", ["moderator/__init__.py", "participant/__init__.py", "simulation.py", "loguru.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("moderator/__init__.py", "simulation.py", "loguru.py"),
+        pytest.param("participant/__init__.py", marks=pytest.mark.slow),
+    ],
+)
 def test_user_files_do_not_replace_modules_of_the_program(checkout, name):
     (checkout.path / name).parent.mkdir(exist_ok=True)
     (checkout.path / name).write_text("raise RuntimeError('a file of a researcher')\n")
@@ -95,7 +102,7 @@ def test_a_random_game_imports_no_model_client_and_draws_in_another_process(chec
     base_port = ("--base-port", str(checkout.base_port))
     modules = modules_after(checkout, *flags, *base_port)
     assert "agentscope" in modules
-    assert not modules & {*MODEL_CLIENT, *PICTURES, *NEVER}
+    assert not modules & {*MODEL_CLIENT, *PICTURES, *DASHBOARD, *NEVER}
     run = ("--run-dir", str(checkout.path / "runs/latest"))
     modules = modules_after(checkout, "--role", "report", *run)
     assert "matplotlib" in modules

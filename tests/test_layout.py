@@ -159,9 +159,8 @@ def test_files_of_the_program_are_known_without_git(tmp_path, monkeypatch):
     assert {*named} <= {*own_files()}
 
 
-@pytest.mark.parametrize(
-    "committed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in an archive", "committed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("committed", [False, True], ids=["in an archive", "committed"])
 def test_user_files_in_the_checkout_are_not_checked(tmp_path, committed):
     """As README and Python's habits have it; an archive is a copy without git."""
     path = copy_checkout(tmp_path / "a b")

@@ -150,7 +150,13 @@ def averages_printed(folder: Path) -> list[str]:
     return [f"{entry['average']:.{digits}f}" for entry in summary["rounds"] if entry["average"] is not None]
 
 
-@pytest.mark.parametrize("name", SINGLE_RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [  # all are resumed below, which reports them, too
+        pytest.param(each, marks=() if each in ("killed", "language_model") else pytest.mark.slow)
+        for each in SINGLE_RUNS
+    ],
+)
 def test_an_old_run_is_reported(name: str, tmp_path: Path, reported: Any):
     folder = copy_of(name, tmp_path / "run")
     lines = reported(folder).splitlines()

@@ -301,7 +301,7 @@ def test_a_class_is_loaded_once_per_run(cluster, tmp_path):
     assert len(logs) >= 7 and not any("already exists" in log for log in logs)
 
 
-@pytest.mark.parametrize("dispatch", ["group", "agent"])
+@pytest.mark.parametrize("dispatch", ["group", pytest.param("agent", marks=pytest.mark.slow)])
 def test_all_number_types_count_equally(cluster, mine, dispatch):
     cluster.play("3", "7", "--agent-class", f"{mine}:Kinds", "--dispatch", dispatch, status=4)
     assert cluster.values() == [33, 4, 7, None, None, None, None]
@@ -399,7 +399,7 @@ class WildReply(Participant):
 """
 
 
-@pytest.mark.parametrize("dispatch", ["group", "agent"])
+@pytest.mark.parametrize("dispatch", ["group", pytest.param("agent", marks=pytest.mark.slow)])
 def test_no_exception_of_a_participant_delays_others(cluster, tmp_path, dispatch):
     path = tmp_path / "wild.py"
     path.write_text(WILD)

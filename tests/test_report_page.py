@@ -625,7 +625,7 @@ def test_a_comparison_of_unlike_runs_has_a_handful_of_columns(saved, tmp_path):
     assert note[1:] in (tmp_path / "comparison.html").read_text()
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 24])
+@pytest.mark.parametrize("count", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 4, 7)), 24])
 @pytest.mark.parametrize("label", ["a rather long label of a treatment in words", "a_class_with_a_long_name" * 3])
 def test_nothing_in_the_picture_of_a_comparison_is_cut(saved, label, count):
     (one,) = treatments_of([saved])

@@ -120,6 +120,7 @@ def test_the_folder_of_a_run_without_results_can_be_used_again(checkout, gate):
     assert checkout.summary(checkout.path / "runs/once")["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_a_resume_killed_while_creating_participants_can_be_resumed(checkout, gate):
     """Its last round was cut, so it is played again: the summary says so before the answers go."""
     (checkout.path / "mine.py").write_text("SECONDS = 0.02\n")
@@ -247,6 +248,7 @@ def test_a_run_that_cannot_be_resumed_is_refused_and_unchanged(checkout):
     assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 def test_a_moved_checkout_resumes_its_runs(checkout, tmp_path):
     (checkout.path / "my").mkdir()
     code = "from participant import Participant\nclass Calm(Participant):\n    async def answer(self, question):\n"

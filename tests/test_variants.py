@@ -200,6 +200,7 @@ def test_a_ratio_and_an_offset_are_played(cluster, dispatch):
     assert summary["config"]["ratio"] == "1/2" and summary["config"]["offset"] == "5"
 
 
+@pytest.mark.slow
 def test_a_resumed_game_keeps_its_ratio(cluster):
     flags = ("--seed", "7", "--sleep-time", "0", "--ratio", "2/3")
     whole = cluster.play("3", "60", *flags, "--rounds", "3")
@@ -331,6 +332,7 @@ def test_models_of_a_mixture_get_their_shares(checkout):
             fake.close()
 
 
+@pytest.mark.slow
 def test_round_robin_models_stay_the_same_in_a_run(checkout):
     port = free_ports(3)
     fakes = [FakeModel(port=port + place) for place in range(2)]
