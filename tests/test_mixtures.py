@@ -383,7 +383,7 @@ def test_surrogates_draw_from_the_answers_of_models_by_round_and_persona(cluster
 
 
 def test_a_run_with_surrogates_repeats_and_resumes_without_the_recorded_run(cluster, recorded, tmp_path):
-    recorded = shutil.copytree(recorded, recorded.with_name("recorded"))  # as it is removed here
+    recorded = shutil.copytree(recorded, recorded.with_name(f"{recorded.name}-copy"))  # as it is removed here
     name = recorded.name
     flags = ("--players", f"surrogate:{recorded}=1/2,random=1/2", "--personas", "education", "--sleep-time", "0")
     summary = cluster.play("3", "400", *flags)
