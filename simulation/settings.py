@@ -4,11 +4,12 @@ The flags, their help, the keys of experiment files and `config` in summary.json
 Every value is checked before anything starts.
 """
 
+import itertools
 import json
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, meant_by, nearest, printable
-from simulation.files import ROOT, full_path, real, shown
+from simulation.files import ROOT, full_path, is_there, real, shown
 
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
@@ -28,7 +29,8 @@ KIND_OF_PLAYER = re.compile(
     r"random|surrogate:(?P<run>.+)|(?:llm:)?(?P<agent_class>.+\.py(?::[^:]+)?)|llm(?::(?P<model>.+))?", re.DOTALL
 )
 KINDS_OF_PLAYERS = ("random", "llm", "llm:MODEL", "FILE.py:CLASS", "surrogate:RUN")
-NEXT_KIND = re.compile(r"(?<=[0-9]),\s*(?=random\b|llm\b|surrogate:|[^=]*\.py)")  # other commas are in paths
+NEXT_KIND = re.compile(r"\s*(random\b|llm\b|surrogate:|/|[^=]*\.py)")
+SHARE = re.compile(rf"=\s*({FRACTION.pattern})\s*(?:,|$)")
 MOST_KINDS = 100  # fewer than 256: a group stores the kind of a participant in one byte
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
 ROLES = {
@@ -328,14 +330,38 @@ class Kind(NamedTuple):
         path = Path(self.agent_class or "").name
         return "surrogate" if self.run else path.partition(".py:")[2] or path or self.text
 
+    def named(self, parts: int) -> str:
+        """Return the kind with the last `parts` parts of its path, such as `surrogate:recorded`; 0: its label."""
+        path = self.run or self.agent_class or ""
+        return self.text.removesuffix(path) + "/".join(Path(path).parts[-parts:]) if parts else self.label
+
+
+def labels_of(kinds: Sequence[Kind]) -> list[str]:
+    """Return a label for each kind of player, all different and as short as possible."""
+    forms = ([kind.named(parts) for kind in kinds] for parts in itertools.count())
+    return next(labels for labels in forms if len({*labels}) == len(labels))
+
+
+def players_text(players: str) -> str:
+    """Return shares of kinds of players without the folders of files and runs, as in `P=1/2,surrogate:recorded=1/2`."""
+    return ",".join(f"{kind.named(1) if kind.run else kind.label}={kind.share}" for kind in parse_players(players))
+
 
 def parse_players(text: str) -> tuple[Kind, ...]:
     """Return the kinds in shares such as `llm=1/5,random=4/5`. A single kind needs no share. Raises SettingsError."""
-    flag, parts, named = f"--players {printable(text)}", NEXT_KIND.split(text), list[tuple[str, str]]()
-    for part in parts:
-        name, equals, share = map(str.strip, part.rpartition("="))
-        if not equals or (len(parts) == 1 and not FRACTION.fullmatch(share)):
-            name, share = part.strip(), "1" if len(parts) == 1 else ""
+    flag, named, start = f"--players {printable(text)}", list[tuple[str, str]](), 0
+    if is_there(Path(text.strip().removeprefix("surrogate:"))):  # a run folder such as `01-x,repeat=1`, with no share
+        named, start = [(text.strip(), "1")], len(text)
+    for match in SHARE.finditer(text, start):  # a path may contain commas and equals signs, too
+        name, follows = text[start : match.start()].strip(), text[match.end() :]
+        ends = not name.startswith("surrogate:") or not follows or NEXT_KIND.match(follows)
+        if ends and KIND_OF_PLAYER.fullmatch(name):
+            named.append((name, match[1]))
+            start = match.end()
+    if (rest := text[start:].strip()) or text.endswith(",") or not named:  # a kind that has no share, or is no kind
+        name, equals, share = map(str.strip, rest.rpartition("="))
+        if not equals or (not named and name not in KINDS_OF_PLAYERS and not FRACTION.fullmatch(share)):
+            name, share = rest, "" if named else "1"
         named.append((name, share))
     kinds = [Kind.of(flag, name) for name, _ in named]
     if len(kinds) > MOST_KINDS:

@@ -354,6 +354,7 @@ def test_a_run_with_another_layout_is_refused(cluster):
     done = cluster.run("run_simulation.sh", "2", "10", env={"MODERATOR_PER_HOST": "5"})
     assert done.returncode == 3
     assert "3 participant and 4 moderator servers" in done.stderr and "this run asks for 2 and 5" in done.stderr
+    assert "; give --server-per-host 3 --moderator-per-host 4, or restart them: ./stop_all_server.sh" in done.stderr
     assert cluster.runs() == runs
 
 

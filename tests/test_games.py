@@ -271,6 +271,9 @@ def test_a_game_that_fails_in_a_round_ends_the_run_with_its_answers(cluster, tmp
     assert summary["rounds"][0]["outcome"] == {} and summary["rounds"][0]["winners"]["count"] == 0
     report = cluster.run("main.py", "--role", "report", "runs/latest")
     assert report.returncode == 0 and "ArithmeticError: too many" in report.stdout, report.stderr
+    page = " ".join((cluster.path / "runs/latest/report.html").read_text().split())
+    assert "; the game has no result of round 1: ArithmeticError: too many" in page
+    assert "gave no usable answer" not in page and "every participant gave a usable answer" in page
 
 
 def test_a_report_does_not_run_the_code_of_a_game_unless_it_is_trusted(cluster, tmp_path):

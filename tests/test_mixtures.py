@@ -35,7 +35,7 @@ from simulation.results.reader import read_run
 from simulation.results.run_files import game_to_json, parse_game
 from simulation.runs.experiment import Experiment
 from simulation.runs.run_spec import new_run
-from simulation.settings import SimulationConfig
+from simulation.settings import SimulationConfig, labels_of, parse_players, players_text
 
 LEVEL_K = f"{ROOT}/examples/level_k.py:LevelK"
 OWN = """
@@ -99,6 +99,32 @@ def test_shares_of_kinds_and_of_their_models_are_exact_for_any_placement(seed, t
     assert parse_game(json.dumps(game_to_json(Average(seed, population=population))), config).population == population
 
 
+def test_labels_of_kinds_have_as_many_folders_as_needed(tmp_path):
+    text = "random=1/8,/a/x/p.py:P=1/8,/a/y/p.py:P=1/8,llm:/a/y/p.py:P=1/8,surrogate:/r/one=1/4,surrogate:/r/two=1/4"
+    labels = ["random", "x/p.py:P", "y/p.py:P", "llm:y/p.py:P", "surrogate:r/one", "surrogate:r/two"]
+    assert labels_of(parse_players(text)) == labels
+    assert labels_of(parse_players("/a/p.py:P=1/2,surrogate:/r/one=1/2")) == ["P", "surrogate"]
+    assert players_text("/a/p.py:P=1/2,surrogate:/r/one=1/2") == "P=1/2,surrogate:one=1/2"
+    folder = tmp_path / "01-noise=1,repeat=1"
+    folder.mkdir()
+    assert [kind.run for kind in parse_players(f"surrogate:{folder}")] == [str(folder)]
+    assert [kind.run for kind in parse_players(f"surrogate:{folder}=1")] == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("random=1/5,/r/03-fee=10,repeat=1/p.py:P=4/5", {"random": "1/5", "/r/03-fee=10,repeat=1/p.py:P": "4/5"}),
+        ("random=1/2,my/fee=2/p.py:P=1/2", {"random": "1/2", "my/fee=2/p.py:P": "1/2"}),
+        ("surrogate:/r/01-x=1,repeat=1=1/2,a.py:P=1/2", {"surrogate:/r/01-x=1,repeat=1": "1/2", "a.py:P": "1/2"}),
+        ("/a/x=1,y=2/p.py:P", {"/a/x=1,y=2/p.py:P": "1"}),
+        ("my own, 1/p.py=0.5, random = 1/2", {"my own, 1/p.py": "1/2", "random": "1/2"}),
+    ],
+)
+def test_paths_of_kinds_may_contain_commas_and_equals_signs(text, kinds):
+    assert {kind.text: str(kind.share) for kind in parse_players(text)} == kinds
+
+
 def test_kinds_are_assigned_as_personas_are():
     population = population_of(7, 100, [1, 1, 1, 1])
     alone = Population(7, 100, players=tuple(replace(each, models=()) for each in population.players))
@@ -121,7 +147,7 @@ def test_a_file_names_kinds_relative_to_itself(tmp_path):
         f"llm=1/4,{here}/sub/mine.py=1/4,surrogate:{tmp_path}/run=1/2",
         f"random=1/2,{here}/mine.py:A=1/2",
     ]
-    assert [*sweep.configs][1:] == ["02-players=llm=1-4,mine.py=1-4,surrogate=1-2", "03-players=random=1-2,A=1-2"]
+    assert [*sweep.configs][1:] == ["02-players=llm=1-4,mine.py=1-4,surrogate-run=1-2", "03-players=random=1-2,A=1-2"]
     assert [each.uses_models for each in sweep.configs.values()] == [True, True, False]
     assert type(sweep).from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
 

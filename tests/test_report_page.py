@@ -603,12 +603,16 @@ def test_the_figures_of_every_game_are_compared(saved, tmp_path, game, outcome, 
     assert dict(rows[0])[words] == number_text(values[0] + 0.5) and dict(rows[0])["std"] == "0.707"
     head, *data = csv_text(pair).splitlines()
     assert {f"outcome_{name}" for name in outcome} < {*head.split(",")} and len(data) == 6
-    mixed = [made(0), replace(saved, path=tmp_path / "x", config=replace(saved.config, ratio="1/7"))]
-    assert "average contribution" not in comparison_lines(mixed)[0]  # the games have different words for it
+    other = replace(saved, path=tmp_path / "x", config=replace(saved.config, game="average"))
+    mixed = [replace(made(0), config=replace(saved.config, game="another")), other]
+    head, *rows = comparison_lines(mixed)  # the games have different words for their averages
+    assert "first average" in head and "average contribution" not in head
+    assert ("max value" in head) is (game().high != 100)
+    assert game().high == 100 or [row.split()[2] for row in rows] == [f"{game().high}", "100"]
 
 
 def test_a_comparison_of_unlike_runs_has_a_handful_of_columns(saved, tmp_path):
-    names = ("participant_num", "max_value", "decimals", "max_attempts", "samples_per_request", "sleep_time", "rounds")
+    names = ("participant_num", "max_tokens", "decimals", "max_attempts", "samples_per_request", "sleep_time", "rounds")
     runs = [
         replace(saved, path=tmp_path / f"{at}", config=replace(saved.config, **dict.fromkeys(names, at + 1)))
         for at in range(4)
@@ -616,7 +620,7 @@ def test_a_comparison_of_unlike_runs_has_a_handful_of_columns(saved, tmp_path):
     runs[0] = replace(runs[0], config=replace(runs[0].config, set=("noise=1",)))
     head, *rows, note = comparison_lines(runs)
     assert note == "only in comparison.csv: 2 more settings" and len(rows) == 4
-    shown = {"participant num", "max value", "decimals", "rounds", "sleep time", "samples per request"}
+    shown = {"participant num", "max attempts", "decimals", "rounds", "sleep time", "samples per request"}
     assert {*re.split(" {2,}", head)[1:7]} == shown and re.split(" {2,}", head)[7] == "played"
     assert {*names, "noise"} < {*csv_text(runs).splitlines()[0].split(",")}
     content = comparison_content(tmp_path, runs)
@@ -685,19 +689,22 @@ def test_labels_have_two_settings_in_words(told_apart, tmp_path):
         return replace(told_apart, path=tmp_path / f"{number}", config=replace(told_apart.config, **settings))
 
     kinds = [
-        {"max_value": high, "personas": who, "decimals": places}
-        for high in (50, 99, 100)
+        {"participant_num": count, "personas": who, "decimals": places}
+        for count in (50, 99, 100)
         for who in (None, "a")
         for places in (0, 1)
     ]
     labels = [each.label for each in treatments_of([made(n, **kind) for n, kind in enumerate(kinds)])]
     assert labels[:3] == [
-        "upper bound 50, decimals 0 (1)",
-        "upper bound 50, decimals 1 (2)",
-        "upper bound 50, decimals 0 (3)",
+        "participants 50, decimals 0 (1)",
+        "participants 50, decimals 1 (2)",
+        "participants 50, decimals 0 (3)",
     ]
     apart = [made(0, personas=None), made(1, personas="a")]
     assert [each.label for each in treatments_of(apart)] == ["no personas", "personas a"]
+    random, mixed = made(0, agent_class=None), made(1, players="random=1/2,/a/x.py:C=1/2")
+    labels = [each.label for each in treatments_of([random, mixed, made(2, agent_class="/a/x.py:C")])]
+    assert labels == ["players random=1", "players random=1/2,C=1/2", "players C=1"]
     classes = [made(0, agent_class="/a/x.py:C"), made(1, agent_class="/b/x.py:C")]
     assert [each.label for each in treatments_of(classes)] == ["class x.py:C (1)", "class x.py:C (2)"]
 

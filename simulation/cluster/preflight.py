@@ -81,7 +81,11 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
         if (each.base_port, each.server_per_host, each.moderator_per_host) != layout:
             there = f"{each.server_per_host} participant and {each.moderator_per_host} moderator servers"
             here = f"{layout[1]} and {layout[2]} from {layout[0]}"
-            return f"it has {there} from port {each.base_port}; this run asks for {here}; {restart}"
+            advice = (
+                f"give --server-per-host {each.server_per_host} --moderator-per-host {each.moderator_per_host}, or "
+            )
+            advice = advice if len(config.hosts) == 1 else ""
+            return f"it has {there} from port {each.base_port}; this run asks for {here}; {advice}{restart}"
     if not failed:
         return ""
     first, advice = str(failed[0]), restart

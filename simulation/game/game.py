@@ -80,7 +80,7 @@ class Game:
 
     def rules(self) -> Rules:
         """Return the words of the game."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define rules")
 
     def outcome(self, tally: "Tally") -> Outcome:
         """Return the figures that are announced after a round, by name, in numbers (not units).
@@ -88,11 +88,11 @@ class Game:
         `tally` has at least one answer. The figure `winning_number`, if there is one, is shown as such in all results;
         None then means that the round has no winner.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define outcome")
 
     def payoffs(self, units: Units, outcome: Outcome) -> NDArray[Any]:
         """Return the payoff of each of the answers `units` (int64, shape (k,)), shape (k,). The highest payoff wins."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define payoffs")
 
     def equilibrium(self) -> tuple[float, ...] | None:
         """Return the pure symmetric Nash equilibria with many players; () if every number is one; None if unknown."""

@@ -32,7 +32,7 @@ from simulation.results.reader import SavedRun, figure_of, runs_in
 from simulation.results.report_page import write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole
 from simulation.results.tables import number_text, table_lines
-from simulation.settings import SETTINGS, parse_players
+from simulation.settings import SETTINGS, players_text
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
@@ -155,8 +155,12 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
     compared = [name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED]
     values: list[dict[str, Any]] = []
+    mixed = any(run.config.players is not None for run in runs)
     for run in runs:
-        values.append({name: getattr(run.config, name) for name in compared})
+        values.append({name: getattr(run.config, name) for name in compared} | {"max_value": run.game.high})
+        if mixed:  # then one setting says who plays
+            del values[-1]["agent_type"], values[-1]["agent_class"]
+            values[-1]["players"] = run.config.players or run.config.kinds[0].text
         for each in values[-1].pop("set", ()):  # parameters, such as noise=5
             name, _, value = each.partition("=")
             values[-1][f"set {name}" if name in SETTINGS else name] = value
@@ -176,7 +180,7 @@ def _plain(name: str) -> str:
 
 def _text(name: str, value: Any) -> str:
     if name == "players" and value is not None:
-        return ",".join(f"{kind.label}={kind.share}" for kind in parse_players(value))
+        return players_text(value)
     if name in ("agent_class", "game") and value is not None:
         return Path(value).name
     return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
@@ -189,12 +193,14 @@ def folder_names(runs: Sequence[SavedRun]) -> list[str]:
 
 
 def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
-    """Return the words for each figure of the games' outcomes, by name. If games differ in the words, use the name."""
-    figures: dict[str, str] = {}
-    for run in runs:
-        for name, words in run.figures.items():
+    """Return the words for each figure of the outcomes, by name. If games differ in them, the average comes first."""
+    outcomes = [run.figures for run in runs if run.figures]
+    figures = outcomes[0] if outcomes else {"average": "average", "winning_number": "winning number"}
+    if any(each != figures for each in outcomes):
+        figures = {"average": "average"}  # of the answers, which each game has
+        for name, words in itertools.chain(*(each.items() for each in outcomes)):
             figures[name] = words if figures.get(name, words) == words else _plain(name)
-    return figures or {"average": "average", "winning_number": "winning number"}
+    return figures
 
 
 def _equilibrium(game: Game) -> str:

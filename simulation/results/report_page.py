@@ -62,6 +62,7 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "answers": [(f"Round {result.round}", run.game, result) for result in run.results],
         "position": run.position and position_in_words(run.position),
         "figures": [(name, words) for name, words in figures.items() if name not in others],
+        "tiles": [*(run.figures or figures).items()],
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),

@@ -26,7 +26,7 @@ from simulation.settings import (
     SimulationConfig,
     flag_of,
     moved,
-    parse_players,
+    players_text,
     to_number,
 )
 
@@ -138,7 +138,7 @@ def value_text(name: str, value: Any) -> str:
     if value is None:
         return "none"
     if name == "players" and value is not None:
-        value = ",".join(f"{kind.label}={kind.share}" for kind in parse_players(value))
+        value = players_text(value)
     return printable(Path(value).name if name in ("agent_class", "game") else str(value))
 
 

@@ -23,6 +23,7 @@ from simulation.rpc.endpoints import remote_run
 from simulation.rpc.messages import CODE_VERSION
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
+from simulation.settings import labels_of
 from simulation.user_code import UserFile
 
 Draw = Callable[[SavedRun], None]  # writes the pictures and the report of a run
@@ -72,7 +73,9 @@ class Run:
             self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
         if not self.config.uses_models:  # the answers of models do not depend on the seed alone
-            drawing = " and ".join(kind.label for kind in self.config.kinds if kind.agent_class)
+            labels = labels_of(self.config.kinds)
+            classes = [label for label, kind in zip(labels, self.config.kinds, strict=True) if kind.agent_class]
+            drawing = " and ".join(classes)
             condition = f" if all random numbers of {drawing} come from self.rng" if drawing else ""
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)

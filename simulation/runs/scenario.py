@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from simulation.errors import SettingsError, listed, meant_by, nearest, printable
-from simulation.files import content_of, shown
+from simulation.files import content_of, shown, warn_once
 from simulation.game.game import Game, PromptTemplate
 from simulation.game.parameters import Parameter, declared
 from simulation.game.population import KIND, RESERVED, Combination, ModelShare, Persona, PlayerShare, Population
@@ -22,7 +22,8 @@ from simulation.game.tally import Tally, try_game
 from simulation.llm.model_configs import ModelConfig, unnamed_models
 from simulation.results.reader import SavedRun, read_run, read_summary
 from simulation.runs.yaml_file import YamlFile
-from simulation.settings import SETTINGS, Setting, SimulationConfig, flag_of, parse_shares, share_in
+from simulation.settings import SETTINGS, Setting, SimulationConfig, flag_of, labels_of, parse_shares, share_in
+from simulation.user_code import file_of, files_of
 
 PLACEHOLDERS = ("{number}", "{max_value}", "{rules}", "{target}", "{persona}", "{team}")
 REASONING_TOKENS = Parameter(int, Setting(None, "", 1, 100_000))
@@ -174,10 +175,8 @@ def choose_players(config: SimulationConfig, models: Models) -> dict[str, Any]:
     distinct = (replace(each, model=each.name) if names.count(each.model) > 1 else each for each in mixture)
     in_shares = (ModelShare(name, Fraction(1, len(in_turn)), models[name].model) for name in unnamed_models(config))
     unnamed = tuple(distinct if mixture else in_shares)
-    forms = [(kind.label, Path(kind.text).name, kind.text) for kind in config.kinds]  # labels, the shortest first
-    labels = next(each for each in zip(*forms, strict=True) if len({*each}) == len(each))
     players = []
-    for kind, label in zip(config.kinds, labels, strict=True):
+    for kind, label in zip(config.kinds, labels_of(config.kinds), strict=True):
         asked = unnamed if kind.asks_models else ()
         if kind.model is not None:
             _check_known(config, "players", kind.model, models, f"{shown(config.model_configs)} has no such model")
@@ -251,6 +250,10 @@ def _recorded_in(run: SavedRun, config: SimulationConfig, game: Game) -> tuple[t
         theirs, ours = getattr(their_game, name), getattr(game, name)
         if theirs != ours:
             raise SettingsError(f"that run has {name} {theirs}, and this game {ours}; they must be equal")
+    file, sources = file_of(config.game), run.summary.get("sources", [])
+    hashes = {each["sha256"] for each in sources if Path(each["name"]).name == Path(file).name}
+    if file and hashes and files_of(file)[0].sha256 not in hashes:
+        warn_once(f"{shown(file)} has changed since run {run.run_id}, from which surrogates draw")
     if run.rounds_finished < config.rounds:
         raise SettingsError(f"that run has {run.rounds_finished} finished rounds, and this game has {config.rounds}")
     population = run.game.population
