@@ -311,3 +311,16 @@ def test_parameters_in_an_experiment_are_swept_and_checked_with_their_line(comma
         (tmp_path / "x.yaml").write_text(text.replace("{multiplier: [1, 2]}", wrong))
         status, err = command("--experiment", "x.yaml")
         assert status == 2 and words in one_line(err), err
+
+
+def test_a_changed_game_is_reported_if_surrogates_draw_from_an_earlier_run(cluster, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MARKET)
+    game = ("--game", f"{file}:MarketEntry", "--sleep-time", "0")
+    cluster.play("3", "20", *game, "--run-dir", "runs/recorded")
+    command = ("run_simulation.sh", "3", "20", *game, "--players", "surrogate:runs/recorded", "--dry-run")
+    same = cluster.run(*command)
+    assert same.returncode == 0 and "has changed" not in same.stderr, same.stderr
+    file.write_text(f"{MARKET}\n# another version\n")
+    other = cluster.run(*command)
+    assert other.returncode == 0 and f"{file} has changed since run " in other.stderr, other.stderr
