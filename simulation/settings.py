@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, meant_by, nearest, printable
-from simulation.files import ROOT, full_path, is_there, real, shown
+from simulation.files import ROOT, full_path, real, shown
 
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
@@ -350,12 +350,13 @@ def players_text(players: str) -> str:
 def parse_players(text: str) -> tuple[Kind, ...]:
     """Return the kinds in shares such as `llm=1/5,random=4/5`. A single kind needs no share. Raises SettingsError."""
     flag, named, start = f"--players {printable(text)}", list[tuple[str, str]](), 0
-    if is_there(Path(text.strip().removeprefix("surrogate:"))):  # a run folder such as `01-x,repeat=1`, with no share
+    run = text.strip().removeprefix("surrogate:")
+    if run != text.strip() and os.path.isdir(run):  # noqa: PTH112 - raises nothing; a folder such as `x,repeat=1`
         named, start = [(text.strip(), "1")], len(text)
     for match in SHARE.finditer(text, start):  # a path may contain commas and equals signs, too
         name, follows = text[start : match.start()].strip(), text[match.end() :]
-        ends = not name.startswith("surrogate:") or not follows or NEXT_KIND.match(follows)
-        if ends and KIND_OF_PLAYER.fullmatch(name):
+        is_kind = KIND_OF_PLAYER.fullmatch(name) and not name.startswith("surrogate:")  # the run may be longer
+        if is_kind or not follows or NEXT_KIND.match(follows):
             named.append((name, match[1]))
             start = match.end()
     if (rest := text[start:].strip()) or text.endswith(",") or not named:  # a kind that has no share, or is no kind
