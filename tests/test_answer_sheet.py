@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from games.average import Average
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
-from simulation.game.answer_sheet import KEPT, UNDECIDED, Answers, AnswerSheet
+from simulation.game.answer_sheet import KEPT, UNDECIDED, Answers, AnswerSheet, bins_of
 from simulation.game.rules import to_units
 from simulation.game.tally import (
     CAUSES_COUNTED,
@@ -28,6 +28,7 @@ from simulation.game.tally import (
     merge,
 )
 from simulation.results.answers_parquet import tables_of, tally_in
+from simulation.results.console_report import histogram
 
 answers = st.lists(st.one_of(st.integers(0, 50), st.sampled_from(["no number", "ValueError"])), max_size=60)
 
@@ -236,3 +237,39 @@ def test_a_different_cause_per_participant_is_kept():
     assert part.causes[0] == "cause 70000"
     assert sheet.tally().failures[OTHER_CAUSES] == 100_000 - CAUSES_COUNTED
     assert list(sheet.examples) == list(range(2 * KEPT))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "width", "rest"),  # `rest` numbers form a narrower last bin
+    [
+        *((0, 1, most, 1, 0) for most in (15, 51, 101)),
+        *((0, 20, most, 3 if most == 15 else 1, 0) for most in (15, 51, 101)),
+        (0, 100, 101, 1, 0),
+        (0, 100, 51, 2, 1),  # 101 is a prime number
+        (0, 100, 15, 10, 1),
+        (1, 100, 15, 10, 0),
+        (1, 500, 15, 50, 0),
+        (1, 500, 101, 5, 0),
+        (0, 500, 101, 5, 1),
+        (0, 1000, 15, 77, 0),
+        (0, 1000, 101, 11, 0),
+        (0, 10_000, 15, 1000, 1),  # 0 to 100 with decimals=2
+        (0, 10_000, 101, 137, 0),
+        (0, 10**15, 15, (10**15 + 1) // 13, 0),
+        (0, 157, 15, 20, 18),
+    ],
+)
+def test_the_bins_of_a_histogram_are_equal_or_only_the_last_one_is_narrower(low, high, most, width, rest):
+    edges, counts = histogram(Tally(high - low, np.array([low, high]), np.array([high - low - 1, 1])), low, high, most)
+    assert bins_of(high - low + 1, most) == (width, len(counts))
+    assert (edges[0], edges[-1], len(edges)) == (low, high + 1, len(counts) + 1)
+    *full, last = np.diff(edges).tolist()
+    assert {*full} <= {width} and last == (rest or width)
+    assert counts[0] == high - low - 1 and counts[-1] == 1 and counts.sum() == high - low
+
+
+@given(st.integers(1, 10**16), st.sampled_from([15, 51, 101]))
+def test_every_range_has_bins(numbers, most):
+    width, bins = bins_of(numbers, most)
+    assert 1 <= bins <= most and width * (bins - 1) < numbers <= width * bins
+    assert width == 1 or bins >= most // 3

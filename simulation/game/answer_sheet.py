@@ -16,6 +16,7 @@ from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Winners, to
 BINS = 101  # maximum number of bins of a partial histogram
 TEXT_KEPT = 2000  # maximum length of the kept text of an unusable answer
 KEPT = 20  # number of failures whose text and traceback are kept; as many again are kept if their causes are new
+_ROUND_WIDTHS = [digit * 10**power for power in range(16) for digit in (1, 2, 5)]
 UNDECIDED = -1  # the entry of a participant without an outcome so far
 FAILED = -2  # the code of the first failure cause of a sheet; the code of cause number k is FAILED - k
 
@@ -39,9 +40,16 @@ class Answers:
         return None if units >= 0 else self.causes[FAILED - units]
 
 
-def bins_of(numbers: int) -> tuple[int, int]:
-    """Return the width in units, and the number of bins, of a histogram of `numbers` possible answers."""
-    width = -(-numbers // BINS)
+def bins_of(numbers: int, most: int = BINS) -> tuple[int, int]:
+    """Return the width in units, and the number of bins (at most `most`), of a histogram of `numbers` possible answers.
+
+    All bins are equal if a third of `most` to `most` equal bins are possible. Otherwise, the width is 1, 2 or 5 times
+    a power of ten, and the highest numbers that fill no bin are the last one: 100 alone after 90 .. 99.
+    """
+    equal = (bins for bins in range(min(numbers, most), most // 3 - 1, -1) if numbers % bins == 0)
+    if (bins := next(equal, 0)) > 0:
+        return numbers // bins, bins
+    width = next(width for width in _ROUND_WIDTHS if numbers <= width * most)
     return width, -(-numbers // width)
 
 

@@ -60,10 +60,11 @@ def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -
     """Draw a histogram of the answers up to `top` units with at most `bins` bins."""
     edges, counts = histogram(tally, game.lowest, top, bins)
     borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
-    axes.stairs(counts, borders, fill=True, color="bars", label="answers")
+    heights = counts * (edges[1] - edges[0]) / np.diff(edges)  # the area of a narrower last bin is its count
+    axes.stairs(heights, borders, fill=True, color="bars", label="answers")
     if not tally.answered:
         axes.set_ylim(0, 1)
-    axes.set_xlim(float(borders[0]), max(float(borders[-1]), (top + 0.5) / game.scale))
+    axes.set_xlim(float(borders[0]), float(borders[-1]))
     limit_ticks(axes, across=5, up=4, whole="y" if game.decimals else "xy")
 
 

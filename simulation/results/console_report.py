@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from simulation.errors import printable
+from simulation.game.answer_sheet import bins_of
 from simulation.game.game import Game, Units
 from simulation.game.tally import NUMBERS_NAMED, RoundResult, Tally
 from simulation.llm.responses import Usage
@@ -91,10 +92,13 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(tally: Tally, low: int, high: int, bars: int) -> tuple[Units, Units]:
-    """Return edges and counts of at most `bars` bins over the answers low .. high, in units."""
-    width = -(-(high - low + 1) // bars)
-    edges = np.arange(low, high + width + 1, width, dtype=np.int64)
-    return edges, np.bincount((tally.units - low) // width, tally.counts, len(edges) - 1).astype(np.int64)
+    """Return edges and counts of at most `bars` bins (see `bins_of`) over the answers low .. high, in units.
+
+    The last edge is high + 1. If no equal bins are possible, the last bin is therefore narrower.
+    """
+    width, bins = bins_of(high - low + 1, bars)
+    edges = np.minimum(low + width * np.arange(bins + 1, dtype=np.int64), high + 1)
+    return edges, np.bincount((tally.units - low) // width, tally.counts, bins).astype(np.int64)
 
 
 def histogram_lines(tally: Tally, game: Game) -> list[str]:
