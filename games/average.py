@@ -12,6 +12,7 @@ class Average(Game):
     ratio: Fraction = setting(Fraction(1), "factor of the statistic, such as 2/3 or 0.51", Fraction(1, 10**6), 10)
     offset: Fraction = setting(Fraction(0), "added to ratio * statistic, such as 5 or 1/2", Fraction(0), 10**9)
     statistic: str = setting("mean", "figure of all answers", choices=("mean", "median", "maximum"))
+    numbers_announced: bool = setting(False, "announce how often each number was given, too")
 
     @property
     def target(self) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Units = NDArray[np.int64]
 Outcome = Mapping[str, Any]  # the figures that are announced, by name: int, float or Fraction, or None if there is none
 HIGHEST = 10**9  # the highest answer of any game
+MOST_ANNOUNCED = 1001  # maximum number of distinct answers in an announcement
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Game:
     prompt: PromptTemplate | None = None  # None if no participant asks a model
     population: Population = field(default_factory=Population)
     teams: str | None = None  # the topic (see `Grouping`) whose labels are the teams, if any
+    numbers_announced: bool = False  # whether all answers are announced; a game may declare this as a setting
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -119,6 +121,11 @@ class Game:
         return (int(self.high) - int(self.low)) * self.scale + 1
 
     @property
+    def most_distinct(self) -> int:
+        """Return the maximum number of distinct answers in a round."""
+        return min(self.numbers, max(self.population.total, 1))
+
+    @property
     def number_words(self) -> str:
         """Return what an answer is, as prompts name it."""
         return "a whole number" if self.decimals == 0 else f"a number with up to {self.decimals} digits after the point"
@@ -163,5 +170,8 @@ def check_game(game: Game, name: str) -> None:
         problem = "its rules need a question and a goal; all its texts must be one line of printable characters"
     elif not all(map(math.isfinite, float_equilibrium)):
         problem = f"its equilibrium is {equilibrium}"
+    elif game.numbers_announced and game.most_distinct > MOST_ANNOUNCED:
+        problem = f"would list up to {game.most_distinct:,} different numbers; the maximum is {MOST_ANNOUNCED:,}"
+        raise SettingsError(f"--set numbers_announced=true: {problem}; take fewer decimals or participants")
     if problem:
         raise SettingsError(f"--game {name}: {problem}")

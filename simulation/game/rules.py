@@ -35,6 +35,7 @@ class Announcement:
     winning_numbers: tuple[float, ...] = ()  # `winning_units` as numbers
     outcome: tuple[tuple[str, float | None], ...] = ()  # name and value of each figure of the game's outcome
     text: str = ""  # the result in words, as prompts state it
+    numbers: tuple[tuple[float, int], ...] = ()  # each number and how often it was given, if the game announces them
 
 
 @dataclass(frozen=True)

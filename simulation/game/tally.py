@@ -234,7 +234,15 @@ def announcement_of(result: RoundResult, game: Game) -> Announcement:
         tuple(units / game.scale for units in result.winning_units),
         outcome,
         _in_words(result, dict(outcome), game),
+        _numbers_in(result, game),
     )
+
+
+def _numbers_in(result: RoundResult, game: Game) -> tuple[tuple[float, int], ...]:
+    """Return each number, ascending, and how often it was given; () unless the game announces all numbers."""
+    if not game.numbers_announced:
+        return ()
+    return tuple(zip((result.tally.units / game.scale).tolist(), result.tally.counts.tolist(), strict=True))
 
 
 def _in_words(result: RoundResult, outcome: dict[str, float | None], game: Game) -> str:
@@ -251,6 +259,12 @@ def _in_words(result: RoundResult, outcome: dict[str, float | None], game: Game)
     numbers = " or ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.winning_units[:NUMBERS_NAMED])
     won = f"{result.winners.count} won with {numbers}" if result.winning_units else "nobody won"
     text = f"Round {result.round}: {'; '.join(filter(None, [', '.join(parts), won]))}."
+    given = [
+        plain_number(number, digits) + (f" ({count} times)" if count > 1 else "")
+        for number, count in _numbers_in(result, game)
+    ]
+    if given:
+        text += f" The numbers were {' and '.join(filter(None, [', '.join(given[:-1]), given[-1]]))}."
     if result.teams:
         averages = ((name, None if each is None else float(each)) for name, each in result.teams)
         teams = ", ".join(f"{name} {plain_number(each, digits)}" for name, each in averages)

@@ -211,6 +211,7 @@ class RecordedRules(TypedDict):
     low: int
     high: int
     equilibrium: tuple[float, ...] | None
+    numbers_announced: NotRequired[bool]  # absent in old runs
 
 
 @with_config(SHAPE)
@@ -232,6 +233,7 @@ def game_to_json(game: Game) -> dict[str, Any]:
         personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models, players=cast.players
     )
     rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
+    rules["numbers_announced"] = game.numbers_announced
     return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
 
 
@@ -270,7 +272,8 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     if trusted or ".py" not in config.game:
         return game_of(config, content["wording"], population)
     fields = game_fields(config, content["wording"], population)
-    return RecordedGame(**{**fields, "recorded": content["rules"]})
+    announced = content["rules"].get("numbers_announced", False)
+    return RecordedGame(**{**fields, "recorded": content["rules"], "numbers_announced": announced})
 
 
 class KeptGroup(TypedDict):

@@ -163,6 +163,10 @@ class RunSpec:
         personas = [max(each, key=lambda persona: len(persona.text)) for each in population.persona_sets.values()]
         teams = next((grouping.names for grouping in population.groupings if grouping.topic == game.teams), ())
         tally = Tally(3, np.array([game.lowest, top]), np.array([1, 2]))  # its average has many digits
+        if game.numbers_announced:  # two participants per number make a longer text than one
+            units = np.arange(top + 1 - game.most_distinct, top + 1)
+            count = max(self.config.participant_num // game.most_distinct, 2)
+            tally = Tally(count * len(units), units, np.full(len(units), count))
         winners, averages = Winners(self.config.participant_num, ()), tuple((name, tally.average()) for name in teams)
         result = replace(score(game, 1, tally), winning_units=(top - 1, top), winners=winners, teams=averages)
         announcements = tuple(announcement_of(replace(result, round=each), game) for each in range(1, number))
