@@ -29,11 +29,20 @@ from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, Population
 from simulation.game.tally import RoundResult, Tally
 from simulation.results.answers_parquet import SCHEMA
-from simulation.results.charts import draw_answers, draw_averages, draw_lines, draw_times, selection
+from simulation.results.charts import (
+    COLOURS,
+    draw_answers,
+    draw_averages,
+    draw_lines,
+    draw_times,
+    page_chart,
+    selection,
+    series_style,
+    short,
+)
 from simulation.results.comparison import _picture, comparison_lines, csv_text, treatments_of, write_comparison
 from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import run_lines
-from simulation.results.figures import COLOURS, page_chart, series_style, short
 from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import draw_all, page_content, seconds, write_page
 from simulation.results.run_files import game_to_json

@@ -27,7 +27,7 @@ from simulation.files import is_there, real
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, merge
 from simulation.results import charts
-from simulation.results.figures import series_style, write_png
+from simulation.results.charts import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, runs_in
 from simulation.results.report_page import write_page
 from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole

@@ -10,9 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
-from simulation.results.charts import PART_LINES, largest, selection
+from simulation.results.charts import PAGES, PART_LINES, largest, page_chart, selection, series_style, write_png
 from simulation.results.console_report import winning_answers
-from simulation.results.figures import PAGES, page_chart, series_style, write_png
 from simulation.results.reader import SavedRun, figure_of
 from simulation.results.run_directory import REPORT, write_whole
 from simulation.results.run_files import RoundEntry, position_in_words
