@@ -4,6 +4,7 @@ from fractions import Fraction
 from typing import Any
 
 from simulation.game import Game, Outcome, Rules, Tally, Units, closest, setting
+from simulation.game.analysis import NOTES, guessing_game
 
 
 class Average(Game):
@@ -35,6 +36,7 @@ class Average(Game):
             prompt=f"In every round each of you gives {self.number_words} from 0 to {self.max_value}. "
             f"The {figure} of all numbers {wins} {self.target} wins.",
             labels={"winning_number": "number to be closest to"},
+            notes=NOTES,
         )
 
     def outcome(self, tally: Tally) -> Outcome:
@@ -52,6 +54,11 @@ class Average(Game):
         if self.ratio < 1:
             return (min(float(self.offset / (1 - self.ratio)), highest),)
         return (highest,) if self.offset else () if self.ratio == 1 else (0.0, highest)
+
+    def analyses(self, *rounds: Any) -> dict[str, Any]:
+        """Return reasoning steps, tau and more if 0 < ratio < 1; see `Game.analyses`."""
+        is_guessing_game = self.statistic == "mean" and self.ratio < 1 and not self.offset
+        return guessing_game(self, *rounds) if is_guessing_game else {}
 
 
 def _words(number: Fraction) -> str:

@@ -76,7 +76,7 @@ def test_each_shipped_game_is_one_class_in_a_short_file():
     files = [path for path in (ROOT / "games").glob("*.py") if path.stem != "__init__"]
     assert {path.stem for path in files} >= {"average", "minority", "public_goods", "lowest_unique"}
     for path in files:
-        assert len(path.read_text().splitlines()) <= 65, path
+        assert len(path.read_text().splitlines()) <= 70, path
         assert path.read_text().count("(Game):") == 1
         assert game_class(path.stem).__module__ == f"games.{path.stem}"
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from conftest import one_line, until
+from conftest import ROOT, one_line, until
 
 from games.average import Average
+from simulation.game.analysis import reasoning_steps
 from simulation.game.rules import draw
+from simulation.game.tally import Tally, value_counts
 from simulation.results.reader import read_run
 
 COUNT, ROUNDS, DECIMALS = 1000, 5, 6
@@ -93,6 +98,62 @@ def test_a_class_without_its_personas_names_them(cluster):
     summary = cluster.play("3", "10", *LEVEL_K, status=4)
     (cause,) = summary["rounds"][0]["failures"]
     assert "--personas levels" in cause
+
+
+def test_analyses_equal_those_of_the_saved_answers(cluster):
+    flags = (*LEVEL_K, "--personas", "levels", "--ratio", "2/3", "--decimals", "2", "--rounds", "3", "--run-dir")
+    summary = cluster.play("3", "400", *flags, str(cluster.path / "runs/analysed"))
+    path = cluster.path / "runs/analysed"
+    written = json.loads((path / "analysis.json").read_text())
+    table = pq.read_table(path / "answers.parquet")
+    values = {
+        each: table.filter(np.array(table["round"]) == each)["value"].to_numpy().astype(float) for each in (1, 2, 3)
+    }
+    levels = np.array(table.filter(np.array(table["round"]) == 1)["levels"].to_pylist())
+    for entry, parts in zip(summary["rounds"], written["rounds"], strict=True):
+        number, found = entry["round"], entry["analysis"]
+        assert found.items() <= parts.items() and parts["mean_payoff"] == entry["winners"]["count"] / 400
+        units = np.rint(values[number] * 100).astype(np.int64)
+        expected = Tally(400, *value_counts(units))
+        reference = Fraction(50) if number == 1 else Fraction(summary["rounds"][number - 2]["average"])
+        steps = reasoning_steps(expected, 100, Fraction(2, 3), reference)
+        assert found["steps"] == {name: round(share, 4) for name, share in steps.items()}
+        assert set(parts["by"]["levels"]) == {"level 0", "level 1", "level 2", "level 3"}
+        assert parts["by"]["levels"]["level 2"]["steps"]["2"] == 1
+        if number > 1:
+            before, after, won = values[number - 1], values[number], summary["rounds"][number - 2]["winning_number"]
+            above, below = before > won, before < won
+            for who, learned in ((levels != "", found), (levels == "level 0", parts["by"]["levels"]["level 0"])):
+                went_down, went_up = (after < before)[above & who], (after > before)[below & who]
+                assert learned["learning"] == {
+                    **{"above": len(went_down), "below": len(went_up)},
+                    "went_down": pytest.approx(went_down.mean(), abs=1e-4),
+                    "went_up": pytest.approx(went_up.mean(), abs=1e-4),
+                    "agree": pytest.approx(np.concatenate([went_down, went_up]).mean(), abs=1e-4),
+                }
+    tau = summary["rounds"][0]["analysis"]["tau"]
+    assert tau["low"] <= tau["estimate"] <= tau["high"]
+    resumed = cluster.run("run_simulation.sh", "--resume", str(path), "--rounds", "4")
+    assert resumed.returncode == 0, resumed.stderr
+    longer = json.loads((path / "summary.json").read_text())["rounds"]
+    assert [each["analysis"] for each in longer[:3]] == [each["analysis"] for each in summary["rounds"]]
+    assert longer[3]["analysis"]["learning"]["above"] > 0
+    run = read_run(path)
+    assert [dict(each.analysis) for each in run.results] == [each["analysis"] for each in longer]
+
+
+def test_mean_payoffs_by_kind_equal_those_of_the_answers(cluster):
+    mixture = f"random=1/4,{ROOT}/examples/level_k.py:LevelK=3/4"
+    cluster.play(
+        "3", "200", "--players", mixture, "--personas", "levels", "--payoffs", "--ratio", "1/2", "--sleep-time", "0"
+    )
+    path = cluster.path / "runs/latest"
+    table = pq.read_table(path / "answers.parquet")
+    parts = json.loads((path / "analysis.json").read_text())["rounds"][0]["by"]
+    for topic in ("kind", "levels"):
+        labels, payoffs = np.array(table[topic].to_pylist()), table["payoff"].to_numpy()
+        expected = {label: payoffs[labels == label].mean() for label in set(labels)}
+        assert {name: each["mean_payoff"] for name, each in parts[topic].items()} == pytest.approx(expected, rel=1e-3)
 
 
 def test_averages_of_teams_are_announced(cluster):

@@ -5,9 +5,10 @@ The program knows a game only by the methods of this class. A game does not know
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from simulation.game.tally import Tally
 
 Units = NDArray[np.int64]
+Pairs = tuple[Units, Units]  # the answers of some participants in two successive rounds, in units
 Outcome = Mapping[str, Any]  # the figures that are announced, by name: int, float or Fraction, or None if there is none
 HIGHEST = 10**9  # the highest answer of any game
 MOST_ANNOUNCED = 1001  # maximum number of distinct answers in an announcement
@@ -47,6 +49,7 @@ class Rules:
     prompt: str = ""  # the text of {rules} in prompts (default: "In every round, " and the question)
     won: str = ""  # what winners have, as in "P7 wins with 33, ..."; may contain {winning_number} (default: the goal)
     labels: Mapping[str, str] = field(default_factory=dict)  # words for figures (default: the name, _ as a space)
+    notes: Mapping[str, str] = field(default_factory=dict)  # what the figures of `analyses` mean, for reports
 
     def label(self, figure: str) -> str:
         """Return the words for a figure of the outcome."""
@@ -99,6 +102,17 @@ class Game:
     def equilibrium(self) -> tuple[float, ...] | None:
         """Return the pure symmetric Nash equilibria with many players; () if every number is one; None if unknown."""
         return None
+
+    def analyses(
+        self, tallies: "Sequence[Tally]", outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
+    ) -> Mapping[str, Any]:
+        """Return figures of the latest round for results and reports: numbers, texts, None, or dictionaries of these.
+
+        `tallies` has the answers to all rounds so far, of all participants or of a part of them (such as a persona).
+        `outcomes` has the figures of these rounds, {} for a round without answers. `pairs` has the answers of those
+        participants that answered in the last round and in this one; None if single answers are unknown.
+        """
+        return {}
 
     @cached_property
     def words(self) -> Rules:
@@ -156,7 +170,8 @@ def check_game(game: Game, name: str) -> None:
         low, high, words, equilibrium = game.low, game.high, game.words, game.equilibrium()
         if not isinstance(words, Rules):
             raise TypeError(f"rules returned {words!r}, not Rules(question, goal)")
-        texts = [words.question, words.goal, words.prompt, words.won, *words.labels, *words.labels.values()]
+        named = [*words.labels.items(), *words.notes.items()]
+        texts = [words.question, words.goal, words.prompt, words.won, *chain(*named)]
         float_equilibrium = [float(each) for each in equilibrium or ()]
     except BaseException as error:  # noqa: BLE001 - the user's class may raise anything
         raise SettingsError(f"--game {name}: {one_line(error)}") from None

@@ -142,6 +142,7 @@ class RoundResult:
     times: Times | None = None  # None if unknown, as in a saved run
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # name and average (a number, not units) of each team, if any
     error: str = ""  # why the game could not compute outcome and payoffs
+    analysis: Mapping[str, Any] = field(default_factory=dict)  # see `Game.analyses`
 
     @property
     def winning_number(self) -> Any:

@@ -26,7 +26,7 @@ from matplotlib.transforms import Affine2D, Transform
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, Tally
 from simulation.results.console_report import histogram
-from simulation.results.reader import SavedRun
+from simulation.results.reader import SavedRun, largest
 from simulation.results.run_directory import write_whole
 from simulation.results.tables import number_text
 
@@ -57,12 +57,6 @@ mpl.rcParams.update(mpl.rc_params_from_file(PAGES / "charts.mplstyle", use_defau
 def selection(count: int, limit: int) -> list[int]:
     """Select at most `limit` of the indices 0 .. count-1 at equal distances, including the first and the last."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, limit))}) if count else []
-
-
-def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
-    """Return the `limit` names in `tallies` with the most participants, in the order of `tallies`."""
-    by_size = sorted(tallies, key=lambda name: -tallies[name].asked)[:limit]
-    return [name for name in tallies if name in by_size]
 
 
 def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:

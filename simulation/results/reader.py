@@ -4,10 +4,12 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 """
 
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import pyarrow.compute as pc
 
 from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
-from simulation.game.game import Game
+from simulation.game.analysis import analyse, mean_payoffs
+from simulation.game.game import Game, Pairs
 from simulation.game.population import Combination, Grouping
 from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
@@ -28,6 +31,9 @@ from simulation.results.answers_parquet import rows_by_round, tally_in
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
+
+PARTS_ANALYSED = 100  # maximum number of parts of each topic in analysis.json: the largest
+MOST_PAIRS = 10**7  # maximum number of participants whose single answers are analysed by part
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,55 @@ class SavedRun(SavedSummary):
                     tally = tally_in(ordered.slice(start, stop - start), self.game.scale)
                     tallies[parts.topic][number - 1][name] += tally
         return tallies
+
+    def analysis(self) -> dict[str, Any]:
+        """Return the content of analysis.json: analysis and mean payoff of each round, of all and of the largest parts.
+
+        If there are more than MOST_PAIRS participants, the analyses of parts know no single answers.
+        """
+        game, results, parts = self.game, self.results, self.tallies_by_part
+        shown = {topic: largest(tallies[-1], PARTS_ANALYSED) for topic, tallies in parts.items()}
+        pairs = self._pairs_by_part(shown) if any(result.analysis for result in results[1:]) else {}
+        entries = []
+        for index, result in enumerate(results):
+            outcomes = [each.outcome for each in results[: index + 1]]
+            by: dict[str, dict[str, Any]] = {topic: {} for topic in parts}
+            for topic, names in shown.items():
+                paid = mean_payoffs(game, result.tally, result.outcome, parts[topic][index])
+                for name in names:
+                    tallies = [each[name] for each in parts[topic][: index + 1]]
+                    known = pairs.get((topic, name), {}).get(index)
+                    analysis = analyse(game, tallies, outcomes, known and [known])
+                    by[topic][name] = {"mean_payoff": paid[name], **analysis}
+            paid = mean_payoffs(game, result.tally, result.outcome, {"all": result.tally})
+            entries.append({"round": result.round, "mean_payoff": paid["all"], **result.analysis, "by": by})
+        omitted = {topic: len(tallies[-1]) - len(shown[topic]) for topic, tallies in parts.items()}
+        return {"run_id": self.run_id, "rounds": entries, "parts_omitted": omitted}
+
+    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], dict[int, Pairs]]:
+        """Return the pairs of successive answers in units (see `Game.analyses`), by part and index in `results`."""
+        count, pairs, before = self.config.participant_num, defaultdict[Any, dict[int, Pairs]](dict), np.empty(0)
+        if count > MOST_PAIRS or not shown:
+            return pairs
+        members = {}
+        for grouping in self.game.population.groupings:
+            indices = grouping.name_indices(0, count)
+            for name in shown[grouping.topic]:
+                members[grouping.topic, name] = np.flatnonzero(indices == grouping.names.index(name))
+        for number, tables in groupby(_rows_of(self, self.game), itemgetter(0)):
+            values = np.concatenate([rows["value"].to_numpy() for _, rows in tables])
+            units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64)
+            for part, indices in members.items() if len(before) else ():
+                was, now = before[indices], units[indices]
+                pairs[part][number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
+            before = units
+        return pairs
+
+
+def largest(tallies: Mapping[str, Tally], limit: int) -> list[str]:
+    """Return the `limit` names in `tallies` with the most participants, in the order of `tallies`."""
+    by_size = sorted(tallies, key=lambda name: -tallies[name].asked)[:limit]
+    return [name for name in tallies if name in by_size]
 
 
 def figure_of(entry: Mapping[str, Any], name: str) -> Any:
@@ -214,9 +269,12 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
         tally = replace(tallies[number], ended=Ended[entry["ended"].upper()])
         if isinstance(game, run_files.RecordedGame):  # its code is not run: these figures are not counted again
             wins = tuple(round(each * game.scale) for each in entry.get("winning_answers", ()))
-            result = RoundResult(number, tally, entry["outcome"], wins, error=entry.get("error", ""))
+            recorded = {"error": entry.get("error", ""), "analysis": entry.get("analysis", {})}
+            result = RoundResult(number, tally, entry["outcome"], wins, **recorded)
         else:
             result = score(game, number, tally)
+            rounds = [*(each.tally for each in results), tally], [*(each.outcome for each in results), result.outcome]
+            result = replace(result, analysis=entry.get("analysis") or analyse(game, *rounds, None))
         counted = run_files.round_entry(result, game.scale)
         same = all(counted[key] == entry[key] for key in ("asked", "answered", "failed", "average"))
         if not same or entry["asked"] != saved.config.participant_num:

@@ -3,6 +3,7 @@
 The templates escape all text, because failure causes and persona names are not trusted.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.results import charts
-from simulation.results.charts import PAGES, PART_LINES, largest, page_chart, selection, series_style, write_png
+from simulation.results.charts import PAGES, PART_LINES, page_chart, selection, series_style, write_png
 from simulation.results.console_report import winning_answers
-from simulation.results.reader import SavedRun, figure_of
-from simulation.results.run_directory import REPORT, write_whole
-from simulation.results.run_files import RoundEntry, position_in_words
+from simulation.results.reader import SavedRun, figure_of, largest
+from simulation.results.run_directory import ANALYSIS, REPORT, write_whole
+from simulation.results.run_files import RecordedGame, RoundEntry, position_in_words
 from simulation.results.tables import number_text
 from simulation.rpc.endpoints import ranges
 
@@ -39,7 +40,12 @@ ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 
 def draw_all(run: SavedRun) -> None:
-    """Write a run's report and pictures. Raises SettingsError if answers are damaged, ResultsError if a write fails."""
+    """Write a run's report, pictures and analysis.json.
+
+    Raises SettingsError if answers are damaged, ResultsError if a write fails.
+    """
+    if run.results and not isinstance(run.game, RecordedGame):  # which cannot compute payoffs
+        write_whole(run.path / ANALYSIS, (json.dumps(run.analysis(), indent=1) + "\n").encode())
     write_page(run.path / REPORT, page_content(run))
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))

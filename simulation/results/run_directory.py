@@ -24,10 +24,17 @@ from numpy.typing import NDArray
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import KEPT, Answers
-from simulation.game.game import Game
+from simulation.game.game import Game, Pairs
 from simulation.game.tally import RoundResult
 from simulation.results import run_files
-from simulation.results.answers_parquet import joined_rows, rows_by_round, tables_of, values_in, write_rows
+from simulation.results.answers_parquet import (
+    ROWS_AT_ONCE,
+    joined_rows,
+    rows_by_round,
+    tables_of,
+    values_in,
+    write_rows,
+)
 from simulation.results.run_files import FailedAnswer, SweepPosition
 from simulation.settings import SimulationConfig
 
@@ -35,11 +42,11 @@ if TYPE_CHECKING:
     from simulation.user_code import UserFile
 
 LATEST = ROOT / "runs" / "latest"
-SUMMARY_BYTES = 100_000
+SUMMARY_BYTES = 250_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
-REPORT = "report.html"
-PICTURES = (REPORT, "histogram.png", "rounds.png")
+REPORT, ANALYSIS = "report.html", "analysis.json"
+PICTURES = (REPORT, ANALYSIS, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # only the folder of an experiment contains this file
 PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # a test file: detects a full disk before servers start
 DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
@@ -142,8 +149,10 @@ class RunDirectory:
         for causes, lost in ((5, None), (1, None), (0, None), (0, 500), (0, 100), (0, 0)):
             if len(json.dumps(summary, indent=2)) < SUMMARY_BYTES:
                 break
-            for entry in summary["rounds"]:  # answers.parquet still contains all causes
+            for entry in summary["rounds"]:  # answers.parquet still contains all causes, and analysis.json all analyses
                 entry["failures"] = run_files.most_frequent(entry["failures"], causes)
+                if lost == 0:
+                    entry.pop("analysis", None)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
         if not self._whole._was_latest:  # only once: a run that was started later remains the latest
@@ -185,6 +194,18 @@ class RunDirectory:
         for entry in self.failed_now:
             _keep(self._failed, entry)
         self.write_lines(FAILED_ANSWERS, self._failed)
+
+    def pairs(self, round_number: int, count: int, scale: int) -> Iterator[Pairs]:
+        """Yield the answers of the participants 0 .. count-1 that answered in this round and the last, piece by piece.
+
+        Yield nothing for the first round. `scale` is 10^decimals.
+        """
+        parts = [self._part(number) for number in (round_number - 1, round_number) if round_number > 1]
+        for first in range(0, count, ROWS_AT_ONCE) if parts else ():
+            with results_errors(f"read the answers in {self.path}"):
+                values = np.stack([values_in(part, first, min(ROWS_AT_ONCE, count - first)) for part in parts])
+            before, after = np.rint(values[:, ~np.isnan(values).any(axis=0)] * scale).astype(np.int64)
+            yield before, after
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return a (rounds, count) array of the answers of participants first .. first+count-1. NaN: no answer."""

@@ -66,6 +66,11 @@ class SourceEntry(TypedDict):
 SOURCES: TypeAdapter[list[SourceEntry]] = TypeAdapter(list[SourceEntry])
 
 
+# The analysis of a round (see `Game.analyses`)
+Figure = int | float | str | None
+Analysis = dict[str, Figure | dict[str, Figure | dict[str, Figure]]]
+
+
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
@@ -86,6 +91,7 @@ class RoundEntry(TypedDict):
     min: float | None
     max: float | None
     outcome: NotRequired[dict[str, int | float | None]]  # absent in old runs
+    analysis: NotRequired[Analysis]  # absent in old runs, and where the game has none
     winning_number: float | None
     winning_answers: NotRequired[list[int | float]]  # the lowest ones; absent in old runs
     winners: WinnersEntry
@@ -182,6 +188,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "reassigned": result.reassigned,
         **{name: None if units is None else float(units / scale) for name, units in figures.items()},
         "outcome": {name: float(each) if isinstance(each, Fraction) else each for name, each in outcome.items()},
+        **({"analysis": result.analysis} if result.analysis else {}),
         "winning_number": None if winning is None else float(winning),
         "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],

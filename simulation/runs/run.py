@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from loguru import logger
 from simulation import errors
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
+from simulation.game.analysis import analyse
 from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.responses import Usage
 from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
@@ -131,13 +132,23 @@ class Run:
                 logger.warning(f"the tracebacks of the first failures are in {self.directory.path / FAILED_ANSWERS}")
         if result.reassigned:
             logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
-        self.results.append(result)
+        self.results.append(self._analysed(result))
         if self.config.uses_models:
             logger.info(usage_line(before, self.usage, result.seconds))
         if result.times is not None:
             times = {name: round(value, 4) for name, value in asdict(result.times).items()}
             self.cluster_summary["times"].append({"round": number, **times})
         self._write("interrupted")
+
+    def _analysed(self, result: RoundResult) -> RoundResult:
+        """Return the result of the latest round, completed with the game's analysis."""
+        results = [*self.results, result]
+        pairs = self.directory.pairs(result.round, self.config.participant_num, self.game.scale)
+        rounds = [each.tally for each in results], [each.outcome for each in results]
+        analysis = analyse(self.game, *rounds, pairs)
+        if "error" in analysis:
+            logger.warning(f"round {result.round}: the game's analysis failed: {analysis['error']}")
+        return replace(result, analysis=analysis)
 
     def _cannot_continue(self, simulation: Simulation) -> bool:
         """Return whether no tokens are left, the models do not answer, or every participant failed. Log the reason."""
