@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -140,6 +141,21 @@ def test_analyses_equal_those_of_the_saved_answers(cluster):
     assert longer[3]["analysis"]["learning"]["above"] > 0
     run = read_run(path)
     assert [dict(each.analysis) for each in run.results] == [each["analysis"] for each in longer]
+
+
+def test_the_example_of_the_documentation_is_what_is_played(cluster):
+    summary = cluster.play("3", "1000", "--experiment", "configs/experiments/two_thirds.yaml")
+    lines = (ROOT / "docs/analysis.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == ["1", "2", "5"]
+    for number, average, *figures in rows:
+        entry = summary["rounds"][int(number) - 1]
+        found = entry["analysis"]
+        every = [*found["steps"].values(), found["between_steps"], found["dominated"]]
+        every += [found.get("fall", {}).get("mean"), found.get("learning", {}).get("agree")]
+        assert average == f"{entry['average']:.2f}"
+        assert figures == ["" if each is None else f"{each:.3f}" for each in every]
+    assert (summary["rounds"][0]["analysis"]["tau"]) == {"estimate": 1.7552, "low": 1.5916, "high": 1.9144}
 
 
 def test_mean_payoffs_by_kind_equal_those_of_the_answers(cluster):
