@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -301,6 +302,7 @@ def report(command: Command) -> int:
     from simulation.results.reader import read_run
     from simulation.results.report_page import draw_all
     from simulation.results.run_directory import WHOLE, results_errors
+    from simulation.runs.human_data import people_beside
 
     run_dir = command.config.run_dir
     named = [Path(shown(full_path("RUN", run))) for run in command.runs or filter(None, [run_dir])]
@@ -308,6 +310,9 @@ def report(command: Command) -> int:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
     paths = comparison.run_folders(named)
     target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # the folder of the comparison
+    people = command.config.compare_with
+    if paths != named[:1] and people is not None:
+        raise SettingsError(f"--compare-with {printable(people)}: is for the report of a single run")
     if paths != named[:1]:
         target = target or comparison.common_folder(paths)
         runs = [read_run(path, trusted=command.config.trust) for path in paths]
@@ -319,6 +324,8 @@ def report(command: Command) -> int:
         raise SettingsError(f"--run-dir {target}: is for a comparison of several runs; {paths[0]} is a single run")
     else:
         run = read_run(paths[0], trusted=command.config.trust)
+        if people is not None:
+            run = replace(run, people=people_beside(replace(run.config, compare_with=people), run.game))
         say("\n".join(run_lines(run)))
         draw_all(run)
     for path in paths if command.config.csv else ():

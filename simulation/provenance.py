@@ -56,10 +56,21 @@ def _commit() -> str | None:
 
 def sources_of(config: SimulationConfig, texts: Iterable[str]) -> tuple[UserFile, ...]:
     """Return the files that a run uses: classes, which must have been loaded, recorded runs, and the files `texts`."""
-    groups: list[Sequence[UserFile]] = [[UserFile(Path(path).name, path, Path(path).read_bytes())] for path in texts]
+    groups: list[Sequence[UserFile]] = [[_text_file(path)] for path in texts]
     files = [file_of(spec) for spec in (config.game, *(kind.agent_class or "" for kind in config.kinds))]
     groups += [files_of(file) for file in files if file]
     return arranged([*groups, *(_files_of_run(real(kind.run)) for kind in config.kinds if kind.run)])
+
+
+def with_files(files: Iterable[UserFile], texts: Iterable[str]) -> tuple[UserFile, ...]:
+    """Return the files of a run, and those of the files `texts` that are not among them."""
+    known = [*files]
+    added = {*texts} - {each.path for each in known}
+    return arranged([[each] for each in (*known, *(_text_file(path) for path in sorted(added)))])
+
+
+def _text_file(path: str) -> UserFile:
+    return UserFile(Path(path).name, path, Path(path).read_bytes())
 
 
 def _files_of_run(folder: Path) -> tuple[UserFile, ...]:

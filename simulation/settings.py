@@ -40,6 +40,7 @@ ROLES = {
     "report": "show a finished run again, or compare several",
     "vllm": "start, stop or show the vLLM servers of this host",
 }
+DATA_FILES = (".yaml", ".yml")  # endings of files with figures of people; other values of --compare-with are names
 SERVERS = ("main", "participant")  # roles that use the settings of agent servers
 MODELS = ("main", "participant", "vllm")  # roles that use the settings of models
 
@@ -114,6 +115,14 @@ class SimulationConfig:
     teams: str | None = rule(None, "teams, whose averages are announced too: a set of personas, or model")
     prompts_file: str = rule(f"{ROOT}/configs/prompts.yaml", "prompts, in YAML", path=True)
     personas_file: str = rule(f"{ROOT}/configs/personas.yaml", "personas, in YAML", path=True)
+    compare_with: str | None = setting(
+        None,
+        "figures of people for the report: a name in configs/human, your own YAML file, or none",
+        without="all of this game",
+        roles=("main", "report"),
+        game=True,
+        path=True,
+    )
     dispatch: str = setting(
         "group", "ask participants in groups, or each through its AgentScope proxy", choices=("group", "agent")
     )
@@ -301,7 +310,8 @@ def moved(name: str, value: str, change: Callable[[str], str]) -> str:
         return ",".join(f"{kind.text.removesuffix(path)}{path and change(path)}={kind.share}" for kind, path in paths)
     if name == "extra_pythonpath":
         return ":".join(change(each) for each in value.split(":") if each)
-    return change(value) if name != "game" or ".py" in value else value  # a game may also be a name in games/
+    is_name = {"game": ".py" not in value, "compare_with": not value.endswith(DATA_FILES)}  # of a file of the program
+    return value if is_name.get(name, False) else change(value)
 
 
 class Kind(NamedTuple):

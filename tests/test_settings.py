@@ -242,7 +242,9 @@ def test_help_shows_readable_defaults_and_bounds():
 
 
 ONE_PATH = [
-    name for name, each in SETTINGS.items() if each.path and name not in ("game", "players", "extra_pythonpath")
+    name
+    for name, each in SETTINGS.items()
+    if each.path and name not in ("game", "compare_with", "players", "extra_pythonpath")
 ]
 OUT_OF_REACH = {
     "closed to us": errno.EACCES,

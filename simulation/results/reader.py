@@ -21,6 +21,7 @@ from simulation.errors import ClusterError, Ended, SettingsError, one_line
 from simulation.files import files_in, is_there, real
 from simulation.game.analysis import analyse, mean_payoffs
 from simulation.game.game import Game, Pairs
+from simulation.game.human import HumanData
 from simulation.game.population import Combination, Grouping
 from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
@@ -28,7 +29,7 @@ from simulation.llm.responses import Usage
 from simulation.provenance import kept_files, with_copies
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
-from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, PARTS, SWEEP, WHOLE, sweep_position
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, PARTS, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
 
@@ -92,6 +93,7 @@ class SavedRun(SavedSummary):
 
     game: Game
     results: list[RoundResult]
+    people: tuple[HumanData, ...] = ()  # figures of people to show beside the run
 
     @property
     def figures(self) -> dict[str, str]:
@@ -103,6 +105,30 @@ class SavedRun(SavedSummary):
     def tallies_by_part(self) -> dict[str, list[dict[str, Tally]]]:
         """Return `tallies_of` all groupings. Their topics are "kind", persona sets and "model"."""
         return self.tallies_of(self.game.population.groupings if self.results else ())
+
+    def moves(self, rounds: int) -> list[int]:
+        """Read the answers of rounds 1 to `rounds`. Return how many went down, how many up, and how many there are.
+
+        Each is compared with the same participant's in the round before. Twice the lowest number counts as a move down,
+        and twice the highest as one up.
+        """
+        low, high, counts = self.game.lowest, self.game.lowest + self.game.numbers - 1, np.zeros(3, np.int64)
+        for number, (was, now) in self._successive():
+            if number <= rounds:
+                both, stays = (was >= 0) & (now >= 0), was == now
+                down, up = (now < was) | stays & (now == low), (now > was) | stays & (now == high)
+                counts += [int((each & both).sum()) for each in (down, up, both)]
+        return counts.tolist()
+
+    def _successive(self) -> Iterator[tuple[int, Pairs]]:
+        """Yield the number of each round but the first, with the last and the present answers in units; -1 is none."""
+        before = np.empty(0, np.int64)
+        for number, tables in groupby(_rows_of(self, self.game), itemgetter(0)):
+            values = np.concatenate([rows["value"].to_numpy() for _, rows in tables])
+            units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64)
+            if len(before):
+                yield number, (before, units)
+            before = units
 
     def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
         """Read the answers. Return a tally for each part of each grouping: `[topic][index in self.results][name]`."""
@@ -145,7 +171,7 @@ class SavedRun(SavedSummary):
 
     def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], dict[int, Pairs]]:
         """Return the pairs of successive answers in units (see `Game.analyses`), by part and index in `results`."""
-        count, pairs, before = self.config.participant_num, defaultdict[Any, dict[int, Pairs]](dict), np.empty(0)
+        count, pairs = self.config.participant_num, defaultdict[Any, dict[int, Pairs]](dict)
         if count > MOST_PAIRS or not shown:
             return pairs
         members = {}
@@ -153,13 +179,10 @@ class SavedRun(SavedSummary):
             indices = grouping.name_indices(0, count)
             for name in shown[grouping.topic]:
                 members[grouping.topic, name] = np.flatnonzero(indices == grouping.names.index(name))
-        for number, tables in groupby(_rows_of(self, self.game), itemgetter(0)):
-            values = np.concatenate([rows["value"].to_numpy() for _, rows in tables])
-            units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64)
-            for part, indices in members.items() if len(before) else ():
-                was, now = before[indices], units[indices]
+        for number, (before, after) in self._successive():
+            for part, indices in members.items():
+                was, now = before[indices], after[indices]
                 pairs[part][number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
-            before = units
         return pairs
 
 
@@ -182,7 +205,8 @@ def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
     saved = read_summary(path, flag)
     _, copies = kept_files(path, saved.summary.get("sources", []) if trusted else [], flag)
     game = read_game(path, with_copies(saved.config, copies), trusted)
-    run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game))
+    people = run_files.read_run_file(path, HUMAN, run_files.parse_people) if is_there(path / HUMAN) else ()
+    run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game), people=people)
     for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams else []):
         averages = ((name, tally.average()) for name, tally in tallies.items())
         teams = tuple((name, units and units / game.scale) for name, units in averages)

@@ -8,8 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from simulation.game.human import MOST_TESTED, HumanData, distance
+from simulation.game.human import rows as compare
+from simulation.game.tally import RoundResult, Tally, merge
 from simulation.results import charts
 from simulation.results.charts import PAGES, PART_LINES, page_chart, selection, series_style, write_png
 from simulation.results.console_report import winning_answers
@@ -71,7 +75,24 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
+        "people": [_beside(run, each) for each in run.people if run.results],
     }
+
+
+def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
+    """Return the template variables of the figures of people beside those of the run."""
+    results, scale, (numbers, counts) = run.results, run.game.scale, people.counts
+    last, moves = max(people.known_rounds()), None
+    if people.moves is not None and last <= len(results) and last * run.config.participant_num <= MOST_TESTED:
+        moves = run.moves(last)
+    rows = compare(people, scale, [each.tally for each in results], [each.analysis for each in results], moves)
+    content: dict[str, Any] = {"data": people, "rows": rows}
+    if not len(numbers) or people.round > len(results) or not results[people.round - 1].tally.answered:
+        return content
+    units, result = np.rint(numbers * scale).astype(np.int64), results[people.round - 1]
+    tally = merge(Tally(int(count), units[[at]], counts[[at]]) for at, count in enumerate(counts))
+    drawn = [("The run", run.game, result), ("People", run.game, RoundResult(people.round, tally))]
+    return content | {"drawn": drawn, "distance": distance(people, scale, result.tally)}
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 250_000
 WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
+HUMAN = "human.json"  # figures of people to show beside the run
 REPORT, ANALYSIS = "report.html", "analysis.json"
 PICTURES = (REPORT, ANALYSIS, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # only the folder of an experiment contains this file

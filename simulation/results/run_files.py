@@ -12,6 +12,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from simulation.errors import SettingsError, printable, reason
 from simulation.files import is_there, read_text
 from simulation.game.game import Game, PromptTemplate, Rules
+from simulation.game.human import HumanData
 from simulation.game.population import ModelShare, Persona, PlayerShare, Population
 from simulation.game.rules import game_fields, game_of
 from simulation.game.tally import INTERRUPTED, NUMBERS_NAMED, OTHER_CAUSES, RoundResult
@@ -231,6 +232,7 @@ class GameFile(TypedDict):
 
 
 GAME_FILE = TypeAdapter(GameFile)
+PEOPLE = TypeAdapter(dict[Literal["people"], tuple[HumanData, ...]])  # the content of human.json
 
 
 def game_to_json(game: Game) -> dict[str, Any]:
@@ -281,6 +283,16 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     fields = game_fields(config, content["wording"], population)
     announced = content["rules"].get("numbers_announced", False)
     return RecordedGame(**{**fields, "recorded": content["rules"], "numbers_announced": announced})
+
+
+def people_to_json(people: tuple[HumanData, ...]) -> dict[str, Any]:
+    """Return the content of human.json."""
+    return PEOPLE.dump_python({"people": people}, mode="json", exclude_defaults=True)
+
+
+def parse_people(text: str) -> tuple[HumanData, ...]:
+    """Return the figures of people in a human.json. Raises an error in DAMAGED."""
+    return PEOPLE.validate_json(text)["people"]
 
 
 class KeptGroup(TypedDict):

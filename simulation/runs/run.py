@@ -12,14 +12,15 @@ from loguru import logger
 from simulation import errors
 from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
+from simulation.files import is_there
 from simulation.game.analysis import analyse
 from simulation.game.tally import RoundResult, announcement_of
 from simulation.llm.responses import Usage
 from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
 from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
-from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, RunDirectory, results_errors
-from simulation.results.run_files import game_to_json, summarise
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, RunDirectory, results_errors
+from simulation.results.run_files import game_to_json, people_to_json, summarise
 from simulation.rpc.endpoints import remote_run
 from simulation.rpc.messages import CODE_VERSION
 from simulation.runs.console import ConsoleProgress
@@ -200,7 +201,7 @@ class Run:
         self.directory.join_answers()
         summary = self._write(status)
         with results_errors(f"draw the report of {self.directory.path}"):
-            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results))
+            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results, self.spec.people))
 
     def _write(self, status: str) -> dict[str, Any]:
         """Write summary.json and, at the first call, game.json. Return the summary."""
@@ -210,6 +211,8 @@ class Run:
         self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])]
         if self.status is None:  # not earlier: a folder that contains only this file can be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
+            if self.spec.people or is_there(self.directory.path / HUMAN):  # a resumed run may be compared anew
+                self.directory.write_json(HUMAN, people_to_json(self.spec.people))
             self._provenance = self._write_sources()
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)
@@ -220,8 +223,7 @@ class Run:
 
     def _write_sources(self) -> dict[str, Any]:
         """Write copies of users' files and an experiment file that repeats the run. Return keys of the summary."""
-        if self._saved is None or "sources" not in self._saved.summary:
-            self.directory.write_sources(self.spec.sources)
+        self.directory.write_sources(self.spec.sources)
         names = {each.path: each.name for each in self.spec.sources}
         text = experiment_text(f"the game of run {self.run_id}", [self.config], names)
         self.directory.write_sources([UserFile(EXPERIMENT, "", text.encode())])

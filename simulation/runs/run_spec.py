@@ -14,18 +14,20 @@ import numpy as np
 from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown, warn_once
 from simulation.game.game import Game, game_class
+from simulation.game.human import HumanData
 from simulation.game.parameters import all_assignments, check_assignments, declared
 from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, score
 from simulation.llm.model_configs import ModelConfig, asked_models, read_models, settings_hash
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
-from simulation.provenance import kept_files, sources_of, with_copies
+from simulation.provenance import kept_files, sources_of, with_copies, with_files
 from simulation.results import reader
 from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
 from simulation.rpc.endpoints import ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
+from simulation.runs.human_data import file_beside, people_beside
 from simulation.runs.scenario import build_game, choose_players, read_recorded
 from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 from simulation.user_code import UserFile
@@ -57,6 +59,7 @@ class RunSpec:
     recorded: Mapping[str, Any] = field(default_factory=dict)  # what surrogates draw from (see `read_recorded`)
     sources: tuple[UserFile, ...] = ()  # the users' files in use, as they were when the run was started
     copies: Mapping[str, str] = field(default_factory=dict)  # files to use in place of some of these, by path
+    people: tuple[HumanData, ...] = ()  # figures of people to show beside the run
 
     @property
     def model_settings(self) -> str | None:
@@ -199,9 +202,11 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     config = replace(config, **resolved, set=assignments)
     game, recorded = read_recorded(with_copies(config, copies), game)
     users = {copy: path for path, copy in copies.items()}
-    sources = sources_of(used, [getattr(used, name) for name, each in texts.items() if each])
+    people, texts_used = people_beside(used, game), [getattr(used, name) for name, each in texts.items() if each]
+    sources = sources_of(used, [*texts_used, *file_beside(used)])
     sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
-    return RunSpec(config, models, game, folder, run_id, recorded=recorded, sources=sources, copies=copies)
+    others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies, "people": people}
+    return RunSpec(config, models, game, folder, run_id, **others)
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
@@ -228,6 +233,8 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     if "sources" not in before.summary:
         warn_of_missing_copy(config)
         sources = sources_of(config, [])
+    people = people_beside(with_copies(config, copies), saved.game)
+    sources = with_files(sources, file_beside(config))
     models_now = Population(**choose_players(config, models)).server_models
     models_before = game.population.server_models
     if models_before != models_now and len({*models_before, *models_now}) > 1:
@@ -236,7 +243,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
         problem = f"{asked}; this cannot be changed on resume, and it would ask {listed(models_now)}"
         raise SettingsError(f"{flags}: {problem}")
     game, recorded = read_recorded(with_copies(config, copies), game)
-    others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies}
+    others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies, "people": people}
     spec = RunSpec(config, models, game, real(path), saved.run_id, saved=saved, **others)
     if (was := before.summary.get("model_settings", spec.model_settings)) != spec.model_settings:
         raise SettingsError(

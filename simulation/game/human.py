@@ -1,0 +1,202 @@
+"""Figures of people who played a game, and their comparison with a run, as pure functions."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from simulation.game.rules import plain_number
+from simulation.game.tally import Tally
+
+MOST_TESTED = 10**7  # maximum number of answers that are tested, and of moves that are counted
+STEPS = {"above": "above the last average", "higher": "more than 3 steps"} | {
+    f"{step}": f"step {step}" for step in range(4)
+}
+NUMBERS = re.compile(r"\d+(\.\d+)?(, ?\d+(\.\d+)?)*", re.ASCII)
+CHECKED: Any = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, which reads this data
+
+
+@dataclass(frozen=True)
+class HumanRound:
+    """What is known of a round. Shares are in percent of the players."""
+
+    __pydantic_config__: ClassVar[Any] = CHECKED
+    mean: float | None = None
+    median: float | None = None
+    above: dict[float, float] = field(default_factory=dict)  # share of numbers above a number
+    chosen: dict[str, float] = field(default_factory=dict)  # share of numbers in a list such as "99, 100, 1"
+    steps: dict[str, float] = field(default_factory=dict)  # by a key of STEPS
+
+
+@dataclass(frozen=True)
+class HumanData:
+    """Figures or numbers of people who played a game. Without `ratio`, they are compared in any game."""
+
+    __pydantic_config__: ClassVar[Any] = CHECKED
+    name: str
+    source: str
+    about: str = ""
+    extracted: str = ""  # who has read the figures out of the source, if others than those who wrote the file did
+    uncertain: dict[str, str] = field(default_factory=dict)  # what is uncertain about which figure
+    ratio: Fraction | None = None  # of the game `average` with statistic mean and offset 0
+    max_value: int = 100
+    players: int | None = None
+    rounds: dict[int, HumanRound] = field(default_factory=dict)
+    median_fall: tuple[float, ...] = ()  # rates of fall from round 1 to the last round, one of each session
+    moves: tuple[int, int] | None = None  # towards the equilibrium, and all
+    learning: float | None = None  # percent of moves that agree with learning direction
+    numbers: tuple[float, ...] = ()  # of the round `round`
+    histogram: dict[float, int] = field(default_factory=dict)  # the same, as counts by number
+    round: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, which begins with the name of a field, if something does not fit."""
+        known = [name for name in ("rounds", "numbers", "histogram") if getattr(self, name)]
+        if not self.source.strip():
+            raise ValueError("source must not be empty: name where the figures are from")
+        if len(known) != 1:
+            raise ValueError(
+                f"{known[-1] if known else 'source'} needs one of numbers, histogram and rounds, not {len(known)}"
+            )
+        for number in (*self.numbers, *self.histogram):
+            if not 0 <= number <= self.max_value:
+                raise ValueError(f"{known[0]} has {number:g}, which is not from 0 to {self.max_value} (max_value)")
+        if min(self.histogram.values(), default=0) < 0 or (self.histogram and not sum(self.histogram.values())):
+            raise ValueError("histogram needs counts of 0 or more, and at least one player")
+        for number, each in self.rounds.items():
+            shares = [*each.above.values(), *each.chosen.values(), *each.steps.values()]
+            if number < 1 or not all(0 <= share <= 100 for share in shares):
+                raise ValueError(
+                    f"rounds has a round {number} with {max(shares, default=0):g} %; shares are from 0 to 100"
+                )
+            if not each.steps.keys() <= STEPS.keys() or not all(map(NUMBERS.fullmatch, each.chosen)):
+                raise ValueError(f'rounds has other steps than {", ".join(STEPS)}, or chosen is not like "99, 100, 1"')
+        if self.round < 1 or (self.moves is not None and not 0 <= self.moves[0] <= self.moves[1] != 0):
+            raise ValueError("round must be 1 or more, and moves must be some of all")
+
+    @property
+    def counts(self) -> tuple[Any, Any]:
+        """Return the distinct numbers, ascending, and how many players gave each."""
+        counts = self.histogram or Counter(self.numbers)
+        return np.array(sorted(counts), float), np.array([counts[number] for number in sorted(counts)], np.int64)
+
+    @property
+    def size(self) -> int | None:
+        """Return the number of players, or None if it is unknown."""
+        return sum(self.histogram.values()) or len(self.numbers) or self.players
+
+    def known_rounds(self) -> dict[int, HumanRound]:
+        """Return what is known by round, counted from the numbers if there are any."""
+        if self.rounds:
+            return self.rounds
+        numbers, counts = self.counts
+        every = np.cumsum(counts)
+        middle = np.searchsorted(every, [(every[-1] - 1) // 2, every[-1] // 2], side="right")
+        limit = float(self.max_value * self.ratio) if self.ratio is not None and self.ratio < 1 else None
+        above = {} if limit is None else {limit: 100 * float(counts[numbers > limit].sum() / every[-1])}
+        return {self.round: HumanRound(float(numbers @ counts / every[-1]), float(numbers[middle].mean()), above)}
+
+
+class Row(NamedTuple):
+    """A figure of a run and of people."""
+
+    figure: str
+    round: str
+    run: float | None  # None if the run has no such figure
+    people: tuple[float, ...]  # several if each session has one
+    unit: str = ""  # "%", or "" for numbers and rates
+
+    @property
+    def difference(self) -> str:
+        """Return the difference in words."""
+        if self.run is None:
+            return "unknown: the run has no such figure"
+        low, high = min(self.people), max(self.people)
+        points, people = (" points" if self.unit else ""), ("people" if low == high else "in all sessions of people")
+        if low <= self.run <= high and low < high:
+            return "between the sessions of people"
+        gap = plain_number(abs(self.run - (low if self.run < low else high)), 2)
+        if gap == "0":
+            return "as people"
+        return f"{gap}{points} {'lower' if self.run < low else 'higher'} than {people}"
+
+
+def rows(
+    data: HumanData,
+    scale: int,
+    tallies: Sequence[Tally],
+    analyses: Sequence[Mapping[str, Any]],
+    moves: Sequence[int] | None,
+) -> list[Row]:
+    """Return the figures of people beside those of a run, for the rounds that both have played.
+
+    `tallies` and `analyses` are those of the run by round, and `moves` those of the rounds of people (see
+    `SavedRun.moves`); None if not counted.
+    """
+    found = []
+    for number, people in data.known_rounds().items():
+        if number <= len(tallies) and tallies[number - 1].answered:
+            found += [row._replace(round=str(number)) for row in _of_round(data, people, scale, tallies[number - 1])]
+            steps = analyses[number - 1].get("steps", {})
+            for step, share in people.steps.items():
+                run = 100 * steps[step] if step in steps else None
+                found.append(Row(STEPS[step], str(number), run, (share,), "%"))
+    last = max(data.known_rounds())
+    if len(tallies) < last:
+        return found
+    every = f"1 to {last}"
+    if data.median_fall:
+        first, final = tallies[0].median(), tallies[last - 1].median()
+        fall = float(1 - final / first) if first and final is not None else None
+        found.append(Row("fall of the median, as a share", every, fall, data.median_fall))
+    if data.moves is not None:
+        down = data.ratio is None or data.ratio < 1
+        moved = 100 * moves[0 if down else 1] / moves[2] if moves is not None and moves[2] else None
+        figure = f"moves {'down' if down else 'up'}, towards the equilibrium, or none at it"
+        found.append(Row(figure, every, moved, (100 * data.moves[0] / data.moves[1],), "%"))
+    if data.learning is not None:
+        learning = [each["learning"] for each in analyses[:last] if each.get("learning")]
+        agreed = [(each["above"] + each["below"], each["agree"]) for each in learning if each["agree"] is not None]
+        total = sum(count for count, _ in agreed)
+        agree = 100 * sum(count * part for count, part in agreed) / total if total else None
+        found.append(Row("moves that agree with learning direction", every, agree, (data.learning,), "%"))
+    return found
+
+
+def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> list[Row]:
+    """Return the figures of a round that a tally gives."""
+    found = []
+    for name, value, units in (("mean", people.mean, tally.average()), ("median", people.median, tally.median())):
+        if value is not None and units is not None:
+            found.append(Row(name, "", float(units / scale), (value,)))
+    shares = list[tuple[str, Any, float]]()
+    for limit, share in people.above.items():
+        is_dominated = data.ratio is not None and data.max_value * data.ratio <= limit
+        name = f"{'dominated ' * is_dominated}numbers above {plain_number(limit, 2)}"
+        shares.append((name, tally.units > round(limit * scale, 6), share))
+    for text, share in people.chosen.items():
+        chosen = [round(float(number) * scale) for number in text.split(",")]
+        shares.append((f"the number{'s' * (len(chosen) > 1)} {text}", np.isin(tally.units, chosen), share))
+    for name, are_meant, share in shares:
+        found.append(Row(name, "", 100 * float(tally.counts[are_meant].sum() / tally.answered), (share,), "%"))
+    return found
+
+
+def distance(data: HumanData, scale: int, tally: Tally) -> dict[str, Any]:
+    """Return the Wasserstein distance of a run's answers from people's numbers, and a two-sided Mann-Whitney test.
+
+    The test is missing if there are more than MOST_TESTED numbers.
+    """
+    from scipy.stats import mannwhitneyu, wasserstein_distance  # noqa: PLC0415 - slow, and needed in this case only
+
+    numbers, counts = data.counts
+    answers = tally.units / scale
+    found = {"wasserstein": float(wasserstein_distance(answers, numbers, tally.counts, counts))}
+    if tally.answered + counts.sum() <= MOST_TESTED:
+        test = mannwhitneyu(np.repeat(answers, tally.counts), np.repeat(numbers, counts))
+        found |= {"u": float(test.statistic), "p": float(test.pvalue)}
+    return found
