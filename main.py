@@ -78,7 +78,7 @@ def play(command: Command) -> int:
     from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
     from simulation.runs.session import session_of
 
-    log_to_stderr()
+    log_to_stderr(command.config.quiet)
     observe: "Observe" = nullcontext
     with ExitStack() as cleanup:
         session = session_of(command.config, command.given, cleanup)
@@ -89,7 +89,7 @@ def play(command: Command) -> int:
         # If only the resumed run names this key folder, make no key in it: a new key would not match its servers
         named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
         install_tls((load_or_make if named else load)(Path(folder)))
-        progress = ConsoleProgress()
+        progress = ConsoleProgress(command.config.quiet, command.config.json)
         on_stop_signals(progress.signalled)
         if command.config.dashboard is not None:  # the flag of this command, not of the resumed run
             from simulation.runs.dashboard import Dashboard

@@ -9,6 +9,7 @@
 #
 # On one machine without agent servers it starts them, and stops them at the end. Otherwise it uses those that
 # ./start_all_server.sh started on every host. Results are in runs/latest. Flags go to main.py; --help-all lists them.
+# --quiet prints only results, warnings and errors; --json prints only summary.json, of an experiment an array of them.
 # --resume continues a run after its last finished round, also on other hosts and servers; settings given here replace
 # those of the run. --experiment plays the settings of a YAML file, one run for each combination of the values in lists;
 # a flag overrides the file.

@@ -128,6 +128,8 @@ def parse(arguments: list[str]) -> Command | None:
         raise SettingsError(f"{flag_of(unused[0])}: does not go with {flag_of(action)}")
     if for_vllm and (role != "vllm" or action is not None):
         raise SettingsError(f"{for_vllm[0]}: only flags for vLLM may follow --, where --role vllm starts servers")
+    if {"json", "dry_run"} <= given.keys():
+        raise SettingsError("--json: does not go with --dry-run, which writes no results")
     SimulationConfig.check_who_plays(given)
     config = SimulationConfig(**given)
     plays = role == "main" and config.resume is None  # a resumed run has a saved model_per_host
@@ -298,12 +300,15 @@ def report(command: Command) -> int:
         return 0
     from simulation.results import comparison
     from simulation.results.answers_parquet import write_csv
-    from simulation.results.console_report import run_lines
+    from simulation.results.console_report import run_lines, summaries_text
     from simulation.results.reader import read_run
     from simulation.results.report_page import draw_all
     from simulation.results.run_directory import WHOLE, results_errors
+    from simulation.runs.console import ConsoleProgress, log_to_stderr
     from simulation.runs.human_data import people_beside
 
+    log_to_stderr(quiet=command.config.json)
+    console = ConsoleProgress(json=command.config.json)
     run_dir = command.config.run_dir
     named = [Path(shown(full_path("RUN", run))) for run in command.runs or filter(None, [run_dir])]
     if not named:
@@ -317,21 +322,25 @@ def report(command: Command) -> int:
         target = target or comparison.common_folder(paths)
         runs = [read_run(path, trusted=command.config.trust) for path in paths]
         lines = comparison.comparison_lines(runs, command.config.all_runs)
-        say("\n".join([*lines, *comparison.unfinished_lines(named, runs)]))
-        comparison.write_comparison(target, runs, command.config.all_runs)
-        say(f"compared in {target / 'comparison.html'}")
+        console.say([*lines, *comparison.unfinished_lines(named, runs)])
+        with console.during("drawing pictures"):
+            comparison.write_comparison(target, runs, command.config.all_runs)
+        console.say([f"compared in {target / 'comparison.html'}"])
     elif target is not None:
         raise SettingsError(f"--run-dir {target}: is for a comparison of several runs; {paths[0]} is a single run")
     else:
         run = read_run(paths[0], trusted=command.config.trust)
         if people is not None:
             run = replace(run, people=people_beside(replace(run.config, compare_with=people), run.game))
-        say("\n".join(run_lines(run)))
-        draw_all(run)
+        console.say(run_lines(run))
+        with console.during("drawing pictures"):
+            draw_all(run)
     for path in paths if command.config.csv else ():
         with results_errors(f"write {path / 'answers.csv'}"):
             write_csv(path / WHOLE, path / "answers.csv")
-        say(f"answers in {path / 'answers.csv'}")
+        console.say([f"answers in {path / 'answers.csv'}"])
+    if console.json:
+        say(summaries_text(paths, paths != named[:1]))
     return 0
 
 

@@ -104,6 +104,9 @@ class SimulationConfig:
     max_value: int = rule(100, "upper bound of the numbers, which start at 0", 1, 10**9)
     decimals: int = rule(0, "decimal places of the numbers", 0, 6)
     rounds: int = setting(1, "number of rounds", 1, 100, game=True)
+    until_converged: float | None = setting(
+        None, "end when mean and median moved less than this in each of the last two rounds", 0, 10**9, game=True
+    )
     repeats: int = setting(1, "number of times to play each game, each time with another seed", 1, 1000, game=True)
     ratio: str | None = rule(None, "short for --set ratio=X, such as 2/3 or 0.51", without="that of the game")
     offset: str | None = rule(None, "short for --set offset=X, such as 5, or 1/2", without="that of the game")
@@ -178,6 +181,8 @@ class SimulationConfig:
     payoffs: bool = setting(False, "add payoff and won to answers.parquet, as in games other than average", game=True)
     csv: bool = setting(False, "write answers.csv, too", roles=("report",))
     all_runs: bool = setting(False, "also show single runs where repeats are compared", roles=("main", "report"))
+    quiet: bool = setting(False, "print only results, warnings and errors")
+    json: bool = setting(False, "print only summary.json; of several runs, an array", roles=("main", "report"))
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
 

@@ -468,10 +468,11 @@ def test_repeats_are_played_compared_and_extended(cluster):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
     assert "run 5 of 6: ratio 1/2, repeat 3" in done.stderr
     assert cluster.summary(folder / names[5])["config"]["seed"] == SEEDS_OF_7[2]
-    again = cluster.run(*resume)
-    assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+    again = cluster.run(*resume, "--json", "--quiet")
+    assert again.returncode == 0 and again.stderr == "", again.stderr
+    assert json.loads(again.stdout) == [cluster.summary(folder / name) for name in names]
     every = cluster.run("main.py", "--role", "report", "runs/repeated", "--all-runs").stdout.splitlines()
-    assert [line.split()[0] for line in every[3:10]] == ["run", *names] and every[:3] == again.stdout.splitlines()
+    assert [line.split()[0] for line in every[3:10]] == ["run", *names] and every[:3] == done.stdout.splitlines()[-3:]
 
 
 def test_a_command_without_a_file_is_repeated(cluster):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from games.average import Average
-from simulation.errors import UnusableAnswer
+from simulation.errors import Ended, UnusableAnswer
 from simulation.game.rules import draw, to_units
-from simulation.game.tally import Tally
+from simulation.game.tally import RoundResult, Tally, has_converged, value_counts
 
 
 def game(seed: int = 7, max_value: int = 100, decimals: int = 0) -> Average:
@@ -86,6 +87,41 @@ def test_values_convert_back_to_their_units(units, decimals):
 def test_large_sums_are_exact():
     tally = Tally(30_000_000, np.array([10**15 - 1, 10**15]), np.array([10_000_000, 20_000_000]))
     assert tally.total == (10**15 - 1) * 10_000_000 + 10**15 * 20_000_000
+
+
+def rounds_of(*answers: list[int], ended: Ended = Ended.COMPLETE, error: str = "") -> list[RoundResult]:
+    """Return the results of rounds in which each participant gives one of `answers`. `ended` and `error`: the last."""
+    tallies = [
+        Tally(3, *value_counts(np.array(each)), {"x": 3 - len(each)} if len(each) < 3 else {}) for each in answers
+    ]
+    tallies[-1] = replace(tallies[-1], ended=ended)
+    results = [RoundResult(number, tally) for number, tally in enumerate(tallies, start=1)]
+    return [*results[:-1], replace(results[-1], error=error)]
+
+
+@pytest.mark.parametrize(
+    ("results", "limit", "scale", "converged"),
+    [
+        (rounds_of([10, 20, 30], [10, 20, 30]), 1.0, 1, False),  # two rounds moved only once
+        (rounds_of([10, 20, 30], [10, 20, 30], [10, 20, 30]), 1.0, 1, True),
+        (rounds_of([10, 20, 30], [10, 20, 30], [10, 20, 30]), None, 1, False),
+        (rounds_of([10, 20, 30], [10, 20, 30], [10, 20, 30]), 0.0, 1, False),
+        (rounds_of([0, 50, 90], [10, 20, 30], [10, 20, 33], [9, 19, 34]), 1.01, 1, True),
+        (rounds_of([10, 20, 30], [10, 20, 33], [10, 20, 36]), 1.0, 1, False),  # the mean moved by exactly 1
+        (rounds_of([10, 20, 30], [10, 22, 28], [10, 22, 28]), 2.0, 1, False),  # the median moved by exactly 2
+        (rounds_of([10, 20, 30], [10, 22, 28], [10, 22, 28]), 2.1, 1, True),
+        (rounds_of([10, 22, 28], [10, 22, 28], [10, 20, 30]), 2.0, 1, False),
+        (rounds_of([1, 2, 3], [2, 3, 4], [3, 4, 5]), 0.1, 10, False),  # by exactly 0.1
+        (rounds_of([1, 2, 3], [2, 3, 4], [3, 4, 5]), 0.11, 10, True),
+        (rounds_of([5], [], [5]), 1.0, 1, False),
+        (rounds_of([], [], []), 1.0, 1, False),
+        (rounds_of([5], [5], [5], [], [5]), 1.0, 1, False),
+        (rounds_of([5], [5], [5], ended=Ended.INTERRUPTED), 1.0, 1, False),
+        (rounds_of([5], [5], [5], error="a division by zero"), 1.0, 1, False),
+    ],
+)
+def test_a_game_has_converged_if_mean_and_median_moved_less_in_both_last_rounds(results, limit, scale, converged):
+    assert has_converged(results, limit, scale) is converged
 
 
 def test_a_tally_that_loses_a_participant_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from fake_model import ANSWER_TOKENS, PROMPT_TOKENS, FakeModel
 from games.average import Average
 from simulation.errors import Ended, SettingsError
 from simulation.game.rules import draw
-from simulation.results.reader import read_run
+from simulation.results import comparison
+from simulation.results.reader import read_run, runs_in
 from simulation.rpc.cluster_key import load_or_make
+from simulation.runs.session import session_of
 from simulation.settings import SimulationConfig
 
 OLD_RUNS = ROOT / "tests/data/old_runs"
@@ -367,6 +370,33 @@ def test_an_old_sweep_is_resumed(cluster: Checkout):
             assert (folder / run / file.name).read_bytes() == file.read_bytes()
     for run in runs:
         assert summary_in(folder / run)["status"] == "complete" and answers_in(folder / run) == drawn(folder / run)
+
+
+def test_converged_runs_of_an_experiment_are_finished(tmp_path: Path):
+    """Unless they are to move less: then all of them have rounds left."""
+    sweep = copy_of("sweep", tmp_path / "sweep")
+    content = json.loads((sweep / "sweep.json").read_text())
+    content["runs"] = content["runs"][:2]
+    content["config"] |= {"rounds": 5, "until_converged": 9.0}
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    shutil.rmtree(sweep / "03-ratio=2-3,seed=1")
+    for run in runs_in(sweep):
+        summary = summary_in(run)
+        summary["config"] |= {"rounds": 5, "until_converged": 9.0}
+        (run / "summary.json").write_text(json.dumps(summary | {"converged_after": 2}))
+
+    def left(**given: Any) -> tuple[list[int], str | None]:
+        with contextlib.ExitStack() as cleanup:
+            session = session_of(SimulationConfig(resume=str(sweep), **given), given, cleanup)
+            return [len(spec.rounds_left) for spec in session.specs], session.how_to_resume()
+
+    assert left() == ([0, 0], None) and left(rounds=7) == ([0, 0], None)
+    assert left(until_converged=0.5)[0] == [3, 3]
+    runs = [read_run(run) for run in runs_in(sweep)]
+    assert comparison.unfinished_lines([sweep], runs) == []
+    del runs[0].summary["converged_after"]
+    (line,) = comparison.unfinished_lines([sweep], runs)
+    assert line.startswith("1 of 2 runs of ")
 
 
 def test_the_example_reads_the_last_run_of_an_experiment(tmp_path):

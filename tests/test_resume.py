@@ -29,6 +29,8 @@ from simulation.game.tally import INTERRUPTED, RoundResult, Tally
 from simulation.hosts import pid_files
 from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.responses import Usage
+from simulation.results.console_report import run_lines
+from simulation.results.reader import read_run
 from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
 from simulation.results.run_files import summarise
 from simulation.runs.run import Run
@@ -215,12 +217,22 @@ def test_a_finished_run_can_be_extended(checkout):
     four = checkout.answers()
     run = checkout.path / "runs/two"
     checkout.play("2", "50", "--seed", "7", "--sleep-time", "0", "--rounds", "2", "--run-dir", str(run))
-    again = checkout.run("run_simulation.sh", "--resume", str(run))
+    again = checkout.run("run_simulation.sh", "--resume", str(run), "--json")
     assert again.returncode == 0 and "asking" not in again.stderr and "starting" not in again.stderr
-    assert checkout.answers(run) == four[:100]
-    longer = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "4")
-    assert longer.returncode == 0, longer.stderr
+    assert checkout.answers(run) == four[:100] and json.loads(again.stdout) == checkout.summary(run)
+    converged = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "4", "--until-converged", "60")
+    moved = "mean and median moved less than 60 in the last two rounds: the game ends after round 3 of 4\n"
+    assert converged.returncode == 0 and converged.stderr.count(": asking") == 1 and moved in converged.stderr
+    assert "to go on with it" not in converged.stderr and checkout.answers(run) == four[:150]
+    assert (summary := checkout.summary(run))["status"] == "complete" and summary["converged_after"] == 3
+    assert run_lines(read_run(run))[-1].endswith(" is complete: 3 of 4 rounds, converged")
+    again = checkout.run("run_simulation.sh", "--resume", str(run), "--quiet")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "") and checkout.answers(run) == four[:150]
+    longer = checkout.run("run_simulation.sh", "--resume", str(run), "--until-converged", "0", "--quiet")
+    assert longer.returncode == 0 and longer.stderr == "", longer.stderr
+    assert all(line.startswith("Moderator: ") for line in longer.stdout.splitlines()) and "average" in longer.stdout
     assert checkout.answers(run) == four and checkout.summary(run)["status"] == "complete"
+    assert "converged_after" not in checkout.summary(run)
     shorter = checkout.run("run_simulation.sh", "--resume", str(run), "--rounds", "3")
     assert shorter.returncode == 2 and "has played 4 already" in one_line(shorter.stderr)
 

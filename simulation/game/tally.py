@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -172,6 +173,19 @@ def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
         return RoundResult(round_number, tally, error=one_line(error))
     wins = payoffs == payoffs.max() if outcome.get("winning_number", 0) is not None else np.zeros(len(payoffs), bool)
     return RoundResult(round_number, tally, outcome, tuple(tally.units[wins].tolist()))
+
+
+def has_converged(results: Sequence[RoundResult], limit: float | None, scale: int) -> bool:
+    """Return whether mean and median each moved by less than `limit` in each of the last two rounds.
+
+    `limit` is a number, not in units. Rounds that were interrupted, or have no answers or no result, never count.
+    """
+    last = [each for each in results[-3:] if not each.error and each.tally.ended is not Ended.INTERRUPTED]
+    figures: list[Any] = [(each.tally.average(), each.tally.median()) for each in last if each.tally.answered]
+    if limit is None or len(figures) < 3:
+        return False
+    moves = (abs(after - before) for pair in pairwise(figures) for before, after in zip(*pair, strict=True))
+    return max(moves) < Fraction(str(limit)) * scale
 
 
 def _read_only(array: Units) -> Units:

@@ -136,7 +136,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
     for path in [real(path) for path in named if is_there(path / SWEEP)]:
         existing = [run for run in runs if real(run.path).parent == path]
         position = sweep_position(existing[0].path)
-        finished = sum(run.rounds_finished >= run.config.rounds for run in existing)
+        finished = sum(run.is_finished for run in existing)
         if position is not None and finished < position["runs"]:
             left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
             lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")

@@ -2,18 +2,20 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from simulation.errors import printable
+from simulation.files import is_there
 from simulation.game.answer_sheet import bins_of
 from simulation.game.game import Game, Units
-from simulation.game.tally import NUMBERS_NAMED, RoundResult, Tally
+from simulation.game.tally import INTERRUPTED, NUMBERS_NAMED, RoundResult, Tally
 from simulation.llm.responses import Usage
 from simulation.results.reader import SavedRun
-from simulation.results.run_files import FailedAnswer, most_frequent, position_in_words
+from simulation.results.run_files import FailedAnswer, most_frequent, position_in_words, read_run_file
 from simulation.results.tables import number_text, table_lines
 
 BARS = 15
@@ -24,8 +26,11 @@ ANSWERS_SHOWN, ANSWER_LENGTH = 3, 30  # maximum number and length of unusable an
 def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     """Return the lines that announce the result of a round."""
     duration = f"[takes {result.seconds:.2f} s]"
+    asked, interrupted = result.tally.asked, result.tally.failures.get(INTERRUPTED, 0)
+    if not result.tally.answered and interrupted:
+        return [f"Moderator: The round was interrupted before any of {asked} participants answered {duration}"]
     if not result.tally.answered:
-        return [f"Moderator: Nobody of {result.tally.asked} answered, so there is no average {duration}"]
+        return [f"Moderator: Nobody of {asked} answered, so there is no average {duration}"]
     if result.error:
         return [f"Moderator: The answers have no result: {result.error} {duration}"]
     texts = {name: _text(value, game) for name, value in result.outcome.items() if value is not None}
@@ -48,6 +53,8 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
         averages = ", ".join(f"{name} {_text(average, game, 'none')}" for name, average in result.teams)
         closest = f"{' and '.join(result.closest_teams)} {'is' if len(result.closest_teams) == 1 else 'are'} closest"
         lines.append(f"Moderator: The teams' averages are {averages}{f'; {closest}' if result.closest_teams else ''}.")
+    if interrupted:
+        lines.append(f"Moderator: The round was interrupted before {interrupted} of {asked} participants answered.")
     return lines
 
 
@@ -70,14 +77,18 @@ def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> st
     return text if isinstance(number, int) else text.replace(",", "")
 
 
-def failure_line(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> str:
-    """Return a line that states how many participants failed, why, and some answers in `examples`."""
-    causes = []
-    for cause, count in most_frequent(tally.failures).items():
+def failure_lines(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> list[str]:
+    """Return a line that states how many participants failed, why, and some answers in `examples`, if any failed.
+
+    Participants whose round was interrupted are not counted: `announcement_lines` states their number.
+    """
+    causes, failures = [], {cause: count for cause, count in tally.failures.items() if cause != INTERRUPTED}
+    for cause, count in most_frequent(failures).items():
         texts = dict.fromkeys(each["text"] for each in examples if each["failure"] == cause and "text" in each)
         shown = ", ".join(printable(text, ANSWER_LENGTH) for text in list(texts)[:ANSWERS_SHOWN])
         causes.append(f"{printable(cause)}{shown and f', such as {shown}'}: {count}")
-    return f"{tally.failed} of {tally.asked} participants gave no usable answer: {'; '.join(causes)}"
+    start = f"{sum(failures.values())} of {tally.asked} participants gave no usable answer"
+    return [f"{start}: {'; '.join(causes)}"] if causes else []
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
@@ -101,24 +112,37 @@ def histogram(tally: Tally, low: int, high: int, bars: int) -> tuple[Units, Unit
     return edges, np.bincount((tally.units - low) // width, tally.counts, bins).astype(np.int64)
 
 
-def histogram_lines(tally: Tally, game: Game) -> list[str]:
-    """Return the lines of a text histogram of the answers. The lines fit the width of the terminal."""
+def histogram_lines(result: RoundResult, game: Game) -> list[str]:
+    """Return the title and the rows of a text histogram of a round's answers. The rows fit the width of the terminal.
+
+    Bins without answers have no row; `...` replaces those between two rows.
+    """
+    tally = result.tally
     if not tally.answered:
         return []
-    lowest, highest = game.lowest, game.lowest + game.numbers - 1
-    edges, counts = histogram(tally, lowest, highest, BARS)
-    labels = [_number(low, game) for low in edges[:-1]]
-    if edges[1] > edges[0] + 1:
-        highest_in_bins = np.minimum(edges[1:] - 1, highest)
-        labels = [f"{low}-{_number(high, game)}" for low, high in zip(labels, highest_in_bins, strict=True)]
+    edges, counts = histogram(tally, game.lowest, game.lowest + game.numbers - 1, BARS)
+    sizes, filled = np.diff(edges), np.flatnonzero(counts)
+    ends = [(_number(edges[row], game), _number(edges[row + 1] - 1, game)) for row in filled]
+    labels = [low if low == high else f"{low}-{high}" for low, high in ends]
     label_width, longest = max(map(len, labels)), int(counts.max())
     room = shutil.get_terminal_size().columns - label_width - len(str(longest)) - 5  # 5: the spaces in a line
     bar_width = min(BAR_WIDTH, max(room, 0))
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
-    return [
-        f"  {label:>{label_width}}  {block * round(count / longest * bar_width)} {count}".rstrip()
-        for label, count in zip(labels, counts, strict=True)
-    ]
+    lines = [f"Answers of round {result.round}: {tally.answered:,} of {tally.asked:,} participants, by number"]
+    for label, row, before in zip(labels, filled, [filled[0] - 1, *filled], strict=False):
+        lines += [f"  {'...':>{label_width}}"] if row > before + 1 else []
+        bar = block * round(counts[row] / longest * bar_width)
+        note = f" (only {sizes[row]} of {sizes[0]} numbers)" if 1 < sizes[row] < sizes[0] else ""
+        lines.append(f"  {label:>{label_width}}  {bar} {counts[row]}{note}")
+    return lines
+
+
+def summaries_text(folders: Iterable[Path], several: bool) -> str:
+    """Return the content of the summary.json in each of `folders` that has one. If `several`, return a JSON array."""
+    folders = [folder for folder in folders if is_there(folder / "summary.json")]
+    texts = [read_run_file(folder, "summary.json", str.strip) for folder in folders]
+    text = ",\n".join(texts)
+    return f"[{text}]" if several else text
 
 
 def run_lines(run: SavedRun) -> list[str]:
@@ -126,9 +150,9 @@ def run_lines(run: SavedRun) -> list[str]:
     lines: list[str] = []
     for result in run.results:
         lines += announcement_lines(result, run.game)
-        lines += [failure_line(result.tally)] if result.tally.failed else []
+        lines += failure_lines(result.tally)
     if run.results:
-        lines += histogram_lines(run.results[-1].tally, run.game)
+        lines += histogram_lines(run.results[-1], run.game)
     for topic, rounds in run.tallies_by_part.items():
         rows = []
         for name, tally in rounds[-1].items():
@@ -138,7 +162,7 @@ def run_lines(run: SavedRun) -> list[str]:
         lines += table_lines(head, rows, dropped=("spread", "asked", "answered", "average"))
     players = run.game.population.players
     lines += [f"{each.share} {each.label}: {each.source}" for each in players if each.source is not None]
-    played = f"{run.rounds_finished} of {run.config.rounds} rounds"
+    played = f"{run.rounds_finished} of {run.config.rounds} rounds{', converged' * ('converged_after' in run.summary)}"
     experiment = f"; it is {position_in_words(run.position)}" if run.position is not None else ""
     lines += [f"started {run.provenance}"] if run.provenance else []
     return [*lines, f"run {run.run_id} is {run.summary['status']}: {played}{experiment}"]

@@ -59,6 +59,15 @@ class SavedSummary:
         """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
+    def has_converged(self, limit: float | None) -> bool:
+        """Return whether the run has ended because its figures moved less than `limit` (see --until-converged)."""
+        return "converged_after" in self.summary and limit == self.config.until_converged
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the run has no rounds left."""
+        return self.rounds_finished >= self.config.rounds or "converged_after" in self.summary
+
     def by_round(self, name: str) -> dict[int, float]:
         """Return the figure `name` (see `figure_of`) of each round that has it, by round number."""
         values = {entry["round"]: figure_of(entry, name) for entry in self.summary["rounds"]}

@@ -115,6 +115,7 @@ class Summary(TypedDict):
     run_id: str
     part_of: NotRequired[SweepPosition]
     status: Literal["complete", "partial", "interrupted", "failed"]
+    converged_after: NotRequired[int]  # the number of rounds, if --until-converged ended the game
     started: NotRequired[Printable]  # in ISO 8601; old runs have neither this nor the next keys
     program: NotRequired[Annotated[dict[Literal["version", "code", "git"], Printable | None], Field(min_length=3)]]
     python: NotRequired[Printable]

@@ -5,16 +5,18 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loguru import logger
 
+from simulation.errors import say
 from simulation.files import ROOT
 from simulation.results.tables import fitting
 
@@ -22,13 +24,23 @@ LINE_EVERY_S = 5.0
 WARNINGS_KEPT = 100
 SAME_SIGNAL_S = 1.0  # `timeout` and similar tools send the same signal twice
 SHORTEST_BAR, LONGEST_BAR, USUAL_WIDTH = 8, 40, 80  # terminal columns
+LONGEST_LEFT_S = 1e8  # a longer estimate, of about 3 years, is not shown
 DEFECT_LOG = ROOT / "run" / "defects.log"
 
 
-def log_to_stderr() -> None:
-    """Configure the log: lines without tracebacks on standard error."""
+def log_to_stderr(quiet: bool = False) -> None:
+    """Configure the log on standard error, without tracebacks. If `quiet`, it has only warnings and errors.
+
+    On a terminal, a line has only the time of day and the text.
+    """
     logger.remove()
-    logger.add(sys.stderr, format="{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}", level="INFO")
+    line = _short_line if sys.stderr.isatty() else "{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}"
+    logger.add(sys.stderr, format=line, level="WARNING" if quiet else "INFO")
+
+
+def _short_line(record: Any) -> str:
+    level = record["level"]
+    return f"{{time:HH:mm:ss}} {f'{level.name.lower()}: ' if level.name != 'INFO' else ''}{{message}}\n"
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -60,9 +72,13 @@ class Stage(NamedTuple):
 
 
 class ConsoleProgress:
-    """Progress on standard error: a bar on a terminal, else a line every LINE_EVERY_S seconds. Handles stop signals."""
+    """Progress on standard error: a bar on a terminal, else a line every LINE_EVERY_S seconds. Handles stop signals.
 
-    def __init__(self) -> None:
+    If `quiet`, only warnings are shown. If `json`, results are log lines: standard output is for summary.json.
+    """
+
+    def __init__(self, quiet: bool = False, json: bool = False) -> None:
+        self.quiet, self.json = quiet, json
         self.stop_signal: int | None = None
         self.stage: Stage | None = None  # the latest stage
         self.warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS_KEPT)  # (time.time, message)
@@ -79,7 +95,8 @@ class ConsoleProgress:
         self.stage = self.stage._replace(done=done, total=total)
         self._is_open = done != total
         if sys.stderr.isatty():
-            self._draw_bar(note if self._is_open else None)
+            room = self._columns - 1
+            self._replace_bar(progress_line(self.stage, time.monotonic(), note, room) if self._is_open else "")
         elif now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             rate = done / (now - self.stage.began)
@@ -89,23 +106,46 @@ class ConsoleProgress:
     def close(self) -> None:
         """End the stage and remove its bar."""
         self._is_open = False
-        self._draw_bar(None)
+        self._replace_bar("")
 
-    def _draw_bar(self, note: str | None) -> None:
-        """Draw the bar of the latest stage, with `note`. If `note` is None, only remove the previous bar."""
-        line = "\r\x1b[K" if self._has_bar else ""
-        self._has_bar = note is not None
+    @contextlib.contextmanager
+    def during(self, work: str) -> Iterator[None]:
+        """Show `work` while the block is executed. If standard error is no terminal, log it after LINE_EVERY_S."""
+        timer = threading.Timer(LINE_EVERY_S, logger.info, (work,))
+        if sys.stderr.isatty():
+            self._replace_bar(work if len(work) < self._columns else "")
+        else:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._replace_bar("")
+
+    @property
+    def _columns(self) -> int:
         with contextlib.suppress(OSError):  # the terminal is closed
-            if note is not None and self.stage is not None:
-                columns = os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_WIDTH
-                line += progress_line(self.stage, time.monotonic(), note, columns - 1)
-            sys.stderr.write(line)
+            return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_WIDTH
+        return USUAL_WIDTH
+
+    def _replace_bar(self, line: str) -> None:
+        """Draw `line` in place of the previous bar, if any. If `line` is empty, only remove the previous bar."""
+        line = "" if self.quiet else line
+        text, self._has_bar = "\r\x1b[K" * self._has_bar + line, bool(line)
+        with contextlib.suppress(OSError):  # the terminal is closed
+            sys.stderr.write(text)
             sys.stderr.flush()
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Print results, after removing the bar."""
+        self._replace_bar("")
+        for line in lines:
+            (logger.info if self.json else say)(line)
 
     def warn(self, line: str) -> None:
         """Log a warning about a server, and store the warning for the dashboard."""
         self.warnings.append((time.time(), line))
-        self._draw_bar(None)
+        self._replace_bar("")
         logger.warning(line)
 
     def signalled(self, number: int, _frame: FrameType | None) -> None:
@@ -131,15 +171,16 @@ def progress_line(stage: Stage, now: float, note: str, room: int) -> str:
     """Return a line that shows the progress of a stage. If it exceeds `room` columns, omit less important parts."""
     _, done, total, began = stage
     rate = done / (now - began) if now > began else 0.0
-    left = str(timedelta(seconds=math.ceil((total - done) / rate))) if rate else ""
+    seconds_left = max(total - done, 0) / rate if rate else math.inf
+    left = str(timedelta(seconds=math.ceil(seconds_left))) if seconds_left < LONGEST_LEFT_S else ""
     cells = [stage.name, " " * SHORTEST_BAR, f"{done:,} of {total:,}", f"{rate:,.0f}/s" if rate else "", left, note]
     name, bar, count, speed, time_left, last = range(len(cells))
     columns = fitting([len(cell) for cell in cells], (last, bar, speed, time_left, name), room, gap=1)
     spare = room - sum(len(cells[column]) + 1 for column in columns) + 1
     if spare < 0:  # the count does not fit, either
-        cells[count] = f"{100 * done / total:.0f}%"
+        cells[count] = f"{100 * done // total}%"
     width = min(SHORTEST_BAR + spare, LONGEST_BAR)
-    filled = width * done // max(total, 1)
+    filled = width * min(done, total) // max(total, 1)
     full, empty = "━╺" if "utf" in (sys.stderr.encoding or "").lower() else "=-"
     cells[bar] = full * filled + empty * (width - filled)
     return " ".join(cells[column] for column in columns)

@@ -14,10 +14,10 @@ from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
 from simulation.files import is_there
 from simulation.game.analysis import analyse
-from simulation.game.tally import RoundResult, announcement_of
+from simulation.game.tally import RoundResult, announcement_of, has_converged
 from simulation.llm.responses import Usage
 from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
-from simulation.results.console_report import announcement_lines, failure_line, histogram_lines, usage_line
+from simulation.results.console_report import announcement_lines, failure_lines, histogram_lines, usage_line
 from simulation.results.reader import SavedRun
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, RunDirectory, results_errors
 from simulation.results.run_files import game_to_json, people_to_json, summarise
@@ -58,8 +58,12 @@ class Run:
         self._began = time.monotonic() - self.seconds["total"]
 
     @property
+    def has_converged(self) -> bool:
+        return has_converged(self.results, self.config.until_converged, self.game.scale)
+
+    @property
     def rounds_left(self) -> range:
-        return range(len(self.results) + 1, self.config.rounds + 1)
+        return range(len(self.results) + 1, self.config.rounds + 1) if not self.has_converged else range(0)
 
     def play_rounds(self) -> int:
         """Execute the remaining rounds, write the results (even after an error), and return the exit status."""
@@ -92,7 +96,7 @@ class Run:
                     self._play_round(simulation, number)
                     is_over = not self.rounds_left and not self.results[-1].error
                     self.ended_early = not is_over and self._cannot_continue(simulation)
-                    if self.console.stop_signal is not None or self.ended_early:
+                    if self.console.stop_signal is not None or self.ended_early or not self.rounds_left:
                         break
                 if self.config.keep_agents:
                     agents = [
@@ -125,12 +129,11 @@ class Run:
         except errors.RunAborted as error:
             raise errors.RunAborted(f"round {number} cannot be finished: {error}") from None
         before, self.usage = self.usage, simulation.usage
-        for line in announcement_lines(result, self.game):
-            errors.say(line)
-        if result.tally.failed:
-            logger.warning(failure_line(result.tally, self.directory.failed_now))
-            if any("traceback" in each for each in self.directory.failed_now):
-                logger.warning(f"the tracebacks of the first failures are in {self.directory.path / FAILED_ANSWERS}")
+        self.console.say(announcement_lines(result, self.game))
+        for line in failure_lines(result.tally, self.directory.failed_now):
+            logger.warning(line)
+        if any("traceback" in each for each in self.directory.failed_now):
+            logger.warning(f"the tracebacks of the first failures are in {self.directory.path / FAILED_ANSWERS}")
         if result.reassigned:
             logger.info(f"round {number}: {result.reassigned} participants went to other servers or moderators")
         self.results.append(self._analysed(result))
@@ -187,8 +190,11 @@ class Run:
     def _finish(self) -> int:
         """Print and write the final results. Return the exit status."""
         last = self.results[-1].tally
-        for line in histogram_lines(last, self.game):
-            errors.say(line)
+        if not (self.console.quiet or self.console.json):
+            self.console.say(histogram_lines(self.results[-1], self.game))
+        if self.has_converged and len(self.results) < self.config.rounds:
+            moved = f"mean and median moved less than {self.config.until_converged:g} in the last two rounds"
+            logger.info(f"{moved}: the game ends after round {len(self.results)} of {self.config.rounds}")
         unanswered = self.ended_early or any(result.tally.failed for result in self.results)
         interrupted = last.ended is errors.Ended.INTERRUPTED or (bool(self.rounds_left) and not self.ended_early)
         self._finish_files("interrupted" if interrupted else "partial" if unanswered else "complete")
@@ -200,8 +206,9 @@ class Run:
     def _finish_files(self, status: str) -> None:
         self.directory.join_answers()
         summary = self._write(status)
-        with results_errors(f"draw the report of {self.directory.path}"):
-            self._draw(SavedRun(self.directory.path, self.config, summary, self.game, self.results, self.spec.people))
+        saved = SavedRun(self.directory.path, self.config, summary, self.game, self.results, self.spec.people)
+        with results_errors(f"draw the report of {self.directory.path}"), self.console.during("drawing pictures"):
+            self._draw(saved)
 
     def _write(self, status: str) -> dict[str, Any]:
         """Write summary.json and, at the first call, game.json. Return the summary."""
@@ -217,6 +224,8 @@ class Run:
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)
         summary = self._provenance | summarise(self.config, self.run_id, status, *parts)
+        if self.has_converged:
+            summary["converged_after"] = len(self.results)
         self.directory.write_summary(summary)
         self.status = status
         return summary

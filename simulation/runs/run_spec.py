@@ -18,7 +18,7 @@ from simulation.game.human import HumanData
 from simulation.game.parameters import all_assignments, check_assignments, declared
 from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import question_for
-from simulation.game.tally import Tally, Winners, announcement_of, score
+from simulation.game.tally import Tally, Winners, announcement_of, has_converged, score
 from simulation.llm.model_configs import ModelConfig, asked_models, read_models, settings_hash
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
 from simulation.provenance import kept_files, sources_of, with_copies, with_files
@@ -69,8 +69,9 @@ class RunSpec:
     @property
     def rounds_left(self) -> range:
         """Return the numbers of the remaining rounds. A finished run has none."""
-        played = len(self.saved.results) if self.saved is not None else 0
-        return range(0) if self.status is not None else range(played + 1, self.config.rounds + 1)
+        results = self.saved.results if self.saved is not None else []
+        is_over = self.status is not None or has_converged(results, self.config.until_converged, self.game.scale)
+        return range(0) if is_over else range(len(results) + 1, self.config.rounds + 1)
 
     @property
     def asked_models(self) -> list[ModelConfig]:
@@ -92,7 +93,9 @@ class RunSpec:
             f"{ranges(ports[config.server_per_host :])}",
             f"participants: {config.participant_num:,} {kind}, {each} on each server",
             *(f"{one.label}: {one.source}" for one in game.population.players if one.source is not None),
-            f"rounds: {config.rounds}" + (f", of which {left} are left" if left < config.rounds else ""),
+            f"rounds: {config.rounds}"
+            + (f", of which {left} are left" if left < config.rounds else "")
+            + (f"; fewer if they move less than {config.until_converged:g}" if config.until_converged else ""),
             f"game: numbers from {game.low:,} to {game.high:,}, {game.words.goal} wins"
             + (f"; prompt {game.prompt.name}" if game.prompt is not None else "")
             + "".join(f"; personas {name} ({len(each)})" for name, each in game.population.persona_sets.items())
@@ -218,6 +221,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     before = reader.read_summary(path, "--resume ")
     config, status = reader.config_to_resume(path, before.config, given), before.summary["status"]
     is_spent, has_rounds = before.is_spent(config.max_tokens), len(before.summary["rounds"]) < config.rounds
+    has_rounds = has_rounds and not before.has_converged(config.until_converged)
     if in_sweep and status in ("complete", "partial") and (is_spent or not has_rounds):
         if not is_there(path / WHOLE):
             raise SettingsError(f"--resume {path}: its {WHOLE} is missing")

@@ -17,6 +17,7 @@ from simulation.files import ROOT, SOURCE, is_there, shown
 from simulation.llm.model_configs import check_model_is_local, is_within
 from simulation.provenance import EXPERIMENT, arranged, entries_of, experiment_text, kept_files
 from simulation.results import reader
+from simulation.results.console_report import summaries_text
 from simulation.results.run_directory import SWEEP, RunDirectory, results_errors, resume_command, write_whole
 from simulation.results.run_files import position_in_words, read_run_file
 from simulation.rpc.lean_import import import_agentscope
@@ -124,9 +125,11 @@ class Session:
                 status = max(status, self._play_one(spec, play))
                 if console.stop_signal is not None:
                     return 128 + console.stop_signal
-            self._compare()
+            self._compare(console)
             return status
         finally:
+            if console.json:
+                say(summaries_text([spec.folder for spec in self.specs], self.sweep is not None))
             if (hint := self.how_to_resume()) is not None:
                 logger.warning(hint)
 
@@ -144,13 +147,14 @@ class Session:
         finally:
             directory.close()
 
-    def _compare(self) -> None:
+    def _compare(self, console: ConsoleProgress) -> None:
         from simulation.results.comparison import comparison_lines, write_comparison  # noqa: PLC0415 - matplotlib: 0.5 s
 
         with results_errors(f"compare the runs in {self.folder}"):
             runs = [reader.read_run(spec.folder) for spec in self.specs if is_there(spec.folder / "summary.json")]
-        say("\n".join(comparison_lines(runs, self.config.all_runs)))
-        write_comparison(self.folder, runs, self.config.all_runs)
+        console.say(comparison_lines(runs, self.config.all_runs))
+        with console.during("drawing pictures"):
+            write_comparison(self.folder, runs, self.config.all_runs)
         logger.info(f"results of all {len(self.specs)} runs in {self.folder}")
 
     def how_to_resume(self) -> str | None:
@@ -184,7 +188,7 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
     except SettingsError:
         return f"0 of {spec.config.rounds}", []
     config, played = saved.config, saved.rounds_finished
-    if played >= config.rounds:
+    if saved.is_finished:
         return None
     flags = []
     if saved.is_spent(config.max_tokens):
