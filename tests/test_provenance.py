@@ -53,6 +53,8 @@ def test_a_run_is_repeated_from_its_folder_alone(cluster, mine, tmp_path):
     started = datetime.now().astimezone()
     flags = ("--agent-class", f"{mine}/mine.py", "--personas", "jobs", "--personas-file", f"{mine}/experiment.yaml")
     flags = (*flags, "--teams", "jobs", "--rounds", "2", "--ratio", "2/3", "--decimals", "1", "--max-value", "70")
+    (mine / "people.yaml").write_text("{source: my course, max_value: 70, numbers: [1, 2, 3]}")
+    flags = (*flags, "--compare-with", f"{mine}/people.yaml")
     summary = cluster.play("3", "12", *flags)
     run = cluster.path / "runs/latest"
     names = {
@@ -60,6 +62,7 @@ def test_a_run_is_repeated_from_its_folder_alone(cluster, mine, tmp_path):
         "helper.py": "helper.py",
         "late.py": "late.py",
         "2/experiment.yaml": "experiment.yaml",
+        "people.yaml": "people.yaml",
     }
     assert {each["name"]: (each["file"], each["sha256"]) for each in summary["sources"]} == {
         name: (f"{mine}/{file}", sha256_of(mine / file)) for name, file in names.items()
@@ -78,6 +81,14 @@ def test_a_run_is_repeated_from_its_folder_alone(cluster, mine, tmp_path):
     assert settings["seed"] == summary["config"]["seed"] and "prompts_file" not in settings
 
     answers, elsewhere = cluster.answers(), tmp_path / "elsewhere"
+    people = json.loads((run / "human.json").read_text())["people"]
+    assert people == [{"name": "people", "source": "my course", "max_value": 70, "numbers": [1, 2, 3]}]
+    assert "Source: my course" in (run / "report.html").read_text()
+    for name, shown in (("none", 0), (f"{mine}/people.yaml", 1)):
+        done = cluster.run("main.py", "--role", "report", "--compare-with", name, "runs/latest")
+        assert done.returncode == 0 and (run / "report.html").read_text().count("<h2>Beside people") == shown, (
+            done.stderr
+        )
     shutil.copytree(run / "source", elsewhere)
     shutil.rmtree(mine)
     shutil.rmtree(run.resolve())
@@ -86,6 +97,7 @@ def test_a_run_is_repeated_from_its_folder_alone(cluster, mine, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert cluster.answers() == answers and answers[0]["value"] != answers[1]["value"]
+    assert json.loads((run / "human.json").read_text())["people"] == people  # without a flag: from the copy
     again = cluster.summary()
     rounds = [[{**each, "seconds": 0} for each in one["rounds"]] for one in (summary, again)]
     assert rounds[0] == rounds[1]

@@ -105,8 +105,8 @@ def _problem(error: ValidationError) -> tuple[list[Hashable], str]:
         return place, f"{name} is missing"
     if kind == "unexpected_keyword_argument":
         return place, f"{name} is not known here; {nearest(name, FIELDS[len(place) > 1])}"
-    names = ": ".join(str(each) for each in place if each != "[key]")
-    return place, f"{names}: {cause.replace('Input should', 'must')}"
+    names = ": ".join(each for each in place if isinstance(each, str) and each != "[key]")
+    return place, f"{names} {cause.replace('Input should', 'must')}"
 
 
 def _plain(file: YamlFile, node: yaml.Node, nodes: dict[Place, yaml.Node], place: Place = ()) -> Any:
