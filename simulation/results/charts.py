@@ -9,6 +9,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from simulation.game.tally import RoundResult, Tally
 from simulation.results.console_report import histogram
 from simulation.results.reader import SavedRun, largest
 from simulation.results.run_directory import write_whole
-from simulation.results.tables import number_text
+from simulation.results.tables import decimals_of, number_text
 
 PAGES = Path(__file__).resolve().parent / "pages"
 LIGHT_MODE = (PAGES / "style.css").read_text(encoding="utf-8").partition("@media")[0]
@@ -38,6 +39,7 @@ COMMANDS = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE
 ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # 8 colours * 3 line styles = 24 distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page; legible on a phone, and wider screens show several charts per row
+BELOW, ABOVE = 0.5, 0.32  # room for the titles of the axes in inches
 BINS, PART_BINS = 101, 51
 DASH = 3  # length of the dashes of lines at the same position, in line widths
 MARKERS = "os^"  # for each of LINE_STYLES
@@ -47,6 +49,7 @@ TITLE_WIDTH = 36  # maximum number of characters in a line of a histogram's titl
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
 PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
 NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
+STATISTICS: dict[str, Callable[[Tally], Fraction | None]] = {"median": Tally.median, "maximum": Tally.maximum}
 BEYOND = 1.25  # a winning number above BEYOND * max_value is labelled, but not drawn
 
 mpl.rcdefaults()  # discard the user's matplotlibrc, which may require LaTeX, for example
@@ -59,15 +62,44 @@ def selection(count: int, limit: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, limit))}) if count else []
 
 
+def number_axis(game: Game) -> str:
+    """Return the title of an axis of answers."""
+    return f"number ({game.low:,} to {game.high:,})"
+
+
+def rounded(game: Game, number: Fraction | float | None) -> str:
+    """Format a figure of a game with about 4 significant digits."""
+    return number_text(number, decimals_of([number], game.decimals + 3))
+
+
+def statistic_of(game: Game, result: RoundResult) -> tuple[str, Fraction | None]:
+    """Return name and value of the statistic of the answers in the outcome of a round (default: the average)."""
+    name = next((name for name in ("average", *STATISTICS) if name in result.outcome), "average")
+    units = result.tally.average() if name == "average" else STATISTICS[name](result.tally)
+    return name, units and units / game.scale
+
+
+def histogram_rows(game: Game, tally: Tally, bins: int = BINS) -> list[tuple[Any, ...]]:
+    """Return the rows of a CSV file with the histogram of all answers, after a row of headings."""
+    edges, counts = histogram(tally, game.lowest, game.lowest + game.numbers - 1, bins)
+    first, last = ([f"{each / game.scale:.{game.decimals}f}" for each in ends] for ends in (edges[:-1], edges[1:] - 1))
+    return [("from", "to", "participants"), *zip(first, last, counts.tolist(), strict=True)]
+
+
+def line_rows(rounds: int, lines: Mapping[str, Mapping[int, float]]) -> list[tuple[Any, ...]]:
+    """Return the rows of a CSV file with numbers by round, after a row of headings. A missing number is empty."""
+    return [("round", *lines)] + [(at, *(each.get(at, "") for each in lines.values())) for at in range(1, rounds + 1)]
+
+
 def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:
-    """Draw a histogram of the answers of a round, and mark the average and the winning number."""
+    """Draw a histogram of the answers of a round. Mark the statistic that decides, and the winning number."""
     _draw_histogram(axes, game, result.tally, BINS, game.lowest + game.numbers - 1)
-    average, winning, digits = result.tally.average(), result.winning_number, game.decimals + 3
-    if average is not None:
-        average /= game.scale
-        axes.axvline(float(average), color="average", label=f"average {number_text(average, digits)}")
+    axes.set(xlabel=number_axis(game), ylabel="participants")
+    (name, middle), winning = statistic_of(game, result), result.winning_number
+    if middle is not None:
+        axes.axvline(float(middle), color="average", label=f"{name} {rounded(game, middle)}")
     if winning is not None:
-        label = f"winning number {number_text(winning, digits)}"
+        label = f"winning number {rounded(game, winning)}"
         line = axes.axvline(math.nan, color="winning", linestyle="dashed", label=label)
         if winning <= BEYOND * game.high:
             line.set_xdata([float(winning)] * 2)
@@ -105,11 +137,12 @@ def draw_lines(
     lines: Mapping[str, Mapping[int, float]],
     styles: Sequence[dict[str, Any]] = (),
     bands: Sequence[Mapping[int, tuple[float, float]]] = (),
+    unit: str = "average",
 ) -> None:
     """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
 
     Lines at the same position share it by alternating dashes and markers. `styles` and `bands`, if given, have one
-    entry per line. A band shades intervals by round.
+    entry per line. A band shades intervals by round. `unit` is the title of the y-axis.
     """
     every = [*range(1, rounds + 1)]
     positions = [{each: f"{number:.3g}" for each, number in numbers.items()} for numbers in lines.values()]
@@ -127,21 +160,31 @@ def draw_lines(
         if len(band) == 1:  # an area would have no width
             axes.vlines(every, lows, highs, color=series_style(index)[0], linewidth=1.2)
     limit_ticks(axes, across=8, up=4, whole="x")
+    axes.set(xlabel="round", ylabel=unit)
     axes.spines.bottom.set_visible(False)  # the line of an equilibrium of 0 has the same position
     margin = max(0.25, (rounds - 1) / 60)
     axes.set_xlim(1 - margin, rounds + margin)
     axes.set_ylim(0, max(axes.dataLim.y1, 0) * 1.12 or 1)
 
 
+def averages_of(run: SavedRun) -> dict[str, dict[int, float]]:
+    """Return the statistic that decides (see `statistic_of`), and the winning number if there is one, by round."""
+    names = [statistic_of(run.game, result)[0] for result in run.results if result.outcome]
+    lines = {name: run.by_round(name) for name in names[:1] or ["average"]}
+    return lines | ({"winning number": winning} if (winning := run.by_round("winning_number")) else {})
+
+
 def draw_averages(axes: Axes, run: SavedRun) -> None:
-    """Draw the average and the winning number of each round as lines, and the equilibria."""
+    """Draw the lines of `averages_of`, and the equilibria."""
     label = f"equilibrium {run.game.equilibrium_words()}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
     highest = BEYOND * run.game.high
-    winning = {index: each if each <= highest else math.nan for index, each in run.by_round("winning_number").items()}
     dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
-    lines = {"average": run.by_round("average")} | ({"winning number": winning} if winning else {})
-    draw_lines(axes, len(run.results), lines, [{"color": "average"}, dashes])
+    lines = {
+        name: {index: each if each <= highest else math.nan for index, each in numbers.items()}
+        for name, numbers in averages_of(run).items()
+    }
+    draw_lines(axes, len(run.results), lines, [{"color": "average"}, dashes], unit=number_axis(run.game))
 
 
 def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
@@ -153,6 +196,7 @@ def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence
         axes.bar(rounds, seconds, 0.7, bottom=below, color=series_style(index)[0])
         below += seconds
     limit_ticks(axes, across=10, up=4, whole="x")
+    axes.set(xlabel="round", ylabel="seconds")
     axes.set_xlim(min(rounds) - 0.6, max(rounds) + 0.6)
 
 
@@ -161,8 +205,8 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     names = largest(tallies, PARTS_DRAWN)
     texts = [name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…" for name in names]
     top = max([int(tally.units[-1]) for tally in tallies.values() if tally.answered], default=0) or game.lowest + 1
-    height = 0.42 * len(names) + 0.35
-    sides = {"left": 0.03 + 0.0172 * max(map(len, texts)), "right": 0.955, "top": 1.0, "bottom": 0.35 / height}
+    height = 0.42 * len(names) + BELOW
+    sides = {"left": 0.03 + 0.0172 * max(map(len, texts)), "right": 0.955, "top": 1.0, "bottom": BELOW / height}
     figure = Figure(figsize=(WIDTH_INCHES, height))
     grid = figure.subplots(len(names), 1, sharex=True, squeeze=False, gridspec_kw={**sides, "hspace": 0.16})
     for axes, name, text in zip(grid.flat, names, texts, strict=True):
@@ -172,6 +216,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
         axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9.5, color="ink")
         if (average := tallies[name].average()) is not None:
             axes.axvline(float(average / game.scale), color="average")
+    figure.text((sides["left"] + sides["right"]) / 2, 0.06 / height, number_axis(game), ha="center", color="muted")
     return svg(label, figure)
 
 
@@ -182,7 +227,6 @@ def last_round(run: SavedRun) -> Figure:
     draw_answers(axes, run.game, result)
     title = f"Round {result.round}: {result.tally.answered:,} of {result.tally.asked:,} participants answered"
     axes.set_title(title, loc="center", fontsize=12)
-    axes.set(xlabel=f"number, {run.game.low:,} to {run.game.high:,}", ylabel="participants")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -214,7 +258,6 @@ def picture(
     above, below = cast(Any, figure.subfigures(2, 1, height_ratios=heights))
     axes = above.subplots()
     draw(axes)
-    axes.set(xlabel="round", ylabel="average")
     axes.set_title(textwrap.fill(title, 80), weight="bold", fontsize=12)
     above.legend(loc="outside lower center", **legend)
     below.suptitle(histograms_title)
@@ -259,10 +302,18 @@ def write_png(path: Path, figure: Figure) -> None:
     write_whole(path, content.getvalue())
 
 
-def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any) -> Markup:
-    """Draw a chart with `draw(axes, *arguments)`. Return inline SVG, without a title because the page has a caption."""
+def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any, **options: Any) -> Markup:
+    """Draw a chart with `draw(axes, *arguments, **options)`. Return inline SVG.
+
+    The titles of both axes are horizontal. The chart itself has none, because the page has a caption.
+    """
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
-    draw(figure.add_axes((0.115, 0.12, 0.85, 0.84)), *arguments)
+    bottom, top = BELOW / height_inches, 1 - ABOVE / height_inches
+    axes = figure.add_axes((0.115, bottom, 0.85, top - bottom))
+    draw(axes, *arguments, **options)
+    figure.text(0.54, 0.06 / height_inches, axes.get_xlabel(), ha="center", color="muted")
+    figure.text(0.015, top + 0.1 / height_inches, axes.get_ylabel(), ha="left", color="muted")
+    axes.set(xlabel="", ylabel="")
     return svg(label, figure)
 
 

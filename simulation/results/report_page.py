@@ -3,26 +3,51 @@
 The templates escape all text, because failure causes and persona names are not trusted.
 """
 
+import csv
+import io
 import json
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from simulation.errors import printable
+from simulation.files import ROOT, SOURCE, is_there
+from simulation.game.game import Game
 from simulation.game.human import MOST_TESTED, HumanData, distance
 from simulation.game.human import rows as compare
-from simulation.game.tally import RoundResult, Tally, merge
+from simulation.game.tally import INTERRUPTED, RoundResult, Tally, merge
+from simulation.provenance import EXPERIMENT
 from simulation.results import charts
-from simulation.results.charts import PAGES, PART_LINES, page_chart, selection, series_style, write_png
+from simulation.results.charts import PAGES, PART_LINES, PARTS_DRAWN, page_chart, selection, series_style, write_png
 from simulation.results.console_report import winning_answers
 from simulation.results.reader import SavedRun, figure_of, largest
-from simulation.results.run_directory import ANALYSIS, REPORT, write_whole
+from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, write_whole
 from simulation.results.run_files import RecordedGame, RoundEntry, position_in_words
-from simulation.results.tables import number_text
+from simulation.results.tables import decimals_of, number_text
 from simulation.rpc.endpoints import ranges
+from simulation.settings import from_root
 
+FILES = {
+    "summary.json": "settings, versions, and all figures of all rounds",
+    "answers.parquet": "every answer of every participant",
+    "answers.csv": "the same answers as text",
+    "failed_answers.jsonl": "examples of unusable answers, with tracebacks",
+    ANALYSIS: "figures of the analyses by kind of participant, persona and model",
+    "game.json": "prompt, personas and models",
+    f"{SOURCE}/{EXPERIMENT}": "an experiment file that plays the same game again",
+    "histogram.png": "the answers of the last round",
+    "rounds.png": "averages and answers by round",
+    "../comparison.html": "the comparison of all runs of this experiment",
+}
+MANY_FAILURES = 0.1  # the share of participants without a usable answer from which on this is the headline
+CAUSE_LENGTH = 160  # maximum number of characters of a failure cause in the headline
+NAMED = 3  # maximum number of winners that the first sentence names
 PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
 
 
@@ -34,12 +59,41 @@ def seconds(duration: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
+def csv_link(rows: Iterable[Sequence[Any]]) -> str:
+    """Return a link that contains `rows` as a CSV file."""
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return f"data:text/csv;charset=utf-8,{quote(file.getvalue(), safe=',')}"
+
+
+def file_name(label: str) -> str:
+    """Return a label as a file name without an ending."""
+    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.").lower()[:80] or "chart"
+
+
+def column(numbers: Sequence[Any], game: Game, digits: int | None = None) -> list[str]:
+    """Format the figures of a game in one column of a table. All have `digits` decimals (default: `decimals_of`)."""
+    digits = decimals_of(numbers, game.decimals + 3) if digits is None else digits
+    return [number_text(None if each is None else float(each), digits, padded=True) for each in numbers]
+
+
+def in_numbers(units: Iterable[Any], game: Game) -> list[Any]:
+    """Convert units to numbers. None stays None."""
+    return [each and each / game.scale for each in units]
+
+
+def time_rows(times: Iterable[dict[str, Any]], kinds: Sequence[tuple[str, str]]) -> list[tuple[Any, ...]]:
+    """Return the rows of a CSV file with the seconds by round and kind, after a row of headings."""
+    rows = [(each["round"], *(each.get(kind, "") for kind, _ in kinds)) for each in times]
+    return [("round", *(words for _, words in kinds)), *rows]
+
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
-ENVIRONMENT.globals |= {each.__name__: each for each in (figure_of, page_chart, series_style, winning_answers)}
-ENVIRONMENT.globals["charts"] = charts
-ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds}
+OF_TEMPLATES = (column, figure_of, in_numbers, page_chart, series_style, time_rows, winning_answers)
+ENVIRONMENT.globals |= {each.__name__: each for each in OF_TEMPLATES} | {"charts": charts}
+ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds, "csv_link": csv_link, "file_name": file_name}
 ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 
@@ -64,14 +118,18 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
 
 def page_content(run: SavedRun) -> dict[str, Any]:
     """Return the template variables of the report."""
-    entries, figures = run.summary["rounds"], {"average": "average", **run.figures}
-    others = RoundEntry.__annotations__.keys() - {"average", "winning_number"}  # these have columns in all games
+    entries = run.summary["rounds"]
     return {
         "run": run,
         "answers": [(f"Round {result.round}", run.game, result) for result in run.results],
         "position": run.position and position_in_words(run.position),
-        "figures": [(name, words) for name, words in figures.items() if name not in others],
-        "tiles": [*(run.figures or figures).items()],
+        "columns": _columns(run),
+        "tiles": [*(run.figures or {"average": "average"}).items()],
+        "result": result_in_words(run),
+        "problems": problems(run),
+        "many_failed": max(_failures(run).values(), default=0) >= max(MANY_FAILURES * run.config.participant_num, 1),
+        "files": _files(run),
+        "repeat": _repeat_command(run),
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
@@ -95,6 +153,88 @@ def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
     return content | {"drawn": drawn, "distance": distance(people, scale, result.tally)}
 
 
+def _columns(run: SavedRun) -> list[tuple[str, str, list[str]]]:
+    """Return the columns of the table of rounds, the important ones first: heading, key and texts."""
+    names = {name: words for name, words in run.figures.items() if name not in RoundEntry.__annotations__}
+    deciding = {name: words for name, words in run.figures.items() if name in ("average", "median", "winning_number")}
+    names = {**deciding, **names, "answered": "answered", "failed": "failed"}
+    names |= {name: words for name, words in {"average": "average", "median": "median"}.items() if name not in names}
+    names |= {"std": "spread", "min": "lowest", "max": "highest", "asked": "asked", "reassigned": "moved"}
+    names["seconds"] = "seconds"
+    digits, columns = {"min": run.game.decimals, "max": run.game.decimals, "seconds": 2}, []
+    for name, words in names.items():
+        values = [figure_of(entry, name) for entry in run.summary["rounds"]]
+        columns.append((words, name, column(values, run.game, digits.get(name))))
+    return columns
+
+
+def _failures(run: SavedRun) -> dict[int, int]:
+    """Return how many participants failed in each round with failures. Interrupted participants do not count."""
+    counts = {each["round"]: each["failed"] - each["failures"].get(INTERRUPTED, 0) for each in run.summary["rounds"]}
+    return {number: count for number, count in counts.items() if count}
+
+
+def result_in_words(run: SavedRun) -> str:
+    """Return sentences about the main figure of the first and the last round with answers, and the last winners."""
+    played = [result for result in run.results if result.outcome]
+    if not played:
+        return "There is no result."
+    name, words = next(iter(run.figures.items()))
+    numbers, last, several = run.by_round(name), played[-1], len(run.results) > 1
+    shown = {result.round: charts.rounded(run.game, numbers.get(result.round)) for result in (played[0], last)}
+    text = " and ".join(f"{each} in round {number}" if several else each for number, each in shown.items())
+    count, names = last.winners.count, " and ".join(f"P{index}" for index in last.winners.lowest)
+    names = names if count <= NAMED else f"{count:,} participants"
+    won = f"by {names} with" if several else f"{names} won with"
+    if not count:
+        ending = f"No answer won round {last.round}" if several else "no answer won"
+    else:
+        ending = f"{f'Round {last.round} was won ' if several else ''}{won} {winning_answers(last, run.game)}"
+    return f"The {words} was {text}{'. ' if several else ', and '}{ending}."
+
+
+def problems(run: SavedRun) -> list[str]:
+    """Return sentences about what prevented complete results: an early end, and failures with their main cause."""
+    entries, texts = run.summary["rounds"], []
+    planned, finished = run.config.rounds, run.rounds_finished
+    last: dict[str, Any] = entries[-1] if entries else {"ended": ""}
+    if "error" in last:
+        texts.append(f"The game has no result of round {last['round']}: {last['error']}.")
+    elif last["ended"] == "interrupted":
+        answers = f"{last['answered']:,} of {last['asked']:,} participants had answered"
+        texts.append(f"The run was interrupted in round {last['round']} of {planned}: {answers}.")
+    elif not run.is_finished:
+        reasons = {"out_of_tokens": ": the token budget was spent", "model_failed": ": the language models failed"}
+        verb = {"interrupted": "was interrupted", "failed": "failed"}.get(run.summary["status"], "ended")
+        texts.append(f"The run {verb} after {finished} of {planned} rounds{reasons.get(last['ended'], '')}.")
+    if counts := _failures(run):
+        text = f"{max(counts.values()):,} of {run.config.participant_num:,} participants gave no usable answer"
+        if len(counts) > 1:
+            text = f"{'Up to ' if len({*counts.values()}) > 1 else ''}{text} in each of {len(counts)} rounds"
+        elif len(entries) > 1:
+            text += f" in round {next(iter(counts))}"
+        causes = [each for each in failures_by_cause(entries) if each["cause"] != INTERRUPTED]
+        cause = "".join(f"{printable(each['cause'], CAUSE_LENGTH)} ({each['count']:,})" for each in causes[:1])
+        texts.append(f"{text}. {'Main cause' if len(causes) > 1 else 'Cause'}: {cause}.")
+    return texts
+
+
+def _files(run: SavedRun) -> list[tuple[str, str]]:
+    """Return pairs of a path, relative to the page, and what the file holds."""
+    pictures = {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}
+    experiment = {"../comparison.html": sweep_position(run.path) is not None}
+    known = {name: is_there(run.path / name) for name in FILES} | pictures | experiment
+    return [(name, words) for name, words in FILES.items() if known[name]]
+
+
+def _repeat_command(run: SavedRun) -> str:
+    """Return the shell command that plays the game again, or "" for runs of old versions."""
+    if "sources" not in run.summary:
+        return ""
+    folder = from_root("", str(run.config.run_dir or ROOT / "runs" / run.run_id))
+    return shlex.join(["./run_simulation.sh", "--experiment", f"{folder}/{SOURCE}/{EXPERIMENT}"])
+
+
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
     game, tallies = run.game, run.tallies_by_part[topic]
@@ -106,7 +246,17 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     for name in largest(tallies[-1], PART_LINES):
         averages = {number: each[name].average() for number, each in rounds}
         lines[name] = {number: float(units / game.scale) for number, units in averages.items() if units is not None}
-    return {"name": topic, "last": tallies[-1], "listed": listed, "rounds": shown, "lines": lines}
+    drawn = [(name, charts.histogram_rows(game, tallies[-1][name])) for name in largest(tallies[-1], PARTS_DRAWN)]
+    return {
+        "name": topic,
+        "last": tallies[-1],
+        "listed": listed,
+        "last_rows": [(name, rounds[-1][0], tallies[-1][name]) for name in listed],
+        "rounds": len(shown),
+        "rows": [(name, number, each[name]) for number, each in shown for name in listed],
+        "answers": [(topic, *drawn[0][1][0]), *((name, *row) for name, table in drawn for row in table[1:] if row[2])],
+        "lines": lines,
+    }
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -65,6 +65,7 @@ def sweep_position(path: Path) -> SweepPosition | None:
         sweep = json.loads(read_text(folder.parent / SWEEP))
         number = [run["folder"] for run in sweep["runs"]].index(folder.name) + 1
         position = {"sweep_id": sweep["sweep_id"], "experiment": sweep["experiment"], "run": number}
+        position |= {"about": sweep["about"]} if sweep.get("about") else {}
         return run_files.POSITION.validate_python(position | {"runs": len(sweep["runs"])})
     except (OSError, *run_files.DAMAGED):  # a damaged file is reported when the experiment is resumed
         return None

@@ -49,6 +49,7 @@ class SweepPosition(TypedDict):
     experiment: str  # a file name
     run: int  # from 1 to `runs`
     runs: int
+    about: NotRequired[str]  # what the experiment is about, if its file states it
 
 
 def position_in_words(position: SweepPosition) -> str:
@@ -126,6 +127,7 @@ class Summary(TypedDict):
     config: dict[str, Any]
     cluster: ClusterEntry
     seconds: Annotated[dict[Literal["connect", "create", "rounds", "total"], Seconds], Field(min_length=4)]
+    waited: NotRequired[Seconds]  # the time from the command to the end, with the start of servers; not in old runs
     rounds: list[RoundEntry]
     llm: Annotated[dict[LLMCounts, int], Field(min_length=4)] | None
 

@@ -1,5 +1,6 @@
 """Aligned text tables, and numbers as text. On a terminal, columns that do not fit are omitted."""
 
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,18 @@ def number_text(number: Fraction | float | None, digits: int = 3, padded: bool =
         return f"{number:.3g}"
     text = f"{number:,.{digits}f}"
     return text if padded or not digits else text.rstrip("0").rstrip(".")
+
+
+def decimals_of(numbers: Iterable[Fraction | float | None], most: int) -> int:
+    """Return with how many decimals to show all `numbers` of a column: at most `most`, and none if all are whole.
+
+    The largest number has at least 4 significant digits. The smallest has 2, unless the largest would then have over 6.
+    """
+    sizes = [abs(float(each)) for each in numbers if each]
+    if all(size.is_integer() for size in sizes):
+        return 0
+    large, small = (-math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
+    return min(most, max(large + 3, min(small + 1, large + 5), 0))
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:

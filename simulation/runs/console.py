@@ -80,6 +80,7 @@ class ConsoleProgress:
     def __init__(self, quiet: bool = False, json: bool = False) -> None:
         self.quiet, self.json = quiet, json
         self.stop_signal: int | None = None
+        self.waiting_since = time.monotonic()  # the start of the program, or the end of the previous run
         self.stage: Stage | None = None  # the latest stage
         self.warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS_KEPT)  # (time.time, message)
         self.how_to_resume: Callable[[], str | None] = lambda: None  # called on the second signal; its line is printed

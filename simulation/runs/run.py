@@ -42,6 +42,7 @@ class Run:
         self.under_way = (0, 0.0)  # the number and the start time (time.monotonic) of the latest round
         self.status: str | None = None  # the status in summary.json; None before the first write
         self.ended_early = False  # whether the run ended early for a reason other than a signal
+        self._waited = 0.0  # seconds, before this command
         self.results: list[RoundResult] = []
         self.usage = Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
@@ -50,6 +51,7 @@ class Run:
         if self._saved is not None:
             self.results, self.usage = [*self._saved.results], self._saved.usage
             self.seconds |= self._saved.summary["seconds"]
+            self._waited = self._saved.summary.get("waited", self.seconds["total"])
             cluster = self._saved.summary["cluster"]
             times = [each for each in cluster["times"] if each["round"] <= len(self.results)]
             self.cluster_summary |= cluster | {"times": times}
@@ -206,6 +208,7 @@ class Run:
     def _finish_files(self, status: str) -> None:
         self.directory.join_answers()
         summary = self._write(status)
+        self.console.waiting_since = time.monotonic()
         saved = SavedRun(self.directory.path, self.config, summary, self.game, self.results, self.spec.people)
         with results_errors(f"draw the report of {self.directory.path}"), self.console.during("drawing pictures"):
             self._draw(saved)
@@ -223,7 +226,8 @@ class Run:
             self._provenance = self._write_sources()
         position = self._saved.position if self._saved is not None else self.directory.position
         parts = (self.cluster_summary, self.seconds, self.results, self.usage, position)
-        summary = self._provenance | summarise(self.config, self.run_id, status, *parts)
+        waited = round(self._waited + time.monotonic() - self.console.waiting_since, 4)
+        summary = self._provenance | {"waited": waited} | summarise(self.config, self.run_id, status, *parts)
         if self.has_converged:
             summary["converged_after"] = len(self.results)
         self.directory.write_summary(summary)
