@@ -272,7 +272,7 @@ def test_a_game_that_fails_in_a_round_ends_the_run_with_its_answers(cluster, tmp
     report = cluster.run("main.py", "--role", "report", "runs/latest")
     assert report.returncode == 0 and "ArithmeticError: too many" in report.stdout, report.stderr
     page = " ".join((cluster.path / "runs/latest/report.html").read_text().split())
-    assert "; the game has no result of round 1: ArithmeticError: too many" in page
+    assert 'class="alert">The game has no result of round 1: ArithmeticError: too many' in page
     assert "gave no usable answer" not in page and "every participant gave a usable answer" in page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import CONTRAST, ROOT, one_line
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.text import Text
 
 from games.average import Average
@@ -27,15 +29,17 @@ from games.minority import Minority
 from games.public_goods import PublicGoods
 from simulation.errors import SettingsError
 from simulation.game.population import ModelShare, Persona, Population
-from simulation.game.tally import RoundResult, Tally
+from simulation.game.tally import RoundResult, Tally, score
 from simulation.results.answers_parquet import SCHEMA
 from simulation.results.charts import (
     COLOURS,
+    averages_of,
     draw_answers,
     draw_averages,
     draw_lines,
     draw_times,
     page_chart,
+    parts_chart,
     selection,
     series_style,
     short,
@@ -44,9 +48,9 @@ from simulation.results.comparison import _picture, comparison_lines, csv_text, 
 from simulation.results.comparison import page_content as comparison_content
 from simulation.results.console_report import run_lines
 from simulation.results.reader import SavedRun, read_run
-from simulation.results.report_page import draw_all, page_content, seconds, write_page
-from simulation.results.run_files import game_to_json
-from simulation.results.tables import number_text
+from simulation.results.report_page import draw_all, page_content, problems, seconds, write_page
+from simulation.results.run_files import game_to_json, round_entry
+from simulation.results.tables import decimals_of, number_text
 from simulation.rpc.endpoints import ranges
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -123,14 +127,22 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
             assert int(figure(page, number, key)) == entry[key]
         assert int(figure(page, number, "winners")) == entry["winners"]["count"]
         cell = page.locator(f'td[data-round="{number}"][data-key="average"]')
-        assert cell.inner_text() == number_text(entry["average"])
+        assert cell.inner_text() == f"{entry['average']:.2f}"
     for key, value in played["seconds"].items():
         assert float(page.locator(f'dd[data-key="{key}"]').get_attribute("data-value")) == value
     assert int(page.locator('td[data-key="failures"]').get_attribute("data-value")) == 90
+    folded = page.locator("details.last")
+    assert not folded.locator("#time").is_visible()
+    page.locator("nav").get_by_text("Servers and time").click()
+    assert "3 for participants, 4 moderators" in folded.inner_text()
     words = page.locator("body").inner_text()
     for expected in (
         *("300 participants of Failing: the number closest to 2/3 of the average wins", "whole numbers from 0 to 100"),
-        *("3 of 3 rounds played", "partial: some gave no usable answer", "3 for participants, 4 moderators"),
+        *(
+            "3 of 3 rounds played on 20",
+            ", program ",
+            "30 of 300 participants gave no usable answer in each of 3 rounds.",
+        ),
         *("localhost", played["run_id"], ", ".join(played["rounds"][0]["winners"]["participants"])),
     ):
         assert expected in words
@@ -141,13 +153,12 @@ def test_charts_have_text_alternatives(page, run, played):
     pictures = page.locator("figure svg[role=img]")
     # each round, the average and the spread by round, the times
     assert pictures.count() == 3 + 2 + 1 == page.locator("svg").count()
-    for place, entry in enumerate(played["rounds"]):
+    for place, entry in enumerate(played["rounds"], start=2):
         label = pictures.nth(place).get_attribute("aria-label")
         assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
-        average, winning = number_text(entry["average"]), number_text(entry["winning_number"])
-        assert f"average {average}, winning number {winning}" in label
-    assert "equilibrium: 0" in pictures.nth(3).get_attribute("aria-label")
-    assert pictures.nth(4).get_attribute("aria-label").startswith("Spread by round: 1: ")
+        assert f"average {entry['average']:.2f}, winning number {entry['winning_number']:.2f}" in label
+    assert "equilibrium: 0" in pictures.nth(0).get_attribute("aria-label")
+    assert pictures.nth(1).get_attribute("aria-label").startswith("Spread by round. 1: ")
     assert pictures.nth(5).get_attribute("aria-label").startswith("Seconds by round: thinking ")
     assert page.locator("figure").count() == page.locator("figure > figcaption").count()
     assert page.locator("th").count() == page.locator("th[scope]").count() > 20
@@ -157,13 +168,130 @@ def test_charts_have_text_alternatives(page, run, played):
     assert set(used) <= set(ids)
 
 
+def saved_by(page, link) -> Path:
+    with page.expect_download() as download:
+        link.click()
+    path = Path(download.value.path())
+    return path.rename(path.with_name(download.value.suggested_filename))
+
+
+def test_each_chart_is_saved_as_data_and_as_a_picture(page, run, played, told_apart):
+    show(page, run / "report.html")
+    page.emulate_media(color_scheme="dark")
+    links = page.locator("a[download]")
+    names = links.evaluate_all("all => all.map(each => each.download)")
+    charts = ("averages", "spread", "round-1", "round-2", "round-3", "seconds")
+    assert names == [f"{name}.{ending}" for name in charts for ending in ("csv", "png")]
+    head, *rows = csv.reader(saved_by(page, links.nth(0)).read_text().splitlines())
+    assert head == ["round", "average", "winning number"]
+    assert [[float(each) for each in row] for row in rows] == [
+        [entry["round"], entry["average"], entry["winning_number"]] for entry in played["rounds"]
+    ]
+    head, *rows = csv.reader(saved_by(page, page.locator("a[download='round-2.csv']")).read_text().splitlines())
+    assert head == ["from", "to", "participants"] and len(rows) == 101 and rows[7][:2] == ["7", "7"]
+    assert sum(int(count) for _, _, count in rows) == played["rounds"][1]["answered"]
+    pixels = imread(saved_by(page, page.locator("a[download='averages.png']")))
+    assert pixels.shape[1] == round(3 * 345.6) and tuple(pixels[0, 0, :3]) == (1, 1, 1)
+    colours = {tuple(round(255 * each) for each in pixel[:3]) for row in pixels for pixel in row}
+    assert tuple(bytes.fromhex(COLOURS["average"][1:])) in colours  # the colours of light mode
+    show(page, told_apart.path / "report.html")
+    head, *rows = csv.reader(
+        saved_by(page, page.locator("a[download='answers-by-education.csv']")).read_text().splitlines()
+    )
+    assert head == ["education", "from", "to", "participants"] and {row[0] for row in rows} == {"none <b>", "$much$ 多"}
+    assert sum(int(row[3]) for row in rows) == 270
+
+
+def test_axes_have_titles(saved, told_apart):
+    chart = page_chart("x", 2.6, draw_answers, saved.game, saved.results[0])
+    assert ">number (0 to 100)<" in chart and ">participants<" in chart
+    for draw, titles in ((draw_averages, ("round", "number (0 to 100)")), (draw_times, ("round", "seconds"))):
+        times = told_apart.summary["cluster"]["times"], ["model_s"]
+        axes = Figure().subplots()
+        draw(axes, *([told_apart] if draw is draw_averages else times))
+        assert (axes.get_xlabel(), axes.get_ylabel()) == titles
+    assert ">number (0 to 100)<" in parts_chart("x", told_apart.game, told_apart.tallies_by_part["model"][0])
+
+
+def test_the_statistic_that_decides_is_marked(saved):
+    game = Average(7, 100, 2, 0.0, statistic="median")
+    results = [score(game, result.round, result.tally) for result in saved.results]
+    axes = Figure().subplots()
+    draw_answers(axes, game, results[0])
+    median = float(results[0].tally.median() / 100)
+    assert [axes.lines[0].get_xdata()[0], axes.lines[0].get_label()] == [median, f"median {median:.2f}"]
+    rounds = [round_entry(each, 100) for each in results]
+    run = replace(saved, game=game, results=results, summary=saved.summary | {"rounds": rounds})
+    assert [*averages_of(run)] == ["median", "winning number"] and averages_of(run)["median"][1] == median
+    content = page_content(run)
+    assert content["result"].startswith(f"The median was {median:.2f} in round 1 and ")
+    assert [name for _, name, _ in content["columns"]][:5] == [
+        *("median", "winning_number", "answered", "failed", "average"),
+    ]
+
+
+def test_the_first_screen_names_the_main_problem(page, saved, tmp_path):
+    def made(*failed, **summary):
+        rounds = []
+        for entry, count in zip(saved.summary["rounds"], failed, strict=True):
+            causes = {"no number": count - 1, "out of range": 1} if count > 1 else {"no number": count} if count else {}
+            rounds.append(entry | {"failed": count, "failures": causes, "answered": entry["asked"] - count})
+        return replace(saved, summary=saved.summary | {"rounds": rounds, **summary})
+
+    asked = saved.config.participant_num
+    assert problems(made(0, 0, 0)) == []
+    (text,) = problems(made(0, 1, 0))
+    assert text == f"1 of {asked} participants gave no usable answer in round 2. Cause: no number (1)."
+    (text,) = problems(made(3, 0, 8))
+    text_in_all = (
+        f"Up to 8 of {asked} participants gave no usable answer in each of 2 rounds. Main cause: no number (9)."
+    )
+    assert text == text_in_all
+    for run, many in ((made(0, 1, 0), False), (made(asked // 2, 0, 0), True)):
+        write_page(tmp_path / "report.html", page_content(run))
+        show(page, tmp_path / "report.html", "phone")
+        assert page.locator("header .alert").count() == many and page.locator("header .status.bad").count() == (
+            not many
+        )
+        assert (page.locator("main h2").first.inner_text() == "Failures") is many
+        links = page.locator("nav a")
+        assert links.first.inner_text() == ("Failures" if many else "Rounds")
+        for link in links.all():
+            assert page.locator(link.get_attribute("href")).count() == 1
+        assert page.locator("header").bounding_box()["height"] < SIZES["phone"][1]
+    for status, verb in (("interrupted", "was interrupted"), ("failed", "failed"), ("partial", "ended")):
+        run = made(0, 0, 0, status=status)
+        run = replace(run, config=replace(run.config, rounds=9))
+        assert problems(run) == [f"The run {verb} after 3 of 9 rounds."]
+
+
+def test_the_page_states_experiment_files_and_the_command_to_repeat_it(page, run, played, tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    content = {"sweep_id": "x", "experiment": "x.yaml", "about": f"Who {HOSTILE}", "runs": [{"folder": "01"}]}
+    (folder / "sweep.json").write_text(json.dumps(content))
+    made = read_run(Path(shutil.copytree(run, folder / "01")))
+    write_page(made.path / "report.html", page_content(made))
+    show(page, made.path / "report.html")
+    assert page.locator("header p").first.inner_text() == " ".join(f"Run 1 of 1 of x.yaml: Who {HOSTILE}".split())
+    files = [each.get_attribute("href") for each in page.locator(".files a").all()]
+    assert files.pop() == "../comparison.html"
+    assert {"summary.json", "answers.parquet", "source/experiment.yaml", "failed_answers.jsonl"} < {*files}
+    assert all((made.path / each).exists() for each in files) and "answers.csv" not in files
+    command = "./run_simulation.sh --experiment runs/three/source/experiment.yaml"
+    assert page.locator("code").inner_text() == command
+    assert played["started"][:10] in page.locator("header").inner_text()
+    assert played["waited"] >= played["seconds"]["total"]
+    assert seconds(played["waited"]) in page.locator(".tiles").first.inner_text()
+
+
 def test_text_of_users_is_escaped(page, run, played):
     show(page, run / "report.html")
     (cause,) = played["rounds"][0]["failures"]
     assert cause == f"ValueError: {HOSTILE} (failing.py, line 6)"
     assert page.locator("th", has_text="onerror").inner_text() == cause
     assert page.title() == "300 participants of Failing: the number closest to 2/3 of the average wins"
-    assert page.locator("script, img, link[rel=stylesheet]").count() == 0
+    assert page.locator("img, link[rel=stylesheet]").count() == 0 and page.locator("script").count() == 1
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +340,8 @@ def test_nothing_is_wider_than_the_screen(page, request, name, size):
     tables = page.locator(".scroll")
     assert tables.count() == page.locator("table").count()
     if size == "phone":  # a wide table is moved in its own box, not clipped
-        assert tables.first.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX")
+        wide = page.get_by_role("region", name="Figures by round")
+        assert wide.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX") == "auto"
         heights = page.eval_on_selector_all(
             "svg text",
             "all => all.filter(one => one.textContent.trim()).map(one => one.getBoundingClientRect().height)",
@@ -257,8 +386,8 @@ def test_participants_are_distinguished_by_persona_and_model(page, told_apart):
             assert row.locator("th").inner_text() == " ".join(name.split())
             assert int(row.locator('[data-key="asked"]').inner_text()) == tally.asked
             assert int(row.locator('[data-key="failed"]').inner_text()) == tally.failed
-            average = tally.average()
-            assert row.locator('[data-key="average"]').inner_text() == number_text(average)
+            shown = row.locator('[data-key="average"]').inner_text()
+            assert shown == ("–" if tally.average() is None else f"{float(tally.average()):.2f}")
         assert section.locator("svg[role=img]").count() == 2
         assert section.locator("details tbody tr").count() == 3 * len(rounds[-1])
     assert set(told_apart.tallies_by_part) == {"education", "job", "model"}
@@ -276,9 +405,10 @@ def test_participants_are_distinguished_by_persona_and_model(page, told_apart):
 def test_times_by_activity_and_lost_servers_are_shown(page, told_apart):
     show(page, told_apart.path / "report.html")
     assert float(figure(page, 2, "slowest_s")) == 0.05 and float(figure(page, 3, "model_s")) == 0.5
-    time = page.locator("section", has=page.locator("#time")).inner_text()
+    page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
+    time = page.locator("#time").inner_text()
     assert "thinking" in time and "waiting for the slowest server" in time and "waiting for the model" not in time
-    assert "node2:12331" in page.locator("section", has=page.locator("#lost")).inner_text()
+    assert page.locator("#lost.bad").inner_text() == "node2:12331"
 
 
 def test_a_copied_folder_gives_the_same_report(cluster, run, played, tmp_path):
@@ -445,8 +575,16 @@ def test_an_interrupted_round_does_not_count_as_played(page, run, tmp_path):
     (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     draw_all(read_run(folder))
     show(page, folder / "report.html")
-    assert page.locator(".lede").inner_text().split(";")[1].strip() == "interrupted in round 3."
-    assert page.locator(".lede").inner_text().startswith("2 of 3 rounds played")
+    headlines = page.locator("header .alert").all_inner_texts()
+    assert headlines[0] == "The run was interrupted in round 3 of 3: 0 of 300 participants had answered."
+    assert headlines[1].startswith("30 of 300 participants gave no usable answer in each of 2 rounds. Cause: ")
+    assert "2 of 3 rounds played" in page.locator("header").inner_text()
+    assert page.locator("figcaption", has_text="round 3 was interrupted").count() == 2
+    assert (
+        "interrupted: 0 of 300 answers"
+        in page.locator("figure", has=page.get_by_text("Round 3", exact=True)).inner_text()
+    )
+    assert page.locator("th", has_text="3 interrupted").count() == 2
     tiles = page.locator(".tiles").first.inner_text()
     assert number_text(summary["rounds"][1]["average"]) in tiles and "average of round 2" in tiles
     assert run_lines(read_run(folder))[-1].endswith("is interrupted: 2 of 3 rounds")
@@ -458,8 +596,10 @@ def test_a_round_without_answers(page, cluster):
     cluster.play("3", "50", *SEVEN, *arguments, status=4)
     show(page, cluster.path / "runs/mute/report.html")
     assert figure(page, 1, "average") == "" and int(figure(page, 2, "failed")) == 50
-    assert "2 of 2 rounds played" in page.locator(".lede").inner_text()
-    assert "partial: no participant gave a usable answer" in page.locator(".lede").inner_text()
+    assert "2 of 2 rounds played" in page.locator("header").inner_text()
+    headline = page.locator("header .alert").inner_text()
+    assert headline.startswith("50 of 50 participants gave no usable answer in each of 2 rounds. Cause: ValueError: ")
+    assert page.locator("main h2").first.inner_text() == "Failures"
     both = cluster.run("main.py", "--role", "report", "runs/mute", "runs/mute/../three", "--run-dir", "runs/both")
     assert both.returncode == 0, both.stderr
 
@@ -485,6 +625,9 @@ def test_numbers_in_words():
     ]
     assert [number_text(number, 4, padded=True) for number in (7, 7.0, 0.00012)] == ["7", "7.0000", "0.0001"]
     assert number_text(1200.4, 0) == "1,200"
+    columns = {(49.56112, 33.1): 2, (50.0, None, 0): 0, (1234.5,): 0, (0.4567,): 3, (49.56, 0.0123): 3, (5.5, 1e-6): 3}
+    assert {numbers: decimals_of(numbers, 3) for numbers in columns} == columns
+    assert decimals_of([49.56112, 0.0000123], 9) == 4 and decimals_of([0.0001234], 9) == 7
     assert [short(number) for number in (0, 950, 1200, 12_000, 1.5e6, 2e9)] == [
         "0",
         "950",

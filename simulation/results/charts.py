@@ -69,7 +69,8 @@ def number_axis(game: Game) -> str:
 
 def rounded(game: Game, number: Fraction | float | None) -> str:
     """Format a figure of a game with about 4 significant digits."""
-    return number_text(number, decimals_of([number], game.decimals + 3))
+    digits = decimals_of([number], game.decimals + 3)
+    return number_text(number if number is None else float(number), digits, padded=digits < game.decimals + 3)
 
 
 def statistic_of(game: Game, result: RoundResult) -> tuple[str, Fraction | None]:
