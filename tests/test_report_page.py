@@ -37,7 +37,7 @@ from simulation.results.charts import (
     draw_answers,
     draw_averages,
     draw_lines,
-    draw_times,
+    draw_stacks,
     page_chart,
     parts_chart,
     selection,
@@ -205,8 +205,8 @@ def test_each_chart_is_saved_as_data_and_as_a_picture(page, run, played, told_ap
 def test_axes_have_titles(saved, told_apart):
     chart = page_chart("x", 2.6, draw_answers, saved.game, saved.results[0])
     assert ">number (0 to 100)<" in chart and ">participants<" in chart
-    for draw, titles in ((draw_averages, ("round", "number (0 to 100)")), (draw_times, ("round", "seconds"))):
-        times = told_apart.summary["cluster"]["times"], ["model_s"]
+    for draw, titles in ((draw_averages, ("round", "number (0 to 100)")), (draw_stacks, ("round", "seconds"))):
+        times = {"thinking": {1: 0.5}}, "seconds"
         axes = Figure().subplots()
         draw(axes, *([told_apart] if draw is draw_averages else times))
         assert (axes.get_xlabel(), axes.get_ylabel()) == titles
@@ -824,7 +824,7 @@ def test_axes_of_whole_numbers_have_no_ticks_between_them(saved):
     draw_lines(axes, 2, {"average": {1: 0.2, 2: 0.4}})
     assert ticks(axes.xaxis, axes.get_xlim()) == [1, 2] and len(ticks(axes.yaxis, axes.get_ylim())) > 1
     axes = Figure().subplots()
-    draw_times(axes, [{"round": 1, "model_s": 0.5}], ["model_s"])
+    draw_stacks(axes, {"thinking": {1: 0.5}}, "seconds")
     assert ticks(axes.xaxis, axes.get_xlim()) == [1]
 
 

@@ -188,16 +188,16 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     draw_lines(axes, len(run.results), lines, [{"color": "average"}, dashes], unit=number_axis(run.game))
 
 
-def draw_times(axes: Axes, times: Sequence[Mapping[str, float]], kinds: Sequence[str]) -> None:
-    """Draw a stacked bar for each round in `times`. Its segments are the durations named in `kinds`, in seconds."""
-    rounds = [each["round"] for each in times]
-    below = np.zeros(len(times))
-    for index, kind in enumerate(kinds):
-        seconds = np.array([each.get(kind, 0.0) for each in times])
-        axes.bar(rounds, seconds, 0.7, bottom=below, color=series_style(index)[0])
-        below += seconds
+def draw_stacks(axes: Axes, parts: Mapping[str, Mapping[int, float]], unit: str) -> None:
+    """Draw a stacked bar for each round. Its segments are `parts`, which map names to numbers by round, in `unit`."""
+    rounds = sorted({each for numbers in parts.values() for each in numbers})
+    below = np.zeros(len(rounds))
+    for index, numbers in enumerate(parts.values()):
+        heights = np.array([numbers.get(each, 0.0) for each in rounds])
+        axes.bar(rounds, heights, 0.7, bottom=below, color=series_style(index)[0])
+        below += heights
     limit_ticks(axes, across=10, up=4, whole="x")
-    axes.set(xlabel="round", ylabel="seconds")
+    axes.set(xlabel="round", ylabel=unit)
     axes.set_xlim(min(rounds) - 0.6, max(rounds) + 0.6)
 
 

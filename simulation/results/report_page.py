@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +28,7 @@ from simulation.results.charts import PAGES, PART_LINES, PARTS_DRAWN, page_chart
 from simulation.results.console_report import winning_answers
 from simulation.results.reader import SavedRun, figure_of, largest
 from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, write_whole
-from simulation.results.run_files import RecordedGame, RoundEntry, position_in_words
+from simulation.results.run_files import ANALYSIS_FILE, RecordedGame, RoundEntry, position_in_words, read_run_file
 from simulation.results.tables import decimals_of, number_text
 from simulation.rpc.endpoints import ranges
 from simulation.settings import from_root
@@ -48,6 +48,8 @@ FILES = {
 MANY_FAILURES = 0.1  # the share of participants without a usable answer from which on this is the headline
 CAUSE_LENGTH = 160  # maximum number of characters of a failure cause in the headline
 NAMED = 3  # maximum number of winners that the first sentence names
+ROUNDS_ANALYSED = 12  # maximum number of rounds in the table of analyses
+STEP_NAMES = {"above": "above", **{f"{step}": f"step {step}" for step in range(4)}, "higher": "higher steps"}
 PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
 
 
@@ -82,16 +84,24 @@ def in_numbers(units: Iterable[Any], game: Game) -> list[Any]:
     return [each and each / game.scale for each in units]
 
 
-def time_rows(times: Iterable[dict[str, Any]], kinds: Sequence[tuple[str, str]]) -> list[tuple[Any, ...]]:
-    """Return the rows of a CSV file with the seconds by round and kind, after a row of headings."""
-    rows = [(each["round"], *(each.get(kind, "") for kind, _ in kinds)) for each in times]
-    return [("round", *(words for _, words in kinds)), *rows]
+def by_round(entries: Sequence[dict[str, Any]], names: Iterable[tuple[str, str]]) -> dict[str, dict[int, float]]:
+    """Return the figures `names`, pairs of a key and words, of all entries: by words and round."""
+    return {words: {each["round"]: each[key] for each in entries if key in each} for key, words in names}
+
+
+def flat(analysis: Mapping[str, Any], start: str = "") -> dict[str, float | None]:
+    """Return the numbers in an analysis by name, such as `learning: went down`."""
+    found: dict[str, float | None] = {}
+    for name, value in analysis.items():
+        words = f"{start}{name}".replace("_", " ")
+        found |= flat(value, f"{words}: ") if isinstance(value, dict) else {words: value}
+    return {words: value for words, value in found.items() if not isinstance(value, str)}
 
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
-OF_TEMPLATES = (column, figure_of, in_numbers, page_chart, series_style, time_rows, winning_answers)
+OF_TEMPLATES = (by_round, column, figure_of, in_numbers, page_chart, series_style, winning_answers)
 ENVIRONMENT.globals |= {each.__name__: each for each in OF_TEMPLATES} | {"charts": charts}
 ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds, "csv_link": csv_link, "file_name": file_name}
 ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
@@ -102,9 +112,13 @@ def draw_all(run: SavedRun) -> None:
 
     Raises SettingsError if answers are damaged, ResultsError if a write fails.
     """
-    if run.results and not isinstance(run.game, RecordedGame):  # which cannot compute payoffs
-        write_whole(run.path / ANALYSIS, (json.dumps(run.analysis(), indent=1) + "\n").encode())
-    write_page(run.path / REPORT, page_content(run))
+    analysis: Any = None
+    if not isinstance(run.game, RecordedGame):
+        analysis = run.analysis()
+        write_whole(run.path / ANALYSIS, (json.dumps(analysis, indent=1) + "\n").encode())
+    elif is_there(run.path / ANALYSIS):  # the game of the file is not known here, so its figures are kept
+        analysis = read_run_file(run.path, ANALYSIS, ANALYSIS_FILE.validate_json)
+    write_page(run.path / REPORT, page_content(run, analysis))
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))
     if len(run.results) > 1:
@@ -116,8 +130,8 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, ENVIRONMENT.get_template(path.name).render(content).encode(errors="replace"))
 
 
-def page_content(run: SavedRun) -> dict[str, Any]:
-    """Return the template variables of the report."""
+def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the template variables of the report. `analysis` is the content of analysis.json, if it is there."""
     entries = run.summary["rounds"]
     return {
         "run": run,
@@ -133,7 +147,32 @@ def page_content(run: SavedRun) -> dict[str, Any]:
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
+        "analysis": _analysis(run, analysis["rounds"] if analysis is not None else ()),
         "people": [_beside(run, each) for each in run.people if run.results],
+    }
+
+
+def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
+    results = [result for result in run.results if result.analysis]
+    texts = [(each.round, *item) for each in results for item in each.analysis.items() if isinstance(item[1], str)]
+    steps = [{"round": each.round, **each.analysis["steps"]} for each in results if "steps" in each.analysis]
+    names = dict.fromkeys(name for each in results for name in each.analysis)
+    ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
+    return {
+        "rounds": [(results[at].round, flat(results[at].analysis)) for at in selection(len(results), ROUNDS_ANALYSED)],
+        "omitted": max(len(results) - ROUNDS_ANALYSED, 0),
+        "steps": by_round(steps, STEP_NAMES.items()),
+        "texts": [(number, name.replace("_", " "), text) for number, name, text in texts],
+        "notes": [
+            (name.replace("_", " "), run.game.words.notes[name]) for name in names if name in run.game.words.notes
+        ],
+        "parts": [
+            (topic, number, {name: flat(figures) for name, figures in parts.items()})
+            for topic in run.tallies_by_part
+            for number, each in ends.items()
+            if (parts := each["by"].get(topic))
+        ],
     }
 
 

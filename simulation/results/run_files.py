@@ -132,7 +132,22 @@ class Summary(TypedDict):
     llm: Annotated[dict[LLMCounts, int], Field(min_length=4)] | None
 
 
-POSITION = TypeAdapter(SweepPosition)
+@with_config(SHAPE)
+class AnalysedRound(TypedDict):
+    """The part of a round's entry in analysis.json that differs by kind, persona set and model."""
+
+    round: int
+    by: dict[str, dict[str, Analysis]]
+
+
+@with_config(SHAPE)
+class AnalysisFile(TypedDict):
+    """The content of analysis.json."""
+
+    rounds: list[AnalysedRound]
+
+
+POSITION, ANALYSIS_FILE = TypeAdapter(SweepPosition), TypeAdapter(AnalysisFile)
 SUMMARY: TypeAdapter[Any] = TypeAdapter(Summary)
 
 
