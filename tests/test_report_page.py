@@ -191,7 +191,7 @@ def test_each_chart_is_saved_as_data_and_as_a_picture(page, run, played, told_ap
     assert head == ["from", "to", "participants"] and len(rows) == 101 and rows[7][:2] == ["7", "7"]
     assert sum(int(count) for _, _, count in rows) == played["rounds"][1]["answered"]
     pixels = imread(saved_by(page, page.locator("a[download='averages.png']")))
-    assert pixels.shape[1] == round(3 * 345.6) and tuple(pixels[0, 0, :3]) == (1, 1, 1)
+    assert pixels.shape[1] == int(3 * 345.6) and tuple(pixels[0, 0, :3]) == (1, 1, 1)
     colours = {tuple(round(255 * each) for each in pixel[:3]) for row in pixels for pixel in row}
     assert tuple(bytes.fromhex(COLOURS["average"][1:])) in colours  # the colours of light mode
     show(page, told_apart.path / "report.html")
@@ -586,7 +586,7 @@ def test_an_interrupted_round_does_not_count_as_played(page, run, tmp_path):
     )
     assert page.locator("th", has_text="3 interrupted").count() == 2
     tiles = page.locator(".tiles").first.inner_text()
-    assert number_text(summary["rounds"][1]["average"]) in tiles and "average of round 2" in tiles
+    assert f"{summary['rounds'][1]['average']:.2f}" in tiles and "average of round 2" in tiles
     assert run_lines(read_run(folder))[-1].endswith("is interrupted: 2 of 3 rounds")
 
 

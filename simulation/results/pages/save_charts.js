@@ -23,7 +23,8 @@ async function pngOf(figure) {
   const font = pen.font = "12px sans-serif";
   let x = margin, y = line;
   const words = [...figure.querySelectorAll("figcaption > *")].map(each => {
-    const label = each.textContent.trim().replace(/\s+/g, " ") + "   ", space = pen.measureText(label).width;
+    const text = [each.dataset.name || "", each.textContent].join(" ").trim().replace(/\s+/g, " ");
+    const label = text + "   ", space = pen.measureText(label).width;
     if (x > margin && x + space > width) [x, y] = [margin, y + line];
     x += space;
     return [label, x - space, y, [...each.classList].map(colour).find(Boolean) || colour("ink")];
