@@ -301,7 +301,7 @@ def report(command: Command) -> int:
     from simulation.results import comparison
     from simulation.results.answers_parquet import write_csv
     from simulation.results.console_report import run_lines, summaries_text
-    from simulation.results.reader import read_run
+    from simulation.results.reader import common_folder, read_run, run_folders, unfinished_lines
     from simulation.results.report_page import draw_all
     from simulation.results.run_directory import WHOLE, results_errors
     from simulation.runs.console import ConsoleProgress, log_to_stderr
@@ -313,16 +313,16 @@ def report(command: Command) -> int:
     named = [Path(shown(full_path("RUN", run))) for run in command.runs or filter(None, [run_dir])]
     if not named:
         raise SettingsError("--role report: give --run-dir, the folder of a finished run, or several folders")
-    paths = comparison.run_folders(named)
+    paths = run_folders(named)
     target = Path(shown(run_dir)) if run_dir is not None and command.runs else None  # the folder of the comparison
     people = command.config.compare_with
     if paths != named[:1] and people is not None:
         raise SettingsError(f"--compare-with {printable(people)}: is for the report of a single run")
     if paths != named[:1]:
-        target = target or comparison.common_folder(paths)
+        target = target or common_folder(paths)
         runs = [read_run(path, trusted=command.config.trust) for path in paths]
         lines = comparison.comparison_lines(runs, command.config.all_runs)
-        console.say([*lines, *comparison.unfinished_lines(named, runs)])
+        console.say([*lines, *unfinished_lines(named, runs)])
         with console.during("drawing pictures"):
             comparison.write_comparison(target, runs, command.config.all_runs)
         console.say([f"compared in {target / 'comparison.html'}"])

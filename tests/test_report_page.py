@@ -50,7 +50,7 @@ from simulation.results.console_report import run_lines
 from simulation.results.reader import SavedRun, read_run
 from simulation.results.report_page import draw_all, page_content, problems, seconds, write_page
 from simulation.results.run_files import game_to_json, round_entry
-from simulation.results.tables import decimals_of, number_text
+from simulation.results.tables import columns_of, decimals_of, number_text
 from simulation.rpc.endpoints import ranges
 
 SIZES = {"phone": (375, 812), "desk": (1280, 900)}
@@ -445,31 +445,30 @@ def test_several_runs_are_compared(page, cluster, run, played):
     done = cluster.run("main.py", "--role", "report", "runs/sweep")
     assert done.returncode == 0, done.stderr
     head, half, more = done.stdout.splitlines()[:3]
-    assert head.split()[:3] == ["run", "ratio", "played"] and "seed" not in head
+    assert head.split()[:3] == ["run", "ratio", "first"] and "seed" not in head
     summary = cluster.summary(sweep / "1-2")
     first, last = summary["rounds"]
-    assert half.split()[:5] == ["1-2", "1/2", "2", "400", "400"]
-    assert half.split()[5:9] == [
-        f"{first['average']:.3f}",
-        f"{last['average']:.3f}",
-        f"{last['winning_number']:.3f}",
-        "0",
-    ]
+    averages = [f"{first['average']:.2f}", f"{last['average']:.2f}", f"{last['winning_number']:.2f}"]
+    assert half.split() == ["1-2", "1/2", *averages, "2", "400", "0", "complete", "0", half.split()[-1]]
     assert " 0 and 100 " in more
     assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
     for size in SIZES:
         show(page, sweep / "comparison.html", size)
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
-    assert page.locator("figure svg[role=img]").count() == 3
+    assert page.locator("figure svg[role=img]").count() == 2 + 2
     row = page.locator(f'tr[data-run="{summary["run_id"]}"]')
-    assert row.locator('[data-key="last average"]').inner_text() == number_text(last["average"])
+    cell = row.locator('[data-key="last average"]')
+    assert (cell.inner_text(), cell.get_attribute("data-value")) == (averages[1], str(last["average"]))
+    assert page.locator("header + main dd").all_inner_texts()[:2] == ["200 in each run", "800 of 800"]
+    links = page.locator("dl a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    assert links == ["comparison.csv", "comparison.png", "sweep.json"]
     assert "ratio 1/2" in page.locator("figcaption").first.inner_text()
     row.get_by_role("link", name="1-2", exact=True).click()
     assert page.locator("h1").inner_text() == "200 random participants: the number closest to 1/2 of the average wins"
 
     three = cluster.run("main.py", "--role", "report", "runs/three", "runs/sweep", "--run-dir", "runs/side by side")
     assert three.returncode == 0, three.stderr
-    assert len(three.stdout.splitlines()) == 5 and "agent class" in three.stdout
+    assert len(three.stdout.splitlines()) == 5 and "players" in three.stdout
     assert {path.name for path in (cluster.path / "runs/side by side").iterdir()} == {
         "comparison.csv",
         "comparison.png",
@@ -662,12 +661,12 @@ def test_of_many_runs_some_are_drawn_and_all_are_listed(told_apart, tmp_path):
     runs = [replace(told_apart, path=path, config=each) for path, each in zip(folders, configs, strict=True)]
     content = comparison_content(tmp_path, runs)
     labels = [each.label for each in content["drawn"]]
-    assert len(content["rows"]) == 60 and len(labels) == 24
+    assert len(content["columns"][0].texts) == 60 and len(labels) == 24
     write_page(tmp_path / "comparison.html", content)
     unfolded, folded = (tmp_path / "comparison.html").read_text().split("<summary>12 more</summary>")
     assert "24 of 60 shown" in unfolded
-    assert (unfolded.count("<figure>"), folded.count("<figure>")) == (1 + 12, 12)
-    assert [row[0] for row in content["rows"]] == [("run", folder.name) for folder in folders]
+    assert (unfolded.count("<figure>"), folded.count("<figure>")) == (2 + 12, 12)
+    assert content["columns"][0].texts == [folder.name for folder in folders]
     assert labels[0] == "ratio 1" and labels[-1] == "ratio 1/60"
     assert len({series_style(index) for index in range(24)}) == 24
 
@@ -700,18 +699,66 @@ def test_repeats_are_one_line_with_a_band(page, told_apart, tmp_path):
         show(page, tmp_path / "comparison.html", size)
         assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
     assert page.locator("h1").inner_text() == "3 treatments, 7 runs compared"
-    assert page.locator("figure svg").count() == 1 + 3
+    assert page.locator("figure svg").count() == 2 + 3
     chart = page.locator("figure").first.inner_html()
     colours = set(re.findall(r"--series-\d", chart))
     assert colours == {"--series-1", "--series-2", "--series-3"}
     assert "fill-opacity: 0.2" in chart
     row = page.locator("tbody tr").first
     assert row.locator("th").inner_text() == "ratio 1/2" and row.locator('[data-key="runs"]').inner_text() == "2 of 3"
+    table = page.get_by_role("region", name="The treatments")
+
+    def in_order_of(heading):
+        table.get_by_role("button", name=heading, exact=True).press("Enter")
+        return table.locator("tbody th").all_inner_texts()
+
+    assert in_order_of("Average") == ["ratio 1/2", "ratio 1/3", "ratio 1"]
+    assert in_order_of("Average") == ["ratio 1", "ratio 1/3", "ratio 1/2"]
+    assert table.locator("th[aria-sort]").evaluate_all("all => all.map(each => [each.innerText, each.ariaSort])") == [
+        ["Average", "descending"]
+    ]
+    assert in_order_of("Treatment") == ["ratio 1/2", "ratio 1", "ratio 1/3"]  # as before
+    assert page.locator("[aria-sort] button").count() == 1
     assert not page.locator("tr[data-run=r0]").is_visible()
     write_comparison(tmp_path, runs, all_runs=True)
     show(page, tmp_path / "comparison.html")
     assert page.locator("tr[data-run=r0]").is_visible()
     assert page.locator("figure").first.inner_html().count("<path") == chart.count("<path") + 6
+
+
+def test_a_repeat_with_more_rounds_stays_in_its_treatment(told_apart, tmp_path):
+    def made(number, seed, rounds, played=3):
+        config = replace(told_apart.config, seed=seed, rounds=rounds)
+        summary = told_apart.summary | {"rounds": told_apart.summary["rounds"][:played]}
+        return replace(told_apart, path=tmp_path / f"{number}", config=config, summary=summary)
+
+    (one,) = treatments_of([made(1, 1, 1, 1), made(2, 2, 3), made(3, 3, 1, 1)])
+    assert one.last == 1  # what one of three has played goes on, is drawn, and is no result of all
+    (half,) = treatments_of([made(1, 1, 1, 1), made(2, 2, 3)])
+    assert half.last == 3 and half.label == "2 runs"
+    by_rounds = treatments_of(
+        [made(n, seed, rounds) for n, (seed, rounds) in enumerate([(1, 2), (2, 2), (1, 3), (2, 3)])]
+    )
+    assert [each.label for each in by_rounds] == ["rounds 2", "rounds 3"]  # the experiment compares them
+
+
+def test_a_parameter_with_the_name_of_a_column_has_another_heading(saved, tmp_path):
+    runs = [
+        replace(saved, path=tmp_path / f"{at}", config=replace(saved.config, set=(f"failed={at}",))) for at in (1, 2)
+    ]
+    columns = {each.heading: each.texts for each in comparison_content(tmp_path, runs)["columns"]}
+    assert columns["set failed"] == ["1", "2"] and columns["failed"] == ["0", "0"]
+
+
+def test_a_column_has_equal_decimals_for_four_significant_digits():
+    def texts(*cells):
+        return columns_of([{"x": each} for each in cells])[0].texts
+
+    assert texts(18.70049, 24.5) == ["18.70", "24.50"] and texts(0.5, None) == ["0.5000", "-"]
+    assert texts(52000.4, 1.0) == ["52,000.4", "1.0"] and texts(12, 7) == ["12", "7"]
+    assert texts(520.357, 0.51) == ["520.36", "0.51"] and texts(0.0) == ["0"]
+    assert texts(("{} to {}", -3.0, 5.25), 9.5) == ["-3.000 to 5.250", "9.500"]
+    assert texts(("{} ({} of {})", 8.5, 2, 3), "all") == ["8.500 (2 of 3)", "all"]
 
 
 @pytest.fixture
@@ -740,26 +787,27 @@ def test_the_figures_of_every_game_are_compared(saved, tmp_path, game, outcome, 
     values = [*outcome.values()]
     other = "average payoff" if game is PublicGoods else "winning number"
     head, alone = comparison_lines([made(0)])
-    assert re.split(" {2,}", head)[3:6] == ["asked", f"first {words}", f"last {words}"]
+    assert re.split(" {2,}", head)[:3] == ["run", f"first {words}", f"last {words}"]
     assert ("winning number" in head) is ("winning_number" in outcome) and other in head
-    texts = [number_text(value, padded=True) for value in values]
-    assert alone.split()[4:7] == [texts[0], texts[0], texts[1]]
+    assert [float(each) for each in alone.split()[1:4]] == [values[0], values[0], values[1]]
     pair = [made(0), made(1)]
     head, row = comparison_lines(pair)
-    assert [each.strip() for each in re.split(" {2,}", head)][:7] == [
-        *("treatment", words, "95 % interval", "std", other, "its 95 % interval", "its std"),
+    more = [] if game is Minority else [other, f"{other}: 95 % interval"]
+    assert [each.strip() for each in re.split(" {2,}", head)][: 4 + len(more)] == [
+        *("treatment", words, "95 % interval", "std"),
+        *more,
     ]
-    means = [float(each) for each in row.split()[2::5][:2]]
-    assert means == [value + 0.5 for value in values]
-    rows = comparison_content(tmp_path, pair)["treatment_rows"]
-    assert dict(rows[0])[words] == number_text(values[0] + 0.5) and dict(rows[0])["std"] == "0.707"
+    means = [float(each) for each in row.split()[2::5][: 1 + bool(more)]]
+    assert means == [value + 0.5 for value in values[: 1 + bool(more)]]
+    columns = {each.heading: each for each in comparison_content(tmp_path, pair)["treatment_columns"]}
+    assert columns[words].values == [values[0] + 0.5] and columns["std"].texts == ["0.7071"]
     head, *data = csv_text(pair).splitlines()
     assert {f"outcome_{name}" for name in outcome} < {*head.split(",")} and len(data) == 6
     other = replace(saved, path=tmp_path / "x", config=replace(saved.config, game="average"))
     mixed = [replace(made(0), config=replace(saved.config, game="another")), other]
     head, *rows = comparison_lines(mixed)  # the games have different words for their averages
     assert "first average" in head and "average contribution" not in head
-    assert ("max value" in head) is (game().high != 100)
+    assert ("upper bound" in head) is (game().high != 100)
     assert game().high == 100 or [row.split()[2] for row in rows] == [f"{game().high}", "100"]
 
 
@@ -771,12 +819,12 @@ def test_a_comparison_of_unlike_runs_has_a_handful_of_columns(saved, tmp_path):
     ]
     runs[0] = replace(runs[0], config=replace(runs[0].config, set=("noise=1",)))
     head, *rows, note = comparison_lines(runs)
-    assert note == "only in comparison.csv: 2 more settings" and len(rows) == 4
-    shown = {"participant num", "max attempts", "decimals", "rounds", "sleep time", "samples per request"}
-    assert {*re.split(" {2,}", head)[1:7]} == shown and re.split(" {2,}", head)[7] == "played"
+    assert note == "only in comparison.csv: noise" and len(rows) == 4
+    shown = {"participants", "max tokens", "decimals", "max attempts", "samples per request", "sleep time"}
+    assert {*re.split(" {2,}", head)[1:7]} == shown and re.split(" {2,}", head)[7] == "first average"
     assert {*names, "noise"} < {*csv_text(runs).splitlines()[0].split(",")}
     content = comparison_content(tmp_path, runs)
-    assert content["omitted"] == note and len(content["treatment_rows"][0]) < 16
+    assert content["omitted"] == note and len(content["treatment_columns"]) < 16
     write_page(tmp_path / "comparison.html", content)
     assert note[1:] in (tmp_path / "comparison.html").read_text()
 
@@ -856,9 +904,9 @@ def test_labels_have_two_settings_in_words(told_apart, tmp_path):
     assert [each.label for each in treatments_of(apart)] == ["no personas", "personas a"]
     random, mixed = made(0, agent_class=None), made(1, players="random=1/2,/a/x.py:C=1/2")
     labels = [each.label for each in treatments_of([random, mixed, made(2, agent_class="/a/x.py:C")])]
-    assert labels == ["players random=1", "players random=1/2,C=1/2", "players C=1"]
+    assert labels == ["players random", "players random=1/2,C=1/2", "players C"]
     classes = [made(0, agent_class="/a/x.py:C"), made(1, agent_class="/b/x.py:C")]
-    assert [each.label for each in treatments_of(classes)] == ["class x.py:C (1)", "class x.py:C (2)"]
+    assert [each.label for each in treatments_of(classes)] == ["players C (1)", "players C (2)"]
 
 
 def test_a_chart_has_the_colours_of_the_pages_and_is_the_same_every_time():

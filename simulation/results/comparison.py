@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -22,28 +22,40 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from simulation.errors import SettingsError, printable
 from simulation.files import is_there, real
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, merge
+from simulation.provenance import EXPERIMENT
 from simulation.results import charts
 from simulation.results.charts import series_style, write_png
-from simulation.results.reader import SavedRun, figure_of, runs_in
+from simulation.results.reader import SavedRun, figure_of, folder_names, unfinished_lines
 from simulation.results.report_page import write_page
-from simulation.results.run_directory import REPORT, SWEEP, results_errors, resume_command, sweep_position, write_whole
-from simulation.results.tables import number_text, table_lines
-from simulation.settings import SETTINGS, players_text
+from simulation.results.run_directory import REPORT, SWEEP, about_of, results_errors, script_command, write_whole
+from simulation.results.tables import column_lines, columns_of, value_text
+from simulation.settings import SETTINGS
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
 NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no figure of a run
-WORDS = {"participant_num": "participants", "max_value": "upper bound", "agent_class": "class"}
+WORDS = {"participant_num": "participants", "max_value": "upper bound"}
+HEADINGS = (
+    "run",
+    "treatment",
+    "runs",
+    "round",
+    "played",
+    "answered",
+    "failed",
+    "status",
+    "equilibrium",
+    "std",
+)  # of columns
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions
 SETTINGS_SHOWN, FIGURES_SHOWN = 6, 3  # maximum numbers in a table; the CSV file has all
+HAVE_EQUILIBRIA = ("average", "median", "maximum")  # figures with the unit of an answer
+Row = dict[str, Any]  # a cell by column heading, as `columns_of` expects
 LINES = 24  # maximum number of treatments in the line chart: as many lines as `series_style` distinguishes
-
-Row = list[tuple[str, str]]  # pairs of a column heading and the text of a cell
 
 
 class Estimate(NamedTuple):
@@ -70,27 +82,36 @@ def estimate(numbers: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Treatment:
-    """Runs whose compared settings are equal, except for the seed: the repeats of one combination of settings."""
+    """Runs whose compared settings are equal, except for seed and rounds: the repeats of one combination."""
 
     label: str
-    settings: Row  # those that differ between treatments and that the label does not mention
+    settings: dict[str, Any]  # those that differ between treatments and that the label does not mention
     runs: list[SavedRun]
 
     def estimates(self, name: str) -> dict[int, Estimate]:
-        """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds."""
+        """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds.
+
+        If an answer is a choice between two numbers, so is the winning number, which then has no mean.
+        """
         numbers: dict[int, list[float]] = {}
-        for run in self.runs:
+        for run in self.runs if name != "winning_number" or self.runs[0].game.numbers > 2 else ():
             for number, value in run.by_round(name).items():
                 if number <= run.rounds_finished or len(self.runs) == 1:
                     numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
 
+    @cached_property
+    def last(self) -> int:
+        """Return the last round that most of the runs with answers have finished, or at least half; 0: none."""
+        averages = self.estimates("average")
+        most = max((each.runs for each in averages.values()), default=0)
+        return max((number for number, each in averages.items() if 2 * each.runs >= most), default=0)
+
     def last_round(self) -> RoundResult:
         """Return the last round: the answers of all repeats together, and the mean of each figure."""
         if len(self.runs) == 1:
             return self.runs[0].results[-1]
-        number = max(run.rounds_finished for run in self.runs)
-        results = [run.results[number - 1] for run in self.runs if run.rounds_finished >= number > 0]
+        results = [run.results[self.last - 1] for run in self.runs if run.rounds_finished >= self.last > 0]
         results = results or [run.results[0] for run in self.runs if run.results]  # all were cut in round 1
         estimates = {name: self.estimates(name).get(results[0].round) for name in results[0].outcome}
         outcome = {name: each and each.mean for name, each in estimates.items()}
@@ -98,19 +119,24 @@ class Treatment:
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
-    """Group the runs by their compared settings, in the order in which the treatments first occur."""
+    """Group the runs by their compared settings, in the order in which the treatments first occur.
+
+    Runs that differ in `rounds` only are repeats, of which some were continued, unless their seeds are equal.
+    """
     differing = _differing(runs)
-    names = [name for name in _by_variety(differing) if name != "seed"]
+    names = _ranked(differing)
+    seeds = {(run.config.seed, *(each[name] for name in names)) for run, each in zip(runs, differing, strict=True)}
+    if "rounds" in differing[0] and len(seeds) < len(runs):
+        names = _ranked(differing, by_rounds=True)
     groups: dict[tuple[Any, ...], list[SavedRun]] = {}
     for run, settings in zip(runs, differing, strict=True):
         groups.setdefault(tuple(settings[name] for name in names), []).append(run)
     treatments: list[Treatment] = []
     for values, group in groups.items():
-        texts = [(name, _text(name, each)) for name, each in zip(names, values, strict=True)][:SETTINGS_SHOWN]
-        words = [(WORDS.get(name, _plain(name)), text) for name, text in texts[:LABEL_SETTINGS]]
+        shown = [*zip(names, values, strict=True)][:SETTINGS_SHOWN]
+        words = [(_plain(name), _text(name, value)) for name, value in shown[:LABEL_SETTINGS]]
         label = ", ".join(f"no {word}" if text == "-" else f"{word} {text}" for word, text in words)
-        rest = [(_plain(name), text) for name, text in texts[LABEL_SETTINGS:]]
-        treatments.append(Treatment(label or f"{len(group)} runs", rest, group))
+        treatments.append(Treatment(label or f"{len(group)} runs", dict(shown[LABEL_SETTINGS:]), group))
     labels = [each.label for each in treatments]
     return [
         replace(each, label=f"{each.label} ({number})") if labels.count(each.label) > 1 else each
@@ -118,44 +144,11 @@ def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
     ]
 
 
-def run_folders(named: Sequence[Path]) -> list[Path]:
-    """Return `named` without duplicates, experiments replaced by their runs. Raises SettingsError if one has none."""
-    found: dict[Path, Path] = {}
-    for path in named:
-        runs = runs_in(path) if is_there(path / SWEEP) else [path]
-        if not runs:
-            raise SettingsError(f"{path}: no run was played in this sweep; give the folder of another")
-        for run in runs:
-            found.setdefault(real(run), run)
-    return list(found.values())
-
-
-def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
-    """Return a message for each experiment in `named` that has missing or unfinished runs."""
-    lines = []
-    for path in [real(path) for path in named if is_there(path / SWEEP)]:
-        existing = [run for run in runs if real(run.path).parent == path]
-        position = sweep_position(existing[0].path)
-        finished = sum(run.is_finished for run in existing)
-        if position is not None and finished < position["runs"]:
-            left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
-            lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")
-    return lines
-
-
-def common_folder(paths: Sequence[Path]) -> Path:
-    """Return the innermost folder that contains all run folders `paths`. Raises SettingsError if this is /."""
-    folder = Path(os.path.commonpath([real(path).parent for path in paths]))
-    if folder == folder.parent:
-        raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
-    return folder
-
-
 def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
     compared = [name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED]
     values: list[dict[str, Any]] = []
-    mixed = any(run.config.players is not None for run in runs)
+    mixed = len({(run.config.players, run.config.agent_class) for run in runs}) > 1
     for run in runs:
         values.append({name: getattr(run.config, name) for name in compared} | {"max_value": run.game.high})
         if mixed:  # then one setting says who plays
@@ -163,33 +156,34 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
             values[-1]["players"] = run.config.players or run.config.kinds[0].text
         for each in values[-1].pop("set", ()):  # parameters, such as noise=5
             name, _, value = each.partition("=")
-            values[-1][f"set {name}" if name in SETTINGS else name] = value
+            values[-1][f"set {name}" if name in SETTINGS or name in HEADINGS else name] = value
     every = dict.fromkeys(itertools.chain(*values))
     names = [name for name in every if len({each.get(name) for each in values}) > 1]
     return [{name: each.get(name) for name in names} for each in values]
 
 
-def _by_variety(differing: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the settings. Those with the most distinct values come first."""
-    return sorted(differing[0], key=lambda name: -len({each[name] for each in differing}))
+def _ranked(differing: Sequence[dict[str, Any]], by_rounds: bool = False) -> list[str]:
+    """Return the settings that define treatments, the important ones first, with `rounds` only if `by_rounds`.
+
+    Each distinguishes, together with those before it, as many runs as possible.
+    """
+
+    def distinct(*names: str) -> int:
+        return len({tuple(each[name] for name in names) for each in differing})
+
+    left, first = [name for name in differing[0] if name != "seed" and (by_rounds or name != "rounds")], list[str]()
+    while left and len(first) < SETTINGS_SHOWN:
+        first.append(max(left, key=lambda name: (distinct(*first, name), distinct(name))))
+        left.remove(first[-1])
+    return [*first, *left]
 
 
 def _plain(name: str) -> str:
-    return name.replace("_", " ")
+    return WORDS.get(name, name.replace("_", " "))
 
 
 def _text(name: str, value: Any) -> str:
-    if name == "players" and value is not None:
-        return players_text(value)
-    if name in ("agent_class", "game") and value is not None:
-        return Path(value).name
-    return "-" if value is None else " ".join(value) if isinstance(value, tuple) else f"{value}"
-
-
-def folder_names(runs: Sequence[SavedRun]) -> list[str]:
-    """Return the path of each run folder, relative to the innermost folder that contains all of them."""
-    paths = [real(run.path) for run in runs]
-    return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
+    return "-" if value is None else value_text(name, value)
 
 
 def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
@@ -208,79 +202,71 @@ def _equilibrium(game: Game) -> str:
     return "-" if known is None else " and ".join(f"{each:.6g}" for each in known) or "any"
 
 
-def _run_rows(runs: Sequence[SavedRun], padded: bool) -> list[Row]:
-    """Return a table row for each run. If `padded`, all averages have the same number of decimals."""
-    differing, figures = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
-    shown, (main, words) = _by_variety(differing)[:SETTINGS_SHOWN], figures[0]
-    columns = [(f"first {words}", main, 0), (f"last {words}", main, -1)]
-    columns += [(text, name, -1) for name, text in figures[1:]]
-    rows = []
+def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
+    """Return a table row for each run."""
+    differing, ((main, words), *others) = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
+    figures = [(f"first {words}", main, 0), (f"last {words}", main, -1), *((text, name, -1) for name, text in others)]
+    shown = [*_ranked(differing)[:SETTINGS_SHOWN], "seed"]
+    rows: list[Row] = []
     for run, folder, values in zip(runs, folder_names(runs), differing, strict=True):
         entries = run.summary["rounds"]
-        row = [("run", folder), *((_plain(name), _text(name, values[name])) for name in values if name in shown)]
-        row.append(("played", f"{len(entries)}"))
-        row += [(key, number_text(sum(entry[key] for entry in entries))) for key in ("answered", "asked")]
-        for heading, name, index in columns:
-            number = figure_of(entries[index], name) if entries else None
-            row.append((heading, "-" if number is None else number_text(number, run.game.decimals + 3, padded)))
-        row += [("equilibrium", _equilibrium(run.game)), ("status", run.summary["status"])]
-        rows.append([*row, ("seconds", f"{run.summary['seconds']['total']:.2f}")])
+        row: Row = {"run": folder} | {_plain(name): _text(name, values[name]) for name in values if name in shown}
+        for heading, name, index in figures:
+            row[heading] = figure_of(entries[index], name) if entries else None
+        row |= {"played": len(entries)}
+        row |= {key: sum(entry[key] for entry in entries) for key in ("answered", "failed")}
+        row |= {"status": run.summary["status"], "equilibrium": _equilibrium(run.game)}
+        rows.append(row | {"seconds": run.summary["seconds"]["total"]})
     return rows
 
 
-def _treatment_rows(treatments: Sequence[Treatment], padded: bool) -> list[Row]:
-    """Return a table row for each treatment, with estimates of the last round that its runs have played."""
-
-    def text(number: float) -> str:
-        return number_text(number, padded=padded and not 0 < abs(number) < 0.1)
-
+def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
+    """Return a table row for each treatment, with estimates of the last round."""
     rows: list[Row] = []
     figures = [*_figures([run for each in treatments for run in each.runs]).items()][:FIGURES_SHOWN]
     for treatment in treatments:
-        averages = treatment.estimates("average")
-        last = max(averages, default=0)
-        known, count = averages[last].runs if averages else 0, len(treatment.runs)
-        row = [("treatment", treatment.label), *treatment.settings]
+        last, count = treatment.last, len(treatment.runs)
+        known = treatment.estimates("average")[last].runs if last else 0
+        row: Row = {"treatment": treatment.label}
         for name, words in figures:
-            its, mean, interval, std = "" if (name, words) == figures[0] else "its ", "-", "-", "-"
+            mean: Any = None
+            interval, std, its = mean, mean, "" if (name, words) == figures[0] else f"{words}: "
             if (found := treatment.estimates(name).get(last)) is not None:
-                mean = text(found.mean) + (f" ({found.runs} of {known})" if found.runs < known else "")
+                mean = ("{} ({} of {})", found.mean, found.runs, known) if found.runs < known else found.mean
                 if found.runs > 1:
-                    interval, std = f"{text(found.low)} to {text(found.high)}", text(found.std)
-            row += [(words, mean), (f"{its}95 % interval", interval), (f"{its}std", std)]
-        row += [("runs", f"{known} of {count}" if known < count else f"{count}"), ("round", f"{last or '-'}")]
-        row.append(("equilibrium", _equilibrium(treatment.runs[0].game)))
-        failed = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
+                    interval, std = ("{} to {}", found.low, found.high), found.std
+            row |= {words: mean, f"{its}95 % interval": interval} | ({} if its else {"std": std})
+            if not its:
+                row |= {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
+        row["runs"] = ("{} of {}", known, count) if known < count else count
+        row["failed"] = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
         states = Counter(run.summary["status"] for run in treatment.runs)
-        status = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
-        rows.append([*row, ("failed", number_text(failed)), ("status", status)])
-    columns = [*zip(*rows, strict=True)]
-    used = [cells for cells in columns if any(text != "-" for _, text in cells) or cells[0][0] == figures[0][1]]
-    return [[*row] for row in zip(*used, strict=True)]
+        row["status"] = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
+        rows.append(row | {"round": last or None, "equilibrium": _equilibrium(treatment.runs[0].game)})
+    empty = [name for name in rows[0] if name != figures[0][1] and all(row[name] in (None, "-") for row in rows)]
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows]
 
 
 def _omitted(runs: Sequence[SavedRun]) -> str:
-    """State how many settings and figures only the CSV file has. Return "" if there are none."""
-    counts = {"setting": len(_differing(runs)[0]) - SETTINGS_SHOWN, "figure": len(_figures(runs)) - FIGURES_SHOWN}
-    texts = [f"{count} more {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count > 0]
-    return f"only in {DATA}: {' and '.join(texts)}" if texts else ""
+    """Name the settings and figures that only the CSV file has. Return "" if there are none."""
+    settings, figures = _ranked(_differing(runs))[SETTINGS_SHOWN:], [*_figures(runs).values()][FIGURES_SHOWN:]
+    names = [*map(_plain, settings), *figures]
+    return f"only in {DATA}: {', '.join(names)}" if names else ""
 
 
 def comparison_lines(runs: Sequence[SavedRun], all_runs: bool = False) -> list[str]:
     """Return the lines of text tables: the treatments if a treatment has several runs; otherwise, or also, the runs."""
     lines, treatments = [], treatments_of(runs)
-    figures, settings = [*_figures(runs).values()], [_plain(name) for name in _differing(runs)[0]]
+    (main, *others), settings = [*_figures(runs).values()], [_plain(name) for name in _differing(runs)[0]]
+    others.reverse()
     if len(treatments) < len(runs):
-        dropped = ["equilibrium", "failed", "its std", "its 95 % interval", "round", *settings]
-        lines += _lines(_treatment_rows(treatments, padded=True), [*dropped, "status", *figures[:0:-1], "std"])
+        intervals = [f"{name}: 95 % interval" for name in others]
+        dropped = ["equilibrium", *intervals, "round", *settings, "status", *others, "std", "failed"]
+        lines += column_lines(columns_of(_treatment_rows(treatments)), dropped, PAGE)
     if all_runs or not lines:  # settings may be dropped: folder names mention them
-        dropped = ["seconds", "equilibrium", "asked", f"first {figures[0]}", *settings, "played", "answered"]
-        lines += _lines(_run_rows(runs, padded=True), [*dropped, *figures[:0:-1], "status", f"last {figures[0]}"])
+        dropped = ["seconds", "equilibrium", f"first {main}", *settings, "played", "answered", *others, "failed"]
+        lines += column_lines(columns_of(_run_rows(runs)), [*dropped, "status", f"last {main}"], PAGE)
     return [*lines, *filter(None, [_omitted(runs)])]
-
-
-def _lines(rows: Sequence[Row], dropped: Sequence[str]) -> list[str]:
-    return table_lines([heading for heading, _ in rows[0]], [[text for _, text in row] for row in rows], dropped)
 
 
 def write_comparison(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False) -> None:
@@ -315,20 +301,26 @@ def csv_text(runs: Sequence[SavedRun]) -> str:
 def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False) -> dict[str, Any]:
     """Return the template variables of the comparison page. Its links to reports are relative to `folder`."""
     treatments, reports = treatments_of(runs), [real(run.path) / REPORT for run in runs]
-    drawn = _to_draw(treatments)
+    drawn, script = _to_draw(treatments), folder / EXPERIMENT
     return {
         "runs": runs,
         "all_runs": all_runs,
+        "about": about_of(folder),
+        "entries": [entry for run in runs for entry in run.summary["rounds"]],
+        "files": [DATA, PICTURE, *(name for name in (EXPERIMENT, SWEEP) if is_there(folder / name))],
+        "repeat": script_command("--experiment", script) if is_there(script) else "",
+        "unfinished": unfinished_lines([folder], runs),
         "treatments": treatments,
-        "treatment_rows": _treatment_rows(treatments, padded=False),
-        "rows": _run_rows(runs, padded=False),
+        "treatment_columns": columns_of(_treatment_rows(treatments)),
+        "columns": columns_of(_run_rows(runs)),
         "omitted": _omitted(runs),
         "styles": {treatment.label: " ".join(series_style(index)) for index, treatment in enumerate(drawn)},
         "labels": {run.path: treatment.label for treatment in treatments for run in treatment.runs},
         "links": [quote(os.path.relpath(each, real(folder))) if is_there(each) else None for each in reports],
         "drawn": drawn,
-        "has_equilibrium": any(run.game.equilibrium() for run in runs),
-        "draw_averages": _draw_averages,
+        "has_equilibria": _has_equilibria,
+        "main": next(iter(_figures(runs).items())),
+        "draw_figure": _draw_figure,
         "last_rounds": _last_rounds(drawn),
     }
 
@@ -343,18 +335,23 @@ def _last_rounds(drawn: Sequence[Treatment]) -> list[tuple[str, Game, RoundResul
     return [(each.label, each.runs[0].game, each.last_round()) for each in drawn]
 
 
-def _draw_averages(axes: Axes, drawn: Sequence[Treatment], all_runs: bool) -> None:
-    """Draw each treatment's mean of the averages by round as a line, its interval, and its equilibria."""
+def _has_equilibria(drawn: Sequence[Treatment], name: str) -> bool:
+    return name in HAVE_EQUILIBRIA and any(each.runs[0].game.equilibrium() for each in drawn)
+
+
+def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: str) -> None:
+    """Draw each treatment's mean of a figure by round as a line, its interval, and its equilibria."""
     games = [each.runs[0].game for each in drawn]
     equilibria = [game.equilibrium() for game in games]
     for index, treatment in enumerate(drawn):
         colour = series_style(index)[0]
         own = colour if equilibria.count(equilibria[index]) == 1 else "muted"
-        charts.draw_equilibria(axes, games[index], color=own, linewidth=1.6)
+        if _has_equilibria([treatment], name):
+            charts.draw_equilibria(axes, games[index], color=own, linewidth=1.6)
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
-            axes.plot(*zip(*run.by_round("average").items(), strict=True), color=colour, linewidth=0.6)
+            axes.plot(*zip(*run.by_round(name).items(), strict=True), color=colour, linewidth=0.6)
     rounds = max((len(run.results) for each in drawn for run in each.runs), default=1)
-    estimates = {each.label: each.estimates("average") for each in drawn}
+    estimates = {each.label: each.estimates(name) for each in drawn}
     lines = {label: {number: each.mean for number, each in found.items()} for label, found in estimates.items()}
     repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates.values()]
     bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
@@ -366,7 +363,8 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
     drawn = _to_draw(treatments)
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
     histograms = [(f"{label}, round {each.round}", game, each) for label, game, each in _last_rounds(selected)]
-    dotted = "; dotted: equilibrium" if any(each.runs[0].game.equilibrium() for each in drawn) else ""
+    main, words = next(iter(_figures([run for each in treatments for run in each.runs]).items()))
+    dotted = "; dotted: equilibrium" if _has_equilibria(drawn, main) else ""
     bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in drawn) else ""
     handles = [Line2D([], [], **charts.line_style(index)) for index in range(len(drawn))]
     labels = [textwrap.fill(each.label, charts.TITLE_WIDTH) for each in drawn]
@@ -377,8 +375,8 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
         if box.width < page.bbox.width:
             break
     return charts.picture(
-        partial(_draw_averages, drawn=drawn, all_runs=all_runs),
-        f"Average by round{dotted}{bands}{_shown(drawn, treatments)}",
+        partial(_draw_figure, drawn=drawn, all_runs=all_runs, name=main),
+        f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{_shown(drawn, treatments)}",
         histograms,
         f"Answers of the last round{_shown(selected, treatments)}",
         legend,

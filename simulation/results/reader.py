@@ -3,6 +3,7 @@
 Unless stated otherwise, functions raise SettingsError for a missing or damaged file and for contradictory files.
 """
 
+import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from simulation.errors import ClusterError, Ended, SettingsError, one_line
+from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.files import files_in, is_there, real
 from simulation.game.analysis import analyse, mean_payoffs
 from simulation.game.game import Game, Pairs
@@ -29,7 +30,17 @@ from simulation.llm.responses import Usage
 from simulation.provenance import kept_files, with_copies
 from simulation.results import run_files
 from simulation.results.answers_parquet import rows_by_round, tally_in
-from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, PARTS, SWEEP, WHOLE, sweep_position
+from simulation.results.run_directory import (
+    AGENTS,
+    FAILED_ANSWERS,
+    GAME,
+    HUMAN,
+    PARTS,
+    SWEEP,
+    WHOLE,
+    resume_command,
+    sweep_position,
+)
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
 
@@ -274,6 +285,45 @@ def runs_in(path: Path) -> list[Path]:
     """Return the run folders in an experiment's folder `path`, by number. Omit folders without a summary.json."""
     runs = [folder for folder in files_in(path) if is_there(folder / "summary.json")]
     return sorted(runs, key=lambda folder: (len(folder.name.partition("-")[0]), folder.name))  # 100-x after 99-x
+
+
+def run_folders(named: Sequence[Path]) -> list[Path]:
+    """Return `named` without duplicates, experiments replaced by their runs. Raises SettingsError if one has none."""
+    found: dict[Path, Path] = {}
+    for path in named:
+        runs = runs_in(path) if is_there(path / SWEEP) else [path]
+        if not runs:
+            raise SettingsError(f"{path}: no run was played in this sweep; give the folder of another")
+        for run in runs:
+            found.setdefault(real(run), run)
+    return list(found.values())
+
+
+def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[str]:
+    """Return a message for each experiment in `named` that has missing or unfinished runs."""
+    lines = []
+    for path in [real(path) for path in named if is_there(path / SWEEP)]:
+        existing = [run for run in runs if real(run.path).parent == path]
+        position = sweep_position(existing[0].path)
+        finished = sum(run.is_finished for run in existing)
+        if position is not None and finished < position["runs"]:
+            left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
+            lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")
+    return lines
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """Return the innermost folder that contains all run folders `paths`. Raises SettingsError if this is /."""
+    folder = Path(os.path.commonpath([real(path).parent for path in paths]))
+    if folder == folder.parent:
+        raise SettingsError("these runs have no folder in common: give --run-dir, where the comparison is written")
+    return folder
+
+
+def folder_names(runs: Sequence[SavedRun]) -> list[str]:
+    """Return the path of each run folder, relative to the innermost folder that contains all of them."""
+    paths = [real(run.path) for run in runs]
+    return [os.path.relpath(path, os.path.commonpath([path.parent for path in paths])) for path in paths]
 
 
 def first_winner(run: SavedRun) -> int:

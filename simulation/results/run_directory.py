@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
+from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, printable, reason
 from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game, Pairs
@@ -71,11 +71,24 @@ def sweep_position(path: Path) -> SweepPosition | None:
         return None
 
 
+def about_of(path: Path) -> str:
+    """Return the description in the experiment's folder `path`, or "" if there is none."""
+    try:
+        return printable(json.loads(read_text(path / SWEEP))["about"] or "")
+    except (OSError, *run_files.DAMAGED):  # as above
+        return ""
+
+
 def resume_command(path: Path, *flags: str) -> str:
     """Return the shell command that resumes the run or the experiment in the folder `path`, with `flags` appended."""
+    return script_command("--resume", path, *flags)
+
+
+def script_command(flag: str, path: Path, *flags: str) -> str:
+    """Return a shell command with the flag `flag`, whose value is `path`, and with `flags`."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
     folder = shown(path)
-    return shlex.join([script, "--resume", f"./{folder}" if folder.startswith("-") else folder, *flags])
+    return shlex.join([script, flag, f"./{folder}" if folder.startswith("-") else folder, *flags])
 
 
 class RunDirectory:

@@ -1,11 +1,18 @@
 """Aligned text tables, and numbers as text. On a terminal, columns that do not fit are omitted."""
 
 import math
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from simulation.errors import printable
+from simulation.settings import players_text
+
+MOST_DECIMALS = 12  # of a column whose numbers are all small
 INDENT = 2  # spaces that the callers print before some tables
 
 
@@ -35,6 +42,43 @@ def decimals_of(numbers: Iterable[Fraction | float | None], most: int) -> int:
         return 0
     large, small = (-math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
     return min(most, max(large + 3, min(small + 1, large + 5), 0))
+
+
+class Column(NamedTuple):
+    """A table column: the texts of its cells, and the exact values to sort by."""
+
+    heading: str
+    texts: list[str]
+    values: list[Any]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns of a table. The floats in a column have equal decimals (see `decimals_of`).
+
+    A cell is a text, a number, None (shown as a dash), or a tuple such as `("{} to {}", low, high)`.
+    """
+    columns = []
+    for heading in rows[0]:
+        cells = [row[heading] if isinstance(row[heading], tuple) else ("{}", row[heading]) for row in rows]
+        digits = decimals_of([each for cell in cells for each in cell if isinstance(each, float)], MOST_DECIMALS)
+
+        def text(number: Any, digits: int = digits) -> str:
+            return "-" if number is None else number if isinstance(number, str) else number_text(number, digits, True)
+
+        texts = [form.format(*map(text, parts)) for form, *parts in cells]
+        columns.append(Column(heading, texts, [cell[1] for cell in cells]))
+    return columns
+
+
+def value_text(name: str, value: Any) -> str:
+    """Return the value of a setting in words, without the folders of files."""
+    if value is None:
+        return "none"
+    if name == "players":
+        return printable(players_text(value).removesuffix("=1"))
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    return printable(Path(value).name if name in ("agent_class", "game") else str(value))
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
@@ -76,3 +120,12 @@ def table_lines(
             cells.append(row[column] + blanks if head[column] in lefts else blanks + row[column])
         lines.append("  ".join([*cells, *row[len(aligned) :]]).rstrip())
     return lines
+
+
+def column_lines(columns: Sequence[Column], dropped: Iterable[str], page: str) -> list[str]:
+    """Return `table_lines` of columns, and a line that names the omitted ones, which the file `page` has."""
+    head, *rows = table_lines(
+        [each.heading for each in columns], [*zip(*(each.texts for each in columns), strict=True)], dropped
+    )
+    omitted = [each.heading for each in columns if each.heading not in re.split(" {2,}", head.strip())]
+    return [head, *rows, *([f"not shown here, but in {page}: {', '.join(omitted)}"] if omitted else [])]

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from simulation.errors import SettingsError, nearest, printable
+from simulation.errors import SettingsError, nearest
 from simulation.files import full_path
 from simulation.game.population import GAMMA, MASK, mix
 from simulation.results.run_directory import new_run_id
 from simulation.results.run_files import SOURCES, SourceEntry
+from simulation.results.tables import value_text
 from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import (
     FLAGS_OF_GAMES,
@@ -26,7 +27,6 @@ from simulation.settings import (
     SimulationConfig,
     flag_of,
     moved,
-    players_text,
     to_number,
 )
 
@@ -132,14 +132,6 @@ class Experiment(YamlFile):
             return error
         index = self.settings[name].index(config.value_of(name))
         return self._error_in_setting(name, items_in(self.nodes[name])[index], error)
-
-
-def value_text(name: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    if name == "players" and value is not None:
-        value = players_text(value)
-    return printable(Path(value).name if name in ("agent_class", "game") else str(value))
 
 
 def repeat_seeds(seed: int, repeats: int) -> list[int]:
