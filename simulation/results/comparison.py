@@ -321,6 +321,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
         "has_equilibria": _has_equilibria,
         "main": next(iter(_figures(runs).items())),
         "draw_figure": _draw_figure,
+        "lines_of": lambda name: charts.line_rows(_rounds(drawn), _means(drawn, name)),
         "last_rounds": _last_rounds(drawn),
     }
 
@@ -339,7 +340,7 @@ def _has_equilibria(drawn: Sequence[Treatment], name: str) -> bool:
     return name in HAVE_EQUILIBRIA and any(each.runs[0].game.equilibrium() for each in drawn)
 
 
-def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: str) -> None:
+def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: str, unit: str) -> None:
     """Draw each treatment's mean of a figure by round as a line, its interval, and its equilibria."""
     games = [each.runs[0].game for each in drawn]
     equilibria = [game.equilibrium() for game in games]
@@ -350,12 +351,19 @@ def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: s
             charts.draw_equilibria(axes, games[index], color=own, linewidth=1.6)
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
             axes.plot(*zip(*run.by_round(name).items(), strict=True), color=colour, linewidth=0.6)
-    rounds = max((len(run.results) for each in drawn for run in each.runs), default=1)
-    estimates = {each.label: each.estimates(name) for each in drawn}
-    lines = {label: {number: each.mean for number, each in found.items()} for label, found in estimates.items()}
-    repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates.values()]
+    estimates = [each.estimates(name) for each in drawn]
+    repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates]
     bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
-    charts.draw_lines(axes, rounds, lines, bands=bands)
+    charts.draw_lines(axes, _rounds(drawn), _means(drawn, name), bands=bands, unit=unit)
+
+
+def _rounds(drawn: Sequence[Treatment]) -> int:
+    return max((len(run.results) for each in drawn for run in each.runs), default=1)
+
+
+def _means(drawn: Sequence[Treatment], name: str) -> dict[str, dict[int, float]]:
+    """Return each treatment's mean of a figure by round, by label."""
+    return {each.label: {number: its.mean for number, its in each.estimates(name).items()} for each in drawn}
 
 
 def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
@@ -375,7 +383,7 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
         if box.width < page.bbox.width:
             break
     return charts.picture(
-        partial(_draw_figure, drawn=drawn, all_runs=all_runs, name=main),
+        partial(_draw_figure, drawn=drawn, all_runs=all_runs, name=main, unit=words),
         f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{_shown(drawn, treatments)}",
         histograms,
         f"Answers of the last round{_shown(selected, treatments)}",
