@@ -180,7 +180,7 @@ def test_each_chart_is_saved_as_data_and_as_a_picture(page, run, played, told_ap
     page.emulate_media(color_scheme="dark")
     links = page.locator("a[download]")
     names = links.evaluate_all("all => all.map(each => each.download)")
-    charts = ("averages", "spread", "round-1", "round-2", "round-3", "seconds")
+    charts = ("averages", "spread", "round-1", "round-2", "round-3", "steps", "seconds")
     assert names == [f"{name}.{ending}" for name in charts for ending in ("csv", "png")]
     head, *rows = csv.reader(saved_by(page, links.nth(0)).read_text().splitlines())
     assert head == ["round", "average", "winning number"]
@@ -934,7 +934,7 @@ def test_settings_of_other_programs_change_no_chart(cluster, run, tmp_path):
 
 
 def test_the_page_is_the_same_from_memory(told_apart, tmp_path):
-    write_page(tmp_path / "report.html", page_content(told_apart))
+    write_page(tmp_path / "report.html", page_content(told_apart, told_apart.analysis()))
     assert (tmp_path / "report.html").read_bytes() == (told_apart.path / "report.html").read_bytes()
 
 
