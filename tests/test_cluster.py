@@ -120,7 +120,7 @@ def test_summary_and_console_follow_the_contract(cluster):
     assert run.resolve().name == summary["run_id"]
     assert {path.name for path in run.iterdir()} == {
         *("summary.json", "answers.parquet", "game.json", "source"),
-        *("histogram.png", "rounds.png", "report.html"),
+        *("analysis.json", "histogram.png", "rounds.png", "report.html"),
     }
     assert (run / "histogram.png").read_bytes().startswith(b"\x89PNG")
     rows = cluster.answers()

@@ -151,15 +151,16 @@ def test_all_figures_are_those_of_the_summary(page, run, played):
 def test_charts_have_text_alternatives(page, run, played):
     show(page, run / "report.html")
     pictures = page.locator("figure svg[role=img]")
-    # each round, the average and the spread by round, the times
-    assert pictures.count() == 3 + 2 + 1 == page.locator("svg").count()
+    # each round, the average and the spread by round, the steps of reasoning, the times
+    assert pictures.count() == 3 + 2 + 2 == page.locator("svg").count()
     for place, entry in enumerate(played["rounds"], start=2):
         label = pictures.nth(place).get_attribute("aria-label")
         assert label.startswith(f"Round {entry['round']}: 270 answers from 0 to ")
         assert f"average {entry['average']:.2f}, winning number {entry['winning_number']:.2f}" in label
     assert "equilibrium: 0" in pictures.nth(0).get_attribute("aria-label")
     assert pictures.nth(1).get_attribute("aria-label").startswith("Spread by round. 1: ")
-    assert pictures.nth(5).get_attribute("aria-label").startswith("Seconds by round: thinking ")
+    assert pictures.nth(5).get_attribute("aria-label").startswith("Steps of reasoning by round")
+    assert pictures.nth(6).get_attribute("aria-label").startswith("Seconds by round: thinking ")
     assert page.locator("figure").count() == page.locator("figure > figcaption").count()
     assert page.locator("th").count() == page.locator("th[scope]").count() > 20
     ids = page.eval_on_selector_all("[id]", "all => all.map(each => each.id)")

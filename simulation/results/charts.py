@@ -40,7 +40,7 @@ ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 SERIES, LINE_STYLES = 8, ("solid", "dashed", "dotted")  # 8 colours * 3 line styles = 24 distinct lines
 WIDTH_INCHES = 4.8  # of a chart in a page; legible on a phone, and wider screens show several charts per row
 BELOW, ABOVE = 0.5, 0.32  # room for the titles of the axes in inches
-BINS, PART_BINS = 101, 51
+BINS = 101
 DASH = 3  # length of the dashes of lines at the same position, in line widths
 MARKERS = "os^"  # for each of LINE_STYLES
 PICTURE_INCHES = 10  # width of a PNG file with several charts
@@ -211,7 +211,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     figure = Figure(figsize=(WIDTH_INCHES, height))
     grid = figure.subplots(len(names), 1, sharex=True, squeeze=False, gridspec_kw={**sides, "hspace": 0.16})
     for axes, name, text in zip(grid.flat, names, texts, strict=True):
-        _draw_histogram(axes, game, tallies[name], PART_BINS, top)
+        _draw_histogram(axes, game, tallies[name], BINS, top)
         axes.grid(visible=False)
         axes.set_yticks([])
         axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9.5, color="ink")
