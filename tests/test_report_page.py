@@ -415,7 +415,7 @@ def test_times_by_activity_and_lost_servers_are_shown(page, told_apart):
 def test_a_copied_folder_gives_the_same_report(cluster, run, played, tmp_path):
     copy = tmp_path / "else where"
     shutil.copytree(run, copy)
-    made = ("report.html", "histogram.png", "rounds.png")
+    made = ("report.html", "analysis.json", "histogram.png", "rounds.png")
     wanted = [(copy / name).read_bytes() for name in made]
     for name in made:
         (copy / name).unlink()

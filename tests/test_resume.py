@@ -200,6 +200,7 @@ def test_an_interrupted_run_resumes_with_the_same_results(checkout, mindful, gat
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert sorted(path.name for path in run.iterdir()) == [
         *(
+            "analysis.json",
             "answers.parquet",
             "failed_answers.jsonl",
             "game.json",
