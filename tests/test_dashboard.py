@@ -26,6 +26,7 @@ from waiting import Gates
 
 from games.average import Average
 from simulation.cluster.failure_detector import ServerStatus
+from simulation.errors import Ended
 from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.hosts import agent_server
@@ -134,11 +135,16 @@ def test_a_page_shows_a_round_a_lost_server_and_the_end(cluster, page, tmp_path,
     ]
     assert len(rows) == 2
     for row, played in zip(reversed(rows), summary["rounds"], strict=True):
-        assert row[:3] == [str(played["round"]), f"{played['average']:.3f}", f"{played['winning_number']:.3f}"]
+        assert row[:3] == [str(played["round"]), f"{played['average']:.2f}", f"{played['winning_number']:.2f}"]
         numbers = [int(cell.replace(",", "")) for cell in row[3:6]]
         assert numbers == [played["winners"]["count"], played["failed"], played["reassigned"]]
         assert row[6] == f"{played['seconds']:.2f}"
-    assert number_in(page, "#done") == summary["rounds"][-1]["answered"]
+    last = summary["rounds"][-1]
+    assert number_in(page, "#done") == last["answered"]
+    assert page.locator("#total").text_content() == f"answered, {last['failed']} failed, of 12,000"
+    assert page.locator("#bar").evaluate("bar => bar.value") == 1  # all outcomes are in
+    assert page.locator(".cells li.plays").count() == 0 and page.locator(".cells li.ended").count() == 7
+    assert "play it again: ./run_simulation.sh --experiment" in page.locator("#runs").text_content()
     failed = sum(played["failed"] for played in summary["rounds"])
     assert page.locator("#causes").text_content() == f"{failed}ValueError: {NASTY} (slow.py, line 11)"
     assert f"is partial · results in {cluster.path}/runs/{summary['run_id']}" in page.locator("#runs").text_content()
@@ -424,12 +430,51 @@ def test_the_live_page_is_readable_in_any_size_and_colour_scheme(page, width, he
     assert page.locator("img").count() == 0
 
 
+def test_an_interrupted_round_and_its_counts_are_shown_as_they_ended(page):
+    stage, run = Stage("answers in", 40, 40, time.monotonic()), run_on(4, lost=0)
+    cut = replace(result_of(50), tally=replace(result_of(50).tally, ended=Ended.INTERRUPTED))
+    run.config, run.results, run.under_way = replace(run.config, rounds=3), [cut], (1, 0.0)
+    view = DashboardState(run)
+    assert {row["done"] for row in view.state(stage)["servers"]["rows"]} == {0, 1, 2, 3}
+    view.over = True
+    ended = {"run_id": "run", "path": "runs/run", "error": "", "status": "interrupted", "written": True}
+    ended |= {"report": False, "repeat": "", "resume": "./run_simulation.sh --resume runs/run"}
+    show(page, state_of(view.state(stage), stage, running=False, over=True, ended=[ended]))
+    page.get_by_role("heading", name="0 of 3 rounds played; round 1 was interrupted").wait_for()
+    assert page.locator("#done").text_content() == "638"
+    assert page.locator("#total").text_content() == "answered, 2 failed or were interrupted, of 640"
+    assert page.locator("#bar").evaluate("bar => bar.value") < 1
+    assert page.locator("#played tr.cut td").first.text_content() == "1 interrupted"
+    assert page.locator(".cells li.plays").count() == 0
+    assert page.locator("#servers-sum").text_content() == "4 servers: 4 used until the end of the run"
+    assert page.locator(".cells .load").first.text_content().startswith("10 participants")
+    assert "go on: ./run_simulation.sh --resume runs/run" in page.locator("#runs").text_content()
+
+
+def test_failures_are_counted_apart_from_answers(page):
+    run = run_on(4, lost=0)
+    ((end, status), *_) = run.simulation.cluster.observe().items()
+    progress = Progress(10, 10, 1, counts=[8] + [0] * (BINS - 1), failures={"a": 1, "b": 1})
+    statuses = {
+        **run.simulation.cluster.observe(),
+        end: replace(status, reply=HeartbeatReply("it", {"run/group-0": progress})),
+    }
+    run.simulation.cluster.observe = lambda: statuses
+    stage = Stage("answers in", 16, 40, time.monotonic())
+    show(page, state_of(DashboardState(run).state(stage), stage))
+    page.get_by_role("heading", name="Round 1 of 1").wait_for()
+    assert page.locator("#done").text_content() == "14"
+    assert page.locator("#total").text_content() == "answered, 2 failed, of 40"
+    assert page.locator("#bar").evaluate("bar => bar.value") == 0.4
+    assert page.locator("#histogram text").all_text_contents()[:2] == ["participants", "number"]
+
+
 def test_a_winning_number_out_of_range_is_stated_and_not_drawn(page):
     stage = Stage("answers in", 640, 640, time.monotonic())
     run = run_on(4, lost=0)
     run.results = [result_of(50)]
     show(page, state_of(DashboardState(run).state(stage), stage))
-    page.get_by_text("winning number 150.000").wait_for()
+    page.get_by_text("winning number 150").wait_for()
     assert page.locator("#histogram .mark").count() == 1 and page.locator("#histogram .wins").count() == 0
 
 

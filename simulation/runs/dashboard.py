@@ -20,7 +20,9 @@ from aiohttp import web
 from loguru import logger
 
 from simulation.errors import Interrupted, SettingsError
-from simulation.results.run_directory import REPORT
+from simulation.files import SOURCE, is_there
+from simulation.provenance import EXPERIMENT
+from simulation.results.run_directory import REPORT, resume_command, script_command
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.dashboard_state import DashboardState
 
@@ -91,7 +93,12 @@ class Dashboard:
             raise
         finally:
             written = {"written": run.status is not None, "report": os.access(path / REPORT, os.R_OK)}
-            self._ended.append({"status": run.status, "path": str(path), **written, **ended})
+            script = path / SOURCE / EXPERIMENT
+            commands = {
+                "repeat": script_command("--experiment", script) if is_there(script) else "",
+                "resume": resume_command(path) if run.rounds_left and run.status is not None else "",
+            }
+            self._ended.append({"status": run.status, "path": str(path), **written, **commands, **ended})
             state.over = True
 
     def close(self) -> None:

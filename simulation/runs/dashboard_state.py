@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simulation.runs.run import Run
 
 SILENT_S = 3.0  # a server whose last reply is older is shown as silent; servers normally reply every second
+FINE = ("plays", "ended")  # states of servers without trouble, before and after the end of the run
 SERVERS_LISTED = 64  # if there are more servers, the page shows a grid, and rows for some failing servers only
 TROUBLED_LISTED = 16  # maximum number of failing servers with a row, below the grid
 GRID_CELLS = 4096  # maximum number of servers in the grid
@@ -59,7 +60,8 @@ class DashboardState:
         for causes in (*(result.tally.failures for result in results), *(each.failures for each in current)):
             failures.update(causes)
         done = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
-        seconds = time.monotonic() - began
+        failed = min(sum(sum(each.failures.values()) for each in current), done)  # of the outcomes that are in
+        progress = {"number": number, "done": done, "failed": failed, "seconds": time.monotonic() - began}
         return {
             "run_id": run.run_id,
             "label": run.spec.label,
@@ -69,7 +71,7 @@ class DashboardState:
                 "kind": ", ".join(kind.label for kind in config.kinds),
                 "seed": str(config.seed) if not config.uses_models else None,  # too many digits for JavaScript
             },
-            "round": number and {"number": number, "done": done, "seconds": seconds, "reassigned": reassigned},
+            "round": number and progress | {"reassigned": reassigned},
             "rounds": self._rounds,
             "distribution": {**self._distribution(number, current), "groups": len(assignments)},
             "failures": list(most_frequent(dict(failures)).items()),
@@ -112,14 +114,14 @@ class DashboardState:
         for assignment in assignments:
             for each in (assignment.server, assignment.moderator_server):
                 hosted[each] += assignment.count
-        answered = {each: sum(done.get(oid, 0) for oid in status.reply.objects) for each, status in statuses.items()}
-        rows = [self._row(each, status, hosted[each], answered[each]) for each, status in statuses.items()]
-        troubled = [row for row in rows if row["state"] != "plays"]
+        outcomes = {each: sum(done.get(oid, 0) for oid in status.reply.objects) for each, status in statuses.items()}
+        rows = [self._row(each, status, hosted[each], outcomes[each]) for each, status in statuses.items()]
+        troubled = [row for row in rows if row["state"] not in FINE]
         listed = rows if len(rows) <= SERVERS_LISTED else troubled[:TROUBLED_LISTED]
         return {"states": Counter(row["state"] for row in rows), "rows": listed, "grid": _grid(rows)}
 
-    def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, answered: int) -> dict[str, Any]:
-        config, state, why = self.run.config, "plays", ""
+    def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, done: int) -> dict[str, Any]:
+        config, state, why = self.run.config, "ended" if self.over else "plays", ""
         if not status.up:
             state, why = ("back" if status.answers else "lost"), status.why
         elif not self.over and status.seconds_since_reply > SILENT_S:
@@ -133,7 +135,7 @@ class DashboardState:
             "why": why,
             "losses": status.losses,
             "hosts": hosts,
-            "answered": answered,
+            "done": None if self.over else done,  # outcomes; at the end, the page shows the counts of all servers
             "cpu": status.reply.cpu if status.up and not self.over else None,
             "memory_mb": status.reply.memory_mb if status.up else None,
         }
@@ -143,20 +145,20 @@ def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return an entry for each host and kind of server, with the totals of its servers.
 
     `states` has a letter for each server, the first of its state. `done` has a digit for each server, from 0 if none of
-    its participants has answered to 9 if all have. Both omit servers after the first GRID_CELLS.
+    its participants has answered or failed to 9 if all have. Both omit servers after the first GRID_CELLS.
     """
     grid, left = [], GRID_CELLS
     for (host, participants), group in groupby(rows, itemgetter("host", "participants")):
         servers = list(group)
         drawn, left = servers[:left], max(left - len(servers), 0)
-        shares = (9 * row["answered"] // max(row["hosts"], 1) for row in drawn)
+        shares = (9 * (row["done"] or 0) // max(row["hosts"], 1) for row in drawn)
         grid.append(
             {
                 "host": host,
                 "participants": participants,
                 "port": servers[0]["port"],
                 "servers": len(servers),
-                "trouble": sum(row["state"] != "plays" for row in servers),
+                "trouble": sum(row["state"] not in FINE for row in servers),
                 **{name: sum(row[name] or 0 for row in servers) for name in ("hosts", "cpu", "memory_mb")},
                 "states": "".join(row["state"][0] for row in drawn),
                 "done": "".join(str(min(share, 9)) for share in shares),
