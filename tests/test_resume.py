@@ -31,7 +31,7 @@ from simulation.llm.concurrency_limit import SharedSemaphore
 from simulation.llm.responses import Usage
 from simulation.results.console_report import run_lines
 from simulation.results.reader import read_run
-from simulation.results.run_directory import RunDirectory, _on_disk, sweep_position, write_whole
+from simulation.results.run_directory import SUMMARY_BYTES, RunDirectory, _on_disk, sweep_position, write_whole
 from simulation.results.run_files import summarise
 from simulation.runs.run import Run
 from simulation.runs.run_spec import RunSpec
@@ -452,7 +452,7 @@ def test_a_summary_stays_small_with_many_failures(tmp_path, monkeypatch):
     seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 1.0)
     RunDirectory(tmp_path / "run").write_summary(summarise(config, "r", "partial", cluster, seconds, played, Usage()))
     text = (tmp_path / "run/summary.json").read_text()
-    assert len(text) < 100_000 and len(json.loads(text)["cluster"]["lost"]) >= 100
+    assert len(text) < SUMMARY_BYTES and len(json.loads(text)["cluster"]["lost"]) >= 100
     assert json.loads(text)["rounds"][99]["failed"] == 20 * 10**9
 
 
