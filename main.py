@@ -72,7 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def play(command: Command) -> int:
     """Check the settings, start servers if none are running, play, and clean up. Return the exit status."""
-    from simulation.results.report_process import ReportProcess
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
     from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
@@ -107,9 +106,8 @@ def play(command: Command) -> int:
         session.open()
         if needs_servers:
             start_servers(session.config, progress, cleanup)
-        reports = cleanup.enter_context(closing(ReportProcess()))
         cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
-        return session.play_runs(progress, reports.draw, observe)
+        return session.play_runs(progress, observe)
 
 
 def has_no_servers(config: SimulationConfig) -> bool:

@@ -35,7 +35,6 @@ ACTIONS = {  # flags that replace the usual work of a role; flags without a help
     "print_gpu_count": Setting(False, "", roles=("vllm",)),  # for start_vllm.sh
     "launch": Setting(False, "", roles=("participant",)),  # this process becomes the launcher
     "owned": Setting(False, "", roles=("participant",)),  # like launch; stops at the end of standard input
-    "draw_for_main": Setting(False, "", roles=("report",)),  # this process becomes the report process
 }
 USED_BY: dict[str, Iterable[str]] = {  # the settings that each action uses
     "status": ("host_name", "cluster_key_dir", "connect_timeout"),
@@ -292,12 +291,7 @@ def ask(command: Command) -> int:
 
 
 def report(command: Command) -> int:
-    """Recreate the report of one run, compare several runs, or become the report process. Return the exit status."""
-    if command.action is not None:
-        from simulation.results.report_process import serve as draw_for_main
-
-        draw_for_main()
-        return 0
+    """Recreate the report of one run, or compare several runs. Return the exit status."""
     from simulation.results import comparison
     from simulation.results.answers_parquet import write_csv
     from simulation.results.console_report import run_lines, summaries_text

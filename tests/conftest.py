@@ -65,7 +65,7 @@ TOGETHER = (
     *("test_vllm.py", "test_experiments.py", "test_recovery.py", "test_cluster.py", "test_participants.py"),
     *("test_hosts.py", "test_report_page.py", "test_mixtures.py", "test_llm.py", "test_dashboard.py"),
     *("test_provenance.py", "test_variants.py", "test_old_runs.py", "test_games.py", "test_answers.py"),
-    *("test_report_process.py", "test_failure_detector.py", "test_level_k.py", "test_parameters.py"),
+    *("test_failure_detector.py", "test_level_k.py", "test_parameters.py"),
     *("test_security.py", "test_scale.py"),
 )
 # What is started first, as it takes longest: tests, and those files

@@ -27,7 +27,7 @@ from games.average import Average
 from games.lowest_unique import LowestUnique
 from games.minority import Minority
 from games.public_goods import PublicGoods
-from simulation.errors import SettingsError
+from simulation.errors import ResultsError, SettingsError
 from simulation.game.population import ModelShare, Persona, Population
 from simulation.game.tally import RoundResult, Tally, score
 from simulation.results.answers_parquet import SCHEMA
@@ -943,3 +943,15 @@ def test_a_line_has_a_gap_at_a_round_without_a_figure():
     axes = Figure().add_subplot()
     draw_lines(axes, 3, {"average": {1: 30.0, 3: 10.0}})
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 30], [2, math.nan], [3, 10]])
+
+
+def test_what_cannot_be_drawn_is_reported(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    saved = read_run(folder)
+    (folder / "histogram.png").unlink()
+    (folder / "histogram.png").mkdir()
+    with pytest.raises(ResultsError, match=r"cannot write .*histogram\.png"):
+        draw_all(saved)
+    (folder / "answers.parquet").unlink()
+    with pytest.raises(SettingsError, match=r"answers\.parquet is missing"):
+        draw_all(read_run(folder))

@@ -2,9 +2,10 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime
+from importlib import import_module
 from typing import Any
 
 from loguru import logger
@@ -28,13 +29,13 @@ from simulation.runs.run_spec import RunSpec
 from simulation.settings import labels_of
 from simulation.user_code import UserFile
 
-Draw = Callable[[SavedRun], None]  # writes the pictures and the report of a run
+REPORT_PAGE = "simulation.results.report_page"  # takes 1 s to import
 
 
 class Run:
     """A run in progress, with its results so far."""
 
-    def __init__(self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress, draw: Draw) -> None:
+    def __init__(self, spec: RunSpec, directory: RunDirectory, console: ConsoleProgress) -> None:
         self.spec, self.config, self.game, self.run_id = spec, spec.config, spec.game, spec.run_id
         self.directory, self.console = directory, console
         directory.config = spec.config
@@ -47,7 +48,7 @@ class Run:
         self.usage = Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster_summary: dict[str, Any] = {"servers": 0, "moderators": 0, "lost": [], "times": []}
-        self._draw, self._saved, self._recorded = draw, spec.saved, spec.recorded
+        self._saved, self._recorded = spec.saved, spec.recorded
         if self._saved is not None:
             self.results, self.usage = [*self._saved.results], self._saved.usage
             self.seconds |= self._saved.summary["seconds"]
@@ -91,9 +92,10 @@ class Run:
         past = (self.directory, announced, self.usage, self._recorded)
         simulation = Simulation(with_copies(self.config, self.spec.copies), self.game, prefix, self.console, *past)
         try:
-            with simulation:
+            with simulation, ThreadPoolExecutor(1) as imports:
                 self.simulation = simulation
                 self._create_agents(simulation)
+                imports.submit(import_module, REPORT_PAGE)  # while participants answer; an error occurs again below
                 for number in self.rounds_left:
                     self._play_round(simulation, number)
                     is_over = not self.rounds_left and not self.results[-1].error
@@ -211,7 +213,7 @@ class Run:
         self.console.waiting_since = time.monotonic()
         saved = SavedRun(self.directory.path, self.config, summary, self.game, self.results, self.spec.people)
         with results_errors(f"draw the report of {self.directory.path}"), self.console.during("drawing pictures"):
-            self._draw(saved)
+            import_module(REPORT_PAGE).draw_all(saved)
 
     def _write(self, status: str) -> dict[str, Any]:
         """Write summary.json and, at the first call, game.json. Return the summary."""

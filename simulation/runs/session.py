@@ -28,7 +28,7 @@ from simulation.settings import SimulationConfig, flag_of
 from simulation.user_code import loaded_files
 
 if TYPE_CHECKING:
-    from simulation.runs.run import Draw, Run
+    from simulation.runs.run import Run
 
     Observe = Callable[[Run], contextlib.AbstractContextManager[object]]
 
@@ -84,7 +84,7 @@ class Session:
         return any(is_there(spec.folder / "summary.json") for spec in self.specs)
 
     @loaded_files()  # runs that start later, and participants that are created again, use no later version
-    def play_runs(self, console: ConsoleProgress, draw: "Draw", observe: "Observe") -> int:
+    def play_runs(self, console: ConsoleProgress, observe: "Observe") -> int:
         """Execute the remaining rounds of all runs, and return the exit status.
 
         `observe(run)` returns a context manager that observes the run. If rounds are left at the end, even after an
@@ -95,7 +95,7 @@ class Session:
             import_agentscope()  # slow: earlier errors need not wait for this
             from simulation.runs.run import Run  # noqa: PLC0415
 
-            run = Run(spec, directory, console, draw)
+            run = Run(spec, directory, console)
             with observe(run):
                 return run.play_rounds()
 
