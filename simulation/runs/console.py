@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -111,16 +110,12 @@ class ConsoleProgress:
 
     @contextlib.contextmanager
     def during(self, work: str) -> Iterator[None]:
-        """Show `work` while the block is executed. If standard error is no terminal, log it after LINE_EVERY_S."""
-        timer = threading.Timer(LINE_EVERY_S, logger.info, (work,))
+        """Show `work` on a terminal while the block is executed."""
         if sys.stderr.isatty():
             self._replace_bar(work if len(work) < self._columns else "")
-        else:
-            timer.start()
         try:
             yield
         finally:
-            timer.cancel()
             self._replace_bar("")
 
     @property
