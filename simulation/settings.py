@@ -177,7 +177,7 @@ class SimulationConfig:
         None, "folder of a run or comparison", without="a new one in runs/", roles=("main", "ask", "report"), path=True
     )
     trust: bool = setting(False, "count again with the code of games kept in run folders", roles=("report",))
-    keep_going: bool = setting(False, "continue after a round in which every participant failed")
+    keep_going: bool = setting(False, "continue after a round in which every participant failed", game=True)
     payoffs: bool = setting(False, "add payoff and won to answers.parquet, as in games other than average", game=True)
     csv: bool = setting(False, "write answers.csv, too", roles=("report",))
     all_runs: bool = setting(False, "also show single runs where repeats are compared", roles=("main", "report"))

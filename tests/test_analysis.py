@@ -175,14 +175,23 @@ def test_dominated_equilibrium_distance_and_fall():
 
 def test_learning_direction_of_known_pairs():
     before, after = np.array([10, 10, 20, 30, 30, 30, 40, 20]), np.array([15, 10, 40, 20, 29, 31, 40, 5])
-    pairs = [(before[:3], after[:3]), (before[3:], after[3:])]
-    found = learning_direction(pairs, Fraction(20))  # of 30, 30, 30, 40 two go down; of 10, 10 one goes up; 20 wins
-    assert found == {"above": 4, "below": 2, "went_down": 0.5, "went_up": 0.5, "agree": 0.5}
-    assert learning_direction(pairs, Fraction(41, 2))["below"] == 4  # 20 is below 20.5
-    assert learning_direction([], Fraction(20)) == {
-        **{"above": 0, "below": 0},
-        **dict.fromkeys(("went_down", "went_up", "agree")),
-    }
+    pairs, alike = [(before[:3], after[:3]), (before[3:], after[3:])], (30.0, 30.0)
+    found = learning_direction(pairs, Fraction(20), alike)  # of 30, 30, 30, 40 two go down; of 10, 10 one goes up
+    shares = {"went_down": 0.5, "went_up": 0.5, "agree": 0.5}
+    assert found == {"above": 4, "below": 2, **shares, "factor_agree": 2 / 6}  # from 30 to 29 may be rounding
+    assert learning_direction(pairs, Fraction(41, 2), alike)["below"] == 4  # 20 is below 20.5
+    nothing = dict.fromkeys(("went_down", "went_up", "agree", "factor_agree"))
+    assert learning_direction([], Fraction(20), alike) == {"above": 0, "below": 0} | nothing
+
+
+def test_adjustment_factors_are_relative_to_the_mean_that_was_known():
+    """A player who halves the last mean keeps the factor, although the number falls."""
+    before, after = (
+        np.array([2500, 2500, 2500]),
+        np.array([1500, 1400, 1700]),
+    )  # means 50 and 30: factors 0.5, 0.467, 0.567
+    found = learning_direction([(before, after)], Fraction(2000), (50.0, 30.0))
+    assert (found["agree"], found["factor_agree"]) == (1, 1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,8 @@ def test_all_combinations_are_played_on_the_same_servers(cluster):
         assert each["rounds"][0]["winning_number"] == pytest.approx(ratio * each["rounds"][0]["average"])
     assert (cluster.path / "runs/latest").resolve() == sweep
     for number, each in enumerate(summaries, start=1):
-        assert each["part_of"] == {"sweep_id": name, "experiment": "x.yaml", "run": number, "runs": 4}
+        position = {"sweep_id": name, "experiment": "x.yaml", "run": number, "runs": 4}
+        assert each["part_of"] == position | {"about": "Halves"}
     assert "run 3 of 4: ratio 2/3, max_value 50" in done.stderr and "starting" not in done.stderr
     head, *table = done.stdout.splitlines()[-5:]
     assert "winning number" in head and all("complete" in row for row in table)

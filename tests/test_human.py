@@ -106,13 +106,16 @@ def test_the_shipped_figures_name_their_source_and_what_is_uncertain():
         (
             "source: x\nnumbers: [1]\nhistogram: {1: 2}",
             3,
-            "histogram needs one of numbers, histogram and rounds, not 2",
+            "histogram does not go with numbers",
         ),
-        ("source: x", 1, "source needs one of numbers, histogram and rounds, not 0"),
+        ("source: x", 1, "source needs numbers, a histogram or rounds beside it"),
         ("source: x\nmax_value: 50\nnumbers: [1, 51]", 3, "numbers has 51, which is not from 0 to 50 (max_value)"),
         ("source: x\nhistogram: {-1: 3}", 2, "histogram has -1, which is not from 0 to 100 (max_value)"),
-        ("source: x\nhistogram: {5: -3}", 2, "histogram needs counts of 0 or more"),
-        ("source: x\nhistogram: {5: 0}", 2, "histogram needs counts of 0 or more, and at least one player"),
+        ("source: x\nhistogram: {5: -3}", 2, "histogram needs counts from 0 to 1,000,000,000"),
+        ("source: x\nhistogram: {5: 100000000000000000000}", 2, "histogram needs counts from 0 to 1,000,000,000"),
+        ("source: x\nlearning: 730\nrounds: {1: {mean: 5}}", 2, "learning must be from 0 to 100 percent"),
+        ("source: x\nrounds: {1: {mean: 500}}", 2, "rounds has a mean or median that is not from 0 to 100"),
+        ("source: x\nhistogram: {5: 0}", 2, "histogram needs counts from 0 to 1,000,000,000, and at least one player"),
         ("source: x\nhistogram:\n  5: 2\n  5.0: 3", 2, "histogram has a number twice"),
         ("source: x\nnumbers:\n- 1\n- many", 4, "numbers must be a valid number"),
         ("source: x\nnumbers: [.nan]", 2, "numbers must be a valid number"),
@@ -143,7 +146,8 @@ def test_numbers_and_a_histogram_of_the_same_people_are_the_same(tmp_path):
     (tmp_path / "histogram.yaml").write_text(re.sub("numbers:.*", "histogram: {22: 2, 0: 1, 33: 1, 67.5: 1}", CLASS))
     one, other = (read_people(tmp_path / f"{name}.yaml")[0] for name in ("numbers", "histogram"))
     assert one.known_rounds() == other.known_rounds()
-    assert one.known_rounds() == {1: HumanRound(mean=28.9, median=22, above={200 / 3: 20})}
+    steps = {"above": 20, "0": 0, "1": 20, "2": 40, "3": 0, "higher": 20}
+    assert one.known_rounds() == {1: HumanRound(mean=28.9, median=22, above={200 / 3: 20}, steps=steps)}
     assert one.size == other.size == 5 and [each.tolist() for each in one.counts] == [[0, 22, 33, 67.5], [1, 2, 1, 1]]
 
 
@@ -194,14 +198,14 @@ def test_each_figure_is_compared_in_words():
     more = {"median_fall": (0.4, 0.7), "moves": (163, 200), "learning": 73}
     people = HumanData("x", "y", ratio=Fraction(2, 3), rounds=people, **more)
     tallies = [tally_of([1_000, 3_300, 6_700, 6_701]), tally_of([1_650, 1_650, 0, 1_650])]
-    learning = {"above": 3, "below": 1, "agree": 0.5}
+    learning = {"above": 3, "below": 1, "agree": 0.9, "factor_agree": 0.5}
     found = rows(people, 100, tallies, [{}, {"steps": {"above": 0.5, "2": 0.3}, "learning": learning}], [3, 0, 4])
     assert [(each.figure, each.round, each.run, each.people, each.difference) for each in found] == [
         ("mean", "1", 44.2525, (36.73,), "7.52 higher than people"),
         ("median", "1", 50, (33,), "17 higher than people"),
         ("dominated numbers above 67", "1", 25, (10,), "15 points higher than people"),
         ("the numbers 1, 100", "1", 0, (5,), "5 points lower than people"),
-        ("above the last average", "2", 50, (12,), "38 points higher than people"),
+        ("above step 0", "2", 50, (12,), "38 points higher than people"),
         ("step 2", "2", 30, (30,), "as people"),
         ("fall of the median, as a share", "1 to 2", 0.67, (0.4, 0.7), "between the sessions of people"),
         ("moves down, towards the equilibrium, or none at it", "1 to 2", 75, (81.5,), "6.5 points lower than people"),

@@ -244,9 +244,7 @@ def test_the_first_screen_names_the_main_problem(page, saved, tmp_path):
     (text,) = problems(made(0, 1, 0))
     assert text == f"1 of {asked} participants gave no usable answer in round 2. Cause: no number (1)."
     (text,) = problems(made(3, 0, 8))
-    text_in_all = (
-        f"Up to 8 of {asked} participants gave no usable answer in each of 2 rounds. Main cause: no number (9)."
-    )
+    text_in_all = f"Up to 8 of {asked} participants gave no usable answer, in 2 rounds. Main cause: no number (9)."
     assert text == text_in_all
     for run, many in ((made(0, 1, 0), False), (made(asked // 2, 0, 0), True)):
         write_page(tmp_path / "report.html", page_content(run))
@@ -955,3 +953,29 @@ def test_what_cannot_be_drawn_is_reported(run, tmp_path):
     (folder / "answers.parquet").unlink()
     with pytest.raises(SettingsError, match=r"answers\.parquet is missing"):
         draw_all(read_run(folder))
+
+
+def test_a_run_that_has_converged_counts_with_its_last_round_in_comparisons(saved):
+    short = saved.summary | {"rounds": saved.summary["rounds"][:2], "converged_after": 2}
+    short = replace(saved, summary=short, results=saved.results[:2])
+    (treatment,) = treatments_of([short, saved])
+    averages = [short.by_round("average")[2], saved.by_round("average")[3]]
+    assert treatment.last == 3 and treatment.estimates("average")[3].runs == 2
+    assert treatment.estimates("average")[3].mean == pytest.approx(sum(averages) / 2)
+    last = treatment.last_round()
+    assert last.round == 3 and last.tally == short.results[1].tally + saved.results[2].tally
+    assert short.status_in_words == "complete, converged after round 2"
+
+
+def test_the_data_of_a_comparison_have_the_analyses(saved):
+    rows = [*csv.DictReader(csv_text([saved]).splitlines())]
+    analyses = [result.analysis for result in saved.results]
+    assert [float(row["analysis_steps_above"]) for row in rows] == [each["steps"]["above"] for each in analyses]
+    assert [row["analysis_fall_mean"] for row in rows] == ["", *(str(each["fall"]["mean"]) for each in analyses[1:])]
+
+
+def test_the_first_screen_says_who_played_and_how_they_reasoned(page, told_apart):
+    show(page, told_apart.path / "report.html")
+    text = page.locator("header").inner_text()
+    counts = told_apart.tallies_by_part["education"][0]
+    assert f"education: {', '.join(f'{each.asked} {name}' for name, each in counts.items())}." in text

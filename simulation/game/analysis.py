@@ -38,8 +38,9 @@ NOTES = {  # what each figure means, for reports
     "at_equilibrium": "Share of answers that are the Nash equilibrium.",
     "distance_to_equilibrium": "Distance of the average from the Nash equilibrium.",
     "fall": "Rate of fall of average and median since the last round: 0.3 means 30 % lower, a negative rate a rise.",
-    "learning": "Learning direction (Nagel 1995): of the participants whose last number was above the last winning "
-    "number, the share whose number is now lower; of those below it, the share whose number is now higher.",
+    "learning": "Learning direction: of the participants whose last number was above the last winning number, the "
+    "share whose number is now lower; of those below it, the share whose number is now higher. Agree is the share of "
+    "both together. Factor agree is this share for the number divided by the last average, as in Nagel 1995.",
 }
 
 
@@ -115,18 +116,24 @@ def _bootstrap_means(tally: Tally, seed: int) -> Any:
     return samples @ units / tally.answered
 
 
-def learning_direction(pairs: Iterable[Pairs], winning_units: Fraction) -> dict[str, Any]:
+def learning_direction(pairs: Iterable[Pairs], winning_units: Fraction, means: tuple[float, float]) -> dict[str, Any]:
     """Return how many participants were `above` and `below` the last winning number, and the shares that moved to it.
 
-    `pairs` has the last and the present answers in units. The share `agree` is of both together. A share is None if
-    there are no such participants. Source: Nagel 1995, section IV.
+    `pairs` has the last and the present answers in units. The share `agree` is of both together. `factor_agree` is
+    this share for the adjustment factor: the answer divided by the mean that was known when it was given (`means`);
+    changes within the rounding of answers do not count. A share is None if there are no such participants.
+    Source: Nagel 1995, section V.
     """
-    above = down = below = up = 0
+    above = down = below = up = factor_agree = 0
     for before, after in pairs:
+        change = after * means[0] - before * means[1]  # has the sign of the factor's change
+        change[np.abs(change) <= sum(means) / 2] = 0
         was_above, was_below = before > math.floor(winning_units), before < math.ceil(winning_units)
         above, below = above + int(was_above.sum()), below + int(was_below.sum())
         down, up = down + int((after < before)[was_above].sum()), up + int((after > before)[was_below].sum())
+        factor_agree += int((change < 0)[was_above].sum() + (change > 0)[was_below].sum())
     shares = {"went_down": (down, above), "went_up": (up, below), "agree": (down + up, above + below)}
+    shares["factor_agree"] = factor_agree, above + below
     return {"above": above, "below": below} | {name: part / of if of else None for name, (part, of) in shares.items()}
 
 
@@ -136,7 +143,7 @@ def guessing_game(
     """Return the analyses of the averaging game with 0 < ratio < 1 and offset 0; see `Game.analyses`."""
     tally, scale, highest, found = tallies[-1], game.scale, Fraction(game.max_value), dict[str, Any]()
     is_first, last = len(tallies) == 1, outcomes[-2] if len(outcomes) > 1 else {}  # {} without answers
-    if (reference := highest / 2 if is_first else last.get("average")) is not None:
+    if reference := highest / 2 if is_first else last.get("average"):  # at the equilibrium, 0, all steps are one
         found["steps"] = reasoning_steps(tally, scale, game.ratio, Fraction(reference))
         found["between_steps"] = 1 - sum(found["steps"].values())
     if is_first:
@@ -152,7 +159,9 @@ def guessing_game(
             name: 1 - now / before if now is not None and before else None for name, (before, now) in values.items()
         }
         if reference is not None and pairs is not None:
-            found["learning"] = learning_direction(pairs, last["winning_number"] * scale)
+            before = outcomes[-3].get("average") if len(outcomes) > 2 else None
+            means = float(highest / 2 if before is None else before), float(reference)
+            found["learning"] = learning_direction(pairs, last["winning_number"] * scale, means)
     return found
 
 

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from simulation.game.analysis import reasoning_steps
+from simulation.game.game import HIGHEST
 from simulation.game.rules import plain_number
 from simulation.game.tally import Tally
 
 MOST_TESTED = 10**7  # maximum number of answers that are tested, and of moves that are counted
-STEPS = {"above": "above the last average", "higher": "more than 3 steps"} | {
-    f"{step}": f"step {step}" for step in range(4)
-}
+FINE = 10**6  # units in 1 of the numbers of people
+STEPS = {"above": "above step 0", "higher": "more than 3 steps"} | {f"{step}": f"step {step}" for step in range(4)}
 NUMBERS = re.compile(r"\d+(\.\d+)?(, ?\d+(\.\d+)?)*", re.ASCII)
 CHECKED: Any = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, which reads this data
 
@@ -58,23 +59,29 @@ class HumanData:
         known = [name for name in ("rounds", "numbers", "histogram") if getattr(self, name)]
         if not self.source.strip():
             raise ValueError("source must not be empty: name where the figures are from")
-        if len(known) != 1:
-            raise ValueError(
-                f"{known[-1] if known else 'source'} needs one of numbers, histogram and rounds, not {len(known)}"
-            )
+        if not known:
+            raise ValueError("source needs numbers, a histogram or rounds beside it")
+        if len(known) > 1:
+            raise ValueError(f"{known[1]} does not go with {known[0]}")
         for number in (*self.numbers, *self.histogram):
             if not 0 <= number <= self.max_value:
                 raise ValueError(f"{known[0]} has {number:g}, which is not from 0 to {self.max_value} (max_value)")
-        if min(self.histogram.values(), default=0) < 0 or (self.histogram and not sum(self.histogram.values())):
-            raise ValueError("histogram needs counts of 0 or more, and at least one player")
+        counts = self.histogram.values()
+        if not 0 <= min(counts, default=0) <= max(counts, default=0) <= HIGHEST or (counts and not sum(counts)):
+            raise ValueError(f"histogram needs counts from 0 to {HIGHEST:,}, and at least one player")
         for number, each in self.rounds.items():
             shares = [*each.above.values(), *each.chosen.values(), *each.steps.values()]
+            figures = [figure for figure in (each.mean, each.median) if figure is not None]
+            if not all(0 <= figure <= self.max_value for figure in figures):
+                raise ValueError(f"rounds has a mean or median that is not from 0 to {self.max_value} (max_value)")
             if number < 1 or not all(0 <= share <= 100 for share in shares):
                 raise ValueError(
                     f"rounds has a round {number} with {max(shares, default=0):g} %; shares are from 0 to 100"
                 )
             if not each.steps.keys() <= STEPS.keys() or not all(map(NUMBERS.fullmatch, each.chosen)):
                 raise ValueError(f'rounds has other steps than {", ".join(STEPS)}, or chosen is not like "99, 100, 1"')
+        if not 0 <= (self.learning or 0) <= 100 or max(self.median_fall, default=0) > 1:
+            raise ValueError("learning must be from 0 to 100 percent, and median_fall at most 1")
         if self.round < 1 or (self.moves is not None and not 0 <= self.moves[0] <= self.moves[1] != 0):
             raise ValueError("round must be 1 or more, and moves must be some of all")
 
@@ -96,9 +103,19 @@ class HumanData:
         numbers, counts = self.counts
         every = np.cumsum(counts)
         middle = np.searchsorted(every, [(every[-1] - 1) // 2, every[-1] // 2], side="right")
-        limit = float(self.max_value * self.ratio) if self.ratio is not None and self.ratio < 1 else None
-        above = {} if limit is None else {limit: 100 * float(counts[numbers > limit].sum() / every[-1])}
-        return {self.round: HumanRound(float(numbers @ counts / every[-1]), float(numbers[middle].mean()), above)}
+        above, steps = {}, dict[str, float]()
+        if self.ratio is not None and self.ratio < 1:
+            limit = float(self.max_value * self.ratio)
+            above = {limit: 100 * float(counts[numbers > limit].sum() / every[-1])}
+            if self.round == 1:  # later, the last average would have to be known
+                tally = Tally(int(every[-1]), np.rint(numbers * FINE).astype(np.int64), counts)
+                shares = reasoning_steps(tally, FINE, self.ratio, Fraction(self.max_value, 2))
+                steps = {step: 100 * share for step, share in shares.items()}
+        return {
+            self.round: HumanRound(
+                float(numbers @ counts / every[-1]), float(numbers[middle].mean()), above, steps=steps
+            )
+        }
 
 
 class Row(NamedTuple):
@@ -160,7 +177,8 @@ def rows(
         found.append(Row(figure, every, moved, (100 * data.moves[0] / data.moves[1],), "%"))
     if data.learning is not None:
         learning = [each["learning"] for each in analyses[:last] if each.get("learning")]
-        agreed = [(each["above"] + each["below"], each["agree"]) for each in learning if each["agree"] is not None]
+        agreed = [(each["above"] + each["below"], each.get("factor_agree")) for each in learning]
+        agreed = [(count, part) for count, part in agreed if part is not None]
         total = sum(count for count, _ in agreed)
         agree = 100 * sum(count * part for count, part in agreed) / total if total else None
         found.append(Row("moves that agree with learning direction", every, agree, (data.learning,), "%"))

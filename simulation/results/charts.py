@@ -50,7 +50,7 @@ SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
 PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
 NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
 STATISTICS: dict[str, Callable[[Tally], Fraction | None]] = {"median": Tally.median, "maximum": Tally.maximum}
-BEYOND = 1.25  # a winning number above BEYOND * max_value is labelled, but not drawn
+BEYOND = 1.4  # a winning number above BEYOND * max_value is labelled, but not drawn
 
 mpl.rcdefaults()  # discard the user's matplotlibrc, which may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
@@ -156,7 +156,8 @@ def draw_lines(
             style["marker"] = ""
         axes.plot(every, [numbers.get(each, math.nan) for each in every], label=name, **style)
     for index, band in enumerate(bands):
-        lows, highs = ([band.get(each, (math.nan, math.nan))[end] for each in every] for end in (0, 1))
+        ends = ([band.get(each, (math.nan, math.nan))[end] for each in every] for end in (0, 1))
+        lows, highs = (np.maximum(each, 0) for each in ends)  # there is no space below 0
         axes.fill_between(every, lows, highs, color=series_style(index)[0], alpha=0.2, linewidth=0)
         if len(band) == 1:  # an area would have no width
             axes.vlines(every, lows, highs, color=series_style(index)[0], linewidth=1.2)

@@ -29,7 +29,7 @@ from simulation.provenance import EXPERIMENT
 from simulation.results import charts
 from simulation.results.charts import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, folder_names, unfinished_lines
-from simulation.results.report_page import write_page
+from simulation.results.report_page import flat, write_page
 from simulation.results.run_directory import REPORT, SWEEP, about_of, results_errors, script_command, write_whole
 from simulation.results.tables import column_lines, columns_of, value_text
 from simulation.settings import SETTINGS
@@ -37,7 +37,12 @@ from simulation.settings import SETTINGS
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-NOT_COMPARED = ("repeats", "payoffs")  # settings of the game that change no figure of a run
+NOT_COMPARED = (
+    "repeats",
+    "payoffs",
+    "compare_with",
+    "keep_going",
+)  # settings of the game that change no figure of a run
 WORDS = {"participant_num": "participants", "max_value": "upper bound"}
 HEADINGS = (
     "run",
@@ -91,14 +96,23 @@ class Treatment:
     def estimates(self, name: str) -> dict[int, Estimate]:
         """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds.
 
+        The last figures of a run that has converged count in all later rounds, too.
         If an answer is a choice between two numbers, so is the winning number, which then has no mean.
         """
         numbers: dict[int, list[float]] = {}
         for run in self.runs if name != "winning_number" or self.runs[0].game.numbers > 2 else ():
-            for number, value in run.by_round(name).items():
-                if number <= run.rounds_finished or len(self.runs) == 1:
+            values = run.by_round(name)
+            if "converged_after" in run.summary and (last := len(run.results)) in values:
+                values |= dict.fromkeys(range(last + 1, self.longest + 1), values[last])
+            for number, value in values.items():
+                if number <= run.rounds_finished or number > len(run.results) or len(self.runs) == 1:
                     numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
+
+    @property
+    def longest(self) -> int:
+        """Return the number of rounds of the longest run."""
+        return max(len(run.results) for run in self.runs)
 
     @cached_property
     def last(self) -> int:
@@ -111,11 +125,13 @@ class Treatment:
         """Return the last round: the answers of all repeats together, and the mean of each figure."""
         if len(self.runs) == 1:
             return self.runs[0].results[-1]
-        results = [run.results[self.last - 1] for run in self.runs if run.rounds_finished >= self.last > 0]
+        played = [run for run in self.runs if run.rounds_finished >= self.last > 0 or "converged_after" in run.summary]
+        results = [run.results[: self.last][-1] for run in played]
         results = results or [run.results[0] for run in self.runs if run.results]  # all were cut in round 1
-        estimates = {name: self.estimates(name).get(results[0].round) for name in results[0].outcome}
+        number = max(each.round for each in results)
+        estimates = {name: self.estimates(name).get(number) for name in results[0].outcome}
         outcome = {name: each and each.mean for name, each in estimates.items()}
-        return replace(results[0], tally=merge(each.tally for each in results), outcome=outcome)
+        return replace(results[0], round=number, tally=merge(each.tally for each in results), outcome=outcome)
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
@@ -215,7 +231,7 @@ def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
             row[heading] = figure_of(entries[index], name) if entries else None
         row |= {"played": len(entries)}
         row |= {key: sum(entry[key] for entry in entries) for key in ("answered", "failed")}
-        row |= {"status": run.summary["status"], "equilibrium": _equilibrium(run.game)}
+        row |= {"status": run.status_in_words, "equilibrium": _equilibrium(run.game)}
         rows.append(row | {"seconds": run.summary["seconds"]["total"]})
     return rows
 
@@ -240,7 +256,7 @@ def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
                 row |= {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
         row["runs"] = ("{} of {}", known, count) if known < count else count
         row["failed"] = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
-        states = Counter(run.summary["status"] for run in treatment.runs)
+        states = Counter(run.status_in_words for run in treatment.runs)
         row["status"] = ", ".join(f"{states[each]} {each}" if len(states) > 1 else each for each in states)
         rows.append(row | {"round": last or None, "equilibrium": _equilibrium(treatment.runs[0].game)})
     empty = [name for name in rows[0] if name != figures[0][1] and all(row[name] in (None, "-") for row in rows)]
@@ -284,9 +300,11 @@ def csv_text(runs: Sequence[SavedRun]) -> str:
     repeats = {run.path: repeat for each in treatments_of(runs) for repeat, run in enumerate(each.runs, start=1)}
     for run, folder, settings in zip(runs, folder_names(runs), _differing(runs), strict=True):
         start = {"run": folder, "run_id": run.run_id, "repeat": repeats[run.path], "status": run.summary["status"]}
-        for entry in run.summary["rounds"]:
+        for entry, result in zip(run.summary["rounds"], run.results, strict=True):
             figures = {key: each for key, each in entry.items() if each is None or isinstance(each, int | float)}
             figures |= {f"outcome_{name}": each for name, each in entry["outcome"].items()}
+            analysis = flat(result.analysis).items()
+            figures |= {f"analysis_{name.replace(': ', '_').replace(' ', '_')}": each for name, each in analysis}
             figures |= {"winners": entry["winners"]["count"], "seconds": figures.pop("seconds")}
             taken = start.keys() | figures.keys()
             named = {f"set {name}" if name in taken else name: value for name, value in settings.items()}

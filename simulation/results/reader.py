@@ -94,6 +94,12 @@ class SavedSummary:
         return f"{started}, program {program['version']}, code {program['code']}{commit}, Python {python}"
 
     @property
+    def status_in_words(self) -> str:
+        """Return the status, and after which round the answers had converged, if they had."""
+        converged = self.summary.get("converged_after")
+        return f"{self.summary['status']}{f', converged after round {converged}' if converged else ''}"
+
+    @property
     def usage(self) -> Usage:
         seconds = self.summary["cluster"].get("llm_seconds", {"model": 0.0, "client": 0.0})
         answering_s = seconds["model"] + seconds["client"]

@@ -16,11 +16,12 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from simulation.errors import printable
+from simulation.errors import Ended, listed, printable
 from simulation.files import ROOT, SOURCE, is_there
 from simulation.game.game import Game
 from simulation.game.human import MOST_TESTED, HumanData, distance
 from simulation.game.human import rows as compare
+from simulation.game.population import KIND
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, merge
 from simulation.provenance import EXPERIMENT
 from simulation.results import charts
@@ -47,9 +48,11 @@ FILES = {
 }
 MANY_FAILURES = 0.1  # the share of participants without a usable answer from which on this is the headline
 CAUSE_LENGTH = 160  # maximum number of characters of a failure cause in the headline
+NAMES_LISTED = 6  # maximum number of personas or models that the first screen names
 NAMED = 3  # maximum number of winners that the first sentence names
 ROUNDS_ANALYSED = 12  # maximum number of rounds in the table of analyses
 STEP_NAMES = {"above": "above", **{f"{step}": f"step {step}" for step in range(4)}, "higher": "higher steps"}
+STEP_NAMES["between_steps"] = "between steps"
 PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
 
 
@@ -95,7 +98,9 @@ def flat(analysis: Mapping[str, Any], start: str = "") -> dict[str, float | None
     for name, value in analysis.items():
         words = f"{start}{name}".replace("_", " ")
         found |= flat(value, f"{words}: ") if isinstance(value, dict) else {words: value}
-    return {words: value for words, value in found.items() if not isinstance(value, str)}
+    texts = [words for words, value in found.items() if isinstance(value, str)]
+    missing = [words.removesuffix(" reason") for words in texts]  # a figure whose reason is given
+    return {words: value for words, value in found.items() if words not in (*texts, *missing)}
 
 
 ENVIRONMENT = Environment(
@@ -115,10 +120,13 @@ def draw_all(run: SavedRun) -> None:
     analysis: Any = None
     if not isinstance(run.game, RecordedGame):
         analysis = run.analysis()
-        write_whole(run.path / ANALYSIS, (json.dumps(analysis, indent=1) + "\n").encode())
     elif is_there(run.path / ANALYSIS):  # the game of the file is not known here, so its figures are kept
         analysis = read_run_file(run.path, ANALYSIS, ANALYSIS_FILE.validate_json)
-    write_page(run.path / REPORT, page_content(run, analysis))
+    content = page_content(run, analysis)
+    if analysis is not None:
+        analysis["people"] = [_people_to_json(**each) for each in content["people"]]
+        write_whole(run.path / ANALYSIS, (json.dumps(analysis, indent=1) + "\n").encode())
+    write_page(run.path / REPORT, content)
     if run.results:
         write_png(run.path / "histogram.png", charts.last_round(run))
     if len(run.results) > 1:
@@ -132,7 +140,7 @@ def write_page(path: Path, content: dict[str, Any]) -> None:
 
 def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the template variables of the report. `analysis` is the content of analysis.json, if it is there."""
-    entries = run.summary["rounds"]
+    entries, people = run.summary["rounds"], [_beside(run, each) for each in run.people if run.results]
     return {
         "run": run,
         "answers": [(f"Round {result.round}", run.game, result) for result in run.results],
@@ -148,27 +156,27 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
         "analysis": _analysis(run, analysis["rounds"] if analysis is not None else ()),
-        "people": [_beside(run, each) for each in run.people if run.results],
+        "people": people,
+        "details": _details(run, people),
     }
 
 
 def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
     results = [result for result in run.results if result.analysis]
-    texts = [(each.round, *item) for each in results for item in each.analysis.items() if isinstance(item[1], str)]
-    steps = [{"round": each.round, **each.analysis["steps"]} for each in results if "steps" in each.analysis]
+    steps = [{"round": each.round, **each.analysis, **each.analysis.get("steps", {})} for each in results]
     names = dict.fromkeys(name for each in results for name in each.analysis)
     ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
     return {
         "rounds": [(results[at].round, flat(results[at].analysis)) for at in selection(len(results), ROUNDS_ANALYSED)],
         "omitted": max(len(results) - ROUNDS_ANALYSED, 0),
-        "steps": by_round(steps, STEP_NAMES.items()),
-        "texts": [(number, name.replace("_", " "), text) for number, name, text in texts],
+        "steps": by_round([each for each in steps if "steps" in each], STEP_NAMES.items()),
+        "texts": _reasons((f"Round {each.round}", each.analysis) for each in results),
         "notes": [
             (name.replace("_", " "), run.game.words.notes[name]) for name in names if name in run.game.words.notes
         ],
         "parts": [
-            (topic, number, {name: flat(figures) for name, figures in parts.items()})
+            (topic, number, {name: flat(figures) for name, figures in parts.items()}, _reasons(parts.items()))
             for topic in run.tallies_by_part
             for number, each in ends.items()
             if (parts := each["by"].get(topic))
@@ -190,6 +198,39 @@ def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
     tally = merge(Tally(int(count), units[[at]], counts[[at]]) for at, count in enumerate(counts))
     drawn = [("The run", run.game, result), ("People", run.game, RoundResult(people.round, tally))]
     return content | {"drawn": drawn, "distance": distance(people, scale, result.tally)}
+
+
+def _reasons(analyses: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return the texts in analyses, such as why there is no tau."""
+    return [
+        f"{start}, {name.replace('_', ' ')}: {text}"
+        for start, analysis in analyses
+        for name, text in analysis.items()
+        if isinstance(text, str)
+    ]
+
+
+def _people_to_json(data: HumanData, rows: Sequence[Any], **others: Any) -> dict[str, Any]:
+    """Return the comparison with people in analysis.json."""
+    figures = [row._asdict() | {"difference": row.difference} for row in rows]
+    return {"name": data.name, "source": data.source, "figures": figures, "distance": others.get("distance")}
+
+
+def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
+    """Return sentences for the first screen: who played, how they reasoned, and how far they are from people."""
+    texts = []
+    for topic, tallies in run.tallies_by_part.items():
+        if topic != KIND and len(tallies[-1]) <= NAMES_LISTED:  # the title names kinds
+            texts.append(f"{topic}: {', '.join(f'{each.asked:,} {name}' for name, each in tallies[-1].items())}.")
+    tau = run.results[0].analysis.get("tau") if run.results else None
+    if tau is not None:
+        ends = f"{tau['low']:.2f} to {'more' if tau['high'] is None else format(tau['high'], '.2f')}"
+        texts.append(f"Tau is {tau['estimate']:.2f} ({ends}).")
+    for each in people:
+        if each["rows"] and (row := each["rows"][0]).figure == "mean":
+            figure = f"{number_text(row.people[0])} in {each['data'].name}"
+            texts.append(f"The mean of round {row.round} is {row.difference} ({figure}).")
+    return texts
 
 
 def _columns(run: SavedRun) -> list[tuple[str, str, list[str]]]:
@@ -216,13 +257,14 @@ def _failures(run: SavedRun) -> dict[int, int]:
 def result_in_words(run: SavedRun) -> str:
     """Return sentences about the main figure of the first and the last round with answers, and the last winners."""
     played = [result for result in run.results if result.outcome]
+    played = [result for result in played if result.tally.ended is not Ended.INTERRUPTED] or played
     if not played:
         return "There is no result."
     name, words = next(iter(run.figures.items()))
     numbers, last, several = run.by_round(name), played[-1], len(run.results) > 1
     shown = {result.round: charts.rounded(run.game, numbers.get(result.round)) for result in (played[0], last)}
     text = " and ".join(f"{each} in round {number}" if several else each for number, each in shown.items())
-    count, names = last.winners.count, " and ".join(f"P{index}" for index in last.winners.lowest)
+    count, names = last.winners.count, listed(f"P{index}" for index in last.winners.lowest)
     names = names if count <= NAMED else f"{count:,} participants"
     won = f"by {names} with" if several else f"{names} won with"
     if not count:
@@ -249,7 +291,11 @@ def problems(run: SavedRun) -> list[str]:
     if counts := _failures(run):
         text = f"{max(counts.values()):,} of {run.config.participant_num:,} participants gave no usable answer"
         if len(counts) > 1:
-            text = f"{'Up to ' if len({*counts.values()}) > 1 else ''}{text} in each of {len(counts)} rounds"
+            text = (
+                f"Up to {text}, in {len(counts)} rounds"
+                if len({*counts.values()}) > 1
+                else f"{text} in each of {len(counts)} rounds"
+            )
         elif len(entries) > 1:
             text += f" in round {next(iter(counts))}"
         causes = [each for each in failures_by_cause(entries) if each["cause"] != INTERRUPTED]
@@ -263,6 +309,7 @@ def _files(run: SavedRun) -> list[tuple[str, str]]:
     pictures = {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}
     experiment = {"../comparison.html": sweep_position(run.path) is not None}
     known = {name: is_there(run.path / name) for name in FILES} | pictures | experiment
+    known[ANALYSIS] |= not isinstance(run.game, RecordedGame)  # it is written after the page was filled
     return [(name, words) for name, words in FILES.items() if known[name]]
 
 

@@ -117,6 +117,7 @@ class Summary(TypedDict):
     part_of: NotRequired[SweepPosition]
     status: Literal["complete", "partial", "interrupted", "failed"]
     converged_after: NotRequired[int]  # the number of rounds, if --until-converged ended the game
+    about: NotRequired[Printable]  # what the experiment file states about its only run
     started: NotRequired[Printable]  # in ISO 8601; old runs have neither this nor the next keys
     program: NotRequired[Annotated[dict[Literal["version", "code", "git"], Printable | None], Field(min_length=3)]]
     python: NotRequired[Printable]

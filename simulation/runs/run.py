@@ -253,6 +253,7 @@ class Run:
         return {
             **{name: before[name] for name in current if name in before},
             **({"resumed": resumed} if resumed else {}),
+            **({"about": about} if (about := self.spec.about or before.get("about")) else {}),
             "sources": entries_of(self.spec.sources),
             "model_settings": self.spec.model_settings,
         }

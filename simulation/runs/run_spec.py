@@ -54,6 +54,7 @@ class RunSpec:
     folder: Path
     run_id: str = field(default_factory=new_run_id)
     label: str = ""  # the number of the run in an experiment, and what distinguishes it from the others
+    about: str = ""  # what the experiment file states about its only run
     saved: reader.SavedRun | None = None  # the saved run, if this run resumes it
     status: str | None = None  # the saved status, if the run is finished
     recorded: Mapping[str, Any] = field(default_factory=dict)  # what surrogates draw from (see `read_recorded`)

@@ -254,7 +254,7 @@ def _new_session(
                 raise SettingsError(f"--max-tokens {config.max_tokens}: {cost}")
         except SettingsError as error:
             raise (experiment.with_line(error, config) if experiment is not None else error) from None
-        specs.append(spec)
+        specs.append(spec if several else replace(spec, about=printable(sweep.about or "")))
     return Session(specs, sweep if several else None)
 
 
