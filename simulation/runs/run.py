@@ -223,7 +223,7 @@ class Run:
         self.cluster_summary["lost"] = [*dict.fromkeys([*self.cluster_summary["lost"], *lost])]
         if self.status is None:  # not earlier: a folder that contains only this file can be neither resumed nor reused
             self.directory.write_json(GAME, game_to_json(self.game))
-            if self.spec.people or is_there(self.directory.path / HUMAN):  # a resumed run may be compared anew
+            if self.spec.people or is_there(self.directory.path / HUMAN):  # a resumed run may be compared with others
                 self.directory.write_json(HUMAN, people_to_json(self.spec.people))
             self._provenance = self._write_sources()
         position = self._saved.position if self._saved is not None else self.directory.position
