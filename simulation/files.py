@@ -12,7 +12,6 @@ from simulation.errors import UNSUPPORTED, SettingsError, printable, reason
 ROOT = Path(__file__).resolve().parent.parent
 SERVERS = ROOT / "run" / "servers"
 SOURCE = "source"  # a folder of copies of users' files in the folder of each run or experiment
-OF_WINDOWS = ("_winapi", "msvcrt", "nt", "winreg", "winsound")  # modules that libraries try to import on any system
 
 
 def lock(descriptor: int, folder: Path, advice: str, wait: bool = True, shared: bool = False) -> bool:
@@ -109,7 +108,5 @@ def real(path: str | Path) -> Path:
 
 def append_to_path(folder: str) -> None:
     """Append a folder to the end of the import path, where its modules cannot shadow other modules."""
-    for name in OF_WINDOWS:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it fails
     if folder not in sys.path:
         sys.path.append(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import cloudpickle
@@ -10,7 +9,6 @@ import pytest
 
 from simulation.cluster.agent_class import load_agent_class, serialize_agent_class
 from simulation.errors import SettingsError
-from simulation.files import append_to_path
 from simulation.user_code import files_of, find_class, load_module
 
 MINE = "from participant import Participant\nclass Mine(Participant):\n    async def answer(self, question):\n"
@@ -119,11 +117,3 @@ def test_the_class_that_a_file_defines_is_found(tmp_path, text, spec, problem):
     with pytest.raises(SettingsError, match=f"^--game .*{spec}: .*{problem}") as refused:
         find_class("--game", f"{tmp_path}/{spec}", Base)
     assert "\n" not in str(refused.value)
-
-
-def test_a_users_file_stands_for_no_module_of_another_system(tmp_path):
-    """Libraries try to import winreg, for example; where it is missing, they must not find a user's file."""
-    (tmp_path / "winreg.py").write_text("raise SystemExit")
-    append_to_path(str(tmp_path))
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("winreg")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,9 +266,13 @@ def warn_of_missing_copy(*configs: SimulationConfig) -> None:
 
 
 def _prepare_for_users_files(config: SimulationConfig) -> None:
-    """Import AgentScope before the folders of users' files are on the import path, if a user's file is in use."""
+    """If a user's file is in use, import AgentScope and matplotlib before the folders of users' files can be searched.
+
+    Both try to import modules that are missing on this system.
+    """
     if ".py" in config.game or any(kind.agent_class is not None for kind in config.kinds):
         import_agentscope()
+        import_module("simulation.results.comparison")  # imports all that draws
         add_extra_folders(config.extra_pythonpath)
 
 
