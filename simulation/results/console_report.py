@@ -132,7 +132,7 @@ def histogram_lines(result: RoundResult, game: Game) -> list[str]:
     for label, row, before in zip(labels, filled, [filled[0] - 1, *filled], strict=False):
         lines += [f"  {'...':>{label_width}}"] if row > before + 1 else []
         bar = block * round(counts[row] / longest * bar_width)
-        note = f" (only {sizes[row]} of {sizes[0]} numbers)" if sizes[row] < sizes[0] else ""
+        note = f" (only {sizes[row]} of {sizes[0]} numbers)" if 1 < sizes[row] < sizes[0] else ""
         lines.append(f"  {label:>{label_width}}  {bar} {counts[row]}{note}")
     return lines
 
