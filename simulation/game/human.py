@@ -41,7 +41,7 @@ class HumanData:
     name: str
     source: str
     about: str = ""
-    extracted: str = ""  # who has read the figures out of the source, if others than those who wrote the file did
+    extracted: str = ""  # by whom the figures were read out of the source, if not by the authors of the file
     uncertain: dict[str, str] = field(default_factory=dict)  # what is uncertain about which figure
     ratio: Fraction | None = None  # of the game `average` with statistic mean and offset 0
     max_value: int = 100
