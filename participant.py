@@ -13,7 +13,7 @@ from simulation.errors import UnusableAnswer
 from simulation.game.game import Game
 from simulation.game.population import Persona
 from simulation.game.rules import Question, draw, to_units
-from simulation.llm.chat import Chat
+from simulation.llm.chat import Chat, Turn
 from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
 
 TALK_TOKENS = 512  # token limit of the answer to a user's question
@@ -60,31 +60,32 @@ class LLMParticipant(Participant):
     async def answer(self, question: Question) -> float | str:
         """Ask the model and return its number, or its text if a user asks outside the game (round 0)."""
         chat = self._home.chat if self._home and self._home.chat else Chat(self.game)
-        model = self.game.population.model_of(self.index) or f"model_{self.index % chat.settings.model_per_host + 1}"
+        model = self.game.population.model_of(self.index) or chat.model_in_turn(self.index)
+        turn = Turn(self.index, question.round)
         if question.round == 0:
-            text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS)
+            text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS, turn)
             return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
         before = question.round - 1
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
         prompt = self.prompt(question)
         if self.game.prompt is not None and self.game.prompt.reasoning_tokens is not None:
-            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.prompt.reasoning_tokens)
+            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.prompt.reasoning_tokens, turn)
         else:
-            units, thoughts = await chat.ask(model, prompt, self._units), ""
+            units, thoughts = await chat.ask(model, prompt, self._units, turn), ""
         number = units / self.game.scale
         # One number per round, even if the question is repeated
         self.numbers, self.thoughts = (*known, number), thoughts
         return number
 
-    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int) -> tuple[int, str]:
+    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[int, str]:
         """Ask for up to `tokens` tokens of reasoning. If it states no number, ask for one. Return units, reasoning."""
-        thoughts, whole = await chat.talk(model, prompt, tokens)
+        thoughts, whole = await chat.talk(model, prompt, tokens, turn)
         if whole:  # otherwise, the last line may be truncated
             with contextlib.suppress(UnusableAnswer):
                 return self._units(thoughts), thoughts
         extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
-        return await chat.ask(model, extracting, self._units), thoughts
+        return await chat.ask(model, extracting, self._units, turn), thoughts
 
     def _character(self) -> tuple[tuple[Persona, ...], str | None]:
         """Return the personas and the team of this participant; the team is None in a game without teams."""

@@ -123,6 +123,11 @@ class FakeModel:
         finally:
             self.now -= 1
 
+    def _number(self, seed: int | None, sample: int) -> str:
+        """Draw a number; sample k of a request with a seed has the seed `seed + k`, as in vLLM."""
+        source = self._random if seed is None else random.Random(seed + sample)
+        return str(source.randint(0, 100))
+
     async def _answer(self, request: web.Request, body: dict[str, Any], habit: str) -> web.StreamResponse:
         asked = body.get("n", 1)
         if request.headers.getall("Content-Type") != ["application/json"]:  # as vLLM does
@@ -161,7 +166,7 @@ class FakeModel:
             "cut off": "3",
             "half an emoji": "\ud83d",
         }
-        texts = [said.get(habit, str(self._random.randint(0, 100))) for _ in range(given)]
+        texts = [said.get(habit, self._number(body.get("seed"), sample)) for sample in range(given)]
         if self.thoughts and "structured_outputs" not in body and len(body["messages"]) == 2:
             texts = [self._random.choice(self.thoughts) for _ in range(given)]
             self.thought += texts

@@ -49,14 +49,14 @@ def play(tmp_path):
     """Play rounds with LLM participants in this process; returns the group, with what it counted."""
     groups = []
 
-    def make(fake, count, rounds=1, tokens_each=None, generate_args=None, **sampling):
+    def make(fake, count, rounds=1, tokens_each=None, generate_args=None, first=0, seeds=False, **sampling):
         url = fake if isinstance(fake, str) else fake.url
         entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}
         entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": 1.0, **(generate_args or {})}}
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
-        game = Average(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING)
-        group = ParticipantGroup("run/group-0", 0, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
+        game = Average(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING, seeds_models=seeds)
+        group = ParticipantGroup("run/group-0", first, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")
         announcements = ()
@@ -112,6 +112,32 @@ def test_without_sharing_each_participant_has_one_request(play, fake_of, setting
     fake = fake_of()
     assert tally_of(play(fake, 50, **setting)).answered == 50
     assert len(fake.bodies) == 50 and not any("n" in body for body in fake.bodies)
+
+
+def seeds_of(fake):
+    """The seed of every sample in the requests."""
+    return [body["seed"] + sample for body in fake.bodies for sample in range(body.get("n", 1))]
+
+
+@pytest.mark.parametrize("trouble", [(), ("429", "garbage"), ("words", "refuses n"), ("ignores n",)])
+def test_seeded_answers_depend_on_neither_placement_nor_requests(play, fake_of, trouble):
+    whole = play(fake := fake_of(), 250, rounds=3, seeds=True)
+    assert sorted(fake.samples[:3]) == [50, 100, 100] and len({*seeds_of(fake)}) == 750
+    expected = whole.answers(0, 250).units.tolist()
+    assert len({*expected}) > 30
+    parts, again = [], fake_of(*trouble)
+    for first, count in ((0, 90), (90, 160)):
+        part = play(again, count, rounds=3, first=first, seeds=True, samples_per_request=30)
+        parts += part.answers(first, count).units.tolist()
+    assert parts == expected
+
+
+def test_only_neighbours_with_seeds_share_a_request(play, fake_of):
+    play(fake := fake_of(), 300, rounds=2, seeds=True)
+    later = fake.bodies[3:]
+    assert sum(fake.samples[3:]) == 300 and len(later) > 250  # the numbers of neighbours, and so their prompts, differ
+    play(fake := fake_of(), 300, rounds=2)
+    assert len(fake.bodies[3:]) <= 101 and not any("seed" in body for body in fake.bodies)
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)

@@ -75,6 +75,7 @@ class Game:
     sleep_time_s: float = 0.0
     llm: SimulationConfig | None = None  # the settings of requests to models; None if no participant asks a model
     prompt: PromptTemplate | None = None  # None if no participant asks a model
+    seeds_models: bool = False  # whether requests to models have seeds, because the servers repeat seeded answers
     population: Population = field(default_factory=Population)
     teams: str | None = None  # the topic (see `Grouping`) whose labels are the teams, if any
     numbers_announced: bool = False  # whether all answers are announced; a game may declare this as a setting

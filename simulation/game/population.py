@@ -53,9 +53,10 @@ class Grouping:
 
     topic: str  # KIND, MODEL, or the name of the persona set
     labels: tuple[str, ...]  # the name of each part; several parts may have the same name
-    counts: tuple[int, ...]  # number of participants in each part; empty if participant i is in part i mod len(labels)
+    counts: tuple[int, ...]  # number of participants in each part; empty if parts are assigned round-robin
     seed: int
     assigned_by: str = ""  # the topic whose assignment this partition has, if not its own
+    block: int = 1  # number of neighbouring participants that a round-robin assigns to the same part
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -65,13 +66,13 @@ class Grouping:
     def part_of(self, participant: int) -> int:
         """Return the part of one participant, as an index in `labels`."""
         if not self.counts:
-            return participant % len(self.labels)
+            return participant // self.block % len(self.labels)
         return assign_one(self.seed, self.assigned_by or self.topic, self.counts, participant)
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its label in `names`, as an array."""
         if not self.counts:
-            parts = np.arange(first, first + count) % len(self.labels)
+            parts = np.arange(first, first + count) // self.block % len(self.labels)
         else:
             parts = assign_many(self.seed, self.assigned_by or self.topic, self.counts, first, count)
         return np.array([self.names.index(label) for label in self.labels])[parts]
@@ -106,6 +107,7 @@ class Population:
     models: tuple[ModelShare, ...] = ()  # the mixture of models; empty if models are assigned round-robin
     round_robin_models: tuple[str, ...] = ()  # the models assigned round-robin, by their names on the servers
     players: tuple[PlayerShare, ...] = ()  # the mixture of kinds (then without the two before); empty if all are alike
+    block: int = 1  # of `round_robin_models` (see `Grouping`)
 
     def personas_of(self, participant: int) -> tuple[Persona, ...]:
         """Return the participant's personas, one of each set, in the order of the sets."""
@@ -178,7 +180,7 @@ class Population:
             return {KIND: kinds, **by_topic, MODEL: models}
         names = [each.model for each in self.models]
         labels = (each.name if names.count(each.model) > 1 else each.model for each in self.models)
-        in_turn = Grouping(MODEL, self.round_robin_models, (), self.seed)
+        in_turn = Grouping(MODEL, self.round_robin_models, (), self.seed, block=self.block)
         return by_topic | {MODEL: assigned(MODEL, labels, self.models) if self.models else in_turn}
 
     def _by_kind(self) -> tuple[Grouping, Grouping]:

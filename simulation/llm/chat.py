@@ -7,20 +7,29 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from agentscope.manager import ModelManager
 
 from simulation.errors import KnownCause, UnusableAnswer
 from simulation.game.game import Game
+from simulation.game.rules import draw_below
 from simulation.llm.model_configs import ModelConfig, read_models
 from simulation.llm.prompts import Prompt, answer_tokens, structured_fields
-from simulation.llm.request_queue import Sample, SampleRequest, model_thread
+from simulation.llm.request_queue import Sample, SampleRequest, Waiting, model_thread
 from simulation.llm.responses import CUT_OFF, Usage
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
+SEEDS = 2**52  # number of seeds from which the first one of a round is drawn
 _models: dict[str, ModelConfig] = {}  # the models of this process, by name
+
+
+class Turn(NamedTuple):
+    """The participant and the round that a text is requested for. Round 0 is a question outside the game."""
+
+    participant: int
+    round: int
 
 
 class TokenBudget:
@@ -68,17 +77,17 @@ class Chat:
         self.n_unsupported: set[ModelConfig] = set()  # models whose servers reject several answers (n) per request
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
-        self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float], deque[asyncio.Future[Sample]]] = {}
+        self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
 
-    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V]) -> V:
+    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> V:
         """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.
 
         If the text is unusable or `read` raises UnusableAnswer, request another text, up to `max_attempts` in all.
         Raises UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
-        for _ in range(self.settings.max_attempts):
-            text, cause, deadline = await self._sample(model, prompt, None, deadline)
+        for attempt in range(self.settings.max_attempts):
+            text, cause, deadline, _ = await self._sample(model, prompt, None, deadline, turn, attempt)
             if text is None or cause is not None:
                 unusable: UnusableAnswer = KnownCause(cause or "", text)
                 continue
@@ -89,24 +98,30 @@ class Chat:
                 unusable.text = text
         raise unusable
 
-    async def talk(self, model: str, prompt: Prompt, tokens: int) -> tuple[str, bool]:
+    async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool]:
         """Request a free text of up to `tokens` tokens. Return the text, and whether it is complete (not cut off).
 
         Raises UnusableAnswer in the same cases as `ask`.
         """
         deadline = math.inf
-        for _ in range(self.settings.max_attempts):
-            text, cause, deadline = await self._sample(model, prompt, tokens, deadline)
+        for attempt in range(self.settings.max_attempts):
+            text, cause, deadline, _ = await self._sample(model, prompt, tokens, deadline, turn, attempt)
             if text is not None and cause in (None, CUT_OFF["length"]):
                 return text, cause is None
         raise KnownCause(cause or "", text)
+
+    def model_in_turn(self, index: int) -> str:
+        """Return the name of the participant's model if models are assigned round-robin."""
+        return f"model_{index // self._game.population.block % self.settings.model_per_host + 1}"
 
     def close(self) -> None:
         """Cancel all requests. The participants that wait for them never get an answer."""
         self.closed = True
         model_thread().loop.call_soon_threadsafe(lambda: [task.cancel() for task in self.tasks])
 
-    def _sample(self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float) -> asyncio.Future[Sample]:
+    def _sample(
+        self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float, turn: Turn, attempt: int
+    ) -> asyncio.Future[Sample]:
         """Request a text of up to `free_tokens` tokens (if None: a number). Raises KnownCause if `model` is unknown."""
         config = _models.get(model)
         if config is None:
@@ -115,15 +130,24 @@ class Chat:
         future: asyncio.Future[Sample] = loop.create_future()
         if not self._fresh:
             loop.call_soon(self._flush)
-        self._fresh.setdefault((config, prompt, free_tokens, deadline), deque()).append(future)
+        seed = self._first_seed(turn.round, attempt, prompt)
+        key = (config, prompt, free_tokens, deadline, seed)
+        self._fresh.setdefault(key, deque()).append(Waiting(turn.participant, future))
         return future
+
+    def _first_seed(self, round_number: int, attempt: int, prompt: Prompt) -> int | None:
+        """Return the seed of participant 0 in the given attempt of a round, or None without seeds."""
+        if not self._game.seeds_models:
+            return None
+        step = 2 * attempt + (prompt.thoughts is not None)
+        return draw_below(SEEDS, self._game.seed, round_number, step)
 
     def _flush(self) -> None:
         """Send all requests from this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         requests = [
-            SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline)
-            for (config, prompt, free_tokens, deadline), waiting in fresh.items()
+            SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline, seed)
+            for (config, prompt, free_tokens, deadline, seed), waiting in fresh.items()
         ]
         thread = model_thread()
         thread.loop.call_soon_threadsafe(thread.put, requests)

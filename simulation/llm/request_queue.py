@@ -5,6 +5,7 @@ Each model has its own client. All clients of a process run on one event loop in
 
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import uvloop
 from loguru import logger
@@ -32,7 +33,21 @@ POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
 ERRORS_WITH_N = 3  # errors in a row after which a request asks for one answer instead of several
 
-Sample = tuple[str | None, str | None, float]  # text, why the text is unusable (None: usable), deadline for retries
+
+class Sample(NamedTuple):
+    """One answer of a model to one participant."""
+
+    text: str | None
+    cause: str | None  # why the text is unusable (None: usable)
+    deadline: float  # for retries, in the time of time.monotonic()
+    thoughts: str | None = None  # the reasoning, if the server returns it separately
+
+
+class Waiting(NamedTuple):
+    """A participant that waits for a sample."""
+
+    participant: int
+    future: "asyncio.Future[Sample]"
 
 
 @dataclass(eq=False)
@@ -43,8 +58,9 @@ class SampleRequest:
     config: ModelConfig
     prompt: Prompt
     fields: dict[str, Any]  # fields of the request other than model, messages and n
-    waiting: deque[asyncio.Future[Sample]]
+    waiting: deque[Waiting]
     deadline: float  # time.monotonic() at which the request expires; infinite until it is first sent
+    seed: int | None = None  # the seed of participant 0, or None without seeds; participant i has `seed + i`
     queued_at: float = field(default_factory=time.monotonic)
     errors: int = 0  # number of consecutive errors
     cause: str | None = None  # cause of the last error
@@ -55,9 +71,21 @@ class SampleRequest:
     def tokens_each(self) -> int:
         return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
 
+    def sharing(self, most: int) -> int:
+        """Return how many of the first `most` waiting participants may share a request.
+
+        Sample i of a request with the seed s has the seed s + i, so participants with seeds share a request only if
+        their indices are consecutive.
+        """
+        if self.seed is None:
+            return min(len(self.waiting), most)
+        first = self.waiting[0].participant
+        shared = (each.participant == first + place for place, each in enumerate(itertools.islice(self.waiting, most)))
+        return sum(itertools.takewhile(bool, shared))
+
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
         """Remove a participant from `waiting` for each outcome, and pass it the outcome on its group's event loop."""
-        futures = [self.waiting.popleft() for _ in outcomes]
+        futures = [self.waiting.popleft().future for _ in outcomes]
 
         def set_outcomes() -> None:
             for future, outcome in zip(futures, outcomes, strict=True):
@@ -123,7 +151,7 @@ class ModelClient:
         end = request.deadline
         if end == math.inf:  # not sent yet: does not expire while the server answers other requests
             end = max(request.queued_at, self._last_success) + request.chat.settings.reply_timeout
-        while request.waiting and (request.chat.closed or request.waiting[0].done()):
+        while request.waiting and (request.chat.closed or request.waiting[0].future.done()):
             request.waiting.popleft()
         if time.monotonic() >= end:
             request.fail(request.cause or self._last_cause, Ended.MODEL_FAILED)
@@ -138,7 +166,7 @@ class ModelClient:
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config not in chat.n_unsupported
-            wanted = min(len(request.waiting), chat.settings.samples_per_request if several else 1)
+            wanted = request.sharing(chat.settings.samples_per_request if several else 1)
             count = chat.budget.affordable(request, wanted)
             if count == 0:
                 if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
@@ -196,6 +224,7 @@ class ModelClient:
         attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
         body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
         body |= {"n": count} if count > 1 else {}
+        body |= {"seed": batch.seed + batch.waiting[0].participant} if batch.seed is not None else {}
         try:
             texts, usage = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
         except RequestError as error:
@@ -218,7 +247,7 @@ class ModelClient:
             batch.single_worked = False
             if len(texts) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        batch.deliver([(text, cause, batch.deadline) for text, cause in texts[:count]])
+        batch.deliver([Sample(text, cause, batch.deadline) for text, cause in texts[:count]])
         if batch.waiting:
             batch.errors, batch.cause = 0, None
             self.put(batch, first=True)

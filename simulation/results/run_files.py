@@ -229,6 +229,7 @@ class PopulationEntry(TypedDict):
     models: tuple[ModelShare, ...]
     turns: tuple[str, ...]
     players: NotRequired[tuple[PlayerShare, ...]]  # absent in old runs
+    block: NotRequired[Annotated[int, Field(ge=1)]]  # as above
 
 
 class RecordedRules(TypedDict):
@@ -257,9 +258,8 @@ PEOPLE = TypeAdapter(dict[Literal["people"], tuple[HumanData, ...]])  # the cont
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
     cast = game.population
-    entry = PopulationEntry(
-        personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models, players=cast.players
-    )
+    entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
+    entry |= {"players": cast.players, "block": cast.block}
     rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
     rules["numbers_announced"] = game.numbers_announced
     return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
@@ -287,7 +287,7 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     content = GAME_FILE.validate_json(text)
     cast = content["cast"]
     players = cast.get("players", ())
-    parts = (cast["personas"], cast["models"], cast["turns"], players)
+    parts = (cast["personas"], cast["models"], cast["turns"], players, cast.get("block", 1))
     population = Population(config.seed or 0, config.participant_num, *parts)
     mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]]
     mixtures = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
