@@ -102,7 +102,8 @@ def play(command: Command) -> int:
         if needs_servers and session.models:
             from simulation.cluster.preflight import check_models_here
 
-            check_models_here(session.models, session.config.connect_timeout)
+            games = [(spec.game, spec.asked_models) for spec in session.unfinished]
+            check_models_here(games, session.config.connect_timeout)
         session.open()
         if needs_servers:
             start_servers(session.config, progress, cleanup)

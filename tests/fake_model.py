@@ -17,12 +17,26 @@ from typing import Any
 from aiohttp import web
 
 from simulation.game.game import PromptTemplate
+from simulation.llm.prompts import CHECK
 
 WORDING = PromptTemplate(
     "basic", "You give {number} from 0 to {max_value}; whoever is closest to {target} wins.", "Just it."
 )
 
+LONG = "This model's maximum context length is 128 tokens. However, you requested {} tokens. Please reduce the length."
+NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template"
+)
 HABITS = {
+    "over quota": (429, {}, '{"error": {"message": "You exceeded your current quota"}}'),
+    "500 with words": (500, {}, "out of memory"),
+    "no system": (400, {}, '{"error": {"message": "System role not supported"}}'),
+    "redirects": (307, {"Location": "https://example.com/v1/chat/completions"}, ""),
+    "no such path": (404, {}, '{"detail": "Not Found"}'),
+    "no template": (400, {}, json.dumps({"error": {"message": NO_TEMPLATE}})),
+    "too long": (400, {}, json.dumps({"error": {"message": LONG.format(1000)}})),
+    "longer": (400, {}, json.dumps({"error": {"message": LONG.format(2000)}})),
+    "not that field": (400, {}, '{"error": {"message": "Unknown field structured_outputs"}}'),
     "429": (429, {}, '{"error": {"message": "too many"}}'),
     "429 for 1 s": (429, {"Retry-After": "1"}, ""),
     "500": (500, {}, "Internal Server Error"),
@@ -37,6 +51,7 @@ HABITS = {
     "nested": (200, {"Content-Type": "application/json"}, '{"choices":[' * 100_000),
     "null choices": (200, {"Content-Type": "application/json"}, '{"choices": null}'),
 }
+CUT_OFF = ("cut off", "only thinks", "opens a tag")  # habits that end at the limit of tokens
 PROMPT_TOKENS, ANSWER_TOKENS = 50, 3
 
 
@@ -51,6 +66,11 @@ class FakeModel:
         self.listed: Callable[[Any], str] | None = None  # how the list of models is written
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
+        self.check_habit = "well"  # what it does with requests that only check it; they are not in `bodies`
+        self.checks: list[dict[str, Any]] = []
+        self.requests: list[web.Request] = []  # of completions
+        self.without_system: str | None = None  # what it does with requests that have a system message
+        self.listing = (200, "")  # status and text of the list of models ("": its model)
         self.texts: list[str] = []
         self.thoughts: list[str] = []  # what it says, by chance, where it may say anything
         self.cut_off: set[str] = set()  # those of them that the limit of tokens ends
@@ -106,18 +126,30 @@ class FakeModel:
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
     async def _models(self, _request: web.Request) -> web.Response:
+        if self.listing != (200, ""):
+            return web.Response(status=self.listing[0], text=self.listing[1])
         return web.json_response({"object": "list", "data": [{"id": self.model}]}, dumps=self.listed or json.dumps)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
+        self.requests.append(request)
+        if body["messages"][-1]["content"].endswith(CHECK):
+            self.checks.append(body)
+            has_system = body["messages"][0]["role"] == "system"
+            habit, before = (has_system and self.without_system) or self.check_habit, len(self.texts)
+            response = await self._answer(request, body, habit)
+            del self.texts[before:]
+            return response
         self.bodies.append(body)
         self.times.append(time.monotonic())
         habit = next(self.habits)
+        if self.without_system is not None and body["messages"][0]["role"] == "system":
+            habit = self.without_system
         self.now += 1
         self.most_at_once = max(self.most_at_once, self.now)
         try:
             await asyncio.sleep(self.delay_s)
-            while self.held is not None and self.held(body["messages"][1]["content"]):
+            while self.held is not None and self.held(body["messages"][-1]["content"]):
                 await asyncio.sleep(0.02)
             return await self._answer(request, body, habit)
         finally:
@@ -165,6 +197,13 @@ class FakeModel:
             "five": "5",
             "cut off": "3",
             "half an emoji": "\ud83d",
+            "parts": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "low"}]},
+                {"type": "text", "text": "37"},
+            ],
+            "thinks apart": "37",
+            "only thinks": None,
+            "opens a tag": "<think>Others pick 50",
         }
         texts = [said.get(habit, self._number(body.get("seed"), sample)) for sample in range(given)]
         if self.thoughts and "structured_outputs" not in body and len(body["messages"]) == 2:
@@ -175,8 +214,12 @@ class FakeModel:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "length" if habit == "cut off" or text in self.cut_off else "stop",
+                "message": {
+                    "role": "assistant",
+                    "content": text,
+                    **({"reasoning_content": "low"} if "thinks" in habit else {}),
+                },
+                "finish_reason": "length" if habit in CUT_OFF or str(text) in self.cut_off else "stop",
             }
             for index, text in enumerate(texts)
         ]

@@ -136,17 +136,44 @@ def test_a_budget_spent_by_a_round_ends_the_game_before_the_next(cluster, fake, 
 
 
 def test_no_budget_is_estimated_after_the_last_round(cluster, fake, play):
-    listed: list[str] = []
-    fake.listed = lambda said: listed.append(json.dumps(said)) or listed[-1]
     fake.habits = itertools.cycle(["404", "well"])
     command = ("run_simulation.sh", "3", "40", "--agent-type", "llm", "--samples-per-request", "1")
     done = cluster.run(*command, "--rounds", "2")
     assert done.returncode == 4 and "the game ends" not in done.stderr
     assert [entry["ended"] for entry in cluster.summary()["rounds"]] == ["model_failed"] * 2
-    assert len(listed) == 2  # before the first round, and before the second one
+    assert len(fake.checks) == 2  # before the first round, and before the second one
     done = cluster.run(*command, "--max-tokens", "300")
     assert done.returncode == 4 and "the game ends" not in done.stderr
     assert cluster.summary()["rounds"][0]["ended"] == "out_of_tokens"
+
+
+def test_a_round_of_refusals_alone_ends_the_game(cluster, fake):
+    fake.for_ever("too long")
+    done = cluster.run("run_simulation.sh", "3", "60", "--agent-type", "llm", "--rounds", "5")
+    assert done.returncode == 4 and "every participant failed in round 1" in done.stderr
+    (cause,) = cluster.summary()["rounds"][0]["failures"]
+    assert "raise --max-model-len of the server, or play fewer rounds or use a shorter prompt" in cause
+
+
+def test_a_lasting_error_of_a_model_is_one_warning_with_the_server_s_words(cluster, fake):
+    fake.habits = itertools.chain(["over quota"] * 15, itertools.repeat("well"))
+    flags = ("--agent-type", "llm", "--max-in-flight", "1", "--samples-per-request", "100")
+    done = cluster.run("run_simulation.sh", "3", "60", *flags)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "quota" in line)
+    words = f"localhost: model_1 at http://localhost:{cluster.model_port}/v1: model server: HTTP 429: You exceeded your"
+    assert words in line and "WARNING" in line
+
+
+def test_ignored_structured_output_is_named_with_the_alternatives(cluster, fake, play):
+    fake.for_ever("cut off")
+    for kind, others in (("structured_outputs", "response_format or none"), ("response_format", "none")):
+        flags = ("--agent-type", "llm", "--max-attempts", "1", "--structured-output", kind)
+        done = cluster.run("run_simulation.sh", "3", "30", *flags)
+        line = f"the model server seems to ignore {kind}; --structured-output {others} may help"
+        assert done.returncode == 4 and line in done.stderr
+    done = cluster.run("run_simulation.sh", "3", "30", *flags[:-1], "none")
+    assert done.returncode == 4 and "may help" not in done.stderr
 
 
 def test_models_that_stay_down_end_the_game(cluster, fake, play):
@@ -271,6 +298,21 @@ def refused(cluster, *flags, status, **env):
 def test_a_model_that_does_not_answer_stops_the_run(cluster):
     error, _ = refused(cluster, status=3)
     assert f"localhost: model_1 at http://localhost:{cluster.model_port}/v1 does not answer" in error
+
+
+def test_a_model_that_refuses_a_small_request_stops_the_run(cluster, fake):
+    fake.check_habit = "no template"
+    error, _ = refused(cluster, status=3)
+    assert error.endswith("; start it with --chat-template, or serve a model for chats")
+    system, user = fake.checks[0]["messages"]
+    assert "closest" in system["content"] and user["content"].startswith("Round 1: ") and fake.bodies == []
+
+
+def test_a_model_without_system_messages_plays_on_all_servers(cluster, fake, play):
+    fake.without_system = "no system"
+    summary = play("90", "--rounds", "2")
+    assert summary["status"] == "complete" and fake.bodies[-1]["messages"][0]["role"] == "user"
+    assert summary["llm"]["requests"] == len(fake.bodies)
 
 
 def test_a_model_of_a_later_run_that_does_not_answer_stops_the_experiment(cluster):

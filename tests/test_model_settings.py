@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,19 @@ from simulation.errors import SettingsError
 from simulation.game.rules import question_for
 from simulation.game.tally import RoundResult, Tally, announcement_of, score
 from simulation.llm import concurrency_limit as in_flight
-from simulation.llm.concurrency_limit import SharedSemaphore
-from simulation.llm.model_configs import check_model_is_local, is_within, read_models
+from simulation.llm.concurrency_limit import RateLimit, SharedSemaphore
+from simulation.llm.model_configs import check_model_is_local, is_within, read_models, settings_hash
 from simulation.llm.prompts import answer_tokens, number_pattern, prompt_for, rules, structured_fields
-from simulation.llm.responses import LONGEST_PAUSE_S, RequestError, pause_s, read_reply, retry_after
+from simulation.llm.responses import (
+    CUT_OFF,
+    CUT_WHILE_THINKING,
+    LONGEST_PAUSE_S,
+    NO_TEXT,
+    RequestError,
+    pause_s,
+    read_reply,
+    retry_after,
+)
 from simulation.settings import SimulationConfig
 
 ENTRY = {
@@ -89,8 +99,51 @@ def test_a_reply_is_read_choice_by_choice():
         "?",
     ]
     texts, usage = read_reply(200, {}, json.dumps({"choices": choices, "usage": {"prompt_tokens": 5}}).encode(), 0.0)
-    assert [cause is None for _, cause in texts] == [True, False, False, False, False]
+    assert [cause is None for _, cause, _ in texts] == [True, False, False, False, False]
     assert texts[0][0] == "37" and usage is None  # half of the usage is none
+
+
+def test_thoughts_are_read_apart_from_the_text():
+    thinking = [{"type": "thinking", "thinking": [{"type": "text", "text": "lo"}, {"type": "text", "text": "w"}]}]
+    words = [{"type": "text", "text": "3"}, {"type": "image_url"}, {"type": "text", "text": "7"}, "8"]
+    for message, finish, read in (
+        ({"content": "37", "reasoning_content": "low"}, "stop", ("37", None, "low")),
+        ({"content": "37", "reasoning": "low"}, "stop", ("37", None, "low")),
+        ({"content": "37", "reasoning": {"text": "low"}}, "stop", ("37", None, None)),
+        ({"content": thinking + words}, "stop", ("37", None, "low")),
+        ({"content": [], "reasoning": ""}, "stop", (None, NO_TEXT, "")),
+        ({"content": "", "reasoning_content": "low"}, "length", (None, CUT_WHILE_THINKING, "low")),
+        ({"content": "3", "reasoning_content": "low"}, "length", ("3", CUT_OFF["length"], "low")),
+        ({"content": "<think>a</think>3"}, "length", ("<think>a</think>3", CUT_OFF["length"], None)),
+        ({"content": "<think>a"}, "length", ("<think>a", CUT_WHILE_THINKING, None)),
+    ):
+        reply = {"choices": [{"message": message, "finish_reason": finish}]}
+        assert read_reply(200, {}, json.dumps(reply).encode(), 0.0)[0] == [read], message
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words", "no_system"),
+    [
+        (429, '{"error": {"message": "quota"}}', "HTTP 429: quota", False),
+        (429, '[{"error": {"message": "quota"}}]', "HTTP 429: quota", False),
+        (503, '{"detail": "loading"}', "HTTP 503: loading", False),
+        (500, "Internal Server Error", "HTTP 500: Internal Server Error", None),
+        (500, "<html>500</html>", "HTTP 500", None),
+        (500, '{"error": "System role not supported"}', "System role not supported", True),
+        (400, '{"message": "Conversation roles must alternate user/assistant/user"}', "must alternate", True),
+        (400, '{"error": {"message": "\'messages[0].role\' does not support \'system\'"}}', "does not support", True),
+        (400, '{"error": {"message": "Only user and assistant roles are supported!"}}', "Only user", True),
+        (400, '{"error": {"message": "bad temperature"}}', "bad temperature", None),
+        (400, '{"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}', "raise --max-model-len", False),
+        (400, '{"error": {"message": "exceeds the available context size (128 tokens)"}}', "context of 128 tok", False),
+        (400, '{"error": {"message": "Use \'max_completion_tokens\' instead"}}', "put max_completion_tokens in", False),
+    ],
+)
+def test_a_refusal_has_the_server_s_words_and_what_helps(status, body, words, no_system):
+    with pytest.raises(RequestError) as caught:
+        read_reply(status, {}, body.encode(), 0.0)
+    assert words in caught.value.cause and len(caught.value.cause) < 200
+    assert caught.value.no_system is no_system
 
 
 @pytest.mark.parametrize("count", [pytest.param(10**400, id="401 digits"), 10**12 + 1, -1, True, 5.0, "5", None, [5]])
@@ -226,6 +279,25 @@ def test_explicit_entries_keep_their_addresses(tmp_path):
         ([ENTRY | {"generate_args": {"n": 3}}], "generate_args holds n"),
         ([ENTRY | {"generate_args": {"seed": 3}}], "generate_args holds seed"),
         ([ENTRY | {"modelname": "m"}], "modelname is not known"),
+        ([ENTRY | {"engines": 0}], "engines must be a whole number from 1"),
+        ([ENTRY | {"requests_per_minute": 1.5}], "requests_per_minute must be a whole number from 1"),
+        ([ENTRY | {"tokens_per_minute": True}], "tokens_per_minute must be a whole number from 1"),
+        ([ENTRY | {"stream": True}], "stream must be false"),
+        ([ENTRY | {"generate_args": {"stream": True}}], "stream must be false"),
+        ([ENTRY | {"generate_args": {"extra_body": {"n": 3}}}], "generate_args holds n"),
+        ([ENTRY | {"generate_args": {"extra_body": 3}}], "generate_args: extra_body must be an object"),
+        ([ENTRY | {"generate_args": {"extra_body": {"max_tokens": 0}}}], "max_tokens must be a whole number"),
+        ([ENTRY | {"generate_args": {"max_tokens": 1, "max_completion_tokens": 1}}], "holds both max_tokens and max_c"),
+        ([ENTRY | {"generate_args": {"extra_headers": {"X": "a\nb"}}}], "extra_headers must hold printable"),
+        ([ENTRY | {"generate_args": {"extra_query": {"x": []}}}], "extra_query must hold texts and numbers"),
+        ([ENTRY | {"generate_args": {"timeout": 0}}], "generate_args: timeout must be a number of seconds"),
+        ([ENTRY | {"client_args": URL | {"timeout": "5"}}], "client_args: timeout must be a number of seconds"),
+        (
+            [ENTRY | {"client_args": URL | {"max_retries": 3}}],
+            "client_args holds max_retries, which has no effect: req",
+        ),
+        ([ENTRY | {"client_args": URL | {"time_out": 3}}], "client_args holds time_out, which has no effect; did you"),
+        ([ENTRY | {"client_args": URL | {"default_query": "x"}}], "default_query must be an object"),
         ([ENTRY, ENTRY], "same config_name"),
     ],
 )
@@ -233,6 +305,21 @@ def test_a_mistake_in_the_file_is_named(tmp_path, entries, trouble):
     with pytest.raises(SettingsError, match=r"models\.json") as caught:
         read_models(config_with(tmp_path, entries))
     assert trouble in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_the_hash_covers_what_changes_answers(tmp_path):
+    def hash_of(**parts):
+        entry = ENTRY | {"client_args": URL | parts.pop("client_args", {})} | parts
+        return settings_hash([*read_models(config_with(tmp_path, [entry])).values()], named=False)
+
+    bare = hash_of()
+    secret = {"extra_headers": {"X-API-Key": "secret"}}
+    for same in ({"engines": 8}, {"generate_args": {"timeout": 5}}, {"generate_args": secret}, {"stream": False}):
+        assert hash_of(**same) == bare
+    changed = [{"extra_body": {"top_k": 5}}, {"extra_headers": {"X": "1"}}, {"extra_query": {"api-version": "1"}}]
+    hashes = [hash_of(generate_args=each) for each in changed] + [hash_of(client_args={"default_query": {"v": 1}})]
+    assert len({bare, *hashes}) == 5
+    assert hash_of(generate_args={"extra_body": {"top_k": 5}}) == hash_of(generate_args={"top_k": 5})
 
 
 def test_an_api_key_is_shown_nowhere(tmp_path):
@@ -331,6 +418,33 @@ def test_slots_of_an_exited_process_are_released(tmp_path, monkeypatch):
     monkeypatch.setattr(in_flight, "HOLDING_LOST_NS", 10**12)
     gone.release()  # it was only slow: its row is its own, or another one
     assert gone.held == 0 and one.held == 1
+
+
+def test_no_minute_exceeds_the_limit_per_minute(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(in_flight, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for limits in ((240, 10**6), (10**6, 24_000), (7, 300.0)):
+        one, two = (RateLimit(str(limits), tmp_path) for _ in range(2))  # as of two processes
+        sent = []
+        while clock.now < 2000:
+            for each in (one, two):
+                wait_s = each.take(limits, 100)
+                sent += [clock.now] if wait_s == 0 else []
+            clock.now += 0.1 if wait_s == 0 else wait_s + 1e-6
+        clock.now = 1000.0
+        counts = [sum(start <= at < start + 60 for at in sent) for start in sent]
+        most = min(limits[0], limits[1] / 100)
+        assert max(counts) <= most + (limits[1] < 1000)  # a request larger than a full bucket may come early
+        assert len(sent) > 0.8 * most * (1000 / 60)
+
+
+def test_tokens_that_were_not_used_are_given_back(tmp_path):
+    limit = RateLimit("a", tmp_path)
+    assert limit.take((60, 1200), 100) == 0
+    assert limit.take((60, 1200), 100) > 4
+    limit.give_back(95)
+    assert limit.take((60, 1200), 90) == 0
+    assert limit.take((60, 1200), 50_000, force=True) == 0 < limit.take((60, 1200), 1)
 
 
 def test_several_processes_keep_the_limit_and_share_it(tmp_path):

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -31,10 +32,12 @@ from simulation.game.answer_sheet import FAILED
 from simulation.game.rules import question_for
 from simulation.game.tally import INTERRUPTED, Tally, announcement_of, score
 from simulation.llm.chat import Chat, TokenBudget, _models, load_models
-from simulation.llm.http_client import ModelHttp, check_models, proxy_of
+from simulation.llm.concurrency_limit import RateLimit
+from simulation.llm.http_client import START, ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
+from simulation.llm.prompts import CHECK, Probe
 from simulation.llm.request_queue import ERRORS_WITH_N, NO_ANSWER, model_thread
-from simulation.llm.responses import CUT_OFF, NO_TEXT, OUT_OF_TOKENS, RequestError, pause_s
+from simulation.llm.responses import NO_TEXT, OUT_OF_TOKENS, RequestError, pause_s
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SimulationConfig
 
@@ -49,13 +52,16 @@ def play(tmp_path):
     """Play rounds with LLM participants in this process; returns the group, with what it counted."""
     groups = []
 
-    def make(fake, count, rounds=1, tokens_each=None, generate_args=None, first=0, seeds=False, **sampling):
+    def make(fake, count, rounds=1, tokens_each=None, generate_args=None, first=0, seeds=False, more=None, **sampling):
         url = fake if isinstance(fake, str) else fake.url
         entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}
         entry |= {"client_args": {"base_url": url}, "generate_args": {"temperature": 1.0, **(generate_args or {})}}
+        for name, value in (more or {}).items():
+            entry[name] = entry.get(name, {}) | value if isinstance(value, dict) else value
         (tmp_path / "models.json").write_text(json.dumps([entry]))
         load_models(SimulationConfig(model_configs=str(tmp_path / "models.json")))
-        game = Average(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=WORDING, seeds_models=seeds)
+        prompt = replace(WORDING, reasoning_tokens=sampling.pop("reasoning_tokens", None))
+        game = Average(7, 100, 0, 0.0, replace(SAMPLING, **sampling), prompt=prompt, seeds_models=seeds)
         group = ParticipantGroup("run/group-0", first, count, game, serialize_agent_class(LLMParticipant), 4, 60.0)
         groups.append(group)
         until(lambda: group.progress(1.0).finished, 10, "built")
@@ -87,7 +93,8 @@ def fake_of():
 
 def troubles():
     """What is wrong with the models of this process, by name."""
-    return {model.name: cause for model, cause in check_models([*_models.values()], 5.0).items()}
+    probes = dict.fromkeys(_models.values(), Probe("rules", f"question\n{CHECK}", 7, {}))
+    return {model.name: cause for model, cause in check_models(probes, 5.0).items()}
 
 
 def tally_of(group):
@@ -167,7 +174,7 @@ def test_temporary_errors_are_retried(play, fake_of, trouble):
         ("null", NO_TEXT),
         ("words", "no number in the answer"),
         ("out of range", "number out of range"),
-        ("cut off", CUT_OFF["length"]),
+        ("cut off", "answer cut off after 7 tokens; raise max_tokens in generate_args"),
     ],
 )
 def test_a_lasting_error_is_a_failure_with_its_cause(play, fake_of, trouble, cause):
@@ -409,15 +416,150 @@ def test_the_check_of_a_model_names_the_error(play, fake_of):
     fake = fake_of()
     play(fake, 1)
     assert troubles() == {}
-    fake.model = "another"
-    assert troubles() == {"model_1": "serves another, not participant-model"}
+    fake.model, fake.check_habit = "another", "404"
+    assert troubles() == {"model_1": f"serves another, not participant-model; {START}"}
     fake.model = "\x1b[2Janother\n" + "x" * 500
     shown = troubles()["model_1"]
-    assert shown.startswith("serves \\x1b[2Janother xxx") and len(shown) < 120
+    assert shown.startswith("serves \\x1b[2Janother xxx") and len(shown) < 200
     fake.listed = lambda _: "[" * 100_000
-    assert troubles() == {"model_1": "answers, but is no server of the OpenAI API"}
+    assert troubles() == {"model_1": f"answers with HTTP 404: no such model; {START}"}
     fake.close()
     assert "connection refused" in troubles()["model_1"]
+
+
+@pytest.mark.parametrize(
+    ("habit", "words"),
+    [
+        (
+            "redirects",
+            "HTTP 307: redirects to https://example.com/v1/chat/completions; correct base_url, which usually",
+        ),
+        ("no such path", "HTTP 404: Not Found; correct base_url, which usually ends with /v1"),
+        ("no template", "; start it with --chat-template, or serve a model for chats"),
+        ("too long", "exceed the context of 128 tokens; raise --max-model-len of the server, or play fewer rounds"),
+        ("not that field", "Unknown field structured_outputs; try --structured-output response_format or none"),
+        ("500 with words", f"answers with HTTP 500: out of memory; {START}"),
+        ("html", "answers, but is no server of the OpenAI API (the reply is not JSON); correct base_url"),
+    ],
+)
+def test_a_small_request_shows_what_is_wrong_and_what_helps(play, fake_of, habit, words):
+    fake = fake_of()
+    play(fake, 1)
+    fake.check_habit = habit
+    assert words in troubles()["model_1"]
+
+
+def test_a_small_request_decides_whatever_the_list_of_models_says(play, fake_of):
+    fake = fake_of()
+    play(fake, 1)
+    for fake.model, fake.listing in (("participant-model:latest", (200, "")), ("", (500, "Internal Server Error"))):
+        assert troubles() == {}
+    fake.check_habit = "over quota"  # the game warns of that, too, and repeats its requests
+    assert troubles() == {}
+    assert fake.checks[0]["max_tokens"] == 7 and len(fake.bodies) == 1
+
+
+@pytest.mark.parametrize("refusal", ["no system", "500"])
+def test_a_model_without_system_messages_gets_one_message(play, fake_of, refusal):
+    fake = fake_of()
+    fake.without_system = refusal
+    group = play(fake, 250, rounds=2)  # nothing has checked the model before
+    assert tally_of(group).answered == 250
+    roles = [[message["role"] for message in body["messages"]] for body in fake.bodies]
+    assert roles[-1] == ["user"] and roles.count(["system", "user"]) <= 9
+    system, user = fake.bodies[0]["messages"]
+    assert any(body["messages"][0]["content"] == f"{system['content']}\n\n{user['content']}" for body in fake.bodies)
+    fake = fake_of()
+    fake.without_system = refusal
+    play(fake, 1, rounds=0)
+    assert troubles() == {}
+    assert tally_of(play(fake, 5)).answered == 5 and len(fake.bodies) == 1  # the check has found out
+
+
+def test_a_prompt_longer_than_the_context_fails_with_one_cause_and_the_remedy(play, fake_of):
+    fake = fake_of("too long", "longer", for_ever="too long")
+    (cause,) = tally_of(play(fake, 50, samples_per_request=1, max_in_flight=1)).failures
+    assert cause == (
+        "model server: HTTP 400: prompt and answer exceed the context of 128 tokens; raise --max-model-len of the "
+        "server, or play fewer rounds or use a shorter prompt"
+    )
+
+
+def test_a_lasting_error_is_reported_within_seconds(play, fake_of):
+    fake = fake_of(for_ever="over quota")
+    group = play(fake, 300, rounds=0, reply_timeout=8.0)
+    began = time.monotonic()
+    group.begin(question_for(group.game, 1, ()))
+    until(lambda: group.progress(0.1).outages, 6, "reported")
+    assert time.monotonic() - began < 5
+    words = "HTTP 429: You exceeded your current quota"
+    again = "requests are repeated for up to 8 s (--reply-timeout)"
+    assert group.progress().outages == {"model_1": f"model_1 at {fake.url}: model server: {words}; {again}"}
+    until(lambda: group.progress(1.0).finished, 30, "failed")
+    assert tally_of(group).failures == {f"model server: {words}": 300}
+    fake.for_ever("well")
+    group.begin(question_for(group.game, 2, ()))
+    until(lambda: group.progress(1.0).finished, 30, "answered")
+    assert group.progress().outages == {}
+
+
+def test_arguments_of_openai_s_client_have_their_effect(play, fake_of):
+    fake = fake_of(for_ever="never")
+    extra = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}, "max_completion_tokens": 9}}
+    extra |= {"extra_headers": {"X-Own": "1", "X-Both": "2"}, "extra_query": {"b": 2}, "timeout": 0.3, "stream": False}
+    client = {"default_headers": {"X-Default": "0", "X-Both": "1"}, "default_query": {"a": "1", "b": 1}, "timeout": 99}
+    group = play(fake, 1, rounds=0, generate_args=extra, more={"client_args": client, "stream": False})
+    group.begin(question_for(group.game, 1, ()))
+    until(lambda: len(fake.bodies) > 1, 10, "asked again after its timeout")
+    fake.for_ever("well")
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    (sent, request) = fake.bodies[-1], fake.requests[-1]
+    assert sent.keys() - {"model", "messages"} == {
+        *("temperature", "chat_template_kwargs", "max_completion_tokens", "structured_outputs")
+    }
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False} and sent["max_completion_tokens"] == 9
+    assert dict(request.query) == {"a": "1", "b": "2"}
+    assert [request.headers[name] for name in ("X-Own", "X-Both", "X-Default")] == ["1", "2", "0"]
+
+
+def test_text_parts_and_thoughts_apart_are_read(play, fake_of):
+    for habit in ("parts", "thinks apart"):
+        assert tally_of(play(fake_of(for_ever=habit), 3)).units.tolist() == [37]
+
+
+@pytest.mark.parametrize("habit", ["only thinks", "opens a tag"])
+def test_an_answer_cut_off_while_thinking_names_the_setting(play, fake_of, habit):
+    group = play(fake_of(for_ever=habit), 3, generate_args={"max_completion_tokens": 9})
+    words = "answer cut off after 9 tokens while thinking; raise max_completion_tokens in generate_args"
+    assert tally_of(group).failures == {words: 3}
+
+
+def test_thoughts_that_use_up_the_reasoning_tokens_name_the_setting(play, fake_of):
+    fake = fake_of(for_ever="only thinks")
+    group = play(fake, 3, reasoning_tokens=40, generate_args={"max_completion_tokens": 9})
+    words = "answer cut off after 40 tokens while thinking; raise reasoning_tokens of the prompt"
+    assert tally_of(group).failures == {words: 3}
+    assert [body["max_completion_tokens"] for body in fake.bodies] == [40] * 3
+
+
+def test_the_limits_per_minute_delay_requests_without_errors(play, fake_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("simulation.llm.request_queue.RateLimit", partial(RateLimit, folder=tmp_path))
+    fake = fake_of()
+    limits = {"requests_per_minute": 240, "tokens_per_minute": 10**6}  # 20 at once, then 220 per minute
+    group = play(fake, 30, more=limits, samples_per_request=1, reply_timeout=0.5, max_in_flight=100)
+    assert tally_of(group).answered == 30
+    assert fake.times[-1] - fake.times[0] > 9 / (220 / 60) - 0.2
+    fake = fake_of()
+    began = time.monotonic()
+    limits = {"tokens_per_minute": 2400}  # 200 at once: requests must not ask for 100 samples of 7 tokens
+    assert tally_of(play(fake, 30, more=limits, reply_timeout=0.5)).answered == 30
+    assert max(fake.samples) < 30 and time.monotonic() - began < 30
+
+
+def test_the_number_of_engines_raises_the_limit_in_flight(play, fake_of):
+    fake = fake_of(delay_s=0.2)
+    assert tally_of(play(fake, 60, samples_per_request=1, max_in_flight=2, more={"engines": 8})).answered == 60
+    assert fake.most_at_once == 16
 
 
 def test_one_client_for_all_groups_of_a_process(play, fake_of):
@@ -522,7 +664,7 @@ def asked(url: str) -> list[str]:
             http = ModelHttp(config)
         except ValueError as error:
             return [str(error)]
-        told = [str(await http.check("m", 60))]
+        told = [str(await http.check(Probe("rules", "question", 7, {}), 60))]
         try:
             await http.post(b"{}", 60)
         except RequestError as trouble:

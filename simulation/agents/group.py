@@ -144,7 +144,8 @@ class ParticipantGroup(metaclass=RpcMeta):
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
         number, done, sheet = self._round, self._done(), self._sheet  # read in this order: a round may begin now
         histogram = sheet.partial_histogram(self.game) if numbers and sheet is not None else ()
-        return Progress(done, self.count, number, self._error, [*astuple(self.usage())], *histogram)
+        outages = dict(self.chat.outages) if self.chat is not None else {}
+        return Progress(done, self.count, number, self._error, [*astuple(self.usage())], outages, *histogram)
 
     def usage(self) -> Usage:
         """Return the usage of all rounds so far, including the current round."""

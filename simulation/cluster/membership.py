@@ -32,7 +32,7 @@ class ProgressListener(Protocol):
         """Called when `done` of `total` participants have finished `stage` ("participants created" or "answers in")."""
 
     def warn(self, line: str) -> None:
-        """Called when a server was lost or has recovered; `line` is the message for the user."""
+        """Called when a server was lost or has recovered, or a model fails; `line` is the message for the user."""
 
 
 class Membership:
@@ -45,6 +45,7 @@ class Membership:
         self.losses: Counter[Endpoint] = Counter()  # number of handled losses by server, in order of the first losses
         self.used: dict[str, Usage] = {}  # usage by group id, including deleted groups
         self._servers = servers
+        self._models_down: set[str] = set()  # models whose lasting errors were reported in this round
         self._losses_before: Counter[Endpoint] = Counter()  # `losses` at the start of the round
 
     def unassign_server(self, endpoint: Endpoint) -> None:
@@ -105,6 +106,7 @@ class Membership:
     def begin_round(self, number: int) -> None:
         """Start to count the losses of round `number`, and readmit recovered servers."""
         self._losses_before = self.losses.copy()
+        self._models_down.clear()
         recovered = [endpoint for endpoint, status in self.status.items() if status.has_recovered]
         self.handle_losses()
         for endpoint in recovered:
@@ -178,6 +180,9 @@ class Membership:
             else:
                 if progress.usage:
                     self.used[oid] = Usage(*progress.usage)  # type: ignore[arg-type]
+                for name in progress.outages.keys() - self._models_down:
+                    self._models_down.add(name)
+                    self.watch.warn(f"{endpoint.host}: {progress.outages[name]}")
                 done += progress.done if progress.round == number else 0
         if gone is not None:
             raise gone

@@ -3,12 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import partial
 
 from simulation.errors import ClusterError, SettingsError, SimulationError
+from simulation.game.game import Game
 from simulation.llm.model_configs import ModelConfig, asked_models, check_model_is_local
+from simulation.llm.prompts import probe_of
 from simulation.rpc.channels import NOBODY_LISTENS, UNTRUSTED, call_all, call_all_or_raise, handshake, identify
 from simulation.rpc.endpoints import Endpoint, address_of, endpoints
 from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
@@ -51,7 +53,7 @@ def _look_up(host: str) -> Future[str]:
     return address
 
 
-def check_cluster(config: SimulationConfig) -> Identities:
+def check_cluster(config: SimulationConfig, game: Game) -> Identities:
     """Check every agent server of the run and the requested models. Return the handshakes.
 
     Raises ClusterError, with a line for each unready host, or SettingsError if a model needs --allow-remote-model.
@@ -63,7 +65,7 @@ def check_cluster(config: SimulationConfig) -> Identities:
         raise ClusterError("\nerror: ".join(lines))
     if config.uses_models:
         check_models_known(config, identities)
-        check_models(config, list(identities))
+        check_models(config, game, list(identities))
     return identities
 
 
@@ -117,27 +119,22 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
             check_model_is_local(config, name, each.models[name])
 
 
-def check_models(config: SimulationConfig, servers: list[Endpoint]) -> None:
-    """Ask one server per host to check that all requested models answer. Raises ClusterError if a model does not."""
+def check_models(config: SimulationConfig, game: Game, servers: list[Endpoint]) -> None:
+    """Let one server per host send each model a small request of the game. Raises ClusterError if a model fails."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
-    directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2])}
+    directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2, probe_of(game)])}
     ask = partial(handshake, timeout_s=timeout_s, directives=directives)
     for endpoint, reply in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, problem in reply.model_troubles.items():
-            raise _no_answer(endpoint.host, name, reply.models[name], problem)
+            raise ClusterError(f"{endpoint.host}: {name} at {reply.models[name]} {problem}")
 
 
-def check_models_here(models: Collection[ModelConfig], timeout_s: float) -> None:
-    """Check models from this process, before agent servers exist. Raises ClusterError if a model does not answer."""
+def check_models_here(games: Iterable[tuple[Game, list[ModelConfig]]], timeout_s: float) -> None:
+    """Check the models of games from this process, before agent servers exist. Raises ClusterError if a model fails."""
     from simulation.llm import http_client  # noqa: PLC0415 - imports openai, which other runs do not need
 
-    distinct = list({(model.base_url, model.model): model for model in models}.values())
-    for model, problem in http_client.check_models(distinct, timeout_s).items():
-        raise _no_answer("localhost", model.name, model.base_url, problem)
-
-
-def _no_answer(host: str, name: str, url: str, problem: str) -> ClusterError:
-    return ClusterError(
-        f"{host}: {name} at {url} {problem}; start it there with ./start_vllm.sh, or correct configs/model_configs.json"
-    )
+    distinct = {(model.base_url, model.model): (model, game) for game, models in games for model in models}
+    probes = {model: probe_of(game) for model, game in distinct.values()}
+    for model, problem in http_client.check_models(probes, timeout_s).items():
+        raise ClusterError(f"localhost: {model.name} at {model.base_url} {problem}")

@@ -33,6 +33,7 @@ from simulation.errors import KnownCause, SettingsError, one_line
 from simulation.files import ROOT
 from simulation.llm.chat import load_models
 from simulation.llm.model_configs import ModelConfig
+from simulation.llm.prompts import Probe
 from simulation.rpc import messages
 from simulation.rpc.channels import AGENT_GONE, MESSAGE_BYTES, install_tls
 from simulation.rpc.cluster_key import ClusterKey
@@ -117,9 +118,9 @@ class SimulationServicer(AgentServerServicer):
         if messages.CHECK_MODELS in directives:
             from simulation.llm.http_client import check_models  # noqa: PLC0415 - imports openai
 
-            names, timeout_s = json.loads(directives[messages.CHECK_MODELS])
-            models = [self._models[name] for name in names if name in self._models]
-            model_troubles = {model.name: cause for model, cause in check_models(models, float(timeout_s)).items()}
+            names, timeout_s, probe = json.loads(directives[messages.CHECK_MODELS])
+            probes = {self._models[name]: Probe(*probe) for name in names if name in self._models}
+            model_troubles = {model.name: cause for model, cause in check_models(probes, timeout_s).items()}
         reply = messages.Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),

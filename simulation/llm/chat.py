@@ -75,6 +75,8 @@ class Chat:
         self.budget = TokenBudget()
         self.closed = False
         self.n_unsupported: set[ModelConfig] = set()  # models whose servers reject several answers (n) per request
+        self.failing_since: dict[str, float] = {}  # time.monotonic() of the first error since the last answer, by model
+        self.outages: dict[str, str] = {}  # messages for the user about models with lasting errors, by model
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
@@ -89,7 +91,7 @@ class Chat:
         for attempt in range(self.settings.max_attempts):
             text, cause, deadline, _ = await self._sample(model, prompt, None, deadline, turn, attempt)
             if text is None or cause is not None:
-                unusable: UnusableAnswer = KnownCause(cause or "", text)
+                unusable: UnusableAnswer = KnownCause(self._explained(cause or "", model, None), text)
                 continue
             try:
                 return read(text)
@@ -108,7 +110,16 @@ class Chat:
             text, cause, deadline, _ = await self._sample(model, prompt, tokens, deadline, turn, attempt)
             if text is not None and cause in (None, CUT_OFF["length"]):
                 return text, cause is None
-        raise KnownCause(cause or "", text)
+        raise KnownCause(self._explained(cause or "", model, tokens if turn.round else 0), text)
+
+    def _explained(self, cause: str, model: str, free_tokens: int | None) -> str:
+        """Return the cause of a failure. If an answer was cut off, add its token limit and the setting to raise."""
+        if not cause.startswith(CUT_OFF["length"]) or free_tokens == 0:
+            return cause
+        config = _models[model]
+        limit = self._fields(config, free_tokens)[config.limit_name]
+        setting = "reasoning_tokens of the prompt" if free_tokens else f"{config.limit_name} in generate_args"
+        return f"{cause.replace('by the token limit', f'after {limit} tokens')}; raise {setting}"
 
     def model_in_turn(self, index: int) -> str:
         """Return the name of the participant's model if models are assigned round-robin."""
@@ -153,13 +164,11 @@ class Chat:
         thread.loop.call_soon_threadsafe(thread.put, requests)
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
-        """Return the fields of a request other than model, messages and n."""
-        fields = config.generate_args
-        limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-        if free_tokens is not None:  # the token limit of the model file applies only to numbers
-            return fields | {limit: free_tokens}
+        """Return the fields of a request other than model, messages, n and seed."""
+        if free_tokens is not None:
+            return config.fields(free_tokens, None)
         kind = self.settings.structured_output
-        return {limit: answer_tokens(kind, self._game), **fields, **structured_fields(kind, self._game)}
+        return config.fields(answer_tokens(kind, self._game), structured_fields(kind, self._game))
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:

@@ -5,25 +5,33 @@ element of a reply, and 0.8 ms with openai's `post(..., cast_to=object)`.
 """
 
 import asyncio
+import json
 import os
+import random
 import re
 import ssl
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import httpx2
 import openai
+from loguru import logger
 
 from simulation.errors import one_line, printable
 from simulation.llm.model_configs import ModelConfig, is_within
-from simulation.llm.responses import NO_ANSWER, Reply, RequestError, read_reply
+from simulation.llm.prompts import Probe, Prompt, without_system
+from simulation.llm.responses import CORRECT_URL, NO_ANSWER, Reply, RequestError, pause_s, read_reply
 
 LOST = "connection lost"
 MODELS_SHOWN, NAME_SHOWN = 5, 80  # in an error message: maximum number of models, and maximum length of a name
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5 s
+CHECKS = 3  # maximum number of requests of a check if the server reports temporary errors
+START = "start it there with ./start_vllm.sh, or correct configs/model_configs.json"
+_without_system: set[ModelConfig] = set()  # models that refuse the role "system", as far as this process knows
 
 
 class ModelHttp:
@@ -33,6 +41,7 @@ class ModelHttp:
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        self._config = config
         local = is_within(config.base_url, ())
         proxy = None if local else proxy_of(config.base_url)
         self._through = f" (through the proxy {proxy}; no_proxy names hosts to ask without it)" if proxy else ""
@@ -61,32 +70,92 @@ class ModelHttp:
         )
         headers = {**settings.default_headers, **settings.auth_headers}
         self._headers = httpx2.Headers({name: value for name, value in headers.items() if isinstance(value, str)})
+        self._headers.update(config.extra_headers)
         self._headers["content-type"] = "application/json"  # replaces openai's value; vLLM refuses a repeated header
         for name, value in self._headers.items():
             if not value.isprintable():
                 raise ValueError(f"the header {name} holds characters that cannot be sent")
-        self._completions = httpx2.URL(self.url + "/chat/completions")
+        self._completions, self._models = (
+            httpx2.URL(self.url + path).copy_merge_params(config.query) for path in ("/chat/completions", "/models")
+        )
 
-    async def check(self, model: str, timeout_s: float) -> str | None:
-        """Return why the server cannot answer requests for this model, or None if it can."""
-        request = httpx2.Request("GET", self.url + "/models", headers=self._headers)
-        try:
-            response = await self._exchange(request, timeout_s)
-            if response.status_code in (401, 403, 407) or response.status_code >= 500:
-                return f"answers with HTTP {response.status_code}{self._through}"
-            listed = response.json()["data"] if response.status_code == 200 else []
-            served = [each["id"] for each in listed if isinstance(each["id"], str)]
-        except RequestError as error:
-            if error.cause == NO_ANSWER:
-                return f"does not answer within {timeout_s:g} s{self._through}"
-            return f"does not answer: {error.cause.removeprefix('model server: ')}"
-        except (KeyError, TypeError):  # the reply contains no list of models
-            served = []
-        except (ValueError, RecursionError):  # the reply is not HTTP, not JSON, or nested too deep
-            return f"answers, but is no server of the OpenAI API{self._through}"
-        if not served or model in served:
+    @property
+    def takes_system(self) -> bool:
+        """Return whether the model takes messages with the role "system", as far as this process knows."""
+        return self._config not in _without_system
+
+    def stop_using_system(self) -> None:
+        """Put the system text into the user message from now on, in all requests of this process to the model."""
+        if self.takes_system:
+            _without_system.add(self._config)
+            name = f"{self._config.name} at {self._config.base_url}"
+            logger.warning(f"{name} refuses system messages: their text is put into the user message")
+
+    def body(self, prompt: Prompt, fields: dict[str, Any], with_system: bool) -> bytes:
+        """Return the body of a completion request."""
+        messages = prompt.messages if with_system else without_system(prompt.messages)
+        return json.dumps({"model": self._config.model, "messages": messages, **fields}).encode()
+
+    async def check(self, probe: Probe, timeout_s: float) -> str | None:
+        """Send a small request. Return why the model is not usable, and what helps, or None if it is usable.
+
+        The list of models only serves to explain a failure: some servers have none, or list other names.
+        """
+        error = await self._try_out(probe, timeout_s)
+        if error is None:
             return None
-        return f"serves {', '.join(printable(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])}, not {model}"
+        cause, served = error.cause.removeprefix("model server: "), await self._listed(timeout_s / 2)
+        silent = error.cause == NO_ANSWER
+        if (silent and served is not None) or cause.startswith("HTTP 429"):  # slow, or too many requests at the moment
+            logger.warning(f"{self._config.name} at {self._config.base_url} has not answered a check: {cause}")
+            return None
+        if silent:
+            problem = f"does not answer within {timeout_s:g} s{self._through}"
+        elif not cause.startswith("HTTP "):
+            odd = f"answers, but is no server of the OpenAI API ({cause}){self._through}; {CORRECT_URL}"
+            return odd if not error.server_wide else f"does not answer: {cause}; {START}"
+        elif served and self._config.model not in served and error.remedy in ("", CORRECT_URL):
+            names = ", ".join(printable(name, NAME_SHOWN) for name in served[:MODELS_SHOWN])
+            problem = f"serves {names}, not {self._config.model}"
+        else:
+            problem = f"answers with {cause}"
+        return problem if error.remedy and error.remedy in problem else f"{problem}; {START}"
+
+    async def _try_out(self, probe: Probe, timeout_s: float) -> RequestError | None:
+        """Send a small request, also without the role "system" if that may help. Return the error, or None."""
+        prompt, fields = Prompt(probe.system, probe.user), self._config.fields(probe.tokens, probe.structured)
+        end = time.monotonic() + timeout_s
+
+        async def send(with_system: bool) -> RequestError | None:
+            try:
+                await self.post(self.body(prompt, fields, with_system), end - time.monotonic())
+            except RequestError as error:
+                return error
+            return None
+
+        error = await send(self.takes_system)
+        for number in range(1, CHECKS):
+            if error is None or not error.retryable or "HTTP" not in error.cause:
+                break
+            wait_s = pause_s(number, error.retry_after_s, random.random())
+            if time.monotonic() + wait_s > end:
+                break
+            await asyncio.sleep(wait_s)
+            error = await send(self.takes_system)
+        if error is not None and error.no_system is not False and self.takes_system and await send(False) is None:
+            self.stop_using_system()
+            return None
+        return error
+
+    async def _listed(self, timeout_s: float) -> list[str] | None:
+        """Return the names of the models that the server lists ([]: none). Return None if it does not answer."""
+        try:
+            response = await self._exchange(httpx2.Request("GET", self._models, headers=self._headers), timeout_s)
+            return [each["id"] for each in response.json()["data"] if isinstance(each["id"], str)]
+        except RequestError:
+            return None
+        except (KeyError, TypeError, ValueError, RecursionError):  # the reply is no list of models
+            return []
 
     async def post(self, body: bytes, timeout_s: float) -> Reply:
         """Send one completion request and return the reply. Raises RequestError if the request fails."""
@@ -123,22 +192,22 @@ class ModelHttp:
             raise RequestError(text, server_wide=True, maybe_unsupported_n=cause == LOST) from None
 
 
-def check_models(models: Sequence[ModelConfig], timeout_s: float) -> dict[ModelConfig, str]:
-    """Check concurrently whether the servers of `models` can answer. Return the cause of each failure, by model."""
+def check_models(probes: Mapping[ModelConfig, Probe], timeout_s: float) -> dict[ModelConfig, str]:
+    """Send each model its probe, concurrently. Return why models are not usable, and what helps, by model."""
 
-    async def check(config: ModelConfig) -> str | None:
+    async def check(config: ModelConfig, probe: Probe) -> str | None:
         try:
             http = ModelHttp(config)
         except Exception as error:  # noqa: BLE001 - any setting of the client may be wrong
-            return f"cannot be asked with these settings: {one_line(error)}"
+            return f"cannot be asked with these settings: {one_line(error)}; {START}"
         async with http._client:
-            return await http.check(config.model, timeout_s)
+            return await http.check(probe, timeout_s)
 
     async def check_all() -> list[str | None]:
-        return await asyncio.gather(*map(check, models))
+        return await asyncio.gather(*(check(*each) for each in probes.items()))
 
     causes = asyncio.run(check_all())
-    return {model: cause for model, cause in zip(models, causes, strict=True) if cause is not None}
+    return {model: cause for model, cause in zip(probes, causes, strict=True) if cause is not None}
 
 
 def proxy_of(url: str) -> str | None:

@@ -5,6 +5,7 @@ This module reads and checks the file. It does not contact any model server.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,20 @@ from simulation.files import is_there, read_text
 from simulation.settings import SimulationConfig
 
 MODEL_TYPE = "openai_chat"
-KNOWN = ("api_key", "client_args", "config_name", "generate_args", "model_name", "model_type", "organization")
-OURS = ("model", "messages", "n", "seed", "stream", "structured_outputs", "response_format")
+COUNTS = ("engines", "requests_per_minute", "tokens_per_minute")
+KNOWN = (
+    *("api_key", "client_args", "config_name", "generate_args", "model_name", "model_type", "organization", "stream"),
+    *COUNTS,
+)
+CLIENT_ARGS = ("base_url", "default_headers", "default_query", "project", "timeout")
+LIMITS = ("max_tokens", "max_completion_tokens")
+# In generate_args, but not fields of the request (as in openai's client)
+NO_FIELDS = ("extra_body", "extra_headers", "extra_query", "stream", "timeout")
+OURS = ("model", "messages", "n", "seed", "structured_outputs", "response_format")
+SECRET = re.compile(r"auth|key|token|secret|cookie", re.IGNORECASE)  # in the names of headers
 BESIDE = "stands beside client_args, not in it"
 ELSEWHERE = {"http_client": "is this program's own", "api_key": BESIDE, "organization": BESIDE}
+ELSEWHERE |= {"max_retries": "has no effect: requests are retried until --reply-timeout"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,51 @@ class ModelConfig:
 
     @property
     def generate_args(self) -> dict[str, Any]:
-        """Return a copy of the request fields that the entry sets, such as temperature."""
-        return dict(self.entry.get("generate_args", {}))
+        """Return the request fields that the entry sets, such as temperature, including those in `extra_body`."""
+        args = self.entry.get("generate_args", {})
+        return {name: args[name] for name in args if name not in NO_FIELDS} | args.get("extra_body", {})
+
+    @property
+    def extra_headers(self) -> dict[str, str]:
+        return dict(self.entry.get("generate_args", {}).get("extra_headers", {}))
+
+    @property
+    def query(self) -> dict[str, Any]:
+        """Return the parameters of the URL of a completion request."""
+        extra = self.entry.get("generate_args", {}).get("extra_query", {})
+        return dict(self.entry["client_args"].get("default_query") or {}) | extra
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Return the time limit of one request, in seconds, if the entry sets it."""
+        seconds: float | None = self.entry.get("generate_args", {}).get(
+            "timeout", self.entry["client_args"].get("timeout")
+        )
+        return seconds
+
+    @property
+    def engines(self) -> int:
+        """Return the number of engines behind the server's address."""
+        return int(self.entry.get("engines", 1))
+
+    @property
+    def per_minute(self) -> tuple[int | None, int | None]:
+        """Return the maximum number of requests, and of tokens, per minute (None: no limit)."""
+        return self.entry.get("requests_per_minute"), self.entry.get("tokens_per_minute")
+
+    @property
+    def limit_name(self) -> str:
+        """Return the name of the field with the token limit of an answer; all requests of the model use this name."""
+        return "max_completion_tokens" if "max_completion_tokens" in self.generate_args else "max_tokens"
+
+    def fields(self, tokens: int, structured: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the fields of a request other than model, messages, n and seed.
+
+        `tokens` is the token limit. For a number, the limit in the entry replaces it, and `structured` are the fields
+        of structured output; for a free text, `structured` is None.
+        """
+        args, limit = self.generate_args, self.limit_name
+        return args | {limit: tokens} if structured is None else {limit: tokens, **args, **structured}
 
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
@@ -102,13 +156,20 @@ def read_models(config: SimulationConfig, required: bool = True) -> dict[str, Mo
 
 
 def settings_hash(models: Sequence[ModelConfig], named: bool) -> str | None:
-    """Return the SHA-256 of what determines the models' answers, without addresses and keys. None without models.
+    """Return the SHA-256 of what determines the models' answers, without addresses and secrets. None without models.
 
     Names in this program count only if `named`; otherwise, the number of equal models does not count, either.
     """
-    entries = [[each.model, each.generate_args, each.name if named else None] for each in models]
+    entries = [[each.model, each.generate_args, each.name if named else None, *_beside_body(each)] for each in models]
     parts = {json.dumps(entry, sort_keys=True) for entry in entries}
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest() if models else None
+
+
+def _beside_body(model: ModelConfig) -> list[dict[str, Any]]:
+    """Return what a request sends in its URL and headers, except secrets; [] if the entry sets nothing of this."""
+    headers = {**(model.entry["client_args"].get("default_headers") or {}), **model.extra_headers}
+    parts = [model.query, {name: text for name, text in headers.items() if not SECRET.search(name)}]
+    return parts if any(parts) else []
 
 
 def _at_port(template: dict[str, Any], port: int, name: str) -> dict[str, Any]:
@@ -126,26 +187,47 @@ def _problems_with(entry: Any) -> Iterator[str]:
     for name in ("config_name", "model_name"):
         if not (isinstance(entry.get(name), str) and entry[name]):
             yield f"{name} is missing, or no text"
-    for name in ("client_args", "generate_args"):
-        if not isinstance(entry.get(name, {}), dict):
-            yield f"{name} must be an object"
+    counts = {name: entry[name] for name in COUNTS if name in entry}
+    args, client_args = entry.get("generate_args", {}), entry.get("client_args", {})
+    parts = {"client_args": client_args, "generate_args": args}
+    yield from (f"{name} must be an object" for name, part in parts.items() if not isinstance(part, dict))
     if entry.get("model_type") != MODEL_TYPE:
         yield f"model_type must be {MODEL_TYPE}, the kind of server that vLLM is"
-    client_args, fields = entry.get("client_args", {}), entry.get("generate_args", {})
-    yield from (f"generate_args holds {name}, which every request sets for itself" for name in OURS if name in fields)
-    for name in ("max_tokens", "max_completion_tokens"):
-        if type(fields.get(name, 1)) is not int or fields.get(name, 1) < 1:
-            yield f"generate_args: {name} must be a whole number from 1"
+    inner = {f"client_args: {name}": client_args.get(name) or {} for name in ("default_headers", "default_query")}
+    inner |= {f"generate_args: {name}": args.get(name, {}) for name in ("extra_body", "extra_headers", "extra_query")}
+    yield from (f"{name} must be an object" for name, part in inner.items() if not isinstance(part, dict))
+    body = args | args.get("extra_body", {})
+    yield from (f"generate_args holds {name}, which every request sets for itself" for name in OURS if name in body)
+    if any(part.get("stream") not in (None, False) for part in (entry, body)):
+        yield "stream must be false: every answer is read as a whole"
+    limits = {f"generate_args: {name}": body[name] for name in LIMITS if name in body}
+    for name, count in (counts | limits).items():
+        if type(count) is not int or count < 1:
+            yield f"{name} must be a whole number from 1"
+    if len(limits) > 1:
+        yield f"generate_args holds both {' and '.join(LIMITS)}; a model has one of them"
+    for name, seconds in ((name, part["timeout"]) for name, part in parts.items() if "timeout" in part):
+        if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+            yield f"{name}: timeout must be a number of seconds above 0"
     yield from (f"client_args holds {name}, which {why}" for name, why in ELSEWHERE.items() if name in client_args)
-    headers = client_args.get("default_headers") or {}
-    if not isinstance(headers, dict):
-        yield "client_args: default_headers must be an object"
-    sent = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
-    for name, texts in (sent | {"client_args: default_headers": [*headers, *headers.values()]}).items():
-        if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
-            yield f"{name} must hold printable ASCII characters only"
+    unknown = (name for name in client_args if name not in CLIENT_ARGS)
+    yield from (f"client_args holds {name}, which has no effect; {nearest(name, CLIENT_ARGS)}" for name in unknown)
+    yield from _unsendable(entry, client_args, inner)
     if not _is_address(client_args.get("base_url")):
         yield "client_args needs a base_url such as http://localhost/v1, without blanks, ? or #"
+
+
+def _unsendable(entry: dict[str, Any], client_args: dict[str, Any], inner: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the errors in values that are sent in headers or in the URL."""
+    headers = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
+    headers["client_args: project"] = [client_args.get("project") or ""]
+    headers |= {name: [*part, *part.values()] for name, part in inner.items() if name.endswith("headers")}
+    for name, texts in headers.items():
+        if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
+            yield f"{name} must hold printable ASCII characters only"
+    for name, part in inner.items():
+        if name.endswith("query") and not all(isinstance(value, str | int | float) for value in part.values()):
+            yield f"{name} must hold texts and numbers only"
 
 
 def _is_address(text: Any) -> bool:

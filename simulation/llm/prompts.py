@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from simulation.game.game import Game
 from simulation.game.population import Persona
-from simulation.game.rules import Question, plain_number
+from simulation.game.rules import Question, plain_number, question_for
 
 Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without an answer
 
@@ -19,6 +19,7 @@ TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds
 FREE_TEXT_TOKENS = 256  # token limit of an unconstrained answer
 JSON_TOKENS = 48  # tokens of {"number": "..."} in addition to the number, with white space that some models add
 SPARE_TOKENS = 4  # in addition to one token per character of a constrained number
+CHECK = "(This request only checks that you answer.)"
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
@@ -44,6 +45,30 @@ class Prompt(NamedTuple):
         if self.thoughts is not None:
             messages += [{"role": "assistant", "content": self.thoughts}, {"role": "user", "content": EXTRACT}]
         return messages
+
+
+def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the messages with the text of the system message in the user message, for models without that role."""
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+class Probe(NamedTuple):
+    """A small request like those of a game, which shows before the game whether a model is usable."""
+
+    system: str
+    user: str
+    tokens: int  # token limit of the answer
+    structured: dict[str, Any]  # fields that constrain the answer
+
+
+def probe_of(game: Game) -> Probe:
+    """Return the first question of a game to participant 0, without reasoning."""
+    assert game.llm is not None
+    kind = game.llm.structured_output
+    character = game.population.personas_of(0), game.teams and game.population.label_of(game.teams, 0)
+    user = f"{question_for(game, 1, ()).text} {instruction(game, *character)}\n{CHECK}"
+    return Probe(rules(game, *character), user, answer_tokens(kind, game), structured_fields(kind, game))
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:

@@ -6,7 +6,6 @@ Each model has its own client. All clients of a process run on one event loop in
 import asyncio
 import contextlib
 import itertools
-import json
 import math
 import random
 import threading
@@ -20,14 +19,15 @@ import uvloop
 from loguru import logger
 
 from simulation.errors import Ended, KnownCause, one_line
-from simulation.llm.concurrency_limit import SharedSemaphore
+from simulation.llm.concurrency_limit import NO_LIMIT, RateLimit, SharedSemaphore, bucket_size
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Prompt
-from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, RequestError, Text, pause_s
+from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, RequestError, Text, Usage, pause_s
 
 if TYPE_CHECKING:
     from simulation.llm.chat import Chat
 
+WARN_AFTER_S = 2.0  # time without an answer after which a temporary error is reported
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
@@ -83,6 +83,18 @@ class SampleRequest:
         shared = (each.participant == first + place for place, each in enumerate(itertools.islice(self.waiting, most)))
         return sum(itertools.takewhile(bool, shared))
 
+    @property
+    def per_minute(self) -> tuple[float, float]:
+        """Return this host's share of the limits of requests and tokens per minute."""
+        hosts = min(len(self.chat.settings.hosts), self.chat.settings.participant_num)
+        requests, tokens = self.config.per_minute
+        return (requests or NO_LIMIT) / hosts, (tokens or NO_LIMIT) / hosts
+
+    @property
+    def most_samples(self) -> int:
+        """Return how many samples of one request the limit of tokens per minute allows."""
+        return max(int((bucket_size(self.per_minute[1]) - self.prompt.tokens) / self.tokens_each), 1)
+
     def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
         """Remove a participant from `waiting` for each outcome, and pass it the outcome on its group's event loop."""
         futures = [self.waiting.popleft().future for _ in outcomes]
@@ -113,10 +125,14 @@ class ModelClient:
 
         self._http = ModelHttp(config)
         self._semaphore = SharedSemaphore(self._http.url)
+        self._rate = None if config.per_minute == (None, None) else RateLimit(f"{self._http.url} {config.model}")
+        self._rate_free_at = -math.inf  # time.monotonic() at which the limit per minute allows a request again
+        self._rate_full_since = math.inf  # since when it allows none
         self._queue: deque[SampleRequest] = deque()
         self._last_success = -math.inf  # time.monotonic() of the last answer
         self._errors = 0  # consecutive errors that concern the whole server
         self._last_cause = NO_ANSWER
+        self._has_warned = False  # of the errors since the last answer
         self._backoff_until = -math.inf
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
@@ -135,9 +151,10 @@ class ModelClient:
             try:
                 if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
+                    self._postpone_deadlines(now)
                     self._queue = deque(request for request in self._queue if not self._prune(request))
-                    self._semaphore.beat(waiting=bool(self._queue) and now >= self._backoff_until)
-                while now >= self._backoff_until and self._send_next():
+                    self._semaphore.beat(waiting=bool(self._queue) and now >= self._pause_until)
+                while now >= self._pause_until and self._send_next():
                     pass
             except Exception as error:  # noqa: BLE001 - every error must reach the participants
                 for request in self._queue:
@@ -145,6 +162,29 @@ class ModelClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S if self._queue else TICK_S if self._semaphore.held else None):
                     await self._wake.wait()
+
+    @property
+    def _pause_until(self) -> float:
+        return max(self._backoff_until, self._rate_free_at)
+
+    def _postpone_deadlines(self, now: float) -> None:
+        """Let no request expire because it waits for the limit per minute."""
+        waited_s = max(now - self._rate_full_since, 0.0)
+        if waited_s:
+            self._rate_full_since = now
+            for request in self._queue:
+                request.queued_at += waited_s
+                request.deadline += waited_s
+
+    def _exceeds_rate(self, request: SampleRequest, count: int) -> bool:
+        """Return whether the limit per minute allows no request for `count` samples now. Otherwise, count it."""
+        if self._rate is None:
+            return False
+        now, tokens = time.monotonic(), request.prompt.tokens + count * request.tokens_each
+        wait_s = self._rate.take(request.per_minute, tokens)
+        self._rate_free_at = now + wait_s
+        self._rate_full_since = min(self._rate_full_since, now) if wait_s else math.inf
+        return wait_s > 0
 
     def _prune(self, request: SampleRequest) -> bool:
         """Drop participants that no longer wait. Fail an expired request. Return whether no participant is left."""
@@ -166,7 +206,7 @@ class ModelClient:
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config not in chat.n_unsupported
-            wanted = request.sharing(chat.settings.samples_per_request if several else 1)
+            wanted = request.sharing(min(chat.settings.samples_per_request, request.most_samples) if several else 1)
             count = chat.budget.affordable(request, wanted)
             if count == 0:
                 if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
@@ -175,7 +215,10 @@ class ModelClient:
                 continue
             limit = chat.settings.max_in_flight  # counts requests; the default limit (None) counts answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
-            if not self._semaphore.acquire(limit, slots):
+            if not self._semaphore.acquire(limit * request.config.engines, slots):
+                return False
+            if self._exceeds_rate(request, count):
+                self._semaphore.release(slots)
                 return False
             self._queue.rotate(-1)  # round-robin
             self._send(replace(request, waiting=deque(request.waiting.popleft() for _ in range(count))), slots)
@@ -198,42 +241,75 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome. If its field n may have caused an error, request only one answer."""
-        count = len(batch.waiting)
+        """Send a request and handle its outcome. If it fails, it may be sent in another way."""
+        count, with_system = len(batch.waiting), self._http.takes_system
         try:
             try:
-                texts = await self._request(batch, count)
+                texts = await self._request(batch, count, with_system)
             except RequestError as error:
-                clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
-                doubts_n = error.maybe_unsupported_n and clear and batch.chat.budget.affordable(batch, 1) == 1
-                if count == 1 or not doubts_n:
-                    raise
-                batch.chat.budget.reserve(batch, 1)
-                count, texts = 1, await self._request(batch, 1)
-                if batch.single_worked or not error.retryable:
-                    self._stop_using_n(batch, f"has trouble with several answers in one request ({error})")
-                batch.single_worked = True
+                count, texts = 1, await self._request_one(batch, error, with_system)
             self._answered(batch, count, texts)
         except RequestError as error:
             self._retry_or_fail(batch, error)
         except Exception as error:  # noqa: BLE001 - every error must reach the participants
             batch.fail(one_line(error))
 
-    async def _request(self, batch: SampleRequest, count: int) -> list[Text]:
+    async def _request_one(self, batch: SampleRequest, error: RequestError, with_system: bool) -> list[Text]:
+        """Request one answer without what may have caused `error`: the field n, or then the role "system", if used.
+
+        Raises RequestError, possibly `error` itself.
+        """
+        clear = not error.retryable or batch.single_worked or batch.errors + 1 >= ERRORS_WITH_N
+        if clear and len(batch.waiting) > 1 and error.maybe_unsupported_n and self._reserve_one(batch):
+            try:
+                texts = await self._request(batch, 1, with_system)
+            except RequestError as second:
+                error = second
+            else:
+                if batch.single_worked or not error.retryable:
+                    self._stop_using_n(batch, f"has trouble with several answers in one request ({error})")
+                batch.single_worked = True
+                return texts
+        # Unless the server's words are clear, the role is not the cause if an earlier request with it succeeded
+        works = self._http.takes_system and self._last_success > -math.inf
+        doubtful = error.no_system or (error.no_system is None and clear and not works)
+        if not (doubtful and with_system and self._reserve_one(batch)):
+            raise error
+        texts = await self._request(batch, 1, with_system=False)
+        self._http.stop_using_system()
+        return texts
+
+    def _reserve_one(self, batch: SampleRequest) -> bool:
+        """Reserve the tokens of one more request for one answer. Return whether the budget allows that."""
+        if not batch.chat.budget.affordable(batch, 1):
+            return False
+        batch.chat.budget.reserve(batch, 1)
+        if self._rate is not None:
+            self._rate.take(batch.per_minute, batch.reserved, force=True)
+        return True
+
+    async def _request(self, batch: SampleRequest, count: int, with_system: bool) -> list[Text]:
         """Send one request for `count` answers. Charge its tokens before participants resume. Raises RequestError."""
-        attempt_s, left_s = batch.chat.settings.attempt_timeout, batch.deadline - time.monotonic()
-        body = {"model": batch.config.model, "messages": batch.prompt.messages, **batch.fields}
-        body |= {"n": count} if count > 1 else {}
-        body |= {"seed": batch.seed + batch.waiting[0].participant} if batch.seed is not None else {}
+        settings, left_s = batch.chat.settings, batch.deadline - time.monotonic()
+        attempt_s = batch.config.timeout_s or settings.attempt_timeout
+        fields = batch.fields | ({"n": count} if count > 1 else {})
+        fields |= {"seed": batch.seed + batch.waiting[0].participant} if batch.seed is not None else {}
+        body = self._http.body(batch.prompt, fields, with_system)
         try:
-            texts, usage = await self._http.post(json.dumps(body).encode(), min(attempt_s, left_s))
+            texts, usage = await self._http.post(body, min(attempt_s, left_s))
         except RequestError as error:
-            batch.chat.budget.commit(batch, error.usage)
+            self._charge(batch, error.usage)
             if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
                 error.cause = batch.cause  # the deadline shortened the attempt: the previous cause is more helpful
             raise
-        batch.chat.budget.commit(batch, usage, answered=True)
+        self._charge(batch, usage, answered=True)
         return texts
+
+    def _charge(self, batch: SampleRequest, usage: Usage | None, answered: bool = False) -> None:
+        """Replace the reserved tokens of a request by those that the server reports, if it does."""
+        if self._rate is not None and usage is not None:
+            self._rate.give_back(batch.reserved - usage.tokens)
+        batch.chat.budget.commit(batch, usage, answered)
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
         if batch.config not in batch.chat.n_unsupported:
@@ -247,7 +323,10 @@ class ModelClient:
             batch.single_worked = False
             if len(texts) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        batch.deliver([Sample(text, cause, batch.deadline) for text, cause in texts[:count]])
+        self._has_warned = False
+        for errors in (batch.chat.failing_since, batch.chat.outages):
+            errors.pop(batch.config.name, None)
+        batch.deliver([Sample(each.text, each.cause, batch.deadline, each.thoughts) for each in texts[:count]])
         if batch.waiting:
             batch.errors, batch.cause = 0, None
             self.put(batch, first=True)
@@ -266,11 +345,23 @@ class ModelClient:
             self._errors += now >= self._backoff_until  # an error during the backoff belongs to the previous burst
             errors = max(self._errors, 1)
         wait_s = min(pause_s(errors, error.retry_after_s, random.random()), max(batch.deadline - now, 0.0))
+        self._warn_if_lasting(batch, error, now + wait_s)
         if error.server_wide:
             self._backoff_until = max(self._backoff_until, now + wait_s)
             self.put(batch, first=True)
         else:
             asyncio.get_running_loop().call_later(wait_s, self.put, batch, True)
+
+    def _warn_if_lasting(self, batch: SampleRequest, error: RequestError, again_at: float) -> None:
+        """Log and report a temporary error once if no request succeeds for WARN_AFTER_S."""
+        name, chat = batch.config.name, batch.chat
+        if again_at - chat.failing_since.setdefault(name, time.monotonic()) < WARN_AFTER_S or name in chat.outages:
+            return
+        limit = f"requests are repeated for up to {chat.settings.reply_timeout:g} s (--reply-timeout)"
+        chat.outages[name] = f"{name} at {batch.config.base_url}: {error.cause}; {limit}"
+        if not self._has_warned:
+            logger.warning(chat.outages[name])
+            self._has_warned = True
 
 
 class ModelThread:

@@ -2,9 +2,10 @@
 
 import email.utils
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from simulation.errors import printable
 
@@ -12,11 +13,32 @@ BUSY = (429, 503)  # the server asks all clients to wait
 PASSING = (408, 409, 425)  # temporary errors, like every 5xx status except 501 (not implemented)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CUT_OFF = {"length": "answer cut off by the token limit", "content_filter": "answer withheld by a content filter"}
+CUT_WHILE_THINKING = f"{CUT_OFF['length']} while thinking"
 NO_TEXT = "no text in the answer"
 NO_ANSWER = "model server: no answer in time"
 OUT_OF_TOKENS = "out of tokens (--max-tokens)"
-MESSAGE_SHOWN = 120  # maximum length of a server's error message
+CAUSE_SHOWN, WORDS_SHOWN = 148, 40  # maximum length of a cause, and minimum length of a server's words in it
 MOST_TOKENS = 10**12  # a larger token count of one request is invalid
+
+# What servers answer to a request that they refuse: patterns, and remedies
+NO_SYSTEM = re.compile(
+    r"system (role|message|prompt)s?\b.{0,20} not |role.{0,40}'system'|roles must alternate|developer instruction"
+    r"|only (support )?'?user'?(,| and)",
+    re.IGNORECASE,
+)
+TOO_LONG = re.compile(
+    r"context[ _-]?(?:length|size|window)|(?:prompt|input) is too long|max_new_tokens|maximum number of tokens"
+    r"|maximum (?:model|input) length",
+    re.IGNORECASE,
+)
+CONTEXT = re.compile(r"(?:context length|context size|model length)\D{0,20}?(\d+)", re.IGNORECASE)
+SHORTEN = "raise --max-model-len of the server, or play fewer rounds or use a shorter prompt"
+REMEDIES = {
+    r"chat.?template": "start it with --chat-template, or serve a model for chats",
+    r"use 'max_completion_tokens'": "put max_completion_tokens into generate_args",
+    r"structured|response_format|json.?schema|guided|grammar": "try --structured-output response_format or none",
+}
+CORRECT_URL = "correct base_url, which usually ends with /v1"
 
 
 @dataclass
@@ -40,7 +62,14 @@ class Usage:
         return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})
 
 
-Text = tuple[str | None, str | None]  # an answer (None: no text), and why it is unusable (None: usable)
+class Text(NamedTuple):
+    """One answer of a model."""
+
+    text: str | None  # None: no text
+    cause: str | None  # why the text is unusable (None: usable)
+    thoughts: str | None = None  # the reasoning, if the server returns it separately
+
+
 Reply = tuple[list[Text], Usage | None]  # the usage is None if the server does not report it
 
 
@@ -54,6 +83,8 @@ class RequestError(Exception):
     server_wide: bool = False  # the error concerns the server: other requests for this model must wait, too
     refused: bool = False  # the server refused the content of the request
     maybe_unsupported_n: bool = True  # the field n (number of answers per request) may have caused the error
+    no_system: bool | None = False  # whether the role "system" has caused the error (None: perhaps)
+    remedy: str = ""  # what helps, if known; part of the cause
     retry_after_s: float = 0.0  # pause that the server requests
     usage: Usage | None = None  # the tokens, if the server reports them despite the error
 
@@ -68,7 +99,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
     except (ValueError, RecursionError):  # RecursionError: JSON nested too deep
         reply = None
     if status != 200:
-        raise _refusal(status, headers, reply, now)
+        raise _refusal(status, headers, reply, body, now)
     if reply is None:
         raise RequestError("model server: the reply is not JSON")
     prompt, completion = (_get(reply, "usage", f"{kind}_tokens") for kind in ("prompt", "completion"))
@@ -88,22 +119,62 @@ def _get(data: Any, *names: str) -> Any:
 
 
 def _text_in(choice: Any) -> Text:
-    text, reason = _get(choice, "message", "content"), _get(choice, "finish_reason")
-    if not isinstance(text, str):
-        return None, NO_TEXT
-    return text, CUT_OFF.get(reason) if isinstance(reason, str) else None
+    message, reason = _get(choice, "message"), _get(choice, "finish_reason")
+    content = _get(message, "content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    text = _joined(_get(part, "text") for part in parts if _get(part, "type") == "text")
+    nested = [_get(part, "thinking") for part in parts]
+    pieces = [piece for each in nested for piece in (each if isinstance(each, list) else [{"text": each}])]
+    said = _get(message, "reasoning_content") or _get(message, "reasoning")
+    thoughts = _joined([said, *(_get(piece, "text") for piece in pieces)])
+    text = None if thoughts and not text else text
+    cause = CUT_OFF.get(reason) if isinstance(reason, str) else None
+    if reason == "length" and ((thoughts and text is None) or "<think>" in (text or "").rpartition("</think>")[2]):
+        cause = CUT_WHILE_THINKING
+    return Text(text, cause or (NO_TEXT if text is None else None), thoughts)
 
 
-def _refusal(status: int, headers: Mapping[str, str], reply: Any, now: float) -> RequestError:
-    cause, busy = f"model server: HTTP {status}", status in BUSY
-    if busy or status in PASSING or (status >= 500 and status != 501):
-        wait_s = retry_after(headers.get("retry-after"), now)
-        return RequestError(cause, server_wide=busy, maybe_unsupported_n=not busy, retry_after_s=wait_s)
-    message = _get(reply, "error", "message") or _get(reply, "message") or _get(reply, "error")
-    if message and not isinstance(message, dict):
-        cause = f"{cause}: {printable(str(message), MESSAGE_SHOWN)}"
-    denied = status in (401, 403)  # regardless of the content of the request
-    return RequestError(cause, retryable=False, refused=status in (400, 422), maybe_unsupported_n=not denied)
+def _joined(texts: Iterable[Any]) -> str | None:
+    """Return all texts in `texts` as one, or None if there is none."""
+    found = [each for each in texts if isinstance(each, str)]
+    return "".join(found) if found else None
+
+
+def _refusal(status: int, headers: Mapping[str, str], reply: Any, body: bytes, now: float) -> RequestError:
+    words, busy = _words(reply, body), status in BUSY
+    if status not in (401, 403, 429) and TOO_LONG.search(words):
+        found = CONTEXT.search(words)
+        size = f" of {found[1]} tokens" if found else ""  # other numbers differ between participants
+        cause = f"model server: HTTP {status}: prompt and answer exceed the context{size}; {SHORTEN}"
+        return RequestError(cause, retryable=False, refused=True, maybe_unsupported_n=False, remedy=SHORTEN)
+    no_system, remedy = NO_SYSTEM.search(words) is not None, ""
+    if not no_system:
+        remedy = next((each for words_of, each in REMEDIES.items() if re.search(words_of, words, re.IGNORECASE)), "")
+    if 300 <= status < 400:
+        words, remedy = f"redirects to {headers.get('location')}", CORRECT_URL
+    elif status in (404, 405) and "model" not in words:
+        remedy = CORRECT_URL
+    start, end = f"model server: HTTP {status}", f"; {remedy}" if remedy else ""
+    shown = printable(words, max(CAUSE_SHOWN - len(start) - len(end) - 2, WORDS_SHOWN))
+    error = RequestError(start + (f": {shown}" if shown else "") + end, remedy=remedy)
+    if no_system or (status in (400, 422, 500) and not remedy):
+        error.no_system = True if no_system else None
+    if not no_system and (busy or status in PASSING or (status >= 500 and status != 501)):
+        error.server_wide, error.maybe_unsupported_n = busy, not busy
+        error.retry_after_s = retry_after(headers.get("retry-after"), now)
+        return error
+    denied = no_system or status in (401, 403)  # regardless of n
+    error.retryable, error.refused, error.maybe_unsupported_n = False, status in (400, 422), not denied
+    return error
+
+
+def _words(reply: Any, body: bytes) -> str:
+    """Return the error message in a reply, or "" if it has none."""
+    reply = reply[0] if isinstance(reply, list) and reply else reply
+    found = _get(reply, "error", "message") or _get(reply, "message") or _get(reply, "error") or _get(reply, "detail")
+    if reply is None and len(body) < 1000 and not body.lstrip().startswith((b"<", b"{", b"[")):
+        found = body.decode(errors="replace")
+    return str(found) if found and not isinstance(found, dict) else ""
 
 
 def retry_after(value: str | None, now: float) -> float:

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from simulation.errors import printable
+from simulation.errors import NO_NUMBER, OUT_OF_RANGE, UNCERTAIN, printable
 from simulation.files import is_there
 from simulation.game.answer_sheet import bins_of
 from simulation.game.game import Game, Units
 from simulation.game.tally import INTERRUPTED, NUMBERS_NAMED, RoundResult, Tally
-from simulation.llm.responses import Usage
+from simulation.llm.responses import NO_TEXT, Usage
 from simulation.results.reader import SavedRun
 from simulation.results.run_files import FailedAnswer, most_frequent, position_in_words, read_run_file
 from simulation.results.tables import number_text, table_lines
 
 BARS = 15
 BAR_WIDTH = 50
+IGNORED_SHARE = 0.9  # share of unusable answers from which structured output seems to be ignored
 ANSWERS_SHOWN, ANSWER_LENGTH = 3, 30  # maximum number and length of unusable answers that are shown for each cause
 
 
@@ -89,6 +90,20 @@ def failure_lines(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> list[s
         causes.append(f"{printable(cause)}{shown and f', such as {shown}'}: {count}")
     start = f"{sum(failures.values())} of {tally.asked} participants gave no usable answer"
     return [f"{start}: {'; '.join(causes)}"] if causes else []
+
+
+def structured_output_lines(tally: Tally, asking: int, kind: str) -> list[str]:
+    """Return a line with advice if the models seem to ignore the structured output `kind` (--structured-output).
+
+    `asking` is the number of participants that ask models.
+    """
+    unread = {NO_NUMBER, UNCERTAIN, OUT_OF_RANGE, NO_TEXT}
+    cut = [cause for cause in tally.failures if cause.startswith("answer cut off") and "while thinking" not in cause]
+    failed = sum(tally.failures.get(cause, 0) for cause in {*unread, *cut})
+    others = [each for each in ("response_format", "none") if each != kind]
+    if kind == "none" or not asking or failed < IGNORED_SHARE * asking:
+        return []
+    return [f"the model server seems to ignore {kind}; --structured-output {' or '.join(others)} may help"]
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:

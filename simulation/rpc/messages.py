@@ -10,7 +10,8 @@ from simulation.files import ROOT
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
 # Directives of a handshake. END_RUN or KEEP_RUN with a run's name: the run ends; delete its agents or keep them.
-# MEMORY: report the memory use. CHECK_MODELS with "[names, T]" (JSON): check that these models answer within T seconds.
+# MEMORY: report the memory use. CHECK_MODELS with "[names, T, probe]" (JSON): send a small request (see Probe) to these
+# models, and report those that are not usable, or do not answer within T seconds.
 KEEP_RUN, END_RUN, MEMORY, CHECK_MODELS = "keep-run", "end-run", "memory", "check-models"
 
 
@@ -23,6 +24,7 @@ class Progress:
     round: int = 0  # 0 while participants are created
     error: str = ""  # why the object cannot continue; empty without an error
     usage: list[float] = field(default_factory=list)  # the fields of `Usage` so far; empty for a moderator
+    outages: dict[str, str] = field(default_factory=dict)  # messages about models with lasting errors, by model
     counts: list[int] = field(default_factory=list)  # partial histogram of the round, if requested
     failures: dict[str, int] = field(default_factory=dict)  # number of failures by cause, if the histogram is requested
 
@@ -89,7 +91,7 @@ class Handshake:
     agents: int
     memory_mb: float | None  # only if requested, because the measurement takes 5 ms
     models: dict[str, str]  # base URL of each known model, by name
-    model_troubles: dict[str, str]  # why a checked model does not answer, by name
+    model_troubles: dict[str, str]  # why a checked model is not usable, and what helps, by name
     versions: dict[str, str] = field(default_factory=OWN_VERSIONS.copy)
 
     def to_json(self) -> str:

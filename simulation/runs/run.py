@@ -18,7 +18,13 @@ from simulation.game.analysis import analyse
 from simulation.game.tally import RoundResult, announcement_of, has_converged
 from simulation.llm.responses import Usage
 from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
-from simulation.results.console_report import announcement_lines, failure_lines, histogram_lines, usage_line
+from simulation.results.console_report import (
+    announcement_lines,
+    failure_lines,
+    histogram_lines,
+    structured_output_lines,
+    usage_line,
+)
 from simulation.results.reader import SavedRun
 from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, RunDirectory, results_errors
 from simulation.results.run_files import game_to_json, people_to_json, summarise
@@ -75,7 +81,7 @@ class Run:
         if not self.rounds_left:
             return self._finish()
         began = time.monotonic()
-        servers = check_cluster(self.config)
+        servers = check_cluster(self.config, self.game)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster_summary["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
@@ -136,6 +142,9 @@ class Run:
         self.console.say(announcement_lines(result, self.game))
         for line in failure_lines(result.tally, self.directory.failed_now):
             logger.warning(line)
+        asking = self.game.population.asking(0, self.config.participant_num) if self.config.uses_models else 0
+        for line in structured_output_lines(result.tally, asking, self.config.structured_output):
+            logger.warning(line)
         if any("traceback" in each for each in self.directory.failed_now):
             logger.warning(f"the tracebacks of the first failures are in {self.directory.path / FAILED_ANSWERS}")
         if result.reassigned:
@@ -167,12 +176,13 @@ class Run:
             reason = f"the budget of {max_tokens} tokens is spent (--max-tokens)"
         elif ended is errors.Ended.MODEL_FAILED and self.console.stop_signal is None:
             try:
-                check_models(self.config, simulation.cluster.up(simulation.cluster.participant_servers))
+                check_models(self.config, self.game, simulation.cluster.up(simulation.cluster.participant_servers))
             except errors.ServerLost:
                 pass  # the next round handles lost servers
             except errors.ClusterError as error:
                 reason = str(error)
-        elif ended is errors.Ended.COMPLETE and not self.results[-1].tally.answered and not self.config.keep_going:
+        failed = ended <= errors.Ended.MODEL_FAILED and not self.results[-1].tally.answered
+        if not reason and failed and not self.config.keep_going:
             reason = f"every participant failed in round {len(self.results)} (--keep-going continues nevertheless)"
         if reason:
             logger.warning(f"{reason}: the game ends after round {len(self.results)} of {self.config.rounds}")

@@ -106,9 +106,9 @@ class Session:
                 return play(self.specs[0], self._directory)
             from simulation.cluster.preflight import check_cluster  # noqa: PLC0415 - as above
 
-            configs = {tuple(spec.asked_models): spec.config for spec in self.unfinished}
-            for config in [*configs.values()][1:]:  # the first run checks its models itself
-                check_cluster(config)
+            configs = {tuple(spec.asked_models): (spec.config, spec.game) for spec in self.unfinished}
+            for each in [*configs.values()][1:]:  # the first run checks its models itself
+                check_cluster(*each)
             if not self.sweep.sources:
                 sources = arranged(spec.sources for spec in self.specs)
                 self._directory.write_sources(sources)
