@@ -38,11 +38,12 @@ ROLES = {
     "participant": "start, stop or show the agent servers of this host",
     "ask": "question one participant of a run that kept its agents",
     "report": "show a finished run again, or compare several",
+    "verify": "ask each round of a run again, and compare the answers",
     "vllm": "start, stop or show the vLLM servers of this host",
 }
 DATA_FILES = (".yaml", ".yml")  # endings of files with figures of people; other values of --compare-with are names
-SERVERS = ("main", "participant")  # roles that use the settings of agent servers
-MODELS = ("main", "participant", "vllm")  # roles that use the settings of models
+SERVERS = ("main", "participant", "verify")  # roles that use the settings of agent servers
+MODELS = ("main", "participant", "verify", "vllm")  # roles that use the settings of models
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class SimulationConfig:
     gpu_num: int | None = setting(None, "GPUs to use; 0: one server on the CPU", 0, 1024, roles=MODELS, without="all")
     tensor_parallel: int = setting(1, "GPUs per vLLM server", 1, 1024, roles=MODELS)
     model_path: str | None = setting(None, "folder of the model, or its name on a hub; required", roles=("vllm",))
+    repeatable: bool = setting(False, "serve so that games with the same seed repeat; slower", roles=("vllm",))
 
     resume: str | None = setting(None, "folder of a run or experiment to continue", path=True, group="the results")
     run_dir: str | None = setting(

@@ -320,6 +320,33 @@ def test_flags_of_vllm_that_are_not_given_by_hand_are_refused(flag, why, capsys)
     assert error.startswith(f"error: -- {flag}: ") and why.lower() in error.lower()
 
 
+@pytest.mark.parametrize("flag", ["--dtype=bfloat16", "--enable_chunked_prefill", "--no-enable-chunked-prefill"])
+def test_flags_that_repeatable_sets_are_refused_beside_it(flag, capsys):
+    assert main.main(["--role", "vllm", "--dry-run", "--repeatable", "--", flag]) == 2
+    assert one_line(capsys.readouterr().err).startswith(f"error: -- {flag}: ")
+
+
+@pytest.mark.parametrize(
+    ("repeatable", "more", "flags"),
+    [
+        (False, [], "--block-size 32 --served-model-name m"),
+        (False, ["--block_size=64"], "--served-model-name m --block_size=64"),
+        (True, [], "--block-size 32 --dtype float32 --no-enable-chunked-prefill --served-model-name m m-repeatable"),
+    ],
+)
+def test_servers_on_cpus_get_small_blocks_and_repeatable_ones_exact_numbers(
+    tmp_path, monkeypatch, repeatable, more, flags
+):
+    spawned = []
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(SERVERS, "spawn", lambda _name, command, **_: spawned.append(command))
+    config = SimulationConfig(role="vllm", model_path=str(tmp_path), repeatable=repeatable)
+    vllm_servers._spawn(tmp_path, vllm_servers.Plan(8010, (), "m"), config, more)
+    (command,) = spawned
+    ours = " ".join(command[command.index(str(tmp_path)) + 1 :]).replace("--host 127.0.0.1 --port 8010 ", "")
+    assert ours == flags
+
+
 def test_other_flags_of_vllm_pass():
     vllm_servers.check_vllm_flags(
         ["--model-impl=auto", "--seed", "-1", "--port-x", "", "-", "--", "-pp", "2", "--api-key"]
@@ -396,6 +423,7 @@ import http.server, os, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
 assert os.environ["PYTHONSAFEPATH"]  # else its workers would import what lies in the current folder
 open(f"{{port}}.seen", "w").write(" ".join([os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]))
+open(f"{{port}}.invariant", "w").write(os.environ.get("VLLM_BATCH_INVARIANT", ""))
 if os.environ.get("DIES") == str(port):
     sys.exit("ValueError: no kernel image for this device")
 
@@ -444,7 +472,8 @@ def lend_vllm(checkout: Checkout, without_gpus: bool = False) -> None:
     lines = (
         "" if without_gpus else "".join(f"GPU {number}: A made-up one (UUID: GPU-{number})\\n" for number in range(4))
     )
-    (checkout.path / "bin/nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    capability = 'case "$*" in *compute_cap*) printf "%s\\n" 9.0 ${CAPABILITY:-8.0}; exit ;; esac'
+    (checkout.path / "bin/nvidia-smi").write_text(f"#!/bin/sh\n{capability}\nprintf '{lines}'\n")
     for program in (binaries / "vllm", checkout.path / "bin/nvidia-smi"):
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
 
@@ -531,6 +560,25 @@ def test_each_server_has_separate_gpus(gpus, env, devices):
     assert len(gpus.run("start_vllm.sh", "--status").stdout.splitlines()) == 1 + len(devices)
     planned = gpus.run("run_simulation.sh", "2", "50", "--agent-type", "llm", "--dry-run", env=env)
     assert f"model_{len(devices)} is" in planned.stdout and f"model_{len(devices) + 1} is" not in planned.stdout
+
+
+def test_repeatable_servers_say_so_and_do_not_depend_on_batches(gpus):
+    done = gpus.run("start_vllm.sh", "--repeatable", env={"GPU_NUM": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "--served-model-name participant-model participant-model-repeatable" in seen(gpus)[0]
+    assert "float32" not in seen(gpus)[0] and (gpus.path / f"{gpus.model_port}.invariant").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [
+        ("7.5", "needs GPUs of compute capability 8.0 or more, and this machine's have 7.5"),
+        ("[N/A]", "does not state the compute capability"),
+    ],
+)
+def test_repeatable_is_refused_on_gpus_that_cannot(gpus, capability, words):
+    done = gpus.run("start_vllm.sh", "--repeatable", env={"CAPABILITY": capability})
+    assert done.returncode == 2 and f"--repeatable: {words}" in one_line(done.stderr).replace("nvidia-smi ", "")
 
 
 def test_another_model_is_served_on_another_port(gpus):

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from simulation.errors import ClusterError, SettingsError, listed
+from simulation.errors import ClusterError, SettingsError, listed, one_line
 from simulation.files import ROOT, full_path, is_there, shown
 from simulation.hosts.pid_files import ServerProcesses, one_at_a_time
-from simulation.llm.model_configs import read_models
+from simulation.llm.model_configs import REPEATABLE, read_models
 from simulation.settings import SimulationConfig
 
 VENV = ROOT / ".venv-vllm"
@@ -40,6 +40,13 @@ RESERVED_FLAGS = {  # flags of vLLM that users must not give, and the reasons
     "--config": "flags in a file would not be seen here",
     **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
 }
+FIXED_BY_REPEATABLE = dict.fromkeys(
+    ("--dtype", "--enable-chunked-prefill", "--no-enable-chunked-prefill"), "--repeatable sets it"
+)
+REPEATABLE_ON_CPUS = ["--dtype", "float32", "--no-enable-chunked-prefill"]  # a split prompt with a seed ends the server
+BLOCK_SIZE = "--block-size"
+CPU_BLOCK = [BLOCK_SIZE, "32"]  # vLLM's default on CPUs is 128 tokens, and shorter prompts are never cached
+LEAST_CAPABILITY = 8.0  # of GPUs, for answers that do not depend on the other requests of a batch
 TERM_TIMEOUT_S = 15.0  # within this time, vLLM finishes running requests
 KV_CACHE_GB = ("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's default, nine tenths of the memory, often fails
 
@@ -100,19 +107,34 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
     return tuple(found.values())
 
 
+def least_capability() -> float:
+    """Return the lowest compute capability of this host's GPUs. Raises SettingsError if it is unknown."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode(errors="replace")
+        return min(map(float, output.split()))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        cause = f"nvidia-smi does not state the compute capability of the GPUs: {one_line(error)}"
+        raise SettingsError(f"--repeatable: {cause}; leave it out, or set GPU_NUM=0") from None
+
+
 def servers_per_host(config: SimulationConfig) -> int:
     """Return the number of vLLM servers on this host: GPUs to use / --tensor-parallel, rounded down, but at least 1."""
     gpus = len(gpus_here()) if config.gpu_num is None else config.gpu_num
     return max(gpus // config.tensor_parallel, 1)
 
 
-def check_vllm_flags(flags: Iterable[str]) -> None:
-    """Raise SettingsError if one of the flags for vLLM is in RESERVED_FLAGS, in any spelling that vLLM accepts."""
+def _name_of(flag: str) -> str:
+    name = flag.partition("=")[0]
+    return name.partition(".")[0].replace("_", "-") if name.startswith("--") else name
+
+
+def check_vllm_flags(flags: Iterable[str], repeatable: bool = False) -> None:
+    """Raise SettingsError if one of the flags for vLLM is set by this program, in any spelling that vLLM accepts."""
+    reserved = RESERVED_FLAGS | (FIXED_BY_REPEATABLE if repeatable else {})
     for each in flags:
-        name = each.partition("=")[0]
-        if name.startswith("--"):
-            name = name.partition(".")[0].replace("_", "-")
-        for flag, why in RESERVED_FLAGS.items():
+        name = _name_of(each)
+        for flag, why in reserved.items():
             if name.strip("-") and flag.startswith(name):  # vLLM accepts abbreviations, too
                 raise SettingsError(f"-- {each}: {flag} cannot be given to vLLM here: {why}")
 
@@ -122,7 +144,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
     Raises SettingsError if there are too few GPUs, if the model does not exist, or if a flag in `more` is reserved.
     """
-    check_vllm_flags(more)
+    check_vllm_flags(more, config.repeatable)
     _checked_path(config.model_path)
     here, each = gpus_here(), config.tensor_parallel
     wanted = len(here) if config.gpu_num is None else config.gpu_num
@@ -135,6 +157,9 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
         raise SettingsError(f"--tensor-parallel {each}: {wanted} GPUs cannot be split into servers with {each} each")
     if not wanted and each > 1:
         raise SettingsError(f"--tensor-parallel {each}: there is no GPU here to split a model over; leave it at 1")
+    if config.repeatable and wanted and (capability := least_capability()) < LEAST_CAPABILITY:
+        needed = f"needs GPUs of compute capability {LEAST_CAPABILITY} or more, and this machine's have {capability}"
+        raise SettingsError(f"--repeatable: {needed}; leave it out, or set GPU_NUM=0")
     if ports[-1] > 65_535:
         raise SettingsError(f"--vllm-base-port {ports[0]}: {len(ports)} servers would end beyond port 65535")
     models, plans = list(read_models(config).values()), []
@@ -161,7 +186,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
             )
         with SERVERS.starting("localhost", ports, "VLLM_BASE_PORT"):
             for each in plans:
-                _spawn(venv, each, _checked_path(config.model_path), more)
+                _spawn(venv, each, config, more)
             waited = SERVERS.wait_until_ready(ports, _is_healthy, progress)
     return [
         [str(each.port), each.place, str(SERVERS.noted(str(each.port)).pid), each.model, f"{ready_s:.0f} s"]
@@ -224,18 +249,24 @@ def _venv_without_spaces() -> Path:
     return LINK
 
 
-def _spawn(venv: Path, each: Plan, model_path: str, more: list[str]) -> None:
+def _spawn(venv: Path, each: Plan, config: SimulationConfig, more: list[str]) -> None:
     # Remove VLLM_PORT, the port for connections between a server's processes: several servers cannot share one port
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
     env["PYTHONSAFEPATH"] = "1"  # do not import modules from the current folder
+    model_path, names = _checked_path(config.model_path), [each.model]
+    if config.repeatable:
+        names.append(each.model + REPEATABLE)
     if each.gpus:
         command = [str(venv / "bin/python"), str(venv / "bin/vllm"), "serve", model_path]
         command += ["--tensor-parallel-size", str(len(each.gpus))] if len(each.gpus) > 1 else []
         env["CUDA_VISIBLE_DEVICES"] = ",".join(each.gpus)
+        env |= {"VLLM_BATCH_INVARIANT": "1"} if config.repeatable else {}
     else:  # the vllm command requires the package vllm, but the CPU wheel has another name
         command = [str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
+        command += CPU_BLOCK if BLOCK_SIZE not in map(_name_of, more) else []
+        command += REPEATABLE_ON_CPUS if config.repeatable else []
         env.setdefault(*KV_CACHE_GB)
-    command += ["--host", HOST, "--port", str(each.port), "--served-model-name", each.model, *more]
+    command += ["--host", HOST, "--port", str(each.port), "--served-model-name", *names, *more]
     SERVERS.spawn(str(each.port), command, stdin=subprocess.DEVNULL, env=env)
 
 

@@ -18,6 +18,7 @@ from simulation.files import is_there, read_text
 from simulation.settings import SimulationConfig
 
 MODEL_TYPE = "openai_chat"
+REPEATABLE = "-repeatable"  # a server with seeded answers that repeat lists its model a second time, with this suffix
 COUNTS = ("engines", "requests_per_minute", "tokens_per_minute")
 KNOWN = (
     *("api_key", "client_args", "config_name", "generate_args", "model_name", "model_type", "organization", "stream"),
