@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 
 from simulation.cli import OTHER_ROLES, Command, describe_damage, exclude_from_proxy, parse
 from simulation.errors import Interrupted, SettingsError, SimulationError, say
+from simulation.files import shown
 from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command is None:  # a help page was printed
             return 0
         exclude_from_proxy(*command.config.hosts, command.config.host_name)
-        return OTHER_ROLES.get(command.config.role, play)(command)
+        return {**OTHER_ROLES, "main": play, "verify": verify}[command.config.role](command)
     except SimulationError as error:
         say(f"error: {error}", sys.stderr)
         return error.exit_status
@@ -72,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def play(command: Command) -> int:
     """Check the settings, start servers if none are running, play, and clean up. Return the exit status."""
+    from simulation.cluster.preflight import check_models_here
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
     from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
@@ -99,9 +101,7 @@ def play(command: Command) -> int:
         needs_servers = bool(session.unfinished) and has_no_servers(session.config)
         if needs_servers and "keep_agents" in command.given:
             raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
-        if needs_servers and session.models:
-            from simulation.cluster.preflight import check_models_here
-
+        if needs_servers:
             games = [(spec.game, spec.asked_models) for spec in session.unfinished]
             check_models_here(games, session.config.connect_timeout)
         session.open()
@@ -109,6 +109,32 @@ def play(command: Command) -> int:
             start_servers(session.config, progress, cleanup)
         cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
         return session.play_runs(progress, observe)
+
+
+def verify(command: Command) -> int:
+    """Ask each round of a saved run again, on temporary servers if none are running. Return the exit status."""
+    from simulation.cluster.preflight import check_models_here
+    from simulation.rpc.channels import install_tls
+    from simulation.rpc.cluster_key import load_or_make
+    from simulation.rpc.lean_import import import_agentscope
+    from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
+    from simulation.runs.run_spec import resumed_run
+
+    log_to_stderr()
+    if len(command.runs) != 1:
+        raise SettingsError("--role verify: give the folder of one run")
+    spec = resumed_run(Path(shown(command.runs[0])), {**command.given, "role": "main"})
+    install_tls(load_or_make(Path(spec.config.cluster_key_dir)))
+    with ExitStack() as cleanup:
+        progress = cleanup.enter_context(closing(ConsoleProgress()))
+        on_stop_signals(progress.signalled)
+        if has_no_servers(spec.config):
+            check_models_here([(spec.game, spec.asked_models)], spec.config.connect_timeout)
+            start_servers(spec.config, progress, cleanup)
+        import_agentscope()
+        from simulation.runs.verify import verify as ask_again
+
+        return ask_again(spec, progress)
 
 
 def has_no_servers(config: SimulationConfig) -> bool:

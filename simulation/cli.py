@@ -25,6 +25,7 @@ USAGES = {
     "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
     "ask": "main.py --role ask --run-dir RUN (--participant N | --winner) --text TEXT",
     "report": "main.py --role report [RUN ...] [--run-dir DIR]",
+    "verify": "main.py --role verify RUN [flags]",
     "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
 }
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
@@ -75,8 +76,9 @@ def make_parser(role: str) -> argparse.ArgumentParser:
         if role in flag.roles:
             text = flag.help if flag.about else argparse.SUPPRESS
             group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **_options_of(name))
-    if role == "report":
+    if role in ("report", "verify"):
         runs = "folders of runs or experiments (default: that of --run-dir)"
+        runs = runs if role == "report" else "folder of the run"
         parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
     return parser
 

@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from simulation.game.game import PromptTemplate
+from simulation.llm.model_configs import REPEATABLE
 from simulation.llm.prompts import CHECK
 
 WORDING = PromptTemplate(
@@ -63,6 +64,7 @@ class FakeModel:
         self.port = port
         self.delay_s = delay_s
         self.model = "participant-model"
+        self.repeatable = False  # whether it lists its model as one whose seeded answers repeat
         self.listed: Callable[[Any], str] | None = None  # how the list of models is written
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -128,7 +130,8 @@ class FakeModel:
     async def _models(self, _request: web.Request) -> web.Response:
         if self.listing != (200, ""):
             return web.Response(status=self.listing[0], text=self.listing[1])
-        return web.json_response({"object": "list", "data": [{"id": self.model}]}, dumps=self.listed or json.dumps)
+        data = [{"id": self.model}, *([{"id": self.model + REPEATABLE}] if self.repeatable else [])]
+        return web.json_response({"object": "list", "data": data}, dumps=self.listed or json.dumps)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())

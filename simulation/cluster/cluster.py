@@ -144,11 +144,18 @@ class Cluster(Membership):
         create = partial(group_proxy, timeout_s=LONG_CALL_TIMEOUT_S, kwargs=kwargs)
         groups = call_all_or_raise({each: partial(create, each) for each in assignments})
         self.wait("participants created", 0, assignments)
+        self._restore_memory(groups, rounds)
+        self._ready |= {assignment.oid for assignment in assignments}
+
+    def restore_memory(self, rounds: int) -> None:
+        """Replace the memory of all participants by their recorded answers of rounds 1 .. `rounds`."""
+        self._restore_memory({each: group_proxy(each, LONG_CALL_TIMEOUT_S) for each in self.active_assignments}, rounds)
+
+    def _restore_memory(self, groups: Mapping[GroupAssignment, RemoteObject], rounds: int) -> None:
         remembers = any(cls.recall is not Participant.recall for cls in self._classes)
         if rounds > 0 and self._record is not None and remembers:
             restore = partial(_restore_memory, self._record, rounds)
             call_all_or_raise({each: partial(restore, each, group) for each, group in groups.items()})
-        self._ready |= {assignment.oid for assignment in assignments}
 
     def _assign_groups(self) -> None:
         """Create missing moderators, and send each moderator its groups."""

@@ -53,9 +53,10 @@ def _look_up(host: str) -> Future[str]:
     return address
 
 
-def check_cluster(config: SimulationConfig, game: Game) -> Identities:
-    """Check every agent server of the run and the requested models. Return the handshakes.
+def check_cluster(config: SimulationConfig, game: Game) -> tuple[Identities, bool]:
+    """Check every agent server of the run and the requested models.
 
+    Return the handshakes, and whether the servers of all models repeat seeded answers (True without models).
     Raises ClusterError, with a line for each unready host, or SettingsError if a model needs --allow-remote-model.
     """
     identities, errors = identify_all(config)
@@ -63,10 +64,10 @@ def check_cluster(config: SimulationConfig, game: Game) -> Identities:
     lines = [f"{host}: {problem}" for host, problem in problems.items() if problem]
     if lines:
         raise ClusterError("\nerror: ".join(lines))
-    if config.uses_models:
-        check_models_known(config, identities)
-        check_models(config, game, list(identities))
-    return identities
+    if not config.uses_models:
+        return identities, True
+    check_models_known(config, identities)
+    return identities, check_models(config, game, list(identities))
 
 
 def _problem_of(host: str, config: SimulationConfig, identities: Identities, errors: Errors) -> str:
@@ -119,22 +120,30 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
             check_model_is_local(config, name, each.models[name])
 
 
-def check_models(config: SimulationConfig, game: Game, servers: list[Endpoint]) -> None:
-    """Let one server per host send each model a small request of the game. Raises ClusterError if a model fails."""
+def check_models(config: SimulationConfig, game: Game, servers: list[Endpoint]) -> bool:
+    """Let one server per host send each model a small request of the game. Raises ClusterError if a model fails.
+
+    Return whether the servers of all models repeat seeded answers.
+    """
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 2 * config.connect_timeout
-    directives = {CHECK_MODELS: json.dumps([asked_models(config), timeout_s / 2, probe_of(game)])}
+    names, repeatable = asked_models(config), True
+    directives = {CHECK_MODELS: json.dumps([names, timeout_s / 2, probe_of(game)])}
     ask = partial(handshake, timeout_s=timeout_s, directives=directives)
     for endpoint, reply in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, problem in reply.model_troubles.items():
             raise ClusterError(f"{endpoint.host}: {name} at {reply.models[name]} {problem}")
+        repeatable &= {*names} <= {*reply.repeatable_models}
+    return repeatable
 
 
 def check_models_here(games: Iterable[tuple[Game, list[ModelConfig]]], timeout_s: float) -> None:
     """Check the models of games from this process, before agent servers exist. Raises ClusterError if a model fails."""
+    distinct = {(model.base_url, model.model): (model, game) for game, models in games for model in models}
+    if not distinct:
+        return
     from simulation.llm import http_client  # noqa: PLC0415 - imports openai, which other runs do not need
 
-    distinct = {(model.base_url, model.model): (model, game) for game, models in games for model in models}
     probes = {model: probe_of(game) for model, game in distinct.values()}
     for model, problem in http_client.check_models(probes, timeout_s).items():
         raise ClusterError(f"localhost: {model.name} at {model.base_url} {problem}")

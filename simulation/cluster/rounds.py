@@ -88,6 +88,20 @@ class Simulation:
         self._announcements += (announcement_of(result, self.game),)
         return result
 
+    def ask_again(self, number: int, announcements: tuple[Announcement, ...]) -> Iterator[Answers]:
+        """Ask a recorded round again, after the recorded `announcements` and answers. Yield the answers in order."""
+        self._begin_round(number)
+        self._announcements = announcements
+        question = question_for(self.game, number, announcements)
+
+        def ask() -> Tally:
+            self.cluster.reconcile(number - 1)
+            self.cluster.restore_memory(number - 1)
+            return self._ask(question)
+
+        self.cluster.retry_on_server_loss(ask)
+        return self.answers()
+
     def _begin_round(self, number: int) -> None:
         self._number, self._started = number, time.monotonic()
         if number > 0:

@@ -17,6 +17,7 @@ KIND, MODEL = "kind", "model"  # the topics of two partitions; every other topic
 # Names of columns in answers.parquet, so of no persona set
 RESERVED = (KIND, MODEL, "round", "participant", "value", "failure", "team", "payoff", "won")
 NO_MODEL = "none"  # the label of players without a model
+NEIGHBOURS = 100  # number of neighbouring participants that ask the same model in turn if requests have seeds
 
 
 @dataclass(frozen=True)

@@ -114,13 +114,14 @@ class SimulationServicer(AgentServerServicer):
         for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
         memory = psutil.Process().memory_full_info() if messages.MEMORY in directives else None
-        model_troubles = {}
+        model_troubles, repeatable = dict[str, str](), list[str]()
         if messages.CHECK_MODELS in directives:
-            from simulation.llm.http_client import check_models  # noqa: PLC0415 - imports openai
+            from simulation.llm.http_client import check_models, repeatable_models  # noqa: PLC0415 - imports openai
 
             names, timeout_s, probe = json.loads(directives[messages.CHECK_MODELS])
             probes = {self._models[name]: Probe(*probe) for name in names if name in self._models}
             model_troubles = {model.name: cause for model, cause in check_models(probes, timeout_s).items()}
+            repeatable = [model.name for model in repeatable_models(probes, timeout_s)]
         reply = messages.Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),
@@ -134,6 +135,7 @@ class SimulationServicer(AgentServerServicer):
             memory_mb=round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1) if memory else None,
             models={name: model.base_url for name, model in self._models.items()},
             model_troubles=model_troubles,
+            repeatable_models=repeatable,
         )
         return reply.to_json().encode()
 

@@ -12,7 +12,7 @@ import re
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ import openai
 from loguru import logger
 
 from simulation.errors import one_line, printable
-from simulation.llm.model_configs import ModelConfig, is_within
+from simulation.llm.model_configs import REPEATABLE, ModelConfig, is_within
 from simulation.llm.prompts import Probe, Prompt, without_system
 from simulation.llm.responses import CORRECT_URL, NO_ANSWER, Reply, RequestError, pause_s, read_reply
 
@@ -208,6 +208,20 @@ def check_models(probes: Mapping[ModelConfig, Probe], timeout_s: float) -> dict[
 
     causes = asyncio.run(check_all())
     return {model: cause for model, cause in zip(probes, causes, strict=True) if cause is not None}
+
+
+def repeatable_models(models: Iterable[ModelConfig], timeout_s: float) -> list[ModelConfig]:
+    """Return those of the models that their servers list as models whose seeded answers repeat."""
+
+    async def repeats(config: ModelConfig) -> bool:
+        http = ModelHttp(config)
+        async with http._client:
+            return config.model + REPEATABLE in (await http._listed(timeout_s) or ())
+
+    async def all_that_repeat() -> list[ModelConfig]:
+        return [config for config in models if await repeats(config)]
+
+    return asyncio.run(all_that_repeat())
 
 
 def proxy_of(url: str) -> str | None:

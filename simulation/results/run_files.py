@@ -125,6 +125,7 @@ class Summary(TypedDict):
     resumed: NotRequired[list[dict[str, Any]]]  # rounds from which on another program or another Python was used
     sources: NotRequired[list[SourceEntry]]
     model_settings: NotRequired[str | None]  # a SHA-256
+    repeatable: NotRequired[bool]  # whether the answers of models had seeds that their servers repeat
     config: dict[str, Any]
     cluster: ClusterEntry
     seconds: Annotated[dict[Literal["connect", "create", "rounds", "total"], Seconds], Field(min_length=4)]

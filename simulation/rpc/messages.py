@@ -92,6 +92,7 @@ class Handshake:
     memory_mb: float | None  # only if requested, because the measurement takes 5 ms
     models: dict[str, str]  # base URL of each known model, by name
     model_troubles: dict[str, str]  # why a checked model is not usable, and what helps, by name
+    repeatable_models: list[str]  # the checked models whose servers repeat seeded answers
     versions: dict[str, str] = field(default_factory=OWN_VERSIONS.copy)
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ from simulation.cluster.preflight import check_cluster, check_models
 from simulation.cluster.rounds import Simulation
 from simulation.files import is_there
 from simulation.game.analysis import analyse
+from simulation.game.population import NEIGHBOURS
 from simulation.game.tally import RoundResult, announcement_of, has_converged
 from simulation.llm.responses import Usage
 from simulation.provenance import EXPERIMENT, entries_of, experiment_text, versions, with_copies
@@ -81,17 +82,22 @@ class Run:
         if not self.rounds_left:
             return self._finish()
         began = time.monotonic()
-        servers = check_cluster(self.config, self.game)
+        servers, repeatable = check_cluster(self.config, self.game)
         self.seconds["connect"] = time.monotonic() - began
         self.cluster_summary["servers"] = len(servers) - len(self.config.hosts) * self.config.moderator_per_host
+        if self.config.uses_models:
+            self._seed_models(repeatable)
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
             self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
-        if not self.config.uses_models:  # the answers of models do not depend on the seed alone
+        if self.game.seeds_models or not self.config.uses_models:
             labels = labels_of(self.config.kinds)
             classes = [label for label, kind in zip(labels, self.config.kinds, strict=True) if kind.agent_class]
             drawing = " and ".join(classes)
-            condition = f" if all random numbers of {drawing} come from self.rng" if drawing else ""
+            condition = (
+                ", up to rounding, on model servers started with --repeatable" if self.config.uses_models else ""
+            )
+            condition += f" if all random numbers of {drawing} come from self.rng" if drawing else ""
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
@@ -120,6 +126,19 @@ class Run:
             self._write_after_error(error)
             raise
         return self._finish()
+
+    def _seed_models(self, repeatable: bool) -> None:
+        """Send seeds to models if their servers repeat seeded answers, and have done so before if the run is resumed.
+
+        Blocks of neighbouring participants then ask the same model, so that they can share requests.
+        """
+        if self._saved is None and repeatable:
+            population = replace(self.game.population, block=NEIGHBOURS)
+            self.game = replace(self.game, seeds_models=True, population=population)
+        elif self._saved is not None and self._saved.summary.get("repeatable"):
+            self.game = replace(self.game, seeds_models=repeatable)
+            if not repeatable:
+                logger.warning("the model servers no longer repeat seeded answers: start them with --repeatable")
 
     def _create_agents(self, simulation: Simulation) -> None:
         kind = self.game.population.players_in_words
@@ -264,6 +283,7 @@ class Run:
             **{name: before[name] for name in current if name in before},
             **({"resumed": resumed} if resumed else {}),
             **({"about": about} if (about := self.spec.about or before.get("about")) else {}),
+            **({"repeatable": self.game.seeds_models} if self.config.uses_models else {}),
             "sources": entries_of(self.spec.sources),
             "model_settings": self.spec.model_settings,
         }
