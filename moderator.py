@@ -15,6 +15,7 @@ from simulation.agents.per_agent_dispatch import PerAgentDispatch
 from simulation.game.answer_sheet import Answers
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
+from simulation.llm.prompts import KeptText
 from simulation.rpc.channels import call_all_or_raise
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.endpoints import GroupAssignment
@@ -77,14 +78,21 @@ class Moderator(AgentBase):
 
     def answers(self, first: int, count: int) -> Answers:
         """Return the answers of participants first .. first+count-1, who must belong to one group."""
-        groups = self._groups.items()
-        group = next(group for each, group in groups if each.first <= first < each.first + each.count)
-        answers: Answers = group.answers(first, count)
+        answers: Answers = self._group_of(first).answers(first, count)
         return answers
+
+    def texts(self, first: int, count: int) -> tuple[list[KeptText], int]:
+        """Return texts of participants first .. first+count-1, who must belong to one group (see its `texts`)."""
+        texts: tuple[list[KeptText], int] = self._group_of(first).texts(first, count)
+        return texts
 
     def close(self) -> None:
         """Release all groups."""
         self.assign([])
+
+    def _group_of(self, participant: int) -> RemoteObject:
+        groups = self._groups.items()
+        return next(group for each, group in groups if each.first <= participant < each.first + each.count)
 
     def _all(self, call: Callable[[Any], Any]) -> list[Any]:
         calls = {assignment: partial(call, group) for assignment, group in self._groups.items()}

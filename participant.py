@@ -14,7 +14,7 @@ from simulation.game.game import Game
 from simulation.game.population import Persona
 from simulation.game.rules import Question, draw, to_units
 from simulation.llm.chat import Chat, Turn
-from simulation.llm.prompts import Numbers, Prompt, instruction, prompt_for, rules
+from simulation.llm.prompts import KeptText, Numbers, Prompt, instruction, prompt_for, rules
 
 TALK_TOKENS = 512  # token limit of the answer to a user's question
 
@@ -63,29 +63,37 @@ class LLMParticipant(Participant):
         model = self.game.population.model_of(self.index) or chat.model_in_turn(self.index)
         turn = Turn(self.index, question.round)
         if question.round == 0:
-            text, whole = await chat.talk(model, self.prompt(question), TALK_TOKENS, turn)
-            return text if whole else f"{text} [cut off after {TALK_TOKENS} tokens]"
+            reply, whole, _ = await chat.talk(model, self.prompt(question), TALK_TOKENS, turn)
+            return reply if whole else f"{reply} [cut off after {TALK_TOKENS} tokens]"
         before = question.round - 1
         known = self.numbers[:before]
         self.numbers = known = known + (None,) * (before - len(known))
         prompt = self.prompt(question)
-        if self.game.prompt is not None and self.game.prompt.reasoning_tokens is not None:
-            units, thoughts = await self._think_aloud(chat, model, prompt, self.game.prompt.reasoning_tokens, turn)
-        else:
-            units, thoughts = await chat.ask(model, prompt, self._units, turn), ""
+        tokens = None if self.game.prompt is None else self.game.prompt.reasoning_tokens
+        text: str | None = None
+        thoughts: str | None = None
+        aloud = ""  # the reasoning for which the prompt asks
+        try:
+            if tokens is None:
+                (units, text), thoughts = await chat.ask(model, prompt, self._read, turn)
+            else:
+                aloud, whole, before_it = await chat.talk(model, prompt, tokens, turn)
+                thoughts = aloud if before_it is None else f"{before_it}\n\n{aloud}"
+                stated = self._stated(aloud) if whole else None  # otherwise, the last line may be truncated
+                if stated is None:
+                    extracting = prompt._replace(thoughts=aloud, thought_tokens=tokens)
+                    stated = (await chat.ask(model, extracting, self._read, turn))[0]
+                units, text = stated
+        except UnusableAnswer as error:
+            text = error.text
+            raise
+        finally:
+            if self._home is not None:
+                self._home.keep_text(question.round, KeptText(self.index, model, prompt, text, thoughts))
         number = units / self.game.scale
         # One number per round, even if the question is repeated
-        self.numbers, self.thoughts = (*known, number), thoughts
+        self.numbers, self.thoughts = (*known, number), aloud
         return number
-
-    async def _think_aloud(self, chat: Chat, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[int, str]:
-        """Ask for up to `tokens` tokens of reasoning. If it states no number, ask for one. Return units, reasoning."""
-        thoughts, whole = await chat.talk(model, prompt, tokens, turn)
-        if whole:  # otherwise, the last line may be truncated
-            with contextlib.suppress(UnusableAnswer):
-                return self._units(thoughts), thoughts
-        extracting = prompt._replace(thoughts=thoughts, thought_tokens=tokens)
-        return await chat.ask(model, extracting, self._units, turn), thoughts
 
     def _character(self) -> tuple[tuple[Persona, ...], str | None]:
         """Return the personas and the team of this participant; the team is None in a game without teams."""
@@ -93,5 +101,12 @@ class LLMParticipant(Participant):
         team = None if teams is None else population.label_of(teams, self.index)
         return population.personas_of(self.index), team
 
-    def _units(self, text: str) -> int:
-        return to_units(text, self.game)
+    def _read(self, text: str) -> tuple[int, str]:
+        """Return the number that `text` states, in units, and the text. Raises UnusableAnswer."""
+        return to_units(text, self.game), text
+
+    def _stated(self, thoughts: str) -> tuple[int, str] | None:
+        """Return the same of the reasoning before a number, or None if no number is certain."""
+        with contextlib.suppress(UnusableAnswer):
+            return self._read(thoughts)
+        return None

@@ -76,6 +76,7 @@ def _text_file(path: str) -> UserFile:
 def _files_of_run(folder: Path) -> tuple[UserFile, ...]:
     """Return the files of a recorded run that surrogates need. Their names start with the name of its folder."""
     files = [folder / RUN_FILE, folder / "game.json", *files_in(folder, ".parquet")]
+    files = [each for each in files if not each.name.startswith(("texts", "prompts"))]
     return tuple(UserFile(f"{folder.name}/{each.name}", str(each), each.read_bytes()) for each in files)
 
 

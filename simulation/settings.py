@@ -28,6 +28,7 @@ FLAGS_OF_GAMES = ("ratio", "offset")  # parameters of games that have flags of t
 KIND_OF_PLAYER = re.compile(
     r"random|surrogate:(?P<run>.+)|(?:llm:)?(?P<agent_class>.+\.py(?::[^:]+)?)|llm(?::(?P<model>.+))?", re.DOTALL
 )
+KEEP_TEXTS = re.compile(r"auto|all|none|[1-9][0-9]{0,8}")
 KINDS_OF_PLAYERS = ("random", "llm", "llm:MODEL", "FILE.py:CLASS", "surrogate:RUN")
 NEXT_KIND = re.compile(r"\s*(random\b|llm\b|surrogate:|/|[^=]*\.py)")
 SHARE = re.compile(rf"=\s*({FRACTION.pattern})\s*(?:,|$)")
@@ -163,6 +164,12 @@ class SimulationConfig:
     max_in_flight: int | None = setting(
         None, "concurrent requests per model and host", 1, 10**6, without="enough for 512 answers"
     )
+    keep_texts: str = setting(
+        "auto",
+        "what models write is kept: all, none, or a number of participants per round",
+        without="auto: all up to 100,000 answers, else 1,000 participants",
+        game=True,
+    )
     attempt_timeout: float = setting(300.0, "time limit of one request, in seconds", 0.1, 86_400)
     reply_timeout: float = setting(600.0, "seconds to retry requests that a model does not answer", 0.1, 864_000)
     max_tokens: int | None = setting(None, "token budget of the game, for prompts and answers", 1, 10**15, game=True)
@@ -229,6 +236,9 @@ class SimulationConfig:
         servers = len(self.hosts) * self.server_per_host
         if self.min_servers is not None and self.min_servers > servers and self.resume is None:
             raise SettingsError(f"--min-servers {self.min_servers}: there are {servers} participant servers")
+        if not KEEP_TEXTS.fullmatch(self.keep_texts):
+            allowed = "all, none, auto, or a number of participants from 1 to 999,999,999"
+            raise SettingsError(f"--keep-texts {printable(self.keep_texts)}: must be {allowed}")
         if self.players is not None:
             parse_players(self.players)  # again: two paths may name the same file
         if self.winner and self.participant is not None:

@@ -66,7 +66,7 @@ TOGETHER = (
     *("test_hosts.py", "test_report_page.py", "test_mixtures.py", "test_llm.py", "test_dashboard.py"),
     *("test_provenance.py", "test_variants.py", "test_old_runs.py", "test_games.py", "test_answers.py"),
     *("test_failure_detector.py", "test_level_k.py", "test_parameters.py"),
-    *("test_security.py", "test_scale.py"),
+    *("test_security.py", "test_scale.py", "test_texts.py"),
 )
 # What is started first, as it takes longest: tests, and those files
 FIRST = ("test_every_command_runs", "test_user_files_in_the_checkout_are_not_checked", *TOGETHER)

@@ -32,7 +32,8 @@ from simulation.game.answer_sheet import KEPT, Answers, AnswerSheet
 from simulation.game.game import Game
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
-from simulation.llm.chat import Chat
+from simulation.llm.chat import Chat, served_name
+from simulation.llm.prompts import KeptText, Prompt
 from simulation.llm.responses import Usage
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.endpoints import GroupAssignment, run_of
@@ -41,6 +42,7 @@ from simulation.rpc.messages import Progress
 TURN = 32_768  # maximum number of participants of a group that wait for a model at the same time
 BUILD_BATCH = 2000  # number of participants created before the event loop runs other callbacks
 TALLY_VALUES = 500_000  # maximum number of distinct values in one message
+TEXTS_PER_MESSAGE, TEXT_CHARACTERS = 2000, 4_000_000  # a message of texts ends when it has as many of either
 
 
 class ParticipantGroup(metaclass=RpcMeta):
@@ -83,6 +85,9 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._tracebacks_left = KEPT  # number of further failed creations whose traceback is kept
         self._round = 0
         self._sheet: AnswerSheet | None = None  # None before the first round
+        self._panel: NDArray[np.bool_] | None = None  # of which participants texts are kept; None if of none
+        self._texts: dict[int, KeptText] = {}  # of the current round, by offset
+        self._prompts: dict[Prompt, Prompt] = {}  # the distinct prompts of `_texts`
         self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `ask_one`
         self._schedulers: tuple[Scheduler, ...] = ()  # run the current round
         self._error = ""
@@ -115,6 +120,7 @@ class ParticipantGroup(metaclass=RpcMeta):
                 asking = 0 if tokens_each is None else self.game.population.asking(self.first, self.count)
                 self.chat.budget.left = math.inf if tokens_each is None else tokens_each * asking
             self._sheet = AnswerSheet(self.first, self.count)
+            self._texts, self._prompts = {}, {}
             self._round = question.round
             if one_by_one:
                 self._unasked = set(range(self.count))
@@ -179,6 +185,24 @@ class ParticipantGroup(metaclass=RpcMeta):
         """Return the answers of participants first .. first+count-1, ignoring participants of other groups."""
         return self._finished_sheet().answers(first, count)
 
+    def texts(self, first: int, count: int) -> tuple[list[KeptText], int]:
+        """Return the kept texts of participants first .. first+count-1, as many as fit in one message.
+
+        Also return the index of the first participant that is left, or first+count. Equal prompts are one object, which
+        is sent once.
+        """
+        self._finished_sheet()
+        kept, found, prompts, size = self._texts, list[KeptText](), set[Prompt](), 0
+        for offset in sorted(each for each in [*kept] if first <= self.first + each < first + count):
+            if len(found) == TEXTS_PER_MESSAGE or size >= TEXT_CHARACTERS:
+                return found, self.first + offset
+            text = kept[offset]
+            found.append(text._replace(model=served_name(text.model)))
+            new = [] if text.prompt in prompts else [text.prompt.system, text.prompt.user]
+            size += sum(len(each or "") for each in (text.text, text.thoughts, *new))
+            prompts.add(text.prompt)
+        return found, first + count
+
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
         """Pass answers of earlier rounds to recreated participants, starting with the participant with index `first`.
 
@@ -227,7 +251,18 @@ class ParticipantGroup(metaclass=RpcMeta):
         self._thread.join(timeout=1)  # not longer, because a participant may block the event loop
         with self._changed:
             self._agents, self._schedulers = [], ()
+            self._texts, self._prompts = {}, {}
             self._sheet = self._pool = None
+
+    # --- Called by participants --------------------------------------------------------------------------------------
+
+    def keep_text(self, round_number: int, text: KeptText) -> None:
+        """Keep what a model wrote in this round if the participant is in the panel (see `Population.panel`)."""
+        offset = text.participant - self.first
+        if self._panel is None or not 0 <= offset < self.count or not self._panel[offset]:
+            return
+        if round_number == self._round and (text.text, text.thoughts) != (None, None):
+            self._texts[offset] = text._replace(prompt=self._prompts.setdefault(text.prompt, text.prompt))
 
     # --- Internal ----------------------------------------------------------------------------------------------------
 
@@ -284,6 +319,9 @@ class ParticipantGroup(metaclass=RpcMeta):
         collector scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s with both, 0.55 s without
         the collector, and 0.08 s without either. A hosted agent uses neither the id nor the arguments.
         """
+        if self.chat is not None:
+            keep, rounds = self.chat.settings.keep_texts, self.chat.settings.rounds
+            self._panel = self.game.population.panel(keep, rounds, self.first, self.count)
         classes = map(self._unpacked.classes.__getitem__, self._kinds)
         for start in range(0, self.count, BUILD_BATCH):
             with gc_paused():

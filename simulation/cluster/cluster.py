@@ -23,6 +23,7 @@ from simulation.errors import RunAborted
 from simulation.game.answer_sheet import Answers
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult
+from simulation.llm.prompts import KeptText
 from simulation.rpc.channels import call_all, call_all_or_raise
 from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
 from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints
@@ -36,6 +37,9 @@ class Record(Protocol):
 
     def write_answers(self, result: RoundResult, answers: Iterator[Answers], game: Game) -> None:
         """Store the answers of one round. Replace earlier answers of the same round."""
+
+    def write_texts(self, round_number: int, texts: Iterator[list[KeptText]]) -> tuple[int, int]:
+        """Store what models wrote in one round. Return the numbers of texts and of those with replaced characters."""
 
     def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
         """Return the answers of participants first .. first+count-1, NaN if none, one row per round 1 .. rounds."""

@@ -2,12 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from agentscope.message import Msg
@@ -21,6 +21,7 @@ from simulation.game.answer_sheet import FAILED, Answers
 from simulation.game.game import Game
 from simulation.game.rules import Announcement, Question, question_for
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, Times, Winners, announcement_of, merge, score
+from simulation.llm.prompts import KeptText
 from simulation.llm.responses import Usage
 from simulation.rpc.client import SHORT_CALL_TIMEOUT_S, RemoteObject, reply_of
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
@@ -28,6 +29,7 @@ from simulation.settings import SimulationConfig
 
 FETCHES_AT_ONCE = 4  # number of concurrent calls that fetch answers
 NO_USAGE = Usage()
+V = TypeVar("V")
 
 
 class Simulation:
@@ -133,12 +135,14 @@ class Simulation:
         return replace(result, winners=winners, seconds=seconds, times=times, reassigned=self.reassigned)
 
     def _record(self, result: RoundResult) -> RoundResult:
-        """Record every answer of the round. Return the result, completed with the averages of the teams, if any."""
+        """Record answers and texts of the round. Return the result, completed with the averages of teams, if any."""
         answers, sums = self.answers(), dict[str, tuple[int, int]]()
         if self.game.teams is not None:
             answers = count_teams(self.game, answers, sums)
         if self.record is not None:
             self.record.write_answers(result, answers, self.game)
+            if self.game.llm is not None and self.game.llm.keep_texts != "none":
+                result = replace(result, texts=self.record.write_texts(result.round, self.texts()))
         elif self.game.teams is not None:
             deque(answers, maxlen=0)  # consume the answers, to count the teams
         scale = self.game.scale
@@ -167,21 +171,42 @@ class Simulation:
 
     def answers(self) -> Iterator[Answers]:
         """Yield the answers of the latest round in participant order, in pieces of bounded size."""
-        fetches: deque[Future[Answers]] = deque()
+
+        def fetch(assignment: GroupAssignment, first: int, count: int) -> Answers:
+            if assignment.server is None:
+                return Answers(first, np.full(count, FAILED), [INTERRUPTED])
+            answers: Answers = self.cluster.moderators[assignment.moderator_server].answers(first, count)
+            return answers
+
+        return self._fetched(fetch)
+
+    def texts(self) -> Iterator[list[KeptText]]:
+        """Yield the kept texts of the latest round in participant order, in pieces of bounded size."""
+
+        def fetch(assignment: GroupAssignment, first: int, count: int) -> tuple[GroupAssignment, list[KeptText], range]:
+            if assignment.server is None:
+                return assignment, [], range(0)
+            texts, left = self.cluster.moderators[assignment.moderator_server].texts(first, count)
+            return assignment, texts, range(left, first + count)
+
+        for assignment, first_texts, rest in self._fetched(fetch):
+            yield first_texts
+            left = rest
+            while left:
+                _, texts, left = fetch(assignment, left.start, len(left))
+                yield texts
+
+    def _fetched(self, fetch: Callable[[GroupAssignment, int, int], V]) -> Iterator[V]:
+        """Yield what `fetch` returns for the participants of each group, piece by piece, with some calls ahead."""
+        fetches: deque[Future[V]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             for assignment in self.cluster.assignments:
                 for first, count in assignment.chunks():
-                    fetches.append(pool.submit(self._fetch, assignment, first, count))
+                    fetches.append(pool.submit(fetch, assignment, first, count))
                     if len(fetches) == FETCHES_AT_ONCE:
                         yield fetches.popleft().result()
-            for fetch in fetches:
-                yield fetch.result()
-
-    def _fetch(self, assignment: GroupAssignment, first: int, count: int) -> Answers:
-        if assignment.server is None:
-            return Answers(first, np.full(count, FAILED), [INTERRUPTED])
-        answers: Answers = self.cluster.moderators[assignment.moderator_server].answers(first, count)
-        return answers
+            for each in fetches:
+                yield each.result()
 
     def _times(self, seconds: float) -> Times | None:
         """Split the round's duration `seconds` by activity. Return None with --dispatch agent or without usage data."""

@@ -16,6 +16,9 @@ from simulation.errors import listed
 KIND, MODEL = "kind", "model"  # the topics of two partitions; every other topic is the name of a persona set
 # Names of columns in answers.parquet, so of no persona set
 RESERVED = (KIND, MODEL, "round", "participant", "value", "failure", "team", "payoff", "won")
+MOST_TEXTS, TEXTS_SAMPLED = 100_000, 1000  # a game with more answers of models keeps a sample (--keep-texts auto)
+MOST_STRATA = 100_000  # maximum number of combinations of kind, personas and model that samples represent
+COUNTED_AT_ONCE = 250_000  # number of participants whose strata are in memory at the same time
 NO_MODEL = "none"  # the label of players without a model
 NEIGHBOURS = 100  # number of neighbouring participants that ask the same model in turn if requests have seeds
 
@@ -149,6 +152,39 @@ class Population:
             return count
         return int(np.array([bool(each.models) for each in self.players])[self.kind_indices(first, count)].sum())
 
+    def texts_per_round(self, keep: str, rounds: int) -> int:
+        """Return of how many participants texts are kept in each round. `keep` is the value of --keep-texts."""
+        parts = zip(self.part_models, self.by_topic[MODEL].counts, strict=True) if self.players else ()
+        asking = sum(count for model, count in parts if model is not None) if self.players else self.total
+        sizes = {"auto": asking if asking * rounds <= MOST_TEXTS else TEXTS_SAMPLED, "all": asking, "none": 0}
+        return min(asking, sizes[keep] if keep in sizes else int(keep))
+
+    def panel(self, keep: str, rounds: int, first: int, count: int) -> NDArray[np.bool_]:
+        """Return of which of the participants first .. first+count-1 texts are kept, in all rounds.
+
+        A sample has its share of each combination of kind, personas and model (see `stratified`). Within a combination,
+        the sampled participants are equally spaced.
+        """
+        size, everyone = self.texts_per_round(keep, rounds), self.texts_per_round("all", rounds)
+        kinds = np.array([bool(each.models) for each in self.players] or [True])  # whether they ask models
+        if size in (0, everyone):
+            return kinds[self.kind_indices(first, count)] & (size > 0)
+        groupings = self.groupings
+        while math.prod(len(each.names) for each in groupings) > MOST_STRATA:
+            groupings = groupings[:-1]
+        strata = Combination(groupings)
+        sizes = _sizes(strata, self.total)
+        sizes = sizes * np.repeat(kinds, len(sizes) // len(kinds))  # kinds are the first of the groupings
+        quotas = np.array(stratified(sizes.tolist(), size), np.int64)
+        own = strata.name_indices(first, count)
+        order, of_stratum = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(sizes))
+        ranks = np.empty(count, np.int64)  # of each participant in its stratum, in the order of indices
+        ranks[order] = np.arange(count) - np.repeat(np.cumsum(of_stratum) - of_stratum, of_stratum)
+        starts = mix(np.arange(len(sizes), dtype=np.uint64) * np.uint64(GAMMA) + np.uint64(self.seed))
+        starts = (starts % np.maximum(sizes, 1).astype(np.uint64)).astype(np.int64)
+        places = (ranks + _sizes(strata, first)[own]) * quotas[own] + starts[own]
+        return places % np.maximum(sizes, 1)[own] < quotas[own]
+
     @property
     def server_models(self) -> list[str]:
         """Return the models that participants ask, by their names on the servers."""
@@ -216,6 +252,30 @@ def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return tuple(counts)
+
+
+def stratified(sizes: Sequence[int], size: int) -> tuple[int, ...]:
+    """Split a sample of `size` participants over strata in proportion to their sizes, by largest remainder.
+
+    If `size` allows it, each stratum that is not empty gets at least 1. A stratum never gets more than its size.
+    """
+    total, least = sum(sizes), [min(each, 1) for each in sizes]
+    if size >= total:
+        return tuple(sizes)
+    if size <= sum(least):
+        return largest_remainder(size, [Fraction(each, total) for each in sizes]) if size < sum(least) else tuple(least)
+    beyond = [max(each * size - total, 0) for each in sizes]  # in proportion to each share beyond 1
+    more = largest_remainder(size - sum(least), [Fraction(each, sum(beyond)) for each in beyond])
+    return tuple(one + other for one, other in zip(least, more, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _sizes(strata: Combination, stop: int) -> NDArray[np.int64]:
+    """Return how many of the participants 0 .. stop-1 are in each of the strata."""
+    sizes = np.zeros(math.prod(len(each.names) for each in strata.groupings), np.int64)
+    for first in range(0, stop, COUNTED_AT_ONCE):
+        sizes += np.bincount(strata.name_indices(first, min(COUNTED_AT_ONCE, stop - first)), minlength=len(sizes))
+    return sizes
 
 
 def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, count: int) -> NDArray[np.int64]:

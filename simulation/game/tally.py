@@ -144,6 +144,7 @@ class RoundResult:
     teams: tuple[tuple[str, Fraction | None], ...] = ()  # name and average (a number, not units) of each team, if any
     error: str = ""  # why the game could not compute outcome and payoffs
     analysis: Mapping[str, Any] = field(default_factory=dict)  # see `Game.analyses`
+    texts: tuple[int, int] | None = None  # how many texts of models are kept, and how many have replaced characters
 
     @property
     def winning_number(self) -> Any:

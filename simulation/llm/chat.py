@@ -81,35 +81,36 @@ class Chat:
         self._game = game
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
 
-    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> V:
+    async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None]:
         """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.
 
+        Also return the model's reasoning, if the server returns it separately.
         If the text is unusable or `read` raises UnusableAnswer, request another text, up to `max_attempts` in all.
         Raises UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
-            text, cause, deadline, _ = await self._sample(model, prompt, None, deadline, turn, attempt)
+            text, cause, deadline, thoughts = await self._sample(model, prompt, None, deadline, turn, attempt)
             if text is None or cause is not None:
                 unusable: UnusableAnswer = KnownCause(self._explained(cause or "", model, None), text)
                 continue
             try:
-                return read(text)
+                return read(text), thoughts
             except UnusableAnswer as error:  # re-raised unchanged: failure_of checks its class
                 unusable = error
                 unusable.text = text
         raise unusable
 
-    async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool]:
+    async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool, str | None]:
         """Request a free text of up to `tokens` tokens. Return the text, and whether it is complete (not cut off).
 
-        Raises UnusableAnswer in the same cases as `ask`.
+        Also return the separate reasoning, as `ask` does. Raises UnusableAnswer in the same cases as `ask`.
         """
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
-            text, cause, deadline, _ = await self._sample(model, prompt, tokens, deadline, turn, attempt)
+            text, cause, deadline, thoughts = await self._sample(model, prompt, tokens, deadline, turn, attempt)
             if text is not None and cause in (None, CUT_OFF["length"]):
-                return text, cause is None
+                return text, cause is None, thoughts
         raise KnownCause(self._explained(cause or "", model, tokens if turn.round else 0), text)
 
     def _explained(self, cause: str, model: str, free_tokens: int | None) -> str:
@@ -169,6 +170,11 @@ class Chat:
             return config.fields(free_tokens, None)
         kind = self.settings.structured_output
         return config.fields(answer_tokens(kind, self._game), structured_fields(kind, self._game))
+
+
+def served_name(model: str) -> str:
+    """Return the name that a model of this process has on its server."""
+    return _models[model].model
 
 
 def load_models(config: SimulationConfig) -> dict[str, ModelConfig]:

@@ -71,6 +71,16 @@ def probe_of(game: Game) -> Probe:
     return Probe(rules(game, *character), user, answer_tokens(kind, game), structured_fields(kind, game))
 
 
+class KeptText(NamedTuple):
+    """What a model wrote for one participant in one round."""
+
+    participant: int
+    model: str
+    prompt: Prompt  # of the first request
+    text: str | None  # states the number, or is the last unusable one; None if the model server did not answer
+    thoughts: str | None  # the reasoning before the number; None without reasoning
+
+
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:
     """Build the system prompt. Put personas first if its template lacks {persona}, the team last if it lacks {team}."""
     assert game.prompt is not None  # set in every game with LLM participants

@@ -1,11 +1,12 @@
-"""Reading and writing Parquet files of answers. Only a bounded number of rows is in memory at a time.
+"""Reading and writing Parquet files of answers and texts. Only a bounded number of rows is in memory at a time.
 
-A file contains one row per participant and round. The rows are sorted by round, then by participant. After the columns
-of SCHEMA follow those in which the participants of the run differ, and payoffs.
+A file of answers contains one row per participant and round. The rows are sorted by round, then by participant. After
+the columns of SCHEMA follow those in which the participants of the run differ, and payoffs.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -27,9 +28,11 @@ SCHEMA = pa.schema(
 SETTINGS_KEY = "simulation.settings"  # key of the settings, as JSON, in a file's metadata
 # With these encodings, a file of ten million answers has 9 MB. With the library's defaults, the file has 60 MB, and
 # writing takes three times as long.
-ENCODING: dict[str, Any] = {"column_encoding": {"participant": "DELTA_BINARY_PACKED"}}
+ENCODING = {"participant": "DELTA_BINARY_PACKED"}
 NO_DICTIONARY = ("participant", "won")
-ROWS_AT_ONCE = 250_000  # maximum number of rows read at once; each row group except the last has at least as many
+ROWS_AT_ONCE = 250_000  # maximum number of rows read at once; each row group except the last has at least as many,
+BYTES_AT_ONCE = 64 * 2**20  # or as many bytes
+TEXTS_AT_ONCE = 10_000  # maximum number of rows with texts read at once
 
 
 def tables_of(
@@ -67,41 +70,53 @@ def write_rows(file: IO[bytes], tables: Iterable[pa.Table]) -> None:
     """Write tables to a file. Combine small ones: each row group except the last has at least ROWS_AT_ONCE rows."""
     rest = iter(tables)
     first = next(rest, SCHEMA.empty_table())
-    encoding = {**ENCODING, "use_dictionary": [name for name in first.schema.names if name not in NO_DICTIONARY]}
-    with pq.ParquetWriter(file, first.schema, **encoding) as writer:
-        waiting: list[pa.Table] = []
+    with row_writer(file, first.schema) as write:
         for table in chain([first], rest):
+            write(table)
+
+
+@contextmanager
+def row_writer(file: IO[bytes], schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Yield a function that writes a table to a file. It combines small tables, as `write_rows` does."""
+    encoding = {name: each for name, each in ENCODING.items() if name in schema.names}
+    dictionaries = [name for name in schema.names if name not in NO_DICTIONARY]
+    with pq.ParquetWriter(file, schema, column_encoding=encoding or None, use_dictionary=dictionaries) as writer:
+        waiting: list[pa.Table] = []
+
+        def write(table: pa.Table) -> None:
             waiting.append(table)
-            if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+            if sum(map(len, waiting)) >= ROWS_AT_ONCE or sum(each.nbytes for each in waiting) >= BYTES_AT_ONCE:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting.clear()
+
+        yield write
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
 
 
-def rows_in(path: Path) -> Iterator[pa.Table]:
-    """Yield a file's rows as tables. Raises ArrowInvalid if columns are wrong or a row has no round or participant."""
+def rows_in(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[pa.Table]:
+    """Yield a file's rows as tables. Raises ArrowInvalid if columns are wrong or the first two lack a value."""
     with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-        if [*file.schema_arrow][: len(SCHEMA)] != [*SCHEMA]:
-            raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(SCHEMA.names)}, or of other types")
-        for batch in file.iter_batches(ROWS_AT_ONCE):
-            if batch["round"].null_count or batch["participant"].null_count:
-                raise pa.ArrowInvalid(f"{path} has rows without round or participant")
+        if [*file.schema_arrow][: len(schema)] != [*schema]:
+            raise pa.ArrowInvalid(f"{path} has other columns than {', '.join(schema.names)}, or of other types")
+        for batch in file.iter_batches(ROWS_AT_ONCE if schema is SCHEMA else TEXTS_AT_ONCE):
+            if any(batch[name].null_count for name in schema.names[:2]):
+                raise pa.ArrowInvalid(f"{path} has rows without {' or '.join(schema.names[:2])}")
             yield pa.Table.from_batches([batch])
 
 
-def joined_rows(paths: Sequence[Path]) -> Iterator[pa.Table]:
+def joined_rows(paths: Sequence[Path], schema: pa.Schema = SCHEMA) -> Iterator[pa.Table]:
     """Yield the rows of several files. A column that only the last file has is null in files of older versions."""
     empty = pq.read_schema(paths[-1]).empty_table()
-    for table in chain.from_iterable(map(rows_in, paths)):
+    for table in chain.from_iterable(rows_in(path, schema) for path in paths):
         yield pa.concat_tables([empty, table], promote_options="default")
 
 
-def rows_by_round(path: Path) -> Iterator[tuple[int, pa.Table]]:
+def rows_by_round(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[tuple[int, pa.Table]]:
     """Yield pairs of a round number and a table with rows of this round only. A round may have several tables."""
-    for table in rows_in(path):
-        for number in np.unique(table["round"].to_numpy()):
-            yield int(number), table.filter(pc.equal(table["round"], number))
+    for table in rows_in(path, schema):
+        for number in np.unique(table[schema.names[0]].to_numpy()):
+            yield int(number), table.filter(pc.equal(table[schema.names[0]], number))
 
 
 def write_csv(path: Path, target: Path) -> None:

@@ -42,6 +42,7 @@ NOT_COMPARED = (
     "payoffs",
     "compare_with",
     "keep_going",
+    "keep_texts",
 )  # settings of the game that change no figure of a run
 WORDS = {"participant_num": "participants", "max_value": "upper bound"}
 HEADINGS = (

@@ -6,7 +6,8 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, takewhile
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from simulation.errors import ClusterError, Ended, SettingsError, one_line, printable
 from simulation.files import files_in, is_there, real
@@ -29,13 +31,12 @@ from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
 from simulation.provenance import kept_files, with_copies
 from simulation.results import run_files
-from simulation.results.answers_parquet import rows_by_round, tally_in
+from simulation.results.answers_parquet import TEXTS_AT_ONCE, rows_by_round, tally_in
 from simulation.results.run_directory import (
     AGENTS,
     FAILED_ANSWERS,
     GAME,
     HUMAN,
-    PARTS,
     SWEEP,
     WHOLE,
     resume_command,
@@ -155,6 +156,34 @@ class SavedRun(SavedSummary):
             if len(before):
                 yield number, (before, units)
             before = units
+
+    def sample_texts(
+        self, parts: Grouping | None, names: Collection[str], number: int, limit: int
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return what models wrote: up to `limit` rows of texts.parquet of round `number` for each of `names`.
+
+        The names are those of `parts`; all participants are of the only name if `parts` is None. Each row also has the
+        `value` of the answer.
+        """
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        with _damage(self.path, "texts.parquet"):
+            files = ds.dataset(files_of(self.path, "texts"), format="parquet")
+            for batch in files.to_batches(filter=ds.field("round") == number, batch_size=TEXTS_AT_ONCE):
+                for index, participant in enumerate(batch["participant"].to_pylist()):
+                    name = next(iter(names)) if parts is None else parts.labels[parts.part_of(participant)]
+                    if len(found.get(name, range(limit))) < limit:
+                        found[name] += batch.slice(index, 1).to_pylist()
+                if all(len(rows) == limit for rows in found.values()):
+                    break
+        rows = [row for each in found.values() for row in each]
+        wanted = (ds.field("round") == number) & ds.field("participant").isin([row["participant"] for row in rows])
+        with _damage(self.path, WHOLE):
+            answers = ds.dataset(files_of(self.path, "answers"), format="parquet")
+            values = answers.to_table(["participant", "value"], filter=wanted).to_pydict()
+        by_participant = dict(zip(values["participant"], values["value"], strict=True))
+        for row in rows:
+            row["value"] = by_participant.get(row["participant"])
+        return found
 
     def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
         """Read the answers. Return a tally for each part of each grouping: `[topic][index in self.results][name]`."""
@@ -369,26 +398,41 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
         if not same or entry["asked"] != saved.config.participant_num:
             raise SettingsError(f"{path}: answers.parquet and summary.json say different things of round {number}")
         winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
-        results.append(replace(result, winners=winners, seconds=entry["seconds"], reassigned=entry["reassigned"]))
+        texts = (each["kept"], each["replaced"]) if (each := entry.get("texts")) else None
+        others = {"seconds": entry["seconds"], "reassigned": entry["reassigned"], "texts": texts}
+        results.append(replace(result, winners=winners, **others))
     return results
 
 
 def _rows_of(saved: SavedSummary, game: Game) -> Iterator[tuple[int, pa.Table]]:
     """Yield pairs of a round number and a table of checked rows. Each table covers consecutive participants."""
     path, limits = saved.path, {"participant": (0, saved.config.participant_num - 1), "value": (game.low, game.high)}
-    parts = [file for file in files_in(path, ".parquet") if file.match(PARTS)]  # a killed run leaves one file per round
-    try:
-        for file in [path / WHOLE] if is_there(path / WHOLE) or not parts else parts:
+    with _damage(path, WHOLE):
+        for file in files_of(path, "answers"):
             for number, rows in rows_by_round(file):
                 for column, (low, high) in limits.items():
                     found = pc.min_max(rows[column]).as_py()
                     if found["min"] is not None and not low <= found["min"] <= found["max"] <= high:
                         raise pa.ArrowInvalid(f"a {column} is not from {low} to {high}")
                 yield number, rows
+
+
+def files_of(path: Path, kind: str) -> list[Path]:
+    """Return the files of answers or texts in a run folder: one or, if the run was killed, one for each round."""
+    parts = [file for file in files_in(path, ".parquet") if file.match(f"{kind}-*.parquet")]
+    whole = path / f"{kind}.parquet"
+    return [whole] if is_there(whole) or not parts else parts
+
+
+@contextmanager
+def _damage(path: Path, name: str) -> Iterator[None]:
+    """Convert an error of the `with` block, which reads the file `name` in `path`, into a SettingsError."""
+    try:
+        yield
     except FileNotFoundError:
-        raise SettingsError(f"{path}: its answers.parquet is missing") from None
+        raise SettingsError(f"{path}: its {name} is missing") from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise SettingsError(f"{path}: cannot read its answers.parquet: {one_line(error)}") from None
+        raise SettingsError(f"{path}: cannot read its {name}: {one_line(error)}") from None
 
 
 def read_agents(path: Path, participant: int) -> tuple[Endpoint, str]:

@@ -21,13 +21,13 @@ from simulation.files import ROOT, SOURCE, is_there
 from simulation.game.game import Game
 from simulation.game.human import MOST_TESTED, HumanData, distance
 from simulation.game.human import rows as compare
-from simulation.game.population import KIND
+from simulation.game.population import KIND, Grouping
 from simulation.game.tally import INTERRUPTED, RoundResult, Tally, merge
 from simulation.provenance import EXPERIMENT
 from simulation.results import charts
 from simulation.results.charts import PAGES, PART_LINES, PARTS_DRAWN, page_chart, selection, series_style, write_png
 from simulation.results.console_report import winning_answers
-from simulation.results.reader import SavedRun, figure_of, largest
+from simulation.results.reader import SavedRun, figure_of, files_of, largest
 from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, write_whole
 from simulation.results.run_files import ANALYSIS_FILE, RecordedGame, RoundEntry, position_in_words, read_run_file
 from simulation.results.tables import decimals_of, number_text
@@ -37,6 +37,8 @@ from simulation.settings import from_root
 FILES = {
     "summary.json": "settings, versions, and all figures of all rounds",
     "answers.parquet": "every answer of every participant",
+    "texts.parquet": "what language models wrote",
+    "prompts.parquet": "the prompts of these texts, each once",
     "answers.csv": "the same answers as text",
     "failed_answers.jsonl": "examples of unusable answers, with tracebacks",
     ANALYSIS: "figures of the analyses by kind of participant, persona and model",
@@ -53,6 +55,8 @@ NAMED = 3  # maximum number of winners that the first sentence names
 ROUNDS_ANALYSED = 12  # maximum number of rounds in the table of analyses
 STEP_NAMES = {"above": "above", **{f"{step}": f"step {step}" for step in range(4)}, "higher": "higher steps"}
 STEP_NAMES["between_steps"] = "between steps"
+TEXT_PARTS, TEXTS_EACH = 12, 2  # maximum number of personas or models, and of texts of each of them in a round
+TEXT_SHOWN, TEXT_FOLDED = 1500, 300  # maximum number of characters of a text, and of one that is not folded
 PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if exceeded, rounds and names are omitted
 
 
@@ -108,6 +112,7 @@ ENVIRONMENT = Environment(
 )
 OF_TEMPLATES = (by_round, column, figure_of, in_numbers, page_chart, series_style, winning_answers)
 ENVIRONMENT.globals |= {each.__name__: each for each in OF_TEMPLATES} | {"charts": charts}
+ENVIRONMENT.globals |= {"text_shown": TEXT_SHOWN, "text_folded": TEXT_FOLDED}
 ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds, "csv_link": csv_link, "file_name": file_name}
 ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
@@ -157,6 +162,7 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
         "failures": failures_by_cause(entries),
         "analysis": _analysis(run, analysis["rounds"] if analysis is not None else ()),
         "people": people,
+        "texts": _texts(run),
         "details": _details(run, people),
     }
 
@@ -343,6 +349,23 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "answers": [(topic, *drawn[0][1][0]), *((name, *row) for name, table in drawn for row in table[1:] if row[2])],
         "lines": lines,
     }
+
+
+def _texts(run: SavedRun) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
+    """Return texts of models in the first and the last round: by topic and by name (of a persona, kind or model)."""
+    kept, population = run.summary.get("texts", {"kept": 0})["kept"], run.game.population
+    if not kept or not run.results or not is_there(files_of(run.path, "texts")[0]):
+        return []
+    personas = [each for each in population.groupings if each.topic in population.persona_sets]
+    topics: Sequence[Grouping | None] = personas or population.groupings or [None]
+    rounds, found = dict.fromkeys((run.results[0].round, run.results[-1].round)), []
+    for parts in topics:
+        tallies = {"all participants": Tally(0)} if parts is None else run.tallies_by_part[parts.topic][-1]
+        names = largest(tallies, max(TEXT_PARTS // len(topics), 1))
+        samples = [run.sample_texts(parts, names, number, TEXTS_EACH) for number in rounds]
+        rows = {name: [row for sample in samples for row in sample[name]] for name in names}
+        found.append(("" if parts is None else parts.topic, rows))
+    return found
 
 
 def failures_by_cause(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

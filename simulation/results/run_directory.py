@@ -26,9 +26,11 @@ from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, show
 from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game, Pairs
 from simulation.game.tally import RoundResult
+from simulation.llm.prompts import KeptText
 from simulation.results import run_files
 from simulation.results.answers_parquet import (
     ROWS_AT_ONCE,
+    SCHEMA,
     joined_rows,
     rows_by_round,
     tables_of,
@@ -36,6 +38,7 @@ from simulation.results.answers_parquet import (
     write_rows,
 )
 from simulation.results.run_files import FailedAnswer, SweepPosition
+from simulation.results.texts_parquet import PROMPTS, TEXTS, Distinct, write_texts
 from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 
 LATEST = ROOT / "runs" / "latest"
 SUMMARY_BYTES = 250_000
-WHOLE, PARTS = "answers.parquet", "answers-*.parquet"
+WHOLE = "answers.parquet"
+SCHEMAS = {"answers": SCHEMA, "texts": TEXTS, "prompts": PROMPTS}  # of files that are written round by round
 FAILED_ANSWERS, AGENTS, GAME = "failed_answers.jsonl", "agents.jsonl", "game.json"
 HUMAN = "human.json"  # figures of people to show beside the run
 REPORT, ANALYSIS = "report.html", "analysis.json"
@@ -227,8 +231,16 @@ class RunDirectory:
         with results_errors(f"read the answers in {self.path}"):
             return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
 
-    def _part(self, round_number: int) -> Path:
-        return self.path / f"answers-{round_number:05d}.parquet"
+    def write_texts(self, round_number: int, texts: Iterator[list[KeptText]]) -> tuple[int, int]:
+        """Write what models wrote in one round. Return the numbers of texts and of those with replaced characters."""
+        with (
+            _on_disk(self._part(round_number, "texts")) as file,
+            _on_disk(self._part(round_number, "prompts")) as other,
+        ):
+            return write_texts(file, other, round_number, texts)
+
+    def _part(self, round_number: int, kind: str = "answers") -> Path:
+        return self.path / f"{kind}-{round_number:05d}.parquet"
 
     def write_sources(self, sources: "Iterable[UserFile]") -> None:
         """Write copies of `sources` to the folder source/, in place of earlier copies."""
@@ -239,32 +251,37 @@ class RunDirectory:
             write_whole(copy, each.content)
 
     def go_back_to(self, rounds: int) -> None:
-        """Delete pictures, report and the answers after round `rounds`. Split the other answers into files by round."""
-        whole = self.path / WHOLE
+        """Delete pictures, report and what is after round `rounds`. Split answers and texts into files by round."""
+        outdated = {self.path / name for name in PICTURES}
         with results_errors(f"write {self.path}"):
-            for number, tables in groupby(rows_by_round(whole), itemgetter(0)) if is_there(whole) else ():
-                if number <= rounds:
-                    with _on_disk(self._part(number)) as file:
-                        write_rows(file, map(itemgetter(1), tables))
-            outdated = {whole, *self.path.glob(PARTS), *(self.path / name for name in PICTURES)}
-            for path in outdated - {self._part(number + 1) for number in range(rounds)}:
+            for kind, schema in SCHEMAS.items():
+                whole = self.path / f"{kind}.parquet"
+                for number, tables in groupby(rows_by_round(whole, schema), itemgetter(0)) if is_there(whole) else ():
+                    if number <= rounds:
+                        with _on_disk(self._part(number, kind)) as file:
+                            write_rows(file, map(itemgetter(1), tables))
+                outdated |= {whole, *self.path.glob(f"{kind}-*.parquet")}
+                outdated -= {self._part(number + 1, kind) for number in range(rounds)}
+            for path in outdated:
                 path.unlink(missing_ok=True)
             failed = run_files.read_json_lines(self.path, FAILED_ANSWERS, FailedAnswer)
         self._failed = [entry for entry in failed if entry["round"] <= rounds]
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def join_answers(self) -> None:
-        """Merge the answer files of all rounds into answers.parquet, then delete the files of the rounds."""
-        whole = self.path / WHOLE
-        with results_errors(f"write {whole}"):
-            parts = sorted(self.path.glob(PARTS))
-            if len(parts) == 1:
-                parts[0].replace(whole)
-            elif parts:
-                with _on_disk(whole) as file:
-                    write_rows(file, joined_rows(parts))
-                for part in parts:
-                    part.unlink()
+        """Merge the files of answers and of texts of all rounds into one each, then delete the files of the rounds."""
+        for kind, schema in SCHEMAS.items():
+            whole = self.path / f"{kind}.parquet"
+            with results_errors(f"write {whole}"):
+                parts = sorted(self.path.glob(f"{kind}-*.parquet"))
+                if len(parts) == 1:
+                    parts[0].replace(whole)
+                elif parts:
+                    rows = joined_rows(parts, schema)
+                    with _on_disk(whole) as file:
+                        write_rows(file, map(Distinct(), rows) if kind == "prompts" else rows)
+                    for part in parts:
+                        part.unlink()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `content` to the JSON file `name` in the folder."""

@@ -1,7 +1,7 @@
 """The JSON files of a run folder: their schemas, and functions that build, read and validate their content."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, get_args
@@ -78,6 +78,11 @@ class WinnersEntry(TypedDict):
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
 
 
+class TextsEntry(TypedDict):
+    kept: int
+    replaced: int  # of them, how many could not be encoded as they were
+
+
 class RoundEntry(TypedDict):
     round: int
     asked: int
@@ -97,6 +102,7 @@ class RoundEntry(TypedDict):
     winning_number: float | None
     winning_answers: NotRequired[list[int | float]]  # the lowest ones; absent in old runs
     winners: WinnersEntry
+    texts: NotRequired[TextsEntry]  # absent if no texts of models were to be kept
     seconds: Seconds
 
 
@@ -131,6 +137,7 @@ class Summary(TypedDict):
     seconds: Annotated[dict[Literal["connect", "create", "rounds", "total"], Seconds], Field(min_length=4)]
     waited: NotRequired[Seconds]  # the time from the command to the end, with the start of servers; not in old runs
     rounds: list[RoundEntry]
+    texts: NotRequired[TextsEntry]  # of all rounds; absent in old runs and without models
     llm: Annotated[dict[LLMCounts, int], Field(min_length=4)] | None
 
 
@@ -188,8 +195,13 @@ def summarise(
         "cluster": cluster | (llm_seconds if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [round_entry(result, 10**config.decimals) for result in rounds],
+        **({"texts": _texts_entry([each.texts for each in rounds if each.texts])} if llm else {}),
         "llm": {name: getattr(usage, name) for name in get_args(LLMCounts)} if llm else None,
     }
+
+
+def _texts_entry(counts: Sequence[tuple[int, int]]) -> TextsEntry:
+    return {"kept": sum(kept for kept, _ in counts), "replaced": sum(replaced for _, replaced in counts)}
 
 
 def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
@@ -213,6 +225,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "winning_number": None if winning is None else float(winning),
         "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
+        **({"texts": _texts_entry([result.texts])} if result.texts is not None else {}),
         "seconds": round(result.seconds, 4),
     }
 

@@ -14,6 +14,7 @@ from simulation.errors import Interrupted, RunAborted, SettingsError
 from simulation.game.answer_sheet import Answers
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, announcement_of
+from simulation.llm.prompts import KeptText
 from simulation.provenance import with_copies
 from simulation.results.answers_parquet import rows_by_round
 from simulation.results.reader import SavedRun
@@ -42,6 +43,9 @@ class _Recorded:
         return np.rint(np.nan_to_num(self._values[number - 1] * scale, nan=-1)).astype(np.int64)
 
     def write_answers(self, result: RoundResult, answers: Iterator[Answers], game: Game) -> None:
+        raise NotImplementedError("a saved run is not changed")
+
+    def write_texts(self, round_number: int, texts: Iterator[list[KeptText]]) -> tuple[int, int]:
         raise NotImplementedError("a saved run is not changed")
 
 
