@@ -476,6 +476,12 @@ def test_a_model_without_system_messages_gets_one_message(play, fake_of, refusal
     assert tally_of(play(fake, 5)).answered == 5 and len(fake.bodies) == 1  # the check has found out
 
 
+def test_a_temporary_error_is_no_refusal_of_system_messages(play, fake_of):
+    fake = fake_of(*["500"] * (ERRORS_WITH_N + 1), for_ever="well")
+    assert tally_of(play(fake, 60)).answered == 60
+    assert [len(body["messages"]) for body in fake.bodies][-3:] == [1, 2, 2]  # one without, to see, and with it again
+
+
 def test_a_prompt_longer_than_the_context_fails_with_one_cause_and_the_remedy(play, fake_of):
     fake = fake_of("too long", "longer", for_ever="too long")
     (cause,) = tally_of(play(fake, 50, samples_per_request=1, max_in_flight=1)).failures

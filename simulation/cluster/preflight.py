@@ -126,9 +126,9 @@ def check_models(config: SimulationConfig, game: Game, servers: list[Endpoint]) 
     Return whether the servers of all models repeat seeded answers.
     """
     firsts = {each.host: each for each in reversed(servers)}.values()
-    timeout_s = 2 * config.connect_timeout
+    timeout_s = 3 * config.connect_timeout  # for a small request and two lists of models, which have half of it each
     names, repeatable = asked_models(config), True
-    directives = {CHECK_MODELS: json.dumps([names, timeout_s / 2, probe_of(game)])}
+    directives = {CHECK_MODELS: json.dumps([names, config.connect_timeout, probe_of(game)])}
     ask = partial(handshake, timeout_s=timeout_s, directives=directives)
     for endpoint, reply in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
         for name, problem in reply.model_troubles.items():

@@ -121,7 +121,7 @@ class SimulationServicer(AgentServerServicer):
             names, timeout_s, probe = json.loads(directives[messages.CHECK_MODELS])
             probes = {self._models[name]: Probe(*probe) for name in names if name in self._models}
             model_troubles = {model.name: cause for model, cause in check_models(probes, timeout_s).items()}
-            repeatable = [model.name for model in repeatable_models(probes, timeout_s)]
+            repeatable = [model.name for model in repeatable_models(probes, timeout_s / 2)]
         reply = messages.Handshake(
             incarnation=self._incarnation,
             pid=os.getpid(),

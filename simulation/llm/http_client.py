@@ -5,6 +5,7 @@ element of a reply, and 0.8 ms with openai's `post(..., cast_to=object)`.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import re
 import ssl
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -142,10 +143,11 @@ class ModelHttp:
                 break
             await asyncio.sleep(wait_s)
             error = await send(self.takes_system)
-        if error is not None and error.no_system is not False and self.takes_system and await send(False) is None:
+        if error is None or error.no_system is False or not self.takes_system or await send(False) is not None:
+            return error
+        if error.no_system or await send(True) is not None:  # otherwise, the error was temporary
             self.stop_using_system()
-            return None
-        return error
+        return None
 
     async def _listed(self, timeout_s: float) -> list[str] | None:
         """Return the names of the models that the server lists ([]: none). Return None if it does not answer."""
@@ -210,7 +212,7 @@ def check_models(probes: Mapping[ModelConfig, Probe], timeout_s: float) -> dict[
     return {model: cause for model, cause in zip(probes, causes, strict=True) if cause is not None}
 
 
-def repeatable_models(models: Iterable[ModelConfig], timeout_s: float) -> list[ModelConfig]:
+def repeatable_models(models: Collection[ModelConfig], timeout_s: float) -> list[ModelConfig]:
     """Return those of the models that their servers list as models whose seeded answers repeat."""
 
     async def repeats(config: ModelConfig) -> bool:
@@ -218,10 +220,10 @@ def repeatable_models(models: Iterable[ModelConfig], timeout_s: float) -> list[M
         async with http._client:
             return config.model + REPEATABLE in (await http._listed(timeout_s) or ())
 
-    async def all_that_repeat() -> list[ModelConfig]:
-        return [config for config in models if await repeats(config)]
+    async def check_all() -> list[bool]:
+        return await asyncio.gather(*map(repeats, models))
 
-    return asyncio.run(all_that_repeat())
+    return list(itertools.compress(models, asyncio.run(check_all())))
 
 
 def proxy_of(url: str) -> str | None:

@@ -276,6 +276,9 @@ class ModelClient:
         if not (doubtful and with_system and self._reserve_one(batch)):
             raise error
         texts = await self._request(batch, 1, with_system=False)
+        if error.no_system is None and self._reserve_one(batch):
+            with contextlib.suppress(RequestError):
+                return await self._request(batch, 1, with_system=True)  # the error was temporary
         self._http.stop_using_system()
         return texts
 

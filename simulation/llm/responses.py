@@ -34,7 +34,7 @@ TOO_LONG = re.compile(
 CONTEXT = re.compile(r"(?:context length|context size|model length)\D{0,20}?(\d+)", re.IGNORECASE)
 SHORTEN = "raise --max-model-len of the server, or play fewer rounds or use a shorter prompt"
 REMEDIES = {
-    r"chat.?template": "start it with --chat-template, or serve a model for chats",
+    r"chat.?template(?!_kwargs)": "start it with --chat-template, or serve a model for chats",
     r"use 'max_completion_tokens'": "put max_completion_tokens into generate_args",
     r"structured|response_format|json.?schema|guided|grammar": "try --structured-output response_format or none",
 }
