@@ -1,7 +1,8 @@
 """A real vLLM server, started by the script, with a tiny model of random numbers; and GPUs, which here are made up.
 
-Two vLLM servers are started in all: one by README's commands, which all tests share, and one by the test that kills it
-and starts it again. Tests that end the server come last. One more start is meant to fail: its model does not load.
+Three vLLM servers are started: one with the demo model by README's commands, one with a tiny model of random weights,
+which all other tests share, and one by the test that kills it and starts it again. Tests that end the server come last.
+One more start is meant to fail: its model does not load.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from conftest import (
     ROOT,
+    VLLM_PYTHON,
     Checkout,
     clean_up,
     copy_checkout,
@@ -43,45 +46,47 @@ from simulation.hosts.vllm_servers import SERVERS, TERM_TIMEOUT_S, visible_gpus
 from simulation.results.reader import read_run
 from simulation.settings import SimulationConfig
 
-FAST_START = ("--", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+FAST_START = ("--repeatable", "--", "--max-model-len", "1024", "--enforce-eager")
 START_S = 600  # it takes half a minute to a minute on two cores of our own
 REAL_S = 1200  # seconds of a test of the real server, with the start if it is the first one
 
 
 @pytest.fixture(scope="module")
-def readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkout, dict[str, Any], dict[str, str]]]:
-    """A checkout in which README's commands with a language model were run, their summary, and what each printed.
-
-    The commands make the model and start vLLM. README's last command, which stops vLLM, runs after all tests; its agent
-    servers are stopped, and 2 + 4 started instead.
-    """
+def readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkout, dict[str, str]]]:
+    """A checkout in which README's commands with a language model were run, and what each printed."""
     require_vllm()
     own = Checkout(copy_checkout(tmp_path_factory.mktemp("vllm") / "a b"), free_ports(24))
     commands = [command for block in blocks("shell") if "vllm" in block for command in commands_in(block)]
     assert len(commands) >= 7 and commands[-1] == "./stop_vllm.sh"
     try:
-        printed = run_all(own, commands[:-1])
-        summary = own.summary()
-        agents = own.run("start_all_server.sh", "2")
-        assert agents.returncode == 0, agents.stderr
-        yield own, summary, printed
-    finally:
-        stopped = own.run("stop_all_server.sh")
-        run_all(own, commands[-1:])
-    assert stopped.returncode == 0, stopped.stderr
+        printed = run_all(own, commands)
+    except BaseException:
+        run_all(own, ["./stop_all_server.sh", "./stop_vllm.sh"])
+        raise
+    yield own, printed
     clean_up(own)
 
 
 @pytest.fixture(scope="module")
-def vllm(readme: tuple[Checkout, dict[str, Any], dict[str, str]]) -> Checkout:
-    """A checkout with a vLLM server and 2 + 4 agent servers."""
-    return readme[0]
+def vllm(readme: tuple[Checkout, dict[str, str]], tiny_model: Path) -> Iterator[Checkout]:
+    """A checkout with a vLLM server, which repeats seeded answers, and 2 + 4 agent servers."""
+    own = readme[0]
+    try:
+        for started in (start_vllm(own, tiny_model), own.run("start_all_server.sh", "2")):
+            assert started.returncode == 0, started.stderr
+        yield own
+    finally:
+        stopped = [own.run("stop_all_server.sh"), own.run("stop_vllm.sh")]
+    assert all(each.returncode == 0 for each in stopped), stopped
 
 
 @pytest.fixture(scope="module")
-def tiny_model(vllm: Checkout) -> Path:
-    """The model that README makes."""
-    return vllm.path / "run/tiny-model"
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights."""
+    require_vllm()
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    subprocess.run([VLLM_PYTHON, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
+    return folder
 
 
 def start_vllm(
@@ -117,11 +122,22 @@ def two_models(checkout: Checkout) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(REAL_S)
 def test_every_command_of_the_readme_with_a_language_model_runs(readme):
-    checkout, summary, printed = readme
-    assert summary["status"] == "complete" and summary["config"]["agent_type"] == "llm"
-    assert [entry["answered"] for entry in summary["rounds"]] == [1000, 1000]
-    (started,) = (out for command, out in printed.items() if command.endswith(" ./start_vllm.sh"))
+    checkout, printed = readme
+    (started,) = (out for command, out in printed.items() if command.startswith("./start_vllm.sh"))
     assert re.search(rf"^ *{checkout.model_port} +(CPU|GPU \d+) +\d+ +participant-model", started, re.MULTILINE)
+    assert not list((checkout.path / "run").glob(".smollm2-*")) and not (checkout.path / "run/smollm2/smollm2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(REAL_S)
+def test_the_demo_model_answers_and_its_answers_are_not_uniform(readme):
+    run = read_run(min((readme[0].path / "runs").glob("2*")))
+    assert run.summary["status"] == "complete" and run.summary["repeatable"] is False
+    assert [result.tally.answered for result in run.results] == [300, 300]
+    assert run.summary["llm"]["requests"] < 400  # participants with equal prompts share requests
+    for result in run.results:
+        tally = result.tally  # uniform numbers: a mean of 50 +- 1.7, and at most one in 5 on the three most frequent
+        assert tally.average < 43 and np.sort(tally.counts)[-3:].sum() > 0.2 * tally.answered
 
 
 @pytest.mark.slow
@@ -133,7 +149,33 @@ def test_two_thousand_participants_play_two_rounds(vllm):
     values = vllm.values()
     assert len(values) == 4000 and all(value == int(value) and 0 <= value <= 100 for value in values)
     assert len(set(values)) > 50
-    assert summary["llm"]["requests"] < 1000 and summary["llm"]["completion_tokens"] >= 4000
+    assert summary["llm"]["completion_tokens"] >= 4000
+
+
+def equal_answers(checkout: Checkout) -> tuple[int, int]:
+    """Verify the latest run. Return how many answers are equal, and how many there are."""
+    done = checkout.run("main.py", "--role", "verify", "runs/latest", timeout=300)
+    equal, compared = re.match(r"([\d,]+) of ([\d,]+) answers", done.stdout.splitlines()[-1]).groups()
+    assert done.returncode == (0 if equal == compared else 4), done.stderr
+    return int(equal.replace(",", "")), int(compared.replace(",", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(REAL_S)
+def test_a_seeded_game_repeats_after_the_loss_of_a_server_and_without_sharing(vllm):
+    """Many prompts at once exceed what the server processes in one step; a split one with a seed would end it."""
+    flags = ("--agent-type", "llm", "--rounds", "2", "--seed", "5")
+    assert vllm.play("2", "400", *flags, timeout=300)["repeatable"] is True
+    values = vllm.values()
+    equal, compared = equal_answers(vllm)
+    assert compared == 800 and equal >= 792
+    begun = requests_of(vllm)
+    run = vllm.start("run_simulation.sh", "2", "400", *flags, "--samples-per-request", "1")
+    until(lambda: requests_of(vllm) > begun + 450, 120, "in round 2")
+    os.kill(vllm.pid_in(f"servers/{vllm.base_port}"), signal.SIGKILL)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert sum(before == after for before, after in zip(values, vllm.values(), strict=True)) >= 792
 
 
 @pytest.mark.slow
