@@ -5,9 +5,11 @@
 - this program: participants with equal prompts share requests;
 - one request each: this program with --samples-per-request 1;
 - one object: AgentScope's own pattern, an RPC object with its own model client for each participant;
-- the limit: a bare aiohttp loop that sends the same requests as "this program", with the same concurrency.
+- the limit: a bare aiohttp loop that sends requests like those of "this program", with the same concurrency. In round
+  2, another average is announced, so that the server has not processed the prompts before.
 
-The first table uses a real vLLM server on this machine's CPUs, with a tiny model of random weights. The second table
+The first table uses a real vLLM server on this machine's CPUs, with the model in the folder --model (such as
+run/smollm2, the demo model), or with a tiny one of random weights in float32. The second table
 uses a stand-in server that answers immediately, and one agent server with all participants. The second table therefore
 shows the overhead of the program. Figures are medians. Memory is the growth (PSS) of a new agent server after two
 rounds, and at the peak.
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 import aiohttp
+import numpy as np
 import psutil
 import uvloop
 from agentscope.agents import AgentBase
@@ -52,10 +55,11 @@ from simulation.cluster.placement import PlacementPlan
 from simulation.cluster.rounds import Simulation
 from simulation.game.game import Game
 from simulation.game.rules import question_for
+from simulation.game.tally import Tally, announcement_of, score, value_counts
 from simulation.hosts import vllm_servers
 from simulation.hosts.pid_files import AGENT_SERVERS
 from simulation.llm.model_configs import read_models
-from simulation.llm.prompts import Prompt, answer_tokens, prompt_for, rules, structured_fields
+from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules, structured_fields
 from simulation.llm.request_queue import ANSWERS_IN_FLIGHT
 from simulation.results.run_directory import new_run_id
 from simulation.rpc.endpoints import endpoints
@@ -63,7 +67,7 @@ from simulation.runs.console import ConsoleProgress
 from simulation.runs.scenario import build_game
 from simulation.settings import SimulationConfig
 
-VLLM_FLAGS = ["--dtype", "float32", "--max-model-len", "1024"]
+TINY_FLAGS = ["--dtype", "float32", "--max-model-len", "1024"]
 SAMPLE_S = 0.05
 
 STAND_IN = """
@@ -149,26 +153,25 @@ def requests_like_ours(config: SimulationConfig, first: list[int]) -> list[list[
     game = build_game(config, read_models(config))
     numbers = (config.server_per_host, config.moderator_per_host)
     groups = PlacementPlan("", len(first), *(endpoints(["localhost"], 0, each) for each in numbers)).assignments
-    announcement = prompt_for(rules(game), question_for(game, 2, ()), (0.0,))  # only the length of this prompt matters
+    announced = [0, *first[1:]] if first[0] else [int(game.high), *first[1:]]  # another average than in our round 2
+    tally = Tally(len(first), *value_counts(np.array(announced)))
+    announcement = announcement_of(score(game, 1, tally), game)
+    one, two = question_for(game, 1, ()), question_for(game, 2, (announcement,))
     rounds: list[list[bytes]] = [[], []]
     for group in groups:
-        numbers = first[group.first : group.first + group.count]
-        once = prompt_for(rules(game), question_for(game, 1, ()), ())
-        later = {number: announcement._replace(user=announcement.user + f" {number}") for number in set(numbers)}
-        rounds[0] += _bodies(config, game, once, group.count)
-        for number, count in Counter(numbers).items():
-            rounds[1] += _bodies(config, game, later[number], count)
+        rounds[0] += _bodies(config, game, prompt_for(rules(game), one, (), instruction(game)), group.count)
+        for number, count in Counter(first[group.first : group.first + group.count]).items():
+            prompt = prompt_for(rules(game), two, (float(number),), instruction(game))
+            rounds[1] += _bodies(config, game, prompt, count)
     return rounds
 
 
 def _bodies(config: SimulationConfig, game: Game, prompt: Prompt, count: int) -> Iterator[bytes]:
-    model = read_models(config)["model_1"]
-    fields = model.generate_args | {"max_tokens": answer_tokens(config.structured_output, game)}
-    fields |= structured_fields(config.structured_output, game)
-    messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+    model, kind = read_models(config)["model_1"], config.structured_output
+    fields = model.fields(answer_tokens(kind, game), structured_fields(kind, game))
     for start in range(0, count, config.samples_per_request):
         samples = min(config.samples_per_request, count - start)
-        yield json.dumps({"model": model.model, "messages": messages, **fields, "n": samples}).encode()
+        yield json.dumps({"model": model.model, "messages": prompt.messages, **fields, "n": samples}).encode()
 
 
 def limit(config: SimulationConfig, rounds: list[list[bytes]]) -> Timing:
@@ -261,15 +264,17 @@ def _pss_kb(process: psutil.Process) -> float:
 
 
 @contextlib.contextmanager
-def real_vllm(config: SimulationConfig) -> Iterator[None]:
-    """Run a vLLM server on the CPU with a tiny generated model."""
+def real_vllm(config: SimulationConfig, model: str | None, flags: list[str]) -> Iterator[None]:
+    """Run a vLLM server on the CPU with the model in the folder `model`, or with a tiny generated model."""
     python = ROOT / ".venv-vllm/bin/python"
     assert python.exists(), "./start_vllm.sh --install makes the environment first"
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
+        if model is None:
+            subprocess.run([python, ROOT / "tests/tiny_model.py", folder], check=True, capture_output=True)
         with contextlib.closing(ConsoleProgress()) as watch:
-            serving = replace(config, role="vllm", model_path=folder, gpu_num=0)
-            vllm_servers.start(serving, VLLM_FLAGS, partial(watch.progress, "vLLM ready"))
+            serving = replace(config, role="vllm", model_path=model or folder, gpu_num=0)
+            flags = flags + (TINY_FLAGS if model is None else [])
+            vllm_servers.start(serving, flags, partial(watch.progress, "vLLM ready"))
         try:
             yield
         finally:
@@ -293,24 +298,26 @@ class Table:
 
     def __init__(self, title: str) -> None:
         print(f"\n{title}\n")
-        self._row = "| {:<16} | {:>12} | {:>8} | {:>9} | {:>9} | {:>13} | {:>12} | {:>4} |".format
-        titles = ("creation", "round 1", "round 2", "with creation", "of the limit", "runs")
+        self._row = "| {:<16} | {:>12} | {:>8} | {:>9} | {:>9} | {:>13} | {:>18} | {:>4} |".format
+        titles = ("creation", "round 1", "round 2", "with creation", "of the limit (1, 2)", "runs")
         print(self._row("program", "participants", *titles))
         print(self._row(":---", *["---:"] * 7))
 
     def add(self, program: str, runs: list[Timing], limits: list[Timing] | None) -> None:
-        """Print one row: the median answers per second, and the rate of round 1 as a fraction of the limit."""
+        """Print one row: the median answers per second, and the median ratios to the limit of the same repeat."""
         create_s = statistics.median(played.create_s for played in runs)
         rates = [statistics.median(played.rates[number] for played in runs) for number in range(3)]
-        part = f"{rates[0] / statistics.median(played.rates[0] for played in limits):.2f}" if limits else ""
-        shown = [f"{rate:,.0f}/s" for rate in rates]
+        pairs = [*zip(runs, limits, strict=True)] if limits else []
+        ratios = [[ours.rates[number] / theirs.rates[number] for ours, theirs in pairs] for number in (0, 1)]
+        part = ", ".join(f"{statistics.median(each):.2f}" for each in ratios if each)
+        shown = [f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.1f}/s" for rate in rates]
         print(self._row(program, f"{runs[0].participants:,}", f"{create_s:.2f} s", *shown, part, len(runs)), flush=True)
 
 
 def compare(title: str, config: SimulationConfig, repeats: int, each: int, objects: int) -> None:
     """Measure all four programs and print the table. The runs of this program and of the limit alternate."""
     table = Table(title)
-    ours(replace(config, participant_num=1000))  # warm-up
+    ours(replace(config, participant_num=min(config.participant_num, 1000)))  # warm-up
     ours_played, limits = [], []
     for _ in range(repeats):
         played, first = ours(config)
@@ -331,15 +338,19 @@ def main() -> None:
     parser.add_argument("--base-port", type=int, default=12330, help="first port of the agent servers (default 12330)")
     parser.add_argument("--vllm-base-port", type=int, default=8010, help="port of the model server (default 8010)")
     parser.add_argument("--only", choices=("vllm", "stand-in"), help="one of the two tables")
+    parser.add_argument("--model", help="folder of the model that vLLM serves (default: a tiny one of random weights)")
+    parser.add_argument("--participants", type=int, default=10_000, help="with vLLM (default 10000)")
+    parser.add_argument("flags", nargs="*", help="flags for vLLM, after --, such as --enforce-eager")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     logger.remove()
-    config = SimulationConfig(
-        agent_type="llm", base_port=arguments.base_port, vllm_base_port=arguments.vllm_base_port, participant_num=10_000
-    )
+    config = SimulationConfig(agent_type="llm", base_port=arguments.base_port, vllm_base_port=arguments.vllm_base_port)
     if arguments.only != "stand-in":
-        with real_vllm(config), agent_servers(config):
-            compare("Real vLLM on the CPU, 10 + 4 agent servers", config, arguments.repeats, 2_000, 200)
+        config = replace(config, participant_num=arguments.participants)
+        each, objects = (2_000, 200) if arguments.model is None else (200, 50)
+        with real_vllm(config, arguments.model, arguments.flags), agent_servers(config):
+            title = f"Real vLLM on the CPU, 10 + 4 agent servers, model {arguments.model or 'tiny'}"
+            compare(title, config, arguments.repeats, each, objects)
     if arguments.only != "vllm":
         one_server = replace(config, participant_num=64_000, server_per_host=1, moderator_per_host=1)
         with stand_in(config):
