@@ -102,7 +102,7 @@ def play(command: Command) -> int:
         if needs_servers and "keep_agents" in command.given:
             raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
         if needs_servers:
-            games = [(spec.game, spec.asked_models) for spec in session.unfinished]
+            games = [(spec.game, spec.asked_models) for spec in session.unfinished if not spec.config.offline]
             check_models_here(games, session.config.connect_timeout)
         session.open()
         if needs_servers:
@@ -123,7 +123,8 @@ def verify(command: Command) -> int:
     log_to_stderr()
     if len(command.runs) != 1:
         raise SettingsError("--role verify: give the folder of one run")
-    spec = resumed_run(Path(shown(command.runs[0])), {**command.given, "role": "main"})
+    given = {**command.given, "role": "main", "replay": None, "offline": False}
+    spec = resumed_run(Path(shown(command.runs[0])), given)
     install_tls(load_or_make(Path(spec.config.cluster_key_dir)))
     with ExitStack() as cleanup:
         progress = cleanup.enter_context(closing(ConsoleProgress()))

@@ -74,7 +74,10 @@ class LLMParticipant(Participant):
         thoughts: str | None = None
         aloud = ""  # the reasoning for which the prompt asks
         try:
-            if tokens is None:
+            if question.round > 0 and (known_text := chat.recorded(model, prompt, self._read, turn)) is not None:
+                (units, text), thoughts = known_text
+                aloud = thoughts or ""
+            elif tokens is None:
                 (units, text), thoughts = await chat.ask(model, prompt, self._read, turn)
             else:
                 aloud, whole, before_it = await chat.talk(model, prompt, tokens, turn)

@@ -164,6 +164,10 @@ class SimulationConfig:
     max_in_flight: int | None = setting(
         None, "concurrent requests per model and host", 1, 10**6, without="enough for 512 answers"
     )
+    replay: str | None = setting(
+        None, "folder of a run: take its recorded answers where model, sampling and prompt are the same", path=True
+    )
+    offline: bool = setting(False, "send no requests to models: answers that --replay does not give are failures")
     keep_texts: str = setting(
         "auto",
         "what models write is kept: all, none, or a number of participants per round",
@@ -246,6 +250,8 @@ class SimulationConfig:
         asks_somebody = self.winner or self.participant is not None
         if self.role == "ask" and not (self.run_dir and asks_somebody and (self.text or "").strip()):
             raise SettingsError("--role ask: give --run-dir, --text, and --participant or --winner")
+        if self.offline and self.replay is None:
+            raise SettingsError("--offline: give --replay, the folder of the run whose answers are taken")
         if self.experiment is not None and self.resume is not None:
             raise SettingsError("--experiment: does not go with --resume")
 

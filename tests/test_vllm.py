@@ -137,7 +137,7 @@ def test_the_demo_model_answers_and_its_answers_are_not_uniform(readme):
     assert run.summary["llm"]["requests"] < 400  # participants with equal prompts share requests
     for result in run.results:
         tally = result.tally  # uniform numbers: a mean of 50 +- 1.7, and at most one in 5 on the three most frequent
-        assert tally.average < 43 and np.sort(tally.counts)[-3:].sum() > 0.2 * tally.answered
+        assert tally.average() < 43 and np.sort(tally.counts)[-3:].sum() > 0.2 * tally.answered
 
 
 @pytest.mark.slow

@@ -33,16 +33,16 @@ from simulation.game.game import Game
 from simulation.game.rules import Announcement, Question
 from simulation.game.tally import Tally, Winners, merge
 from simulation.llm.chat import Chat, served_name
-from simulation.llm.prompts import KeptText, Prompt
+from simulation.llm.prompts import KeptText, Prompt, RecordedText
 from simulation.llm.responses import Usage
 from simulation.rpc.client import RemoteObject
-from simulation.rpc.endpoints import GroupAssignment, run_of
+from simulation.rpc.endpoints import TEXTS_PER_MESSAGE, GroupAssignment, run_of
 from simulation.rpc.messages import Progress
 
 TURN = 32_768  # maximum number of participants of a group that wait for a model at the same time
 BUILD_BATCH = 2000  # number of participants created before the event loop runs other callbacks
 TALLY_VALUES = 500_000  # maximum number of distinct values in one message
-TEXTS_PER_MESSAGE, TEXT_CHARACTERS = 2000, 4_000_000  # a message of texts ends when it has as many of either
+TEXT_CHARACTERS = 4_000_000  # a message of texts ends when it has as many, or TEXTS_PER_MESSAGE texts
 
 
 class ParticipantGroup(metaclass=RpcMeta):
@@ -220,6 +220,11 @@ class ParticipantGroup(metaclass=RpcMeta):
             except BaseException as error:  # noqa: BLE001 - a user-defined recall may raise anything
                 agents[offset] = self._failed(offset, error)
             self._drop_rng(agents[offset])
+
+    def record(self, texts: list[RecordedText]) -> None:
+        """Take answers from these texts of a recorded run where model and prompt are the same (see --replay)."""
+        if self.chat is not None:
+            self.chat.record(texts)
 
     # --- Called by the server ----------------------------------------------------------------------------------------
 

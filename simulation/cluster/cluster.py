@@ -23,7 +23,7 @@ from simulation.errors import RunAborted
 from simulation.game.answer_sheet import Answers
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult
-from simulation.llm.prompts import KeptText
+from simulation.llm.prompts import KeptText, RecordedText
 from simulation.rpc.channels import call_all, call_all_or_raise
 from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
 from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints
@@ -45,6 +45,13 @@ class Record(Protocol):
         """Return the answers of participants first .. first+count-1, NaN if none, one row per round 1 .. rounds."""
 
 
+class Replay(Protocol):
+    """The source of recorded texts."""
+
+    def of(self, first: int, count: int) -> Iterator[list[RecordedText]]:
+        """Yield the texts of participants first .. first+count-1, in pieces for one message each."""
+
+
 class Cluster(Membership):
     """The servers and groups of one run. On exit, the agents are deleted unless they are kept (see --keep-agents)."""
 
@@ -56,6 +63,7 @@ class Cluster(Membership):
         watch: ProgressListener,
         record: Record | None,
         recorded: Mapping[str, Any],
+        replay: Replay | None = None,
     ) -> None:
         servers = endpoints(config.hosts, config.base_port, config.server_per_host)
         first_port = config.base_port + config.server_per_host
@@ -65,6 +73,7 @@ class Cluster(Membership):
         self.moderator_servers = moderator_servers
         self._game = game
         self._record = record
+        self._replay = replay
         self._classes = load_agent_classes(config, recorded)
         self._packed = serialize_agent_class(*self._classes, flag=config.who_flag)
         self._plan = PlacementPlan(run, config.participant_num, servers, moderator_servers)
@@ -149,6 +158,9 @@ class Cluster(Membership):
         groups = call_all_or_raise({each: partial(create, each) for each in assignments})
         self.wait("participants created", 0, assignments)
         self._restore_memory(groups, rounds)
+        if self._replay is not None:
+            send = partial(_send_recorded, self._replay)
+            call_all_or_raise({each: partial(send, each, group) for each, group in groups.items()})
         self._ready |= {assignment.oid for assignment in assignments}
 
     def restore_memory(self, rounds: int) -> None:
@@ -193,6 +205,11 @@ class Cluster(Membership):
         if number > 0:
             awaited += [(server, self.moderators[server].oid) for server in self._assigned]
         self.wait_until_done(stage, number, sum(each.count for each in assignments), awaited)
+
+
+def _send_recorded(replay: Replay, assignment: GroupAssignment, group: RemoteObject) -> None:
+    for texts in replay.of(assignment.first, assignment.count):
+        group.record(texts)
 
 
 def _restore_memory(record: Record, rounds: int, assignment: GroupAssignment, group: RemoteObject) -> None:

@@ -66,6 +66,8 @@ def check_cluster(config: SimulationConfig, game: Game) -> tuple[Identities, boo
         raise ClusterError("\nerror: ".join(lines))
     if not config.uses_models:
         return identities, True
+    if config.offline:
+        return identities, False
     check_models_known(config, identities)
     return identities, check_models(config, game, list(identities))
 

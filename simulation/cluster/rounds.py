@@ -14,7 +14,7 @@ from agentscope.message import Msg
 
 from simulation.agents.group import whole_tally
 from simulation.agents.participant import Participant
-from simulation.cluster.cluster import Cluster, Record
+from simulation.cluster.cluster import Cluster, Record, Replay
 from simulation.cluster.membership import ProgressListener
 from simulation.errors import AgentNotFound, Ended, RunAborted, SimulationError, UnusableAnswer
 from simulation.game.answer_sheet import FAILED, Answers
@@ -54,12 +54,13 @@ class Simulation:
         played: tuple[Announcement, ...] = (),  # announcements of the rounds before a resume
         usage: Usage = NO_USAGE,  # usage of the rounds before a resume
         recorded: Mapping[str, Any] = MappingProxyType({}),  # for surrogates (see `read_recorded`)
+        replay: Replay | None = None,  # recorded texts to take answers from
     ) -> None:
         assert config.seed is not None  # main generates a seed if the user gives none
         self.config = config
         self.game = game
         self.record = record
-        self.cluster = Cluster(config, run, game, watch, record, recorded)
+        self.cluster = Cluster(config, run, game, watch, record, recorded, replay)
         self._announcements = played
         self._usage_before_resume = usage
         self._begin_round(0)

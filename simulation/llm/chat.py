@@ -4,9 +4,10 @@ Equal prompts that participants send to the same model in one pass of the event 
 """
 
 import asyncio
+import contextlib
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from agentscope.manager import ModelManager
@@ -15,12 +16,13 @@ from simulation.errors import KnownCause, UnusableAnswer
 from simulation.game.game import Game
 from simulation.game.rules import draw_below
 from simulation.llm.model_configs import ModelConfig, read_models
-from simulation.llm.prompts import Prompt, answer_tokens, structured_fields
+from simulation.llm.prompts import Prompt, RecordedText, answer_tokens, hash_of, structured_fields
 from simulation.llm.request_queue import Sample, SampleRequest, Waiting, model_thread
 from simulation.llm.responses import CUT_OFF, Usage
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
+NOT_RECORDED = "the recorded run has no usable answer to this prompt (--offline)"
 SEEDS = 2**52  # number of seeds from which the first one of a round is drawn
 _models: dict[str, ModelConfig] = {}  # the models of this process, by name
 
@@ -79,7 +81,27 @@ class Chat:
         self.outages: dict[str, str] = {}  # messages for the user about models with lasting errors, by model
         self.tasks: set[asyncio.Task[None]] = set()  # one task per request in flight, on the model thread
         self._game = game
+        self._recorded: dict[Turn, RecordedText] = {}
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
+
+    def record(self, texts: Iterable[RecordedText]) -> None:
+        """Add texts of a recorded run, for `recorded`."""
+        self._recorded |= {Turn(each.participant, each.round): each for each in texts}
+
+    def recorded(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None] | None:
+        """Return what `ask` would return, from the recorded run, or None if that has no usable answer to this prompt.
+
+        Raises UnusableAnswer in place of None if no requests may be sent (--offline).
+        """
+        found = self._recorded.get(turn)
+        if found is not None and found.prompt in (None, hash_of(prompt)) and found.model in (None, served_name(model)):
+            with contextlib.suppress(UnusableAnswer):
+                value = read(found.text)
+                self.budget.used.replayed += 1
+                return value, found.thoughts
+        if self.settings.offline:
+            raise KnownCause(NOT_RECORDED)
+        return None
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None]:
         """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.

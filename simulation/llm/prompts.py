@@ -4,6 +4,8 @@ A prompt does not identify a participant, so participants with the same history 
 many prompts share comes first, so that a model server with prefix caching processes this text once.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ FREE_TEXT_TOKENS = 256  # token limit of an unconstrained answer
 JSON_TOKENS = 48  # tokens of {"number": "..."} in addition to the number, with white space that some models add
 SPARE_TOKENS = 4  # in addition to one token per character of a constrained number
 CHECK = "(This request only checks that you answer.)"
+HASH_DIGITS = 16
 EXTRACT = "So which number is it? Answer with the number alone."
 
 
@@ -79,6 +82,23 @@ class KeptText(NamedTuple):
     prompt: Prompt  # of the first request
     text: str | None  # states the number, or is the last unusable one; None if the model server did not answer
     thoughts: str | None  # the reasoning before the number; None without reasoning
+
+
+class RecordedText(NamedTuple):
+    """A text of a recorded run. `model` and `prompt` are None if the run recorded only answers."""
+
+    round: int
+    participant: int
+    model: str | None  # the name on its server
+    prompt: str | None  # a hash (see `hash_of`)
+    text: str
+    thoughts: str | None
+
+
+@lru_cache(maxsize=4096)
+def hash_of(prompt: Prompt) -> str:
+    """Return a short hash of the messages of a prompt, the same in all runs."""
+    return hashlib.sha256(json.dumps(prompt.messages).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def rules(game: Game, personas: Sequence[Persona] = (), team: str | None = None) -> str:

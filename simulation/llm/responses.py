@@ -51,13 +51,14 @@ class Usage:
     completion_tokens: int = 0
     answering_s: float = 0.0  # of the slowest group: from question to last answer, summed over rounds
     client_s: float = 0.0  # CPU time of the slowest group's server process during `answering_s`
+    replayed: int = 0  # answers taken from a recorded run, without a request
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
-        counts = ("requests", "retries", "prompt_tokens", "completion_tokens")
+        counts = ("requests", "retries", "prompt_tokens", "completion_tokens", "replayed")
         slower = max(self, other, key=lambda each: each.answering_s)
         return replace(slower, **{name: getattr(self, name) + getattr(other, name) for name in counts})
 

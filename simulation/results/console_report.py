@@ -109,7 +109,9 @@ def structured_output_lines(tally: Tally, asking: int, kind: str) -> list[str]:
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
     """Return a line about the usage in a round of `round_s` seconds. `before` and `after` are cumulative usages."""
     answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
+    replayed = after.replayed - before.replayed
     return (
+        f"{f'{replayed:,} recorded answers, ' if replayed else ''}"
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
         f"{after.prompt_tokens - before.prompt_tokens:,} tokens of prompts and "
         f"{after.completion_tokens - before.completion_tokens:,} of answers; {answering_s - client_s:.2f} s waiting "

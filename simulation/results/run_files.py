@@ -25,7 +25,7 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 SHAPE = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Seconds = Annotated[int | float, Field(ge=0, le=1e12)]
 Printable = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-LLMCounts = Literal["requests", "prompt_tokens", "completion_tokens", "retries"]
+LLMCounts = Literal["requests", "prompt_tokens", "completion_tokens", "retries", "replayed"]
 TimesKeys = Literal["round", "model_s", "client_s", "rpc_s", "slowest_s"]
 T = TypeVar("T")
 
@@ -187,6 +187,7 @@ def summarise(
     rpc_s = seconds["rounds"] - usage.answering_s  # `answering_s` and `client_s` are times of the slowest group
     llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
     llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
+    counts = [each for each in get_args(LLMCounts) if each != "replayed" or config.replay is not None or usage.replayed]
     return {
         "run_id": run_id,
         **({"part_of": position} if position is not None else {}),
@@ -196,7 +197,7 @@ def summarise(
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [round_entry(result, 10**config.decimals) for result in rounds],
         **({"texts": _texts_entry([each.texts for each in rounds if each.texts])} if llm else {}),
-        "llm": {name: getattr(usage, name) for name in get_args(LLMCounts)} if llm else None,
+        "llm": {name: getattr(usage, name) for name in counts} if llm else None,
     }
 
 

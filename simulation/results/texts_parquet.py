@@ -1,15 +1,17 @@
 """Writing and sampling what language models wrote: Parquet files of texts, and of the prompts they answer."""
 
-import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from simulation.llm.prompts import KeptText, Prompt
-from simulation.results.answers_parquet import row_writer
+from simulation.llm.prompts import HASH_DIGITS, KeptText, RecordedText, hash_of
+from simulation.results.answers_parquet import SCHEMA, row_writer, rows_in
+from simulation.rpc.endpoints import TEXTS_PER_MESSAGE
 
 TEXTS = pa.schema(
     [
@@ -23,7 +25,6 @@ TEXTS = pa.schema(
 )
 # Each prompt is in the file once, with the round that was the first to use it
 PROMPTS = pa.schema([("first_round", pa.int32()), *((name, pa.string()) for name in ("prompt", "system", "user"))])
-HASH_DIGITS = 16
 
 
 class Distinct:
@@ -45,9 +46,41 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def hash_of(prompt: Prompt) -> str:
-    """Return a short hash of the messages of a prompt, the same in all runs."""
-    return hashlib.sha256(json.dumps(prompt.messages).encode()).hexdigest()[:HASH_DIGITS]
+class RecordedTexts:
+    """What models wrote in a recorded run, or only the answers of its first `rounds` rounds if it kept no texts.
+
+    Raises OSError or ArrowInvalid if a file cannot be read.
+    """
+
+    def __init__(self, run: Path, rounds: int) -> None:
+        names = ("texts", "answers")
+        texts, answers = ([*run.glob(f"{each}.parquet")] or sorted(run.glob(f"{each}-*.parquet")) for each in names)
+        self.has_texts = bool(texts)
+        if texts:
+            rows = pa.concat_tables(chain.from_iterable(rows_in(path, TEXTS) for path in texts))
+            rows = rows.filter(pc.is_valid(rows["text"]))
+        else:
+            tables = chain.from_iterable(map(rows_in, answers))
+            rows = pa.concat_tables(table.select(SCHEMA.names) for table in tables)
+            rows = rows.filter(pc.and_(pc.is_valid(rows["value"]), pc.less_equal(rows["round"], rounds)))
+            values = pa.array([f"{value:.15g}" for value in rows["value"].to_pylist()], pa.string())
+            none = pa.nulls(len(rows), pa.string())
+            columns = [rows["round"], rows["participant"], none, none, values, none]
+            rows = pa.table(columns, names=TEXTS.names)
+        self._rows = rows.sort_by("participant")
+        self._participants = self._rows["participant"].to_numpy()
+
+    def of(self, first: int, count: int) -> Iterator[list[RecordedText]]:
+        """Yield the texts of participants first .. first+count-1, in pieces for one message each."""
+        start, stop = np.searchsorted(self._participants, (first, first + count)).tolist()
+        for place in range(start, stop, TEXTS_PER_MESSAGE):
+            piece = self._rows.slice(place, min(TEXTS_PER_MESSAGE, stop - place))
+            yield [RecordedText(*row) for row in zip(*(piece[name].to_pylist() for name in TEXTS.names), strict=True)]
+
+    def counts(self, participants: int) -> dict[int, int]:
+        """Return how many texts of participants 0 .. participants-1 are recorded, by round."""
+        rounds = self._rows["round"].to_numpy()[: np.searchsorted(self._participants, participants)]
+        return dict(zip(*(each.tolist() for each in np.unique(rounds, return_counts=True)), strict=True))
 
 
 def write_texts(

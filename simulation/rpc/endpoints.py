@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from simulation.errors import SettingsError
 
-ANSWERS_PER_MESSAGE = 250_000
+ANSWERS_PER_MESSAGE, TEXTS_PER_MESSAGE = 250_000, 2000
 
 
 @dataclass(frozen=True, order=True)

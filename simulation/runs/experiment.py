@@ -18,7 +18,6 @@ from simulation.game.population import GAMMA, MASK, mix
 from simulation.results.run_directory import new_run_id
 from simulation.results.run_files import SOURCES, SourceEntry
 from simulation.results.tables import value_text
-from simulation.runs.yaml_file import YamlFile, items_in, text_of
 from simulation.settings import (
     FLAGS_OF_GAMES,
     KINDS,
@@ -29,6 +28,7 @@ from simulation.settings import (
     moved,
     to_number,
 )
+from simulation.yaml_file import YamlFile, items_in, text_of
 
 MOST_RUNS = 1000  # of a sweep, repeats included
 SEED_BITS = 32  # of the seeds of repeats, as of a seed that is drawn

@@ -13,8 +13,8 @@ from simulation.errors import SettingsError, listed, nearest, printable
 from simulation.files import ROOT, files_in
 from simulation.game.game import Game
 from simulation.game.human import HumanData, HumanRound
-from simulation.runs.yaml_file import YamlFile, text_of
 from simulation.settings import DATA_FILES, SimulationConfig, fraction
+from simulation.yaml_file import YamlFile, text_of
 
 FLAG, FOLDER = "--compare-with", ROOT / "configs" / "human"
 HUMAN_DATA = TypeAdapter(HumanData)

@@ -101,7 +101,7 @@ class Run:
             logger.info(f"seed {self.config.seed}; --seed {self.config.seed} plays this game again{condition}")
         announced = tuple(announcement_of(each, self.game) for each in self.results)
         prefix = remote_run(self.run_id, secrets.token_hex(2))
-        past = (self.directory, announced, self.usage, self._recorded)
+        past = (self.directory, announced, self.usage, self._recorded, self.spec.replay)
         simulation = Simulation(with_copies(self.config, self.spec.copies), self.game, prefix, self.console, *past)
         try:
             with simulation, ThreadPoolExecutor(1) as imports:

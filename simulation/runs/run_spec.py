@@ -26,9 +26,11 @@ from simulation.provenance import kept_files, sources_of, with_copies, with_file
 from simulation.results import reader
 from simulation.results.run_directory import WHOLE, new_run_id
 from simulation.results.tables import table_lines
+from simulation.results.texts_parquet import RecordedTexts
 from simulation.rpc.endpoints import ranges
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.runs.human_data import file_beside, people_beside
+from simulation.runs.replay import with_replay
 from simulation.runs.scenario import build_game, choose_players, read_recorded
 from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 from simulation.user_code import UserFile
@@ -62,6 +64,7 @@ class RunSpec:
     sources: tuple[UserFile, ...] = ()  # the users' files in use, as they were when the run was started
     copies: Mapping[str, str] = field(default_factory=dict)  # files to use in place of some of these, by path
     people: tuple[HumanData, ...] = ()  # figures of people to show beside the run
+    replay: RecordedTexts | None = None  # texts of a recorded run to take answers from (see --replay)
 
     @property
     def model_settings(self) -> str | None:
@@ -112,8 +115,16 @@ class RunSpec:
         return [
             *(f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in self.asked_models),
             *table_lines(("round", *COSTS), rows, dropped=COSTS[:2], left=()),
+            *([self._recorded_line(self.replay)] if self.replay is not None else ()),
             f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}",
         ]
+
+    def _recorded_line(self, replay: RecordedTexts) -> str:
+        config, counts = self.config, replay.counts(self.config.participant_num)
+        known = [f"{counts[number]:,} in round {number}" for number in self.rounds_left if number in counts]
+        condition = "they cost nothing where the prompt is the same" if replay.has_texts else "they cost nothing"
+        rest = "all others fail (--offline)" if config.offline else "all others are requested"
+        return f"recorded answers: {listed(known) or 'none'}; {condition}, and {rest}"
 
     @cached_property
     def tokens(self) -> int:
@@ -211,7 +222,7 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     sources = sources_of(used, [*texts_used, *file_beside(used)])
     sources = tuple(replace(each, path=users.get(each.path, each.path)) for each in sources)
     others: dict[str, Any] = {"recorded": recorded, "sources": sources, "copies": copies, "people": people}
-    return RunSpec(config, models, game, folder, run_id, **others)
+    return with_replay(RunSpec(config, models, game, folder, run_id, **others))
 
 
 def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
@@ -222,6 +233,8 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
     """
     before = reader.read_summary(path, "--resume ")
     config, status = reader.config_to_resume(path, before.config, given), before.summary["status"]
+    if "replay" not in given and config.replay is not None:  # the recorded run may be gone
+        config = replace(config, replay=None)
     is_spent, has_rounds = before.is_spent(config.max_tokens), len(before.summary["rounds"]) < config.rounds
     has_rounds = has_rounds and not before.has_converged(config.until_converged)
     if in_sweep and status in ("complete", "partial") and (is_spent or not has_rounds):
@@ -256,7 +269,7 @@ def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> Ru
             f"--resume {path}: the models in {shown(config.model_configs)} have other settings than at its start: "
             f"their SHA-256 is {spec.model_settings}, not {was}"
         )
-    return spec
+    return with_replay(spec)
 
 
 def warn_of_missing_copy(*configs: SimulationConfig) -> None:

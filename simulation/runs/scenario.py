@@ -21,9 +21,9 @@ from simulation.game.rules import game_of
 from simulation.game.tally import Tally, try_game
 from simulation.llm.model_configs import ModelConfig, unnamed_models
 from simulation.results.reader import SavedRun, read_run, read_summary
-from simulation.runs.yaml_file import YamlFile
 from simulation.settings import SETTINGS, Setting, SimulationConfig, flag_of, labels_of, parse_shares, share_in
 from simulation.user_code import file_of, files_of
+from simulation.yaml_file import YamlFile
 
 PLACEHOLDERS = ("{number}", "{max_value}", "{rules}", "{target}", "{persona}", "{team}")
 REASONING_TOKENS = Parameter(int, Setting(None, "", 1, 100_000))
