@@ -17,7 +17,7 @@ KIND, MODEL = "kind", "model"  # the topics of two partitions; every other topic
 # Names of columns in answers.parquet, so of no persona set
 RESERVED = (KIND, MODEL, "round", "participant", "value", "failure", "team", "payoff", "won")
 MOST_TEXTS, TEXTS_SAMPLED = 100_000, 1000  # a game with more answers of models keeps a sample (--keep-texts auto)
-MOST_STRATA = 100_000  # maximum number of combinations of kind, personas and model that samples represent
+MOST_STRATA = 10_000  # maximum number of combinations of kind, personas and model that samples represent
 COUNTED_AT_ONCE = 250_000  # number of participants whose strata are in memory at the same time
 NO_MODEL = "none"  # the label of players without a model
 NEIGHBOURS = 100  # number of neighbouring participants that ask the same model in turn if requests have seeds
@@ -259,13 +259,14 @@ def stratified(sizes: Sequence[int], size: int) -> tuple[int, ...]:
 
     If `size` allows it, each stratum that is not empty gets at least 1. A stratum never gets more than its size.
     """
-    total, least = sum(sizes), [min(each, 1) for each in sizes]
+    total = sum(sizes)
     if size >= total:
         return tuple(sizes)
-    if size <= sum(least):
-        return largest_remainder(size, [Fraction(each, total) for each in sizes]) if size < sum(least) else tuple(least)
-    beyond = [max(each * size - total, 0) for each in sizes]  # in proportion to each share beyond 1
-    more = largest_remainder(size - sum(least), [Fraction(each, sum(beyond)) for each in beyond])
+    enough = size >= sum(each > 0 for each in sizes)
+    least = [int(enough and each > 0) for each in sizes]
+    beyond = [max(each * size - one * total, 0) for each, one in zip(sizes, least, strict=True)]  # of its exact share
+    whole = max(sum(beyond), 1)
+    more = largest_remainder(size - sum(least), [Fraction(each, whole) for each in beyond])
     return tuple(one + other for one, other in zip(least, more, strict=True))
 
 

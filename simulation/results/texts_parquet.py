@@ -1,4 +1,4 @@
-"""Writing and sampling what language models wrote: Parquet files of texts, and of the prompts they answer."""
+"""Writing what language models wrote: Parquet files of texts, and of the prompts they answer."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -93,10 +93,10 @@ def write_texts(
     kept, replaced, distinct = 0, 0, Distinct()
     with row_writer(texts, TEXTS) as write, row_writer(prompts, PROMPTS) as write_prompts:
         for piece in pieces:
-            written = [[each and well_formed(each) for each in (row.text, row.thoughts)] for row in piece]
-            replaced += sum(each != [row.text, row.thoughts] for row, each in zip(piece, written, strict=True))
+            written = [tuple(each and well_formed(each) for each in (row.text, row.thoughts)) for row in piece]
+            replaced += sum(each != (row.text, row.thoughts) for row, each in zip(piece, written, strict=True))
             kept += len(piece)
-            hashes = {prompt: hash_of(prompt) for prompt in {row.prompt for row in piece}}
+            hashes = {prompt: hash_of(prompt) for prompt in dict.fromkeys(row.prompt for row in piece)}
             rows = zip(piece, written, strict=True)
             values = [(round_number, row.participant, row.model, hashes[row.prompt], *each) for row, each in rows]
             write(_table(values, TEXTS))
