@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,11 +19,14 @@ from fake_model import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulation.agents import group as groups
+from simulation.cluster.rounds import Simulation
 from simulation.errors import SettingsError
 from simulation.game.population import MOST_TEXTS, Combination, ModelShare, Persona, PlayerShare, Population, stratified
 from simulation.llm.prompts import KeptText, Prompt
 from simulation.results.report_page import TEXT_FOLDED
 from simulation.results.run_directory import RunDirectory
+from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.settings import SimulationConfig
 
 LLM = ("--agent-type", "llm", "--seed", "7")
@@ -143,6 +148,29 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     assert [row["text"] for row in rows] == ["\ufffd 33", "33", "\U0001f600", None]
     assert [row["thoughts"] for row in rows] == [None, "so \ufffd", None, None]
     directory.close()
+
+
+@pytest.mark.parametrize(("texts", "characters", "sizes"), [(3, 10**6, [3, 3, 1]), (100, 30, [2, 2, 2, 1])])
+def test_texts_come_in_messages_of_bounded_size(monkeypatch, texts, characters, sizes):
+    """Each text has 12 characters, and their prompt 11, which a message holds once."""
+    monkeypatch.setattr(groups, "TEXTS_PER_MESSAGE", texts)
+    monkeypatch.setattr(groups, "TEXT_CHARACTERS", characters)
+    monkeypatch.setattr(groups, "served_name", str.lower)
+    offsets = [7, 0, 3, 5, 8, 9, 2]
+    kept = {offset: text_of(10 + offset, "What?", "2" * 12) for offset in offsets}
+    group = SimpleNamespace(first=10, _texts=kept, _finished_sheet=lambda: None)
+    there, gone = Endpoint("a", 1), GroupAssignment("gone", 0, 10, None, Endpoint("a", 2))
+    cluster = SimpleNamespace(
+        assignments=[gone, GroupAssignment("group", 10, 10, there, there)],
+        moderators={there: SimpleNamespace(texts=partial(groups.ParticipantGroup.texts, group))},
+    )
+    simulation = SimpleNamespace(cluster=cluster)
+    simulation._fetched = partial(Simulation._fetched, simulation)
+    pieces = [*Simulation.texts(simulation)]
+    assert [len(piece) for piece in pieces] == [0, *sizes]
+    found = [text for piece in pieces for text in piece]
+    assert [text.participant for text in found] == [10 + offset for offset in sorted(offsets)]
+    assert {text.model for text in found} == {"m"}
 
 
 @pytest.fixture
