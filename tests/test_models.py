@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -35,8 +35,8 @@ from simulation.llm.chat import Chat, TokenBudget, _models, load_models
 from simulation.llm.concurrency_limit import RateLimit
 from simulation.llm.http_client import START, ModelHttp, check_models, proxy_of
 from simulation.llm.model_configs import ModelConfig
-from simulation.llm.prompts import CHECK, Probe
-from simulation.llm.request_queue import ERRORS_WITH_N, NO_ANSWER, model_thread
+from simulation.llm.prompts import CHECK, Probe, Prompt
+from simulation.llm.request_queue import ERRORS_WITH_N, NO_ANSWER, SampleRequest, model_thread
 from simulation.llm.responses import NO_TEXT, OUT_OF_TOKENS, RequestError, pause_s
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import SimulationConfig
@@ -548,6 +548,14 @@ def test_thoughts_that_use_up_the_reasoning_tokens_name_the_setting(play, fake_o
     assert [body["max_completion_tokens"] for body in fake.bodies] == [40] * 3
 
 
+def test_a_number_is_asked_for_after_thoughts_that_are_cut_off_between_tags(play, fake_of):
+    fake = fake_of()
+    fake.thoughts = ["<think>Others pick 50"]
+    fake.cut_off = {*fake.thoughts}
+    assert tally_of(play(fake, 3, reasoning_tokens=40)).answered == 3
+    assert fake.bodies[-1]["messages"][2]["content"] == fake.thoughts[0]
+
+
 def test_the_limits_per_minute_delay_requests_without_errors(play, fake_of, tmp_path, monkeypatch):
     monkeypatch.setattr("simulation.llm.request_queue.RateLimit", partial(RateLimit, folder=tmp_path))
     fake = fake_of()
@@ -560,6 +568,14 @@ def test_the_limits_per_minute_delay_requests_without_errors(play, fake_of, tmp_
     limits = {"tokens_per_minute": 2400}  # 200 at once: requests must not ask for 100 samples of 7 tokens
     assert tally_of(play(fake, 30, more=limits, reply_timeout=0.5)).answered == 30
     assert max(fake.samples) < 30 and time.monotonic() - began < 30
+
+
+def test_hosts_share_the_limits_per_minute():
+    config = ModelConfig("m", "m", "http://x/v1", {"requests_per_minute": 60})
+    for participants, share in ((2, 30), (300, 20)):
+        settings = SimulationConfig(hosts=("a", "b", "c"), participant_num=participants)
+        request = SampleRequest(SimpleNamespace(settings=settings), config, Prompt("", ""), {}, deque(), 0.0)
+        assert request.per_minute[0] == share and request.per_minute[1] > 10**12
 
 
 def test_the_number_of_engines_raises_the_limit_in_flight(play, fake_of):

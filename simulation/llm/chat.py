@@ -131,7 +131,7 @@ class Chat:
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
             text, cause, deadline, thoughts = await self._sample(model, prompt, tokens, deadline, turn, attempt)
-            if text is not None and cause in (None, CUT_OFF["length"]):
+            if text is not None and (cause is None or cause.startswith(CUT_OFF["length"])):
                 return text, cause is None, thoughts
         raise KnownCause(self._explained(cause or "", model, tokens if turn.round else 0), text)
 
