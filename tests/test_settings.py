@@ -159,7 +159,7 @@ UNUSED = [
     ("--role participant --status --participant-num 3", "--participant-num: goes with --role main, not with"),
     ("--role report --rounds 3 --run-dir x", "--rounds: goes with --role main, not with --role report"),
     ("--role ask --seed 1 --run-dir x --text Why", "--seed: goes with --role main, not with --role ask"),
-    ("--role vllm --hosts a b", "--hosts: goes with --role main or participant, not with --role vllm"),
+    ("--role vllm --hosts a b", "--hosts: goes with --role main or participant or verify, not with --role vllm"),
     ("--text Why", "--text: goes with --role ask, not with --role main"),
     ("--model-path x", "--model-path: goes with --role vllm, not with --role main"),
     ("--role vllm --make-key", "--make-key: goes with --role participant, not with --role vllm"),
