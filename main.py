@@ -124,7 +124,7 @@ def verify(command: Command) -> int:
     if len(command.runs) != 1:
         raise SettingsError("--role verify: give the folder of one run")
     given = {**command.given, "role": "main", "replay": None, "offline": False}
-    spec = resumed_run(Path(shown(command.runs[0])), given)
+    spec = resumed_run(Path(shown(command.runs[0])), given, flag="--role verify ")
     install_tls(load_or_make(Path(spec.config.cluster_key_dir)))
     with ExitStack() as cleanup:
         progress = cleanup.enter_context(closing(ConsoleProgress()))

@@ -88,7 +88,7 @@ class LLMParticipant(Participant):
                     stated = (await chat.ask(model, extracting, self._read, turn))[0]
                 units, text = stated
         except UnusableAnswer as error:
-            text = error.text
+            text, thoughts = error.text, thoughts or error.thoughts
             raise
         finally:
             if self._home is not None:

@@ -44,6 +44,7 @@ main() {
         case "$1" in
           --demo-model) demo="$ROOT/run/smollm2" ;;
           --repeatable) FLAGS+=(--repeatable) ;;
+          --status | --install) fail 2 "$1 takes no other arguments; usage: ./start_vllm.sh $1" ;;
           *) refuse_unknown "$1" "$usage, with MODEL_PATH (and GPU_NUM) set, or --help" --status --install --demo-model --repeatable -- --help ;;
         esac
         shift
@@ -67,7 +68,8 @@ main() {
   ensure_venv "$group"
   [ "${1:-}" != --install ] || return 0
   if [ -n "$demo" ]; then
-    [ -e "$demo" ] || "$VENV_VLLM/bin/python" -I "$ROOT/scripts/demo_model.py" "$demo" || exit $?
+    { [ -s "$demo/config.json" ] && [ -s "$demo/model.safetensors" ] && [ -s "$demo/tokenizer.json" ]; } ||
+      "$VENV_VLLM/bin/python" -I "$ROOT/scripts/demo_model.py" "$demo" || exit $?
     [ "$gpus" -gt 0 ] || set -- -- --enforce-eager "${@:2}" # compiling takes longer than a game with this model
     say "${demo#"$ROOT/"} is SmolLM2-135M-Instruct, a real but very small model: it answers, and does not reason"
   fi

@@ -53,7 +53,8 @@ def main(target: Path) -> int:
             gguf = download(Path(folder))
             print(f"converting the model into {target} (about a minute, once)", file=sys.stderr)
             convert(gguf, Path(folder, "model"))
-            shutil.move(Path(folder, "model"), target)
+            shutil.rmtree(target, ignore_errors=True)  # incomplete
+            Path(folder, "model").rename(target)
         return 0
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if line.strip()] or [f"exit status {error.returncode}"]

@@ -89,6 +89,8 @@ class Interrupted(SimulationError):
 class UnusableAnswer(Exception):
     """A participant gave no valid number. `text` is its answer, if any. Custom participants may raise this error."""
 
+    thoughts: str | None = None  # the reasoning that a model server returned beside the answer, if any
+
     def __init__(self, cause: str, text: str | None = None) -> None:
         super().__init__(cause)
         self.text = text

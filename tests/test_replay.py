@@ -87,6 +87,20 @@ def test_personas_take_the_answers_of_the_same_participants(cluster, fake, recor
     assert 0 < summary["llm"]["replayed"] < 120
 
 
+def test_only_answers_of_the_same_seed_let_a_game_claim_to_repeat(cluster, fake, recorded):
+    run = recorded()  # without seeds
+    fake.repeatable = True
+    assert cluster.play("3", "120", *LLM, "--replay", run)["repeatable"] is False
+    seeded = recorded()
+    assert cluster.play("3", "120", *LLM, "--replay", seeded)["repeatable"] is True
+    page = (cluster.path / "runs/latest/report.html").read_text()
+    assert f"120 of {seeded}" in page and f"--replay {seeded}" in page
+    other = ("--agent-type", "llm", "--seed", "8", "--ratio", "2/3", "--replay", seeded)
+    done = cluster.run("run_simulation.sh", "3", "120", *other)
+    assert done.returncode == 0 and "plays this game again" not in done.stderr
+    assert cluster.summary()["repeatable"] is False and cluster.summary()["llm"]["replayed"] == 120
+
+
 def test_a_published_folder_is_replayed_without_any_model(cluster, fake, recorded, tmp_path):
     run = recorded()
     values = cluster.values()
@@ -111,6 +125,28 @@ def test_answers_alone_are_taken_where_prompts_cannot_differ(cluster, fake, reco
     assert more["llm"]["replayed"] == 120
     other = cluster.play("3", "120", "--agent-type", "llm", "--ratio", "1/2", "--replay", run)
     assert other["llm"]["replayed"] == 0
+
+
+def test_answers_of_a_seeded_run_without_texts_are_taken(cluster, fake, recorded):
+    fake.repeatable = True
+    run = recorded("--keep-texts", "none")
+    assert usage(cluster.play("3", "120", *LLM, "--rounds", "2", "--replay", run)) == (240, False)
+
+
+def test_a_replayed_run_resumes_without_the_recorded_run(cluster, fake, recorded):
+    run = cluster.path / recorded()
+    cluster.play("3", "120", *LLM, "--replay", str(run))
+    run.rename(run.with_name("moved"))
+    done = cluster.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    summary = cluster.summary()
+    assert summary["llm"]["replayed"] == 120 and [each["answered"] for each in summary["rounds"]] == [120, 120]
+
+
+def test_repeats_do_not_take_the_same_answers(cluster, fake, recorded):
+    run = recorded()
+    done = cluster.run("run_simulation.sh", "3", "120", *LLM, "--repeats", "2", "--replay", run)
+    assert done.returncode == 2 and "does not go with repeats, which would take the same answers" in done.stderr
 
 
 def test_failed_answers_are_requested_again(cluster, fake, recorded):

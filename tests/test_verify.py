@@ -85,7 +85,7 @@ def test_without_repeatable_servers_nothing_claims_to_repeat(cluster, fake):
     assert done.returncode == 0 and "plays this game again" not in done.stderr
     assert cluster.summary()["repeatable"] is False and not any("seed" in body for body in fake.bodies)
     done = verify(cluster)
-    assert done.returncode == 2 and "its models were asked without seeds" in one_line(done.stderr)
+    assert done.returncode == 2 and "not all its answers had seeds" in one_line(done.stderr)
 
 
 def test_verify_needs_servers_that_repeat(cluster, fake):
@@ -97,7 +97,19 @@ def test_verify_needs_servers_that_repeat(cluster, fake):
     assert done.returncode == 2 and "start the model servers with ./start_vllm.sh --repeatable" in one_line(done.stderr)
 
 
+def test_a_run_without_answers_is_not_verified(cluster, fake):
+    fake.for_ever("words")
+    cluster.play("3", "20", *LLM, "--max-attempts", "1", status=4)
+    done = verify(cluster)
+    assert done.returncode == 2 and "holds no answers" in one_line(done.stderr)
+
+
 @pytest.mark.parametrize("runs", [(), ("runs/latest", "runs/latest")])
 def test_verify_takes_one_run(command, runs):
     status, err = command("--role", "verify", *runs)
     assert status == 2 and err == "error: --role verify: give the folder of one run\n"
+
+
+def test_verify_names_the_folder_that_is_missing(command):
+    status, err = command("--role", "verify", "no/such/run")
+    assert status == 2 and err.startswith("error: --role verify no/such/run: ")

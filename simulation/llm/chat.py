@@ -89,18 +89,13 @@ class Chat:
         self._recorded |= {Turn(each.participant, each.round): each for each in texts}
 
     def recorded(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None] | None:
-        """Return what `ask` would return, from the recorded run, or None if that has no usable answer to this prompt.
-
-        Raises UnusableAnswer in place of None if no requests may be sent (--offline).
-        """
+        """Return what `ask` would return, from the recorded run. None: it has no usable answer to this prompt."""
         found = self._recorded.get(turn)
         if found is not None and found.prompt in (None, hash_of(prompt)) and found.model in (None, served_name(model)):
             with contextlib.suppress(UnusableAnswer):
                 value = read(found.text)
                 self.budget.used.replayed += 1
                 return value, found.thoughts
-        if self.settings.offline:
-            raise KnownCause(NOT_RECORDED)
         return None
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None]:
@@ -115,12 +110,13 @@ class Chat:
             text, cause, deadline, thoughts = await self._sample(model, prompt, None, deadline, turn, attempt)
             if text is None or cause is not None:
                 unusable: UnusableAnswer = KnownCause(self._explained(cause or "", model, None), text)
+                unusable.thoughts = thoughts
                 continue
             try:
                 return read(text), thoughts
             except UnusableAnswer as error:  # re-raised unchanged: failure_of checks its class
                 unusable = error
-                unusable.text = text
+                unusable.text, unusable.thoughts = text, thoughts
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool, str | None]:
@@ -157,6 +153,8 @@ class Chat:
         self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float, turn: Turn, attempt: int
     ) -> asyncio.Future[Sample]:
         """Request a text of up to `free_tokens` tokens (if None: a number). Raises KnownCause if `model` is unknown."""
+        if self.settings.offline:
+            raise KnownCause(NOT_RECORDED)
         config = _models.get(model)
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")

@@ -108,7 +108,8 @@ class ModelHttp:
         cause, served = error.cause.removeprefix("model server: "), await self._listed(timeout_s / 2)
         silent = error.cause == NO_ANSWER
         if (silent and served is not None) or cause.startswith("HTTP 429"):  # slow, or too many requests at the moment
-            logger.warning(f"{self._config.name} at {self._config.base_url} has not answered a check: {cause}")
+            name = f"{self._config.name} at {self._config.base_url}"
+            logger.warning(f"{name} has not answered a check: {cause}; the game goes on")
             return None
         if silent:
             problem = f"does not answer within {timeout_s:g} s{self._through}"

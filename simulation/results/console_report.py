@@ -114,8 +114,9 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
         f"{f'{replayed:,} recorded answers, ' if replayed else ''}"
         f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
         f"{after.prompt_tokens - before.prompt_tokens:,} tokens of prompts and "
-        f"{after.completion_tokens - before.completion_tokens:,} of answers; {answering_s - client_s:.2f} s waiting "
-        f"for the model, {client_s:.2f} s client work, {max(round_s - answering_s, 0):.2f} s RPC"
+        f"{after.completion_tokens - before.completion_tokens:,} of answers; "
+        f"{max(answering_s - client_s, 0):.2f} s waiting for the model, {client_s:.2f} s client work, "
+        f"{max(round_s - answering_s, 0):.2f} s RPC"
     )
 
 

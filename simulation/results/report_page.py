@@ -157,6 +157,7 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
         "many_failed": max(_failures(run).values(), default=0) >= max(MANY_FAILURES * run.config.participant_num, 1),
         "files": _files(run),
         "repeat": _repeat_command(run),
+        "replay": run.config.replay and from_root("", run.config.replay),
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
@@ -324,7 +325,9 @@ def _repeat_command(run: SavedRun) -> str:
     if "sources" not in run.summary:
         return ""
     folder = from_root("", str(run.config.run_dir or ROOT / "runs" / run.run_id))
-    return shlex.join(["./run_simulation.sh", "--experiment", f"{folder}/{SOURCE}/{EXPERIMENT}"])
+    replay = ["--replay", from_root("", run.config.replay)] if run.config.replay is not None else []
+    replay += ["--offline"] if run.config.offline else []
+    return shlex.join(["./run_simulation.sh", "--experiment", f"{folder}/{SOURCE}/{EXPERIMENT}", *replay])
 
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:

@@ -49,10 +49,12 @@ def well_formed(text: str) -> str:
 class RecordedTexts:
     """What models wrote in a recorded run, or only the answers of its first `rounds` rounds if it kept no texts.
 
-    Raises OSError or ArrowInvalid if a file cannot be read.
+    `seed` is the seed of that run if its answers repeat, otherwise None. Raises OSError or ArrowInvalid if a file
+    cannot be read.
     """
 
-    def __init__(self, run: Path, rounds: int) -> None:
+    def __init__(self, run: Path, rounds: int, seed: int | None) -> None:
+        self.seed = seed
         names = ("texts", "answers")
         texts, answers = ([*run.glob(f"{each}.parquet")] or sorted(run.glob(f"{each}-*.parquet")) for each in names)
         self.has_texts = bool(texts)

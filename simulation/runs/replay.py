@@ -31,9 +31,12 @@ def with_replay(spec: "RunSpec") -> "RunSpec":
         before = reader.read_run(path, "--replay ")
         problem = _differs(spec, before)
         if not problem:
-            return replace(spec, replay=RecordedTexts(path, _rounds_alike(spec, before)))
+            seed = before.config.seed if before.summary.get("repeatable") else None
+            return replace(spec, replay=RecordedTexts(path, _rounds_alike(spec, before), seed))
     except (OSError, pa.ArrowException) as error:
         raise SettingsError(f"--replay {path}: {reason(error)}") from None
+    except SettingsError as error:
+        raise (error if str(error).startswith("--replay") else SettingsError(f"--replay: {error}")) from None
     if config.offline:
         raise SettingsError(f"--replay {path}: {problem}, so no answer can be taken from it")
     logger.warning(f"--replay {path}: {problem}, so no answer is taken from it")
@@ -48,7 +51,7 @@ def _rounds_alike(spec: "RunSpec", before: reader.SavedRun) -> int:
     """
 
     def of(config: SimulationConfig, game: Game) -> tuple[object, ...]:
-        cast = game.population if game.population.groupings else replace(game.population, seed=0, total=0)
+        cast = game.population if game.population.groupings else replace(game.population, seed=0, total=0, block=1)
         return config.game, {*config.set}, config.ratio, config.offset, config.teams, game.prompt, game.words, cast
 
     users = ".py" in spec.config.game or any(kind.agent_class is not None for kind in spec.config.kinds)

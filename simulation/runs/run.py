@@ -90,7 +90,7 @@ class Run:
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
             self._write("interrupted")  # before the next line deletes answers that the old summary refers to
             self.directory.go_back_to(len(self.results))
-        if self.game.seeds_models or not self.config.uses_models:
+        if self._repeats or not self.config.uses_models:
             labels = labels_of(self.config.kinds)
             classes = [label for label, kind in zip(labels, self.config.kinds, strict=True) if kind.agent_class]
             drawing = " and ".join(classes)
@@ -126,6 +126,12 @@ class Run:
             self._write_after_error(error)
             raise
         return self._finish()
+
+    @property
+    def _repeats(self) -> bool:
+        """Return whether servers repeat the answers of models, and whether recorded answers have the same seed."""
+        replay = self.spec.replay
+        return self.game.seeds_models and (replay is None or replay.seed == self.config.seed)
 
     def _seed_models(self, repeatable: bool) -> None:
         """Send seeds to models if their servers repeat seeded answers, and have done so before if the run is resumed.
@@ -283,7 +289,7 @@ class Run:
             **{name: before[name] for name in current if name in before},
             **({"resumed": resumed} if resumed else {}),
             **({"about": about} if (about := self.spec.about or before.get("about")) else {}),
-            **({"repeatable": self.game.seeds_models} if self.config.uses_models else {}),
+            **({"repeatable": self._repeats} if self.config.uses_models else {}),
             "sources": entries_of(self.spec.sources),
             "model_settings": self.spec.model_settings,
         }

@@ -225,16 +225,15 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     return with_replay(RunSpec(config, models, game, folder, run_id, **others))
 
 
-def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False) -> RunSpec:
+def resumed_run(path: Path, given: dict[str, Any], in_sweep: bool = False, flag: str = "--resume ") -> RunSpec:
     """Return the specification that resumes the run in the folder `path`, with the settings `given` by flags.
 
-    If `in_sweep` is True, a run without rounds or tokens left stays unchanged, and its answers are not read. Raises
-    SettingsError if the run cannot be resumed or its participants would use other models.
+    Error messages about its summary start with `flag`. If `in_sweep` is True, a run without rounds or tokens left stays
+    unchanged, and its answers are not read. Raises SettingsError if the run cannot be resumed or its participants would
+    use other models.
     """
-    before = reader.read_summary(path, "--resume ")
+    before, given = reader.read_summary(path, flag), {"replay": None, **given}  # the recorded run may be gone
     config, status = reader.config_to_resume(path, before.config, given), before.summary["status"]
-    if "replay" not in given and config.replay is not None:  # the recorded run may be gone
-        config = replace(config, replay=None)
     is_spent, has_rounds = before.is_spent(config.max_tokens), len(before.summary["rounds"]) < config.rounds
     has_rounds = has_rounds and not before.has_converged(config.until_converged)
     if in_sweep and status in ("complete", "partial") and (is_spent or not has_rounds):

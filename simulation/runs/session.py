@@ -243,6 +243,8 @@ def _new_session(
 ) -> Session:
     """Return a session with all runs of a sweep, whose `settings` a flag or file sets. One run alone is no sweep."""
     several, specs = len(sweep.configs) > 1, []
+    if sweep.repeats > 1 and (replay := next(iter(sweep.configs.values())).replay) is not None:
+        raise SettingsError(f"--replay {shown(replay)}: does not go with repeats, which would take the same answers")
     chosen = () if {"agent_type", "players"} & {*sweep.varies} else settings
     folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
     for name, config in sweep.configs.items():

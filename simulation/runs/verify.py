@@ -59,8 +59,10 @@ def verify(spec: RunSpec, console: ConsoleProgress) -> int:
     assert saved is not None
     seeded = saved.config.uses_models
     if seeded and not saved.summary.get("repeatable"):
-        problem = "its models were asked without seeds; ./start_vllm.sh --repeatable serves models for runs that repeat"
+        problem = "not all its answers had seeds; ./start_vllm.sh --repeatable serves models for runs that repeat"
         raise SettingsError(f"--role verify {saved.path}: {problem}")
+    if not any(result.tally.answered for result in saved.results):
+        raise SettingsError(f"--role verify {saved.path}: holds no answers")
     _, repeatable = check_cluster(spec.config, spec.game)
     if not repeatable:
         raise SettingsError(f"--role verify {saved.path}: start the model servers with ./start_vllm.sh --repeatable")
