@@ -686,13 +686,13 @@ def asked(url: str) -> list[str]:
             http = ModelHttp(config)
         except ValueError as error:
             return [str(error)]
-        told = [str(await http.check(Probe("rules", "question", 7, {}), 60))]
+        causes = [str(await http.check(Probe("rules", "question", 7, {}), 60))]
         try:
             await http.post(b"{}", 60)
         except RequestError as trouble:
-            told.append(str(trouble))
+            causes.append(str(trouble))
         await http._client.aclose()
-        return told
+        return causes
 
     return asyncio.run(ask())
 

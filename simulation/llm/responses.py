@@ -126,8 +126,8 @@ def _text_in(choice: Any) -> Text:
     text = _joined(_get(part, "text") for part in parts if _get(part, "type") == "text")
     nested = [_get(part, "thinking") for part in parts]
     pieces = [piece for each in nested for piece in (each if isinstance(each, list) else [{"text": each}])]
-    said = _get(message, "reasoning_content") or _get(message, "reasoning")
-    thoughts = _joined([said, *(_get(piece, "text") for piece in pieces)])
+    separate = _get(message, "reasoning_content") or _get(message, "reasoning")
+    thoughts = _joined([separate, *(_get(piece, "text") for piece in pieces)])
     text = None if thoughts and not text else text
     cause = CUT_OFF.get(reason) if isinstance(reason, str) else None
     if reason == "length" and ((thoughts and text is None) or "<think>" in (text or "").rpartition("</think>")[2]):
