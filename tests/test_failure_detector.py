@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from conftest import until
@@ -23,7 +24,7 @@ from simulation.cluster.failure_detector import FailureDetector
 from simulation.errors import ServerUnreachable
 from simulation.game.rules import question_for
 from simulation.llm.responses import Usage
-from simulation.rpc.channels import call_all_or_raise, handshake, install_tls
+from simulation.rpc.channels import call_all_or_raise, handshake, install_tls, translated_error
 from simulation.rpc.client import RemoteObject
 from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint
@@ -167,3 +168,17 @@ def test_the_channels_of_earlier_runs_are_closed(cluster):
         install_tls(load(cluster.path / ".cluster"))
         call_all_or_raise({server: partial(handshake, server, 60) for server in servers})
     until(lambda: connections() <= before + len(servers), 60, "only the last channels are open")
+
+
+class _Refusal(grpc.RpcError):
+    """An error of a call with the status `code`."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code, self.details = lambda: code, lambda: "the words of the library"
+
+
+@pytest.mark.parametrize("name", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"])
+def test_a_call_that_its_server_does_not_finish_is_the_loss_of_the_server(name):
+    """A server that is stopped cancels the calls that it is executing."""
+    error = translated_error(_Refusal(grpc.StatusCode[name]), Endpoint("localhost", 12330))
+    assert isinstance(error, ServerUnreachable) and str(error).startswith("localhost:12330: ")

@@ -172,6 +172,7 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
         return errors.AgentNotFound(f"{endpoint}: {AGENT_GONE}")
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable(f"{endpoint}: does not answer in time"),
+        grpc.StatusCode.CANCELLED: ServerUnreachable(f"{endpoint}: was stopped during a call"),  # not by this process
         grpc.StatusCode.UNIMPLEMENTED: errors.ClusterError(f"{endpoint} {ANOTHER_VERSION}"),
         grpc.StatusCode.FAILED_PRECONDITION: errors.ClusterError(f"{endpoint}: {last}"),
     }
