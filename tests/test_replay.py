@@ -184,8 +184,14 @@ def test_a_killed_run_costs_only_what_is_new(cluster, fake):
 def test_the_estimate_says_how_much_is_recorded(cluster, fake, recorded):
     run = recorded()
     done = cluster.run("run_simulation.sh", "3", "100", *LLM, "--rounds", "3", "--replay", run, "--dry-run")
-    line = "recorded answers: 100 in round 1, 100 in round 2; they cost nothing where the prompt is the same"
+    line = (
+        "recorded answers: up to 100 in round 1, up to 100 in round 2; they cost nothing where the prompt is the same"
+    )
     assert line in done.stdout and not fake.bodies
+    offline = ("--agent-type", "llm", "--seed", "7", "--ratio", "1/2", "--replay", run, "--offline", "--dry-run")
+    done = cluster.run("run_simulation.sh", "3", "100", *offline)
+    assert "recorded answers: none; all answers fail (--offline)" in done.stdout
+    assert "at most about 0 tokens" in done.stdout
 
 
 @pytest.mark.parametrize(

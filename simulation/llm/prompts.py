@@ -6,6 +6,7 @@ many prompts share comes first, so that a model server with prefix caching proce
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from simulation.game.rules import Question, plain_number, question_for
 
 Numbers = tuple[float | None, ...]  # one participant's answers in rounds 1, 2, ...; None for a round without an answer
 
-CHARACTERS_PER_TOKEN = 4  # for English text and common tokenizers; used for estimates only
-TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds
+# A part of a text that common tokenizers make one token of, or fewer; used for estimates only
+PIECE = re.compile(r"[a-zA-Z]{1,5}|\S")
+TEMPLATE_TOKENS = 12  # approximate number of tokens that a chat template adds for two messages
 FREE_TEXT_TOKENS = 256  # token limit of an unconstrained answer
 JSON_TOKENS = 48  # tokens of {"number": "..."} in addition to the number, with white space that some models add
 SPARE_TOKENS = 4  # in addition to one token per character of a constrained number
@@ -37,9 +39,10 @@ class Prompt(NamedTuple):
     @property
     def tokens(self) -> int:
         """Return the estimated number of tokens of the messages."""
-        ours = len(self.system) + len(self.user) + (0 if self.thoughts is None else len(EXTRACT))
-        thoughts = min(len(self.thoughts or ""), self.thought_tokens)  # at most one token per character
-        return ours // CHARACTERS_PER_TOKEN + thoughts + TEMPLATE_TOKENS
+        ours = token_count(self.system) + token_count(self.user)
+        thoughts = 0 if self.thoughts is None else token_count(EXTRACT) + TEMPLATE_TOKENS
+        thoughts += min(len(self.thoughts or ""), self.thought_tokens)  # at most one token per character
+        return ours + thoughts + TEMPLATE_TOKENS
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -48,6 +51,12 @@ class Prompt(NamedTuple):
         if self.thoughts is not None:
             messages += [{"role": "assistant", "content": self.thoughts}, {"role": "user", "content": EXTRACT}]
         return messages
+
+
+@lru_cache(maxsize=16_384)
+def token_count(text: str) -> int:
+    """Return the estimated number of tokens of a text, rather too many than too few."""
+    return len(PIECE.findall(text))
 
 
 def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """Writing what language models wrote: Parquet files of texts, and of the prompts they answer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -55,8 +55,10 @@ class RecordedTexts:
 
     def __init__(self, run: Path, rounds: int, seed: int | None) -> None:
         self.seed = seed
-        names = ("texts", "answers")
-        texts, answers = ([*run.glob(f"{each}.parquet")] or sorted(run.glob(f"{each}-*.parquet")) for each in names)
+        names = ("texts", "prompts", "answers")
+        texts, self._prompts, answers = (
+            [*run.glob(f"{each}.parquet")] or sorted(run.glob(f"{each}-*.parquet")) for each in names
+        )
         self.has_texts = bool(texts)
         if texts:
             rows = pa.concat_tables(chain.from_iterable(rows_in(path, TEXTS) for path in texts))
@@ -79,9 +81,17 @@ class RecordedTexts:
             piece = self._rows.slice(place, min(TEXTS_PER_MESSAGE, stop - place))
             yield [RecordedText(*row) for row in zip(*(piece[name].to_pylist() for name in TEXTS.names), strict=True)]
 
-    def counts(self, participants: int) -> dict[int, int]:
-        """Return how many texts of participants 0 .. participants-1 are recorded, by round."""
-        rounds = self._rows["round"].to_numpy()[: np.searchsorted(self._participants, participants)]
+    def counts(self, participants: int, systems: Collection[str] | None) -> dict[int, int]:
+        """Return how many texts of participants 0 .. participants-1 are recorded, by round.
+
+        Do not count texts whose system prompt is known and not one of `systems` (None: count all).
+        """
+        rows = self._rows.slice(0, int(np.searchsorted(self._participants, participants)))
+        if systems is not None and self._prompts:
+            prompts = pa.concat_tables(chain.from_iterable(rows_in(path, PROMPTS) for path in self._prompts))
+            same = prompts.filter(pc.is_in(prompts["system"], pa.array(sorted(systems), pa.string())))["prompt"]
+            rows = rows.filter(pc.is_in(rows["prompt"], same.combine_chunks()))
+        rounds = rows["round"].to_numpy()
         return dict(zip(*(each.tolist() for each in np.unique(rounds, return_counts=True)), strict=True))
 
 

@@ -99,9 +99,14 @@ class ConsoleProgress:
             self._replace_bar(progress_line(self.stage, time.monotonic(), note, room) if self._is_open else "")
         elif now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
-            rate = done / (now - self.stage.began)
-            left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
-            logger.info(f"{name}: {done:,} of {total:,} ({rate:,.0f}/s{left})" + f"; {note}" * bool(note))
+            logger.info(f"{name}: {done:,} of {total:,}{self._pace(now)}" + f"; {note}" * bool(note))
+
+    def _pace(self, now: float) -> str:
+        """Return the rate of the stage and the time left, in parentheses; "" below one in a second."""
+        assert self.stage is not None
+        rate = self.stage.done / (now - self.stage.began)
+        left = (self.stage.total - self.stage.done) / rate if rate else 0
+        return f" ({rate:,.0f}/s, about {left:.0f} s left)" if rate >= 1 else ""
 
     def close(self) -> None:
         """End the stage and remove its bar."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from simulation.game.parameters import all_assignments, check_assignments, decla
 from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, has_converged, score
-from simulation.llm.model_configs import ModelConfig, asked_models, read_models, settings_hash
+from simulation.llm.model_configs import ModelConfig, asked_models, is_within, read_models, settings_hash
 from simulation.llm.prompts import Prompt, answer_tokens, instruction, prompt_for, rules
 from simulation.provenance import kept_files, sources_of, with_copies, with_files
 from simulation.results import reader
@@ -36,10 +37,11 @@ from simulation.settings import FLAGS_OF_GAMES, SimulationConfig
 from simulation.user_code import UserFile
 
 COSTS = ("requests", "prompt tokens", "answer tokens")
+MOST_SYSTEMS = 10_000  # maximum number of system prompts that are compared with recorded ones
 
 
 class RoundEstimate(NamedTuple):
-    """The maximum cost of one round if every answer is usable. Prompts are assumed to have 4 characters per token."""
+    """The approximate maximum cost of one round if every answer is usable (see `token_count`)."""
 
     round: int
     requests: int
@@ -113,18 +115,38 @@ class RunSpec:
         in_all = ("in all", *(sum(each[column] for each in rounds) for column in (1, 2, 3)))
         rows = [[str(name), *(f"{cost:,}" for cost in costs)] for name, *costs in (*rounds, in_all)]
         return [
-            *(f"models: {one.name} is {one.model} at {one.base_url}, on each host" for one in self.asked_models),
+            *map(self._model_line, self.asked_models),
             *table_lines(("round", *COSTS), rows, dropped=COSTS[:2], left=()),
             *([self._recorded_line(self.replay)] if self.replay is not None else ()),
             f"at most about {self.tokens:,} tokens, if every answer is usable{price_text(self.tokens, self.config)}",
+            *self._duration_lines(sum(each.requests for each in rounds)),
         ]
 
+    def _model_line(self, model: ModelConfig) -> str:
+        config, line = self.config, f"models: {model.name} is {model.model} at {model.base_url}"
+        if is_within(model.base_url, ()):
+            return f"{line}, on each host"
+        outside = not is_within(model.base_url, config.hosts) and not config.allow_remote_model
+        return f"{line}, outside the cluster; give --allow-remote-model if you mean it" if outside else line
+
+    def _duration_lines(self, requests: int) -> list[str]:
+        """Return a line with the time that all this takes if the only model has limits per minute; else []."""
+        limits = self.asked_models[0].per_minute if len(self.asked_models) == 1 else ()
+        counts = zip((requests, self.tokens), limits, ("requests", "tokens"), strict=False)
+        needed = [(count / limit, f"{limit:,} {what}") for count, limit, what in counts if limit]
+        if not needed:
+            return []
+        minutes, named = max(each for each, _ in needed), " and ".join(text for _, text in needed)
+        return [f"{named} per minute allow all this in about {math.ceil(minutes):,} min"]
+
     def _recorded_line(self, replay: RecordedTexts) -> str:
-        config, counts = self.config, replay.counts(self.config.participant_num)
-        known = [f"{counts[number]:,} in round {number}" for number in self.rounds_left if number in counts]
-        condition = "they cost nothing where the prompt is the same" if replay.has_texts else "they cost nothing"
+        config, counts = self.config, replay.counts(self.config.participant_num, self._systems())
+        known = [f"up to {counts[number]:,} in round {number}" for number in self.rounds_left if number in counts]
         rest = "all others fail (--offline)" if config.offline else "all others are requested"
-        return f"recorded answers: {listed(known) or 'none'}; {condition}, and {rest}"
+        if not known:
+            return f"recorded answers: none; {rest.replace('all others', 'all answers')}"
+        condition = "they cost nothing where the prompt is the same" if replay.has_texts else "they cost nothing"
+        return f"recorded answers: {listed(known)}; {condition}, and {rest}"
 
     @cached_property
     def tokens(self) -> int:
@@ -144,6 +166,8 @@ class RunSpec:
         config, game, rounds = self.config, self.game, []
         if game.prompt is None:
             return []
+        if config.offline:
+            return [RoundEstimate(number, 0, 0, 0) for number in numbers]
         thoughts = game.prompt.reasoning_tokens or 0
         characters = math.prod(map(len, game.population.persona_sets.values()))
         groups = len(config.hosts) * (config.server_per_host + config.moderator_per_host) - 1  # at most
@@ -164,6 +188,14 @@ class RunSpec:
                 costs.append((shared + alone, tokens, count * (answer + thoughts)))
             rounds.append(RoundEstimate(number, *map(sum, zip(*costs, strict=True))))
         return rounds
+
+    def _systems(self) -> set[str] | None:
+        """Return all system prompts of the game. None: a user's class may define others, or there are too many."""
+        sets = self.game.population.persona_sets.values()
+        users = any(kind.agent_class is not None for kind in self.config.kinds)
+        if users or self.game.teams is not None or math.prod(map(len, sets)) > MOST_SYSTEMS:
+            return None
+        return {rules(self.game, personas) for personas in product(*sets)}
 
     def _askers(self) -> list[tuple[str, int]]:
         """Return the names of the models in use, each with the number of participants that ask it."""
