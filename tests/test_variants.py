@@ -13,6 +13,7 @@ from fake_model import WORDING, FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+import main
 from games.average import Average
 from simulation.agents.participant import message_of, question_in
 from simulation.errors import SettingsError
@@ -401,3 +402,16 @@ def test_the_estimate_of_tokens_is_an_upper_bound(tmp_path):
             announcement_of(replace(result_of(game, 2221, 2223, 5556), round=entry.round, teams=teams), game),
         )
     assert rounds[-1].answer_tokens >= 1000 * 512
+
+
+def test_the_plan_names_what_a_hosted_model_needs(tmp_path, capsys):
+    entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "some-model"}
+    entry |= {"client_args": {"base_url": "https://api.example.com/v1"}, "requests_per_minute": 60}
+    (tmp_path / "models.json").write_text(json.dumps([entry]))
+    flags = ["--agent-type", "llm", "--participant-num", "600", "--model-configs", str(tmp_path / "models.json")]
+    assert main.main([*flags, "--samples-per-request", "1", "--model-per-host", "1", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    where = "model_1 is some-model at https://api.example.com/v1, outside the cluster; give --allow-remote-model if you"
+    assert where in plan and "60 requests per minute allow all this in about 10 min" in plan
+    assert main.main([*flags, "--allow-remote-model", "--model-per-host", "1", "--dry-run"]) == 0
+    assert "outside the cluster" not in capsys.readouterr().out
