@@ -39,6 +39,7 @@ with warnings.catch_warnings():  # of AgentScope's and its libraries' own, while
     import_agentscope()
     import simulation.rpc.client  # noqa: F401
 
+from fake_model import FakeModel
 from warm import WarmPopen, WarmPython
 
 from simulation.llm.model_configs import read_models
@@ -381,6 +382,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     stopped = own.run("stop_all_server.sh")
     assert stopped.returncode == 0, stopped.stderr
     clean_up(own)
+
+
+@pytest.fixture
+def fake(cluster: Checkout) -> Iterator[FakeModel]:
+    """A model server at the address that the cluster's agent servers know."""
+    with contextlib.closing(FakeModel(port=cluster.model_port)) as server:
+        yield server
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import scipy.stats
 from conftest import MODELS, ROOT, drafts_in, one_line, until
-from fake_model import FakeModel
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from waiting import Gates
@@ -579,14 +578,6 @@ def test_a_sweep_starts_servers_once_and_plays_on_after_a_partial_run(checkout):
     longer = checkout.run("run_simulation.sh", "--resume", "runs/s", "--rounds", "2")
     assert longer.returncode == 4 and longer.stderr.count("round 2: asking") == 3, longer.stderr
     assert "starting 2 for participants" in longer.stderr
-
-
-@pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
 
 
 def test_runs_of_language_models_are_repeated(cluster, fake):

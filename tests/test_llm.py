@@ -31,14 +31,6 @@ class Asker(Participant):
 
 
 @pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def play(cluster):
     """Play with LLM participants on the cluster."""
 

@@ -265,14 +265,6 @@ def test_only_players_that_ask_models_wait_for_each_other(tmp_path, monkeypatch)
 # --- On real servers -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
-
-
 @pytest.fixture(scope="module")
 def own(cluster):
     path = cluster.path / "my" / "own.py"

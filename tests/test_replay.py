@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 
 import pytest
 from conftest import one_line, until
-from fake_model import FakeModel
 
 LLM = ("--agent-type", "llm", "--seed", "7", "--ratio", "2/3")
 STEPS = "aloud:\n  system: From 0 to {max_value}.\n  instruction: Think.\n  reasoning_tokens: 16\n"
-
-
-@pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -33,6 +25,12 @@ def recorded(cluster, fake):
         return f"runs/{summary['run_id']}"
 
     return play
+
+
+def costs(plan):
+    """Return the requests, prompt tokens and answer tokens that a plan states, by round."""
+    rows = re.findall(r"^ *(\d+|in all) +([\d,]+) +([\d,]+) +([\d,]+)$", plan, re.MULTILINE)
+    return {name: [int(cost.replace(",", "")) for cost in row] for name, *row in rows}
 
 
 def usage(summary):
@@ -184,10 +182,14 @@ def test_a_killed_run_costs_only_what_is_new(cluster, fake):
 def test_the_estimate_says_how_much_is_recorded(cluster, fake, recorded):
     run = recorded()
     done = cluster.run("run_simulation.sh", "3", "100", *LLM, "--rounds", "3", "--replay", run, "--dry-run")
-    line = (
-        "recorded answers: up to 100 in round 1, up to 100 in round 2; they cost nothing where the prompt is the same"
-    )
+    line = "recorded answers: 100 in round 1, up to 100 in round 2; they cost nothing where the prompt is the same"
     assert line in done.stdout and not fake.bodies
+    assert costs(done.stdout)["1"] == [0, 0, 0] and costs(done.stdout)["2"][2] > 0  # 20 others played in that run
+    done = cluster.run("run_simulation.sh", "3", "120", *LLM, "--rounds", "3", "--replay", run, "--dry-run")
+    assert "recorded answers: 120 in round 1, 120 in round 2; they cost nothing" in done.stdout
+    assert costs(done.stdout)["in all"] == costs(done.stdout)["3"] > [0, 0, 0]
+    done = cluster.run("run_simulation.sh", "3", "240", *LLM, "--rounds", "2", "--replay", run, "--dry-run")
+    assert costs(done.stdout)["1"][2] == 120 * 5 and costs(done.stdout)["2"][2] == 240 * 5
     offline = ("--agent-type", "llm", "--seed", "7", "--ratio", "1/2", "--replay", run, "--offline", "--dry-run")
     done = cluster.run("run_simulation.sh", "3", "100", *offline)
     assert "recorded answers: none; all answers fail (--offline)" in done.stdout

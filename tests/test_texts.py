@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, until
-from fake_model import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,14 +170,6 @@ def test_texts_come_in_messages_of_bounded_size(monkeypatch, texts, characters, 
     found = [text for piece in pieces for text in piece]
     assert [text.participant for text in found] == [10 + offset for offset in sorted(offsets)]
     assert {text.model for text in found} == {"m"}
-
-
-@pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
 
 
 def kept(cluster, run="runs/latest"):

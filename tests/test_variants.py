@@ -226,14 +226,6 @@ def test_times_of_a_round_add_up_to_it(cluster):
         assert times["model_s"] > 0.2  # thinking
 
 
-@pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know."""
-    server = FakeModel(port=cluster.model_port)
-    yield server
-    server.close()
-
-
 def said_to(fake):
     """The messages of all requests, system and user."""
     return [tuple(message["content"] for message in body["messages"]) for body in fake.bodies]

@@ -8,18 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import one_line
-from fake_model import FakeModel
 
 LLM = ("--agent-type", "llm", "--seed", "7", "--rounds", "3")
 
 
 @pytest.fixture
-def fake(cluster):
-    """A model server at the address that the cluster's agent servers know. Its seeded answers repeat."""
-    server = FakeModel(port=cluster.model_port)
-    server.repeatable = True
-    yield server
-    server.close()
+def fake(fake):
+    """A model server whose seeded answers repeat."""
+    fake.repeatable = True
+    return fake
 
 
 def verify(checkout):

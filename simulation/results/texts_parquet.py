@@ -49,12 +49,12 @@ def well_formed(text: str) -> str:
 class RecordedTexts:
     """What models wrote in a recorded run, or only the answers of its first `rounds` rounds if it kept no texts.
 
-    `seed` is the seed of that run if its answers repeat, otherwise None. Raises OSError or ArrowInvalid if a file
-    cannot be read.
+    `seed` is the seed of that run if its answers repeat, otherwise None. In the first `whole_rounds` rounds, all
+    participants answered, and prompts cannot differ. Raises OSError or ArrowInvalid if a file cannot be read.
     """
 
-    def __init__(self, run: Path, rounds: int, seed: int | None) -> None:
-        self.seed = seed
+    def __init__(self, run: Path, rounds: int, seed: int | None, whole_rounds: int) -> None:
+        self.seed, self.whole_rounds = seed, whole_rounds
         names = ("texts", "prompts", "answers")
         texts, self._prompts, answers = (
             [*run.glob(f"{each}.parquet")] or sorted(run.glob(f"{each}-*.parquet")) for each in names

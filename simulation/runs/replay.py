@@ -32,7 +32,9 @@ def with_replay(spec: "RunSpec") -> "RunSpec":
         problem = _differs(spec, before)
         if not problem:
             seed = before.config.seed if before.summary.get("repeatable") else None
-            return replace(spec, replay=RecordedTexts(path, _rounds_alike(spec, before), seed))
+            rounds = _rounds_alike(spec, before)
+            whole = sum(1 for result in before.results[:rounds] if not result.tally.failed)
+            return replace(spec, replay=RecordedTexts(path, rounds, seed, whole))
     except (OSError, pa.ArrowException) as error:
         raise SettingsError(f"--replay {path}: {reason(error)}") from None
     except SettingsError as error:

@@ -140,13 +140,32 @@ class RunSpec:
         return [f"{named} per minute allow all this in about {math.ceil(minutes):,} min"]
 
     def _recorded_line(self, replay: RecordedTexts) -> str:
-        config, counts = self.config, replay.counts(self.config.participant_num, self._systems())
-        known = [f"up to {counts[number]:,} in round {number}" for number in self.rounds_left if number in counts]
+        config, counts = self.config, self._recorded_counts
+        known = [
+            f"{'' if number in self._taken else 'up to '}{counts[number]:,} in round {number}"
+            for number in self.rounds_left
+            if number in counts
+        ]
         rest = "all others fail (--offline)" if config.offline else "all others are requested"
         if not known:
             return f"recorded answers: none; {rest.replace('all others', 'all answers')}"
         condition = "they cost nothing where the prompt is the same" if replay.has_texts else "they cost nothing"
         return f"recorded answers: {listed(known)}; {condition}, and {rest}"
+
+    @cached_property
+    def _recorded_counts(self) -> dict[int, int]:
+        """Return how many recorded answers can be taken at most, by round."""
+        return self.replay.counts(self.config.participant_num, self._systems()) if self.replay is not None else {}
+
+    @cached_property
+    def _taken(self) -> dict[int, int]:
+        """Return how many recorded answers are taken for certain, by round, because no prompt can differ."""
+        taken, everyone = dict[int, int](), self.config.participant_num
+        for number in range(1, self.replay.whole_rounds + 1 if self.replay is not None else 1):
+            taken[number] = self._recorded_counts.get(number, 0)
+            if taken[number] < everyone:  # the others' new answers change the next announcement
+                break
+        return taken
 
     @cached_property
     def tokens(self) -> int:
@@ -159,6 +178,8 @@ class RunSpec:
 
     def estimate(self, numbers: range) -> list[RoundEstimate]:
         """Return the maximum cost of each of the rounds `numbers`, or [] for a run without models.
+
+        Answers that are certainly taken from a recorded run cost nothing.
 
         Participants of one group share requests if their prompts are equal. A prompt depends on the participant's
         personas and previous answers: round r has up to (persona combinations) * (possible numbers)^(r - 1) prompts.
@@ -175,7 +196,9 @@ class RunSpec:
             prompt = self._longest_prompt(number)
             second = prompt._replace(thoughts="x" * thoughts, thought_tokens=thoughts)
             costs = []
-            for name, count in self._askers():
+            new = Fraction(config.participant_num - self._taken.get(number, 0), config.participant_num)
+            for name, all_asking in self._askers():
+                count = math.ceil(all_asking * new)
                 fields = self.models[name].generate_args if name in self.models else {}
                 limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
                 answer = int(limit or answer_tokens(config.structured_output, game))

@@ -52,8 +52,8 @@ class _Recorded:
 def verify(spec: RunSpec, console: ConsoleProgress) -> int:
     """Ask all rounds again, and print how many answers are equal. Return 0 if all are, else 4.
 
-    Only answers that the run recorded are compared. Raises SettingsError if the answers of its models had no seeds, and
-    ClusterError if the model servers do not repeat seeded answers, or are not ready.
+    Only answers that the run recorded are compared. Raises SettingsError if the answers of its models had no seeds, or
+    if the model servers do not repeat seeded answers, and ClusterError if servers are not ready.
     """
     saved = spec.saved
     assert saved is not None
