@@ -34,7 +34,8 @@ for name in [name for name in os.environ if name.startswith(OF_OTHER_PROGRAMS)]:
 
 import io
 import time
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
     from simulation.runs.console import ConsoleProgress
+    from simulation.runs.run import Run
     from simulation.runs.session import Observe
 
 
@@ -80,7 +82,6 @@ def play(command: Command) -> int:
     from simulation.runs.session import session_of
 
     log_to_stderr(command.config.quiet)
-    observe: "Observe" = nullcontext
     with ExitStack() as cleanup:
         session = session_of(command.config, command.given, cleanup)
         if command.config.dry_run:
@@ -92,10 +93,7 @@ def play(command: Command) -> int:
         install_tls((load_or_make if named else load)(Path(folder)))
         progress = ConsoleProgress(command.config.quiet, command.config.json)
         on_stop_signals(progress.signalled)
-        if command.config.dashboard is not None:  # the flag of this command, not of the resumed run
-            from simulation.runs.dashboard import Dashboard
-
-            observe = cleanup.enter_context(closing(Dashboard(command.config.dashboard, progress))).observe
+        observe = observers_of(command.config, progress, cleanup)  # of this command, not of the resumed run
         cleanup.callback(session.close)
         cleanup.callback(progress.close)
         needs_servers = bool(session.unfinished) and has_no_servers(session.config)
@@ -109,6 +107,32 @@ def play(command: Command) -> int:
             start_servers(session.config, progress, cleanup)
         cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
         return session.play_runs(progress, observe)
+
+
+def observers_of(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> "Observe":
+    """Start what observes runs. Return a function that returns a context in which all of it observes a run."""
+    observers: list[Observe] = []
+    if config.dashboard is not None:
+        from simulation.monitoring.dashboard import Dashboard
+
+        observers.append(cleanup.enter_context(closing(Dashboard(config.dashboard, progress))).observe)
+    if config.metrics is not None:
+        from simulation.monitoring.metrics import Metrics
+
+        observers.append(cleanup.enter_context(closing(Metrics(config.metrics, progress))).observe)
+    if config.hook is not None:
+        from simulation.monitoring.hooks import HookCaller, load_hook
+
+        observers.append(HookCaller(load_hook(config.hook)).observe)
+
+    @contextmanager
+    def observe(run: "Run") -> Iterator[None]:
+        with ExitStack() as stack:
+            for each in observers:
+                stack.enter_context(each(run))
+            yield
+
+    return observe
 
 
 def verify(command: Command) -> int:

@@ -1,10 +1,10 @@
-"""Benchmark of the overhead of the dashboard: rounds of a million participants with and without polling.
+"""Benchmark of the overhead of the dashboard or, with --metrics, of metrics: rounds with and without polling.
 
-    .venv/bin/python benchmarks/dashboard.py
+    .venv/bin/python benchmarks/dashboard.py [--metrics]
 
 One run on 2 + 1 servers with 1 s think time writes answers and summary.json as usual. One round of each pair is polled:
 alternately the first and the second round. During a polled round, a separate process requests the state every 0.5 s, as
-the page does, so every group is sampled once a second. The rendering in a browser is not measured. The cost compares
+the page does, so every group is sampled once a second. Metrics are scraped once a second. The rendering in a browser is not measured. The cost compares
 the duration of the polled round with the other round of the pair, as a median over all pairs. The CPU time of main and
 all servers is compared in the same way, and is more reliable on a busy machine.
 """
@@ -35,10 +35,11 @@ from simulation.cluster.rounds import Simulation
 from simulation.game.population import Population
 from simulation.game.rules import game_of
 from simulation.hosts.pid_files import AGENT_SERVERS
+from simulation.monitoring.dashboard import Dashboard
+from simulation.monitoring.metrics import Metrics
 from simulation.results import run_directory as results
 from simulation.results.run_directory import RunDirectory, new_run_id
 from simulation.runs.console import ConsoleProgress
-from simulation.runs.dashboard import Dashboard
 from simulation.runs.run import Run
 from simulation.runs.run_spec import RunSpec
 from simulation.settings import SimulationConfig
@@ -50,12 +51,12 @@ import http.client, select, sys
 connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))  # for all requests, as in a browser
 polling = False
 while True:
-    if select.select([sys.stdin], [], [], 0.5 if polling else None)[0]:
+    if select.select([sys.stdin], [], [], float(sys.argv[3]) if polling else None)[0]:
         word = sys.stdin.readline()
         if not word:
             break
         polling = word == "start\\n"
-    connection.request("GET", "/state?page=benchmark" + ("" if polling else "&done=1"))
+    connection.request("GET", sys.argv[2] + ("?page=benchmark" if polling else "?page=benchmark&done=1"))
     connection.getresponse().read()
     if not polling:
         print("stopped", flush=True)
@@ -97,21 +98,22 @@ def is_polled(number: int) -> bool:
     return number % 4 in (2, 3)
 
 
-def play(config: SimulationConfig, folder: Path) -> Alternating:
-    """Play the run with a dashboard and a process that polls the dashboard. Return the run."""
+def play(config: SimulationConfig, folder: Path, metrics: bool) -> Alternating:
+    """Play the run with a dashboard or metrics, and a process that polls them. Return the run."""
     run_id, watch = new_run_id(), ConsoleProgress()
-    dashboard = Dashboard(0, watch)
+    page = Metrics(0, watch) if metrics else Dashboard(0, watch)
+    path, every_s = ("/metrics", "1") if isinstance(page, Metrics) else (f"{page.path}state", "0.5")
     spec = RunSpec(config, {}, game_of(config, None, Population()), folder / run_id, run_id)
-    run = Alternating(spec, RunDirectory(spec.folder), watch, lambda _: None, "")
+    run = Alternating(spec, RunDirectory(spec.folder), watch)
     run.pids = [os.getpid(), *(process.pid for process in AGENT_SERVERS.running().values())]
-    command = [sys.executable, "-c", POLL, str(dashboard.port)]
+    command = [sys.executable, "-c", POLL, str(page.port), path, every_s]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run.poller:
         try:
-            with contextlib.redirect_stdout(io.StringIO()), dashboard.observe(run):
+            with contextlib.redirect_stdout(io.StringIO()), page.observe(run):
                 assert run.play_rounds() == 0
         finally:
             run.poller.terminate()
-    dashboard.close()
+    page.close()
     return run
 
 
@@ -120,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40, help="pairs of rounds, of 49 at most (default 40)")
     parser.add_argument("--participants", type=int, default=1_000_000, help="participants (default 1,000,000)")
+    parser.add_argument("--metrics", action="store_true", help="measure metrics in place of the dashboard")
     parser.add_argument("--base-port", type=int, default=12330, help="first port of the servers (default 12330)")
     arguments = parser.parse_args()
     logger.remove()
@@ -137,7 +140,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="benchmark-") as name,
         patch.object(results, "LATEST", Path(name) / "latest"),
     ):
-        run = play(config, Path(name))
+        run = play(config, Path(name), arguments.metrics)
     took = [result.seconds for result in run.results]
     table = Table(
         f"{arguments.participants:,} participants, 1 s think time, 2 + 1 servers, {arguments.pairs} pairs of rounds",

@@ -198,6 +198,8 @@ class SimulationConfig:
     json: bool = setting(False, "print only summary.json; of several runs, an array", roles=("main", "report"))
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
+    metrics: int | None = setting(None, "serve metrics for Prometheus on this port (0: a free one)", 0, LAST_PORT)
+    hook: str | None = setting(None, "your class to call at each round, as my_hook.py:MyHook", path=True)
 
     participant: int | None = setting(None, "participant to question", 0, 10**9, roles=("ask",), group="a question")
     winner: bool = setting(False, "question the first winner of the last round", roles=("ask",))

@@ -31,12 +31,12 @@ from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
 from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
 from simulation.hosts import agent_server
 from simulation.llm.responses import Usage
+from simulation.monitoring.dashboard import PAGE
+from simulation.monitoring.dashboard_state import GRID_CELLS, SERVERS_LISTED, TROUBLED_LISTED, DashboardState
 from simulation.results.console_report import histogram
 from simulation.rpc.endpoints import Endpoint, GroupAssignment
 from simulation.rpc.messages import HeartbeatReply, Progress
 from simulation.runs.console import Stage
-from simulation.runs.dashboard import PAGE
-from simulation.runs.dashboard_state import GRID_CELLS, SERVERS_LISTED, TROUBLED_LISTED, DashboardState
 from simulation.settings import SimulationConfig
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -65,7 +65,7 @@ class Run:
         with log.open("w") as stderr:
             self.process = checkout.start(*command, "--dashboard", str(port), stderr=stderr, env=env)
         until(lambda: "dashboard: " in log.read_text() or self.process.poll() is not None, 30, "the page is served")
-        found = re.search(r"dashboard: (http://127\.0\.0\.1:(\d+)/)", log.read_text())
+        found = re.search(r"dashboard: (http://127\.0\.0\.1:(\d+)/[\w-]{20,}/)", log.read_text())
         assert found is not None, log.read_text()
         self.url, self.port = found[1], int(found[2])
 
@@ -171,21 +171,16 @@ def test_the_button_stops_the_run_and_keeps_results(cluster, page, tmp_path):
 
 def test_requests_of_other_origins_are_refused(cluster, tmp_path):
     run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "600", port=cluster.base_port + 23)
-    text = urllib.request.urlopen(run.url).read().decode()
-    token = re.search(r'name="token" content="([\w-]{20,})"', text)[1]
     policy = urllib.request.urlopen(run.url).headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
-    own = run.url.rstrip("/")
+    own = f"http://127.0.0.1:{run.port}"
     until(lambda: run.state()["run"] and run.state()["run"]["round"], 20, "the round is under way")
     for headers in (
-        {},
-        {"Origin": own},
-        {"X_Token": token},  # but no origin
-        {"X_Token": token, "Origin": "http://evil.example"},
-        {"X_Token": token, "Origin": own, "Host": f"evil.example:{run.port}"},
-        {"X_Token": token, "Origin": f"http://evil.example:{run.port}", "Host": f"evil.example:{run.port}"},
-        {"X_Token": token, "Origin": own, "Sec_Fetch_Site": "cross-site"},
-        {"X_Token": "wrong", "Origin": own},
+        {},  # no origin
+        {"Origin": "http://evil.example"},
+        {"Origin": own, "Host": f"evil.example:{run.port}"},
+        {"Origin": f"http://evil.example:{run.port}", "Host": f"evil.example:{run.port}"},
+        {"Origin": own, "Sec_Fetch_Site": "cross-site"},
     ):
         assert run.ask("stop", "POST", **headers) == 403, headers
     assert run.ask("stop") == 405 and run.ask("report?run=../x") == 404
@@ -193,8 +188,11 @@ def test_requests_of_other_origins_are_refused(cluster, tmp_path):
     assert run.ask("state", Sec_Fetch_Site="cross-site") == 403
     with pytest.raises(OSError):
         socket.create_connection((_own_address(), run.port), 1)
+    for path in ("", "state", "wrong/", "wrong/state"):  # as other users of this machine could ask
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{own}/{path}")
     assert run.state()["stopping"] is False and run.process.poll() is None
-    assert run.ask("stop", "POST", X_Token=token, Origin=own) == 200
+    assert run.ask("stop", "POST", Origin=own) == 200
     run.end(130)
     assert is_free(run.port)
 
@@ -251,8 +249,8 @@ def test_only_a_run_with_a_dashboard_imports_it(cluster, asked):
     done = subprocess.run(command, cwd=cluster.path, capture_output=True, text=True, timeout=60, check=True)
     modules = done.stdout.splitlines()[-1].split()
     assert "simulation.runs.run" in modules, done.stderr
-    assert ({"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} <= set(modules)) == asked
-    assert asked or not {"simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web"} & set(modules)
+    page = {"simulation.monitoring.dashboard", "simulation.monitoring.dashboard_state", "aiohttp.web"}
+    assert page & {*modules} == (page if asked else set())
 
 
 def test_participants_asked_one_by_one_are_shown_too(cluster, tmp_path):
@@ -340,7 +338,7 @@ def run_on(servers: int, lost: int) -> Any:
 
 def state_of(run: dict[str, Any], stage: Stage, **more: Any) -> dict[str, Any]:
     """What the page asks for, of a run that is under way."""
-    state = {"instance": "it", "over": False, "running": True, "run": run, "stage": stage._asdict(), "stopping": False}
+    state = {"over": False, "running": True, "run": run, "stage": stage._asdict(), "stopping": False}
     return state | {"log": [], "ended": []} | more
 
 

@@ -21,7 +21,7 @@ except SystemExit as end:
 print(json.dumps([status, sorted(sys.modules)]))
 """
 AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.http_client")
-DASHBOARD = ("simulation.runs.dashboard", "simulation.runs.dashboard_state", "aiohttp.web")
+DASHBOARD = ("simulation.monitoring.dashboard", "simulation.monitoring.dashboard_state", "aiohttp.web")
 PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "scipy", "socketio")
 
 

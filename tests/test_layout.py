@@ -28,7 +28,8 @@ MAY_IMPORT = {  # folders of simulation/, "agents of the top level" and main.py,
     "cluster": {"", "game", "llm", "rpc", "agents", "top", "cluster"},
     "results": {"", "game", "llm", "rpc", "results"},
     "runs": {"", "game", "llm", "rpc", "agents", "top", "cluster", "results", "runs"},
-    "main": {"", "game", "llm", "rpc", "agents", "top", "hosts", "cluster", "results", "runs", "main"},
+    "monitoring": {"", "game", "llm", "rpc", "agents", "top", "cluster", "results", "runs", "monitoring"},
+    "main": {"", "game", "llm", "rpc", "agents", "top", "hosts", "cluster", "results", "runs", "monitoring", "main"},
 }
 TOP = {"main.py": "main", "simulation/cli.py": "main", "moderator.py": "top", "participant.py": "top"}
 MOST_FILES = 11  # in a folder

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -49,6 +50,8 @@ class Run:
         self.simulation: Simulation | None = None  # None until the servers are ready
         self.under_way = (0, 0.0)  # the number and the start time (time.monotonic) of the latest round
         self.status: str | None = None  # the status in summary.json; None before the first write
+        self.summary: dict[str, Any] = {}  # the content of summary.json; empty before the first write
+        self.on_summary: list[Callable[[dict[str, Any]], None]] = []  # called after each write of summary.json
         self.ended_early = False  # whether the run ended early for a reason other than a signal
         self._waited = 0.0  # seconds, before this command
         self.results: list[RoundResult] = []
@@ -268,7 +271,9 @@ class Run:
         if self.has_converged:
             summary["converged_after"] = len(self.results)
         self.directory.write_summary(summary)
-        self.status = status
+        self.status, self.summary = status, summary
+        for listener in self.on_summary:
+            listener(summary)
         return summary
 
     def _write_sources(self) -> dict[str, Any]:

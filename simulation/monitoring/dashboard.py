@@ -1,5 +1,6 @@
 """The web server of --dashboard. A separate thread serves the live status of the runs, to this host only.
 
+Its address contains a token, so that other users of this host cannot open the page.
 The thread reads the run objects and sends no requests to agent servers. Its only effect on a run is the stop request.
 """
 
@@ -21,10 +22,10 @@ from loguru import logger
 
 from simulation.errors import Interrupted, SettingsError
 from simulation.files import ROOT, SOURCE, is_there
+from simulation.monitoring.dashboard_state import DashboardState
 from simulation.provenance import EXPERIMENT
 from simulation.results.run_directory import REPORT, resume_command, script_command
 from simulation.runs.console import ConsoleProgress
-from simulation.runs.dashboard_state import DashboardState
 
 if TYPE_CHECKING:
     from simulation.runs.run import Run
@@ -66,7 +67,7 @@ class Dashboard:
         self.port: int = self._socket.getsockname()[1]
         self._watch = watch
         self._token = secrets.token_urlsafe(24)
-        self._instance = secrets.token_hex(4)  # a page detects by this id that another process now uses the port
+        self.path = f"/{self._token}/"  # of the page
         self._run: DashboardState | None = None  # the current run, or the last one if no run is in progress
         self._ended: deque[dict[str, Any]] = deque(maxlen=RUNS_LISTED)
         self._over = False
@@ -76,7 +77,7 @@ class Dashboard:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
         self._thread.start()
-        logger.info(f"dashboard: http://{ADDRESS}:{self.port}/")
+        logger.info(f"dashboard: http://{ADDRESS}:{self.port}{self.path}")
 
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
@@ -112,27 +113,30 @@ class Dashboard:
 
     def _serve(self) -> None:
         app = web.Application(middlewares=[self._guarded])
-        app.add_routes([web.get("/", self._page), web.get("/state", self._state), web.get("/report", self._report)])
-        app.add_routes([web.post("/stop", self._stop)])
+        pages = {"": self._page, "state": self._state, "report": self._report}
+        app.add_routes([web.get(f"/{{token}}/{name}", page) for name, page in pages.items()])
+        app.add_routes([web.post("/{token}/stop", self._stop)])
         quiet: dict[str, Any] = {"handle_signals": False, "print": None, "access_log": None}
         web.run_app(app, sock=self._socket, loop=self._loop, shutdown_timeout=0.5, **quiet)
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Handle a request from our page or from a user who opens the page. Reject other requests with status 403."""
+        """Handle a request from our page or from the user who opens the page. Reject other requests with status 403."""
         hosts = {f"{name}:{self.port}" for name in NAMES} | ({*NAMES} if self.port == 80 else set())
         own_origin = f"http://{request.host}"
         elsewhere = request.headers.get("Origin", own_origin) != own_origin
-        site = request.headers.get("Sec-Fetch-Site", "none")
-        if request.host not in hosts or elsewhere or (site not in ("none", "same-origin") and request.path != "/"):
-            raise web.HTTPForbidden(text="this page is for this host alone\n")
+        site, token = request.headers.get("Sec-Fetch-Site", "none"), request.match_info.get("token", "")
+        foreign = site not in ("none", "same-origin") and request.path != self.path
+        known = secrets.compare_digest(token.encode(errors="replace"), self._token.encode())
+        if request.host not in hosts or elsewhere or foreign or not known:
+            raise web.HTTPForbidden(text="open the address that the run has printed, on its host\n")
         response = await handler(request)
         response.headers.update(HEADERS)
         return response
 
     async def _page(self, _request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)
-        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce).replace("{{token}}", self._token)
+        text = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
         policy = {"Content-Security-Policy": POLICY.format(nonce)}
         return web.Response(text=text, content_type="text/html", headers=policy)
 
@@ -147,7 +151,6 @@ class Dashboard:
         if now > until or state["over"] != self._over:
             began, over, run, stage = time.thread_time(), self._over, self._run, self._watch.stage
             state = {
-                "instance": self._instance,
                 "over": over,
                 "running": run is not None and not run.over,
                 "run": None if run is None else run.state(stage),
@@ -168,8 +171,7 @@ class Dashboard:
 
     async def _stop(self, request: web.Request) -> web.Response:
         """Request an early stop, which has the same effect as Ctrl-C: end the current round and save the results."""
-        token = request.headers.get("X-Token", "").encode(errors="replace")
-        if "Origin" not in request.headers or not secrets.compare_digest(token, self._token.encode()):
+        if "Origin" not in request.headers:
             raise web.HTTPForbidden
         if self._watch.stop_signal is None:
             logger.info("the dashboard requests an early end of the run")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from simulation.runs.run import Run
 
 SILENT_S = 3.0  # a server whose last reply is older is shown as silent; servers normally reply every second
+ANSWERS = "answers in"  # the stage in which main waits for answers
+STATES = ("plays", "silent", "lost", "back")  # of servers during a run
 FINE = ("plays", "ended")  # states of servers without trouble, before and after the end of the run
 SERVERS_LISTED = 64  # if there are more servers, the page shows a grid, and rows for some failing servers only
 TROUBLED_LISTED = 16  # maximum number of failing servers with a row, below the grid
@@ -59,7 +61,7 @@ class DashboardState:
         failures: Counter[str] = Counter()
         for causes in (*(result.tally.failures for result in results), *(each.failures for each in current)):
             failures.update(causes)
-        done = stage.done if stage is not None and stage.name == "answers in" and stage.began >= began else 0
+        done = stage.done if stage is not None and stage.name == ANSWERS and stage.began >= began else 0
         failed = min(sum(sum(each.failures.values()) for each in current), done)  # of the outcomes that are in
         progress = {"number": number, "done": done, "failed": failed, "seconds": time.monotonic() - began}
         return {
@@ -121,11 +123,7 @@ class DashboardState:
         return {"states": Counter(row["state"] for row in rows), "rows": listed, "grid": _grid(rows)}
 
     def _row(self, endpoint: Endpoint, status: ServerStatus, hosts: int, done: int) -> dict[str, Any]:
-        config, state, why = self.run.config, "ended" if self.over else "plays", ""
-        if not status.up:
-            state, why = ("back" if status.answers else "lost"), status.why
-        elif not self.over and status.seconds_since_reply > SILENT_S:
-            state, why = "silent", f"no reply for {status.seconds_since_reply:.0f} s"
+        config, (state, why) = self.run.config, state_of(status, self.over)
         participants = endpoint.port < config.base_port + config.server_per_host
         return {
             "host": endpoint.host,
@@ -139,6 +137,15 @@ class DashboardState:
             "cpu": status.reply.cpu if status.up and not self.over else None,
             "memory_mb": status.reply.memory_mb if status.up else None,
         }
+
+
+def state_of(status: ServerStatus, over: bool = False) -> tuple[str, str]:
+    """Return the state of a server, one of STATES or "ended", and its cause. `over`: the run has ended."""
+    if not status.up:
+        return "back" if status.answers else "lost", status.why
+    if not over and status.seconds_since_reply > SILENT_S:
+        return "silent", f"no reply for {status.seconds_since_reply:.0f} s"
+    return "ended" if over else "plays", ""
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
