@@ -4,9 +4,9 @@
 
 One run on 2 + 1 servers with 1 s think time writes answers and summary.json as usual. One round of each pair is polled:
 alternately the first and the second round. During a polled round, a separate process requests the state every 0.5 s, as
-the page does, so every group is sampled once a second. Metrics are scraped once a second. The rendering in a browser is not measured. The cost compares
-the duration of the polled round with the other round of the pair, as a median over all pairs. The CPU time of main and
-all servers is compared in the same way, and is more reliable on a busy machine.
+the page does, so every group is sampled once a second. Metrics are scraped once a second. The rendering in a browser is
+not measured. The cost compares the duration of the polled round with the other round of the pair, as a median over all
+pairs. The CPU time of main and all servers is compared in the same way, and is more reliable on a busy machine.
 """
 
 from __future__ import annotations
