@@ -189,7 +189,7 @@ def test_the_estimate_says_how_much_is_recorded(cluster, fake, recorded):
     assert "recorded answers: 120 in round 1, 120 in round 2; they cost nothing" in done.stdout
     assert costs(done.stdout)["in all"] == costs(done.stdout)["3"] > [0, 0, 0]
     done = cluster.run("run_simulation.sh", "3", "240", *LLM, "--rounds", "2", "--replay", run, "--dry-run")
-    assert costs(done.stdout)["1"][2] == 120 * 5 and costs(done.stdout)["2"][2] == 240 * 5
+    assert 2 * costs(done.stdout)["1"][2] == costs(done.stdout)["2"][2] > 0  # 120 of 240 are new in round 1
     offline = ("--agent-type", "llm", "--seed", "7", "--ratio", "1/2", "--replay", run, "--offline", "--dry-run")
     done = cluster.run("run_simulation.sh", "3", "100", *offline)
     assert "recorded answers: none; all answers fail (--offline)" in done.stdout

@@ -1,5 +1,6 @@
 """Hooks: classes of the user's that receive the data of summary.json while runs are played."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ class HookCaller:
 
     def _call(self, event: str, run: "Run") -> None:
         try:
-            getattr(self._hook, event)(run.summary, run.directory.path)
+            summary = json.loads(json.dumps(run.summary))  # a copy, which the hook may change
+            getattr(self._hook, event)(summary, run.directory.path)
         except BaseException as error:  # noqa: BLE001 - code of the user's may raise anything
             logger.warning(f"--hook: {type(self._hook).__name__}.{event} fails: {one_line(error)}")

@@ -77,7 +77,8 @@ class Metrics(Collector):
         yield CounterMetricFamily("simulation_answers", "Answers in finished rounds.", answers)
         about = "Participants without an answer in finished rounds, by cause."
         yield _by(CounterMetricFamily, "simulation_failures", about, "cause", failures)
-        done = stage.done if stage is not None and stage.name == ANSWERS and run.under_way[0] > len(results) else 0
+        asks = stage is not None and stage.name == ANSWERS and stage.began >= run.under_way[1]
+        done = stage.done if stage is not None and asks and run.under_way[0] > len(results) else 0
         yield GaugeMetricFamily("simulation_round_outcomes", "Answers and failures so far in the current round.", done)
         average = round_entry(results[-1], run.game.scale)["average"] if results else None
         if average is not None:
