@@ -42,7 +42,7 @@ given_up: set[Endpoint] = set()  # servers that are marked down: all calls to th
 
 
 def install_tls(key: ClusterKey) -> None:
-    """Use mutual TLS with this key for all channels that the process opens from now on. Discard earlier channels."""
+    """Use mutual TLS with this key for all channels from now on. Discard earlier channels."""
     _credentials[:] = [key.channel_credentials()]
     identities.clear()
     channel_to.cache_clear()
@@ -72,10 +72,9 @@ def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request the identity and state of a server. `directives` adds further requests by name (see messages.py).
+    """Request the identity and state of a server; `directives` are further requests (see messages.py).
 
-    If `starting`, wait up to `timeout_s` for a server to listen. Raises ServerUnreachable if no server answers, and
-    ClusterError if the server has another key, or if another program or version answers.
+    If `starting`, wait for a server to listen. Raises ClusterError, or ServerUnreachable if no server answers in time.
     """
     try:
         # One long call, because gRPC reconnects only while a call waits for the connection
@@ -105,16 +104,15 @@ def heartbeat(
     The request is [run, number, wait_s, numbers]. The server replies when its groups finish round `number`, or after
     `wait_s` seconds. It adds partial histograms unless `numbers`, the count of possible answers, is 0.
     """
-    call = stub_of(endpoint, _own_calls)[HEARTBEAT].future(json.dumps(request).encode(), timeout=timeout_s)
 
     def finish(call: Any) -> None:
         if (error := call.exception()) is not None:
-            done(translated_error(error, endpoint))
-        else:
-            unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
-            done(HeartbeatReply.from_json(call.result()) or unknown)
+            return done(translated_error(error, endpoint))
+        unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
+        return done(HeartbeatReply.from_json(call.result()) or unknown)
 
-    call.add_done_callback(finish)
+    send = stub_of(endpoint, _own_calls)[HEARTBEAT]
+    send.future(json.dumps(request).encode(), timeout=timeout_s).add_done_callback(finish)
 
 
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:

@@ -56,16 +56,14 @@ def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply
         if isinstance(error.__cause__, grpc.RpcError):
             raise translated_error(error.__cause__, proxy.client.endpoint) from None
         cause = str(error.message).removeprefix("Failed to update placeholder: ")
-        if cause == AGENT_GONE:
-            raise AgentNotFound(f"{proxy.client.endpoint}: {cause}") from None
-        raise KnownCause(cause) from None
+        gone = AgentNotFound(f"{proxy.client.endpoint}: {cause}")
+        raise (gone if cause == AGENT_GONE else KnownCause(cause)) from None
 
 
 class _Client(RpcClient):
     def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
         super().__init__(endpoint.host, endpoint.port)
-        self.endpoint = endpoint
-        self.deadline_s = deadline_s
+        self.endpoint, self.deadline_s = endpoint, deadline_s
 
     def call_agent_func(self, func_name: str, agent_id: str, value: bytes | None = None, timeout: int = 0) -> bytes:
         request = CallFuncRequest(target_func=func_name, value=value, agent_id=agent_id)
@@ -73,8 +71,7 @@ class _Client(RpcClient):
 
     def create_agent(self, agent_configs: dict[str, Any], agent_id: str | None = None) -> bool:
         request = CreateAgentRequest(agent_id=agent_id, agent_init_args=cloudpickle.dumps(agent_configs))
-        status = self._call("create_agent", request)
-        if not status.ok:
+        if not (status := self._call("create_agent", request)).ok:
             raise ClusterError(f"{self.endpoint}: {status.message}")
         return True
 
@@ -95,7 +92,6 @@ class _UntilAnswered(RetryBase):
             try:
                 return func(*args, **kwargs)
             except grpc.RpcError as error:
-                still_thinking = error.details() == "Timeout"  # set by AgentScope's servicer
-                silent = 0 if still_thinking else silent + 1
+                silent = 0 if error.details() == "Timeout" else silent + 1  # set by AgentScope: the agent is busy
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
                     raise
