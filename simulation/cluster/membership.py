@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol, Self, TypeVar
 
 from simulation.cluster.failure_detector import FailureDetector, ServerStatus
-from simulation.errors import Interrupted, RunAborted, ServerLost, SimulationError
+from simulation.errors import Interrupted, RunAborted, ServerLost
 from simulation.rpc import channels
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import END_RUN, KEEP_RUN
@@ -76,10 +76,8 @@ class Membership:
             try:
                 return work()
             except ServerLost as error:
-                endpoint = next((each for each in self._servers if str(each) == error.address), None)
-                if endpoint is None:
-                    raise SimulationError(f"an unknown server was lost: {error}") from error
-                self._detector.mark_down(endpoint, str(error).partition(": ")[2])
+                address, _, why = str(error).partition(": ")
+                self._detector.mark_down({str(each): each for each in self._servers}[address], why)
                 self.handle_losses()
 
     def handle_losses(self) -> None:

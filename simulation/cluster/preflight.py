@@ -31,8 +31,8 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
         try:
             addresses[server.host].result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
-            waited = f"after {config.connect_timeout:g} s"
-            raise SettingsError(f"no address is known for this name {waited}; check /etc/hosts or DNS") from None
+            name = f"this name after {config.connect_timeout:g} s"
+            raise SettingsError(f"no address is known for {name}; check /etc/hosts or DNS") from None
         return identify(server, max(deadline - time.monotonic(), 0.0))
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
@@ -40,7 +40,7 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
 
 
 def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, because name servers may be slow. Return a future of the address."""
+    """Resolve a host name in a daemon thread, because name servers may be slow."""
     address: Future[str] = Future()
 
     def look_up() -> None:

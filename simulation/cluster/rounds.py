@@ -55,12 +55,9 @@ class Simulation:
         replay: Replay | None = None,  # recorded texts to take answers from
     ) -> None:
         assert config.seed is not None  # main generates a seed if the user gives none
-        self.config = config
-        self.game = game
-        self.record = record
+        self.config, self.game, self.record = config, game, record
         self.cluster = Cluster(config, run, game, watch, record, recorded, replay)
-        self._announcements = played
-        self._usage_before_resume = usage
+        self._announcements, self._usage_before_resume = played, usage
         self._begin_round(0)
 
     def __enter__(self) -> "Simulation":
@@ -104,7 +101,7 @@ class Simulation:
         return self.answers()
 
     def _begin_round(self, number: int) -> None:
-        self._number, self._started = number, time.monotonic()
+        self._started = time.monotonic()
         if number > 0:
             self.cluster.begin_round(number)
         self._assignments_then = set(self.cluster.assignments)  # at the start of the round
@@ -152,9 +149,8 @@ class Simulation:
 
     @property
     def usage(self) -> Usage:
-        """Return the usage of all rounds so far."""
-        used = [*self.cluster.used.values()]  # a copy, because observers call this in other threads
-        now, before = sum(used, start=NO_USAGE), self._usage_before_resume
+        """Return the usage of all rounds so far. Thread-safe."""
+        now, before = sum([*self.cluster.used.values()], start=NO_USAGE), self._usage_before_resume
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
 

@@ -107,8 +107,12 @@ class SimulationServicer(AgentServerServicer):
         directives = json.loads(request)
         for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
-        memory = psutil.Process().memory_full_info() if messages.MEMORY in directives else None
-        model_troubles, repeatable = dict[str, str](), list[str]()
+        memory_mb, model_troubles, repeatable = None, dict[str, str](), list[str]()
+        if messages.MEMORY in directives:
+            memory = (
+                psutil.Process().memory_full_info()
+            )  # pss includes a share of the shared memory; some have only uss
+            memory_mb = round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1)
         if messages.CHECK_MODELS in directives:
             from simulation.llm.http_client import check_models, repeatable_models  # noqa: PLC0415 - imports openai
 
@@ -116,19 +120,11 @@ class SimulationServicer(AgentServerServicer):
             probes = {self._models[name]: Probe(*probe) for name in names if name in self._models}
             model_troubles = {model.name: cause for model, cause in check_models(probes, timeout_s).items()}
             repeatable = [model.name for model in repeatable_models(probes, timeout_s / 2)]
-        reply = messages.Handshake(
-            incarnation=self._incarnation,
-            pid=os.getpid(),
-            layout=messages.layout_of(self._config),
-            started=self._started,
-            agents=sum(getattr(agent, "agents", 1) for agent in self._hosted().values()),
-            # pss includes a share of the shared memory; some systems report only uss
-            memory_mb=round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1) if memory else None,
-            models={name: model.base_url for name, model in self._models.items()},
-            model_troubles=model_troubles,
-            repeatable_models=repeatable,
-        )
-        return reply.to_json().encode()
+        layout, agents = messages.layout_of(self._config), self._hosted().values()
+        count = sum(getattr(agent, "agents", 1) for agent in agents)
+        urls = {name: model.base_url for name, model in self._models.items()}
+        about = (self._incarnation, os.getpid(), layout, self._started, count, memory_mb)
+        return messages.Handshake(*about, urls, model_troubles, repeatable).to_json().encode()
 
     def get_agent(self, agent_id: str) -> Any:
         self._renewed[run_of(agent_id)] = time.monotonic()

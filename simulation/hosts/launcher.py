@@ -20,7 +20,8 @@ from typing import Any
 from loguru import logger
 
 from simulation.errors import SettingsError
-from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, ProcessId
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER
+from simulation.hosts.process_id import ProcessId
 from simulation.rpc.cluster_key import ClusterKey, load
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.settings import SimulationConfig

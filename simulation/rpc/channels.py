@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -52,9 +53,7 @@ def install_tls(key: ClusterKey) -> None:
 @functools.cache
 def channel_to(url: str) -> grpc.Channel:
     """Return the channel of this process to a server. Create the channel on first use. `url` is `host:port`."""
-    host, _, port = url.rpartition(":")
-    # localhost may resolve to ::1, where another program may listen
-    target = f"127.0.0.1:{port}" if host == "localhost" else url
+    target = re.sub(r"\Alocalhost:", "127.0.0.1:", url)  # otherwise ::1, where another program may listen
     return grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
 
 
@@ -160,10 +159,8 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
             return errors.UntrustedServer(f"{endpoint}: {UNTRUSTED}")
-        cause = f"cannot be reached ({last.rpartition(': ')[2]})"
-        if "refused" in details:
-            cause = NOBODY_LISTENS
-        elif "DNS resolution failed" in details:
+        cause = NOBODY_LISTENS if "refused" in details else f"cannot be reached ({last.rpartition(': ')[2]})"
+        if "DNS resolution failed" in details:
             cause = "no address is known for this name; check /etc/hosts or DNS"
         return ServerUnreachable(f"{endpoint}: {cause}")
     if "not exists" in details:
