@@ -19,7 +19,7 @@ main() {
   LOGS="$checkout/run/slurm-$SLURM_JOB_ID/$HOST_NAME"
   trap finish EXIT
   cd "$checkout"
-  cp -R ./*.py ./*.sh ./*.txt pyproject.toml configs scripts simulation "$COPY"
+  cp -R ./*.py ./*.sh ./*.txt pyproject.toml configs games scripts simulation "$COPY"
   ln -s "$checkout"/.venv* "$COPY"
   if [ "${AGENT_TYPE:-}" = llm ]; then in_background "$COPY/start_vllm.sh"; fi
   in_background "$COPY/start_all_server.sh" "$1"

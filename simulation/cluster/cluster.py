@@ -26,7 +26,7 @@ from simulation.game.tally import RoundResult
 from simulation.llm.prompts import KeptText, RecordedText
 from simulation.llm.responses import Usage
 from simulation.rpc.channels import AGENT_GONE, call_all, call_all_or_raise, parse_remote_error
-from simulation.rpc.client import LONG_CALL_TIMEOUT_S, RemoteObject, delete_remote
+from simulation.rpc.client import LONG_CALL_TIMEOUT_S, Client, RemoteObject
 from simulation.rpc.endpoints import ANSWERS_PER_MESSAGE, Endpoint, GroupAssignment, endpoints
 from simulation.settings import SimulationConfig
 
@@ -121,8 +121,8 @@ class Cluster(Membership):
         """Delete groups and moderators that still exist on servers although others have replaced them."""
         wanted = {each.oid for each in self.assignments} | {each.oid for each in self.moderators.values()}
         hosted = [(server, oid) for server in self.up(self._servers) for oid in self.status[server].reply.objects]
-        delete = partial(delete_remote, deadline_s=self.config.connect_timeout)
-        call_all({oid: partial(delete, server, oid) for server, oid in hosted if oid not in wanted})
+        clients = {oid: Client(server, self.config.connect_timeout) for server, oid in hosted if oid not in wanted}
+        call_all({oid: partial(client.delete_agent, oid) for oid, client in clients.items()})
 
     def reconcile(self, rounds: int) -> None:
         """Create missing groups and moderators on servers that are up.

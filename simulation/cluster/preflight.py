@@ -25,7 +25,16 @@ Errors = dict[Endpoint, SimulationError]  # SettingsError if the host name is un
 def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
     """Return the handshakes of all servers that answer within connect_timeout, and the errors of the other servers."""
     deadline = time.monotonic() + config.connect_timeout
-    addresses = {host: _look_up(host) for host in config.hosts}
+    addresses = {host: Future[str]() for host in config.hosts}
+
+    def look_up(host: str) -> None:
+        try:
+            addresses[host].set_result(address_of(host))
+        except SettingsError as error:
+            addresses[host].set_exception(error)
+
+    for host in addresses:  # in daemon threads, because name servers may be slow
+        threading.Thread(target=look_up, args=(host,), daemon=True).start()
 
     def identify_one(server: Endpoint) -> Handshake:
         try:
@@ -37,20 +46,6 @@ def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
     return call_all({each: partial(identify_one, each) for each in servers}, CHECKS_AT_ONCE)
-
-
-def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, because name servers may be slow."""
-    address: Future[str] = Future()
-
-    def look_up() -> None:
-        try:
-            address.set_result(address_of(host))
-        except SettingsError as error:
-            address.set_exception(error)
-
-    threading.Thread(target=look_up, daemon=True).start()
-    return address
 
 
 def check_cluster(config: SimulationConfig, game: Game) -> tuple[Identities, bool]:

@@ -1,7 +1,7 @@
 """AgentScope's RPC client with this program's channels, deadlines and errors. Only this module modifies that client.
 
 `RpcClient._get_channel`, which creates every channel of the process, is replaced to use the cluster key. AgentScope's
-calls wait 300 s or forever and hide the server's error, so `_Client` sets deadlines and translates errors.
+calls wait 300 s or forever and hide the server's error, so `Client` sets deadlines and translates errors.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,9 @@ class RemoteObject(RpcObject):
     ) -> None:
         super().__init__(cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered())
         self.oid = oid
-        self.client = _Client(endpoint, deadline_s)
+        self.client = Client(endpoint, deadline_s)
         if kwargs is not None:
             self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)
-
-
-def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
-    """Close and delete a remote object. Do nothing if the object is already deleted."""
-    _Client(endpoint, deadline_s).delete_agent(oid)
 
 
 def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply") -> Msg:
@@ -60,7 +55,9 @@ def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply
         raise (gone if cause == AGENT_GONE else KnownCause(cause)) from None
 
 
-class _Client(RpcClient):
+class Client(RpcClient):
+    """AgentScope's client of a server. To delete an agent that does not exist does nothing."""
+
     def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
         super().__init__(endpoint.host, endpoint.port)
         self.endpoint, self.deadline_s = endpoint, deadline_s
