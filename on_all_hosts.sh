@@ -44,11 +44,8 @@ main() {
     push-key) case "$#${2:-}" in 1 | 2--force) ;; *) fail 2 "push-key knows --force alone; usage: $USAGE" ;; esac ;;
     *)
       what="./${what#./}"
-      case "${what#./}" in
-        */* | on_all_hosts.sh) false ;;
-        *.sh) [ -x "$ROOT/$what" ] ;;
-        *) false ;;
-      esac || refuse_unknown "$1" "$USAGE" push-key --help "${SCRIPTS[@]}"
+      [[ "$what" =~ ^\./[^/]+\.sh$ && "$what" != ./on_all_hosts.sh && -x "$ROOT/$what" ]] ||
+        refuse_unknown "$1" "$USAGE" push-key --help "${SCRIPTS[@]}"
       ;;
   esac
   for word in $SETTINGS; do # before configs/cluster.env is read: each host has its own
@@ -136,12 +133,10 @@ on_all() { # on_all <commands for sh in the folder of the checkout>
       read -r status <"$WORK/$host.status"
       [ "$status" -ne 0 ] || continue
       failed="$failed; $host failed with exit status $status"
+    elif [ "$status" -eq 255 ]; then
+      failed="$failed; ssh to $host failed" status=3
     else
-      case "$status" in
-        255) failed="$failed; ssh to $host failed" ;;
-        *) failed="$failed; $host has not run it: its login shell ended with exit status $status" ;;
-      esac
-      status=3
+      failed="$failed; $host has not run it: its login shell ended with exit status $status" status=3
     fi
     failures=$((failures + 1))
     [ "$status" -le "$highest" ] || highest="$status"

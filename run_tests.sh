@@ -19,7 +19,7 @@ CODE=(main.py moderator.py participant.py games scripts simulation tests example
   benchmarks/call_counter/sitecustomize.py benchmarks/commands.py benchmarks/common.py benchmarks/dashboard.py benchmarks/faults.py
   benchmarks/llm.py benchmarks/own_participants.py benchmarks/rounds.py benchmarks/scale.py benchmarks/scale_network.py)
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh on_all_hosts.sh run_tests.sh
-  scripts/lib.sh scripts/receive_key.sh tests/record_exec.sh examples/slurm/simulation.sbatch examples/slurm/node.sh
+  scripts/lib.sh scripts/environment.sh scripts/receive_key.sh tests/record_exec.sh examples/slurm/simulation.sbatch examples/slurm/node.sh
   .ci/run)
 # The rules, games on servers that stay up, participants of one's own, language models (a stand-in answers), scripts
 FAST=(tests/test_game.py tests/test_answer_parser.py tests/test_group.py tests/test_cluster.py tests/test_failure_detector.py tests/test_level_k.py
@@ -61,6 +61,32 @@ main() {
   rm -rf "$folder"
   [ -z "$left_out" ] || say "all of that works here; left out: $left_out"
 }
+
+# Install the Debian packages that some tests need, if possible, without starting their services.
+ensure_debian() {
+  local missing=() log="$ROOT/run/install.log"
+  command -v ip >/dev/null || missing+=(iproute2)
+  [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+  command -v chromium >/dev/null || missing+=(chromium)
+  [ "${#missing[@]}" -gt 0 ] || return 0
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]} for the tests"
+    mkdir -p "$ROOT/run"
+    ! apt_install "${missing[@]}" </dev/null >"$log" 2>&1 || return 0
+    say "cannot install: $(grep '^E:' "$log" | tail -n 1 || true); see $log"
+  fi
+  say "tests that need these packages of Debian will be skipped: ${missing[*]}"
+}
+
+apt_install() (
+  policy=/usr/sbin/policy-rc.d # decides whether packages start their services
+  if ! [ -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" || return 1
+  fi
+  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" || return 1
+  case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
+)
 
 lint() {
   local folder name

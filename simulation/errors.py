@@ -55,12 +55,7 @@ class ClusterError(SimulationError):
 
 
 class ServerLost(ClusterError):
-    """One server has failed. The message starts with the address of the server."""
-
-    @property
-    def address(self) -> str:
-        """Return the address of the server as `host:port`."""
-        return str(self).partition(": ")[0]
+    """One server has failed. The message starts with the address of the server, as `host:port: `."""
 
 
 class ServerUnreachable(ServerLost): ...

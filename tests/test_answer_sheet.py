@@ -37,7 +37,7 @@ def sheet_of(entries: list[int | str], first: int = 0) -> AnswerSheet:
     sheet = AnswerSheet(first, len(entries))
     for place, entry in enumerate(entries):
         if isinstance(entry, str):
-            sheet.fail(place, entry)
+            sheet.fail(place, (entry, None, Ended.COMPLETE))
         else:
             sheet.record(place, entry)
     return sheet
@@ -104,8 +104,8 @@ def test_how_a_round_ended_survives_any_number_of_causes(ended):
     often = [f"cause {place}" for place in range(CAUSES_COUNTED + 50)] * 2
     sheet = AnswerSheet(0, len(often) + 1)
     for place, cause in enumerate(often):
-        sheet.fail(place, cause)
-    sheet.fail(len(often), "once", None, ended)
+        sheet.fail(place, (cause, None, Ended.COMPLETE))
+    sheet.fail(len(often), ("once", None, ended))
     assert sheet.tally().ended is ended and "once" not in sheet.tally().failures
     assert merge([Tally(0), *sheet_of([3, INTERRUPTED]).tally().parts(1), *sheet.tally().parts(1)]).ended is ended
     answers = [sheet.answers(0, len(often) + 1)]
@@ -164,7 +164,7 @@ def test_missing_answers_count_as_failed(entries):
     sheet = AnswerSheet(0, len(entries))
     for place, entry in enumerate(entries):
         if isinstance(entry, str):
-            sheet.fail(place, entry)
+            sheet.fail(place, (entry, None, Ended.COMPLETE))
         elif entry is not None:
             sheet.record(place, entry)
     closed = sheet.with_missing_failed()
@@ -214,7 +214,7 @@ def test_recording_many_equals_recording_one_by_one(said, decimals, neighbours):
         try:
             one.record(place, to_units(answer, game))
         except (UnusableAnswer, KeyError) as error:
-            one.fail(place, *failure_of(error))
+            one.fail(place, failure_of(error))
     together.record_many(places, said, game)
     assert together.done == one.done == len(said)
     shown = [{place: each.get("text") for place, each in sheet.examples.items()} for sheet in (one, together)]
@@ -231,7 +231,7 @@ def test_answers_match_their_indices():
 def test_a_different_cause_per_participant_is_kept():
     sheet = AnswerSheet(0, 100_000)
     for place in range(100_000):
-        sheet.fail(place, f"cause {place}", f"text {place}")
+        sheet.fail(place, (f"cause {place}", f"text {place}", Ended.COMPLETE))
     part = sheet.answers(70_000, 10)
     assert part.causes == [part.cause_of(place) for place in range(70_000, 70_010)]
     assert part.causes[0] == "cause 70000"

@@ -279,7 +279,7 @@ def test_a_partial_histogram_counts_what_the_tally_counts(max_value, decimals):
     counts, failures = sheet.partial_histogram(game)
     assert sum(counts) == 150_000 and failures == {}
     for place in range(150_000, 200_000):
-        sheet.fail(place, f"cause {place % (2 * CAUSES_COUNTED)}")
+        sheet.fail(place, (f"cause {place % (2 * CAUSES_COUNTED)}", None, Ended.COMPLETE))
     (counts, failures), tally = sheet.partial_histogram(game), sheet.tally()
     _, wanted = histogram(tally, 0, game.numbers - 1, BINS)
     assert counts == [*wanted] and len(counts) == bins_of(game.numbers)[1] <= BINS

@@ -158,15 +158,13 @@ def test_texts_come_in_messages_of_bounded_size(monkeypatch, texts, characters, 
     offsets = [7, 0, 3, 5, 8, 9, 2]
     kept = {offset: text_of(10 + offset, "What?", "2" * 12) for offset in offsets}
     group = SimpleNamespace(first=10, _texts=kept, _finished_sheet=lambda: None)
-    there, gone = Endpoint("a", 1), GroupAssignment("gone", 0, 10, None, Endpoint("a", 2))
+    there = Endpoint("a", 1)
     cluster = SimpleNamespace(
-        assignments=[gone, GroupAssignment("group", 10, 10, there, there)],
+        active_assignments=[GroupAssignment("group", 10, 10, there, there)],
         moderators={there: SimpleNamespace(texts=partial(groups.ParticipantGroup.texts, group))},
     )
-    simulation = SimpleNamespace(cluster=cluster)
-    simulation._fetched = partial(Simulation._fetched, simulation)
-    pieces = [*Simulation.texts(simulation)]
-    assert [len(piece) for piece in pieces] == [0, *sizes]
+    pieces = [*Simulation.texts(SimpleNamespace(cluster=cluster))]
+    assert [len(piece) for piece in pieces] == sizes
     found = [text for piece in pieces for text in piece]
     assert [text.participant for text in found] == [10 + offset for offset in sorted(offsets)]
     assert {text.model for text in found} == {"m"}

@@ -385,7 +385,7 @@ class ParticipantGroup(metaclass=RpcMeta):
             try:
                 record = partial(sheet.record, offset, ask_in_thread(agent, question, self.game))
             except BaseException as error:  # noqa: BLE001 - user code may raise anything; only this participant fails
-                record = partial(sheet.fail, offset, *failure_of(error), error)
+                record = partial(sheet.fail, offset, failure_of(error), error)
             self._drop_rng(agent)
             with self._changed:
                 record()
@@ -410,7 +410,7 @@ class ParticipantGroup(metaclass=RpcMeta):
 
         def failed(index: int, error: BaseException) -> None:
             self._drop_rng(agents[index])
-            sheet.fail(offsets[index], *failure_of(error), error)
+            sheet.fail(offsets[index], failure_of(error), error)
 
         limit = max(TURN, 2 * self.chat.settings.samples_per_request) if ask_models and self.chat is not None else None
         return Scheduler(

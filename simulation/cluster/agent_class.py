@@ -32,19 +32,17 @@ def load_agent_class(
     Raises SettingsError, which names `flag`, if the file or the class is unusable.
     """
     cls: type[Participant] = find_class(flag, spec, Participant, unregistered())
-
-    def refuse(problem: str) -> SettingsError:
-        return SettingsError(f"{flag} {shown(spec)}: {problem}")
-
-    if issubclass(cls, LLMParticipant) and not asks_models:
-        advice = "give --agent-type llm, too" if flag == "--agent-class" else f"write it as llm:{shown(spec)}"
-        raise refuse(f"{cls.__name__} asks a model: {advice}")
-    if not answers_many(cls) and cls.reply is Participant.reply:
-        raise refuse(f"{cls.__name__} defines neither answer nor reply")
-    if not inspect.iscoroutinefunction(cls.answer):
-        raise refuse("answer must be written as 'async def answer(self, question)'")
-    if inspect.iscoroutinefunction(inspect.unwrap(cls.reply)):
-        raise refuse("reply must be an ordinary method; its async kind is called answer")
+    advice = "give --agent-type llm, too" if flag == "--agent-class" else f"write it as llm:{shown(spec)}"
+    problems = {
+        f"{cls.__name__} asks a model: {advice}": issubclass(cls, LLMParticipant) and not asks_models,
+        f"{cls.__name__} defines neither answer nor reply": not answers_many(cls) and cls.reply is Participant.reply,
+        "answer must be written as 'async def answer(self, question)'": not inspect.iscoroutinefunction(cls.answer),
+        "reply must be an ordinary method; its async kind is called answer": inspect.iscoroutinefunction(
+            inspect.unwrap(cls.reply)
+        ),
+    }
+    for problem in (text for text, is_found in problems.items() if is_found):
+        raise SettingsError(f"{flag} {shown(spec)}: {problem}")
     parameters = declared(cls, Participant)
     values = {name: each.declaration.default for name, each in parameters.items()}
     values |= values_of(assignments, cls.__name__, parameters)
@@ -54,16 +52,13 @@ def load_agent_class(
 @functools.lru_cache(maxsize=8)  # the runs of an experiment and the check before them use the same class
 def _with_values(cls: type[Participant], values: tuple[tuple[str, Any], ...]) -> type[Participant]:
     """Return a subclass with these attributes: the user's class stays as it is."""
-    attributes = {"__module__": cls.__module__, **dict(values)}  # that module is pickled by value
-    with unregistered():
-        return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(attributes))
+    with unregistered():  # the module of the user's file is pickled by value
+        body = {"__module__": cls.__module__, **dict(values)}
+        return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
 
 
 def load_agent_classes(config: SimulationConfig, recorded: Mapping[str, Any]) -> tuple[type[Participant], ...]:
-    """Return the class of each kind of player. `recorded` has the arguments of `surrogate_of` by kind.
-
-    Raises SettingsError if a user's file or class is unusable.
-    """
+    """Return the class of each kind of player. `recorded` has the arguments of `surrogate_of` by kind."""
 
     def load(kind: Kind) -> type[Participant]:
         if kind.agent_class is not None:

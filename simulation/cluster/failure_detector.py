@@ -1,8 +1,8 @@
 """Failure detector: detects which agent servers of a run are alive, and collects the progress of their objects.
 
-A server delays its heartbeat reply until its participants finish the round, but for at most about WAIT_S seconds. Main
-therefore learns of the end of a round at once. A server is marked down if its port is closed or used by another
-program, if its process was replaced, or if no reply arrives within the heartbeat timeout. Callers decide how to react.
+A server delays its reply until its participants finish the round, at most about WAIT_S seconds, so main learns of that
+at once. A server is marked down if its port is closed or another program's, if its process was replaced, or if no reply
+arrives within the heartbeat timeout.
 """
 
 import heapq
@@ -51,8 +51,7 @@ class FailureDetector:
     """The failure detector of one run. While this context manager is open, a thread polls the servers."""
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
-        self._run = run
-        self._timeout_s = timeout_s
+        self._run, self._timeout_s = run, timeout_s
         self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), min(timeout_s, lease_s) / POLLS_IN_LEASE)
         now = time.monotonic()
         self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
@@ -60,8 +59,7 @@ class FailureDetector:
         self._newest = dict.fromkeys(incarnations, 0.0)  # time of the latest request, to detect old replies
         self._changed = threading.Condition()  # guards all mutable state
         self._round = 0
-        self._numbers = 0  # number of possible answers, for histograms
-        self._observed_until = 0.0  # until when heartbeats request histograms (time.monotonic)
+        self._observed = (0, 0.0)  # number of possible answers, and until when to request histograms (time.monotonic)
         self._news = self._ended = False
         self._thread = threading.Thread(target=self._poll, name="heartbeats", daemon=True)
 
@@ -84,7 +82,7 @@ class FailureDetector:
 
     def observe(self, numbers: int) -> None:
         """Request a partial histogram with each heartbeat for OBSERVED_S seconds. `numbers` answers are possible."""
-        self._numbers, self._observed_until = numbers, time.monotonic() + OBSERVED_S
+        self._observed = (numbers, time.monotonic() + OBSERVED_S)
 
     def poll_now(self, number: int) -> None:
         """Poll all servers now, at the start of round `number`. Servers that work on this round delay their replies."""
@@ -124,9 +122,9 @@ class FailureDetector:
                 self._newest[endpoint] = now
                 left_s = status.replied_at + self._timeout_s - now if status.up else self._timeout_s
             timeout_s = max(left_s, self._wait_s + AGAIN_S)
-            numbers = self._numbers if now < self._observed_until else 0
-            receive = partial(self._receive, endpoint, now, timeout_s)
-            heartbeat(endpoint, [self._run, number, self._wait_s, numbers], timeout_s, receive)
+            numbers, until = self._observed
+            request = [self._run, number, self._wait_s, numbers if now < until else 0]
+            heartbeat(endpoint, request, timeout_s, partial(self._receive, endpoint, now, timeout_s))
 
     def _receive(
         self, endpoint: Endpoint, requested_at: float, timeout_s: float, reply: HeartbeatReply | SimulationError

@@ -1,4 +1,4 @@
-"""Membership: handles the losses and recoveries of a run's servers, and awaits the progress of remote objects."""
+"""Membership: handles the losses and recoveries of a run's servers."""
 
 import time
 from collections import Counter
@@ -7,8 +7,7 @@ from functools import partial
 from typing import Protocol, Self, TypeVar
 
 from simulation.cluster.failure_detector import FailureDetector, ServerStatus
-from simulation.errors import AgentNotFound, Interrupted, RunAborted, ServerLost, ServerUnreachable, SimulationError
-from simulation.llm.responses import Usage
+from simulation.errors import Interrupted, RunAborted, ServerLost
 from simulation.rpc import channels
 from simulation.rpc.endpoints import Endpoint
 from simulation.rpc.messages import END_RUN, KEEP_RUN
@@ -16,8 +15,6 @@ from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
 
-POLL_S = 1.0  # interval between checks for Ctrl-C
-SCAN_PAUSE_S = 5e-5  # pause per object between two scans of the heartbeat replies
 RECOVERY_POLL_S = 0.1  # interval between checks for a recovered server
 GATHER_S = 2.0  # if all servers were down: time to wait for further recoveries after the first recovery
 LOSSES_IN_ROUND = 3  # a server lost this often in one round is not readmitted: the game may crash it
@@ -28,40 +25,30 @@ class ProgressListener(Protocol):
 
     stop_signal: int | None
 
-    def progress(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Called when `done` of `total` participants have finished `stage` ("participants created" or "answers in")."""
+    def progress(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
-    def warn(self, line: str) -> None:
-        """Called when a server was lost or has recovered, or a model fails; `line` is the message for the user."""
+    def warn(self, line: str) -> None: ...
 
 
 class Membership:
     """The servers that take part in one run. The ids of the run's remote objects start with `run`."""
 
     def __init__(self, config: SimulationConfig, run: str, servers: list[Endpoint], watch: ProgressListener) -> None:
-        self.config = config
-        self.run = run
-        self.watch = watch
+        self.config, self.run, self.watch = config, run, watch
         self.losses: Counter[Endpoint] = Counter()  # number of handled losses by server, in order of the first losses
-        self.used: dict[str, Usage] = {}  # usage by group id, including deleted groups
         self._servers = servers
-        self._models_down: set[str] = set()  # models whose lasting errors were reported in this round
         self._losses_before: Counter[Endpoint] = Counter()  # `losses` at the start of the round
 
     def unassign_server(self, endpoint: Endpoint) -> None:
         """Handle the loss of a server and of all objects on this server."""
         raise NotImplementedError
 
-    def halt(self) -> None:
-        """Stop the round."""
-        raise NotImplementedError
-
     def __enter__(self) -> Self:
         """Connect to all servers and start the failure detector. Its first heartbeats announce the run."""
-        call = partial(channels.identify, timeout_s=self.config.connect_timeout)
-        identities = channels.call_all_or_raise({each: partial(call, each) for each in self._servers})
+        timeout_s = self.config.connect_timeout
+        calls = {each: partial(channels.identify, each, timeout_s) for each in self._servers}
+        incarnations = {each: shake.incarnation for each, shake in channels.call_all_or_raise(calls).items()}
         channels.identities.clear()
-        incarnations = {endpoint: each.incarnation for endpoint, each in identities.items()}
         self._detector = FailureDetector(self.run, incarnations, self.config.heartbeat_timeout, self.config.lease)
         self._detector.__enter__()
         return self
@@ -89,10 +76,8 @@ class Membership:
             try:
                 return work()
             except ServerLost as error:
-                endpoint = next((each for each in self._servers if str(each) == error.address), None)
-                if endpoint is None:
-                    raise SimulationError(f"an unknown server was lost: {error}") from error
-                self._detector.mark_down(endpoint, str(error).partition(": ")[2])
+                address, _, why = str(error).partition(": ")
+                self._detector.mark_down({str(each): each for each in self._servers}[address], why)
                 self.handle_losses()
 
     def handle_losses(self) -> None:
@@ -106,7 +91,6 @@ class Membership:
     def begin_round(self, number: int) -> None:
         """Start to count the losses of round `number`, and readmit recovered servers."""
         self._losses_before = self.losses.copy()
-        self._models_down.clear()
         recovered = [endpoint for endpoint, status in self.status.items() if status.has_recovered]
         self.handle_losses()
         for endpoint in recovered:
@@ -135,55 +119,3 @@ class Membership:
                         self._detector.mark_up(endpoint)
             self._detector.wait(RECOVERY_POLL_S)
         return up
-
-    def wait_until_done(self, stage: str, number: int, total: int, awaited: list[tuple[Endpoint, str]]) -> None:
-        """Wait without time limit until `total` participants finish a round. An interruption ends the round early.
-
-        `number` is the number of the round, or 0 for the creation of participants. `awaited` contains the server and
-        the id of each object that must report. Raises ServerLost, Interrupted (only during creation), or the
-        SimulationError that an object reports.
-        """
-        since = time.monotonic()
-        self._detector.poll_now(number)
-        while True:
-            done = self._done(number, awaited, since)
-            answering = sum(status.answers for status in self.status.values())
-            self.watch.progress(stage, done, total, f"{answering} of {len(self._servers)} servers answer")
-            if done == total:
-                return
-            if self.watch.stop_signal is not None:
-                if number == 0:
-                    raise Interrupted(self.watch.stop_signal)
-                self.halt()
-            self._detector.wait(POLL_S)
-            time.sleep(len(awaited) * SCAN_PAUSE_S)  # the more objects, the fewer scans
-
-    def _done(self, number: int, awaited: list[tuple[Endpoint, str]], since: float) -> int:
-        """Return the number of finished participants, and store the usage. Skip replies requested before `since`.
-
-        Raises the errors that objects report, and ServerLost if a server or an object is lost.
-        """
-        done = 0
-        gone: AgentNotFound | None = None
-        for endpoint, oid in awaited:
-            status = self.status[endpoint]
-            if not status.up and gone is None:
-                raise ServerUnreachable(f"{endpoint}: {status.why}")
-            if status.requested_at < since:  # an earlier reply may report groups that were replaced
-                continue
-            progress = status.reply.objects.get(oid)
-            if progress is None:  # for example, the lease expired while this process was suspended
-                gone = AgentNotFound(f"{endpoint}: {channels.AGENT_GONE}")
-                self._detector.mark_down(endpoint, channels.AGENT_GONE)
-            elif progress.error:
-                raise channels.parse_remote_error(progress.error) or SimulationError(progress.error)
-            else:
-                if progress.usage:
-                    self.used[oid] = Usage(*progress.usage)  # type: ignore[arg-type]
-                for name in progress.outages.keys() - self._models_down:
-                    self._models_down.add(name)
-                    self.watch.warn(f"{endpoint.host}: {progress.outages[name]}")
-                done += progress.done if progress.round == number else 0
-        if gone is not None:
-            raise gone
-        return done

@@ -1,8 +1,4 @@
-"""Placement: assigns groups to servers and moderators as servers fail and recover. Pure: makes no calls.
-
-Every participant has a preferred server and a preferred moderator. While a server is down, the other servers share its
-participants evenly.
-"""
+"""Placement: assigns groups to servers and moderators as servers fail and recover. Pure: makes no calls."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
@@ -22,8 +18,9 @@ def even_split(total: int, parts: int) -> list[range]:
 class PlacementPlan:
     """The assignment of all groups of a run to servers and moderators.
 
-    At first, all servers and all moderators share the participants evenly, in participant order. A group is the
-    intersection of a server's range and a moderator's range, so there are fewer groups than servers + moderators.
+    All servers and all moderators share the participants evenly, in participant order: these are their preferred ones.
+    While a server is down, the others share its participants evenly. A group is the intersection of a server's range
+    and a moderator's range, so there are fewer groups than servers + moderators.
     """
 
     def __init__(
@@ -72,22 +69,19 @@ class PlacementPlan:
         servers, moderators_up = set(servers), set(moderator_servers)
         displaced = sum(each.count for each in self.assignments if each.server not in servers)
         stops = [share.stop for share in even_split(displaced, max(len(onto), 1))]
-        moved = 0
-        assignments: list[GroupAssignment] = []
+        moved, assignments = 0, list[GroupAssignment]()
         for number, each in enumerate(self.assignments):
             moderator_server = each.moderator_server
             if moderator_server not in moderators_up:
                 moderator_server = moderator_servers[number % len(moderator_servers)]
-            piece = replace(each, moderator_server=moderator_server)
-            if piece.server in servers:
-                assignments.append(piece)
+            if each.server in servers:
+                assignments.append(replace(each, moderator_server=moderator_server))
                 continue
-            first, stop = piece.first, piece.first + piece.count
+            first, stop = each.first, each.first + each.count
             while first < stop:  # split the group where the share of a server ends
                 share = bisect_right(stops, moved)
-                count = min(stop - first, stops[share] - moved)
-                server = onto[share] if onto else None
-                assignments.append(replace(piece, oid=self._new_id(first), first=first, count=count, server=server))
+                count, server = min(stop - first, stops[share] - moved), onto[share] if onto else None
+                assignments.append(GroupAssignment(self._new_id(first), first, count, server, moderator_server))
                 first, moved = first + count, moved + count
         self.assignments = assignments
 

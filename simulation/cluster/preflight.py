@@ -13,7 +13,7 @@ from simulation.llm.model_configs import ModelConfig, asked_models, check_model_
 from simulation.llm.prompts import probe_of
 from simulation.rpc.channels import NOBODY_LISTENS, UNTRUSTED, call_all, call_all_or_raise, handshake, identify
 from simulation.rpc.endpoints import Endpoint, address_of, endpoints
-from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake
+from simulation.rpc.messages import CHECK_MODELS, OWN_VERSIONS, Handshake, layout_of
 from simulation.settings import SimulationConfig
 
 CHECKS_AT_ONCE = 1024  # maximum number of threads; each waits for one server
@@ -25,49 +25,40 @@ Errors = dict[Endpoint, SimulationError]  # SettingsError if the host name is un
 def identify_all(config: SimulationConfig) -> tuple[Identities, Errors]:
     """Return the handshakes of all servers that answer within connect_timeout, and the errors of the other servers."""
     deadline = time.monotonic() + config.connect_timeout
-    addresses = {host: _look_up(host) for host in config.hosts}
+    addresses = {host: Future[str]() for host in config.hosts}
+
+    def look_up(host: str) -> None:
+        try:
+            addresses[host].set_result(address_of(host))
+        except SettingsError as error:
+            addresses[host].set_exception(error)
+
+    for host in addresses:  # in daemon threads, because name servers may be slow
+        threading.Thread(target=look_up, args=(host,), daemon=True).start()
 
     def identify_one(server: Endpoint) -> Handshake:
         try:
             addresses[server.host].result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
-            waited = f"after {config.connect_timeout:g} s"
-            raise SettingsError(f"no address is known for this name {waited}; check /etc/hosts or DNS") from None
+            name = f"this name after {config.connect_timeout:g} s"
+            raise SettingsError(f"no address is known for {name}; check /etc/hosts or DNS") from None
         return identify(server, max(deadline - time.monotonic(), 0.0))
 
     servers = endpoints(config.hosts, config.base_port, config.server_per_host + config.moderator_per_host)
     return call_all({each: partial(identify_one, each) for each in servers}, CHECKS_AT_ONCE)
 
 
-def _look_up(host: str) -> Future[str]:
-    """Resolve a host name in a daemon thread, because name servers may be slow. Return a future of the address."""
-    address: Future[str] = Future()
-
-    def look_up() -> None:
-        try:
-            address.set_result(address_of(host))
-        except SettingsError as error:
-            address.set_exception(error)
-
-    threading.Thread(target=look_up, daemon=True).start()
-    return address
-
-
 def check_cluster(config: SimulationConfig, game: Game) -> tuple[Identities, bool]:
-    """Check every agent server of the run and the requested models.
+    """Check all agent servers and models. Return the handshakes, and whether all models repeat seeded answers.
 
-    Return the handshakes, and whether the servers of all models repeat seeded answers (True without models).
     Raises ClusterError, with a line for each unready host, or SettingsError if a model needs --allow-remote-model.
     """
     identities, errors = identify_all(config)
     problems = {host: _problem_of(host, config, identities, errors) for host in config.hosts}
-    lines = [f"{host}: {problem}" for host, problem in problems.items() if problem]
-    if lines:
+    if lines := [f"{host}: {problem}" for host, problem in problems.items() if problem]:
         raise ClusterError("\nerror: ".join(lines))
-    if not config.uses_models:
-        return identities, True
-    if config.offline:
-        return identities, False
+    if config.offline or not config.uses_models:
+        return identities, not config.uses_models
     check_models_known(config, identities)
     return identities, check_models(config, game, list(identities))
 
@@ -77,25 +68,21 @@ def _problem_of(host: str, config: SimulationConfig, identities: Identities, err
     ready = {endpoint: each for endpoint, each in identities.items() if endpoint.host == host}
     failed = [error for endpoint, error in errors.items() if endpoint.host == host]
     restart = f"restart them: ./stop_all_server.sh, then ./start_all_server.sh {config.server_per_host}"
-    layout = (config.base_port, config.server_per_host, config.moderator_per_host)
     for endpoint, each in ready.items():
         versions = {name: (each.versions.get(name), here) for name, here in OWN_VERSIONS.items()}
         others = [f"{name} ({there} there, {here} here)" for name, (there, here) in versions.items() if there != here]
         if others:
             return f"{endpoint} runs another version of {', '.join(others)}; make the host like this one, and {restart}"
-        if (each.base_port, each.server_per_host, each.moderator_per_host) != layout:
-            there = f"{each.server_per_host} participant and {each.moderator_per_host} moderator servers"
-            here = f"{layout[1]} and {layout[2]} from {layout[0]}"
-            advice = (
-                f"give --server-per-host {each.server_per_host} --moderator-per-host {each.moderator_per_host}, or "
-            )
-            advice = advice if len(config.hosts) == 1 else ""
-            return f"it has {there} from port {each.base_port}; this run asks for {here}; {advice}{restart}"
-    if not failed:
-        return ""
+        if each.layout != layout_of(config):
+            port, servers, moderators = each.layout
+            there = f"{servers} participant and {moderators} moderator servers from port {port}"
+            here = f"{config.server_per_host} and {config.moderator_per_host} from {config.base_port}"
+            flags = f"give --server-per-host {servers} --moderator-per-host {moderators}, or "
+            advice = (flags if len(config.hosts) == 1 else "") + restart
+            return f"it has {there}; this run asks for {here}; {advice}"
+    if not failed or isinstance(failed[0], SettingsError):
+        return str(failed[0]) if failed else ""
     first, advice = str(failed[0]), restart
-    if isinstance(failed[0], SettingsError):
-        return first
     if UNTRUSTED in first:
         advice = f"copy the folder of the cluster key there, and {restart}"
     elif not ready and NOBODY_LISTENS not in first:
@@ -107,8 +94,7 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
     """Raise ClusterError if a server lacks a requested model; SettingsError if a model needs --allow-remote-model."""
     names = asked_models(config)
     for endpoint, each in identities.items():
-        missing = [name for name in names if name not in each.models]
-        if missing:
+        if missing := [name for name in names if name not in each.models]:
             known = ", ".join(f"{name} at {url}" for name, url in list(each.models.items())[:3]) or "no model"
             known += ", ..." if len(each.models) > 3 else ""
             wanted = f"--model-per-host {config.model_per_host} asks for {names[0]} to {names[-1]}"
@@ -123,16 +109,13 @@ def check_models_known(config: SimulationConfig, identities: Identities) -> None
 
 
 def check_models(config: SimulationConfig, game: Game, servers: list[Endpoint]) -> bool:
-    """Let one server per host send each model a small request of the game. Raises ClusterError if a model fails.
-
-    Return whether the servers of all models repeat seeded answers.
-    """
+    """Let one server per host test all models. Return whether all repeat seeded answers. Raises ClusterError."""
     firsts = {each.host: each for each in reversed(servers)}.values()
     timeout_s = 3 * config.connect_timeout  # for a small request and two lists of models, which have half of it each
     names, repeatable = asked_models(config), True
     directives = {CHECK_MODELS: json.dumps([names, config.connect_timeout, probe_of(game)])}
-    ask = partial(handshake, timeout_s=timeout_s, directives=directives)
-    for endpoint, reply in call_all_or_raise({each: partial(ask, each) for each in firsts}).items():
+    calls = {each: partial(handshake, each, timeout_s, directives=directives) for each in firsts}
+    for endpoint, reply in call_all_or_raise(calls).items():
         for name, problem in reply.model_troubles.items():
             raise ClusterError(f"{endpoint.host}: {name} at {reply.models[name]} {problem}")
         repeatable &= {*names} <= {*reply.repeatable_models}

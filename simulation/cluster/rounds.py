@@ -2,12 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from agentscope.message import Msg
@@ -29,7 +29,6 @@ from simulation.settings import SimulationConfig
 
 FETCHES_AT_ONCE = 4  # number of concurrent calls that fetch answers
 NO_USAGE = Usage()
-V = TypeVar("V")
 
 
 class Simulation:
@@ -40,8 +39,7 @@ class Simulation:
             for number in range(1, rounds + 1):
                 result = simulation.play(number)
 
-    Call `install_tls` first. If a server fails, its participants are recreated on other servers and asked again in the
-    same round.
+    Call `install_tls` first. If a server fails, other servers take over its participants, in the same round.
     """
 
     def __init__(
@@ -57,12 +55,9 @@ class Simulation:
         replay: Replay | None = None,  # recorded texts to take answers from
     ) -> None:
         assert config.seed is not None  # main generates a seed if the user gives none
-        self.config = config
-        self.game = game
-        self.record = record
+        self.config, self.game, self.record = config, game, record
         self.cluster = Cluster(config, run, game, watch, record, recorded, replay)
-        self._announcements = played
-        self._usage_before_resume = usage
+        self._announcements, self._usage_before_resume = played, usage
         self._begin_round(0)
 
     def __enter__(self) -> "Simulation":
@@ -106,7 +101,7 @@ class Simulation:
         return self.answers()
 
     def _begin_round(self, number: int) -> None:
-        self._number, self._started = number, time.monotonic()
+        self._started = time.monotonic()
         if number > 0:
             self.cluster.begin_round(number)
         self._assignments_then = set(self.cluster.assignments)  # at the start of the round
@@ -144,13 +139,8 @@ class Simulation:
             self.record.write_answers(result, answers, self.game)
             if self.game.llm is not None and self.game.llm.keep_texts != "none":
                 result = replace(result, texts=self.record.write_texts(result.round, self.texts()))
-        elif self.game.teams is not None:
-            deque(answers, maxlen=0)  # consume the answers, to count the teams
-        scale = self.game.scale
-        teams = tuple(
-            (name, Fraction(total, count * scale) if count else None) for name, (total, count) in sums.items()
-        )
-        return replace(result, teams=teams)
+        averages = {name: Fraction(total, count * self.game.scale) for name, (total, count) in sums.items() if count}
+        return replace(result, teams=tuple((name, averages.get(name)) for name in sums))
 
     @property
     def moderator_num(self) -> int:
@@ -159,9 +149,8 @@ class Simulation:
 
     @property
     def usage(self) -> Usage:
-        """Return the usage of all rounds so far."""
-        used = [*self.cluster.used.values()]  # a copy, because observers call this in other threads
-        now, before = sum(used, start=NO_USAGE), self._usage_before_resume
+        """Return the usage of all rounds so far. Thread-safe."""
+        now, before = sum([*self.cluster.used.values()], start=NO_USAGE), self._usage_before_resume
         answering_s, client_s = now.answering_s + before.answering_s, now.client_s + before.client_s
         return replace(now + before, answering_s=answering_s, client_s=client_s)
 
@@ -179,27 +168,7 @@ class Simulation:
             answers: Answers = self.cluster.moderators[assignment.moderator_server].answers(first, count)
             return answers
 
-        return self._fetched(fetch)
-
-    def texts(self) -> Iterator[list[KeptText]]:
-        """Yield the kept texts of the latest round in participant order, in pieces of bounded size."""
-
-        def fetch(assignment: GroupAssignment, first: int, count: int) -> tuple[GroupAssignment, list[KeptText], range]:
-            if assignment.server is None:
-                return assignment, [], range(0)
-            texts, left = self.cluster.moderators[assignment.moderator_server].texts(first, count)
-            return assignment, texts, range(left, first + count)
-
-        for assignment, first_texts, rest in self._fetched(fetch):
-            yield first_texts
-            left = rest
-            while left:
-                _, texts, left = fetch(assignment, left.start, len(left))
-                yield texts
-
-    def _fetched(self, fetch: Callable[[GroupAssignment, int, int], V]) -> Iterator[V]:
-        """Yield what `fetch` returns for the participants of each group, piece by piece, with some calls ahead."""
-        fetches: deque[Future[V]] = deque()
+        fetches: deque[Future[Answers]] = deque()
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             for assignment in self.cluster.assignments:
                 for first, count in assignment.chunks():
@@ -209,14 +178,21 @@ class Simulation:
             for each in fetches:
                 yield each.result()
 
+    def texts(self) -> Iterator[list[KeptText]]:
+        """Yield the kept texts of the latest round in participant order, in pieces of bounded size."""
+        for assignment in self.cluster.active_assignments:
+            first, stop = assignment.first, assignment.first + assignment.count
+            while first < stop:
+                moderator = self.cluster.moderators[assignment.moderator_server]
+                texts, first = moderator.texts(first, stop - first)
+                yield texts
+
     def _times(self, seconds: float) -> Times | None:
         """Split the round's duration `seconds` by activity. Return None with --dispatch agent or without usage data."""
-        used = [
-            (self.cluster.used[each.oid], self._used_then.get(each.oid, NO_USAGE))
-            for each in self.cluster.active_assignments
-            if each.oid in self.cluster.used
-        ]
-        times = [(now.answering_s - then.answering_s, now.client_s - then.client_s) for now, then in used]
+        used = self.cluster.used
+        oids = [each.oid for each in self.cluster.active_assignments if each.oid in used]
+        spent = [(used[oid], self._used_then.get(oid, NO_USAGE)) for oid in oids]
+        times = [(now.answering_s - then.answering_s, now.client_s - then.client_s) for now, then in spent]
         if not times or self.config.dispatch == "agent":
             return None
         answering_s, client_s = np.mean(times, axis=0).tolist()
@@ -247,16 +223,13 @@ def count_teams(game: Game, answers: Iterator[Answers], sums: dict[str, tuple[in
         indices = teams.name_indices(part.first, len(part.units))
         for number, name in enumerate(teams.names):
             units = part.units[(part.units >= 0) & (indices == number)]
-            total = (int((units >> 32).sum()) << 32) + int((units & 0xFFFFFFFF).sum())  # the sum may exceed 64 bits
+            total = sum(units.tolist())  # exact: the sum may exceed 64 bits
             sums[name] = (sums[name][0] + total, sums[name][1] + len(units))
         yield part
 
 
 def ask(server: Endpoint, oid: str, question: Question) -> str:
-    """Ask a participant that was kept (--keep-agents) a question outside the game, and return the reply.
-
-    `oid` is `<group id>/<index>`. Raises ClusterError or RunAborted.
-    """
+    """Ask a kept participant, `<group id>/<index>`, a question outside the game. Raises ClusterError or RunAborted."""
     message = Msg("user", question.text, "user", metadata=asdict(question))
     try:
         reply = reply_of(RemoteObject(Participant, oid, server, SHORT_CALL_TIMEOUT_S), message)

@@ -48,11 +48,10 @@ def reasoning_steps(tally: Tally, scale: int, ratio: Fraction, reference: Fracti
     """Return the shares of answers by steps of reasoning: "above", "0" to "3" and "higher" (Nagel 1995, section III).
 
     Step k is the interval from `reference` * ratio^(k + 1/4) to `reference` * ratio^(k - 1/4), closed below and open
-    above; step 0 ends at `reference`. Edges are compared exactly. Answers between two intervals belong to no step.
+    above, and compared exactly; step 0 ends at `reference`. Answers between two intervals belong to no step.
     """
 
-    def below(quarters: int) -> int:
-        """Return how many answers are below reference * ratio^(quarters / 4)."""
+    def below(quarters: int) -> int:  # how many answers are below reference * ratio^(quarters / 4)
         fourth_power = math.ceil((reference * scale) ** 4 * ratio**quarters)  # an edge itself may be irrational
         edge = math.isqrt(math.isqrt(fourth_power - 1)) + 1 if fourth_power > 0 else 0
         return int(tally.counts[: np.searchsorted(tally.units, edge)].sum())
@@ -85,8 +84,7 @@ def fit_tau(tally: Tally, scale: int, ratio: float, highest: float, seed: int) -
     predicts so low a mean. Without an estimate, return None for `tau`, and a `tau_reason`.
     """
 
-    def tau_of(mean: float) -> float | None:
-        """Return the tau that predicts the mean. It is 0 for a mean that is too high, and None for one too low."""
+    def tau_of(mean: float) -> float | None:  # 0 for a mean that is too high, and None for one too low
         every = range(MOST_TAU * TAU_STEPS + 1)
         step = bisect_left(every, -mean, key=lambda step: -hierarchy_mean(step / TAU_STEPS, ratio, highest))
         return step / TAU_STEPS if step < len(every) else None
@@ -148,16 +146,13 @@ def guessing_game(
         found["between_steps"] = 1 - sum(found["steps"].values())
     if is_first:
         found |= fit_tau(tally, scale, float(game.ratio), float(highest), game.seed)
-    dominated, at_equilibrium = tally.units > math.floor(game.ratio * highest * scale), tally.units == 0
-    found["dominated"] = tally.counts[dominated].sum() / tally.answered
-    found["at_equilibrium"] = tally.counts[at_equilibrium].sum() / tally.answered
+    found["dominated"] = tally.counts[tally.units > math.floor(game.ratio * highest * scale)].sum() / tally.answered
+    found["at_equilibrium"] = tally.counts[tally.units == 0].sum() / tally.answered
     found["distance_to_equilibrium"] = tally.total / (tally.answered * scale)
     if not is_first:
-        figures = {"mean": Tally.average, "median": Tally.median}
+        figures: dict[str, Any] = {"mean": Tally.average, "median": Tally.median}
         values = {name: (of(tallies[-2]), of(tally)) for name, of in figures.items()}
-        found["fall"] = {
-            name: 1 - now / before if now is not None and before else None for name, (before, now) in values.items()
-        }
+        found["fall"] = {name: 1 - now / before if before else None for name, (before, now) in values.items()}
         if reference is not None and pairs is not None:
             before = outcomes[-3].get("average") if len(outcomes) > 2 else None
             means = float(highest / 2 if before is None else before), float(reference)
@@ -168,19 +163,16 @@ def guessing_game(
 def analyse(
     game: Game, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
 ) -> dict[str, Any]:
-    """Return the analysis of the latest round by `Game.analyses`, rounded to DIGITS; {} without answers. Never raises.
-
-    If the game's method fails, the only entry is `error`.
-    """
+    """Return the analysis of the latest round by `Game.analyses`, rounded; only `error` if that fails. Never raises."""
     if not tallies[-1].answered or not outcomes[-1]:
         return {}
     try:
         found: dict[str, Any] = _rounded(dict(game.analyses(tallies, outcomes, pairs)))
-        if (length := len(json.dumps(found, allow_nan=False))) > ANALYSIS_LENGTH:
+        if (length := len(json.dumps(found))) > ANALYSIS_LENGTH:
             raise ValueError(f"analyses returned {length:,} characters as JSON; at most {ANALYSIS_LENGTH:,} are kept")
+        return found
     except BaseException as error:  # noqa: BLE001 - the user's game may raise anything
         return {"error": one_line(error)}
-    return found
 
 
 def _rounded(value: Any) -> Any:
@@ -195,11 +187,8 @@ def _rounded(value: Any) -> Any:
 
 
 def mean_payoffs(game: Game, whole: Tally, outcome: Outcome, parts: Mapping[Any, Tally]) -> dict[Any, float | None]:
-    """Return the mean payoff of the answers in each part, to 4 significant digits. `whole` has all answers of a round.
-
-    A part without answers has None.
-    """
-    if not outcome:  # there are no answers, or the game has no result
+    """Return the mean payoff of each part of a round, to 4 significant digits; None of a part without answers."""
+    if not outcome:
         return dict.fromkeys(parts)
     payoffs = payoffs_of(game, whole.units, outcome)
     sums = {name: payoffs[np.searchsorted(whole.units, part.units)] @ part.counts for name, part in parts.items()}

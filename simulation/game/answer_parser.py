@@ -10,25 +10,21 @@ import re
 import unicodedata
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from simulation.errors import NO_NUMBER, UNCERTAIN, KnownCause
 
 TEXT_READ = 20_000  # maximum length of an answer, in characters
-SHORT = 64  # maximum length of an answer whose result is cached
 LINE_READ = 1_000  # maximum length of a line that states a number
 
 
-def _joined(entry: Any) -> Any:
-    """Return an entry of answer_words.yaml in which each list of alternatives is joined into one pattern."""
-    if isinstance(entry, dict):
-        return {key: _joined(value) for key, value in entry.items()}
-    return "|".join(entry) if isinstance(entry, list) else entry
+class _Loader(yaml.SafeLoader):
+    """A loader that joins each list of alternatives into one pattern."""
 
 
-WORDS = _joined(yaml.safe_load(Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8")))
+_Loader.add_constructor("tag:yaml.org,2002:seq", lambda _, node: "|".join(each.value for each in node.value))
+WORDS = yaml.load(Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8"), _Loader)
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -57,14 +53,13 @@ _DIGITS = re.compile(r"[\d²³¹¼-¾⅐-⅞]")
 # --- Statements of a number ------------------------------------------------------------------------------------------
 
 _AROUND = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•=—]"  # characters around a number
-_END = r"[.!。！।]*"
 
 
 def _line(statement: str) -> str:
     """Return the pattern of a whole line that consists of the pattern `statement` and permitted words around it."""
     opening = rf"\W*(?:(?:{WORDS['opening']})(?!\w)[\s,:;.!…—-]*)*"
     closing = rf"(?: ?(?:{WORDS['units']}))?(?:{WORDS['closing']})?"
-    return rf"{opening}{statement}{closing}{_AROUND}{{0,4}}{_END}{_AROUND}{{0,4}}"
+    return rf"{opening}{statement}{closing}{_AROUND}{{0,4}}[.!。！।]*{_AROUND}{{0,4}}"
 
 
 _ALONE = re.compile(_line(rf"(?:boxed: )?{_AROUND}{{0,9}}?({_SURE})(?:[ ,]{{1,3}}(?:and |again )+\1)*"))
@@ -85,6 +80,7 @@ def _statement(language: str) -> re.Pattern[str]:
     )
 
 
+@lru_cache(maxsize=256)  # models often give the same answers
 def stated_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
@@ -93,10 +89,6 @@ def stated_number(text: str) -> float:
     """
     if len(text) > TEXT_READ:
         raise KnownCause(f"text of more than {TEXT_READ} characters", text)
-    return _read_short(text) if len(text) <= SHORT else _read(text)
-
-
-def _read(text: str) -> float:
     plain = _plain(text)
     if not _DIGITS.search(plain):
         raise KnownCause(NO_NUMBER, text)
@@ -107,9 +99,6 @@ def _read(text: str) -> float:
     return number
 
 
-_read_short = lru_cache(maxsize=4096)(_read)  # models often give the same answers
-
-
 def _stated(line: str, only_formal: bool = False) -> float | None:
     """Return the number that a line states, or None if the line does not consist of just one such statement.
 
@@ -117,12 +106,13 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
     """
     if len(line) > LINE_READ:
         return None
-    if match := _ALONE.fullmatch(line):
-        return _to_float(match[1])
-    for language in WORDS["languages"]:
-        if (match := _statement(language).fullmatch(line)) and (match["formal"] or not only_formal):
-            return _to_float(match["number"] or match["before"])
-    return None
+    alone = _ALONE.fullmatch(line)
+    matches = () if alone else (_statement(language).fullmatch(line) for language in WORDS["languages"])
+    found = (each["number"] or each["before"] for each in matches if each and (each["formal"] or not only_formal))
+    if (number := alone[1] if alone else next(found, None)) is None:
+        return None
+    has_thousands = re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\..*)?", number)
+    return float(number.replace(",", "" if has_thousands else "."))
 
 
 def _permits(number: float, line: str) -> bool:
@@ -160,6 +150,7 @@ _TOKEN = re.compile(
 )
 _ELEMENT = re.compile(r"<((?:final[-_ ]?)?(?:answer|number|choice))>([^<>]*)</\1>")
 _BOXED = re.compile(r"\\boxed\s{0,3}\{(?:\\(?:text|mathbf|mathrm)\s{0,3}\{)?([^{}]*)\}+")
+_STRUCK_DIGIT = re.compile(r"(?<=\d)~~[^~\n]*~~|~~[^~\n]*~~(?=\d)")
 _STRUCK = re.compile(r"~~[^~\n]*~~|```\w*|\\[()\[\]]")
 _EMPHASIS = re.compile(r"(?<!\d)\*++|\*++(?!\d)|(?<![^\W_])__++|__++(?![^\W_])|`|\$(?!\d)")
 # Further signs of a text that is not only an answer: markup, JSON, quotations, tables, reasoning
@@ -201,16 +192,9 @@ def _plain(text: str) -> str:
     """Return the text in lower case with ASCII digits, without reasoning and markup; "" if the reasoning is cut off."""
     plain = _without_thoughts(html.unescape(text).lower().translate(_PLAIN))
     plain = "".join(str(unicodedata.decimal(each)) if each.isdecimal() else each for each in plain)
-    plain = _STRUCK.sub(_struck, _TOKEN.sub(" ", plain)).strip()
+    plain = _STRUCK.sub(" ", _STRUCK_DIGIT.sub(" n0 ", _TOKEN.sub(" ", plain))).strip()  # n0 is no number
     plain = _BOXED.sub(r" boxed: \1", _object(plain))
-    plain = _ELEMENT.sub(r"answer: \2\n", plain)
-    return _EMPHASIS.sub("", plain)
-
-
-def _struck(found: re.Match[str]) -> str:
-    """Return what replaces a match: a space or, for struck-out text next to a digit, a text that is not a number."""
-    beside = found.string[max(found.start() - 1, 0) : found.start()] + found.string[found.end() : found.end() + 1]
-    return " n0 " if found[0].startswith("~~") and re.search(r"\d", beside) else " "
+    return _EMPHASIS.sub("", _ELEMENT.sub(r"answer: \2\n", plain))
 
 
 def _without_thoughts(text: str) -> str:
@@ -241,8 +225,3 @@ def _object(text: str) -> str:
         return text
     texts = (f"{value.rstrip('.')}." for _, value in before if isinstance(value, str))
     return "\n".join([*texts, f"answer: {number}"])
-
-
-def _to_float(text: str) -> float:
-    thousands = re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\..*)?", text)
-    return float(text.replace(",", "" if thousands else "."))

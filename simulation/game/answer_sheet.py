@@ -1,6 +1,5 @@
 """The answers of consecutive participants in one round. Entries are answers in units (10^-decimals), or codes < 0."""
 
-import contextlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,26 +15,21 @@ from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Winners, to
 BINS = 101  # maximum number of bins of a partial histogram
 TEXT_KEPT = 2000  # maximum length of the kept text of an unusable answer
 KEPT = 20  # number of failures whose text and traceback are kept; as many again are kept if their causes are new
-_ROUND_WIDTHS = [digit * 10**power for power in range(16) for digit in (1, 2, 5)]
 UNDECIDED = -1  # the entry of a participant without an outcome so far
 FAILED = -2  # the code of the first failure cause of a sheet; the code of cause number k is FAILED - k
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of the participants first .. first+len(units)-1.
-
-    An entry of `units` is an answer in units, or FAILED - k for a failure with the cause `causes[k]`.
-    """
+    """The answers of the participants first .. first+len(units)-1."""
 
     first: int
-    units: Units
+    units: Units  # of each participant: the answer in units, or FAILED - k for a failure with the cause `causes[k]`
     causes: list[str]
     # By participant index: the `text` of an unusable answer, the `traceback` of an exception, or both, of some failures
     examples: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def cause_of(self, participant: int) -> str | None:
-        """Return the failure cause of a participant, or None if the participant answered."""
         units = int(self.units[participant - self.first])
         return None if units >= 0 else self.causes[FAILED - units]
 
@@ -49,7 +43,7 @@ def bins_of(numbers: int, most: int = BINS) -> tuple[int, int]:
     equal = (bins for bins in range(min(numbers, most), most // 3 - 1, -1) if numbers % bins == 0)
     if (bins := next(equal, 0)) > 0:
         return numbers // bins, bins
-    width = next(width for width in _ROUND_WIDTHS if numbers <= width * most)
+    width = next(digit * 10**power for power in range(16) for digit in (1, 2, 5) if numbers <= digit * 10**power * most)
     return width, -(-numbers // width)
 
 
@@ -78,35 +72,30 @@ class AnswerSheet:
         """Record the answers of several participants. Record an unusable answer as a failure."""
         if len(offsets) != len(answers):
             raise ValueError(f"{len(answers)} answers for {len(offsets)} offsets")
-        numbers = None
-        if set(map(type, answers)) <= {int, float}:  # numpy converts all at once without loss, in a tenth of the time
-            with contextlib.suppress(OverflowError):
-                numbers = np.fromiter(answers, np.float64, len(answers))
+        try:  # numpy converts plain numbers all at once without loss, in a tenth of the time
+            numbers = np.fromiter(answers, np.float64, len(answers)) if {*map(type, answers)} <= {int, float} else None
+        except OverflowError:
+            numbers = None
         if numbers is None:
             for offset, answer in zip(offsets, answers, strict=True):
                 try:
                     self.record(offset, to_units(answer, game))
                 except BaseException as error:  # noqa: BLE001 - a user's number type may raise anything
-                    self.fail(offset, *failure_of(error), error)
+                    self.fail(offset, failure_of(error), error)
             return
         usable = (numbers >= game.low) & (numbers <= game.high)  # False for NaN
         units = np.rint(np.where(usable, numbers, 0) * game.scale).astype(np.int64)
         if not usable.all():
             for place in np.flatnonzero(~usable).tolist():
-                self.fail(offsets[place], out_of_range(game), printable(str(answers[place]), NUMBER_LENGTH))
+                text = printable(str(answers[place]), NUMBER_LENGTH)
+                self.fail(offsets[place], (out_of_range(game), text, Ended.COMPLETE))
             offsets, units = np.asarray(offsets)[usable].tolist(), units[usable]
         self._units[offsets] = units
         self.done += len(units)
 
-    def fail(
-        self,
-        offset: int,
-        cause: str,
-        text: str | None = None,
-        ended: Ended = Ended.COMPLETE,
-        error: BaseException | None = None,
-    ) -> None:
-        """Record the failure of one participant. Keep the text and the traceback of the first failures (see KEPT)."""
+    def fail(self, offset: int, failure: tuple[str, str | None, Ended], error: BaseException | None = None) -> None:
+        """Record a failure (see `failure_of`). Keep the text and the traceback of the first failures (see KEPT)."""
+        cause, text, ended = failure
         if len(self.examples) < (KEPT if cause in self._causes else 2 * KEPT):
             kept = {} if text is None else {"text": text[:TEXT_KEPT]}
             kept |= {"traceback": trace} if error is not None and (trace := traceback_of(error)) else {}

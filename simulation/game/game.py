@@ -4,17 +4,15 @@ The program knows a game only by the methods of this class. A game does not know
 """
 
 import importlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulation.errors import SettingsError, nearest, one_line, printable
+from simulation.errors import SettingsError, nearest
 from simulation.files import ROOT, files_in
 from simulation.game.population import Population
 from simulation.settings import SimulationConfig
@@ -27,7 +25,6 @@ Units = NDArray[np.int64]
 Pairs = tuple[Units, Units]  # the answers of some participants in two successive rounds, in units
 Outcome = Mapping[str, Any]  # the figures that are announced, by name: int, float or Fraction, or None if there is none
 HIGHEST = 10**9  # the highest answer of any game
-MOST_ANNOUNCED = 1001  # maximum number of distinct answers in an announcement
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class PromptTemplate:
     """A prompt for LLM participants, from the prompts file. prompts.py fills in the placeholders in braces."""
 
     name: str
-    system: str  # the system prompt: the participant's role and the rules
+    system: str  # the participant's role and the rules
     instruction: str  # the end of each round's prompt, which states how to answer; not used outside the game
     reasoning_tokens: int | None = None  # token limit of the reasoning before the number; None without reasoning
 
@@ -117,12 +114,11 @@ class Game:
 
     @cached_property
     def words(self) -> Rules:
-        """Return `rules()`, computed once."""
         return self.rules()
 
     @cached_property
     def scale(self) -> int:
-        """Return the number of units in 1: 10^decimals."""
+        """Return the number of units in 1."""
         return 10**self.decimals
 
     @cached_property  # read for every random answer
@@ -148,8 +144,8 @@ class Game:
     def equilibrium_words(self) -> str:
         """Return the equilibria as text; "" if they are unknown."""
         known = self.equilibrium()
-        numbers = " and ".join(f"{each:,.6g}" for each in known or ())
-        return numbers or ("" if known is None else "any number, if all participants give it")
+        any_number = "" if known is None else "any number, if all participants give it"
+        return " and ".join(f"{each:,.6g}" for each in known or ()) or any_number
 
 
 def game_class(spec: str) -> type[Game]:
@@ -163,31 +159,3 @@ def game_class(spec: str) -> type[Game]:
     module = importlib.import_module(f"games.{spec}")
     own = (each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__)
     return next(each for each in own if issubclass(each, Game))
-
-
-def check_game(game: Game, name: str) -> None:
-    """Raise SettingsError if the range of the game's answers, its decimals or its words are unusable."""
-    try:
-        low, high, words, equilibrium = game.low, game.high, game.words, game.equilibrium()
-        if not isinstance(words, Rules):
-            raise TypeError(f"rules returned {words!r}, not Rules(question, goal)")
-        named = [*words.labels.items(), *words.notes.items()]
-        texts = [words.question, words.goal, words.prompt, words.won, *chain(*named)]
-        float_equilibrium = [float(each) for each in equilibrium or ()]
-    except BaseException as error:  # noqa: BLE001 - the user's class may raise anything
-        raise SettingsError(f"--game {name}: {one_line(error)}") from None
-    problem = ""
-    if not (isinstance(low, int) and isinstance(high, int) and 0 <= low < high <= HIGHEST):
-        needed = f"there must be at least two whole numbers from 0 to {HIGHEST:,}"
-        problem = f"its numbers are from {low!r} to {high!r}; {needed}"
-    elif game.decimals and game.whole_numbers:
-        problem = f"has whole numbers only, and does not go with --decimals {game.decimals}"
-    elif not (words.question and words.goal) or any(text != printable(text) for text in texts):
-        problem = "its rules need a question and a goal; all its texts must be one line of printable characters"
-    elif not all(map(math.isfinite, float_equilibrium)):
-        problem = f"its equilibrium is {equilibrium}"
-    elif game.numbers_announced and game.most_distinct > MOST_ANNOUNCED:
-        problem = f"would list up to {game.most_distinct:,} different numbers; the maximum is {MOST_ANNOUNCED:,}"
-        raise SettingsError(f"--set numbers_announced=true: {problem}; take fewer decimals or participants")
-    if problem:
-        raise SettingsError(f"--game {name}: {problem}")

@@ -63,21 +63,19 @@ class HumanData:
             raise ValueError("source needs numbers, a histogram or rounds beside it")
         if len(known) > 1:
             raise ValueError(f"{known[1]} does not go with {known[0]}")
-        for number in (*self.numbers, *self.histogram):
-            if not 0 <= number <= self.max_value:
-                raise ValueError(f"{known[0]} has {number:g}, which is not from 0 to {self.max_value} (max_value)")
+        outside = f"not from 0 to {self.max_value} (max_value)"
+        if wrong := [each for each in (*self.numbers, *self.histogram) if not 0 <= each <= self.max_value]:
+            raise ValueError(f"{known[0]} has {wrong[0]:g}, which is {outside}")
         counts = self.histogram.values()
-        if not 0 <= min(counts, default=0) <= max(counts, default=0) <= HIGHEST or (counts and not sum(counts)):
+        if not all(0 <= count <= HIGHEST for count in counts) or (counts and not sum(counts)):
             raise ValueError(f"histogram needs counts from 0 to {HIGHEST:,}, and at least one player")
         for number, each in self.rounds.items():
             shares = [*each.above.values(), *each.chosen.values(), *each.steps.values()]
-            figures = [figure for figure in (each.mean, each.median) if figure is not None]
-            if not all(0 <= figure <= self.max_value for figure in figures):
-                raise ValueError(f"rounds has a mean or median that is not from 0 to {self.max_value} (max_value)")
+            if not all(0 <= (figure or 0) <= self.max_value for figure in (each.mean, each.median)):
+                raise ValueError(f"rounds has a mean or median that is {outside}")
             if number < 1 or not all(0 <= share <= 100 for share in shares):
-                raise ValueError(
-                    f"rounds has a round {number} with {max(shares, default=0):g} %; shares are from 0 to 100"
-                )
+                has = f"a round {number} with {max(shares, default=0):g} %"
+                raise ValueError(f"rounds has {has}; shares are from 0 to 100")
             if not each.steps.keys() <= STEPS.keys() or not all(map(NUMBERS.fullmatch, each.chosen)):
                 raise ValueError(f'rounds has other steps than {", ".join(STEPS)}, or chosen is not like "99, 100, 1"')
         if not 0 <= (self.learning or 0) <= 100 or max(self.median_fall, default=0) > 1:
@@ -101,21 +99,16 @@ class HumanData:
         if self.rounds:
             return self.rounds
         numbers, counts = self.counts
-        every = np.cumsum(counts)
-        middle = np.searchsorted(every, [(every[-1] - 1) // 2, every[-1] // 2], side="right")
-        above, steps = {}, dict[str, float]()
+        tally = Tally(int(counts.sum()), np.rint(numbers * FINE).astype(np.int64), counts)
+        above, steps = dict[float, float](), dict[str, float]()
         if self.ratio is not None and self.ratio < 1:
             limit = float(self.max_value * self.ratio)
-            above = {limit: 100 * float(counts[numbers > limit].sum() / every[-1])}
+            above = {limit: 100 * float(counts[numbers > limit].sum() / tally.asked)}
             if self.round == 1:  # later, the last average would have to be known
-                tally = Tally(int(every[-1]), np.rint(numbers * FINE).astype(np.int64), counts)
                 shares = reasoning_steps(tally, FINE, self.ratio, Fraction(self.max_value, 2))
                 steps = {step: 100 * share for step, share in shares.items()}
-        return {
-            self.round: HumanRound(
-                float(numbers @ counts / every[-1]), float(numbers[middle].mean()), above, steps=steps
-            )
-        }
+        mean, median = (float(each / FINE) for each in (tally.average(), tally.median()) if each is not None)
+        return {self.round: HumanRound(mean, median, above, steps=steps)}
 
 
 class Row(NamedTuple):
@@ -130,16 +123,14 @@ class Row(NamedTuple):
     @property
     def difference(self) -> str:
         """Return the difference in words."""
+        low, high = min(self.people), max(self.people)
         if self.run is None:
             return "unknown: the run has no such figure"
-        low, high = min(self.people), max(self.people)
-        points, people = (" points" if self.unit else ""), ("people" if low == high else "in all sessions of people")
         if low <= self.run <= high and low < high:
             return "between the sessions of people"
-        gap = plain_number(abs(self.run - (low if self.run < low else high)), 2)
-        if gap == "0":
-            return "as people"
-        return f"{gap}{points} {'lower' if self.run < low else 'higher'} than {people}"
+        nearest, more = (low, "lower") if self.run < low else (high, "higher")
+        gap, people = plain_number(abs(self.run - nearest), 2), "in all sessions of people" if low < high else "people"
+        return "as people" if gap == "0" else f"{gap}{' points' * bool(self.unit)} {more} than {people}"
 
 
 def rows(
@@ -157,11 +148,9 @@ def rows(
     found = []
     for number, people in data.known_rounds().items():
         if number <= len(tallies) and tallies[number - 1].answered:
+            steps = {step: 100 * share for step, share in analyses[number - 1].get("steps", {}).items()}
             found += [row._replace(round=str(number)) for row in _of_round(data, people, scale, tallies[number - 1])]
-            steps = analyses[number - 1].get("steps", {})
-            for step, share in people.steps.items():
-                run = 100 * steps[step] if step in steps else None
-                found.append(Row(STEPS[step], str(number), run, (share,), "%"))
+            found += [Row(STEPS[step], str(number), steps.get(step), (of,), "%") for step, of in people.steps.items()]
     last = max(data.known_rounds())
     if len(tallies) < last:
         return found
@@ -176,21 +165,23 @@ def rows(
         figure = f"moves {'down' if down else 'up'}, towards the equilibrium, or none at it"
         found.append(Row(figure, every, moved, (100 * data.moves[0] / data.moves[1],), "%"))
     if data.learning is not None:
-        learning = [each["learning"] for each in analyses[:last] if each.get("learning")]
-        agreed = [(each["above"] + each["below"], each.get("factor_agree")) for each in learning]
-        agreed = [(count, part) for count, part in agreed if part is not None]
-        total = sum(count for count, _ in agreed)
-        agree = 100 * sum(count * part for count, part in agreed) / total if total else None
+        learning = [each.get("learning", {}) for each in analyses[:last]]
+        learning = [each for each in learning if each.get("factor_agree") is not None]
+        total = sum(each["above"] + each["below"] for each in learning)
+        agreed = 100 * sum((each["above"] + each["below"]) * each["factor_agree"] for each in learning)
+        agree = agreed / total if total else None
         found.append(Row("moves that agree with learning direction", every, agree, (data.learning,), "%"))
     return found
 
 
 def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> list[Row]:
     """Return the figures of a round that a tally gives."""
-    found = []
-    for name, value, units in (("mean", people.mean, tally.average()), ("median", people.median, tally.median())):
-        if value is not None and units is not None:
-            found.append(Row(name, "", float(units / scale), (value,)))
+    values = {"mean": (people.mean, tally.average()), "median": (people.median, tally.median())}
+    found = [
+        Row(name, "", float(units / scale), (value,))
+        for name, (value, units) in values.items()
+        if value is not None and units is not None
+    ]
     shares = list[tuple[str, Any, float]]()
     for limit, share in people.above.items():
         is_dominated = data.ratio is not None and data.max_value * data.ratio <= limit
@@ -199,9 +190,8 @@ def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> 
     for text, share in people.chosen.items():
         chosen = [round(float(number) * scale) for number in text.split(",")]
         shares.append((f"the number{'s' * (len(chosen) > 1)} {text}", np.isin(tally.units, chosen), share))
-    for name, are_meant, share in shares:
-        found.append(Row(name, "", 100 * float(tally.counts[are_meant].sum() / tally.answered), (share,), "%"))
-    return found
+    parts = ((name, 100 * float(tally.counts[which].sum() / tally.answered), share) for name, which, share in shares)
+    return found + [Row(name, "", part, (share,), "%") for name, part, share in parts]
 
 
 def distance(data: HumanData, scale: int, tally: Tally) -> dict[str, Any]:

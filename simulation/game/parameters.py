@@ -1,7 +1,7 @@
 """Parameters of games and participant classes: annotated class attributes with defaults, set by `--set name=value`."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -23,15 +23,14 @@ class Parameter(NamedTuple):
 
     def parse(self, flag: str, text: str) -> Any:
         """Convert `text` to a value. Raises SettingsError if it has the wrong type or is not in the range."""
+        value: Any = text
         if self.kind is Fraction:
             low, high = (self.declaration.low, self.declaration.high) if self.declaration.low is not None else LARGEST
-            value: Any = fraction(flag, text, Fraction(low), high)
-        elif self.kind is bool:
-            if text.casefold() not in TRUTHS:
-                raise SettingsError(f"{flag} {text}: must be true or false")
-            value = TRUTHS[text.casefold()]
-        else:
-            value = text if self.kind is str else to_number(self.kind, flag, text)
+            value = fraction(flag, text, Fraction(low), high)
+        elif self.kind is bool and (value := TRUTHS.get(text.casefold())) is None:
+            raise SettingsError(f"{flag} {text}: must be true or false")
+        elif self.kind in (int, float):
+            value = to_number(self.kind, flag, text)
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{flag} {text}: must be a finite number")
         self.declaration.check(flag, value)
@@ -81,12 +80,26 @@ def values_of(assignments: Iterable[str], owner: str, parameters: Mapping[str, P
     return values
 
 
-def all_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> tuple[str, ...]:
+def all_assignments(assignments: Sequence[str], owners: Mapping[str, Mapping[str, Parameter]]) -> tuple[str, ...]:
     """Return an assignment for each parameter without a flag, with its default if it is not set.
 
-    See `check_assignments` for `owners`.
+    `owners` maps the name of the game's class, and then of each of the users' participant classes, to its parameters.
+    Raises SettingsError if an assignment sets no parameter, or could set several.
     """
+    game, *classes = owners
+    for each in classes:
+        if both := sorted(owners[each].keys() & owners[game].keys()):
+            raise SettingsError(f"{both[0]} is a parameter of the game {game} and of the class {each}: rename one")
     names = [name for parameters in owners.values() for name in parameters]
+    known = [f"{owner}.{name}" for owner, parameters in owners.items() for name in parameters]
+    for name, text in parse_assignments(assignments).items():
+        matching = [each for each in known if name in (each, each.partition(".")[2])]
+        if len(matching) > 1:
+            raise SettingsError(f"--set {name}={printable(text)}: which one? write {' or '.join(matching)}")
+        if not matching:
+            guess = nearest(name.rpartition(".")[2], dict.fromkeys(names))
+            which = guess if names else f"there are none in {listed(owners)}"
+            raise SettingsError(f"--set {name}={printable(text)}: there is no such parameter; {which}")
     every = []
     for owner, parameters in owners.items():
         values = {name: each.declaration.default for name, each in parameters.items() if name not in FLAGS_OF_GAMES}
@@ -94,23 +107,3 @@ def all_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str
             text = str(value).lower() if isinstance(value, bool) else str(value)
             every.append(f"{owner}.{name}={text}" if names.count(name) > 1 else f"{name}={text}")
     return tuple(every)
-
-
-def check_assignments(assignments: Iterable[str], owners: Mapping[str, Mapping[str, Parameter]]) -> None:
-    """Raise SettingsError if an assignment sets no parameter, or could set several.
-
-    `owners` maps the name of the game's class, and then of each of the users' participant classes, to its parameters.
-    """
-    game, *classes = owners
-    for each in classes:
-        if both := sorted(owners[each].keys() & owners[game].keys()):
-            raise SettingsError(f"{both[0]} is a parameter of the game {game} and of the class {each}: rename one")
-    known = [f"{owner}.{name}" for owner, parameters in owners.items() for name in parameters]
-    for name, text in parse_assignments(assignments).items():
-        matching = [each for each in known if name in (each, each.partition(".")[2])]
-        if len(matching) > 1:
-            raise SettingsError(f"--set {name}={printable(text)}: which one? write {' or '.join(matching)}")
-        if not matching:
-            names = dict.fromkeys(each.partition(".")[2] for each in known)
-            which = nearest(name.rpartition(".")[2], names) if names else f"there are none in {listed(owners)}"
-            raise SettingsError(f"--set {name}={printable(text)}: there is no such parameter; {which}")

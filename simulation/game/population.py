@@ -1,7 +1,7 @@
 """The assignment of kinds of player, personas and models to participants, by shares and the seed, on any servers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -25,26 +25,20 @@ NEIGHBOURS = 100  # number of neighbouring participants that ask the same model 
 
 @dataclass(frozen=True)
 class Persona:
-    """A persona: its name, its share of the participants, and its text for the prompts of LLM participants."""
-
     name: str
-    share: Fraction
-    text: str = ""
+    share: Fraction  # of the participants
+    text: str = ""  # for the prompts of LLM participants
 
 
 @dataclass(frozen=True)
 class ModelShare:
-    """A model of a mixture: its name in the models file, its share, and `model`, its name on the model server."""
-
-    name: str
+    name: str  # in the models file
     share: Fraction
-    model: str
+    model: str  # its name on the model server
 
 
 @dataclass(frozen=True)
 class PlayerShare:
-    """A kind of player of a mixture."""
-
     label: str
     share: Fraction
     models: tuple[ModelShare, ...] = ()  # the shares of the models that these players ask; empty if they ask none
@@ -64,7 +58,6 @@ class Grouping:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Return the distinct labels."""
         return tuple(dict.fromkeys(self.labels))
 
     def part_of(self, participant: int) -> int:
@@ -89,12 +82,11 @@ class Combination:
     groupings: tuple[Grouping, ...]
     topic: str = ""
 
-    @cached_property
+    @property
     def names(self) -> tuple[tuple[str, ...], ...]:
         return tuple(product(*(each.names for each in self.groupings)))
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
-        """For each participant first .. first+count-1, return the index of its labels in `names`, as an array."""
         indices = np.zeros(count, np.int64)
         for each in self.groupings:
             indices = indices * len(each.names) + each.name_indices(first, count)
@@ -119,8 +111,7 @@ class Population:
 
     def model_of(self, participant: int) -> str | None:
         """Return the name of the participant's model in the models file, or None if models are not mixed."""
-        models = self.part_models if self.players else self.models
-        model = models[self.by_topic[MODEL].part_of(participant)] if models else None
+        model = self.part_models[self.by_topic[MODEL].part_of(participant)] if self.part_models else None
         return None if model is None else model.name
 
     def label_of(self, topic: str, participant: int) -> str:
@@ -132,14 +123,13 @@ class Population:
     def groupings(self) -> tuple[Grouping, ...]:
         """Return one partition of the participants per persona set, and those by kind and by model if these differ."""
         models = {*self.by_topic[MODEL].names} - ({NO_MODEL} if self.players else set())
-        alike = {MODEL} if len(models) < 2 else set()
-        alike |= {KIND} if len(self.players) == 1 else set()
-        return tuple(each for each in self.by_topic.values() if each.topic not in alike)
+        several = {KIND: len(self.players) > 1, MODEL: len(models) > 1}
+        return tuple(each for topic, each in self.by_topic.items() if several.get(topic, True))
 
     @cached_property
     def part_models(self) -> tuple[ModelShare | None, ...]:
-        """Return the model of each part of the partition by kind. A kind has one part for each of its models."""
-        return tuple(model for each in self.players for model in each.models or (None,))
+        """Return the model of each part of the partition by model; () if models are assigned round-robin."""
+        return tuple(model for each in self.players for model in each.models or (None,)) or self.models
 
     def kind_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its kind in `players`, as an array."""
@@ -148,13 +138,12 @@ class Population:
 
     def asking(self, first: int, count: int) -> int:
         """Return how many of the participants first .. first+count-1 ask a model, if any do in this game."""
-        if not self.players:
-            return count
-        return int(np.array([bool(each.models) for each in self.players])[self.kind_indices(first, count)].sum())
+        kinds = np.array([bool(each.models) for each in self.players] or [True])
+        return int(kinds[self.kind_indices(first, count)].sum())
 
     def texts_per_round(self, keep: str, rounds: int) -> int:
         """Return of how many participants texts are kept in each round. `keep` is the value of --keep-texts."""
-        parts = zip(self.part_models, self.by_topic[MODEL].counts, strict=True) if self.players else ()
+        parts = zip(self.part_models, self.by_topic[MODEL].counts, strict=False)
         asking = sum(count for model, count in parts if model is not None) if self.players else self.total
         sizes = {"auto": asking if asking * rounds <= MOST_TEXTS else TEXTS_SAMPLED, "all": asking, "none": 0}
         return min(asking, sizes[keep] if keep in sizes else int(keep))
@@ -165,9 +154,9 @@ class Population:
         A sample has its share of each combination of kind, personas and model (see `stratified`). Within a combination,
         the sampled participants are equally spaced.
         """
-        size, everyone = self.texts_per_round(keep, rounds), self.texts_per_round("all", rounds)
+        size = self.texts_per_round(keep, rounds)
         kinds = np.array([bool(each.models) for each in self.players] or [True])  # whether they ask models
-        if size in (0, everyone):
+        if size in (0, self.texts_per_round("all", rounds)):
             return kinds[self.kind_indices(first, count)] & (size > 0)
         groupings = self.groupings
         while math.prod(len(each.names) for each in groupings) > MOST_STRATA:
@@ -176,60 +165,50 @@ class Population:
         sizes = _sizes(strata, self.total)
         sizes = sizes * np.repeat(kinds, len(sizes) // len(kinds))  # kinds are the first of the groupings
         quotas = np.array(stratified(sizes.tolist(), size), np.int64)
-        own = strata.name_indices(first, count)
+        own, sizes = strata.name_indices(first, count), np.maximum(sizes, 1)
         order, of_stratum = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(sizes))
         ranks = np.empty(count, np.int64)  # of each participant in its stratum, in the order of indices
         ranks[order] = np.arange(count) - np.repeat(np.cumsum(of_stratum) - of_stratum, of_stratum)
         starts = mix(np.arange(len(sizes), dtype=np.uint64) * np.uint64(GAMMA) + np.uint64(self.seed))
-        starts = (starts % np.maximum(sizes, 1).astype(np.uint64)).astype(np.int64)
+        starts = (starts % sizes.astype(np.uint64)).astype(np.int64)
         places = (ranks + _sizes(strata, first)[own]) * quotas[own] + starts[own]
-        return places % np.maximum(sizes, 1)[own] < quotas[own]
+        return places % sizes[own] < quotas[own]
 
     @property
     def server_models(self) -> list[str]:
         """Return the models that participants ask, by their names on the servers."""
-        mixed = [*self.models, *(self.part_models if self.players else ())]
-        return [*(each.model for each in mixed if each is not None), *self.round_robin_models]
+        return [*(each.model for each in self.part_models if each is not None), *self.round_robin_models]
 
     @property
     def players_in_words(self) -> str:
         """Return the number of players of each kind, such as `200 llm, 800 random`; "" without a mixture."""
-        counts = largest_remainder(self.total, [each.share for each in self.players])
-        texts = [f"{count:,} {each.label}" for each, count in zip(self.players, counts, strict=True)]
-        return listed(texts) if texts else ""
+        players = zip(_counts(self.total, self.players), self.players, strict=True)
+        return listed(f"{count:,} {each.label}" for count, each in players) if self.players else ""
 
     @cached_property
     def by_topic(self) -> dict[str, Grouping]:
-        """Return the partitions of the participants by topic: one per persona set, and one by model (MODEL).
+        """Return the partitions of the participants by topic: KIND if kinds are mixed, each persona set, and MODEL.
 
-        The label of a model's part is the model's name on its server. If several models of a mixture share this name,
-        for example with different temperatures, their labels are their names in the models file.
+        A model's label is its name on its server, or that in the models file if several models share the first, for
+        example with different temperatures. Kinds and models are one assignment, so that all shares are exact.
         """
-
-        def assigned(topic: str, labels: Iterable[str], parts: Sequence[Persona | ModelShare]) -> Grouping:
-            counts = largest_remainder(self.total, [each.share for each in parts])
-            return Grouping(topic, tuple(labels), counts, self.seed)
-
-        sets = self.persona_sets.items()
-        by_topic = {topic: assigned(topic, (each.name for each in personas), personas) for topic, personas in sets}
-        if self.players:
-            kinds, models = self._by_kind()
-            return {KIND: kinds, **by_topic, MODEL: models}
-        names = [each.model for each in self.models]
-        labels = (each.name if names.count(each.model) > 1 else each.model for each in self.models)
-        in_turn = Grouping(MODEL, self.round_robin_models, (), self.seed, block=self.block)
-        return by_topic | {MODEL: assigned(MODEL, labels, self.models) if self.models else in_turn}
-
-    def _by_kind(self) -> tuple[Grouping, Grouping]:
-        """Return the partitions by kind and by model. They are one assignment, so that all shares are exact."""
-        kinds, counts = list[str](), list[int]()
-        players = largest_remainder(self.total, [kind.share for kind in self.players])
-        for kind, count in zip(self.players, players, strict=True):
-            counts += largest_remainder(count, [each.share for each in kind.models] or [Fraction(1)])
-            kinds += [kind.label] * (len(counts) - len(kinds))
-        models = tuple(NO_MODEL if each is None else each.model for each in self.part_models)
-        by_kind = Grouping(KIND, tuple(kinds), tuple(counts), self.seed)
-        return by_kind, Grouping(MODEL, models, tuple(counts), self.seed, assigned_by=KIND)
+        models, counts = self.part_models, _counts(self.total, self.models)
+        sets = {
+            topic: Grouping(topic, tuple(each.name for each in parts), _counts(self.total, parts), self.seed)
+            for topic, parts in self.persona_sets.items()
+        }
+        if not models:
+            return sets | {MODEL: Grouping(MODEL, self.round_robin_models, (), self.seed, block=self.block)}
+        if not self.players:
+            names = [each.model for each in self.models]
+            labels = tuple(each.name if names.count(each.model) > 1 else each.model for each in self.models)
+            return sets | {MODEL: Grouping(MODEL, labels, counts, self.seed)}
+        kinds = tuple(each.label for each in self.players for _ in each.models or (None,))
+        players = zip(self.players, _counts(self.total, self.players), strict=True)
+        counts = tuple(part for each, count in players for part in (_counts(count, each.models) or (count,)))
+        labels = tuple(NO_MODEL if each is None else each.model for each in models)
+        by_model = Grouping(MODEL, labels, counts, self.seed, assigned_by=KIND)
+        return {KIND: Grouping(KIND, kinds, counts, self.seed), **sets, MODEL: by_model}
 
 
 STEPS = 4  # steps of the Feistel network; three suffice for a pseudorandom permutation (Luby, Rackoff 1988)
@@ -254,14 +233,16 @@ def largest_remainder(total: int, shares: Sequence[Fraction]) -> tuple[int, ...]
     return tuple(counts)
 
 
+def _counts(total: int, parts: Sequence[Persona | ModelShare | PlayerShare]) -> tuple[int, ...]:
+    return largest_remainder(total, [each.share for each in parts])
+
+
 def stratified(sizes: Sequence[int], size: int) -> tuple[int, ...]:
     """Split a sample of `size` participants over strata in proportion to their sizes, by largest remainder.
 
     If `size` allows it, each stratum that is not empty gets at least 1. A stratum never gets more than its size.
     """
     total = sum(sizes)
-    if size >= total:
-        return tuple(sizes)
     enough = size >= sum(each > 0 for each in sizes)
     least = [int(enough and each > 0) for each in sizes]
     beyond = [max(each * size - one * total, 0) for each, one in zip(sizes, least, strict=True)]  # of its exact share

@@ -52,7 +52,7 @@ class Question:
 
 def question_for(game: Game, round_number: int, announcements: tuple[Announcement, ...]) -> Question:
     """Return the moderator's question for one round."""
-    text = f"Round {round_number}: {game.rules().question}"
+    text = f"Round {round_number}: {game.words.question}"
     return Question(round_number, text, int(game.high), announcements, game.decimals, int(game.low))
 
 
@@ -84,9 +84,7 @@ def parse_number(text: str) -> float:
 
 def plain_number(number: float | None, digits: int) -> str:
     """Format a number with up to `digits` decimal places. Return "none" for None."""
-    if number is None:
-        return "none"
-    text = f"{Decimal(repr(round(number, digits))):f}"
+    text = "none" if number is None else f"{Decimal(repr(round(number, digits))):f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -95,25 +93,23 @@ def to_units(answer: Any, game: Game) -> int:
 
     Raises KnownCause if `answer` is neither a number nor a text that certainly states one, or is not in low..high.
     """
-    text = answer if isinstance(answer, str) else None
-    if text is not None:
-        answer = parse_number(text)
-        if game.scale < 1000 <= game.high and _THOUSANDS.search(text):  # 12.345 means 12,345 in many languages
-            raise KnownCause(UNCERTAIN, text)
-    if isinstance(answer, (bool, np.bool_)) or not isinstance(answer, (Real, Decimal)):
+    number, text = answer, None
+    if isinstance(answer, str):
+        number, text = parse_number(answer), answer
+        if game.scale < 1000 <= game.high and _THOUSANDS.search(answer):  # 12.345 means 12,345 in many languages
+            raise KnownCause(UNCERTAIN, answer)
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (Real, Decimal)):
         raise KnownCause(NO_NUMBER)
-    number: Any = answer
     if not game.low <= number <= game.high:  # also true for NaN
         raise KnownCause(out_of_range(game), printable(str(number), NUMBER_LENGTH) if text is None else text)
-    if isinstance(number, Integral):
-        number = int(number)  # products of small numpy integers may overflow
-    elif not isinstance(number, (Rational, Decimal)):
+    if not isinstance(number, (Rational, Decimal)):
         number = float(number)
+    elif isinstance(number, Integral):
+        number = int(number)  # products of small numpy integers may overflow
     return round(number * game.scale)
 
 
 def out_of_range(game: Game) -> str:
-    """Return the failure cause of all numbers outside the range. It does not contain the number, which is its text."""
     return f"{OUT_OF_RANGE} ({game.low} to {game.high})"
 
 
@@ -125,12 +121,10 @@ def game_of(config: SimulationConfig, prompt: PromptTemplate | None, population:
     cls = game_class(config.game)
     parameters = declared(cls, Game)
     values = values_of(config.set, cls.__name__, parameters)
-    for name in FLAGS_OF_GAMES:
-        text = getattr(config, name)
-        if text is not None and name not in parameters:
+    for name, text in ((name, getattr(config, name)) for name in FLAGS_OF_GAMES if getattr(config, name) is not None):
+        if name not in parameters:
             raise SettingsError(f"{flag_of(name)} {text}: the game {shown(config.game)} has no such setting")
-        if text is not None:
-            values[name] = parameters[name].parse(flag_of(name), text)
+        values[name] = parameters[name].parse(flag_of(name), text)
     return cls(**game_fields(config, prompt, population), **values)
 
 

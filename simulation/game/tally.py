@@ -5,19 +5,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulation.errors import Ended, SettingsError, one_line
-from simulation.game.game import Game, Outcome, Units, check_game
+from simulation.errors import Ended, SettingsError, one_line, printable
+from simulation.game.game import HIGHEST, Game, Outcome, Rules, Units
 from simulation.game.rules import Announcement, plain_number
 
 WINNERS_NAMED = 10  # number of winners that are listed: those with the lowest indices
 NUMBERS_NAMED = 10  # number of winning answers that texts list: the lowest
+MOST_ANNOUNCED = 1001  # maximum number of distinct answers in an announcement
 AVERAGE_DIGITS = 3  # decimal places of averages in addition to those of answers
 CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 OTHER_CAUSES = "other causes"
@@ -58,9 +59,8 @@ class Tally:  # noqa: PLW1641 - arrays are not hashable
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tally):
             return NotImplemented
-        same_answers = np.array_equal(self.units, other.units) and np.array_equal(self.counts, other.counts)
-        others = other.asked, other.failures, other.ended
-        return same_answers and (self.asked, self.failures, self.ended) == others
+        same = np.array_equal(self.units, other.units) and np.array_equal(self.counts, other.counts)
+        return same and (self.asked, self.failures, self.ended) == (other.asked, other.failures, other.ended)
 
     def average(self) -> Fraction | None:
         """Return the exact mean of all answers in units, or None if there are no answers."""
@@ -76,8 +76,7 @@ class Tally:  # noqa: PLW1641 - arrays are not hashable
 
     def std(self) -> float | None:
         """Return the population standard deviation in units, or None if there are no answers."""
-        average = self.average()
-        if average is None:
+        if (average := self.average()) is None:
             return None
         return float(np.sqrt(np.dot((self.units - float(average)) ** 2, self.counts) / self.answered))
 
@@ -104,8 +103,8 @@ def merge(tallies: Iterable[Tally]) -> Tally:
         counts, each = np.zeros(len(units), np.int64), counts
         np.add.at(counts, index, each)
     failures = sum((Counter(tally.failures) for tally in every), Counter())
-    ended = max(tally.ended for tally in every)
-    return Tally(sum(tally.asked for tally in every), units, counts, dict(failures), ended)
+    asked, ended = sum(tally.asked for tally in every), max(tally.ended for tally in every)
+    return Tally(asked, units, counts, dict(failures), ended)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Winners:
 
 @dataclass(frozen=True)
 class Times:
-    """The duration of a round in seconds, split by activity. The first three figures are means over the groups."""
+    """Where the time of a round goes, in seconds. The first three figures are means over the groups."""
 
     model_s: float  # participants wait for models or think
     client_s: float  # CPU time of the agent servers
@@ -131,8 +130,6 @@ class Times:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The result of one round."""
-
     round: int
     tally: Tally
     outcome: Outcome = field(default_factory=dict)  # the figures of the game, in numbers; empty without answers
@@ -154,9 +151,8 @@ class RoundResult:
     @property
     def closest_teams(self) -> tuple[str, ...]:
         """Return the names of all teams whose averages are closest to the winning number."""
-        if self.winning_number is None:
-            return ()
-        distances = {name: abs(average - self.winning_number) for name, average in self.teams if average is not None}
+        averages = {} if self.winning_number is None else dict(self.teams)
+        distances = {name: abs(each - self.winning_number) for name, each in averages.items() if each is not None}
         return tuple(name for name in distances if distances[name] == min(distances.values()))
 
 
@@ -191,9 +187,7 @@ def has_converged(results: Sequence[RoundResult], limit: float | None, scale: in
 
 def _read_only(array: Units) -> Units:
     """Return a view that a user's game cannot change."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+    return np.broadcast_to(array, array.shape)
 
 
 def payoffs_of(game: Game, units: Units, outcome: Outcome) -> NDArray[Any]:
@@ -203,16 +197,15 @@ def payoffs_of(game: Game, units: Units, outcome: Outcome) -> NDArray[Any]:
     if payoffs.shape != units.shape:
         raise ValueError(f"payoffs returned an array of shape {payoffs.shape}, not {units.shape}")
     if payoffs.dtype.kind not in "biuf":
-        raise ValueError(
-            f"payoffs returned {type(payoffs[0]).__name__} in an array of {payoffs.dtype}, not float or int"
-        )
-    if not np.isfinite(payoffs).all():
-        raise ValueError(f"payoffs returned {payoffs[~np.isfinite(payoffs)][0]} for an answer")
+        kind = f"{type(payoffs[0]).__name__} in an array of {payoffs.dtype}"
+        raise ValueError(f"payoffs returned {kind}, not float or int")
+    if len(infinite := payoffs[~np.isfinite(payoffs)]):
+        raise ValueError(f"payoffs returned {infinite[0]} for an answer")
     return payoffs
 
 
 def _figure(name: str, value: Any) -> Any:
-    """Return a figure of an outcome: None, an exact Fraction, an int or a float. Raises ValueError if it is neither."""
+    """Return a figure of an outcome as None, Fraction, int or float. Raises ValueError if it is neither."""
     if not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f"a figure of the outcome is called {name!r}, which is not a name")
     if value is None or isinstance(value, Fraction):
@@ -223,67 +216,79 @@ def _figure(name: str, value: Any) -> Any:
 
 
 def try_game(game: Game, name: str) -> None:
-    """Raise SettingsError if the game is unusable, or cannot compute the outcome of simple rounds."""
-    check_game(game, name)
+    """Raise SettingsError if the game's numbers or words are unusable, or if it cannot compute simple rounds."""
+    try:
+        low, high, words, equilibrium = game.low, game.high, game.words, game.equilibrium()
+        if not isinstance(words, Rules):
+            raise TypeError(f"rules returned {words!r}, not Rules(question, goal)")
+        texts = [words.question, words.goal, words.prompt, words.won]
+        texts += chain(*words.labels.items(), *words.notes.items())
+        is_finite = all(math.isfinite(float(each)) for each in equilibrium or ())
+    except BaseException as error:  # noqa: BLE001 - the user's class may raise anything
+        raise SettingsError(f"--game {name}: {one_line(error)}") from None
+    start, problem = f"--game {name}", ""
+    if not (isinstance(low, int) and isinstance(high, int) and 0 <= low < high <= HIGHEST):
+        needed = f"there must be at least two whole numbers from 0 to {HIGHEST:,}"
+        problem = f"its numbers are from {low!r} to {high!r}; {needed}"
+    elif game.decimals and game.whole_numbers:
+        problem = f"has whole numbers only, and does not go with --decimals {game.decimals}"
+    elif not (words.question and words.goal) or any(text != printable(text) for text in texts):
+        problem = "its rules need a question and a goal; all its texts must be one line of printable characters"
+    elif not is_finite:
+        problem = f"its equilibrium is {equilibrium}"
+    elif game.numbers_announced and game.most_distinct > MOST_ANNOUNCED:
+        many = f"{game.most_distinct:,} different numbers; the maximum is {MOST_ANNOUNCED:,}"
+        start, problem = "--set numbers_announced=true", f"would list up to {many}; take fewer decimals or participants"
+    if problem:
+        raise SettingsError(f"{start}: {problem}")
     players, low, high = max(game.population.total, 1), game.lowest, game.lowest + game.numbers - 1
     half = players // 2
     rounds = {f"all players give {int(game.low)}": {low: players}, f"all give {int(game.high)}": {high: players}}
     rounds |= {"half of them give the lowest number, the others the highest": {low: players - half, high: half or 1}}
     for what, counts in rounds.items():
         tally = Tally(sum(counts.values()), np.array([*counts], np.int64), np.array([*counts.values()], np.int64))
-        if error := score(game, 1, tally).error:
-            raise SettingsError(f"--game {name}: no result if {what}: {error}")
+        if failure := score(game, 1, tally).error:
+            raise SettingsError(f"--game {name}: no result if {what}: {failure}")
 
 
 def announcement_of(result: RoundResult, game: Game) -> Announcement:
     """Return the announcement of a round. It states 0 winners until they are counted."""
-    average = result.tally.average()
-    outcome = tuple((name, None if value is None else float(value)) for name, value in result.outcome.items())
-    return Announcement(
+
+    def as_floats(figures: Iterable[tuple[str, Any]]) -> tuple[tuple[str, float | None], ...]:
+        return tuple((name, None if value is None else float(value)) for name, value in figures)
+
+    tally, average, numbers = result.tally, result.tally.average(), result.tally.units / game.scale
+    announcement = Announcement(
         result.round,
         None if average is None else float(average / game.scale),
-        dict(outcome).get("winning_number"),
+        None if result.winning_number is None else float(result.winning_number),
         result.winning_units,
         result.winners.count,
-        tuple((name, None if each is None else float(each)) for name, each in result.teams),
+        as_floats(result.teams),
         result.closest_teams,
-        tuple(units / game.scale for units in result.winning_units),
-        outcome,
-        _in_words(result, dict(outcome), game),
-        _numbers_in(result, game),
+        tuple(each / game.scale for each in result.winning_units),
+        as_floats(result.outcome.items()),
+        numbers=tuple(zip(numbers.tolist(), tally.counts.tolist(), strict=True)) if game.numbers_announced else (),
     )
+    return replace(announcement, text=_in_words(announcement, game))
 
 
-def _numbers_in(result: RoundResult, game: Game) -> tuple[tuple[float, int], ...]:
-    """Return each number, ascending, and how often it was given; () unless the game announces all numbers."""
-    if not game.numbers_announced:
-        return ()
-    return tuple(zip((result.tally.units / game.scale).tolist(), result.tally.counts.tolist(), strict=True))
-
-
-def _in_words(result: RoundResult, outcome: dict[str, float | None], game: Game) -> str:
+def _in_words(result: Announcement, game: Game) -> str:
     """Return the result of a round as prompts state it."""
-    if not result.tally.answered:
+    if result.average is None:
         return f"Round {result.round}: nobody answered."
-    digits, label = game.decimals + AVERAGE_DIGITS, game.words.label
-    winning = outcome.pop("winning_number", None)
-    figures = {name: value for name, value in outcome.items() if value is not None}
-    parts = [f"the {label(name)} was {plain_number(value, digits)}" for name, value in figures.items()]
-    if winning is not None and winning not in [*figures.values()][-1:]:
-        so = "so " if parts else ""
-        parts.append(f"{so}the {label('winning_number')} was {plain_number(winning, digits)}")
-    numbers = " or ".join(f"{units / game.scale:.{game.decimals}f}" for units in result.winning_units[:NUMBERS_NAMED])
-    won = f"{result.winners.count} won with {numbers}" if result.winning_units else "nobody won"
+    digits, label, winning = game.decimals + AVERAGE_DIGITS, game.words.label, result.winning_number
+    figures = [(name, value) for name, value in result.outcome if value is not None and name != "winning_number"]
+    parts = [f"the {label(name)} was {plain_number(value, digits)}" for name, value in figures]
+    if winning is not None and winning not in [value for _, value in figures[-1:]]:
+        parts.append(f"{'so ' * bool(parts)}the {label('winning_number')} was {plain_number(winning, digits)}")
+    numbers = " or ".join(f"{number:.{game.decimals}f}" for number in result.winning_numbers[:NUMBERS_NAMED])
+    won = f"{result.winners} won with {numbers}" if numbers else "nobody won"
     text = f"Round {result.round}: {'; '.join(filter(None, [', '.join(parts), won]))}."
-    given = [
-        plain_number(number, digits) + (f" ({count} times)" if count > 1 else "")
-        for number, count in _numbers_in(result, game)
-    ]
-    if given:
+    if given := [plain_number(each, digits) + f" ({count} times)" * (count > 1) for each, count in result.numbers]:
         text += f" The numbers were {' and '.join(filter(None, [', '.join(given[:-1]), given[-1]]))}."
     if result.teams:
-        averages = ((name, None if each is None else float(each)) for name, each in result.teams)
-        teams = ", ".join(f"{name} {plain_number(each, digits)}" for name, each in averages)
+        teams = ", ".join(f"{name} {plain_number(average, digits)}" for name, average in result.teams)
         text += f" The averages of the teams were: {teams}."
     if result.closest_teams:
         text += f" The closest was that of {' and '.join(result.closest_teams)}."
@@ -294,18 +299,15 @@ def closest(units: Units, target: Fraction) -> NDArray[np.bool_]:
     """Return which of the ascending `units` are closest to the target: none, one, or one on each side. Exact."""
     after = int(np.searchsorted(units, math.floor(target), side="right"))
     near = range(max(after - 1, 0), min(after + 1, len(units)))
-    best = min((abs(int(units[index]) - target) for index in near), default=None)
-    are_closest = np.zeros(len(units), bool)
-    are_closest[[index for index in near if abs(int(units[index]) - target) == best]] = True
-    return are_closest
+    distances = {index: abs(int(units[index]) - target) for index in near}
+    return np.isin(np.arange(len(units)), [at for at in near if distances[at] == min(distances.values())])
 
 
 def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
     """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent."""
     most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
     failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
-    others = int(counts.sum()) - sum(failures.values())
-    if others:
+    if others := int(counts.sum()) - sum(failures.values()):
         failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
     return failures
 

@@ -1,7 +1,4 @@
-"""One agent server: the servicer of AgentScope, extended by mutual TLS, handshakes, leases and an immediate shutdown.
-
-If a run makes no calls, its lease expires and its objects are deleted. An agent's error is returned as one line.
-"""
+"""One agent server: the servicer of AgentScope, extended by mutual TLS, handshakes, leases and an immediate end."""
 
 import asyncio
 import json
@@ -68,8 +65,7 @@ class SimulationServicer(AgentServerServicer):
         self.result_pool.pool = {}  # AgentScope's pool would drop replies after two hours
         self._fetched: deque[int] = deque()  # task ids of fetched replies; the pool keeps the latest REPLIES_KEPT
         self._config, self._models = config, models
-        self._incarnation = secrets.token_hex(8)
-        self._started = time.time()
+        self._incarnation, self._started = secrets.token_hex(8), time.time()
         self._renewed: dict[str, float] = {}  # time of the last call (time.monotonic) of each run
         self._beginning = threading.Lock()
         self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by remote id
@@ -77,17 +73,15 @@ class SimulationServicer(AgentServerServicer):
         self._cpu = (time.monotonic(), time.process_time(), 0.0)  # last measurement: time, CPU time, load
 
     def heartbeat(self, request: bytes, context: Any) -> bytes:
-        """Return the progress of the groups and moderators of a run. Renew the lease of the run.
+        """Renew the lease of a run, and return the progress of its objects (see `heartbeat` in channels.py).
 
-        The request is [run, number, wait_s, numbers]. Wait up to `wait_s` seconds until all groups in round `number`
-        have finished it. `numbers` is how many different answers are possible, or 0. If it is not 0, the reply also
-        contains the CPU load and the memory of this process and, at intervals, partial histograms.
+        If `numbers` is not 0, add the load and the memory of this process and, at intervals, partial histograms.
         """
         run, number, wait_s, numbers = json.loads(request)
         self._begin_run(run)
-        until = time.monotonic() + wait_s
-        hosted = {oid: agent for oid, agent in self._hosted().items() if run_of(oid) == run}
-        objects = {oid: agent for oid, agent in hosted.items() if isinstance(agent, (ParticipantGroup, Moderator))}
+        until, kinds = time.monotonic() + wait_s, (ParticipantGroup, Moderator)
+        hosted = self._hosted().items()
+        objects = {oid: agent for oid, agent in hosted if run_of(oid) == run and isinstance(agent, kinds)}
         for agent in objects.values():
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
@@ -113,8 +107,12 @@ class SimulationServicer(AgentServerServicer):
         directives = json.loads(request)
         for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
-        memory = psutil.Process().memory_full_info() if messages.MEMORY in directives else None
-        model_troubles, repeatable = dict[str, str](), list[str]()
+        memory_mb, model_troubles, repeatable = None, dict[str, str](), list[str]()
+        if messages.MEMORY in directives:
+            memory = (
+                psutil.Process().memory_full_info()
+            )  # pss includes a share of the shared memory; some have only uss
+            memory_mb = round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1)
         if messages.CHECK_MODELS in directives:
             from simulation.llm.http_client import check_models, repeatable_models  # noqa: PLC0415 - imports openai
 
@@ -122,32 +120,18 @@ class SimulationServicer(AgentServerServicer):
             probes = {self._models[name]: Probe(*probe) for name in names if name in self._models}
             model_troubles = {model.name: cause for model, cause in check_models(probes, timeout_s).items()}
             repeatable = [model.name for model in repeatable_models(probes, timeout_s / 2)]
-        reply = messages.Handshake(
-            incarnation=self._incarnation,
-            pid=os.getpid(),
-            role="participant" if self.port < self._config.base_port + self._config.server_per_host else "moderator",
-            base_port=self._config.base_port,
-            server_per_host=self._config.server_per_host,
-            moderator_per_host=self._config.moderator_per_host,
-            started=self._started,
-            agents=sum(getattr(agent, "agents", 1) for agent in self._hosted().values()),
-            # pss includes a share of the shared memory; some systems report only uss
-            memory_mb=round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1) if memory else None,
-            models={name: model.base_url for name, model in self._models.items()},
-            model_troubles=model_troubles,
-            repeatable_models=repeatable,
-        )
-        return reply.to_json().encode()
+        layout, agents = messages.layout_of(self._config), self._hosted().values()
+        count = sum(getattr(agent, "agents", 1) for agent in agents)
+        urls = {name: model.base_url for name, model in self._models.items()}
+        about = (self._incarnation, os.getpid(), layout, self._started, count, memory_mb)
+        return messages.Handshake(*about, urls, model_troubles, repeatable).to_json().encode()
 
     def get_agent(self, agent_id: str) -> Any:
         self._renewed[run_of(agent_id)] = time.monotonic()
-        agent = super().get_agent(agent_id)
-        if agent is None:
-            group, _, index = agent_id.rpartition("/")  # participants have no entries in the pool
-            found = super().get_agent(group)
-            if isinstance(found, ParticipantGroup) and index.isdecimal():
-                return found.participant(int(index))
-        return agent
+        group_id, _, index = agent_id.rpartition("/")  # participants have no entries in the pool
+        agent, group = super().get_agent(agent_id), super().get_agent(group_id)
+        is_participant = agent is None and isinstance(group, ParticipantGroup) and index.isdecimal()
+        return group.participant(int(index)) if is_participant else agent
 
     def create_agent(self, request: Any, context: Any) -> GeneralResponse:
         run, is_ours, _ = request.agent_id.partition("/")
@@ -168,11 +152,6 @@ class SimulationServicer(AgentServerServicer):
     def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
         return GeneralResponse(ok=self._drop(request.value))
 
-    def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
-        for agent_id in self._hosted():
-            self._drop(agent_id)
-        return GeneralResponse(ok=True)
-
     def drop_expired(self) -> None:
         """Delete the objects of all runs whose lease has expired."""
         for oid, agent in self._hosted().items():
@@ -182,10 +161,7 @@ class SimulationServicer(AgentServerServicer):
                 self._drop(oid)
 
     def _begin_run(self, run: str) -> None:
-        """Renew the lease of a run. The first call for a run also deletes leftover objects.
-
-        Leftover objects were kept by other runs (--keep-agents), or belong to an earlier process of the same run.
-        """
+        """Renew the lease of a run. First delete objects that other runs kept, or that earlier processes of it left."""
         if run not in self._renewed:
             with self._beginning:  # concurrent first calls wait until the objects are deleted
                 for oid, agent in self._hosted().items():
@@ -233,10 +209,7 @@ class SimulationServicer(AgentServerServicer):
 
 
 async def serve(config: SimulationConfig, port: int, key: ClusterKey, ready: Callable[[], None]) -> None:
-    """Run the server until a TERM or INT signal or a `stop` call. Then end the process, even if participants are busy.
-
-    Call `ready` as soon as the server accepts calls. Raises SettingsError if the port is in use.
-    """
+    """Run the server, call `ready`, and end the process at TERM, INT or a `stop` call. Raises SettingsError."""
     install_tls(key)  # moderators send requests to the servers of their groups
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

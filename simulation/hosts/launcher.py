@@ -20,7 +20,8 @@ from typing import Any
 from loguru import logger
 
 from simulation.errors import SettingsError
-from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, ProcessId
+from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER
+from simulation.hosts.process_id import ProcessId
 from simulation.rpc.cluster_key import ClusterKey, load
 from simulation.rpc.lean_import import add_extra_folders, import_agentscope
 from simulation.settings import SimulationConfig
@@ -32,11 +33,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(config: SimulationConfig, owned: bool) -> None:
-    """Run one server per port until all servers have ended. Restart servers that fail.
-
-    Stop all servers at a TERM or INT signal and, if `owned`, also at the end of standard input. The parent process of
-    an owned launcher keeps this input open until the servers must stop.
-    """
+    """Run one server per port until all have ended, at a TERM or INT signal or, if `owned`, the end of the input."""
     key = load(Path(config.cluster_key_dir))
     add_extra_folders(config.extra_pythonpath)
     import_agentscope()
@@ -54,34 +51,33 @@ def launch(config: SimulationConfig, owned: bool) -> None:
     servers = [_Server(config, port, key) for port in config.ports]
     stopping = False
     try:
-        while servers := [server for server in servers if server.process is not None or server.start_at < math.inf]:
-            running = {server.process.sentinel: server for server in servers if server.process is not None}
-            timeout_s = min(server.start_at for server in servers) - time.monotonic()
+        while servers := [each for each in servers if each.process is not None or each.start_at < math.inf]:
+            running = {each.process.sentinel: each for each in servers if each.process is not None}
+            timeout_s = min(each.start_at for each in servers) - time.monotonic()
             ready = multiprocessing.connection.wait([*stop_signs, *running], min(timeout_s, LONGEST_WAIT_S))
             if any(sign in ready for sign in stop_signs):
                 stopping, stop_signs = True, []
-                for server in servers:
-                    server.stop()
+                for each in servers:
+                    each.stop()
             for sentinel in running.keys() & ready:
                 running[sentinel].on_exit(stopping)
-            due = [server for server in servers if server.start_at <= time.monotonic()]
-            for server in due[:1]:  # one at a time: check the stop signs before the next
-                server.start()
+            due = [each for each in servers if each.start_at <= time.monotonic()]
+            for each in due[:1]:  # one at a time: check the stop signs before the next
+                each.start()
     finally:  # servers remain only after an error such as a lack of memory; the log contains the reason
-        for server in servers:
-            server.kill()
+        for each in servers:
+            each.kill()
     AGENT_SERVERS.remove(LAUNCHER, os.getpid())
 
 
 class _Server:
     """An agent server process, restarted if it fails, except after a failed first start or FAILED_STARTS in a row."""
 
-    def __init__(self, config: SimulationConfig, port: int, key: ClusterKey) -> None:
-        self._arguments, self._port = (config, port, key), port
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments, self._port = arguments, arguments[1]  # of `_child`, without `ready`
         self._restarts = self._failed_starts = 0  # _failed_starts counts consecutive failures
-        self._started = 0.0
+        self._started = self.start_at = 0.0  # times (time.monotonic) of the latest start, and of the next (inf: none)
         self.process: Any = None
-        self.start_at = 0.0  # time of the next start (time.monotonic); infinite if no start is planned
 
     def start(self) -> None:
         """Start the server. If memory or disk is full, raise OSError at the first start; at a restart, plan a retry."""
@@ -96,7 +92,7 @@ class _Server:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.process = process
-            ProcessId.of(process.pid, self._restarts).write(AGENT_SERVERS.pid_file(str(self._port)))
+            ProcessId.of(process.pid, self._restarts).write(AGENT_SERVERS.pid_file(self._port))
         except OSError as error:
             self.kill()  # without a pid file, no command can stop the server
             if self._restarts == 0:
@@ -122,7 +118,7 @@ class _Server:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         self._failed_starts = 0 if self._ready.value else self._failed_starts + 1
         if status == 0:
-            AGENT_SERVERS.remove(str(self._port), pid)
+            AGENT_SERVERS.remove(self._port, pid)
         if status == 0 or stopping:
             logger.info(f"the server on port {self._port} {how}")
         elif self._failed_starts == FAILED_STARTS or (self._failed_starts and self._restarts == 0):
@@ -135,14 +131,11 @@ class _Server:
 
 
 def _child(config: SimulationConfig, port: int, key: ClusterKey, ready: Any) -> None:
-    """Run the agent server of one port in this process. Redirect the output to the log file of the server.
-
-    Set `ready` to 1 as soon as the server accepts calls.
-    """
+    """Run the agent server of one port, with output to its log. Set `ready` to 1 as soon as it accepts calls."""
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)  # replace the launcher's handlers, which stop all servers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    log = os.open(AGENT_SERVERS.log(str(port)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(AGENT_SERVERS.log(port), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     logger.remove()

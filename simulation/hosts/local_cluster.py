@@ -1,7 +1,4 @@
-"""Starting, stopping and checking the agent servers of this host.
-
-This module starts a separate process, the launcher (simulation/hosts/launcher.py). The launcher starts the servers.
-"""
+"""Starting, stopping and checking the agent servers of this host, by way of a separate process (see launcher.py)."""
 
 import contextlib
 import datetime
@@ -20,7 +17,7 @@ from simulation.rpc.channels import call_all, call_all_or_raise, handshake, iden
 from simulation.rpc.cluster_key import load
 from simulation.rpc.endpoints import Endpoint, ranges
 from simulation.rpc.lean_import import add_extra_folders
-from simulation.rpc.messages import MEMORY, OWN_VERSIONS
+from simulation.rpc.messages import MEMORY, OWN_VERSIONS, layout_of
 from simulation.settings import SimulationConfig, flag_of
 
 READY_TIMEOUT_S = 60.0
@@ -81,20 +78,19 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
             f"{len(ports)} agent servers are already running on ports {ranges(ports)}, but {len(config.ports)} were "
             f"requested on {ranges(list(config.ports))}; {STOP_FIRST}"
         )
-    endpoints = [Endpoint(config.host_name, port) for port in ports]
-    shakes = call_all_or_raise({each: partial(handshake, each, config.connect_timeout) for each in endpoints})
+    ask = partial(handshake, timeout_s=config.connect_timeout)
+    shakes = call_all_or_raise({port: partial(ask, Endpoint(config.host_name, port)) for port in ports})
     for shake in shakes.values():
+        difference = ""
         if shake.versions != OWN_VERSIONS:
             difference = "are of another version of the program"
-        elif (shake.server_per_host, shake.moderator_per_host) != (config.server_per_host, config.moderator_per_host):
-            difference = f"are {shake.server_per_host} for participants and {shake.moderator_per_host} for moderators"
+        elif shake.layout != layout_of(config):
+            difference = "are {1} for participants and {2} for moderators".format(*shake.layout)
         elif shake.models != models:
-            known = listed(f"{name} at {url}" for name, url in shake.models.items())
-            requested = listed(f"{name} at {url}" for name, url in models.items())
+            known, requested = (listed(map(" at ".join, each.items())) for each in (shake.models, models))
             difference = f"know {known} as models, but this command has {requested}"
-        else:
-            continue
-        raise ClusterError(f"the running agent servers {difference}; {STOP_FIRST}")
+        if difference:
+            raise ClusterError(f"the running agent servers {difference}; {STOP_FIRST}")
 
 
 def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
@@ -118,17 +114,13 @@ def _answers(config: SimulationConfig, port: int) -> bool:
 
 
 def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
-    """Return table rows (STATUS names the columns), and whether all agent servers of this host answer.
-
-    The row of a server that does not answer contains only the port and the error.
-    """
+    """Return table rows (STATUS names the columns; errors have shorter rows), and whether all servers here answer."""
     names = [name for name in AGENT_SERVERS.names() if name != LAUNCHER]
     if not names:
         return [], True
     install_tls(load(Path(config.cluster_key_dir)))
-    endpoints = {name: Endpoint(config.host_name, int(name)) for name in names}
     ask = partial(handshake, timeout_s=config.connect_timeout, directives={MEMORY: ""})
-    shakes, errors = call_all({name: partial(ask, each) for name, each in endpoints.items()})
+    shakes, errors = call_all({name: partial(ask, Endpoint(config.host_name, int(name))) for name in names})
     rows = []
     for name in names:
         restarts = AGENT_SERVERS.noted(name).restarts
@@ -136,9 +128,9 @@ def status(config: SimulationConfig) -> tuple[list[list[str]], bool]:
             rows.append([name, f"does not answer after {restarts} restarts: {errors[name]}"])
             continue
         shake = shakes[name]
-        since = datetime.datetime.fromtimestamp(shake.started).strftime("%Y-%m-%d %H:%M:%S")
-        memory = f"{shake.memory_mb:.1f} MB"
-        rows.append([name, shake.role, str(shake.pid), since, str(shake.agents), memory, str(restarts)])
+        role = "participant" if int(name) < sum(shake.layout[:2]) else "moderator"
+        since = f"{datetime.datetime.fromtimestamp(shake.started):%Y-%m-%d %H:%M:%S}"
+        rows.append([name, role, str(shake.pid), since, str(shake.agents), f"{shake.memory_mb:.1f} MB", str(restarts)])
     if AGENT_SERVERS.process(LAUNCHER) is None and not AGENT_SERVERS.noted(LAUNCHER).elsewhere:
         stop_first = f"run {AGENT_SERVERS.stop_command}, then start them again"
         rows.append([f"the launcher has exited: servers that exit are not restarted; {stop_first}"])

@@ -1,8 +1,4 @@
-"""The server processes of this host: how they are started and stopped, their pid files and logs, and port checks.
-
-Each kind of server has a folder with the files `<name>.pid` and `<name>.log` for each process. The first line of
-`<name>.pid` is the pid.
-"""
+"""The server processes of this host: how they are started and stopped, their pid files and logs, and port checks."""
 
 import contextlib
 import errno
@@ -23,10 +19,11 @@ from typing import Any
 import psutil
 
 from simulation.errors import ClusterError, SettingsError, reason, say
-from simulation.files import ROOT, SERVERS, files_in, is_there, lock
+from simulation.files import ROOT, SERVERS, content_of, files_in, is_there, lock
+from simulation.hosts.process_id import ProcessId
 from simulation.rpc.endpoints import address_of
 
-LAUNCHER = "launcher"  # name of the process that starts the agent servers; the name of a server is its port
+LAUNCHER = "launcher"  # name of the process that starts the agent servers
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 PROBE_BYTES = 64 * 1024
@@ -37,10 +34,7 @@ DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold the lock for starting and stopping servers during the block. Wait while another command holds the lock.
-
-    Raises SettingsError if a file in the folder of the pid files cannot be written.
-    """
+    """Hold the lock for starting and stopping servers. Raises SettingsError if a file of servers cannot be written."""
     advice = "start and stop servers with one command at a time"
     try:
         SERVERS.mkdir(parents=True, exist_ok=True)
@@ -73,64 +67,9 @@ def deferred_signals() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-@dataclass(frozen=True)
-class ProcessId:
-    """The identity of a process: its pid, and properties that distinguish the process from others with the same pid.
-
-    The start is measured from the boot of the host, not as the time of day, because clocks can be changed.
-    """
-
-    pid: int
-    host: str = field(default="", compare=False)
-    boot: str = ""  # boot id of the host; empty if only the pid is known, for example without /proc
-    namespace: str = ""  # the namespace of the pid
-    start: str = ""  # start of the process in clock ticks after the boot
-    restarts: int = field(default=0, compare=False)  # how often the server was restarted
-
-    @classmethod
-    def of(cls, pid: int, restarts: int = 0) -> "ProcessId":
-        """Return the identity of a process of this host, or only its pid if /proc cannot be read."""
-        try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-            namespace = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
-            start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()[19].decode()
-        except (OSError, IndexError):
-            return cls(pid, restarts=restarts)
-        return cls(pid, socket.gethostname(), boot, namespace, start, restarts)
-
-    @classmethod
-    def read(cls, path: Path) -> "ProcessId":
-        """Read a pid file. If the file or the pid is missing, the pid is -1. Raises SettingsError if reading fails."""
-        try:
-            pid, identity, restarts = [*path.read_text(encoding="utf-8").split(), ":::", ""][:3]
-            host, boot, namespace, start = identity.rsplit(":", 3)
-            return cls(int(pid), host, boot, namespace, start, int(restarts.partition("=")[2] or 0))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return cls(-1)
-        except OSError as error:
-            raise SettingsError(f"cannot read {path}: {reason(error)}") from None
-
-    def write(self, path: Path) -> None:
-        """Write a pid file atomically. Its first line is the pid alone, so that a script can pass this line to kill."""
-        identity = ":".join((self.host, self.boot, self.namespace, self.start))
-        draft = path.with_name(f"{path.name}.new")
-        draft.write_text(f"{self.pid}\n{identity}\nrestarts={self.restarts}\n", encoding="utf-8")
-        draft.replace(path)
-
-    @property
-    def elsewhere(self) -> str:
-        """Return the host or pid namespace of a process that runs elsewhere. Return "" if it runs here or has ended."""
-        here = ProcessId.of(os.getpid())
-        if not self.boot or (self.boot, self.namespace) == (here.boot, here.namespace):
-            return ""
-        if self.boot == here.boot:
-            return "a container or other pid namespace of this host"
-        return "" if self.host == here.host else f"host {self.host}"  # a reboot of this host has ended the process
-
-
 @dataclass
 class ServerProcesses:
-    """The processes of one kind of server. The name of a process is its port, or LAUNCHER."""
+    """The processes of one kind of server, each with a pid file and a log. Its name is its port, or LAUNCHER."""
 
     kind: str  # the name of this kind in messages
     folder: Path  # contains the pid files and the logs
@@ -139,35 +78,33 @@ class ServerProcesses:
     is_ours: Callable[[psutil.Process], bool]  # whether a process is of this kind
     _spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def pid_file(self, name: str) -> Path:
+    def pid_file(self, name: str | int) -> Path:
         return self.folder / f"{name}.pid"
 
-    def log(self, name: str) -> Path:
+    def log(self, name: str | int) -> Path:
         return self.folder / f"{name}.log"
 
-    def noted(self, name: str) -> ProcessId:
+    def noted(self, name: str | int) -> ProcessId:
         return ProcessId.read(self.pid_file(name))
 
-    def remove(self, name: str, pid: int) -> None:
+    def remove(self, name: str | int, pid: int) -> None:
         """Remove a pid file if it still contains `pid`."""
         if self.noted(name).pid == pid:
             self.pid_file(name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Return the names of all processes with a pid file: the launcher first, then the servers by port."""
-        stems = [path.stem for path in files_in(self.folder, ".pid")]
-        ports = sorted(int(stem) for stem in stems if stem.isdigit())
-        return [*({LAUNCHER} & {*stems}), *map(str, ports)]
+        stems = {path.stem for path in files_in(self.folder, ".pid")}
+        return [*({LAUNCHER} & stems), *sorted(filter(str.isdigit, stems), key=int)]
 
     def process(self, name: str) -> psutil.Process | None:
         """Return the running process with this name, or None if it has ended, even if another process has its pid."""
         noted = self.noted(name)
-        try:
+        with contextlib.suppress(psutil.Error, ValueError):
             process = psutil.Process(noted.pid)
             same = noted == ProcessId.of(noted.pid) if noted.boot else self.is_ours(process)
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except (psutil.Error, ValueError):
-            return None
+        return None
 
     def running(self) -> dict[str, psutil.Process]:
         """Return all running processes by name, in the order of `names`."""
@@ -183,7 +120,7 @@ class ServerProcesses:
                     "needs a checkout to itself"
                 )
 
-    def spawn(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    def spawn(self, name: str | int, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process in its own session, and create its log and pid file. Raises OSError if the disk is full."""
         with tempfile.TemporaryFile(dir=self.folder) as probe:  # detect a full disk: a server could not log it
             probe.write(os.urandom(PROBE_BYTES))
@@ -210,7 +147,7 @@ class ServerProcesses:
         self.terminate({*self.names()} - earlier)  # clean up after servers that were killed
         for port in ports:
             check_free(host_name, port, setting)
-            self.log(str(port)).unlink(missing_ok=True)
+            self.log(port).unlink(missing_ok=True)
         try:
             yield
         except BaseException:
@@ -224,36 +161,31 @@ class ServerProcesses:
         progress: Callable[[int, int, str], None],
         timeout_s: float = math.inf,
     ) -> list[float]:
-        """Wait until all servers are ready. Return the waiting time for each server in seconds.
+        """Wait until all servers are ready. Return the waiting times (s). Raises ClusterError if a server fails.
 
         `is_ready` checks the server on a port, and waits briefly if the server is not ready. `progress` receives the
-        number of ready servers, the number of all servers, and a text about the server that is checked. Raises
-        ClusterError if a server or the launcher ends, or if a server is not ready after `timeout_s`.
+        number of ready servers, the number of all servers, and a text about the server that is checked.
         """
         needed = [*map(str, ports), *({LAUNCHER} & {*self.names()})]
-        began, waited = time.monotonic(), []
-        for done, port in enumerate(ports):
-            while True:
-                waited_s = time.monotonic() - began
-                progress(done, len(ports), f"port {port} for {waited_s:.0f} s, its log is {self.log(str(port))}")
-                if is_ready(port):
-                    break
-                for name in needed[done:]:
-                    is_started = name == LAUNCHER or is_there(self.pid_file(name))
-                    if is_started and self.process(name) is None:
-                        raise self._failed_start(name, "did not start")
-                if waited_s > timeout_s:
-                    raise self._failed_start(str(port), f"does not answer after {timeout_s:g} s")
-            waited.append(waited_s)
+        began, waited = time.monotonic(), list[float]()
+        while len(waited) < len(ports):
+            port, waited_s = ports[len(waited)], time.monotonic() - began
+            progress(len(waited), len(ports), f"port {port} for {waited_s:.0f} s, its log is {self.log(port)}")
+            if is_ready(port):
+                waited.append(waited_s)
+                continue
+            for name in needed[len(waited) :]:
+                if (name == LAUNCHER or is_there(self.pid_file(name))) and self.process(name) is None:
+                    raise self._failed_start(name, "did not start")
+            if waited_s > timeout_s:
+                raise self._failed_start(str(port), f"does not answer after {timeout_s:g} s")
         progress(len(ports), len(ports), "")
         return waited
 
     def _failed_start(self, name: str, how: str) -> ClusterError:
         """Return an error with the end of the log and its first error, because this error usually causes the others."""
         which = f"{self.kind}s" if name == LAUNCHER else f"{self.kind} on port {name}"
-        lines: list[str] = []
-        with contextlib.suppress(OSError):
-            lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (content_of(self.log(name)) or b"").decode(errors="replace").splitlines()
         found = (re.search(r"\b[\w.]*Error: .{1,300}", line) for line in lines if not re.search(HARMLESS, line))
         cause = next((f": {error.group()}" for error in found if error), "")
         end = f"; the end of its log {self.log(name)}:" if lines else ""
@@ -292,19 +224,14 @@ class ServerProcesses:
         """End the processes `pids` and all processes in their sessions. Return whether all ended within the timeout."""
         sessions = {process: _session_of(process.pid) for process in psutil.process_iter()}
         named = [process for process, session in sessions.items() if process.pid in pids and session is not None]
-        running_pids = {process.pid for process in named}
-        others = [
-            process
-            for process, session in sessions.items()
-            if process.pid not in running_pids
-            and (session in running_pids or (session in pids and self.is_ours(process)))
-        ]
-        for process in named:  # a running server ends the other processes of its session itself
-            end(process)
-        for process in others:
-            if sessions[process] not in running_pids:
-                end(process, kill=True)
-        _, alive = psutil.wait_procs([*named, *others], timeout=self.term_timeout_s if named else KILL_TIMEOUT_S)
+        running = {process.pid for process in named}
+        others = {process: session for process, session in sessions.items() if process.pid not in running}
+        orphans = [each for each, session in others.items() if session in pids - running and self.is_ours(each)]
+        children = [each for each, session in others.items() if session in running]
+        for process in (*named, *orphans):  # a running server ends the other processes of its session itself
+            end(process, kill=process.pid not in running)
+        timeout_s = self.term_timeout_s if named else KILL_TIMEOUT_S
+        _, alive = psutil.wait_procs([*named, *orphans, *children], timeout=timeout_s)
         for process in alive:
             end(process, kill=True)
         psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
@@ -313,10 +240,9 @@ class ServerProcesses:
 
 def _session_of(pid: int) -> int | None:
     """Return the session id of a process, or None if the process has ended."""
-    try:
+    with contextlib.suppress(psutil.Error, OSError, ValueError):
         return os.getsid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, OSError, ValueError):
-        return None
+    return None
 
 
 def end(process: psutil.Process, kill: bool = False) -> None:
@@ -332,8 +258,8 @@ def _is_agent_server(process: psutil.Process) -> bool:
     """Return whether a process is a launcher or an agent server of this checkout."""
     with contextlib.suppress(psutil.NoSuchProcess):
         seen = process.as_dict(["cmdline", "cwd"])
-        command = seen["cmdline"] or []
-        launched = str(ROOT / "main.py") in command and not {"--launch", "--owned"}.isdisjoint(command)
+        command = {*(seen["cmdline"] or [])}
+        launched = str(ROOT / "main.py") in command and bool(command & {"--launch", "--owned"})
         return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(ROOT))  # a spawned server
     return False
 
@@ -343,8 +269,7 @@ AGENT_SERVERS = ServerProcesses("agent server", SERVERS, "./stop_all_server.sh",
 
 def check_not_owned() -> None:
     """Raise ClusterError if the agent servers of this checkout belong to a run that stops them at its end."""
-    launcher = AGENT_SERVERS.process(LAUNCHER)
-    if launcher is not None and "--owned" in launcher.cmdline():
+    if (launcher := AGENT_SERVERS.process(LAUNCHER)) is not None and "--owned" in launcher.cmdline():
         raise ClusterError(
             "another run of this checkout has agent servers of its own, and stops them at its end: wait for it, "
             "or start servers that runs share with ./start_all_server.sh first"
@@ -362,9 +287,8 @@ def check_free(host_name: str, port: int, setting: str) -> None:
             raise SettingsError(f"port {port} needs root: choose a {setting} from 1024") from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise SettingsError(f"--host-name {host_name}: is not an address of this host") from None
-        raise ClusterError(
-            f"port {port} of {host_name} is taken by another program: stop it, or choose another {setting}"
-        ) from None
+        taken = f"port {port} of {host_name} is taken by another program"
+        raise ClusterError(f"{taken}: stop it, or choose another {setting}") from None
 
 
 def any_port_in_use(ports: range) -> bool:

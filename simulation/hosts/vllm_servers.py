@@ -1,7 +1,4 @@
-"""Starting, stopping and checking the vLLM servers of this host.
-
-The servers use a separate environment, .venv-vllm, because vLLM and AgentScope need different versions of protobuf.
-"""
+"""Starting, stopping and checking the vLLM servers of this host."""
 
 import contextlib
 import hashlib
@@ -11,8 +8,8 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -23,7 +20,7 @@ from simulation.hosts.pid_files import ServerProcesses, one_at_a_time
 from simulation.llm.model_configs import REPEATABLE, read_models
 from simulation.settings import SimulationConfig
 
-VENV = ROOT / ".venv-vllm"
+VENV = ROOT / ".venv-vllm"  # separate, because vLLM and AgentScope need different versions of protobuf
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "large-scale-simulation")  # noqa: PTH111
 LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # used by _venv_without_spaces
 HOST = "127.0.0.1"
@@ -40,10 +37,8 @@ RESERVED_FLAGS = {  # flags of vLLM that users must not give, and the reasons
     "--config": "flags in a file would not be seen here",
     **dict.fromkeys(("--uds", "--grpc", "--headless", "--ssl-keyfile", "--ssl-certfile"), BY_HTTP),
 }
-FIXED_BY_REPEATABLE = dict.fromkeys(
-    ("--dtype", "--enable-chunked-prefill", "--no-enable-chunked-prefill"), "--repeatable sets it"
-)
 REPEATABLE_ON_CPUS = ["--dtype", "float32", "--no-enable-chunked-prefill"]  # a split prompt with a seed ends the server
+FIXED_BY_REPEATABLE = dict.fromkeys((*REPEATABLE_ON_CPUS[::2], "--enable-chunked-prefill"), "--repeatable sets it")
 BLOCK_SIZE = "--block-size"
 CPU_BLOCK = [BLOCK_SIZE, "32"]  # vLLM's default on CPUs is 128 tokens, and shorter prompts are never cached
 LEAST_CAPABILITY = 8.0  # of GPUs, for answers that do not depend on the other requests of a batch
@@ -62,8 +57,7 @@ def _is_vllm(process: psutil.Process) -> bool:
 SERVERS = ServerProcesses("vLLM server", ROOT / "run" / "vllm", "./stop_vllm.sh", TERM_TIMEOUT_S, _is_vllm)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A vLLM server to be started. Without `gpus`, it uses the CPU. `model` is the name of its model for clients."""
 
     port: int
@@ -75,21 +69,23 @@ class Plan:
         return "CPU" if not self.gpus else "GPU " + ",".join(self.gpus)
 
 
+def _nvidia_smi(*arguments: str) -> str:
+    command = ["nvidia-smi", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode(errors="replace")
+
+
 def gpus_here() -> tuple[str, ...]:
     """Return the usable GPUs of this host, in the notation of CUDA_VISIBLE_DEVICES."""
-    try:
-        output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return visible_gpus(output.decode(errors="replace"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return visible_gpus(_nvidia_smi("-L"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return ()
 
 
 def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
-    """Return the GPUs that CUDA makes available to a program.
+    """Return the GPUs that CUDA makes available: from the output of `nvidia-smi -L`, and CUDA_VISIBLE_DEVICES, if set.
 
-    `nvidia_smi` is the output of `nvidia-smi -L`, and `visible` is CUDA_VISIBLE_DEVICES (None: not set). CUDA accepts
-    either numbers or unique prefixes of ids. It ignores the first name that is not a GPU, such as -1 or Slurm's
-    NoDevFiles, and all names after it. If a GPU is named twice, no GPU is available.
+    CUDA accepts either numbers or unique prefixes of ids. It ignores the first name that is not a GPU, such as -1 or
+    Slurm's NoDevFiles, and all names after it. If a GPU is named twice, no GPU is available.
     """
     numbers = [str(number) for number in range(len(re.findall(r"^GPU \d+:", nvidia_smi, re.MULTILINE)))]
     if visible is None:
@@ -109,10 +105,8 @@ def visible_gpus(nvidia_smi: str, visible: str | None) -> tuple[str, ...]:
 
 def least_capability() -> float:
     """Return the lowest compute capability of this host's GPUs. Raises SettingsError if it is unknown."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        output = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode(errors="replace")
-        return min(map(float, output.split()))
+        return min(map(float, _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader").split()))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         cause = f"nvidia-smi does not state the compute capability of the GPUs: {one_line(error)}"
         raise SettingsError(f"--repeatable: {cause}; leave it out, or set GPU_NUM=0") from None
@@ -134,25 +128,20 @@ def check_vllm_flags(flags: Iterable[str], repeatable: bool = False) -> None:
     reserved = RESERVED_FLAGS | (FIXED_BY_REPEATABLE if repeatable else {})
     for each in flags:
         name = _name_of(each)
-        for flag, why in reserved.items():
-            if name.strip("-") and flag.startswith(name):  # vLLM accepts abbreviations, too
-                raise SettingsError(f"-- {each}: {flag} cannot be given to vLLM here: {why}")
+        for flag in (flag for flag in reserved if name.strip("-") and flag.startswith(name)):  # or an abbreviation
+            raise SettingsError(f"-- {each}: {flag} cannot be given to vLLM here: {reserved[flag]}")
 
 
 def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
-    """Return the servers to start, each with --tensor-parallel GPUs. `more` contains additional flags for vLLM.
-
-    Raises SettingsError if there are too few GPUs, if the model does not exist, or if a flag in `more` is reserved.
-    """
+    """Return the servers to start. `more` contains flags for vLLM. Raises SettingsError if that is impossible here."""
     check_vllm_flags(more, config.repeatable)
     _checked_path(config.model_path)
     here, each = gpus_here(), config.tensor_parallel
     wanted = len(here) if config.gpu_num is None else config.gpu_num
     ports = range(config.vllm_base_port, config.vllm_base_port + max(wanted // each, 1))
     if wanted > len(here):
-        raise SettingsError(
-            f"--gpu-num {wanted}: this machine has {len(here)} GPUs; GPU_NUM=0 is one server on the CPU"
-        )
+        available = f"this machine has {len(here)} GPUs; GPU_NUM=0 is one server on the CPU"
+        raise SettingsError(f"--gpu-num {wanted}: {available}")
     if wanted % each:
         raise SettingsError(f"--tensor-parallel {each}: {wanted} GPUs cannot be split into servers with {each} each")
     if not wanted and each > 1:
@@ -171,10 +160,7 @@ def plan(config: SimulationConfig, more: Iterable[str] = ()) -> list[Plan]:
 
 
 def start(config: SimulationConfig, more: list[str], progress: Callable[[int, int, str], None]) -> list[list[str]]:
-    """Start the servers and wait until all are healthy. Return table rows (STARTED names the columns).
-
-    `more` contains additional flags for vLLM. If a server does not start, stop all new servers and raise ClusterError.
-    """
+    """Start all servers, or none. Return table rows (STARTED names the columns). `more` contains flags for vLLM."""
     plans, venv = plan(config, more), _venv_without_spaces()
     ports = [each.port for each in plans]
     with one_at_a_time():
@@ -189,7 +175,7 @@ def start(config: SimulationConfig, more: list[str], progress: Callable[[int, in
                 _spawn(venv, each, config, more)
             waited = SERVERS.wait_until_ready(ports, _is_healthy, progress)
     return [
-        [str(each.port), each.place, str(SERVERS.noted(str(each.port)).pid), each.model, f"{ready_s:.0f} s"]
+        [str(each.port), each.place, str(SERVERS.noted(each.port).pid), each.model, f"{ready_s:.0f} s"]
         for each, ready_s in zip(plans, waited, strict=True)
     ]
 
@@ -203,15 +189,14 @@ def stop() -> int:
 
 def status(_config: SimulationConfig) -> tuple[list[list[str]], bool]:
     """Return table rows (STATUS names the columns), and whether all vLLM servers of this host are healthy."""
-    rows, running = [], SERVERS.running()
+    rows = []
     for name in SERVERS.names():
+        process, state = SERVERS.process(name), f"has ended; its log is {SERVERS.log(name)}"
         if where := SERVERS.noted(name).elsewhere:
             state = f"is of {where}"
-        elif name not in running:
-            state = f"has ended; its log is {SERVERS.log(name)}"
-        else:
+        elif process is not None:
             state = "healthy" if _is_healthy(int(name)) else "runs, but is not healthy"
-        rows.append([name, str(running[name].pid) if name in running else "-", state])
+        rows.append([name, "-" if process is None else str(process.pid), state])
     return rows, all(state == "healthy" for *_, state in rows)
 
 
@@ -230,16 +215,12 @@ def _checked_path(model_path: str | None) -> str:
 
 
 def _venv_without_spaces() -> Path:
-    """Return VENV or, if its path contains a space, LINK, which is a link to VENV. Create LINK if it is missing.
-
-    Compilers and LD_PRELOAD would split a path at a space. Raises SettingsError if LINK has a space or cannot be made.
-    """
+    """Return VENV or, as compilers split a path at a space, a link to it. Raises SettingsError if both have one."""
     if not re.search(r"\s", str(VENV)):
         return VENV
     if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
-        raise SettingsError(
-            f"vLLM does not run from a path with a space: move {ROOT}, or set XDG_CACHE_HOME to one without"
-        )
+        advice = f"move {ROOT}, or set XDG_CACHE_HOME to one without"
+        raise SettingsError(f"vLLM does not run from a path with a space: {advice}")
     try:
         LINK.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # the name of the link depends on VENV, so the link is correct
@@ -253,9 +234,8 @@ def _spawn(venv: Path, each: Plan, config: SimulationConfig, more: list[str]) ->
     # Remove VLLM_PORT, the port for connections between a server's processes: several servers cannot share one port
     env = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}
     env["PYTHONSAFEPATH"] = "1"  # do not import modules from the current folder
-    model_path, names = _checked_path(config.model_path), [each.model]
-    if config.repeatable:
-        names.append(each.model + REPEATABLE)
+    model_path = _checked_path(config.model_path)
+    names = [each.model, *([each.model + REPEATABLE] if config.repeatable else [])]
     if each.gpus:
         command = [str(venv / "bin/python"), str(venv / "bin/vllm"), "serve", model_path]
         command += ["--tensor-parallel-size", str(len(each.gpus))] if len(each.gpus) > 1 else []
@@ -267,7 +247,7 @@ def _spawn(venv: Path, each: Plan, config: SimulationConfig, more: list[str]) ->
         command += REPEATABLE_ON_CPUS if config.repeatable else []
         env.setdefault(*KV_CACHE_GB)
     command += ["--host", HOST, "--port", str(each.port), "--served-model-name", *names, *more]
-    SERVERS.spawn(str(each.port), command, stdin=subprocess.DEVNULL, env=env)
+    SERVERS.spawn(each.port, command, stdin=subprocess.DEVNULL, env=env)
 
 
 def _is_healthy(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ given_up: set[Endpoint] = set()  # servers that are marked down: all calls to th
 
 
 def install_tls(key: ClusterKey) -> None:
-    """Use mutual TLS with this key for all channels that the process opens from now on. Discard earlier channels."""
+    """Use mutual TLS with this key for all channels from now on. Discard earlier channels."""
     _credentials[:] = [key.channel_credentials()]
     identities.clear()
     channel_to.cache_clear()
@@ -52,9 +53,7 @@ def install_tls(key: ClusterKey) -> None:
 @functools.cache
 def channel_to(url: str) -> grpc.Channel:
     """Return the channel of this process to a server. Create the channel on first use. `url` is `host:port`."""
-    host, _, port = url.rpartition(":")
-    # localhost may resolve to ::1, where another program may listen
-    target = f"127.0.0.1:{port}" if host == "localhost" else url
+    target = re.sub(r"\Alocalhost:", "127.0.0.1:", url)  # otherwise ::1, where another program may listen
     return grpc.secure_channel(target, _credentials[0], options=CHANNEL_OPTIONS)
 
 
@@ -72,10 +71,9 @@ def _own_calls(channel: grpc.Channel) -> dict[str, Any]:
 def handshake(
     endpoint: Endpoint, timeout_s: float, starting: bool = False, directives: Mapping[str, str] | None = None
 ) -> Handshake:
-    """Request the identity and state of a server. `directives` adds further requests by name (see messages.py).
+    """Request the identity and state of a server; `directives` are further requests (see messages.py).
 
-    If `starting`, wait up to `timeout_s` for a server to listen. Raises ServerUnreachable if no server answers, and
-    ClusterError if the server has another key, or if another program or version answers.
+    If `starting`, wait for a server to listen. Raises ClusterError, or ServerUnreachable if no server answers in time.
     """
     try:
         # One long call, because gRPC reconnects only while a call waits for the connection
@@ -105,16 +103,15 @@ def heartbeat(
     The request is [run, number, wait_s, numbers]. The server replies when its groups finish round `number`, or after
     `wait_s` seconds. It adds partial histograms unless `numbers`, the count of possible answers, is 0.
     """
-    call = stub_of(endpoint, _own_calls)[HEARTBEAT].future(json.dumps(request).encode(), timeout=timeout_s)
 
     def finish(call: Any) -> None:
         if (error := call.exception()) is not None:
-            done(translated_error(error, endpoint))
-        else:
-            unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
-            done(HeartbeatReply.from_json(call.result()) or unknown)
+            return done(translated_error(error, endpoint))
+        unknown = errors.ClusterError(f"{endpoint}: sends replies that this program does not understand")
+        return done(HeartbeatReply.from_json(call.result()) or unknown)
 
-    call.add_done_callback(finish)
+    send = stub_of(endpoint, _own_calls)[HEARTBEAT]
+    send.future(json.dumps(request).encode(), timeout=timeout_s).add_done_callback(finish)
 
 
 def await_call(endpoint: Endpoint, call: grpc.Future) -> Any:
@@ -162,10 +159,8 @@ def translated_error(error: grpc.RpcError, endpoint: Endpoint) -> SimulationErro
     if code is grpc.StatusCode.UNAVAILABLE:
         if "andshake" in details or "SSL" in details:
             return errors.UntrustedServer(f"{endpoint}: {UNTRUSTED}")
-        cause = f"cannot be reached ({last.rpartition(': ')[2]})"
-        if "refused" in details:
-            cause = NOBODY_LISTENS
-        elif "DNS resolution failed" in details:
+        cause = NOBODY_LISTENS if "refused" in details else f"cannot be reached ({last.rpartition(': ')[2]})"
+        if "DNS resolution failed" in details:
             cause = "no address is known for this name; check /etc/hosts or DNS"
         return ServerUnreachable(f"{endpoint}: {cause}")
     if "not exists" in details:

@@ -1,7 +1,7 @@
 """AgentScope's RPC client with this program's channels, deadlines and errors. Only this module modifies that client.
 
 `RpcClient._get_channel`, which creates every channel of the process, is replaced to use the cluster key. AgentScope's
-calls wait 300 s or forever and hide the server's error, so `_Client` sets deadlines and translates errors.
+calls wait 300 s or forever and hide the server's error, so `Client` sets deadlines and translates errors.
 """
 
 from collections.abc import Callable
@@ -35,14 +35,9 @@ class RemoteObject(RpcObject):
     ) -> None:
         super().__init__(cls, oid, endpoint.host, endpoint.port, connect_existing=True, retry_strategy=_UntilAnswered())
         self.oid = oid
-        self.client = _Client(endpoint, deadline_s)
+        self.client = Client(endpoint, deadline_s)
         if kwargs is not None:
             self.client.create_agent({"args": (), "kwargs": kwargs, "class_name": cls.__name__}, oid)
-
-
-def delete_remote(endpoint: Endpoint, oid: str, deadline_s: float) -> None:
-    """Close and delete a remote object. Do nothing if the object is already deleted."""
-    _Client(endpoint, deadline_s).delete_agent(oid)
 
 
 def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply") -> Msg:
@@ -56,16 +51,16 @@ def reply_of(proxy: RemoteObject, message: Msg, *more: Any, method: str = "reply
         if isinstance(error.__cause__, grpc.RpcError):
             raise translated_error(error.__cause__, proxy.client.endpoint) from None
         cause = str(error.message).removeprefix("Failed to update placeholder: ")
-        if cause == AGENT_GONE:
-            raise AgentNotFound(f"{proxy.client.endpoint}: {cause}") from None
-        raise KnownCause(cause) from None
+        gone = AgentNotFound(f"{proxy.client.endpoint}: {cause}")
+        raise (gone if cause == AGENT_GONE else KnownCause(cause)) from None
 
 
-class _Client(RpcClient):
+class Client(RpcClient):
+    """AgentScope's client of a server. To delete an agent that does not exist does nothing."""
+
     def __init__(self, endpoint: Endpoint, deadline_s: float) -> None:
         super().__init__(endpoint.host, endpoint.port)
-        self.endpoint = endpoint
-        self.deadline_s = deadline_s
+        self.endpoint, self.deadline_s = endpoint, deadline_s
 
     def call_agent_func(self, func_name: str, agent_id: str, value: bytes | None = None, timeout: int = 0) -> bytes:
         request = CallFuncRequest(target_func=func_name, value=value, agent_id=agent_id)
@@ -73,8 +68,7 @@ class _Client(RpcClient):
 
     def create_agent(self, agent_configs: dict[str, Any], agent_id: str | None = None) -> bool:
         request = CreateAgentRequest(agent_id=agent_id, agent_init_args=cloudpickle.dumps(agent_configs))
-        status = self._call("create_agent", request)
-        if not status.ok:
+        if not (status := self._call("create_agent", request)).ok:
             raise ClusterError(f"{self.endpoint}: {status.message}")
         return True
 
@@ -95,7 +89,6 @@ class _UntilAnswered(RetryBase):
             try:
                 return func(*args, **kwargs)
             except grpc.RpcError as error:
-                still_thinking = error.details() == "Timeout"  # set by AgentScope's servicer
-                silent = 0 if still_thinking else silent + 1
+                silent = 0 if error.details() == "Timeout" else silent + 1  # set by AgentScope: the agent is busy
                 if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or silent == SILENT_POLLS:
                     raise

@@ -36,9 +36,8 @@ class ClusterKey:
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Return server credentials that accept only clients with this certificate."""
-        return grpc.ssl_server_credentials(
-            [(self.private_key, self.certificate)], root_certificates=self.certificate, require_client_auth=True
-        )
+        pairs = [(self.private_key, self.certificate)]
+        return grpc.ssl_server_credentials(pairs, root_certificates=self.certificate, require_client_auth=True)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Return client credentials that present this certificate and accept only servers with the same certificate."""
@@ -80,10 +79,9 @@ def _problem_of(key: ClusterKey) -> str:
     try:
         certificate = x509.load_pem_x509_certificate(key.certificate)
         private = serialization.load_pem_private_key(key.private_key, password=None)
-        fits = private.public_key() == certificate.public_key()
+        if private.public_key() != certificate.public_key():
+            raise ValueError("the files are of two keys")
     except ValueError:
-        fits = False
-    if not fits:
         return "is damaged: remove the folder, or copy it again from another host"
     now, begins = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc
     if now < begins:

@@ -53,23 +53,20 @@ def remote_run(run_id: str, part: str) -> str:
 
 
 def same_run(one: str, other: str) -> bool:
-    """Return whether two names from `remote_run` belong to the same run. A run and its resumes have different names."""
+    """Return whether two names from `remote_run` belong to the same run."""
     return one.partition("~")[0] == other.partition("~")[0]
 
 
 def address_of(host_name: str) -> str:
     """Return the IPv4 address of a host name. Raises SettingsError if no address is known that other hosts can use."""
     try:
-        address = socket.gethostbyname(host_name)
+        address = ipaddress.ip_address(socket.gethostbyname(host_name))
     except (OSError, UnicodeError):
         raise SettingsError("no address is known for this name; check /etc/hosts or DNS") from None
-    parsed = ipaddress.ip_address(address)
-    if host_name != "localhost" and (parsed.is_loopback or parsed.is_unspecified):
-        raise SettingsError(
-            f"the name stands for {address} here, where no other host can reach it; give it the host's address in the "
-            "network, in /etc/hosts or DNS"
-        )
-    return address
+    if host_name != "localhost" and (address.is_loopback or address.is_unspecified):
+        advice = "give it the host's address in the network, in /etc/hosts or DNS"
+        raise SettingsError(f"the name stands for {address} here, where no other host can reach it; {advice}")
+    return str(address)
 
 
 def ranges(ports: Collection[int]) -> str:

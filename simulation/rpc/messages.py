@@ -7,6 +7,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 
 from simulation.files import ROOT
+from simulation.settings import SimulationConfig
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
 # Directives of a handshake. END_RUN or KEEP_RUN with a run's name: the run ends; delete its agents or keep them.
@@ -77,16 +78,18 @@ OWN_VERSIONS = {
 }
 
 
+def layout_of(config: SimulationConfig) -> list[int]:
+    """Return the first port, and the numbers of participant servers and of moderator servers of each host."""
+    return [config.base_port, config.server_per_host, config.moderator_per_host]
+
+
 @dataclass(frozen=True)
 class Handshake:
     """The identity and state of an agent server. Server and client must have equal `versions`."""
 
     incarnation: str  # random id of the process; if the id changes, all previous agents are lost
     pid: int
-    role: str  # participant or moderator
-    base_port: int
-    server_per_host: int
-    moderator_per_host: int
+    layout: list[int]  # see `layout_of`
     started: float  # seconds since the epoch
     agents: int
     memory_mb: float | None  # only if requested, because the measurement takes 5 ms

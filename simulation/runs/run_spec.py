@@ -17,7 +17,7 @@ from simulation.errors import SettingsError, listed
 from simulation.files import ROOT, is_there, real, shown, warn_once
 from simulation.game.game import Game, game_class
 from simulation.game.human import HumanData
-from simulation.game.parameters import all_assignments, check_assignments, declared
+from simulation.game.parameters import all_assignments, declared
 from simulation.game.population import Population, largest_remainder
 from simulation.game.rules import question_for
 from simulation.game.tally import Tally, Winners, announcement_of, has_converged, score
@@ -355,6 +355,5 @@ def _checked(config: SimulationConfig) -> tuple[dict[str, ModelConfig], tuple[st
         classes = [agent_class.load_agent_class(*each, config.who_flag, config.set) for each in own]
         owners |= {each.__name__: declared(each, Participant) for each in classes}
         agent_class.serialize_agent_class(*classes, flag=config.who_flag)
-    check_assignments(config.set, owners)
     assignments = all_assignments(config.set, owners)
     return read_models(config) if config.uses_models else {}, assignments
