@@ -45,6 +45,7 @@ from simulation.files import shown
 from simulation.settings import SimulationConfig
 
 if TYPE_CHECKING:
+    from simulation.monitoring.control import Control
     from simulation.runs.console import ConsoleProgress
     from simulation.runs.run import Run
     from simulation.runs.session import Observe
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 def play(command: Command) -> int:
     """Check the settings, start servers if none are running, play, and clean up. Return the exit status."""
     from simulation.cluster.preflight import check_models_here
+    from simulation.monitoring.control import Control
     from simulation.rpc.channels import install_tls
     from simulation.rpc.cluster_key import load, load_or_make
     from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
@@ -93,7 +95,8 @@ def play(command: Command) -> int:
         install_tls((load_or_make if named else load)(Path(folder)))
         progress = ConsoleProgress(command.config.quiet, command.config.json)
         on_stop_signals(progress.signalled)
-        observe = observers_of(command.config, progress, cleanup)  # of this command, not of the resumed run
+        control = cleanup.enter_context(closing(Control(progress)))
+        observe = observers_of(command.config, control, cleanup)  # of this command, not of the resumed run
         cleanup.callback(session.close)
         cleanup.callback(progress.close)
         needs_servers = bool(session.unfinished) and has_no_servers(session.config)
@@ -103,23 +106,24 @@ def play(command: Command) -> int:
             games = [(spec.game, spec.asked_models) for spec in session.unfinished if not spec.config.offline]
             check_models_here(games, session.config.connect_timeout)
         session.open()
+        cleanup.enter_context(control.announce(session.folder))
         if needs_servers:
             start_servers(session.config, progress, cleanup)
         cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
         return session.play_runs(progress, observe)
 
 
-def observers_of(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> "Observe":
+def observers_of(config: SimulationConfig, control: "Control", cleanup: ExitStack) -> "Observe":
     """Start what observes runs. Return a function that returns a context in which all of it observes a run."""
-    observers: list[Observe] = []
+    observers: list[Observe] = [control.observe]
     if config.dashboard is not None:
         from simulation.monitoring.dashboard import Dashboard
 
-        observers.append(cleanup.enter_context(closing(Dashboard(config.dashboard, progress))).observe)
+        observers.append(cleanup.enter_context(closing(Dashboard(config.dashboard, control))).observe)
     if config.metrics is not None:
         from simulation.monitoring.metrics import Metrics
 
-        observers.append(cleanup.enter_context(closing(Metrics(config.metrics, progress))).observe)
+        observers.append(cleanup.enter_context(closing(Metrics(config.metrics, control.console))).observe)
     if config.hook is not None:
         from simulation.monitoring.hooks import HookCaller, load_hook
 

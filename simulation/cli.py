@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -25,8 +26,14 @@ USAGES = {
     "participant": "main.py --role participant [--status | --stop | --make-key] [flags]",
     "ask": "main.py --role ask --run-dir RUN (--participant N | --winner) --text TEXT",
     "report": "main.py --role report [RUN ...] [--run-dir DIR]",
+    "control": "main.py --role control [--run-dir RUN] [status | pause | continue | stop | set NAME VALUE] [--json]",
     "verify": "main.py --role verify RUN [flags]",
     "vllm": "main.py --role vllm [--status | --stop] [flags] [-- flags for vLLM]",
+}
+WORDS = {  # the arguments of a role that are no flags: their name and their help
+    "report": ("RUN", "folders of runs or experiments (default: that of --run-dir)"),
+    "verify": ("RUN", "folder of the run"),
+    "control": ("COMMAND", "status (default), pause, continue, stop, or: set NAME VALUE, such as set rounds 10"),
 }
 EPILOG = f"Each role has its own flags: main.py --role {'|'.join(ROLES)} --help lists them."
 ACTIONS = {  # flags that replace the usual work of a role; flags without a help text are internal
@@ -53,7 +60,7 @@ class Command(NamedTuple):
     config: SimulationConfig
     given: dict[str, Any]  # the settings that flags have set
     action: str | None  # a name in ACTIONS, or None for the usual work of the role
-    runs: list[str]  # the run folders for --role report
+    runs: list[str]  # the run folders for --role report, or the command for --role control
     for_vllm: list[str]  # the flags after `--`
 
 
@@ -76,10 +83,8 @@ def make_parser(role: str) -> argparse.ArgumentParser:
         if role in flag.roles:
             text = flag.help if flag.about else argparse.SUPPRESS
             group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **_options_of(name))
-    if role in ("report", "verify"):
-        runs = "folders of runs or experiments (default: that of --run-dir)"
-        runs = runs if role == "report" else "folder of the run"
-        parser.add_argument("runs", nargs="*", metavar="RUN", help=runs)
+    if role in WORDS:
+        parser.add_argument("runs", nargs="*", metavar=WORDS[role][0], help=WORDS[role][1])
     return parser
 
 
@@ -292,6 +297,16 @@ def ask(command: Command) -> int:
     return 0
 
 
+def control(command: Command) -> int:
+    """Send a command to a run in progress, and print what it shows then. Return the exit status."""
+    from simulation.monitoring.control import send, state_lines
+    from simulation.results.run_directory import LATEST
+
+    reply = send(Path(shown(command.config.run_dir or LATEST)), command.runs or ["status"])
+    say(json.dumps(reply) if command.config.json else "\n".join(state_lines(reply)))
+    return 0
+
+
 def report(command: Command) -> int:
     """Recreate the report of one run, or compare several runs. Return the exit status."""
     from simulation.results import comparison
@@ -340,4 +355,4 @@ def report(command: Command) -> int:
     return 0
 
 
-OTHER_ROLES = {"participant": serve, "vllm": serve_models, "ask": ask, "report": report}
+OTHER_ROLES = {"participant": serve, "vllm": serve_models, "ask": ask, "control": control, "report": report}

@@ -39,6 +39,7 @@ ROLES = {
     "participant": "start, stop or show the agent servers of this host",
     "ask": "question one participant of a run that kept its agents",
     "report": "show a finished run again, or compare several",
+    "control": "show a run in progress, pause it, stop it, or change its settings",
     "verify": "ask each round of a run again, and compare the answers",
     "vllm": "start, stop or show the vLLM servers of this host",
 }
@@ -187,7 +188,11 @@ class SimulationConfig:
 
     resume: str | None = setting(None, "folder of a run or experiment to continue", path=True, group="the results")
     run_dir: str | None = setting(
-        None, "folder of a run or comparison", without="a new one in runs/", roles=("main", "ask", "report"), path=True
+        None,
+        "folder of a run or comparison",
+        without="a new one in runs/; for --role control runs/latest",
+        roles=("main", "ask", "report", "control"),
+        path=True,
     )
     trust: bool = setting(False, "count again with the code of games kept in run folders", roles=("report",))
     keep_going: bool = setting(False, "continue after a round in which every participant failed", game=True)
@@ -195,7 +200,9 @@ class SimulationConfig:
     csv: bool = setting(False, "write answers.csv, too", roles=("report",))
     all_runs: bool = setting(False, "also show single runs where repeats are compared", roles=("main", "report"))
     quiet: bool = setting(False, "print only results, warnings and errors")
-    json: bool = setting(False, "print only summary.json; of several runs, an array", roles=("main", "report"))
+    json: bool = setting(
+        False, "print only JSON: summary.json, or an array of several", roles=("main", "report", "control")
+    )
     keep_agents: bool = setting(False, "leave the agents on their servers, for --role ask")
     dashboard: int | None = setting(None, f"live status page (port {DASHBOARD_PORT} unless given)", 0, LAST_PORT)
     metrics: int | None = setting(None, "serve metrics for Prometheus on this port (0: a free one)", 0, LAST_PORT)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import urllib.request
 
 import pytest
@@ -162,3 +165,25 @@ def test_an_unusable_hook_is_one_line(cluster, tmp_path, text, problem):
     (tmp_path / "mine.py").write_text(text)
     done = cluster.run("run_simulation.sh", "3", "10", *FLAGS, "--hook", str(tmp_path / "mine.py"))
     assert done.returncode == 2 and problem in one_line(done.stderr)
+
+
+def test_the_hook_of_the_examples_logs_runs_to_mlflow(cluster, tmp_path):
+    env = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    flags = (*FLAGS, "--rounds", "2", "--hook", str(ROOT / "examples/mlflow_hook.py"))
+    done = cluster.run("run_simulation.sh", "3", "50", *flags, env=env)
+    assert done.returncode == 0 and "--hook" not in done.stderr, done.stderr
+    reader = (
+        "import json, mlflow, sys\n"
+        "(run,) = mlflow.search_runs(output_format='list')\n"
+        "client = mlflow.MlflowClient()\n"
+        "averages = [each.value for each in client.get_metric_history(run.info.run_id, 'average')]\n"
+        "files = [each.path for each in client.list_artifacts(run.info.run_id)]\n"
+        "print(json.dumps([run.info.run_name, run.info.status, run.data.params['seed'], averages, files]))\n"
+    )
+    read = subprocess.run(
+        [sys.executable, "-c", reader], env=os.environ | env, capture_output=True, text=True, check=True
+    )
+    summary = cluster.summary()
+    averages = [entry["average"] for entry in summary["rounds"]]
+    files = ["report.html", "summary.json"]
+    assert json.loads(read.stdout) == [summary["run_id"], "FINISHED", "7", averages, files]

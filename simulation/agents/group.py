@@ -162,6 +162,13 @@ class ParticipantGroup(metaclass=RpcMeta):
         used = Usage() if self.chat is None else self.chat.budget.used
         return replace(used, answering_s=answering_s, client_s=client_s)
 
+    def change(self, paused: bool, max_in_flight: int | None) -> None:
+        """Change settings of the run in progress. While it is paused, the group sends no requests to models."""
+        if self.chat is not None:
+            self.chat.paused = paused
+            if max_in_flight != self.chat.settings.max_in_flight:
+                self.chat.settings = replace(self.chat.settings, max_in_flight=max_in_flight)
+
     def halt(self) -> None:
         """Stop the round. Count missing answers as failures with the cause "interrupted", and ignore later answers."""
         with self._changed:

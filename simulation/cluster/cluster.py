@@ -93,6 +93,11 @@ class Cluster(Membership):
         self._detector.observe(self._game.numbers)
         return self.status
 
+    def change(self, config: SimulationConfig, paused: bool) -> None:
+        """Change settings of the run in progress: --heartbeat-timeout, --max-in-flight, and whether it is paused."""
+        self.config = config
+        self._detector.change(config.heartbeat_timeout, {"paused": paused, "max_in_flight": config.max_in_flight})
+
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if keep := self.config.keep_agents and kind is None:
             self._delete_orphans()

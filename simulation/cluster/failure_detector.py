@@ -51,8 +51,9 @@ class FailureDetector:
     """The failure detector of one run. While this context manager is open, a thread polls the servers."""
 
     def __init__(self, run: str, incarnations: Mapping[Endpoint, str], timeout_s: float, lease_s: float) -> None:
-        self._run, self._timeout_s = run, timeout_s
-        self._wait_s = min(max(WAIT_S, len(incarnations) / SERVERS_A_SECOND), min(timeout_s, lease_s) / POLLS_IN_LEASE)
+        self._run, self._lease_s, self._count = run, lease_s, len(incarnations)
+        self._use_timeout(timeout_s)
+        self._changes: dict[str, Any] = {}  # see `change`
         now = time.monotonic()
         self.statuses = {each: ServerStatus(HeartbeatReply(name), now) for each, name in incarnations.items()}
         self._due = [(now, endpoint) for endpoint in incarnations]  # a heap of (time of the next request, server)
@@ -83,6 +84,16 @@ class FailureDetector:
     def observe(self, numbers: int) -> None:
         """Request a partial histogram with each heartbeat for OBSERVED_S seconds. `numbers` answers are possible."""
         self._observed = (numbers, time.monotonic() + OBSERVED_S)
+
+    def change(self, timeout_s: float, changes: dict[str, Any]) -> None:
+        """Use another timeout, and send `changes`, the arguments of `ParticipantGroup.change`, with all heartbeats."""
+        self._changes = changes
+        self._use_timeout(timeout_s)
+        self.poll_now(self._round)
+
+    def _use_timeout(self, timeout_s: float) -> None:
+        self._timeout_s, in_lease_s = timeout_s, min(timeout_s, self._lease_s) / POLLS_IN_LEASE
+        self._wait_s = min(max(WAIT_S, self._count / SERVERS_A_SECOND), in_lease_s)
 
     def poll_now(self, number: int) -> None:
         """Poll all servers now, at the start of round `number`. Servers that work on this round delay their replies."""
@@ -123,7 +134,7 @@ class FailureDetector:
                 left_s = status.replied_at + self._timeout_s - now if status.up else self._timeout_s
             timeout_s = max(left_s, self._wait_s + AGAIN_S)
             numbers, until = self._observed
-            request = [self._run, number, self._wait_s, numbers if now < until else 0]
+            request = [self._run, number, self._wait_s, numbers if now < until else 0, self._changes]
             heartbeat(endpoint, request, timeout_s, partial(self._receive, endpoint, now, timeout_s))
 
     def _receive(

@@ -100,6 +100,11 @@ class Simulation:
         self.cluster.retry_on_server_loss(ask)
         return self.answers()
 
+    def change(self, config: SimulationConfig, paused: bool) -> None:
+        """Change settings of the run in progress, from another thread. A token budget applies from the next round."""
+        self.config = config
+        self.cluster.change(config, paused)
+
     def _begin_round(self, number: int) -> None:
         self._started = time.monotonic()
         if number > 0:

@@ -67,6 +67,7 @@ class SimulationServicer(AgentServerServicer):
         self._config, self._models = config, models
         self._incarnation, self._started = secrets.token_hex(8), time.time()
         self._renewed: dict[str, float] = {}  # time of the last call (time.monotonic) of each run
+        self._changes: dict[str, dict[str, Any]] = {}  # by run: arguments of `ParticipantGroup.change`
         self._beginning = threading.Lock()
         self._creating: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by remote id
         self._histogram_due = 0.0  # earliest time of the next partial histograms (time.monotonic)
@@ -77,12 +78,15 @@ class SimulationServicer(AgentServerServicer):
 
         If `numbers` is not 0, add the load and the memory of this process and, at intervals, partial histograms.
         """
-        run, number, wait_s, numbers = json.loads(request)
+        run, number, wait_s, numbers, changes = json.loads(request)
         self._begin_run(run)
+        self._changes[run] = changes
         until, kinds = time.monotonic() + wait_s, (ParticipantGroup, Moderator)
         hosted = self._hosted().items()
         objects = {oid: agent for oid, agent in hosted if run_of(oid) == run and isinstance(agent, kinds)}
         for agent in objects.values():
+            if changes and isinstance(agent, ParticipantGroup):
+                agent.change(**changes)
             if agent.progress().round == number:
                 agent.progress(max(until - time.monotonic(), 0.0))
         began, counted = time.thread_time(), numbers if time.monotonic() >= self._histogram_due else 0
@@ -140,7 +144,11 @@ class SimulationServicer(AgentServerServicer):
         with self._creating[request.agent_id]:
             if self.get_agent(request.agent_id) is not None:
                 return GeneralResponse(ok=True)  # AgentScope would create, and leak, a second object
-            return super().create_agent(request, context)
+            created = super().create_agent(request, context)
+            group, changes = super().get_agent(request.agent_id), self._changes.get(run)
+            if changes and isinstance(group, ParticipantGroup):
+                group.change(**changes)
+            return created
 
     def update_placeholder(self, request: Any, context: Any) -> CallFuncResponse:
         reply = super().update_placeholder(request, context)

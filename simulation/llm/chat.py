@@ -75,7 +75,7 @@ class Chat:
 
         self.settings = game.llm
         self.budget = TokenBudget()
-        self.closed = False
+        self.closed = self.paused = False  # if paused, no requests are sent
         self.n_unsupported: set[ModelConfig] = set()  # models whose servers reject several answers (n) per request
         self.failing_since: dict[str, float] = {}  # time.monotonic() of the first error since the last answer, by model
         self.outages: dict[str, str] = {}  # messages for the user about models with lasting errors, by model

@@ -1,13 +1,12 @@
 """The web server of --dashboard. A separate thread serves the live status of the runs, to this host only.
 
-Its address contains a token, so that other users of this host cannot open the page.
-The thread reads the run objects and sends no requests to agent servers. Its only effect on a run is the stop request.
+Its address contains a token, so that other users of this host cannot open the page. The thread reads the run objects
+and sends no requests to agent servers. Its only effects on a run are the commands of the page's buttons.
 """
 
 import asyncio
 import os
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -22,10 +21,10 @@ from loguru import logger
 
 from simulation.errors import Interrupted, SettingsError
 from simulation.files import ROOT, SOURCE, is_there
+from simulation.monitoring.control import Control
 from simulation.monitoring.dashboard_state import DashboardState
 from simulation.provenance import EXPERIMENT
 from simulation.results.run_directory import REPORT, resume_command, script_command
-from simulation.runs.console import ConsoleProgress
 
 if TYPE_CHECKING:
     from simulation.runs.run import Run
@@ -54,18 +53,18 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Dashboard:
     """A web server that runs until `close` and shows one run after another. If `port` is 0, the system chooses a port.
 
-    `watch` provides the stage progress and the log warnings, and receives the stop request. The constructor raises
-    SettingsError if the port is not available.
+    `control` executes the commands of the page's buttons. The constructor raises SettingsError if the port is not
+    available.
     """
 
-    def __init__(self, port: int, watch: ConsoleProgress) -> None:
+    def __init__(self, port: int, control: Control) -> None:
         try:
             self._socket = socket.create_server((ADDRESS, port))
         except OSError as error:
             problem = f"port {port} of {ADDRESS} is not available ({os.strerror(error.errno or 0)})"
             raise SettingsError(f"--dashboard {port}: {problem}; give another one, or 0 for a free one") from None
         self.port: int = self._socket.getsockname()[1]
-        self._watch = watch
+        self._control, self._watch = control, control.console
         self._token = secrets.token_urlsafe(24)
         self.path = f"/{self._token}/"  # of the page
         self._run: DashboardState | None = None  # the current run, or the last one if no run is in progress
@@ -115,7 +114,7 @@ class Dashboard:
         app = web.Application(middlewares=[self._guarded])
         pages = {"": self._page, "state": self._state, "report": self._report}
         app.add_routes([web.get(f"/{{token}}/{name}", page) for name, page in pages.items()])
-        app.add_routes([web.post("/{token}/stop", self._stop)])
+        app.add_routes([web.post(f"/{{token}}/{name}", self._command) for name in ("pause", "continue", "stop")])
         quiet: dict[str, Any] = {"handle_signals": False, "print": None, "access_log": None}
         web.run_app(app, sock=self._socket, loop=self._loop, shutdown_timeout=0.5, **quiet)
 
@@ -155,6 +154,7 @@ class Dashboard:
                 "running": run is not None and not run.over,
                 "run": None if run is None else run.state(stage),
                 "stage": None if stage is None or over else stage._asdict(),
+                "paused": self._watch.paused,
                 "stopping": self._watch.stop_signal is not None,
                 "log": list(self._watch.warnings),
                 "ended": list(self._ended),
@@ -169,14 +169,12 @@ class Dashboard:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Content-Disposition": "attachment"})
 
-    async def _stop(self, request: web.Request) -> web.Response:
-        """Request an early stop, which has the same effect as Ctrl-C: end the current round and save the results."""
+    async def _command(self, request: web.Request) -> web.Response:
+        """Execute the command that the path names. To stop has the same effect as Ctrl-C: the results are kept."""
         if "Origin" not in request.headers:
             raise web.HTTPForbidden
-        if self._watch.stop_signal is None:
-            logger.info("the dashboard requests an early end of the run")
-            self._watch.stop(signal.SIGINT)
-        return web.json_response({"stopping": True})
+        self._control.execute([request.path.rpartition("/")[2]])
+        return web.json_response({})
 
 
 def _exit() -> None:

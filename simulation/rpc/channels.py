@@ -100,8 +100,9 @@ def heartbeat(
 ) -> None:
     """Send a heartbeat request and return immediately. A gRPC thread calls `done` with the reply or the error.
 
-    The request is [run, number, wait_s, numbers]. The server replies when its groups finish round `number`, or after
-    `wait_s` seconds. It adds partial histograms unless `numbers`, the count of possible answers, is 0.
+    The request is [run, number, wait_s, numbers, changes]. The server replies when its groups finish round `number`, or
+    after `wait_s` seconds. It adds partial histograms unless `numbers`, the count of possible answers, is 0. `changes`
+    are arguments of `ParticipantGroup.change`.
     """
 
     def finish(call: Any) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -79,6 +80,8 @@ class ConsoleProgress:
     def __init__(self, quiet: bool = False, json: bool = False) -> None:
         self.quiet, self.json = quiet, json
         self.stop_signal: int | None = None
+        self.paused = False  # no round starts, and models receive no requests; see `pause`
+        self.resumed = threading.Event()  # set by `pause` when the game goes on
         self.waiting_since = time.monotonic()  # the start of the program, or the end of the previous run
         self.stage: Stage | None = None  # the latest stage
         self.warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS_KEPT)  # (time.time, message)
@@ -148,6 +151,13 @@ class ConsoleProgress:
         self.warnings.append((time.time(), line))
         self._replace_bar("")
         logger.warning(line)
+
+    def pause(self, paused: bool) -> None:
+        """Pause the game after the answers under way, or let it go on."""
+        if paused != self.paused:
+            self.paused = paused
+            (self.resumed.clear if paused else self.resumed.set)()
+            logger.info("paused: no request and no round starts" if paused else "going on")
 
     def signalled(self, number: int, _frame: FrameType | None) -> None:
         """Handle a stop signal. The first requests an early stop; one at least SAME_SIGNAL_S later exits at once."""

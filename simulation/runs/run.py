@@ -38,6 +38,7 @@ from simulation.settings import labels_of
 from simulation.user_code import UserFile
 
 REPORT_PAGE = "simulation.results.report_page"  # takes 1 s to import
+STOP_POLL_S = 0.2  # interval of checks for a stop signal while the game is paused
 
 
 class Run:
@@ -111,8 +112,8 @@ class Run:
                 self.simulation = simulation
                 self._create_agents(simulation)
                 imports.submit(import_module, REPORT_PAGE)  # while participants answer; an error occurs again below
-                for number in self.rounds_left:
-                    self._play_round(simulation, number)
+                while self.rounds_left and self._may_continue():
+                    self._play_round(simulation, self.rounds_left.start)
                     is_over = not self.rounds_left and not self.results[-1].error
                     self.ended_early = not is_over and self._cannot_continue(simulation)
                     if self.console.stop_signal is not None or self.ended_early or not self.rounds_left:
@@ -148,6 +149,25 @@ class Run:
             self.game = replace(self.game, seeds_models=repeatable)
             if not repeatable:
                 logger.warning("the model servers no longer repeat seeded answers: start them with --repeatable")
+
+    def change(self, **changes: Any) -> None:
+        """Change settings, and pause the run if the console is paused; for other threads. Raises SettingsError."""
+        if changes.get("rounds", self.config.rounds) < self.under_way[0]:
+            problem = f"round {self.under_way[0]} is under way, or was played"
+            raise errors.SettingsError(f"--rounds {changes['rounds']}: {problem}")
+        self.config = replace(self.config, **changes)
+        if self.simulation is not None:
+            self.simulation.change(with_copies(self.config, self.spec.copies), self.console.paused)
+
+    def _may_continue(self) -> bool:
+        """Wait while the game is paused. Return whether it goes on. Raises Interrupted if it has no rounds."""
+        while self.console.paused:
+            self.console.resumed.wait(STOP_POLL_S)
+            if self.console.stop_signal is not None and not self.results:
+                raise errors.Interrupted(self.console.stop_signal)
+            if self.console.stop_signal is not None:
+                return False
+        return True
 
     def _create_agents(self, simulation: Simulation) -> None:
         kind = self.game.population.players_in_words
