@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from simulation.errors import one_line
-from simulation.game.game import Game, Outcome, Pairs
+from simulation.game.game import AllPairs, Game, Outcome, Pairs
 from simulation.game.tally import Tally, payoffs_of
 
 STEPS = 4  # reasoning steps with an interval: 0, 1, 2 and 3
@@ -135,9 +135,7 @@ def learning_direction(pairs: Iterable[Pairs], winning_units: Fraction, means: t
     return {"above": above, "below": below} | {name: part / of if of else None for name, (part, of) in shares.items()}
 
 
-def guessing_game(
-    game: Any, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
-) -> dict[str, Any]:
+def guessing_game(game: Any, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: AllPairs) -> Outcome:
     """Return the analyses of the averaging game with 0 < ratio < 1 and offset 0; see `Game.analyses`."""
     tally, scale, highest, found = tallies[-1], game.scale, Fraction(game.max_value), dict[str, Any]()
     is_first, last = len(tallies) == 1, outcomes[-2] if len(outcomes) > 1 else {}  # {} without answers
@@ -160,9 +158,7 @@ def guessing_game(
     return found
 
 
-def analyse(
-    game: Game, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
-) -> dict[str, Any]:
+def analyse(game: Game, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: AllPairs) -> dict[str, Any]:
     """Return the analysis of the latest round by `Game.analyses`, rounded; only `error` if that fails. Never raises."""
     if not tallies[-1].answered or not outcomes[-1]:
         return {}

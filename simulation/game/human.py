@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
@@ -122,7 +121,6 @@ class Row(NamedTuple):
 
     @property
     def difference(self) -> str:
-        """Return the difference in words."""
         low, high = min(self.people), max(self.people)
         if self.run is None:
             return "unknown: the run has no such figure"
@@ -133,13 +131,7 @@ class Row(NamedTuple):
         return "as people" if gap == "0" else f"{gap}{' points' * bool(self.unit)} {more} than {people}"
 
 
-def rows(
-    data: HumanData,
-    scale: int,
-    tallies: Sequence[Tally],
-    analyses: Sequence[Mapping[str, Any]],
-    moves: Sequence[int] | None,
-) -> list[Row]:
+def rows(data: HumanData, scale: int, tallies: list[Tally], analyses: list[Any], moves: list[int] | None) -> list[Row]:
     """Return the figures of people beside those of a run, for the rounds that both have played.
 
     `tallies` and `analyses` are those of the run by round, and `moves` those of the rounds of people (see
@@ -176,12 +168,10 @@ def rows(
 
 def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> list[Row]:
     """Return the figures of a round that a tally gives."""
-    values = {"mean": (people.mean, tally.average()), "median": (people.median, tally.median())}
-    found = [
-        Row(name, "", float(units / scale), (value,))
-        for name, (value, units) in values.items()
-        if value is not None and units is not None
-    ]
+    found = []
+    for name, value, units in (("mean", people.mean, tally.average()), ("median", people.median, tally.median())):
+        if value is not None and units is not None:
+            found.append(Row(name, "", float(units / scale), (value,)))
     shares = list[tuple[str, Any, float]]()
     for limit, share in people.above.items():
         is_dominated = data.ratio is not None and data.max_value * data.ratio <= limit

@@ -7,9 +7,8 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, listed, nearest, printable
-from simulation.settings import FLAGS_OF_GAMES, Setting, fraction, setting, to_number
+from simulation.settings import FLAGS_OF_GAMES, Setting, fraction, to_number
 
-__all__ = ["Parameter", "declared", "parse_assignments", "setting", "values_of"]
 KINDS = {kind.__name__: kind for kind in (int, float, str, bool, Fraction)}
 LARGEST = (-(10**9), 10**9)  # bounds of a Fraction that is declared without bounds
 TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
