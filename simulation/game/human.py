@@ -134,8 +134,7 @@ class Row(NamedTuple):
 def rows(data: HumanData, scale: int, tallies: list[Tally], analyses: list[Any], moves: list[int] | None) -> list[Row]:
     """Return the figures of people beside those of a run, for the rounds that both have played.
 
-    `tallies` and `analyses` are those of the run by round, and `moves` those of the rounds of people (see
-    `SavedRun.moves`); None if not counted.
+    `tallies` and `analyses` are those of the run, and `moves` those of the rounds of people (see `SavedRun.moves`).
     """
     found = []
     for number, people in data.known_rounds().items():
@@ -185,10 +184,7 @@ def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> 
 
 
 def distance(data: HumanData, scale: int, tally: Tally) -> dict[str, Any]:
-    """Return the Wasserstein distance of a run's answers from people's numbers, and a two-sided Mann-Whitney test.
-
-    The test is missing if there are more than MOST_TESTED numbers.
-    """
+    """Return the Wasserstein distance of a run from people, and of up to MOST_TESTED numbers a two-sided U test."""
     from scipy.stats import mannwhitneyu, wasserstein_distance  # noqa: PLC0415 - slow, and needed in this case only
 
     numbers, counts = data.counts
