@@ -55,7 +55,7 @@ class Average(Game):
             return (min(float(self.offset / (1 - self.ratio)), highest),)
         return (highest,) if self.offset else () if self.ratio == 1 else (0.0, highest)
 
-    def analyses(self, *rounds: Any) -> dict[str, Any]:
+    def analyses(self, *rounds: Any) -> Outcome:
         """Return reasoning steps, tau and more if 0 < ratio < 1; see `Game.analyses`."""
         is_guessing_game = self.statistic == "mean" and self.ratio < 1 and not self.offset
         return guessing_game(self, *rounds) if is_guessing_game else {}

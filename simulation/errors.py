@@ -127,14 +127,12 @@ def one_line(error: BaseException) -> str:
         text = printable(str(error), CAUSE_LENGTH)
     if type(error) is KnownCause:  # not a subclass, which users may define
         return text
-    name = type(error).__name__
-    name = name if name.isidentifier() else "Exception"  # type() accepts any text as a class name
+    name = type(error).__name__ if type(error).__name__.isidentifier() else "Exception"  # type() accepts any text
     description = name if not text and name[0].isupper() else f"{name}: {text or 'no words'}"
     return printable(description, CAUSE_LENGTH) + place
 
 
 def _is_own(frame: FrameType) -> bool:
-    """Return whether the frame executes code of a user's file."""
     return str(frame.f_globals.get("__name__")).startswith(OWN)
 
 
@@ -178,31 +176,26 @@ def meant_by(name: str, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the most similar name, or "". Ignore case and leading dashes. Equate _ and -."""
     import difflib  # noqa: PLC0415 - needed only after a mistake
 
-    def plain(name: str) -> str:
-        return name.lstrip("-").casefold().replace("_", "-")
-
-    names, wanted = {plain(each): each for each in known}, plain(name)
-    longer = [each for each in names if each.startswith(wanted)] if len(wanted) >= SHORTEST_BEGINNING else []
-    meant = [*sorted(longer, key=len), *difflib.get_close_matches(wanted, names, 1, LIKENESS)]
+    (wanted, _), *others = ((each.lstrip("-").casefold().replace("_", "-"), each) for each in (name, *known))
+    names, is_long = dict(others), len(wanted) >= SHORTEST_BEGINNING
+    longer = sorted((each for each in names if is_long and each.startswith(wanted)), key=len)
+    meant = [*longer, *difflib.get_close_matches(wanted, names, 1, LIKENESS)]
     return f"did you mean {names[meant[0]]}?" if meant else ""
 
 
 def near_file(path: str | Path) -> str:
     """Return "; did you mean ...?" with a file in the folder of the missing `path` that has a similar name, or ""."""
-    wanted = Path(path)
-    try:
+    wanted, names = Path(path), list[str]()
+    with contextlib.suppress(OSError, ValueError):
         names = [each.name for each in wanted.parent.iterdir() if each.suffix == wanted.suffix]
-    except (OSError, ValueError):
-        return ""
     meant = meant_by(wanted.name, names) if wanted.name not in names else ""
     return f"; {printable(meant)}" if meant else ""
 
 
 def listed(names: Iterable[str]) -> str:
     """Join at most NAMES_SHOWN names with commas. State how many names are omitted."""
-    all_names = list(names)
-    more = f" and {len(all_names) - NAMES_SHOWN} more" if len(all_names) > NAMES_SHOWN else ""
-    return (", ".join(all_names[:NAMES_SHOWN]) or "none") + more
+    first, rest = (every := list(names))[:NAMES_SHOWN], len(every) - NAMES_SHOWN
+    return (", ".join(first) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

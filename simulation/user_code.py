@@ -49,27 +49,23 @@ def find_class(flag: str, spec: str, base: type, context: Context = NO_CONTEXT) 
 
     The file is executed within `context`. Raises SettingsError if the file or the class is unusable.
     """
-    spec = shown(spec)
-    start = f"{flag} {spec}"
-    file = file_of(spec)
-    name = spec[len(file) + 1 :]
+    start, file = f"{flag} {shown(spec)}", file_of(shown(spec))
+    name = shown(spec)[len(file) + 1 :]
     if not file.endswith(".py"):
         raise SettingsError(f"{start}: write it as my_file.py:My{base.__name__}")
     module = load_module(start, file, context)
     own = {name: each for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__}
     usable = {name: each for name, each in own.items() if isinstance(each, type) and issubclass(each, base)}
-    if not name:
-        names = [each.__name__ for each in dict.fromkeys(usable.values())]
-        if len(names) != 1:
-            problem = f"{len(names)} classes" if names else "no class"
-            advice = f": {listed(names)}; name one, as {file}:{names[0]}" if names else ""
-            raise SettingsError(f"{start}: {file} has {problem} derived from {base.__name__}{advice}")
-        return next(iter(usable.values()))
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        guess = f"; {meant}" if (meant := meant_by(name, own.keys() - {name})) else ""
-        raise SettingsError(f"{start}: {file} has no class {name} derived from {base.__name__}{guess}")
-    return found
+    names = [each.__name__ for each in dict.fromkeys(usable.values())]
+    found = getattr(module, name, None) if name or len(names) != 1 else next(iter(usable.values()))
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    problem, advice = f"no class{' ' * bool(name)}{name}", ""
+    if name and (meant := meant_by(name, own.keys() - {name})):
+        advice = f"; {meant}"
+    elif names and not name:
+        problem, advice = f"{len(names)} classes", f": {listed(names)}; name one, as {file}:{names[0]}"
+    raise SettingsError(f"{start}: {file} has {problem} derived from {base.__name__}{advice}")
 
 
 def file_of(spec: str) -> str:
@@ -84,7 +80,7 @@ def files_of(file: str) -> tuple[UserFile, ...]:
 
 @contextmanager
 def loaded_files() -> Iterator[None]:
-    """Within this context, use files as they were when they were loaded, even if they have changed since."""
+    """Use files as they were when they were loaded, even if they have changed since."""
     before = _reloads.set(False)
     try:
         yield
@@ -93,7 +89,7 @@ def loaded_files() -> Iterator[None]:
 
 
 def load_module(start: str, file: str, context: Context = NO_CONTEXT) -> ModuleType:
-    """Execute a user's file within `context`, unless this was done before and the file is the same. Return the module.
+    """Return the module of a user's file. Execute it within `context`, unless it is loaded and has not changed.
 
     Raises SettingsError, which begins with `start`, such as a flag.
     """
@@ -111,12 +107,11 @@ def load_module(start: str, file: str, context: Context = NO_CONTEXT) -> ModuleT
             sys.modules[module.__name__] = module
             # not `exec_module`: it may run old bytecode if two versions of equal size are saved in one second
             exec(compile(content, path, "exec", dont_inherit=True), vars(module))
-        names = [name for name in sys.modules if _file_in(path.parent, name)]
-        _imported.update((name, sys.modules[name]) for name in names)
-        for each in (module, *map(sys.modules.__getitem__, names)):
+        _imported.update((name, each) for name, each in sys.modules.items() if _is_file_in(path.parent, name))
+        for each in (module, *_imported.values()):
             cloudpickle.register_pickle_by_value(each)
         files = [UserFile(path.name, str(path), content)]
-        files += [_user_file(str(sys.modules[name].__file__), path.parent) for name in names]
+        files += [_user_file(str(each.__file__), path.parent) for each in _imported.values()]
         files += [_user_file(each, path.parent) for file in [*files] for each in _late(file.content, path.parent)]
         _loaded[str(path)] = module, tuple({each.path: each for each in files}.values())
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
@@ -146,7 +141,7 @@ def _import_folder(folder: Path) -> Iterator[None]:
         _folders.add(str(folder))
 
 
-def _file_in(folder: Path, name: str) -> bool:
+def _is_file_in(folder: Path, name: str) -> bool:
     """Return whether the imported module `name` is a file in `folder`, found there by its name."""
     file = getattr(sys.modules[name], "__file__", None)
     stem = folder / name.replace(".", "/")
@@ -158,8 +153,7 @@ def _late(content: bytes, folder: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(content)):
         module = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         for name in [each.name for each in node.names] if isinstance(node, ast.Import) else module:
-            path = str(folder / f"{name}.py")
-            if name not in sys.modules and is_there(Path(path)):
-                spec = importlib.util.find_spec(name)
-                if spec is not None and spec.origin == path:  # and no module of another folder
-                    yield path
+            path = folder / f"{name}.py"
+            spec = importlib.util.find_spec(name) if name not in sys.modules and is_there(path) else None
+            if spec is not None and spec.origin == str(path):  # and no module of another folder
+                yield str(path)

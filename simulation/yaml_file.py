@@ -3,7 +3,7 @@
 All scalars stay text, so that numbers such as 2/3 and 0.51 are exact. The callers interpret the text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,9 @@ class YamlFile:
         """
         if not isinstance(node, yaml.MappingNode):
             raise self.error(node, requirement)
-        found: dict[str, yaml.Node] = {}
-        merged: dict[str, yaml.Node] = {}
+        found, merged = dict[str, yaml.Node](), dict[str, yaml.Node]()
         for key, value in node.value:
-            name = text_of(key)
-            if not name:
+            if not (name := text_of(key)):
                 raise self.error(key, "a name must be text")
             if name == MERGE and not key.style:
                 for each in items_in(value):  # earlier mappings take precedence
@@ -85,9 +83,7 @@ class YamlFile:
             found[name].start_mark = key.start_mark
         return merged | found
 
-    def read_entry(
-        self, name: str, node: yaml.Node, readers: Mapping[str, Callable[[str], Any]], optional: str
-    ) -> dict[str, Any]:
+    def read_entry(self, name: str, node: yaml.Node, readers: Mapping[str, Any], optional: str) -> dict[str, Any]:
         """Return the fields of entry `name`, each parsed by its function in `readers`. Only `optional` may be missing.
 
         Raises SettingsError with the line number if a field is invalid, unknown or missing.
@@ -111,8 +107,8 @@ class YamlFile:
 
 def text_of(node: yaml.Node) -> str | None:
     """Return the text of a node, or None if the node is null, a list or a mapping."""
-    is_null = not isinstance(node, yaml.ScalarNode) or (node.value in NULLS and not node.style)
-    return None if is_null else str(node.value)
+    is_text = isinstance(node, yaml.ScalarNode) and (node.style or node.value not in NULLS)
+    return str(node.value) if is_text else None
 
 
 def items_in(node: yaml.Node) -> list[yaml.Node]:

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 
 from games.average import Average
 from simulation.errors import Ended, KnownCause, UnusableAnswer, failure_of
-from simulation.game.answer_sheet import KEPT, UNDECIDED, Answers, AnswerSheet, bins_of
+from simulation.game.answer_sheet import CAUSES_COUNTED, KEPT, UNDECIDED, Answers, AnswerSheet, bins_of
+from simulation.game.game import closest
 from simulation.game.rules import to_units
 from simulation.game.tally import (
-    CAUSES_COUNTED,
     INTERRUPTED,
     OTHER_CAUSES,
     WINNERS_NAMED,
     RoundResult,
     Tally,
     Winners,
-    closest,
     merge,
 )
 from simulation.results.answers_parquet import tables_of, tally_in

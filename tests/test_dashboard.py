@@ -27,8 +27,8 @@ from waiting import Gates
 from games.average import Average
 from simulation.cluster.failure_detector import ServerStatus
 from simulation.errors import Ended
-from simulation.game.answer_sheet import BINS, AnswerSheet, bins_of
-from simulation.game.tally import CAUSES_COUNTED, RoundResult, Tally, Winners
+from simulation.game.answer_sheet import BINS, CAUSES_COUNTED, AnswerSheet, bins_of
+from simulation.game.tally import RoundResult, Tally, Winners
 from simulation.hosts import agent_server
 from simulation.llm.responses import Usage
 from simulation.monitoring.dashboard import PAGE

@@ -14,11 +14,11 @@ from games.average import Average
 from simulation.cluster.placement import even_split
 from simulation.game.population import (
     MODEL,
+    Grouping,
     ModelShare,
     Persona,
     Population,
     assign_many,
-    assign_one,
     largest_remainder,
 )
 from simulation.results.run_files import game_to_json, parse_game
@@ -60,7 +60,7 @@ def test_assignment_does_not_depend_on_placement(seed, total, weights, servers, 
         apart = [assign_many(seed, "education", counts, part.start, len(part)) for part in parts]
         assert np.concatenate(apart).tolist() == together.tolist()
     one = total // 2
-    assert assign_one(seed, "education", counts, one) == together[one]
+    assert Grouping("education", (), counts, seed).part_of(one) == together[one]
 
 
 @given(seeds, totals, weights, weights)

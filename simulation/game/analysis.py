@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from simulation.errors import one_line
-from simulation.game.game import Game, Outcome, Pairs
+from simulation.game.game import AllPairs, Game, Outcome, Pairs
 from simulation.game.tally import Tally, payoffs_of
 
 STEPS = 4  # reasoning steps with an interval: 0, 1, 2 and 3
@@ -97,21 +97,16 @@ def fit_tau(tally: Tally, scale: int, ratio: float, highest: float, seed: int) -
     elif (estimate := tau_of(mean)) is None:
         reason = f"the mean is below what the model predicts for any tau up to {MOST_TAU}"
     else:
-        high_mean, low_mean = np.percentile(_bootstrap_means(tally, seed) / scale, [97.5, 2.5])
-        return {"tau": {"estimate": estimate, "low": tau_of(float(high_mean)), "high": tau_of(float(low_mean))}}
+        units, counts = tally.units.astype(float), tally.counts
+        if len(units) > BINS:  # replace the answers in each of BINS intervals by their mean
+            width = -(-int(tally.units[-1] - tally.units[0] + 1) // BINS)
+            starts = np.unique((tally.units - tally.units[0]) // width, return_index=True)[1]
+            sums, counts = np.add.reduceat(units * counts, starts), np.add.reduceat(counts, starts)
+            units = sums / counts
+        samples = np.random.default_rng(seed).multinomial(tally.answered, counts / tally.answered, SAMPLES)
+        ends = np.percentile(samples @ units / tally.answered / scale, [97.5, 2.5]).tolist()
+        return {"tau": {"estimate": estimate, "low": tau_of(ends[0]), "high": tau_of(ends[1])}}
     return {"tau": None, "tau_reason": reason}
-
-
-def _bootstrap_means(tally: Tally, seed: int) -> Any:
-    """Return the means, in units, of SAMPLES random samples with replacement, each as large as the tally."""
-    units, counts = tally.units.astype(float), tally.counts
-    if len(units) > BINS:  # replace the answers in each of BINS intervals by their mean
-        width = -(-int(tally.units[-1] - tally.units[0] + 1) // BINS)
-        starts = np.unique((tally.units - tally.units[0]) // width, return_index=True)[1]
-        sums, counts = np.add.reduceat(units * counts, starts), np.add.reduceat(counts, starts)
-        units = sums / counts
-    samples = np.random.default_rng(seed).multinomial(tally.answered, counts / tally.answered, SAMPLES)
-    return samples @ units / tally.answered
 
 
 def learning_direction(pairs: Iterable[Pairs], winning_units: Fraction, means: tuple[float, float]) -> dict[str, Any]:
@@ -135,9 +130,7 @@ def learning_direction(pairs: Iterable[Pairs], winning_units: Fraction, means: t
     return {"above": above, "below": below} | {name: part / of if of else None for name, (part, of) in shares.items()}
 
 
-def guessing_game(
-    game: Any, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
-) -> dict[str, Any]:
+def guessing_game(game: Any, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: AllPairs) -> Outcome:
     """Return the analyses of the averaging game with 0 < ratio < 1 and offset 0; see `Game.analyses`."""
     tally, scale, highest, found = tallies[-1], game.scale, Fraction(game.max_value), dict[str, Any]()
     is_first, last = len(tallies) == 1, outcomes[-2] if len(outcomes) > 1 else {}  # {} without answers
@@ -160,9 +153,7 @@ def guessing_game(
     return found
 
 
-def analyse(
-    game: Game, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
-) -> dict[str, Any]:
+def analyse(game: Game, tallies: Sequence[Tally], outcomes: Sequence[Outcome], pairs: AllPairs) -> dict[str, Any]:
     """Return the analysis of the latest round by `Game.analyses`, rounded; only `error` if that fails. Never raises."""
     if not tallies[-1].answered or not outcomes[-1]:
         return {}

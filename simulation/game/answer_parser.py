@@ -26,8 +26,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:seq", lambda _, node: "|".join(each.value for each in node.value))
 WORDS = yaml.load(Path(__file__).with_name("answer_words.yaml").read_text(encoding="utf-8"), _Loader)
 
-# --- Numbers ---------------------------------------------------------------------------------------------------------
-
 # Atomic groups and bounded repetitions: a very long number must not cause long backtracking.
 _NUMBER = (
     r"-?(?>\d{1,3}(?:,\d{3}){1,10}(?:\.\d{1,30})?|\d{1,30}(?:\.\d{1,30})?|(?<!\.)\.\d{1,30})(?>(?:e[-+]?\d{1,3})?)"
@@ -49,8 +47,6 @@ _SURE = (  # in scripts without spaces between words, from U+2E80 on, a letter m
 )
 _COMMA_NUMBER = rf"(?<![\w.,-])\d{{1,3}},\d{{1,2}}(?![\w,]|\.\d| ?[+×÷^x/%])|(?!\d{{1,3}}[.,]\d{{3}}(?!\d)){_SURE}"
 _DIGITS = re.compile(r"[\d²³¹¼-¾⅐-⅞]")
-
-# --- Statements of a number ------------------------------------------------------------------------------------------
 
 _AROUND = r"[\s\"'“”„«»‘’「」()\[\]{}<>$#|•=—]"  # characters around a number
 
@@ -94,7 +90,7 @@ def stated_number(text: str) -> float:
         raise KnownCause(NO_NUMBER, text)
     *before, last = _lines(_NUMBER_QUOTED.sub("", plain)) or [""]
     number = None if _FOREIGN.search(plain) else _stated(last, only_formal=bool(before))
-    if number is None or not (all(_permits(number, line) for line in before) and _stands_alone(before, last)):
+    if number is None or (before and not _may_precede(before, last, number)):
         raise KnownCause(UNCERTAIN, text)
     return number
 
@@ -115,18 +111,17 @@ def _stated(line: str, only_formal: bool = False) -> float | None:
     return float(number.replace(",", "" if has_thousands else "."))
 
 
-def _permits(number: float, line: str) -> bool:
-    """Return whether `line` may precede the answer `number`: no quotation, speaker, supposition or other number."""
-    if _QUOTES.search(line) or _SPEAKS.match(line):
+def _may_precede(before: list[str], last: str, number: float) -> bool:
+    """Return whether the lines `before` may precede the line `last`, which states the answer `number`.
+
+    They have no quotation, speaker, supposition or other number, and end with a sentence or a value.
+    """
+    if any(_QUOTES.search(line) or _SPEAKS.match(line) for line in before):
         return False
-    sentences = [each for each in _SENTENCE_ENDS.split(_ITEM.sub("", line, count=1)) if each]
-    return all(not _SUPPOSES.match(each) and _stated(each) in (None, number) for each in sentences)
-
-
-def _stands_alone(before: list[str], last: str) -> bool:
-    """Return whether the line `last` is no continuation: the line before it, if any, is a sentence or gives a value."""
-    if not before:
-        return True
+    lines = (_ITEM.sub("", line, count=1) for line in before)
+    for sentence in (each for line in lines for each in _SENTENCE_ENDS.split(line) if each):
+        if _SUPPOSES.match(sentence) or _stated(sentence) not in (None, number):
+            return False
     if last.startswith("=") or last.endswith("%") or _LEADS.match(before[-1]) or _ASKS.match(before[-1]):
         return False
     if _ITEM.fullmatch(last) and any(_ITEM.match(line) for line in before):
@@ -135,15 +130,9 @@ def _stands_alone(before: list[str], last: str) -> bool:
     return ends or _VALUE.fullmatch(before[-1]) is not None
 
 
-# --- Lines of a text -------------------------------------------------------------------------------------------------
-
 _PLAIN = str.maketrans("−：，．（）％＝！？’", "-:,.()%=!?'")
-_THOUGHTS = (
-    "think(?:ing)?|thoughts?|thought_process|reason(?:ing)?|analysis|reflection|scratch_?pad|inner_monologue|cot|plan"
-    "|rationale"
-)
 _TAG = re.compile(
-    rf"<[ \t]*(/?)[ \t]*(?:{_THOUGHTS})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]"
+    rf"<[ \t]*(/?)[ \t]*(?:{WORDS['thoughts']})\b[^<>]{{0,40}}>|◁[ \t]*(/?)[ \t]*think[ \t]*▷|\[(/?)think(?:ing)?\]"
 )
 _TOKEN = re.compile(
     r"</s>|<\|(?:im_end|eot_id|endoftext|end|assistant)\|>|<end_of_turn>|</?(?:b|i|p|em|strong|br ?/?)>"

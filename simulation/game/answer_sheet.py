@@ -1,7 +1,7 @@
 """The answers of consecutive participants in one round. Entries are answers in units (10^-decimals), or codes < 0."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 from simulation.errors import Ended, failure_of, printable, traceback_of
 from simulation.game.game import Game, Units
 from simulation.game.rules import NUMBER_LENGTH, out_of_range, to_units
-from simulation.game.tally import INTERRUPTED, WINNERS_NAMED, Tally, Winners, top_causes, value_counts
+from simulation.game.tally import INTERRUPTED, OTHER_CAUSES, WINNERS_NAMED, Tally, Winners, value_counts
 
+CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 BINS = 101  # maximum number of bins of a partial histogram
 TEXT_KEPT = 2000  # maximum length of the kept text of an unusable answer
 KEPT = 20  # number of failures whose text and traceback are kept; as many again are kept if their causes are new
@@ -47,6 +48,15 @@ def bins_of(numbers: int, most: int = BINS) -> tuple[int, int]:
     return width, -(-numbers // width)
 
 
+def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
+    """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent."""
+    most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
+    failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
+    if others := int(counts.sum()) - sum(failures.values()):
+        failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
+    return failures
+
+
 class AnswerSheet:
     """Outcomes of participants first .. first+count-1 in one round. Each is recorded once, at offset index - first."""
 
@@ -62,7 +72,6 @@ class AnswerSheet:
         self._units: Units = np.frombuffer(self._entries, np.int64)
 
     def record(self, offset: int, units: int) -> None:
-        """Record the answer of one participant."""
         if units < 0:
             raise ValueError(f"an answer of {units} units")
         self._entries[offset] = units
@@ -100,12 +109,9 @@ class AnswerSheet:
             kept = {} if text is None else {"text": text[:TEXT_KEPT]}
             kept |= {"traceback": trace} if error is not None and (trace := traceback_of(error)) else {}
             self.examples |= {offset: kept} if kept else {}
-        self._entries[offset] = self._code(cause)
+        self._entries[offset] = self._causes.setdefault(cause, FAILED - len(self._causes))
         self.ended = max(self.ended, ended)
         self.done += 1
-
-    def _code(self, cause: str) -> int:
-        return self._causes.setdefault(cause, FAILED - len(self._causes))
 
     def with_missing_failed(self) -> "AnswerSheet":
         """Return a copy that counts undecided participants as failed. Other threads may record answers concurrently."""
@@ -113,7 +119,7 @@ class AnswerSheet:
         copy._units[:] = self._units  # copied before the causes: `fail` stores a cause before its code
         copy._causes, copy.examples = dict(self._causes), dict(self.examples)
         undecided = copy._units == UNDECIDED
-        copy._units[undecided] = copy._code(INTERRUPTED)
+        copy._units[undecided] = copy._causes.setdefault(INTERRUPTED, FAILED - len(copy._causes))
         copy.ended = Ended.INTERRUPTED if undecided.any() else self.ended
         copy.done = self.count
         return copy

@@ -4,8 +4,10 @@ The program knows a game only by the methods of this class. A game does not know
 """
 
 import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 Units = NDArray[np.int64]
 Pairs = tuple[Units, Units]  # the answers of some participants in two successive rounds, in units
+AllPairs = Iterable[Pairs] | None  # the same of all participants, one part after the other; None if unknown
 Outcome = Mapping[str, Any]  # the figures that are announced, by name: int, float or Fraction, or None if there is none
 HIGHEST = 10**9  # the highest answer of any game
 
@@ -101,9 +104,7 @@ class Game:
         """Return the pure symmetric Nash equilibria with many players; () if every number is one; None if unknown."""
         return None
 
-    def analyses(
-        self, tallies: "Sequence[Tally]", outcomes: Sequence[Outcome], pairs: Iterable[Pairs] | None
-    ) -> Mapping[str, Any]:
+    def analyses(self, tallies: "Sequence[Tally]", outcomes: Sequence[Outcome], pairs: AllPairs) -> Outcome:
         """Return figures of the latest round for results and reports: numbers, texts, None, or dictionaries of these.
 
         `tallies` has the answers to all rounds so far, of all participants or of a part of them (such as a persona).
@@ -146,6 +147,14 @@ class Game:
         known = self.equilibrium()
         any_number = "" if known is None else "any number, if all participants give it"
         return " and ".join(f"{each:,.6g}" for each in known or ()) or any_number
+
+
+def closest(units: Units, target: Fraction) -> NDArray[np.bool_]:
+    """Return which of the ascending `units` are closest to the target: none, one, or one on each side. Exact."""
+    after = int(np.searchsorted(units, math.floor(target), side="right"))
+    near = range(max(after - 1, 0), min(after + 1, len(units)))
+    distances = {index: abs(int(units[index]) - target) for index in near}
+    return np.isin(np.arange(len(units)), [at for at in near if distances[at] == min(distances.values())])
 
 
 def game_class(spec: str) -> type[Game]:

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
@@ -122,7 +121,6 @@ class Row(NamedTuple):
 
     @property
     def difference(self) -> str:
-        """Return the difference in words."""
         low, high = min(self.people), max(self.people)
         if self.run is None:
             return "unknown: the run has no such figure"
@@ -133,17 +131,10 @@ class Row(NamedTuple):
         return "as people" if gap == "0" else f"{gap}{' points' * bool(self.unit)} {more} than {people}"
 
 
-def rows(
-    data: HumanData,
-    scale: int,
-    tallies: Sequence[Tally],
-    analyses: Sequence[Mapping[str, Any]],
-    moves: Sequence[int] | None,
-) -> list[Row]:
+def rows(data: HumanData, scale: int, tallies: list[Tally], analyses: list[Any], moves: list[int] | None) -> list[Row]:
     """Return the figures of people beside those of a run, for the rounds that both have played.
 
-    `tallies` and `analyses` are those of the run by round, and `moves` those of the rounds of people (see
-    `SavedRun.moves`); None if not counted.
+    `tallies` and `analyses` are those of the run, and `moves` those of the rounds of people (see `SavedRun.moves`).
     """
     found = []
     for number, people in data.known_rounds().items():
@@ -176,12 +167,10 @@ def rows(
 
 def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> list[Row]:
     """Return the figures of a round that a tally gives."""
-    values = {"mean": (people.mean, tally.average()), "median": (people.median, tally.median())}
-    found = [
-        Row(name, "", float(units / scale), (value,))
-        for name, (value, units) in values.items()
-        if value is not None and units is not None
-    ]
+    found = []
+    for name, value, units in (("mean", people.mean, tally.average()), ("median", people.median, tally.median())):
+        if value is not None and units is not None:
+            found.append(Row(name, "", float(units / scale), (value,)))
     shares = list[tuple[str, Any, float]]()
     for limit, share in people.above.items():
         is_dominated = data.ratio is not None and data.max_value * data.ratio <= limit
@@ -195,10 +184,7 @@ def _of_round(data: HumanData, people: HumanRound, scale: int, tally: Tally) -> 
 
 
 def distance(data: HumanData, scale: int, tally: Tally) -> dict[str, Any]:
-    """Return the Wasserstein distance of a run's answers from people's numbers, and a two-sided Mann-Whitney test.
-
-    The test is missing if there are more than MOST_TESTED numbers.
-    """
+    """Return the Wasserstein distance of a run from people, and of up to MOST_TESTED numbers a two-sided U test."""
     from scipy.stats import mannwhitneyu, wasserstein_distance  # noqa: PLC0415 - slow, and needed in this case only
 
     numbers, counts = data.counts

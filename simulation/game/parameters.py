@@ -7,9 +7,8 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, listed, nearest, printable
-from simulation.settings import FLAGS_OF_GAMES, Setting, fraction, setting, to_number
+from simulation.settings import FLAGS_OF_GAMES, Setting, fraction, to_number
 
-__all__ = ["Parameter", "declared", "parse_assignments", "setting", "values_of"]
 KINDS = {kind.__name__: kind for kind in (int, float, str, bool, Fraction)}
 LARGEST = (-(10**9), 10**9)  # bounds of a Fraction that is declared without bounds
 TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
@@ -38,10 +37,9 @@ class Parameter(NamedTuple):
 
 
 def declared(cls: type, base: type) -> dict[str, Parameter]:
-    """Return the parameters that `cls` and its bases below `base` declare, by name.
+    """Return the parameters that `cls` and its bases below `base` declare, by name: annotated attributes with defaults.
 
-    A parameter is an annotated class attribute whose type is one of KINDS and whose default is a value or a `setting`.
-    Its name does not start with an underscore.
+    The type is one of KINDS, the default a value or a `setting`, and the name does not start with an underscore.
     """
     found: dict[str, Parameter] = {}
     for each in (each for each in reversed(cls.__mro__) if issubclass(each, base) and each is not base):
@@ -59,8 +57,8 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
     """Return names and values of texts such as `noise=5`. Raises SettingsError if one is malformed or given twice."""
     values: dict[str, str] = {}
     for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not name or not value:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if not name or not value:
             raise SettingsError(f"--set {printable(text)}: must be name=value, such as noise=5")
         if name in values:
             raise SettingsError(f"--set {printable(text)}: {name} is set twice")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,8 @@ class Grouping:
         """Return the part of one participant, as an index in `labels`."""
         if not self.counts:
             return participant // self.block % len(self.labels)
-        return assign_one(self.seed, self.assigned_by or self.topic, self.counts, participant)
+        block, place = divmod(participant, BLOCK)
+        return _parts_in(self.seed, self.assigned_by or self.topic, self.counts, block)[place]
 
     def name_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its label in `names`, as an array."""
@@ -133,8 +134,8 @@ class Population:
 
     def kind_indices(self, first: int, count: int) -> NDArray[np.int64]:
         """For each participant first .. first+count-1, return the index of its kind in `players`, as an array."""
-        several = len(self.players) > 1
-        return self.by_topic[KIND].name_indices(first, count) if several else np.zeros(count, np.int64)
+        alike = len(self.players) < 2
+        return np.zeros(count, np.int64) if alike else self.by_topic[KIND].name_indices(first, count)
 
     def asking(self, first: int, count: int) -> int:
         """Return how many of the participants first .. first+count-1 ask a model, if any do in this game."""
@@ -211,6 +212,7 @@ class Population:
         return {KIND: Grouping(KIND, kinds, counts, self.seed), **sets, MODEL: by_model}
 
 
+BLOCK = 1024  # number of participants whose parts are computed together and cached
 STEPS = 4  # steps of the Feistel network; three suffice for a pseudorandom permutation (Luby, Rackoff 1988)
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -269,7 +271,11 @@ def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, coun
     total = sum(counts)
     if first < 0 or first + count > total:  # otherwise, the loop below may not end
         raise ValueError(f"participants {first} to {first + count - 1} are not among {total}")
-    half_bits, keys = _network(seed, topic, total)
+    key = seed
+    for byte in topic.encode():
+        key = mix((key + byte + 1) & MASK)
+    keys = [mix((key + step * GAMMA) & MASK) for step in range(1, STEPS + 1)]
+    half_bits = max((total - 1).bit_length() + 1, 2) // 2  # of the smallest network that permutes 0 .. total-1
     ranks = _permuted(np.arange(first, first + count, dtype=np.uint64), half_bits, keys)
     beyond = np.flatnonzero(ranks >= total)
     while len(beyond):  # cycle walking: permute again until each rank is below `total`
@@ -278,27 +284,13 @@ def assign_many(seed: int, topic: str, counts: tuple[int, ...], first: int, coun
     return np.searchsorted(np.cumsum(counts), ranks.astype(np.int64), side="right").astype(np.int64)
 
 
-def assign_one(seed: int, topic: str, counts: tuple[int, ...], participant: int) -> int:
-    """Return the part index of one participant, as `assign_many` does, but without arrays."""
-    total = sum(counts)
-    half_bits, keys = _network(seed, topic, total)
-    rank = _permuted(participant, half_bits, keys)
-    while rank >= total:
-        rank = _permuted(rank, half_bits, keys)
-    return next(part for part, stop in enumerate(accumulate(counts)) if rank < stop)
-
-
 @lru_cache(maxsize=256)
-def _network(seed: int, topic: str, total: int) -> tuple[int, tuple[int, ...]]:
-    """Return half the bit length and the step keys of the smallest Feistel network that permutes 0 .. total-1."""
-    key = seed
-    for byte in topic.encode():
-        key = mix((key + byte + 1) & MASK)
-    half_bits = max((total - 1).bit_length() + 1, 2) // 2
-    return half_bits, tuple(mix((key + step * GAMMA) & MASK) for step in range(1, STEPS + 1))
+def _parts_in(seed: int, topic: str, counts: tuple[int, ...], block: int) -> list[int]:
+    first = block * BLOCK
+    return assign_many(seed, topic, counts, first, min(BLOCK, sum(counts) - first)).tolist()
 
 
-def _permuted(numbers, half_bits: int, keys: tuple[int, ...]):  # type: ignore[no-untyped-def]  # int, or a uint64 array
+def _permuted(numbers: NDArray[np.uint64], half_bits: int, keys: Sequence[int]) -> Any:
     """Permute numbers from 0 to 4^half_bits - 1 with a balanced Feistel network whose round function is `mix`."""
     low = (1 << half_bits) - 1
     left, right = numbers >> half_bits, numbers & low

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, pairwise
@@ -20,7 +20,6 @@ WINNERS_NAMED = 10  # number of winners that are listed: those with the lowest i
 NUMBERS_NAMED = 10  # number of winning answers that texts list: the lowest
 MOST_ANNOUNCED = 1001  # maximum number of distinct answers in an announcement
 AVERAGE_DIGITS = 3  # decimal places of averages in addition to those of answers
-CAUSES_COUNTED = 100  # failure causes counted separately per group; further causes are merged into OTHER_CAUSES
 OTHER_CAUSES = "other causes"
 INTERRUPTED = "interrupted"  # the failure cause if the user ended the round
 
@@ -109,10 +108,8 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass(frozen=True)
 class Winners:
-    """The number of winners, and the lowest of their indices (at most WINNERS_NAMED), ascending."""
-
     count: int
-    lowest: tuple[int, ...]
+    lowest: tuple[int, ...]  # of their indices: at most WINNERS_NAMED, ascending
 
     def __add__(self, other: "Winners") -> "Winners":
         return Winners(self.count + other.count, tuple(sorted(self.lowest + other.lowest)[:WINNERS_NAMED]))
@@ -168,21 +165,17 @@ def score(game: Game, round_number: int, tally: Tally) -> RoundResult:
         payoffs = payoffs_of(game, tally.units, outcome)
     except BaseException as error:  # noqa: BLE001 - the user's game may raise anything
         return RoundResult(round_number, tally, error=one_line(error))
-    wins = payoffs == payoffs.max() if outcome.get("winning_number", 0) is not None else np.zeros(len(payoffs), bool)
+    wins = (payoffs == payoffs.max()) & (outcome.get("winning_number", 0) is not None)
     return RoundResult(round_number, tally, outcome, tuple(tally.units[wins].tolist()))
 
 
 def has_converged(results: Sequence[RoundResult], limit: float | None, scale: int) -> bool:
-    """Return whether mean and median each moved by less than `limit` in each of the last two rounds.
-
-    `limit` is a number, not in units. Rounds that were interrupted, or have no answers or no result, never count.
-    """
+    """Return whether mean and median each moved by less than `limit`, a number, in each of the last two rounds."""
+    # Rounds that were interrupted, or have no answers or no result, never count
     last = [each for each in results[-3:] if not each.error and each.tally.ended is not Ended.INTERRUPTED]
     figures: list[Any] = [(each.tally.average(), each.tally.median()) for each in last if each.tally.answered]
-    if limit is None or len(figures) < 3:
-        return False
     moves = (abs(after - before) for pair in pairwise(figures) for before, after in zip(*pair, strict=True))
-    return max(moves) < Fraction(str(limit)) * scale
+    return limit is not None and len(figures) == 3 and max(moves) < Fraction(str(limit)) * scale
 
 
 def _read_only(array: Units) -> Units:
@@ -241,12 +234,13 @@ def try_game(game: Game, name: str) -> None:
         start, problem = "--set numbers_announced=true", f"would list up to {many}; take fewer decimals or participants"
     if problem:
         raise SettingsError(f"{start}: {problem}")
-    players, low, high = max(game.population.total, 1), game.lowest, game.lowest + game.numbers - 1
-    half = players // 2
-    rounds = {f"all players give {int(game.low)}": {low: players}, f"all give {int(game.high)}": {high: players}}
-    rounds |= {"half of them give the lowest number, the others the highest": {low: players - half, high: half or 1}}
-    for what, counts in rounds.items():
-        tally = Tally(sum(counts.values()), np.array([*counts], np.int64), np.array([*counts.values()], np.int64))
+    players, half = max(game.population.total, 1), max(game.population.total // 2, 1)
+    ends, both = np.array([0, game.numbers - 1]) + game.lowest, np.array([max(players - half, 1), half])
+    both_ends = Tally(int(both.sum()), ends, both)
+    rounds = {f"all players give {low}": Tally(players, ends[:1], np.array([players]))}
+    rounds |= {f"all give {high}": Tally(players, ends[1:], np.array([players]))}
+    rounds |= {"half of them give the lowest number, the others the highest": both_ends}
+    for what, tally in rounds.items():
         if failure := score(game, 1, tally).error:
             raise SettingsError(f"--game {name}: no result if {what}: {failure}")
 
@@ -293,23 +287,6 @@ def _in_words(result: Announcement, game: Game) -> str:
     if result.closest_teams:
         text += f" The closest was that of {' and '.join(result.closest_teams)}."
     return text
-
-
-def closest(units: Units, target: Fraction) -> NDArray[np.bool_]:
-    """Return which of the ascending `units` are closest to the target: none, one, or one on each side. Exact."""
-    after = int(np.searchsorted(units, math.floor(target), side="right"))
-    near = range(max(after - 1, 0), min(after + 1, len(units)))
-    distances = {index: abs(int(units[index]) - target) for index in near}
-    return np.isin(np.arange(len(units)), [at for at in near if distances[at] == min(distances.values())])
-
-
-def top_causes(counts: Units, cause: Callable[[int], str]) -> dict[str, int]:
-    """Return the count `counts[k]` of each cause `cause(k)`. Merge all but the CAUSES_COUNTED most frequent."""
-    most_frequent = np.argsort(-counts, kind="stable")[:CAUSES_COUNTED].tolist()
-    failures = {cause(number): int(counts[number]) for number in most_frequent if counts[number]}
-    if others := int(counts.sum()) - sum(failures.values()):
-        failures[OTHER_CAUSES] = failures.get(OTHER_CAUSES, 0) + others
-    return failures
 
 
 def value_counts(units: Units) -> tuple[Units, Units]:

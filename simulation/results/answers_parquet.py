@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import csv
 
-from simulation.game.answer_sheet import FAILED, Answers
+from simulation.game.answer_sheet import FAILED, Answers, top_causes
 from simulation.game.game import Game
-from simulation.game.tally import RoundResult, Tally, payoffs_of, top_causes, value_counts
+from simulation.game.tally import RoundResult, Tally, payoffs_of, value_counts
 
 SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
