@@ -151,8 +151,7 @@ class HostedParticipants:
         return agent
 
     def _drop_rng(self, agent: Participant) -> None:
-        """Delete a participant's random generator, so that the next question starts with a new one."""
-        if self.uses_rng:
+        if self.uses_rng:  # the next question starts with a new generator
             agent.__dict__.pop("_rng", None)
 
     # --- Asking ------------------------------------------------------------------------------------------------------

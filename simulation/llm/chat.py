@@ -54,7 +54,6 @@ class Chat:
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
 
     def record(self, texts: Iterable[RecordedText]) -> None:
-        """Add texts of a recorded run, for `recorded`."""
         self._recorded |= {Turn(each.participant, each.round): each for each in texts}
 
     def recorded(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None] | None:
@@ -137,17 +136,14 @@ class Chat:
         return future
 
     def _flush(self) -> None:
-        """Send all requests from this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         requests = [
             SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline, seed)
             for (config, prompt, free_tokens, deadline, seed), waiting in fresh.items()
         ]
-        thread = model_thread()
-        thread.loop.call_soon_threadsafe(thread.put, requests)
+        model_thread().loop.call_soon_threadsafe(model_thread().put, requests)
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
-        """Return the fields of a request other than model, messages, n and seed."""
         if free_tokens is not None:
             return config.fields(free_tokens, None)
         kind = self.settings.structured_output

@@ -24,7 +24,7 @@ from loguru import logger
 
 from simulation.errors import one_line, printable
 from simulation.llm.model_configs import REPEATABLE, ModelConfig, is_within
-from simulation.llm.prompts import Probe, Prompt, without_system
+from simulation.llm.prompts import Probe, Prompt
 from simulation.llm.responses import CORRECT_URL, NO_ANSWER, Reply, RequestError, pause_s, read_reply
 
 V = TypeVar("V")
@@ -91,7 +91,10 @@ class ModelHttp:
             logger.warning(f"{self._name} refuses system messages: their text is put into the user message")
 
     def body(self, prompt: Prompt, fields: dict[str, Any], with_system: bool) -> bytes:
-        messages = prompt.messages if with_system else without_system(prompt.messages)
+        """Return the body of a request. Unless `with_system`, the system text is in the user message."""
+        messages = prompt.messages
+        if not with_system:
+            messages[:2] = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
         return json.dumps({"model": self._config.model, "messages": messages, **fields}).encode()
 
     async def check(self, probe: Probe, timeout_s: float) -> str | None:

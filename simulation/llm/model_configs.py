@@ -58,15 +58,12 @@ class ModelConfig:
         return dict(self._arg("extra_headers", {}))
 
     @property
-    def query(self) -> dict[str, Any]:
-        """Return the parameters of the URL of a completion request."""
+    def query(self) -> dict[str, Any]:  # in the URL of a request
         return dict(self.entry["client_args"].get("default_query") or {}) | self._arg("extra_query", {})
 
     @property
-    def timeout_s(self) -> float | None:
-        """Return the time limit of one request, in seconds, if the entry sets it."""
-        seconds: float | None = self._arg("timeout", self.entry["client_args"].get("timeout"))
-        return seconds
+    def timeout_s(self) -> Any:  # of one request (None: not set)
+        return self._arg("timeout", self.entry["client_args"].get("timeout"))
 
     @property
     def per_minute(self) -> tuple[int | None, int | None]:
@@ -90,9 +87,8 @@ class ModelConfig:
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
     """Return whether the host of a URL is this host or one of `hosts`."""
-    host = urlsplit(url).hostname or ""
-    this_host = re.fullmatch(r"localhost|127(\.\d+){3}|::1", host)
-    return this_host is not None or host in map(str.lower, hosts)  # urlsplit returns host names in lower case
+    host = urlsplit(url).hostname or ""  # in lower case
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", host) is not None or host in map(str.lower, hosts)
 
 
 def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:

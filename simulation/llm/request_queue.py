@@ -62,7 +62,11 @@ class ModelClient:
             try:
                 if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
-                    self._postpone_deadlines(now)
+                    if now > self._rate_full_since:  # no request expires because it waits for the limit per minute
+                        waited_s, self._rate_full_since = now - self._rate_full_since, now
+                        for request in self._queue:
+                            request.queued_at += waited_s
+                            request.deadline += waited_s
                     self._queue = deque(request for request in self._queue if not self._prune(request))
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._pause_until)
                 while now >= self._pause_until and self._send_next():
@@ -73,14 +77,6 @@ class ModelClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S if self._queue else TICK_S if self._semaphore.held else None):
                     await self._wake.wait()
-
-    def _postpone_deadlines(self, now: float) -> None:
-        """Let no request expire because it waits for the limit per minute."""
-        if now > self._rate_full_since:
-            waited_s, self._rate_full_since = now - self._rate_full_since, now
-            for request in self._queue:
-                request.queued_at += waited_s
-                request.deadline += waited_s
 
     def _exceeds_rate(self, request: SampleRequest, count: int) -> bool:
         """Return whether the limit per minute allows no request for `count` samples now. Otherwise, count it."""
@@ -146,7 +142,6 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome. If it fails, it may be sent in another way."""
         count, with_system = len(batch.waiting), self._http.takes_system
         try:
             try:
@@ -282,11 +277,10 @@ class ModelThread:
     def put(self, requests: list[SampleRequest]) -> None:
         """Pass requests to the clients of their models. Create missing clients. Must be called on the model thread."""
         for request in requests:
-            config = request.config
             try:
-                if config not in self.clients:
-                    self.clients[config] = ModelClient(config)
-                self.clients[config].put(request)
+                if request.config not in self.clients:
+                    self.clients[request.config] = ModelClient(request.config)
+                self.clients[request.config].put(request)
             except Exception as error:  # noqa: BLE001 - invalid client settings may raise any exception
                 request.fail(one_line(error))
 

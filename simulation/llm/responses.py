@@ -114,7 +114,6 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def _get(data: Any, *names: str) -> Any:
-    """Return the value at the nested keys `names` of JSON data, or None if a key is missing."""
     for name in names:
         data = data.get(name) if isinstance(data, dict) else None
     return data
@@ -137,7 +136,6 @@ def _text_in(choice: Any) -> Text:
 
 
 def _joined(texts: Iterable[Any]) -> str | None:
-    """Return all texts in `texts` as one, or None if there is none."""
     found = [each for each in texts if isinstance(each, str)]
     return "".join(found) if found else None
 
