@@ -51,22 +51,19 @@ class ParticipantGroup(HostedParticipants, metaclass=RpcMeta):
         self._texts: dict[int, KeptText] = {}  # of the current round, by offset
         self._prompts: dict[Prompt, Prompt] = {}  # the distinct prompts of `_texts`
         self._unasked: set[int] = set()  # offsets of participants that still wait for a call of `ask_one`
-        settings = game.llm
         self._panel: NDArray[np.bool_] | None = None  # of which participants texts are kept; None if of none
-        if settings is not None:
-            self._panel = game.population.panel(settings.keep_texts, settings.rounds, first, count)
+        if game.llm is not None:
+            self._panel = game.population.panel(game.llm.keep_texts, game.llm.rounds, first, count)
         self._thread.start()
         self._run(self._build())
 
     # --- Called by main and moderators -------------------------------------------------------------------------------
 
     def begin(self, question: Question, tokens_each: float | None = None, one_by_one: bool = False) -> None:
-        """Start a round and return at once.
+        """Start a round and return at once. Do nothing if it or a later one has started, so that a retry is safe.
 
-        `tokens_each` is the mean token budget per participant that asks a model (None: no limit).
-        If `one_by_one`, ask a participant only when its `answer_round` is called. Do nothing if this round or a later
-        round has started, so that a retry is safe. Raises RuntimeError if the group is closed, or still busy with the
-        previous round or with the creation of participants.
+        `tokens_each` is the mean token budget per participant that asks a model (None: no limit). If `one_by_one`, ask
+        a participant only when its `answer_round` is called. Raises RuntimeError if the group is closed or busy.
         """
         with self._changed:
             if question.round <= self._round:  # a retry, or a late call from a suspended moderator
@@ -89,8 +86,7 @@ class ParticipantGroup(HostedParticipants, metaclass=RpcMeta):
     def ask_one(self, index: int, question: Question) -> None:
         """Ask participant `index` in a round that was started with `one_by_one`. Return after its outcome is recorded.
 
-        Do nothing if the round is over, or if the participant was already asked in this round, for example by a
-        moderator that has failed since.
+        Do nothing if the round is over, or if another moderator, which has failed, has asked the participant before.
         """
         offset = index - self.first
         with self._changed:
@@ -101,9 +97,9 @@ class ParticipantGroup(HostedParticipants, metaclass=RpcMeta):
         self._ask_in_thread(iter((offset,)), question, sheet)
 
     def progress(self, wait_s: float = 0.0, numbers: int = 0) -> Progress:
-        """Wait up to `wait_s` seconds for all participants to finish, then return the progress, including the usage.
+        """Wait up to `wait_s` seconds for all participants to finish, then return the progress.
 
-        `numbers` is the number of possible answers; if it is not 0, also return a partial histogram of the answers.
+        If `numbers`, the number of possible answers, is not 0, include a partial histogram of the answers.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._done() == self.count or self._error, timeout=wait_s)
@@ -141,10 +137,9 @@ class ParticipantGroup(HostedParticipants, metaclass=RpcMeta):
         return self._finished_sheet().answers(first, count)
 
     def texts(self, first: int, count: int) -> tuple[list[KeptText], int]:
-        """Return the kept texts of participants first .. first+count-1, as many as fit in one message.
+        """Return the kept texts of participants first .. first+count-1 that fit in one message, and what to ask next.
 
-        Also return the index of the first participant that is left, or first+count. Equal prompts are one object, which
-        is sent once.
+        That is the index of the first participant left, or first+count. Equal prompts are one object, sent once.
         """
         self._finished_sheet()
         kept, found, prompts, size = self._texts, list[KeptText](), set[Prompt](), 0
@@ -159,10 +154,9 @@ class ParticipantGroup(HostedParticipants, metaclass=RpcMeta):
         return found, first + count
 
     def remember(self, first: int, values: NDArray[np.float64]) -> None:
-        """Pass answers of earlier rounds to recreated participants, starting with the participant with index `first`.
+        """Pass answers of earlier rounds to the recreated participants first, first + 1, ...
 
-        `values` has the shape (rounds, participants); NaN stands for no answer. Raises RuntimeError if not all
-        participants of the group have been created.
+        `values` has the shape (rounds, participants); NaN stands for no answer. Raises RuntimeError during creation.
         """
         agents = self._agents  # read once, because `close` may clear this attribute
         if self._done() < self.count or len(agents) < self.count:

@@ -7,16 +7,14 @@ import threading
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import uvloop
 from loguru import logger
 
-from simulation.agents.agent_class import unpack
+from simulation.agents.agent_class import Shared, unpack
 from simulation.agents.participant import Participant, answers_many, ask_in_thread
 from simulation.agents.scheduler import Scheduler, gc_paused, outcome_of
 from simulation.errors import failure_of, one_line, traceback_of
@@ -30,10 +28,6 @@ TURN = 32_768  # maximum number of participants of a group that wait for a model
 BUILD_BATCH = 2000  # number of participants created before the event loop runs other callbacks
 MODEL, LOOP, THREAD = "model", "loop", "thread"  # what a participant waits for: a model, only pauses, or its `reply`
 
-# One thread pool per run, for blocking `reply` methods. It ends when the run's groups are closed and no `reply` runs.
-_pools: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
-_pools_lock = threading.Lock()
-
 
 class HostedParticipants:
     """The base class of `ParticipantGroup`, which describes the arguments. `_create` starts the creation of agents."""
@@ -45,13 +39,11 @@ class HostedParticipants:
     def __init__(self, oid: str, first: int, count: int, game: Game, packed: bytes, reply_threads: int) -> None:
         self.oid, self.first, self.count, self.game = oid, first, count, game
         self.chat = Chat(game) if game.llm is not None else None
-        self._unpacked = unpack(packed, run_of(oid))
+        self._shared: Shared | None = unpack(packed, run_of(oid), reply_threads)
+        self._classes = self._shared.classes
         self._kinds = game.population.kind_indices(first, count).astype(np.uint8)  # of the participants
         self._to_ask = self._offsets_by_way()
         self._reply_threads = min(reply_threads, len(self._to_ask[THREAD]))
-        with _pools_lock:
-            new_pool = ThreadPoolExecutor(reply_threads, thread_name_prefix="reply")
-            self._pool: ThreadPoolExecutor | None = _pools.setdefault(run_of(oid), new_pool)
         self._agents: list[Participant] = []  # the participants created so far
         self._tracebacks_left = KEPT  # number of further failed creations whose traceback is kept
         self._sheet: AnswerSheet | None = None  # None before the first round
@@ -84,7 +76,7 @@ class HostedParticipants:
         self._thread.join(timeout=1)  # not longer, because a participant may block the event loop
         with self._changed:
             self._agents, self._schedulers = [], []
-            self._sheet = self._pool = None
+            self._sheet = self._shared = None
 
     # --- The event loop ----------------------------------------------------------------------------------------------
 
@@ -121,13 +113,12 @@ class HostedParticipants:
     # --- Creation ----------------------------------------------------------------------------------------------------
 
     async def _build(self) -> None:
-        """Create all participants.
+        """Create all participants without AgentScope's metaclass, which gives each agent a random id and its arguments.
 
-        AgentScope's metaclass generates a random id for every agent and keeps the agent's arguments, and the garbage
-        collector scans all agents repeatedly. The creation of 64,000 agents takes 1.23 s with both, 0.55 s without
-        the collector, and 0.08 s without either. A hosted agent uses neither the id nor the arguments.
+        64,000 agents take 1.23 s with the metaclass and the garbage collector, 0.55 s without the collector, and 0.08 s
+        without either.
         """
-        classes = map(self._unpacked.classes.__getitem__, self._kinds.tobytes())
+        classes = map(self._classes.__getitem__, self._kinds.tobytes())
         for start in range(0, self.count, BUILD_BATCH):
             with gc_paused():
                 for offset, cls in zip(range(start, min(start + BUILD_BATCH, self.count)), classes, strict=False):
@@ -158,7 +149,7 @@ class HostedParticipants:
 
     def _offsets_by_way(self) -> dict[str, Sequence[int]]:
         asking = [bool(each.models) for each in self.game.population.players] or [self.chat is not None]
-        classes = zip(self._unpacked.classes, asking, strict=True)
+        classes = zip(self._classes, asking, strict=True)
         ways = np.array([THREAD if not answers_many(cls) else MODEL if asks else LOOP for cls, asks in classes])
         found = {way: np.isin(self._kinds, np.flatnonzero(ways == way)) for way in (MODEL, LOOP, THREAD)}
         return {way: array("I", np.flatnonzero(each).astype(np.uint32).tobytes()) for way, each in found.items()}
@@ -172,7 +163,8 @@ class HostedParticipants:
         if sheet is not self._sheet:  # the round was halted
             self._halt_schedulers()
         ask = partial(self._ask_in_thread, iter(self._to_ask[THREAD]), question, sheet)
-        replies = [self.loop.run_in_executor(self._pool, ask) for _ in range(self._reply_threads)]
+        pool = self._shared.pool if self._shared is not None else None
+        replies = [self.loop.run_in_executor(pool, ask) for _ in range(self._reply_threads)]
         await asyncio.gather(*(each.run() for each in self._schedulers), *replies)
         self._spent = (*self._seconds(), None)
 
@@ -201,9 +193,8 @@ class HostedParticipants:
     def _scheduler(self, question: Question, sheet: AnswerSheet, way: str) -> Scheduler:
         """Return what asks the participants of this way concurrently. An exception of one of them is its failure.
 
-        The number of participants that wait for a model is limited, because each takes 2 KB. New ones start when half
-        of the limit is free, so the model never idles. They start in one large batch, so that more participants with
-        equal prompts share a request.
+        The number of participants that wait for a model is limited, because each takes 2 KB. New ones start in one
+        large batch when half of the limit is free, so the model never idles, and equal prompts share a request.
         """
         agents, offsets = self._agents, self._to_ask[way]
         everyone = len(offsets) == self.count

@@ -93,10 +93,9 @@ class Participant(AgentBase):
         return last - 1 if last and self._home is not None and not self._home.has_answered(self.index, last) else last
 
     def recall(self, numbers: Numbers) -> None:
-        """Called after this participant was recreated. `numbers` are its answers in rounds 1, 2, ... (None: no answer).
+        """Called after this participant was recreated, because its server was lost or the run was resumed.
 
-        A participant is recreated if its server is lost or the run is resumed. All other data of the participant is
-        lost. The next question contains the announcements of earlier rounds.
+        `numbers` are its answers in rounds 1, 2, ... (None: no answer). All its other data is lost.
         """
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
@@ -109,7 +108,7 @@ class Participant(AgentBase):
     def answer_round(self, x: Msg, index: int) -> Msg:
         """Answer the question of a round in a call to this participant alone. The group records the answer (`ask_one`).
 
-        `index` is the index that the group gave to the participant. A subclass may have changed `self.index` since.
+        `index` is what the group gave to the participant: a subclass may have changed `self.index`.
         """
         assert self._home is not None  # only participants in groups can be called
         self._home.ask_one(index, question_in(x, self._home.game))  # not `self.game`, which a subclass may lack

@@ -31,9 +31,9 @@ class PerAgentDispatch:
         if question.round > self.round:
             self.round = question.round
             first, count = self.assignment.first, self.assignment.count
-            arguments = (iter(range(first, first + count)), question)
+            indices = iter(range(first, first + count))
             for _ in range(min(THREADS, count)):
-                threading.Thread(target=self._ask, args=arguments, daemon=True).start()
+                threading.Thread(target=self._ask, args=(indices, question), daemon=True).start()
 
     def _ask(self, indices: Iterator[int], question: Question) -> None:
         """Ask participants until the iterator `indices`, which all threads share, is exhausted."""

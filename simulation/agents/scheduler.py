@@ -47,22 +47,22 @@ class _Here(threading.local):
 _here = _Here()
 
 
+class SharedTask(asyncio.Task[Any]):
+    """A task that steps many coroutines. `touched`: whether one used it in a way that its refcount does not show."""
+
+    touched = False
+
+
 def _touching(method: Callable[..., Any]) -> Any:
-    def touch(task: "SharedTask", *args: Any, **kwargs: Any) -> Any:
+    def touch(task: SharedTask, *args: Any, **kwargs: Any) -> Any:
         task.touched = True
         return method(task, *args, **kwargs)
 
     return touch
 
 
-class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched`: whether one used it in a way that its refcount does not show."""
-
-    touched = False
-    __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
-    cancel = _touching(asyncio.Task.cancel)
-    add_done_callback = _touching(asyncio.Task.add_done_callback)
-    set_name = _touching(asyncio.Task.set_name)
+for _name in ("__hash__", "cancel", "add_done_callback", "set_name"):  # a weak key is hashed
+    setattr(SharedTask, _name, _touching(getattr(asyncio.Task, _name)))
 
 
 @dataclass(eq=False)
@@ -79,8 +79,7 @@ class Scheduler:
     max_concurrent: int | None = None
 
     def __post_init__(self) -> None:
-        self._begun = self._ended = 0
-        self._stepping = 0  # number of tasks that step coroutines in this pass
+        self._begun = self._ended = self._stepping = 0  # the last: number of tasks that step coroutines in this pass
         self._halted = False
         self._indices: list[int] = []  # indices of coroutines whose return values are not yet reported
         self._values: list[Any] = []  # the return values of these coroutines
@@ -103,9 +102,8 @@ class Scheduler:
                 self.loop.call_soon(task.cancel)  # not at once: the task must start first, to await its coroutine
             self._start_pass()
 
-    # --- A pass steps paused coroutines that are due, then new ones --------------------------------------------------
-
     def _start_pass(self) -> None:
+        """Step paused coroutines that are due, then new ones."""
         if not self._stepping and not self._all_ended.done():
             if self._timer is not None:
                 self._timer.cancel()
@@ -154,8 +152,6 @@ class Scheduler:
         left, limit = self.count - self._begun, self.max_concurrent or self.count
         room = limit - (self._begun - self._ended)
         return min(left, room) if room >= min(left, limit // 2) else 0
-
-    # --- Steps -------------------------------------------------------------------------------------------------------
 
     def _step_in_new_task(self, pairs: Iterator[Pair]) -> None:
         self._stepping += 1

@@ -67,9 +67,8 @@ class Chat:
         return None
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None]:
-        """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.
+        """Request a number for one participant. Return `read(text)` and the reasoning, if the server returns any apart.
 
-        Also return the model's reasoning, if the server returns it separately.
         If the text is unusable or `read` raises UnusableAnswer, request another text, up to `max_attempts` in all.
         Raises UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
@@ -86,10 +85,7 @@ class Chat:
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool, str | None]:
-        """Request a free text of up to `tokens` tokens. Return the text, and whether it is complete (not cut off).
-
-        Also return the separate reasoning, as `ask` does. Raises UnusableAnswer in the same cases as `ask`.
-        """
+        """Return a free text of up to `tokens` tokens, whether it is complete, and the reasoning apart. See `ask`."""
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
             (text, cause, thoughts), deadline = await self._sample(model, prompt, tokens, deadline, turn, attempt)

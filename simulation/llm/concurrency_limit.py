@@ -68,7 +68,7 @@ class RateLimit(_SharedFile):
     """This process's handle on a limit of the requests and tokens per minute of one model.
 
     Both are buckets that hold BURST of the limit and fill at the rest of it, so no minute exceeds the limit. A request
-    whose tokens exceed a full bucket waits for the full bucket; later requests then wait until it is paid off.
+    that needs more than a full bucket waits for a full one; later requests then wait until it is paid off.
     """
 
     def __init__(self, name: str, folder: Path = FOLDER) -> None:
@@ -123,20 +123,16 @@ class SharedSemaphore(_SharedFile):
     def acquire(self, limit: int, slots: int = 1) -> bool:
         """Acquire `slots` permits and return True if fewer than `limit` are in use and no other process comes first.
 
-        Otherwise, mark this process as waiting and return False. All `slots` permits are granted even if fewer are
-        free, so up to `limit + slots - 1` permits may be in use.
+        Otherwise, mark this process as waiting and return False. Up to `limit + slots - 1` permits may be in use.
         """
         with self._locked() as (now, others):
             self._waiting_since = self._waiting_since or now
-            first, used = True, self.held
-            for _, permits, waiting_since, beat_at in others:
-                used += permits
-                if waiting_since and now - beat_at < WAITING_LOST_NS:
-                    first = first and (self.held, self._waiting_since) <= (permits, waiting_since)
-            granted = first and used < limit
-            if granted:
-                self.held, self._waiting_since = self.held + slots, 0
-        return granted
+            ours = (self.held, self._waiting_since)
+            waiting = [row[1:3] for row in others if row[2] and now - row[3] < WAITING_LOST_NS]
+            if self.held + sum(row[1] for row in others) >= limit or min([ours, *waiting]) < ours:
+                return False
+            self.held, self._waiting_since = self.held + slots, 0
+            return True
 
     def release(self, slots: int = 1) -> None:
         with self._locked():

@@ -98,13 +98,11 @@ class ModelHttp:
         return json.dumps({"model": self._config.model, "messages": messages, **fields}).encode()
 
     async def check(self, probe: Probe, timeout_s: float) -> str | None:
-        """Send a small request. Return why the model is not usable, and what helps, or None if it is usable.
-
-        The list of models only serves to explain a failure: some servers have none, or list other names.
-        """
+        """Send a small request. Return why the model is not usable, and what helps, or None if it is usable."""
         error = await self._try_out(probe, timeout_s)
         if error is None:
             return None
+        # The list of models only serves to explain a failure: some servers have none, or list other names
         cause, served = error.cause.removeprefix("model server: "), await self._listed(timeout_s / 2)
         silent = error.cause == NO_ANSWER
         if (silent and served is not None) or cause.startswith("HTTP 429"):  # slow, or too many requests at the moment

@@ -76,10 +76,9 @@ class ModelConfig:
         return "max_completion_tokens" if "max_completion_tokens" in self.generate_args else "max_tokens"
 
     def fields(self, tokens: int, structured: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the fields of a request other than model, messages, n and seed.
+        """Return the fields of a request other than model, messages, n and seed. `tokens` is the token limit.
 
-        `tokens` is the token limit. For a number, the limit in the entry replaces it, and `structured` are the fields
-        of structured output; for a free text, `structured` is None.
+        For a number, the limit in the entry replaces it, and `structured` constrains the answer (None: a free text).
         """
         args, limit = self.generate_args, self.limit_name
         return args | {limit: tokens} if structured is None else {limit: tokens, **args, **structured}

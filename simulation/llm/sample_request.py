@@ -98,22 +98,22 @@ class SampleRequest:
         self.deliver([KnownCause(cause, ended=ended) for _ in self.waiting])
 
 
+@dataclass(eq=False)
 class TokenBudget:
     """The tokens that one group may use, and its usage so far. The maximum cost of requests in flight is reserved."""
 
-    def __init__(self) -> None:
-        self.left = math.inf
-        self.used = Usage()  # its times stay 0
-        self._reserved = 0.0
+    left: float = math.inf  # including reserved tokens
+    used: Usage = field(default_factory=Usage)  # its times stay 0
+    reserved: float = 0.0
 
     def affordable(self, request: SampleRequest) -> int:
         """Return how many samples the remaining tokens can pay for."""
-        return request.affordable(self.left - self._reserved)
+        return request.affordable(self.left - self.reserved)
 
     def reserve(self, request: SampleRequest, count: int) -> None:
         """Count the request, and reserve the maximum tokens of `count` samples."""
         request.reserved = request.tokens(count)
-        self._reserved += request.reserved
+        self.reserved += request.reserved
         self.used.requests += 1
         self.used.retries += request.deadline < math.inf
 
@@ -125,5 +125,5 @@ class TokenBudget:
             self.used.completion_tokens += usage.completion_tokens
             cost = usage.tokens
         self.left -= cost
-        self._reserved -= request.reserved
+        self.reserved -= request.reserved
         request.reserved = 0.0
