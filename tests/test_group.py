@@ -21,8 +21,7 @@ from conftest import until
 
 from games.average import Average
 from participant import RandomParticipant
-from simulation.agents import group as group_module
-from simulation.agents import per_agent_dispatch
+from simulation.agents import hosted_participants, per_agent_dispatch
 from simulation.agents.group import ParticipantGroup, whole_tally
 from simulation.agents.participant import Participant, message_of
 from simulation.agents.per_agent_dispatch import PerAgentDispatch
@@ -455,7 +454,7 @@ def test_a_stopped_dispatch_asks_no_other_participant(group_of, dispatch_to):
 
 
 def test_a_failure_that_cannot_be_recorded_is_reported(group_of, dispatch_to, monkeypatch):
-    monkeypatch.setattr(group_module, "ask_in_thread", lambda participant, question, game: -5)
+    monkeypatch.setattr(hosted_participants, "ask_in_thread", lambda participant, question, game: -5)
     group, question = group_of(Slow, 4), question_for(GAME, 1, ())
     group.begin(question)
     error = until(lambda: group.progress(1.0).error, 10, "reported")

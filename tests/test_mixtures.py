@@ -227,7 +227,7 @@ class Blocking(Participant):
 
 def test_only_players_that_ask_models_wait_for_each_other(tmp_path, monkeypatch):
     """In one group, while the model server says nothing: few wait for it, and all others have answered."""
-    monkeypatch.setattr("simulation.agents.group.TURN", 4)
+    monkeypatch.setattr("simulation.agents.hosted_participants.TURN", 4)
     fake = FakeModel()
     fake.held = lambda _text: True
     entry = {"config_name": "model_1", "model_type": "openai_chat", "model_name": "participant-model"}

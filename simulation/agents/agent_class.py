@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -17,28 +18,29 @@ from simulation.files import append_to_path
 
 
 @dataclass(eq=False)
-class Unpacked:
-    """What all groups of a run share."""
+class Shared:
+    """What all groups of a run share on this server. The pool's threads end when the groups are closed and idle."""
 
     classes: tuple[type[Participant], ...]  # one per kind of player
+    pool: ThreadPoolExecutor  # for blocking `reply` methods
 
 
-_unpacked: WeakValueDictionary[tuple[str, bytes], Unpacked] = WeakValueDictionary()
+_shared: WeakValueDictionary[tuple[str, bytes], Shared] = WeakValueDictionary()
 _locks: dict[tuple[str, bytes], threading.Lock] = {}  # one per run and content, because unpickling may take long
 
 
-def unpack(packed: bytes, run: str) -> Unpacked:
-    """Return what `serialize_agent_class` has packed. Unpickle it once per `run`: runs share no class attributes."""
+def unpack(packed: bytes, run: str, reply_threads: int) -> Shared:
+    """Unpickle what `serialize_agent_class` has packed, once per `run`: runs share no class attributes."""
     key = (run, hashlib.sha256(packed).digest())
     with _locks.setdefault(key, threading.Lock()):
-        unpacked = _unpacked.get(key)
-        if unpacked is None:
+        if (shared := _shared.get(key)) is None:
             folders, pickled = pickle.loads(packed)
             for folder in folders:
                 append_to_path(folder)  # the folder of a user's file; Python ignores a missing folder
             with unregistered():
-                unpacked = _unpacked[key] = Unpacked(*cloudpickle.loads(pickled))
-        return unpacked
+                (classes,) = cloudpickle.loads(pickled)
+            shared = _shared[key] = Shared(classes, ThreadPoolExecutor(reply_threads, thread_name_prefix="reply"))
+        return shared
 
 
 @contextlib.contextmanager

@@ -33,11 +33,11 @@ class _Rng:
         if participant is None:
             return self  # type: ignore[return-value]
         if participant._rng is None:
-            home = participant._home
+            round_number, home = 0, participant._home
             if home is not None:
-                home.uses_rng = True  # the group deletes the generators after each answer
-            key = np.array([participant.game.seed, home.current_round if home is not None else 0], np.uint64)
-            philox = np.random.Philox(key=key, counter=np.array([0, 0, 0, participant.index], np.uint64))
+                round_number, home.uses_rng = home.current_round, True  # the group deletes generators after each answer
+            key, counter = [participant.game.seed, round_number], [0, 0, 0, participant.index]
+            philox = np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64))
             participant._rng = np.random.Generator(philox)
         return participant._rng
 
@@ -46,8 +46,8 @@ class Participant(AgentBase):
     """One participant: an AgentScope agent with an index, counted from 0, and the game that all participants share.
 
     AgentBase creates several attributes for each agent (name, hooks, memory, audience), which takes 1.4 KB and 6 us.
-    Here, the first access creates them, because most of a million participants never need them. A subclass may use all
-    of these attributes. If a subclass has a further base class, it must call the `__init__` of that class.
+    Here, the first access to one creates it, because most of a million participants never need them. If a subclass has
+    a further base class, it must call the `__init__` of that class.
     """
 
     _home: "ParticipantGroup | None" = None  # set by the group
@@ -93,10 +93,9 @@ class Participant(AgentBase):
         return last - 1 if last and self._home is not None and not self._home.has_answered(self.index, last) else last
 
     def recall(self, numbers: Numbers) -> None:
-        """Called after this participant was recreated. `numbers` are its answers in rounds 1, 2, ... (None: no answer).
+        """Called after this participant was recreated, because its server was lost or the run was resumed.
 
-        A participant is recreated if its server is lost or the run is resumed. All other data of the participant is
-        lost. The next question contains the announcements of earlier rounds.
+        `numbers` are its answers in rounds 1, 2, ... (None: no answer). All its other data is lost.
         """
 
     def reply(self, x: Msg | list[Msg] | None = None) -> Msg:
@@ -109,7 +108,7 @@ class Participant(AgentBase):
     def answer_round(self, x: Msg, index: int) -> Msg:
         """Answer the question of a round in a call to this participant alone. The group records the answer (`ask_one`).
 
-        `index` is the index that the group gave to the participant. A subclass may have changed `self.index` since.
+        `index` is what the group gave to the participant: a subclass may have changed `self.index`.
         """
         assert self._home is not None  # only participants in groups can be called
         self._home.ask_one(index, question_in(x, self._home.game))  # not `self.game`, which a subclass may lack
@@ -117,36 +116,23 @@ class Participant(AgentBase):
 
     def _run(self, answering: Awaitable[Any]) -> Any:
         """Block until `answering` ends on the group's event loop (without a group: on a new loop). Return its value."""
-        if self._home is None:
-            value = asyncio.run(outcome_of(answering))
-        else:
-            value = asyncio.run_coroutine_threadsafe(outcome_of(answering), self._home.loop).result()
+        work = outcome_of(answering)
+        home = self._home
+        value = asyncio.run(work) if home is None else asyncio.run_coroutine_threadsafe(work, home.loop).result()
         if isinstance(value, BaseException):
             raise value
         return value
 
 
-class _CreatedLate:
-    """A descriptor for one attribute that AgentBase's __init__ sets. The first access creates all such attributes.
-
-    Python calls the descriptor only if the instance has no attribute of that name. A `__getattr__` would have the same
-    effect, but would triple the time to read any other attribute.
-    """
-
-    def __init__(self, attribute: str) -> None:
-        self._attribute = attribute
-
-    def __get__(self, participant: Participant | None, cls: type) -> Any:
-        if participant is None:
-            return self
-        for attribute, value in vars(AgentBase(name=participant.name, use_memory=False)).items():
-            if isinstance(getattr(cls, attribute, None), _CreatedLate):  # otherwise a subclass defines the attribute
-                participant.__dict__.setdefault(attribute, value)
-        return participant.__dict__[self._attribute]
+def _create_late(attribute: str) -> None:
+    """Create an attribute of AgentBase when it is first read. A `__getattr__` would triple the time of other reads."""
+    late = cached_property(lambda each: vars(AgentBase(name=each.name, use_memory=False))[attribute])
+    late.__set_name__(Participant, attribute)
+    setattr(Participant, attribute, late)
 
 
 for _attribute in vars(AgentBase(name="", use_memory=False)).keys() - {"name", "_oid", "_init_settings"}:
-    setattr(Participant, _attribute, _CreatedLate(_attribute))
+    _create_late(_attribute)
 
 
 def ask_in_thread(participant: Participant, question: Question, game: Game) -> int:

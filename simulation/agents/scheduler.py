@@ -21,7 +21,6 @@ from types import CoroutineType, coroutine
 from typing import Any
 
 BATCH = 1000  # number of coroutines stepped before the event loop runs other callbacks
-STEPPING_TASKS = 32  # maximum number of tasks that step the coroutines of a pass, if many coroutines keep their task
 TICKS_A_SECOND = 1000
 LONGEST_S = 1e9  # longest pause that the timer wheel handles
 
@@ -47,22 +46,22 @@ class _Here(threading.local):
 _here = _Here()
 
 
+class SharedTask(asyncio.Task[Any]):
+    """A task that steps many coroutines. `touched`: whether one used it in a way that its refcount does not show."""
+
+    touched = False
+
+
 def _touching(method: Callable[..., Any]) -> Any:
-    def touch(task: "SharedTask", *args: Any, **kwargs: Any) -> Any:
+    def touch(task: SharedTask, *args: Any, **kwargs: Any) -> Any:
         task.touched = True
         return method(task, *args, **kwargs)
 
     return touch
 
 
-class SharedTask(asyncio.Task[Any]):
-    """A task that steps many coroutines. `touched`: whether one used it in a way that its refcount does not show."""
-
-    touched = False
-    __hash__ = _touching(asyncio.Task.__hash__)  # called when the task becomes a weak key
-    cancel = _touching(asyncio.Task.cancel)
-    add_done_callback = _touching(asyncio.Task.add_done_callback)
-    set_name = _touching(asyncio.Task.set_name)
+for _name in ("__hash__", "cancel", "add_done_callback", "set_name"):  # a weak key is hashed
+    setattr(SharedTask, _name, _touching(getattr(asyncio.Task, _name)))
 
 
 @dataclass(eq=False)
@@ -80,8 +79,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._begun = self._ended = 0
-        self._stepping = 0  # number of tasks that step coroutines in this pass
-        self._halted = False
+        self._stepping = self._halted = False
         self._indices: list[int] = []  # indices of coroutines whose return values are not yet reported
         self._values: list[Any] = []  # the return values of these coroutines
         self._buckets: dict[int, tuple[array[int], list[Any]]] = {}  # paused coroutines by the tick of their resumption
@@ -103,10 +101,10 @@ class Scheduler:
                 self.loop.call_soon(task.cancel)  # not at once: the task must start first, to await its coroutine
             self._start_pass()
 
-    # --- A pass steps paused coroutines that are due, then new ones --------------------------------------------------
-
     def _start_pass(self) -> None:
+        """Step paused coroutines that are due, then new ones."""
         if not self._stepping and not self._all_ended.done():
+            self._stepping = True
             if self._timer is not None:
                 self._timer.cancel()
             self._step_in_new_task(chain(chain.from_iterable(self._over()), self._new()))
@@ -155,10 +153,7 @@ class Scheduler:
         room = limit - (self._begun - self._ended)
         return min(left, room) if room >= min(left, limit // 2) else 0
 
-    # --- Steps -------------------------------------------------------------------------------------------------------
-
     def _step_in_new_task(self, pairs: Iterator[Pair]) -> None:
-        self._stepping += 1
         context = Context()
         SharedTask(self._step(pairs, context), loop=self.loop, context=context)
 
@@ -176,7 +171,7 @@ class Scheduler:
         return rest and await outcome_of(rest)
 
     def _step_shared(self, pairs: Iterator[Pair], context: Context) -> Awaitable[Any] | None:
-        """Step the coroutines in `pairs` until one of them needs the current task. Then leave the others to new tasks.
+        """Step the coroutines in `pairs` until one of them needs the current task. Then leave the others to a new task.
 
         Return the remaining work of the coroutine that needs the task, or None if nothing remains.
         """
@@ -208,14 +203,10 @@ class Scheduler:
                 rest = _rest(work, awaited)
             if rest is not None or references(task) != unshared or context or task.touched:
                 self._step_in_new_task(pairs)
-                if self._stepping <= STEPPING_TASKS:
-                    self._step_in_new_task(pairs)
-                self._stepping -= 1
                 return rest
-        self._stepping -= 1
-        if not self._stepping:
-            self._end_pass()
-            gc.collect(1)
+        self._stepping = False
+        self._end_pass()
+        gc.collect(1)
         return None
 
     def _watch(self, task: asyncio.Task[Any], index: int) -> None:

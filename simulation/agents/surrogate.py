@@ -31,9 +31,4 @@ class Surrogate(Participant):
 
 def surrogate_of(topics: tuple[str, ...], answers: Recorded) -> type[Surrogate]:
     """Return the class for a run. It is pickled by value."""
-
-    class SurrogateOfRun(Surrogate):
-        persona_sets = topics
-        recorded = answers
-
-    return SurrogateOfRun
+    return type("SurrogateOfRun", (Surrogate,), {"persona_sets": topics, "recorded": answers})

@@ -17,8 +17,9 @@ from simulation.game.game import Game
 from simulation.game.rules import draw_below
 from simulation.llm.model_configs import ModelConfig, read_models
 from simulation.llm.prompts import Prompt, RecordedText, answer_tokens, hash_of, structured_fields
-from simulation.llm.request_queue import Sample, SampleRequest, Waiting, model_thread
-from simulation.llm.responses import CUT_OFF, Usage
+from simulation.llm.request_queue import model_thread
+from simulation.llm.responses import CUT_OFF, Text
+from simulation.llm.sample_request import SampleRequest, TokenBudget, Waiting
 from simulation.settings import SimulationConfig
 
 V = TypeVar("V")
@@ -32,38 +33,6 @@ class Turn(NamedTuple):
 
     participant: int
     round: int
-
-
-class TokenBudget:
-    """The tokens that one group may use, and its usage so far. The maximum cost of requests in flight is reserved."""
-
-    def __init__(self) -> None:
-        self.left = math.inf
-        self.used = Usage()  # its times stay 0
-        self._reserved = 0.0
-
-    def affordable(self, request: SampleRequest, wanted: int) -> int:
-        """Return how many of the `wanted` samples the remaining tokens can pay for."""
-        left = self.left - self._reserved - request.prompt.tokens
-        return int(max(min(wanted, left / request.tokens_each), 0))
-
-    def reserve(self, request: SampleRequest, count: int) -> None:
-        """Count the request. Reserve the maximum tokens of `count` samples plus the estimated tokens of the prompt."""
-        request.reserved = request.prompt.tokens + count * request.tokens_each
-        self._reserved += request.reserved
-        self.used.requests += 1
-        self.used.retries += request.deadline < math.inf
-
-    def commit(self, request: SampleRequest, usage: Usage | None = None, answered: bool = False) -> None:
-        """Replace reserved tokens by `usage`. Without `usage`, charge all reserved tokens if `answered`, else none."""
-        cost = request.reserved if answered else 0.0
-        if usage is not None:
-            self.used.prompt_tokens += usage.prompt_tokens
-            self.used.completion_tokens += usage.completion_tokens
-            cost = usage.tokens
-        self.left -= cost
-        self._reserved -= request.reserved
-        request.reserved = 0.0
 
 
 class Chat:
@@ -85,7 +54,6 @@ class Chat:
         self._fresh: dict[tuple[ModelConfig, Prompt, int | None, float, int | None], deque[Waiting]] = {}
 
     def record(self, texts: Iterable[RecordedText]) -> None:
-        """Add texts of a recorded run, for `recorded`."""
         self._recorded |= {Turn(each.participant, each.round): each for each in texts}
 
     def recorded(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None] | None:
@@ -99,34 +67,28 @@ class Chat:
         return None
 
     async def ask(self, model: str, prompt: Prompt, read: Callable[[str], V], turn: Turn) -> tuple[V, str | None]:
-        """Request a number from the model for one participant. Return `read(text)`, where `text` is the model's answer.
+        """Request a number for one participant. Return `read(text)` and the reasoning, if the server returns any apart.
 
-        Also return the model's reasoning, if the server returns it separately.
         If the text is unusable or `read` raises UnusableAnswer, request another text, up to `max_attempts` in all.
         Raises UnusableAnswer with the last cause and text if all attempts fail, or if the model server does not answer.
         """
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
-            text, cause, deadline, thoughts = await self._sample(model, prompt, None, deadline, turn, attempt)
-            if text is None or cause is not None:
-                unusable: UnusableAnswer = KnownCause(self._explained(cause or "", model, None), text)
-                unusable.thoughts = thoughts
-                continue
+            (text, cause, thoughts), deadline = await self._sample(model, prompt, None, deadline, turn, attempt)
             try:
+                if text is None or cause is not None:
+                    raise KnownCause(self._explained(cause or "", model, None))
                 return read(text), thoughts
-            except UnusableAnswer as error:  # re-raised unchanged: failure_of checks its class
+            except UnusableAnswer as error:  # raised again unchanged: failure_of checks its class
                 unusable = error
                 unusable.text, unusable.thoughts = text, thoughts
         raise unusable
 
     async def talk(self, model: str, prompt: Prompt, tokens: int, turn: Turn) -> tuple[str, bool, str | None]:
-        """Request a free text of up to `tokens` tokens. Return the text, and whether it is complete (not cut off).
-
-        Also return the separate reasoning, as `ask` does. Raises UnusableAnswer in the same cases as `ask`.
-        """
+        """Return a free text of up to `tokens` tokens, whether it is complete, and the reasoning apart. See `ask`."""
         deadline = math.inf
         for attempt in range(self.settings.max_attempts):
-            text, cause, deadline, thoughts = await self._sample(model, prompt, tokens, deadline, turn, attempt)
+            (text, cause, thoughts), deadline = await self._sample(model, prompt, tokens, deadline, turn, attempt)
             if text is not None and (cause is None or cause.startswith(CUT_OFF["length"])):
                 return text, cause is None, thoughts
         raise KnownCause(self._explained(cause or "", model, tokens if turn.round else 0), text)
@@ -151,7 +113,7 @@ class Chat:
 
     def _sample(
         self, model: str, prompt: Prompt, free_tokens: int | None, deadline: float, turn: Turn, attempt: int
-    ) -> asyncio.Future[Sample]:
+    ) -> asyncio.Future[tuple[Text, float]]:
         """Request a text of up to `free_tokens` tokens (if None: a number). Raises KnownCause if `model` is unknown."""
         if self.settings.offline:
             raise KnownCause(NOT_RECORDED)
@@ -159,33 +121,25 @@ class Chat:
         if config is None:
             raise KnownCause(f"this agent server knows no model {model}")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Sample] = loop.create_future()
+        future: asyncio.Future[tuple[Text, float]] = loop.create_future()
         if not self._fresh:
             loop.call_soon(self._flush)
-        seed = self._first_seed(turn.round, attempt, prompt)
+        seed = None  # that of participant 0; the number after a reasoning step has another one than the reasoning
+        if self._game.seeds_models:
+            seed = draw_below(SEEDS, self._game.seed, turn.round, 2 * attempt + (prompt.thoughts is not None))
         key = (config, prompt, free_tokens, deadline, seed)
         self._fresh.setdefault(key, deque()).append(Waiting(turn.participant, future))
         return future
 
-    def _first_seed(self, round_number: int, attempt: int, prompt: Prompt) -> int | None:
-        """Return the seed of participant 0 in the given attempt of a round, or None without seeds."""
-        if not self._game.seeds_models:
-            return None
-        step = 2 * attempt + (prompt.thoughts is not None)
-        return draw_below(SEEDS, self._game.seed, round_number, step)
-
     def _flush(self) -> None:
-        """Send all requests from this pass of the event loop to the model thread."""
         fresh, self._fresh = self._fresh, {}
         requests = [
             SampleRequest(self, config, prompt, self._fields(config, free_tokens), waiting, deadline, seed)
             for (config, prompt, free_tokens, deadline, seed), waiting in fresh.items()
         ]
-        thread = model_thread()
-        thread.loop.call_soon_threadsafe(thread.put, requests)
+        model_thread().loop.call_soon_threadsafe(model_thread().put, requests)
 
     def _fields(self, config: ModelConfig, free_tokens: int | None) -> dict[str, Any]:
-        """Return the fields of a request other than model, messages, n and seed."""
         if free_tokens is not None:
             return config.fields(free_tokens, None)
         kind = self.settings.structured_output

@@ -13,8 +13,8 @@ import re
 import ssl
 import time
 import urllib.request
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Awaitable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -24,9 +24,10 @@ from loguru import logger
 
 from simulation.errors import one_line, printable
 from simulation.llm.model_configs import REPEATABLE, ModelConfig, is_within
-from simulation.llm.prompts import Probe, Prompt, without_system
+from simulation.llm.prompts import Probe, Prompt
 from simulation.llm.responses import CORRECT_URL, NO_ANSWER, Reply, RequestError, pause_s, read_reply
 
+V = TypeVar("V")
 LOST = "connection lost"
 MODELS_SHOWN, NAME_SHOWN = 5, 80  # in an error message: maximum number of models, and maximum length of a name
 KEEP_ALIVE_S = 4.0  # vLLM closes an idle connection after 5 s
@@ -42,7 +43,7 @@ class ModelHttp:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._config = config
+        self._config, self._name = config, f"{config.name} at {config.base_url}"
         local = is_within(config.base_url, ())
         proxy = None if local else proxy_of(config.base_url)
         self._through = f" (through the proxy {proxy}; no_proxy names hosts to ask without it)" if proxy else ""
@@ -73,12 +74,10 @@ class ModelHttp:
         self._headers = httpx2.Headers({name: value for name, value in headers.items() if isinstance(value, str)})
         self._headers.update(config.extra_headers)
         self._headers["content-type"] = "application/json"  # replaces openai's value; vLLM refuses a repeated header
-        for name, value in self._headers.items():
-            if not value.isprintable():
-                raise ValueError(f"the header {name} holds characters that cannot be sent")
-        self._completions, self._models = (
-            httpx2.URL(self.url + path).copy_merge_params(config.query) for path in ("/chat/completions", "/models")
-        )
+        for name in (name for name, value in self._headers.items() if not value.isprintable()):
+            raise ValueError(f"the header {name} holds characters that cannot be sent")
+        urls = (httpx2.URL(f"{self.url}/{path}") for path in ("chat/completions", "models"))
+        self._completions, self._models = (url.copy_merge_params(config.query) for url in urls)
 
     @property
     def takes_system(self) -> bool:
@@ -89,27 +88,25 @@ class ModelHttp:
         """Put the system text into the user message from now on, in all requests of this process to the model."""
         if self.takes_system:
             _without_system.add(self._config)
-            name = f"{self._config.name} at {self._config.base_url}"
-            logger.warning(f"{name} refuses system messages: their text is put into the user message")
+            logger.warning(f"{self._name} refuses system messages: their text is put into the user message")
 
     def body(self, prompt: Prompt, fields: dict[str, Any], with_system: bool) -> bytes:
-        """Return the body of a completion request."""
-        messages = prompt.messages if with_system else without_system(prompt.messages)
+        """Return the body of a request. Unless `with_system`, the system text is in the user message."""
+        messages = prompt.messages
+        if not with_system:
+            messages[:2] = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
         return json.dumps({"model": self._config.model, "messages": messages, **fields}).encode()
 
     async def check(self, probe: Probe, timeout_s: float) -> str | None:
-        """Send a small request. Return why the model is not usable, and what helps, or None if it is usable.
-
-        The list of models only serves to explain a failure: some servers have none, or list other names.
-        """
+        """Send a small request. Return why the model is not usable, and what helps, or None if it is usable."""
         error = await self._try_out(probe, timeout_s)
         if error is None:
             return None
+        # The list of models only serves to explain a failure: some servers have none, or list other names
         cause, served = error.cause.removeprefix("model server: "), await self._listed(timeout_s / 2)
         silent = error.cause == NO_ANSWER
         if (silent and served is not None) or cause.startswith("HTTP 429"):  # slow, or too many requests at the moment
-            name = f"{self._config.name} at {self._config.base_url}"
-            logger.warning(f"{name} has not answered a check: {cause}; the game goes on")
+            logger.warning(f"{self._name} has not answered a check: {cause}; the game goes on")
             return None
         if silent:
             problem = f"does not answer within {timeout_s:g} s{self._through}"
@@ -135,15 +132,14 @@ class ModelHttp:
                 return error
             return None
 
-        error = await send(self.takes_system)
-        for number in range(1, CHECKS):
-            if error is None or not error.retryable or "HTTP" not in error.cause:
+        for number in range(1, CHECKS + 1):
+            error = await send(self.takes_system)
+            if error is None or not error.retryable or "HTTP" not in error.cause or number == CHECKS:
                 break
             wait_s = pause_s(number, error.retry_after_s, random.random())
             if time.monotonic() + wait_s > end:
                 break
             await asyncio.sleep(wait_s)
-            error = await send(self.takes_system)
         if error is None or error.no_system is False or not self.takes_system or await send(False) is not None:
             return error
         if error.no_system or await send(True) is not None:  # otherwise, the error was temporary
@@ -206,11 +202,8 @@ def check_models(probes: Mapping[ModelConfig, Probe], timeout_s: float) -> dict[
         async with http._client:
             return await http.check(probe, timeout_s)
 
-    async def check_all() -> list[str | None]:
-        return await asyncio.gather(*(check(*each) for each in probes.items()))
-
-    causes = asyncio.run(check_all())
-    return {model: cause for model, cause in zip(probes, causes, strict=True) if cause is not None}
+    causes = zip(probes, _run_all(itertools.starmap(check, probes.items())), strict=True)
+    return {model: cause for model, cause in causes if cause is not None}
 
 
 def repeatable_models(models: Collection[ModelConfig], timeout_s: float) -> list[ModelConfig]:
@@ -221,16 +214,19 @@ def repeatable_models(models: Collection[ModelConfig], timeout_s: float) -> list
         async with http._client:
             return config.model + REPEATABLE in (await http._listed(timeout_s) or ())
 
-    async def check_all() -> list[bool]:
-        return await asyncio.gather(*map(repeats, models))
+    return list(itertools.compress(models, _run_all(map(repeats, models))))
 
-    return list(itertools.compress(models, asyncio.run(check_all())))
+
+def _run_all(works: Iterable[Awaitable[V]]) -> list[V]:
+    async def gather() -> list[V]:
+        return await asyncio.gather(*works)
+
+    return asyncio.run(gather())
 
 
 def proxy_of(url: str) -> str | None:
     """Return the proxy that the environment specifies for a URL, without user name and password, or None."""
-    parts = urlsplit(url)
-    proxies = urllib.request.getproxies()
+    parts, proxies = urlsplit(url), urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(parts.netloc):
         return None

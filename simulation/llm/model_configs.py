@@ -44,6 +44,9 @@ class ModelConfig:
     base_url: str  # including `/v1`
     entry: dict[str, Any] = field(repr=False, hash=False)  # in AgentScope's format; may contain an API key
 
+    def _arg(self, name: str, default: Any) -> Any:
+        return self.entry.get("generate_args", {}).get(name, default)
+
     @property
     def generate_args(self) -> dict[str, Any]:
         """Return the request fields that the entry sets, such as temperature, including those in `extra_body`."""
@@ -52,26 +55,15 @@ class ModelConfig:
 
     @property
     def extra_headers(self) -> dict[str, str]:
-        return dict(self.entry.get("generate_args", {}).get("extra_headers", {}))
+        return dict(self._arg("extra_headers", {}))
 
     @property
-    def query(self) -> dict[str, Any]:
-        """Return the parameters of the URL of a completion request."""
-        extra = self.entry.get("generate_args", {}).get("extra_query", {})
-        return dict(self.entry["client_args"].get("default_query") or {}) | extra
+    def query(self) -> dict[str, Any]:  # in the URL of a request
+        return dict(self.entry["client_args"].get("default_query") or {}) | self._arg("extra_query", {})
 
     @property
-    def timeout_s(self) -> float | None:
-        """Return the time limit of one request, in seconds, if the entry sets it."""
-        seconds: float | None = self.entry.get("generate_args", {}).get(
-            "timeout", self.entry["client_args"].get("timeout")
-        )
-        return seconds
-
-    @property
-    def engines(self) -> int:
-        """Return the number of engines behind the server's address."""
-        return int(self.entry.get("engines", 1))
+    def timeout_s(self) -> Any:  # of one request (None: not set)
+        return self._arg("timeout", self.entry["client_args"].get("timeout"))
 
     @property
     def per_minute(self) -> tuple[int | None, int | None]:
@@ -84,10 +76,9 @@ class ModelConfig:
         return "max_completion_tokens" if "max_completion_tokens" in self.generate_args else "max_tokens"
 
     def fields(self, tokens: int, structured: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the fields of a request other than model, messages, n and seed.
+        """Return the fields of a request other than model, messages, n and seed. `tokens` is the token limit.
 
-        `tokens` is the token limit. For a number, the limit in the entry replaces it, and `structured` are the fields
-        of structured output; for a free text, `structured` is None.
+        For a number, the limit in the entry replaces it, and `structured` constrains the answer (None: a free text).
         """
         args, limit = self.generate_args, self.limit_name
         return args | {limit: tokens} if structured is None else {limit: tokens, **args, **structured}
@@ -95,9 +86,8 @@ class ModelConfig:
 
 def is_within(url: str, hosts: Sequence[str]) -> bool:
     """Return whether the host of a URL is this host or one of `hosts`."""
-    host = urlsplit(url).hostname or ""
-    this_host = re.fullmatch(r"localhost|127(\.\d+){3}|::1", host)
-    return this_host is not None or host in map(str.lower, hosts)  # urlsplit returns host names in lower case
+    host = urlsplit(url).hostname or ""  # in lower case
+    return re.fullmatch(r"localhost|127(\.\d+){3}|::1", host) is not None or host in map(str.lower, hosts)
 
 
 def check_model_is_local(config: SimulationConfig, name: str, url: str) -> None:
@@ -145,12 +135,10 @@ def read_models(config: SimulationConfig, required: bool = True) -> dict[str, Mo
             raise SettingsError(f"--model-configs {path}, entry {number}: {problem}")
     first_url = entries[0]["client_args"]["base_url"]
     if len(entries) == 1 and urlsplit(first_url).port is None and is_within(first_url, ()):
-        ports = range(config.vllm_base_port, config.vllm_base_port + config.model_per_host)
-        entries = [_at_port(entries[0], port, f"model_{number}") for number, port in enumerate(ports, start=1)]
-    models = {}
-    for entry in entries:
-        name, url = entry["config_name"], entry["client_args"]["base_url"].rstrip("/")
-        models[name] = ModelConfig(name, entry["model_name"], url, entry)
+        numbers = range(1, config.model_per_host + 1)
+        entries = [_at_port(entries[0], config.vllm_base_port + each - 1, f"model_{each}") for each in numbers]
+    rows = [(each["config_name"], each["model_name"], each["client_args"]["base_url"].rstrip("/")) for each in entries]
+    models = {row[0]: ModelConfig(*row, entry) for row, entry in zip(rows, entries, strict=True)}
     if len(models) < len(entries):
         raise SettingsError(f"--model-configs {path}: two entries have the same config_name")
     return models
@@ -161,20 +149,16 @@ def settings_hash(models: Sequence[ModelConfig], named: bool) -> str | None:
 
     Names in this program count only if `named`; otherwise, the number of equal models does not count, either.
     """
-    entries = [[each.model, each.generate_args, each.name if named else None, *_beside_body(each)] for each in models]
-    parts = {json.dumps(entry, sort_keys=True) for entry in entries}
+    parts = set()
+    for model in models:
+        headers = {**(model.entry["client_args"].get("default_headers") or {}), **model.extra_headers}
+        beside_body = [model.query, {name: text for name, text in headers.items() if not SECRET.search(name)}]
+        entry = [model.model, model.generate_args, model.name if named else None]
+        parts.add(json.dumps([*entry, *(beside_body if any(beside_body) else [])], sort_keys=True))
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest() if models else None
 
 
-def _beside_body(model: ModelConfig) -> list[dict[str, Any]]:
-    """Return what a request sends in its URL and headers, except secrets; [] if the entry sets nothing of this."""
-    headers = {**(model.entry["client_args"].get("default_headers") or {}), **model.extra_headers}
-    parts = [model.query, {name: text for name, text in headers.items() if not SECRET.search(name)}]
-    return parts if any(parts) else []
-
-
 def _at_port(template: dict[str, Any], port: int, name: str) -> dict[str, Any]:
-    """Return a copy of the entry `template` with the given name, and with the port added to its URL."""
     url = urlsplit(template["client_args"]["base_url"])
     address = url._replace(netloc=f"{url.netloc.rstrip(':')}:{port}").geturl()
     return template | {"config_name": name, "client_args": template["client_args"] | {"base_url": address}}
@@ -185,9 +169,8 @@ def _problems_with(entry: Any) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield "must be an object with config_name, model_type, model_name and client_args"
     yield from (f"{name} is not known here; {nearest(name, KNOWN)}" for name in entry if name not in KNOWN)
-    for name in ("config_name", "model_name"):
-        if not (isinstance(entry.get(name), str) and entry[name]):
-            yield f"{name} is missing, or no text"
+    wrong = (name for name in ("config_name", "model_name") if not (isinstance(entry.get(name), str) and entry[name]))
+    yield from (f"{name} is missing, or no text" for name in wrong)
     counts = {name: entry[name] for name in COUNTS if name in entry}
     args, client_args = entry.get("generate_args", {}), entry.get("client_args", {})
     parts = {"client_args": client_args, "generate_args": args}
@@ -202,33 +185,30 @@ def _problems_with(entry: Any) -> Iterator[str]:
     if any(part.get("stream") not in (None, False) for part in (entry, body)):
         yield "stream must be false: every answer is read as a whole"
     limits = {f"generate_args: {name}": body[name] for name in LIMITS if name in body}
-    for name, count in (counts | limits).items():
-        if type(count) is not int or count < 1:
-            yield f"{name} must be a whole number from 1"
+    wrong = (name for name, count in (counts | limits).items() if type(count) is not int or count < 1)
+    yield from (f"{name} must be a whole number from 1" for name in wrong)
     if len(limits) > 1:
         yield f"generate_args holds both {' and '.join(LIMITS)}; a model has one of them"
-    for name, seconds in ((name, part["timeout"]) for name, part in parts.items() if "timeout" in part):
-        if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
-            yield f"{name}: timeout must be a number of seconds above 0"
+    times = {name: part["timeout"] for name, part in parts.items() if "timeout" in part}
+    wrong = (name for name, each in times.items() if type(each) not in (int, float) or not 0 < each < math.inf)
+    yield from (f"{name}: timeout must be a number of seconds above 0" for name in wrong)
     yield from (f"client_args holds {name}, which {why}" for name, why in ELSEWHERE.items() if name in client_args)
     unknown = (name for name in client_args if name not in CLIENT_ARGS)
     yield from (f"client_args holds {name}, which has no effect; {nearest(name, CLIENT_ARGS)}" for name in unknown)
-    yield from _unsendable(entry, client_args, inner)
+    headers = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
+    headers["client_args: project"] = [client_args.get("project") or ""]
+    headers |= {name: [*part, *part.values()] for name, part in inner.items() if name.endswith("headers")}
+    wrong = (name for name, texts in headers.items() if not all(map(_is_sendable, texts)))
+    yield from (f"{name} must hold printable ASCII characters only" for name in wrong)
+    queries = {name: part.values() for name, part in inner.items() if name.endswith("query")}
+    wrong = (name for name, part in queries.items() if not all(isinstance(value, str | int | float) for value in part))
+    yield from (f"{name} must hold texts and numbers only" for name in wrong)
     if not _is_address(client_args.get("base_url")):
         yield "client_args needs a base_url such as http://localhost/v1, without blanks, ? or #"
 
 
-def _unsendable(entry: dict[str, Any], client_args: dict[str, Any], inner: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the errors in values that are sent in headers or in the URL."""
-    headers = {name: [entry.get(name) or ""] for name in ("api_key", "organization")}
-    headers["client_args: project"] = [client_args.get("project") or ""]
-    headers |= {name: [*part, *part.values()] for name, part in inner.items() if name.endswith("headers")}
-    for name, texts in headers.items():
-        if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in texts):
-            yield f"{name} must hold printable ASCII characters only"
-    for name, part in inner.items():
-        if name.endswith("query") and not all(isinstance(value, str | int | float) for value in part.values()):
-            yield f"{name} must hold texts and numbers only"
+def _is_sendable(text: Any) -> bool:
+    return isinstance(text, str) and text.isascii() and text.isprintable()
 
 
 def _is_address(text: Any) -> bool:

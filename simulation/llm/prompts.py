@@ -39,10 +39,10 @@ class Prompt(NamedTuple):
     @property
     def tokens(self) -> int:
         """Return the estimated number of tokens of the messages."""
-        ours = token_count(self.system) + token_count(self.user)
-        thoughts = 0 if self.thoughts is None else token_count(EXTRACT) + TEMPLATE_TOKENS
-        thoughts += min(len(self.thoughts or ""), self.thought_tokens)  # at most one token per character
-        return ours + thoughts + TEMPLATE_TOKENS
+        tokens = token_count(self.system) + token_count(self.user) + TEMPLATE_TOKENS
+        if self.thoughts is not None:  # at most one token per character
+            tokens += min(len(self.thoughts), self.thought_tokens) + token_count(EXTRACT) + TEMPLATE_TOKENS
+        return tokens
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -57,12 +57,6 @@ class Prompt(NamedTuple):
 def token_count(text: str) -> int:
     """Return the estimated number of tokens of a text, rather too many than too few."""
     return len(PIECE.findall(text))
-
-
-def without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the messages with the text of the system message in the user message, for models without that role."""
-    system, user, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 class Probe(NamedTuple):
@@ -131,14 +125,13 @@ def _filled(text: str, game: Game, personas: Sequence[Persona], team: str | None
     persona = " ".join(each.text for each in personas if each.text)
     rules = game.words.prompt or f"In every round, {game.words.question}"
     target = getattr(game, "target", "")  # a template with {target} is refused in a game without this attribute
-    return _format(text, game.number_words, int(game.high), target, rules, persona, team or "")
+    values = {"number": game.number_words, "max_value": int(game.high), "target": target, "rules": rules}
+    return _format(text, **values, persona=persona, team=team or "")
 
 
 @lru_cache(maxsize=4096)
-def _format(text: str, number: str, max_value: int, target: str, rules: str, persona: str, team: str) -> str:
-    """Replace all placeholders in `text`, a template of the prompts file, by the other arguments."""
-    values = {"number": number, "max_value": max_value, "target": target, "rules": rules}
-    return text.format(**values, persona=persona, team=team).strip()
+def _format(text: str, **values: Any) -> str:
+    return text.format(**values).strip()
 
 
 @lru_cache(maxsize=16_384)

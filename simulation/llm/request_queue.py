@@ -5,116 +5,27 @@ Each model has its own client. All clients of a process run on one event loop in
 
 import asyncio
 import contextlib
-import itertools
 import math
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
 
 import uvloop
 from loguru import logger
 
-from simulation.errors import Ended, KnownCause, one_line
-from simulation.llm.concurrency_limit import NO_LIMIT, RateLimit, SharedSemaphore, bucket_size
+from simulation.errors import Ended, one_line
+from simulation.llm.concurrency_limit import RateLimit, SharedSemaphore
 from simulation.llm.model_configs import ModelConfig
-from simulation.llm.prompts import Prompt
-from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, RequestError, Text, Usage, pause_s
-
-if TYPE_CHECKING:
-    from simulation.llm.chat import Chat
+from simulation.llm.responses import NO_ANSWER, OUT_OF_TOKENS, RequestError, Text, pause_s
+from simulation.llm.sample_request import SampleRequest
 
 WARN_AFTER_S = 2.0  # time without an answer after which a temporary error is reported
 ANSWERS_IN_FLIGHT = 512  # twice vLLM's concurrent sequences (max_num_seqs, 256), so that vLLM is never idle
 POLL_S = 0.01  # poll interval for a semaphore that other processes hold
 TICK_S = 0.25  # interval of heartbeats to the semaphore, and of checks for expired requests
 ERRORS_WITH_N = 3  # errors in a row after which a request asks for one answer instead of several
-
-
-class Sample(NamedTuple):
-    """One answer of a model to one participant."""
-
-    text: str | None
-    cause: str | None  # why the text is unusable (None: usable)
-    deadline: float  # for retries, in the time of time.monotonic()
-    thoughts: str | None = None  # the reasoning, if the server returns it separately
-
-
-class Waiting(NamedTuple):
-    """A participant that waits for a sample."""
-
-    participant: int
-    future: "asyncio.Future[Sample]"
-
-
-@dataclass(eq=False)
-class SampleRequest:
-    """A request of one group for answers (samples) to one prompt, one answer for each participant in `waiting`."""
-
-    chat: "Chat"
-    config: ModelConfig
-    prompt: Prompt
-    fields: dict[str, Any]  # fields of the request other than model, messages and n
-    waiting: deque[Waiting]
-    deadline: float  # time.monotonic() at which the request expires; infinite until it is first sent
-    seed: int | None = None  # the seed of participant 0, or None without seeds; participant i has `seed + i`
-    queued_at: float = field(default_factory=time.monotonic)
-    errors: int = 0  # number of consecutive errors
-    cause: str | None = None  # cause of the last error
-    single_worked: bool = False  # after errors with several answers, a request for one answer succeeded
-    reserved: float = 0.0  # tokens reserved in the group's budget
-
-    @property
-    def tokens_each(self) -> int:
-        return int(self.fields.get("max_completion_tokens") or self.fields["max_tokens"])
-
-    def sharing(self, most: int) -> int:
-        """Return how many of the first `most` waiting participants may share a request.
-
-        Sample i of a request with the seed s has the seed s + i, so participants with seeds share a request only if
-        their indices are consecutive.
-        """
-        if self.seed is None:
-            return min(len(self.waiting), most)
-        first = self.waiting[0].participant
-        shared = (each.participant == first + place for place, each in enumerate(itertools.islice(self.waiting, most)))
-        return sum(itertools.takewhile(bool, shared))
-
-    @property
-    def per_minute(self) -> tuple[float, float]:
-        """Return this host's share of the limits of requests and tokens per minute."""
-        hosts = min(len(self.chat.settings.hosts), self.chat.settings.participant_num)
-        requests, tokens = self.config.per_minute
-        return (requests or NO_LIMIT) / hosts, (tokens or NO_LIMIT) / hosts
-
-    @property
-    def most_samples(self) -> int:
-        """Return how many samples of one request the limit of tokens per minute allows."""
-        return max(int((bucket_size(self.per_minute[1]) - self.prompt.tokens) / self.tokens_each), 1)
-
-    def deliver(self, outcomes: Sequence[Sample | KnownCause]) -> None:
-        """Remove a participant from `waiting` for each outcome, and pass it the outcome on its group's event loop."""
-        futures = [self.waiting.popleft().future for _ in outcomes]
-
-        def set_outcomes() -> None:
-            for future, outcome in zip(futures, outcomes, strict=True):
-                if future.done():
-                    continue
-                if isinstance(outcome, KnownCause):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
-
-        if futures:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the group was deleted
-                futures[0].get_loop().call_soon_threadsafe(set_outcomes)
-
-    def fail(self, cause: str, ended: Ended = Ended.COMPLETE) -> None:
-        """Fail all waiting participants with this cause; `ended` states how the round ended for them."""
-        self.deliver([KnownCause(cause, ended=ended) for _ in self.waiting])
 
 
 class ModelClient:
@@ -126,14 +37,14 @@ class ModelClient:
         self._http = ModelHttp(config)
         self._semaphore = SharedSemaphore(self._http.url)
         self._rate = None if config.per_minute == (None, None) else RateLimit(f"{self._http.url} {config.model}")
-        self._rate_free_at = -math.inf  # time.monotonic() at which the limit per minute allows a request again
-        self._rate_full_since = math.inf  # since when it allows none
+        self._rate_full_since = math.inf  # time.monotonic() since when the limit per minute allows no request
         self._queue: deque[SampleRequest] = deque()
         self._last_success = -math.inf  # time.monotonic() of the last answer
         self._errors = 0  # consecutive errors that concern the whole server
         self._last_cause = NO_ANSWER
         self._has_warned = False  # of the errors since the last answer
         self._backoff_until = -math.inf
+        self._pause_until = -math.inf  # the same, or time.monotonic() at which the limit per minute allows a request
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
@@ -151,7 +62,11 @@ class ModelClient:
             try:
                 if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
-                    self._postpone_deadlines(now)
+                    if now > self._rate_full_since:  # no request expires because it waits for the limit per minute
+                        waited_s, self._rate_full_since = now - self._rate_full_since, now
+                        for request in self._queue:
+                            request.queued_at += waited_s
+                            request.deadline += waited_s
                     self._queue = deque(request for request in self._queue if not self._prune(request))
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._pause_until)
                 while now >= self._pause_until and self._send_next():
@@ -163,26 +78,12 @@ class ModelClient:
                 async with asyncio.timeout(POLL_S if self._queue else TICK_S if self._semaphore.held else None):
                     await self._wake.wait()
 
-    @property
-    def _pause_until(self) -> float:
-        return max(self._backoff_until, self._rate_free_at)
-
-    def _postpone_deadlines(self, now: float) -> None:
-        """Let no request expire because it waits for the limit per minute."""
-        waited_s = max(now - self._rate_full_since, 0.0)
-        if waited_s:
-            self._rate_full_since = now
-            for request in self._queue:
-                request.queued_at += waited_s
-                request.deadline += waited_s
-
     def _exceeds_rate(self, request: SampleRequest, count: int) -> bool:
         """Return whether the limit per minute allows no request for `count` samples now. Otherwise, count it."""
         if self._rate is None:
             return False
-        now, tokens = time.monotonic(), request.prompt.tokens + count * request.tokens_each
-        wait_s = self._rate.take(request.per_minute, tokens)
-        self._rate_free_at = now + wait_s
+        now, wait_s = time.monotonic(), self._rate.take(request.per_minute, request.tokens(count))
+        self._pause_until = max(self._pause_until, now + wait_s)
         self._rate_full_since = min(self._rate_full_since, now) if wait_s else math.inf
         return wait_s > 0
 
@@ -206,8 +107,8 @@ class ModelClient:
                 continue
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config not in chat.n_unsupported
-            wanted = request.sharing(min(chat.settings.samples_per_request, request.most_samples) if several else 1)
-            count = chat.budget.affordable(request, wanted)
+            wanted = request.sharing(chat.settings.samples_per_request if several else 1)
+            count = min(wanted, chat.budget.affordable(request))
             if count == 0:
                 if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
@@ -215,7 +116,7 @@ class ModelClient:
                 continue
             limit = chat.settings.max_in_flight  # counts requests; the default limit (None) counts answers
             limit, slots = (ANSWERS_IN_FLIGHT, count) if limit is None else (limit, 1)
-            if not self._semaphore.acquire(limit * request.config.engines, slots):
+            if not self._semaphore.acquire(limit * request.config.entry.get("engines", 1), slots):
                 return False
             if self._exceeds_rate(request, count):
                 self._semaphore.release(slots)
@@ -241,7 +142,6 @@ class ModelClient:
         task.add_done_callback(ended)
 
     async def _serve(self, batch: SampleRequest) -> None:
-        """Send a request and handle its outcome. If it fails, it may be sent in another way."""
         count, with_system = len(batch.waiting), self._http.takes_system
         try:
             try:
@@ -284,7 +184,7 @@ class ModelClient:
 
     def _reserve_one(self, batch: SampleRequest) -> bool:
         """Reserve the tokens of one more request for one answer. Return whether the budget allows that."""
-        if not batch.chat.budget.affordable(batch, 1):
+        if not batch.chat.budget.affordable(batch):
             return False
         batch.chat.budget.reserve(batch, 1)
         if self._rate is not None:
@@ -298,21 +198,20 @@ class ModelClient:
         fields = batch.fields | ({"n": count} if count > 1 else {})
         fields |= {"seed": batch.seed + batch.waiting[0].participant} if batch.seed is not None else {}
         body = self._http.body(batch.prompt, fields, with_system)
+        usage, answered = None, False
         try:
             texts, usage = await self._http.post(body, min(attempt_s, left_s))
+            answered = True
+            return texts
         except RequestError as error:
-            self._charge(batch, error.usage)
+            usage = error.usage
             if error.cause == NO_ANSWER and left_s < attempt_s and batch.cause is not None:
                 error.cause = batch.cause  # the deadline shortened the attempt: the previous cause is more helpful
             raise
-        self._charge(batch, usage, answered=True)
-        return texts
-
-    def _charge(self, batch: SampleRequest, usage: Usage | None, answered: bool = False) -> None:
-        """Replace the reserved tokens of a request by those that the server reports, if it does."""
-        if self._rate is not None and usage is not None:
-            self._rate.give_back(batch.reserved - usage.tokens)
-        batch.chat.budget.commit(batch, usage, answered)
+        finally:
+            if self._rate is not None and usage is not None:
+                self._rate.give_back(batch.reserved - usage.tokens)
+            batch.chat.budget.commit(batch, usage, answered)
 
     def _stop_using_n(self, batch: SampleRequest, why: str) -> None:
         if batch.config not in batch.chat.n_unsupported:
@@ -321,15 +220,14 @@ class ModelClient:
 
     def _answered(self, batch: SampleRequest, count: int, texts: list[Text]) -> None:
         self._last_success = time.monotonic()
-        self._errors, self._last_cause = 0, NO_ANSWER
+        self._errors, self._last_cause, self._has_warned = 0, NO_ANSWER, False
         if count > 1:
             batch.single_worked = False
             if len(texts) == 1:
                 self._stop_using_n(batch, f"gives one answer where {count} were asked for")
-        self._has_warned = False
         for errors in (batch.chat.failing_since, batch.chat.outages):
             errors.pop(batch.config.name, None)
-        batch.deliver([Sample(each.text, each.cause, batch.deadline, each.thoughts) for each in texts[:count]])
+        batch.deliver(texts[:count])
         if batch.waiting:
             batch.errors, batch.cause = 0, None
             self.put(batch, first=True)
@@ -351,6 +249,7 @@ class ModelClient:
         self._warn_if_lasting(batch, error, now + wait_s)
         if error.server_wide:
             self._backoff_until = max(self._backoff_until, now + wait_s)
+            self._pause_until = max(self._pause_until, now + wait_s)
             self.put(batch, first=True)
         else:
             asyncio.get_running_loop().call_later(wait_s, self.put, batch, True)
@@ -378,11 +277,10 @@ class ModelThread:
     def put(self, requests: list[SampleRequest]) -> None:
         """Pass requests to the clients of their models. Create missing clients. Must be called on the model thread."""
         for request in requests:
-            config = request.config
             try:
-                if config not in self.clients:
-                    self.clients[config] = ModelClient(config)
-                self.clients[config].put(request)
+                if request.config not in self.clients:
+                    self.clients[request.config] = ModelClient(request.config)
+                self.clients[request.config].put(request)
             except Exception as error:  # noqa: BLE001 - invalid client settings may raise any exception
                 request.fail(one_line(error))
 

@@ -1,5 +1,6 @@
 """Pure functions that parse model server replies, add up token usage, and compute pauses after failed requests."""
 
+import contextlib
 import email.utils
 import json
 import re
@@ -113,7 +114,6 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def _get(data: Any, *names: str) -> Any:
-    """Return the value at the nested keys `names` of JSON data, or None if a key is missing."""
     for name in names:
         data = data.get(name) if isinstance(data, dict) else None
     return data
@@ -124,9 +124,9 @@ def _text_in(choice: Any) -> Text:
     content = _get(message, "content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     text = _joined(_get(part, "text") for part in parts if _get(part, "type") == "text")
+    separate = _get(message, "reasoning_content") or _get(message, "reasoning")
     nested = [_get(part, "thinking") for part in parts]
     pieces = [piece for each in nested for piece in (each if isinstance(each, list) else [{"text": each}])]
-    separate = _get(message, "reasoning_content") or _get(message, "reasoning")
     thoughts = _joined([separate, *(_get(piece, "text") for piece in pieces)])
     text = None if thoughts and not text else text
     cause = CUT_OFF.get(reason) if isinstance(reason, str) else None
@@ -136,7 +136,6 @@ def _text_in(choice: Any) -> Text:
 
 
 def _joined(texts: Iterable[Any]) -> str | None:
-    """Return all texts in `texts` as one, or None if there is none."""
     found = [each for each in texts if isinstance(each, str)]
     return "".join(found) if found else None
 
@@ -144,29 +143,27 @@ def _joined(texts: Iterable[Any]) -> str | None:
 def _refusal(status: int, headers: Mapping[str, str], reply: Any, body: bytes, now: float) -> RequestError:
     words, busy = _words(reply, body), status in BUSY
     if status not in (401, 403, 429) and TOO_LONG.search(words):
-        found = CONTEXT.search(words)
-        size = f" of {found[1]} tokens" if found else ""  # other numbers differ between participants
+        size = "".join(f" of {each} tokens" for each in CONTEXT.findall(words)[:1])  # other numbers differ by prompt
         cause = f"model server: HTTP {status}: prompt and answer exceed the context{size}; {SHORTEN}"
         return RequestError(cause, retryable=False, refused=True, maybe_unsupported_n=False, remedy=SHORTEN)
-    no_system, remedy = NO_SYSTEM.search(words) is not None, ""
-    if not no_system:
-        remedy = next((each for words_of, each in REMEDIES.items() if re.search(words_of, words, re.IGNORECASE)), "")
+    no_system = NO_SYSTEM.search(words) is not None
+    found = (each for pattern, each in REMEDIES.items() if re.search(pattern, words, re.IGNORECASE) and not no_system)
+    remedy = CORRECT_URL if status in (404, 405) and "model" not in words else next(found, "")
     if 300 <= status < 400:
         words, remedy = f"redirects to {headers.get('location')}", CORRECT_URL
-    elif status in (404, 405) and "model" not in words:
-        remedy = CORRECT_URL
     start, end = f"model server: HTTP {status}", f"; {remedy}" if remedy else ""
     shown = printable(words, max(CAUSE_SHOWN - len(start) - len(end) - 2, WORDS_SHOWN))
-    error = RequestError(start + (f": {shown}" if shown else "") + end, remedy=remedy)
-    if no_system or (status in (400, 422, 500) and not remedy):
-        error.no_system = True if no_system else None
-    if not no_system and (busy or status in PASSING or (status >= 500 and status != 501)):
-        error.server_wide, error.maybe_unsupported_n = busy, not busy
-        error.retry_after_s = retry_after(headers.get("retry-after"), now)
-        return error
-    denied = no_system or status in (401, 403)  # regardless of n
-    error.retryable, error.refused, error.maybe_unsupported_n = False, status in (400, 422), not denied
-    return error
+    retryable = not no_system and (busy or status in PASSING or (status >= 500 and status != 501))
+    return RequestError(
+        start + (f": {shown}" if shown else "") + end,
+        retryable=retryable,
+        server_wide=retryable and busy,
+        refused=not retryable and status in (400, 422),
+        maybe_unsupported_n=not busy if retryable else not no_system and status not in (401, 403),
+        no_system=True if no_system else None if status in (400, 422, 500) and not remedy else False,
+        remedy=remedy,
+        retry_after_s=retry_after(headers.get("retry-after"), now) if retryable else 0.0,
+    )
 
 
 def _words(reply: Any, body: bytes) -> str:
@@ -180,14 +177,12 @@ def _words(reply: Any, body: bytes) -> str:
 
 def retry_after(value: str | None, now: float) -> float:
     """Return the pause (s) that the Retry-After header `value` (number or date) requests; 0 if missing or invalid."""
-    text = value or "0"
-    try:
-        seconds = float(text)
-    except ValueError:
+    seconds = 0.0
+    with contextlib.suppress(ValueError, OverflowError):
         try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
-        except (ValueError, OverflowError):
-            return 0.0
+            seconds = float(value or 0)
+        except ValueError:
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - now
     return min(seconds, 1e9) if seconds > 0 else 0.0
 
 
