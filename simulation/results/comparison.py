@@ -3,8 +3,6 @@
 Runs with equal settings are one treatment: they are compared by means and confidence intervals over its runs.
 """
 
-import csv
-import io
 import itertools
 import math
 import os
@@ -31,32 +29,17 @@ from simulation.results.charts import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, folder_names, unfinished_lines
 from simulation.results.report_page import flat, write_page
 from simulation.results.run_directory import REPORT, SWEEP, about_of, results_errors, script_command, write_whole
-from simulation.results.tables import column_lines, columns_of, value_text
+from simulation.results.tables import as_csv, column_lines, columns_of, value_text
 from simulation.settings import SETTINGS
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-NOT_COMPARED = (
-    "repeats",
-    "payoffs",
-    "compare_with",
-    "keep_going",
-    "keep_texts",
-)  # settings of the game that change no figure of a run
+# Settings of the game that change no figure of a run
+NOT_COMPARED = ("repeats", "payoffs", "compare_with", "keep_going", "keep_texts")
 WORDS = {"participant_num": "participants", "max_value": "upper bound"}
-HEADINGS = (
-    "run",
-    "treatment",
-    "runs",
-    "round",
-    "played",
-    "answered",
-    "failed",
-    "status",
-    "equilibrium",
-    "std",
-)  # of columns
+# Headings of columns
+HEADINGS = ("run", "treatment", "runs", "round", "played", "answered", "failed", "status", "equilibrium", "std")
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions
 SETTINGS_SHOWN, FIGURES_SHOWN = 6, 3  # maximum numbers in a table; the CSV file has all
 HAVE_EQUILIBRIA = ("average", "median", "maximum")  # figures with the unit of an answer
@@ -75,7 +58,6 @@ class Estimate(NamedTuple):
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
-    """Return the estimate from one or more numbers."""
     runs, mean = len(numbers), statistics.fmean(numbers)
     if runs == 1:
         return Estimate(runs, mean)
@@ -104,16 +86,12 @@ class Treatment:
         for run in self.runs if name != "winning_number" or self.runs[0].game.numbers > 2 else ():
             values = run.by_round(name)
             if "converged_after" in run.summary and (last := len(run.results)) in values:
-                values |= dict.fromkeys(range(last + 1, self.longest + 1), values[last])
+                longest = max(len(each.results) for each in self.runs)
+                values |= dict.fromkeys(range(last + 1, longest + 1), values[last])
             for number, value in values.items():
                 if number <= run.rounds_finished or number > len(run.results) or len(self.runs) == 1:
                     numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
-
-    @property
-    def longest(self) -> int:
-        """Return the number of rounds of the longest run."""
-        return max(len(run.results) for run in self.runs)
 
     @cached_property
     def last(self) -> int:
@@ -164,7 +142,7 @@ def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
 def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
     compared = [name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED]
-    values: list[dict[str, Any]] = []
+    values = list[dict[str, Any]]()
     mixed = len({(run.config.players, run.config.agent_class) for run in runs}) > 1
     for run in runs:
         values.append({name: getattr(run.config, name) for name in compared} | {"max_value": run.game.high})
@@ -310,11 +288,8 @@ def csv_text(runs: Sequence[SavedRun]) -> str:
             taken = start.keys() | figures.keys()
             named = {f"set {name}" if name in taken else name: value for name, value in settings.items()}
             rows.append(start | named | figures)
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*rows))] or ["run"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    head = [*dict.fromkeys(itertools.chain(*rows))] or ["run"]
+    return as_csv([head, *([row.get(name) for name in head] for row in rows)])
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False) -> dict[str, Any]:
@@ -340,7 +315,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
         "has_equilibria": _has_equilibria,
         "main": next(iter(_figures(runs).items())),
         "draw_figure": _draw_figure,
-        "lines_of": lambda name: charts.line_rows(_rounds(drawn), _means(drawn, name)),
+        "lines_of": lambda name: charts.line_rows(*_lines(drawn, name)),
         "last_rounds": _last_rounds(drawn),
     }
 
@@ -373,20 +348,21 @@ def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: s
     estimates = [each.estimates(name) for each in drawn]
     repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates]
     bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
-    charts.draw_lines(axes, _rounds(drawn), _means(drawn, name), bands=bands, unit=unit)
+    charts.draw_lines(axes, *_lines(drawn, name), bands=bands, unit=unit)
 
 
-def _rounds(drawn: Sequence[Treatment]) -> int:
-    return max((len(run.results) for each in drawn for run in each.runs), default=1)
-
-
-def _means(drawn: Sequence[Treatment], name: str) -> dict[str, dict[int, float]]:
-    """Return each treatment's mean of a figure by round, by label."""
-    return {each.label: {number: its.mean for number, its in each.estimates(name).items()} for each in drawn}
+def _lines(drawn: Sequence[Treatment], name: str) -> tuple[int, dict[str, dict[int, float]]]:
+    """Return the most rounds of a run, and each treatment's mean of a figure by round, by label."""
+    rounds = max((len(run.results) for each in drawn for run in each.runs), default=1)
+    return rounds, {each.label: {at: its.mean for at, its in each.estimates(name).items()} for each in drawn}
 
 
 def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
     """Return a figure with the averages by round at the top, and histograms of some last rounds below."""
+
+    def shown(selected: Sequence[Treatment]) -> str:
+        return f" ({len(selected)} of {len(treatments)} shown)" if len(selected) < len(treatments) else ""
+
     drawn = _to_draw(treatments)
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
     histograms = [(f"{label}, round {each.round}", game, each) for label, game, each in _last_rounds(selected)]
@@ -403,14 +379,9 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
             break
     return charts.picture(
         partial(_draw_figure, drawn=drawn, all_runs=all_runs, name=main, unit=words),
-        f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{_shown(drawn, treatments)}",
+        f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{shown(drawn)}",
         histograms,
-        f"Answers of the last round{_shown(selected, treatments)}",
+        f"Answers of the last round{shown(selected)}",
         legend,
         box.height / page.dpi,
     )
-
-
-def _shown(selected: Sequence[Treatment], treatments: Sequence[Treatment]) -> str:
-    """Return a note such as ` (6 of 9 shown)`, or "" if no treatment is omitted."""
-    return f" ({len(selected)} of {len(treatments)} shown)" if len(selected) < len(treatments) else ""

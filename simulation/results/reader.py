@@ -5,9 +5,8 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 
 import os
 import shlex
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, takewhile
@@ -30,18 +29,9 @@ from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
 from simulation.provenance import kept_files, with_copies
-from simulation.results import run_files
-from simulation.results.answers_parquet import TEXTS_AT_ONCE, rows_by_round, tally_in
-from simulation.results.run_directory import (
-    AGENTS,
-    FAILED_ANSWERS,
-    GAME,
-    HUMAN,
-    SWEEP,
-    WHOLE,
-    resume_command,
-    sweep_position,
-)
+from simulation.results import run_directory, run_files
+from simulation.results.answers_parquet import rows_by_round, tally_in
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
 
@@ -140,11 +130,10 @@ class SavedRun(SavedSummary):
         and twice the highest as one up.
         """
         low, high, counts = self.game.lowest, self.game.lowest + self.game.numbers - 1, np.zeros(3, np.int64)
-        for number, (was, now) in self._successive():
-            if number <= rounds:
-                both, stays = (was >= 0) & (now >= 0), was == now
-                down, up = (now < was) | stays & (now == low), (now > was) | stays & (now == high)
-                counts += [int((each & both).sum()) for each in (down, up, both)]
+        for _, (was, now) in takewhile(lambda pair: pair[0] <= rounds, self._successive()):
+            both, stays = (was >= 0) & (now >= 0), was == now
+            down, up = (now < was) | stays & (now == low), (now > was) | stays & (now == high)
+            counts += [int((each & both).sum()) for each in (down, up, both)]
         return counts.tolist()
 
     def _successive(self) -> Iterator[tuple[int, Pairs]]:
@@ -152,10 +141,9 @@ class SavedRun(SavedSummary):
         before = np.empty(0, np.int64)
         for number, tables in groupby(_rows_of(self, self.game), itemgetter(0)):
             values = np.concatenate([rows["value"].to_numpy() for _, rows in tables])
-            units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64)
-            if len(before):
-                yield number, (before, units)
-            before = units
+            before, units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64), before
+            if len(units):
+                yield number, (units, before)
 
     def sample_texts(
         self, parts: Grouping | None, names: Collection[str], number: int, limit: int
@@ -165,31 +153,25 @@ class SavedRun(SavedSummary):
         The names are those of `parts`; all participants are of the only name if `parts` is None. Each row also has the
         `value` of the answer.
         """
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        of_round, participant = ds.field("round") == number, ds.field("participant")
         with _damage(self.path, "texts.parquet"):
-            files = ds.dataset(files_of(self.path, "texts"), format="parquet")
-            for batch in files.to_batches(filter=ds.field("round") == number, batch_size=TEXTS_AT_ONCE):
-                for index, participant in enumerate(batch["participant"].to_pylist()):
-                    name = next(iter(names)) if parts is None else parts.labels[parts.part_of(participant)]
-                    if len(found.get(name, range(limit))) < limit:
-                        found[name] += batch.slice(index, 1).to_pylist()
-                if all(len(rows) == limit for rows in found.values()):
-                    break
-        rows = [row for each in found.values() for row in each]
-        wanted = (ds.field("round") == number) & ds.field("participant").isin([row["participant"] for row in rows])
-        with _damage(self.path, WHOLE):
-            answers = ds.dataset(files_of(self.path, "answers"), format="parquet")
+            texts, answers = (ds.dataset(files_of(self.path, kind)) for kind in ("texts", "answers"))
+            having = texts.to_table(["participant"], filter=of_round)["participant"].to_numpy()
+            places = (
+                np.zeros_like(having) if parts is None else parts.name_indices(0, self.config.participant_num)[having]
+            )
+            indices = {name: 0 if parts is None else parts.names.index(name) for name in names}
+            chosen = {name: having[places == index][:limit].tolist() for name, index in indices.items()}
+            every = [each for found in chosen.values() for each in found]
+            wanted = of_round & (participant <= max(every, default=0)) & participant.isin(every)
             values = answers.to_table(["participant", "value"], filter=wanted).to_pydict()
-        by_participant = dict(zip(values["participant"], values["value"], strict=True))
-        for row in rows:
-            row["value"] = by_participant.get(row["participant"])
-        return found
+            by_participant = dict(zip(values["participant"], values["value"], strict=True))
+            rows = {row["participant"]: row for row in texts.to_table(filter=wanted).to_pylist()}
+        return {name: [rows[at] | {"value": by_participant.get(at)} for at in found] for name, found in chosen.items()}
 
     def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
         """Read the answers. Return a tally for each part of each grouping: `[topic][index in self.results][name]`."""
-        tallies: dict[str, list[dict[Any, Tally]]] = {
-            parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings
-        }
+        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
         for number, rows in _rows_of(self, self.game) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
@@ -205,39 +187,39 @@ class SavedRun(SavedSummary):
 
         If there are more than MOST_PAIRS participants, the analyses of parts know no single answers.
         """
-        game, results, parts = self.game, self.results, self.tallies_by_part
+        results, parts = self.results, self.tallies_by_part
         shown = {topic: largest(tallies[-1], PARTS_ANALYSED) for topic, tallies in parts.items()}
         pairs = self._pairs_by_part(shown) if any(result.analysis for result in results[1:]) else {}
         entries = []
         for index, result in enumerate(results):
+            payoffs = partial(mean_payoffs, self.game, result.tally, result.outcome)
             outcomes = [each.outcome for each in results[: index + 1]]
-            by: dict[str, dict[str, Any]] = {topic: {} for topic in parts}
+            by = {topic: dict[str, dict[str, Any]]() for topic in parts}
             for topic, names in shown.items():
-                paid = mean_payoffs(game, result.tally, result.outcome, parts[topic][index])
+                paid = payoffs(parts[topic][index])
                 for name in names:
-                    tallies = [each[name] for each in parts[topic][: index + 1]]
-                    known = pairs.get((topic, name), {}).get(index)
-                    analysis = analyse(game, tallies, outcomes, known and [known])
-                    by[topic][name] = {"mean_payoff": paid[name], **analysis}
-            paid = mean_payoffs(game, result.tally, result.outcome, {"all": result.tally})
+                    tallies, known = [each[name] for each in parts[topic][: index + 1]], pairs.get((topic, name, index))
+                    by[topic][name] = {"mean_payoff": paid[name]} | analyse(
+                        self.game, tallies, outcomes, known and [known]
+                    )
+            paid = payoffs({"all": result.tally})
             entries.append({"round": result.round, "mean_payoff": paid["all"], **result.analysis, "by": by})
         omitted = {topic: len(tallies[-1]) - len(shown[topic]) for topic, tallies in parts.items()}
         return {"run_id": self.run_id, "rounds": entries, "parts_omitted": omitted}
 
-    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], dict[int, Pairs]]:
+    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str, int], Pairs]:
         """Return the pairs of successive answers in units (see `Game.analyses`), by part and index in `results`."""
-        count, pairs = self.config.participant_num, defaultdict[Any, dict[int, Pairs]](dict)
+        count, pairs = self.config.participant_num, dict[tuple[str, str, int], Pairs]()
         if count > MOST_PAIRS or not shown:
             return pairs
-        members = {}
-        for grouping in self.game.population.groupings:
-            indices = grouping.name_indices(0, count)
-            for name in shown[grouping.topic]:
-                members[grouping.topic, name] = np.flatnonzero(indices == grouping.names.index(name))
+        members, by_topic = dict[tuple[str, str], Any](), self.game.population.by_topic
+        for topic, names in shown.items():
+            indices, every = by_topic[topic].name_indices(0, count), by_topic[topic].names
+            members |= {(topic, name): np.flatnonzero(indices == every.index(name)) for name in names}
         for number, (before, after) in self._successive():
             for part, indices in members.items():
                 was, now = before[indices], after[indices]
-                pairs[part][number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
+                pairs[*part, number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
         return pairs
 
 
@@ -287,7 +269,10 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     for name, _, text in (each.partition("=") for each in given.pop("set", ())):
         known = (config.value_of(f"{OF_SET}{each}") for each in (name, name.rpartition(".")[2]))
         was = next((each for each in known if each is not None), None)
-        if was is None or not _same_value(was, text):
+        changed_it = was is None or was.casefold() != text.casefold()
+        with suppress(ValueError):  # not numbers
+            changed_it = was is None or float(was) != float(text)
+        if changed_it:
             start = f"--set {name}={text}: the run in {path} was started {f'with {was}' if was else 'without it'}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     changed = replace(config, **given)
@@ -297,13 +282,6 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
             start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
-
-
-def _same_value(one: str, other: str) -> bool:
-    try:
-        return float(one) == float(other)
-    except ValueError:
-        return one.casefold() == other.casefold()
 
 
 def read_summary(path: Path, flag: str = "") -> SavedSummary:
@@ -343,7 +321,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
         finished = sum(run.is_finished for run in existing)
         if position is not None and finished < position["runs"]:
             left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
-            lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")
+            lines.append(f"{left} have rounds left; to go on with them: {run_directory.resume_command(path)}")
     return lines
 
 
@@ -431,7 +409,7 @@ def _damage(path: Path, name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise SettingsError(f"{path}: its {name} is missing") from None
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise SettingsError(f"{path}: cannot read its {name}: {one_line(error)}") from None
 
 

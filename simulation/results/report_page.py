@@ -3,8 +3,6 @@
 The templates escape all text, because failure causes and persona names are not trusted.
 """
 
-import csv
-import io
 import json
 import re
 import shlex
@@ -30,7 +28,7 @@ from simulation.results.console_report import winning_answers
 from simulation.results.reader import SavedRun, figure_of, files_of, largest
 from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, write_whole
 from simulation.results.run_files import ANALYSIS_FILE, RecordedGame, RoundEntry, position_in_words, read_run_file
-from simulation.results.tables import decimals_of, number_text
+from simulation.results.tables import as_csv, decimals_of, number_text
 from simulation.rpc.endpoints import ranges
 from simulation.settings import from_root
 
@@ -70,9 +68,7 @@ def seconds(duration: float) -> str:
 
 def csv_link(rows: Iterable[Sequence[Any]]) -> str:
     """Return a link that contains `rows` as a CSV file."""
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return f"data:text/csv;charset=utf-8,{quote(file.getvalue(), safe=',')}"
+    return f"data:text/csv;charset=utf-8,{quote(as_csv(rows), safe=',')}"
 
 
 def file_name(label: str) -> str:

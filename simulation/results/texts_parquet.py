@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +13,9 @@ from simulation.llm.prompts import HASH_DIGITS, KeptText, RecordedText, hash_of
 from simulation.results.answers_parquet import SCHEMA, row_writer, rows_in
 from simulation.rpc.endpoints import TEXTS_PER_MESSAGE
 
-TEXTS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("participant", pa.int64()),
-        ("model", pa.dictionary(pa.int32(), pa.string())),  # the name on its server
-        ("prompt", pa.string()),
-        ("text", pa.string()),
-        ("thoughts", pa.string()),
-    ]
-)
+_MODEL = ("model", pa.dictionary(pa.int32(), pa.string()))  # the name on its server
+_WRITTEN = [(name, pa.string()) for name in ("prompt", "text", "thoughts")]
+TEXTS = pa.schema([("round", pa.int32()), ("participant", pa.int64()), _MODEL, *_WRITTEN])
 # Each prompt is in the file once, with the round that was the first to use it
 PROMPTS = pa.schema([("first_round", pa.int32()), *((name, pa.string()) for name in ("prompt", "system", "user"))])
 
@@ -69,8 +62,7 @@ class RecordedTexts:
             rows = rows.filter(pc.and_(pc.is_valid(rows["value"]), pc.less_equal(rows["round"], rounds)))
             values = pa.array([f"{value:.15g}" for value in rows["value"].to_pylist()], pa.string())
             none = pa.nulls(len(rows), pa.string())
-            columns = [rows["round"], rows["participant"], none, none, values, none]
-            rows = pa.table(columns, names=TEXTS.names)
+            rows = pa.table([rows["round"], rows["participant"], none, none, values, none], names=TEXTS.names)
         self._rows = rows.sort_by("participant")
         self._participants = self._rows["participant"].to_numpy()
 
@@ -111,12 +103,8 @@ def write_texts(
             hashes = {prompt: hash_of(prompt) for prompt in dict.fromkeys(row.prompt for row in piece)}
             rows = zip(piece, written, strict=True)
             values = [(round_number, row.participant, row.model, hashes[row.prompt], *each) for row, each in rows]
-            write(_table(values, TEXTS))
             used = [(round_number, name, *map(well_formed, prompt[:2])) for prompt, name in hashes.items()]
-            write_prompts(distinct(_table(used, PROMPTS)))
+            if piece:
+                write(pa.table([*zip(*values, strict=True)], schema=TEXTS))
+                write_prompts(distinct(pa.table([*zip(*used, strict=True)], schema=PROMPTS)))
     return kept, replaced
-
-
-def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    columns = [*zip(*rows, strict=True)] or [()] * len(schema)
-    return pa.table([pa.array(values, each.type) for values, each in zip(columns, schema, strict=True)], schema=schema)
