@@ -123,20 +123,16 @@ def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
     seeds = {(run.config.seed, *(each[name] for name in names)) for run, each in zip(runs, differing, strict=True)}
     if "rounds" in differing[0] and len(seeds) < len(runs):
         names = _ranked(differing, by_rounds=True)
-    groups: dict[tuple[Any, ...], list[SavedRun]] = {}
+    groups, treatments = dict[tuple[Any, ...], list[SavedRun]](), list[Treatment]()
     for run, settings in zip(runs, differing, strict=True):
         groups.setdefault(tuple(settings[name] for name in names), []).append(run)
-    treatments: list[Treatment] = []
     for values, group in groups.items():
         shown = [*zip(names, values, strict=True)][:SETTINGS_SHOWN]
-        words = [(_plain(name), _text(name, value)) for name, value in shown[:LABEL_SETTINGS]]
+        words = ((_plain(name), _text(name, value)) for name, value in shown[:LABEL_SETTINGS])
         label = ", ".join(f"no {word}" if text == "-" else f"{word} {text}" for word, text in words)
         treatments.append(Treatment(label or f"{len(group)} runs", dict(shown[LABEL_SETTINGS:]), group))
-    labels = [each.label for each in treatments]
-    return [
-        replace(each, label=f"{each.label} ({number})") if labels.count(each.label) > 1 else each
-        for number, each in enumerate(treatments, start=1)
-    ]
+    counts, numbered = Counter(each.label for each in treatments), enumerate(treatments, start=1)
+    return [replace(each, label=f"{each.label} ({at})") if counts[each.label] > 1 else each for at, each in numbered]
 
 
 def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
@@ -183,12 +179,13 @@ def _text(name: str, value: Any) -> str:
 
 def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
     """Return the words for each figure of the outcomes, by name. If games differ in them, the average comes first."""
-    outcomes = [run.figures for run in runs if run.figures]
-    figures = outcomes[0] if outcomes else {"average": "average", "winning_number": "winning number"}
-    if any(each != figures for each in outcomes):
-        figures = {"average": "average"}  # of the answers, which each game has
-        for name, words in itertools.chain(*(each.items() for each in outcomes)):
-            figures[name] = words if figures.get(name, words) == words else _plain(name)
+    outcomes = [run.figures for run in runs if run.figures] or [
+        {"average": "average", "winning_number": "winning number"}
+    ]
+    alike = all(each == outcomes[0] for each in outcomes)
+    figures = {} if alike else {"average": "average"}  # of the answers, which each game has
+    for name, words in itertools.chain(*(each.items() for each in outcomes)):
+        figures[name] = words if figures.get(name, words) == words else _plain(name)
     return figures
 
 
@@ -198,7 +195,6 @@ def _equilibrium(game: Game) -> str:
 
 
 def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
-    """Return a table row for each run."""
     differing, ((main, words), *others) = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
     figures = [(f"first {words}", main, 0), (f"last {words}", main, -1), *((text, name, -1) for name, text in others)]
     shown = [*_ranked(differing)[:SETTINGS_SHOWN], "seed"]
@@ -275,7 +271,7 @@ def write_comparison(folder: Path, runs: Sequence[SavedRun], all_runs: bool = Fa
 
 def csv_text(runs: Sequence[SavedRun]) -> str:
     """Return the content of comparison.csv: a row per run and round, with all settings in which the runs differ."""
-    rows: list[dict[str, Any]] = []
+    rows = list[dict[str, Any]]()
     repeats = {run.path: repeat for each in treatments_of(runs) for repeat, run in enumerate(each.runs, start=1)}
     for run, folder, settings in zip(runs, folder_names(runs), _differing(runs), strict=True):
         start = {"run": folder, "run_id": run.run_id, "repeat": repeats[run.path], "status": run.summary["status"]}
@@ -316,7 +312,7 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
         "main": next(iter(_figures(runs).items())),
         "draw_figure": _draw_figure,
         "lines_of": lambda name: charts.line_rows(*_lines(drawn, name)),
-        "last_rounds": _last_rounds(drawn),
+        "last_rounds": [(each.label, each.runs[0].game, each.last_round()) for each in drawn],
     }
 
 
@@ -324,10 +320,6 @@ def _to_draw(treatments: Sequence[Treatment]) -> list[Treatment]:
     """Return at most LINES treatments. Omit those without results."""
     played = [each for each in treatments if any(run.results for run in each.runs)]
     return [played[index] for index in charts.selection(len(played), LINES)]
-
-
-def _last_rounds(drawn: Sequence[Treatment]) -> list[tuple[str, Game, RoundResult]]:
-    return [(each.label, each.runs[0].game, each.last_round()) for each in drawn]
 
 
 def _has_equilibria(drawn: Sequence[Treatment], name: str) -> bool:
@@ -365,7 +357,8 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
 
     drawn = _to_draw(treatments)
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
-    histograms = [(f"{label}, round {each.round}", game, each) for label, game, each in _last_rounds(selected)]
+    rounds = [(each, each.last_round()) for each in selected]
+    histograms = [(f"{each.label}, round {result.round}", each.runs[0].game, result) for each, result in rounds]
     main, words = next(iter(_figures([run for each in treatments for run in each.runs]).items()))
     dotted = "; dotted: equilibrium" if _has_equilibria(drawn, main) else ""
     bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in drawn) else ""

@@ -59,7 +59,6 @@ PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if
 
 
 def seconds(duration: float) -> str:
-    """Format a duration that is given in seconds."""
     if duration < 59.995:
         return f"{duration:.2f} s"
     minutes, rest = divmod(round(duration), 60)
@@ -83,7 +82,6 @@ def column(numbers: Sequence[Any], game: Game, digits: int | None = None) -> lis
 
 
 def in_numbers(units: Iterable[Any], game: Game) -> list[Any]:
-    """Convert units to numbers. None stays None."""
     return [each and each / game.scale for each in units]
 
 
@@ -98,9 +96,8 @@ def flat(analysis: Mapping[str, Any], start: str = "") -> dict[str, float | None
     for name, value in analysis.items():
         words = f"{start}{name}".replace("_", " ")
         found |= flat(value, f"{words}: ") if isinstance(value, dict) else {words: value}
-    texts = [words for words, value in found.items() if isinstance(value, str)]
-    missing = [words.removesuffix(" reason") for words in texts]  # a figure whose reason is given
-    return {words: value for words, value in found.items() if words not in (*texts, *missing)}
+    texts = [words for words, value in found.items() if isinstance(value, str)]  # reasons why a figure is missing
+    return {name: found[name] for name in found if name not in texts and f"{name} reason" not in texts}
 
 
 ENVIRONMENT = Environment(
@@ -114,10 +111,7 @@ ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 
 def draw_all(run: SavedRun) -> None:
-    """Write a run's report, pictures and analysis.json.
-
-    Raises SettingsError if answers are damaged, ResultsError if a write fails.
-    """
+    """Write a run's report, pictures and analysis.json. Raises SettingsError if answers are damaged."""
     analysis: Any = None
     if not isinstance(run.game, RecordedGame):
         analysis = run.analysis()
@@ -125,7 +119,11 @@ def draw_all(run: SavedRun) -> None:
         analysis = read_run_file(run.path, ANALYSIS, ANALYSIS_FILE.validate_json)
     content = page_content(run, analysis)
     if analysis is not None:
-        analysis["people"] = [_people_to_json(**each) for each in content["people"]]
+        analysis["people"] = []
+        for each in content["people"]:
+            figures = [row._asdict() | {"difference": row.difference} for row in each["rows"]]
+            named = {"name": each["data"].name, "source": each["data"].source}
+            analysis["people"].append(named | {"figures": figures, "distance": each.get("distance")})
         write_whole(run.path / ANALYSIS, (json.dumps(analysis, indent=1) + "\n").encode())
     write_page(run.path / REPORT, content)
     if run.results:
@@ -168,16 +166,14 @@ def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
     """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
     results = [result for result in run.results if result.analysis]
     steps = [{"round": each.round, **each.analysis, **each.analysis.get("steps", {})} for each in results]
-    names = dict.fromkeys(name for each in results for name in each.analysis)
+    names, notes = dict.fromkeys(name for each in results for name in each.analysis), run.game.words.notes
     ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
     return {
         "rounds": [(results[at].round, flat(results[at].analysis)) for at in selection(len(results), ROUNDS_ANALYSED)],
         "omitted": max(len(results) - ROUNDS_ANALYSED, 0),
         "steps": by_round([each for each in steps if "steps" in each], STEP_NAMES.items()),
         "texts": _reasons((f"Round {each.round}", each.analysis) for each in results),
-        "notes": [
-            (name.replace("_", " "), run.game.words.notes[name]) for name in names if name in run.game.words.notes
-        ],
+        "notes": [(name.replace("_", " "), notes[name]) for name in names if name in notes],
         "parts": [
             (topic, number, {name: flat(figures) for name, figures in parts.items()}, _reasons(parts.items()))
             for topic in run.tallies_by_part
@@ -205,18 +201,8 @@ def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
 
 def _reasons(analyses: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Return the texts in analyses, such as why there is no tau."""
-    return [
-        f"{start}, {name.replace('_', ' ')}: {text}"
-        for start, analysis in analyses
-        for name, text in analysis.items()
-        if isinstance(text, str)
-    ]
-
-
-def _people_to_json(data: HumanData, rows: Sequence[Any], **others: Any) -> dict[str, Any]:
-    """Return the comparison with people in analysis.json."""
-    figures = [row._asdict() | {"difference": row.difference} for row in rows]
-    return {"name": data.name, "source": data.source, "figures": figures, "distance": others.get("distance")}
+    every = [(f"{start}, {name.replace('_', ' ')}", text) for start, each in analyses for name, text in each.items()]
+    return [f"{words}: {text}" for words, text in every if isinstance(text, str)]
 
 
 def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
@@ -225,8 +211,7 @@ def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
     for topic, tallies in run.tallies_by_part.items():
         if topic != KIND and len(tallies[-1]) <= NAMES_LISTED:  # the title names kinds
             texts.append(f"{topic}: {', '.join(f'{each.asked:,} {name}' for name, each in tallies[-1].items())}.")
-    tau = run.results[0].analysis.get("tau") if run.results else None
-    if tau is not None:
+    if (tau := run.results[0].analysis.get("tau") if run.results else None) is not None:
         ends = f"{tau['low']:.2f} to {'more' if tau['high'] is None else format(tau['high'], '.2f')}"
         texts.append(f"Tau is {tau['estimate']:.2f} ({ends}).")
     for each in people:
@@ -238,17 +223,15 @@ def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
 
 def _columns(run: SavedRun) -> list[tuple[str, str, list[str]]]:
     """Return the columns of the table of rounds, the important ones first: heading, key and texts."""
-    names = {name: words for name, words in run.figures.items() if name not in RoundEntry.__annotations__}
-    deciding = {name: words for name, words in run.figures.items() if name in ("average", "median", "winning_number")}
-    names = {**deciding, **names, "answered": "answered", "failed": "failed"}
-    names |= {name: words for name, words in {"average": "average", "median": "median"}.items() if name not in names}
+    plain = {name: name for name in ("average", "median")}
+    deciding = {name: words for name, words in run.figures.items() if name in (*plain, "winning_number")}
+    others = {name: words for name, words in run.figures.items() if name not in RoundEntry.__annotations__}
+    names = {**deciding, **others, "answered": "answered", "failed": "failed"}
+    names |= {name: words for name, words in plain.items() if name not in names}
     names |= {"std": "spread", "min": "lowest", "max": "highest", "asked": "asked", "reassigned": "moved"}
-    names["seconds"] = "seconds"
-    digits, columns = {"min": run.game.decimals, "max": run.game.decimals, "seconds": 2}, []
-    for name, words in names.items():
-        values = [figure_of(entry, name) for entry in run.summary["rounds"]]
-        columns.append((words, name, column(values, run.game, digits.get(name))))
-    return columns
+    digits = {"min": run.game.decimals, "max": run.game.decimals, "seconds": 2}
+    values = {name: [figure_of(entry, name) for entry in run.summary["rounds"]] for name in (*names, "seconds")}
+    return [(names.get(name, name), name, column(each, run.game, digits.get(name))) for name, each in values.items()]
 
 
 def _failures(run: SavedRun) -> dict[int, int]:
@@ -293,12 +276,10 @@ def problems(run: SavedRun) -> list[str]:
         texts.append(f"The run {verb} after {finished} of {planned} rounds{reasons.get(last['ended'], '')}.")
     if counts := _failures(run):
         text = f"{max(counts.values()):,} of {run.config.participant_num:,} participants gave no usable answer"
-        if len(counts) > 1:
-            text = (
-                f"Up to {text}, in {len(counts)} rounds"
-                if len({*counts.values()}) > 1
-                else f"{text} in each of {len(counts)} rounds"
-            )
+        if len({*counts.values()}) > 1:
+            text = f"Up to {text}, in {len(counts)} rounds"
+        elif len(counts) > 1:
+            text += f" in each of {len(counts)} rounds"
         elif len(entries) > 1:
             text += f" in round {next(iter(counts))}"
         causes = [each for each in failures_by_cause(entries) if each["cause"] != INTERRUPTED]
@@ -309,10 +290,10 @@ def problems(run: SavedRun) -> list[str]:
 
 def _files(run: SavedRun) -> list[tuple[str, str]]:
     """Return pairs of a path, relative to the page, and what the file holds."""
-    pictures = {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}
-    experiment = {"../comparison.html": sweep_position(run.path) is not None}
-    known = {name: is_there(run.path / name) for name in FILES} | pictures | experiment
-    known[ANALYSIS] |= not isinstance(run.game, RecordedGame)  # it is written after the page was filled
+    known = {name: is_there(run.path / name) for name in FILES}
+    known |= {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}  # written after the page
+    known |= {"../comparison.html": sweep_position(run.path) is not None}
+    known[ANALYSIS] |= not isinstance(run.game, RecordedGame)
     return [(name, words) for name, words in FILES.items() if known[name]]
 
 
@@ -328,25 +309,24 @@ def _repeat_command(run: SavedRun) -> str:
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
-    game, tallies = run.game, run.tallies_by_part[topic]
-    rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
+    scale, tallies = run.game.scale, run.tallies_by_part[topic]
+    rounds, last = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)], tallies[-1]
     rows = PART_ROWS // len(run.tallies_by_part)
-    listed = largest(tallies[-1], max(rows // 3, 1))
+    listed = largest(last, max(rows // 3, 1))
     shown = [rounds[index] for index in selection(len(rounds), max(rows // len(listed), 1))]
-    lines = {}
-    for name in largest(tallies[-1], PART_LINES):
-        averages = {number: each[name].average() for number, each in rounds}
-        lines[name] = {number: float(units / game.scale) for number, units in averages.items() if units is not None}
-    drawn = [(name, charts.histogram_rows(game, tallies[-1][name])) for name in largest(tallies[-1], PARTS_DRAWN)]
+    averages = {name: [(at, each[name].average()) for at, each in rounds] for name in largest(last, PART_LINES)}
+    drawn = [(name, charts.histogram_rows(run.game, last[name])) for name in largest(last, PARTS_DRAWN)]
     return {
         "name": topic,
-        "last": tallies[-1],
+        "last": last,
         "listed": listed,
-        "last_rows": [(name, rounds[-1][0], tallies[-1][name]) for name in listed],
+        "last_rows": [(name, rounds[-1][0], last[name]) for name in listed],
         "rounds": len(shown),
         "rows": [(name, number, each[name]) for number, each in shown for name in listed],
         "answers": [(topic, *drawn[0][1][0]), *((name, *row) for name, table in drawn for row in table[1:] if row[2])],
-        "lines": lines,
+        "lines": {
+            name: {at: float(each / scale) for at, each in by if each is not None} for name, by in averages.items()
+        },
     }
 
 

@@ -66,21 +66,16 @@ class SourceEntry(TypedDict):
 
 
 SOURCES: TypeAdapter[list[SourceEntry]] = TypeAdapter(list[SourceEntry])
-
-
 # The analysis of a round (see `Game.analyses`)
 Figure = int | float | str | None
 Analysis = dict[str, Figure | dict[str, Figure | dict[str, Figure]]]
+# How many texts are kept, and how many of them could not be encoded as they were
+TextsEntry = Annotated[dict[Literal["kept", "replaced"], int], Field(min_length=2)]
 
 
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
-
-
-class TextsEntry(TypedDict):
-    kept: int
-    replaced: int  # of them, how many could not be encoded as they were
 
 
 class RoundEntry(TypedDict):
@@ -143,16 +138,12 @@ class Summary(TypedDict):
 
 @with_config(SHAPE)
 class AnalysedRound(TypedDict):
-    """The part of a round's entry in analysis.json that differs by kind, persona set and model."""
-
     round: int
     by: dict[str, dict[str, Analysis]]
 
 
 @with_config(SHAPE)
 class AnalysisFile(TypedDict):
-    """The content of analysis.json."""
-
     rounds: list[AnalysedRound]
 
 
@@ -165,8 +156,8 @@ def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
+    by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
     for entry in summary["rounds"]:
-        by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
         entry.setdefault("outcome", {"average": entry["average"], "winning_number": entry["winning_number"]})
         entry.setdefault("ended", next((by_cause[each] for each in by_cause if each in entry["failures"]), "complete"))
     return SimulationConfig.from_json(summary["config"]), summary
@@ -233,8 +224,8 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
 
 def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
     """Return the `kept` most frequent failure causes with their counts. Merge the remaining causes into one entry."""
-    named = [(cause, count) for cause, count in failures.items() if cause != OTHER_CAUSES]
-    first = dict(sorted(named, key=lambda item: (-item[1], item[0]))[:kept])
+    named = sorted(failures.keys() - {OTHER_CAUSES}, key=lambda cause: (-failures[cause], cause))
+    first = {cause: failures[cause] for cause in named[:kept]}
     others = sum(failures.values()) - sum(first.values())
     return first | ({OTHER_CAUSES: others} if others else {})
 
@@ -266,18 +257,17 @@ class GameFile(TypedDict):
     rules: NotRequired[RecordedRules]  # absent in old runs
 
 
-GAME_FILE = TypeAdapter(GameFile)
+GAME_FILE: TypeAdapter[Any] = TypeAdapter(GameFile)
 PEOPLE = TypeAdapter(dict[Literal["people"], tuple[HumanData, ...]])  # the content of human.json
 
 
 def game_to_json(game: Game) -> dict[str, Any]:
     """Return the content of game.json."""
-    cast = game.population
-    entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
+    cast, known = game.population, {"equilibrium": game.equilibrium(), "numbers_announced": game.numbers_announced}
+    entry: dict[str, Any] = {"personas": cast.persona_sets, "models": cast.models, "turns": cast.round_robin_models}
     entry |= {"players": cast.players, "block": cast.block}
-    rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
-    rules["numbers_announced"] = game.numbers_announced
-    return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
+    rules = {"words": game.words, "low": game.low, "high": game.high, **known}
+    return GAME_FILE.dump_python({"wording": game.prompt, "cast": entry, "rules": rules}, mode="json")
 
 
 class RecordedGame(Game):
@@ -300,12 +290,10 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
     Only if `trusted`, execute the file of a game that is not in games/. Otherwise, return a `RecordedGame`.
     """
     content = GAME_FILE.validate_json(text)
-    cast = content["cast"]
-    players = cast.get("players", ())
+    cast, players = content["cast"], content["cast"].get("players", ())
     parts = (cast["personas"], cast["models"], cast["turns"], players, cast.get("block", 1))
     population = Population(config.seed or 0, config.participant_num, *parts)
-    mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]]
-    mixtures = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
+    mixtures: list[Any] = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
     if len({each.label for each in players}) < len(players) or bool(players) is (config.players is None):
         raise ValueError("its kinds of players are not those of the settings")
     if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
@@ -314,9 +302,8 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
         raise ValueError("a name cannot be displayed")
     if trusted or ".py" not in config.game:
         return game_of(config, content["wording"], population)
-    fields = game_fields(config, content["wording"], population)
-    announced = content["rules"].get("numbers_announced", False)
-    return RecordedGame(**{**fields, "recorded": content["rules"], "numbers_announced": announced})
+    recorded = {"recorded": content["rules"], "numbers_announced": content["rules"].get("numbers_announced", False)}
+    return RecordedGame(**{**game_fields(config, content["wording"], population), **recorded})
 
 
 def people_to_json(people: tuple[HumanData, ...]) -> dict[str, Any]:
