@@ -5,6 +5,7 @@ Unless stated otherwise, functions raise SettingsError for a missing or damaged 
 
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -145,23 +146,17 @@ class SavedRun(SavedSummary):
             if len(units):
                 yield number, (units, before)
 
-    def sample_texts(
-        self, parts: Grouping | None, names: Collection[str], number: int, limit: int
-    ) -> dict[str, list[dict[str, Any]]]:
+    def sample_texts(self, parts: Grouping, names: Collection[str], number: int, limit: int) -> dict[str, list[Any]]:
         """Return what models wrote: up to `limit` rows of texts.parquet of round `number` for each of `names`.
 
-        The names are those of `parts`; all participants are of the only name if `parts` is None. Each row also has the
-        `value` of the answer.
+        The names are those of `parts`. Each row also has the `value` of the answer.
         """
         of_round, participant = ds.field("round") == number, ds.field("participant")
         with _damage(self.path, "texts.parquet"):
             texts, answers = (ds.dataset(files_of(self.path, kind)) for kind in ("texts", "answers"))
-            having = texts.to_table(["participant"], filter=of_round)["participant"].to_numpy()
-            places = (
-                np.zeros_like(having) if parts is None else parts.name_indices(0, self.config.participant_num)[having]
-            )
-            indices = {name: 0 if parts is None else parts.names.index(name) for name in names}
-            chosen = {name: having[places == index][:limit].tolist() for name, index in indices.items()}
+            writers = texts.to_table(["participant"], filter=of_round)["participant"].to_numpy()
+            places = parts.name_indices(0, self.config.participant_num)[writers]
+            chosen = {name: writers[places == parts.names.index(name)][:limit].tolist() for name in names}
             every = [each for found in chosen.values() for each in found]
             wanted = of_round & (participant <= max(every, default=0)) & participant.isin(every)
             values = answers.to_table(["participant", "value"], filter=wanted).to_pydict()
@@ -193,23 +188,21 @@ class SavedRun(SavedSummary):
         entries = []
         for index, result in enumerate(results):
             payoffs = partial(mean_payoffs, self.game, result.tally, result.outcome)
-            outcomes = [each.outcome for each in results[: index + 1]]
-            by = {topic: dict[str, dict[str, Any]]() for topic in parts}
+            outcomes, by = [each.outcome for each in results[: index + 1]], {topic: dict[str, Any]() for topic in parts}
             for topic, names in shown.items():
                 paid = payoffs(parts[topic][index])
                 for name in names:
                     tallies, known = [each[name] for each in parts[topic][: index + 1]], pairs.get((topic, name, index))
-                    by[topic][name] = {"mean_payoff": paid[name]} | analyse(
-                        self.game, tallies, outcomes, known and [known]
-                    )
-            paid = payoffs({"all": result.tally})
-            entries.append({"round": result.round, "mean_payoff": paid["all"], **result.analysis, "by": by})
+                    analysed = analyse(self.game, tallies, outcomes, known)
+                    by[topic][name] = {"mean_payoff": paid[name], **analysed}
+            entry = {"round": result.round, **payoffs({"mean_payoff": result.tally}), **result.analysis, "by": by}
+            entries.append(entry)
         omitted = {topic: len(tallies[-1]) - len(shown[topic]) for topic, tallies in parts.items()}
         return {"run_id": self.run_id, "rounds": entries, "parts_omitted": omitted}
 
-    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str, int], Pairs]:
+    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str, int], list[Pairs]]:
         """Return the pairs of successive answers in units (see `Game.analyses`), by part and index in `results`."""
-        count, pairs = self.config.participant_num, dict[tuple[str, str, int], Pairs]()
+        count, pairs = self.config.participant_num, dict[tuple[str, str, int], list[Pairs]]()
         if count > MOST_PAIRS or not shown:
             return pairs
         members, by_topic = dict[tuple[str, str], Any](), self.game.population.by_topic
@@ -219,7 +212,8 @@ class SavedRun(SavedSummary):
         for number, (before, after) in self._successive():
             for part, indices in members.items():
                 was, now = before[indices], after[indices]
-                pairs[*part, number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
+                both = (was >= 0) & (now >= 0)
+                pairs[*part, number - 1] = [(was[both], now[both])]
         return pairs
 
 
@@ -269,10 +263,10 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     for name, _, text in (each.partition("=") for each in given.pop("set", ())):
         known = (config.value_of(f"{OF_SET}{each}") for each in (name, name.rpartition(".")[2]))
         was = next((each for each in known if each is not None), None)
-        changed_it = was is None or was.casefold() != text.casefold()
+        differs = was is None or was.casefold() != text.casefold()
         with suppress(ValueError):  # not numbers
-            changed_it = was is None or float(was) != float(text)
-        if changed_it:
+            differs = was is None or float(was) != float(text)
+        if differs:
             start = f"--set {name}={text}: the run in {path} was started {f'with {was}' if was else 'without it'}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     changed = replace(config, **given)
@@ -353,11 +347,10 @@ def read_game(path: Path, config: SimulationConfig, trusted: bool = False) -> Ga
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
     """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
-    path, entries = saved.path, saved.summary["rounds"]
-    tallies: dict[int, Tally] = {}
+    path, entries, results = saved.path, saved.summary["rounds"], list[RoundResult]()
+    tallies = defaultdict[int, Tally](lambda: Tally(0))
     for number, rows in _rows_of(saved, game) if entries else ():
-        tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
-    results: list[RoundResult] = []
+        tallies[number] += tally_in(rows, game.scale)
     for entry in entries:
         number = entry["round"]
         if number not in tallies:
@@ -377,8 +370,8 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
             raise SettingsError(f"{path}: answers.parquet and summary.json say different things of round {number}")
         winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
         texts = (each["kept"], each["replaced"]) if (each := entry.get("texts")) else None
-        others = {"seconds": entry["seconds"], "reassigned": entry["reassigned"], "texts": texts}
-        results.append(replace(result, winners=winners, **others))
+        times = {"seconds": entry["seconds"], "reassigned": entry["reassigned"]}
+        results.append(replace(result, winners=winners, texts=texts, **times))
     return results
 
 

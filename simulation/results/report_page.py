@@ -336,14 +336,14 @@ def _texts(run: SavedRun) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
     if not kept or not run.results or not is_there(files_of(run.path, "texts")[0]):
         return []
     personas = [each for each in population.groupings if each.topic in population.persona_sets]
-    topics: Sequence[Grouping | None] = personas or population.groupings or [None]
+    everyone = Grouping("", ("all participants",), (), 0)
+    topics: Sequence[Grouping] = personas or population.groupings or [everyone]
     rounds, found = dict.fromkeys((run.results[0].round, run.results[-1].round)), []
     for parts in topics:
-        tallies = {"all participants": Tally(0)} if parts is None else run.tallies_by_part[parts.topic][-1]
+        tallies = run.tallies_by_part[parts.topic][-1] if parts is not everyone else {"all participants": Tally(0)}
         names = largest(tallies, max(TEXT_PARTS // len(topics), 1))
         samples = [run.sample_texts(parts, names, number, TEXTS_EACH) for number in rounds]
-        rows = {name: [row for sample in samples for row in sample[name]] for name in names}
-        found.append(("" if parts is None else parts.topic, rows))
+        found.append((parts.topic, {name: [row for sample in samples for row in sample[name]] for name in names}))
     return found
 
 
