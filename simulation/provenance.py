@@ -148,11 +148,7 @@ def with_copies(config: SimulationConfig, copies: Mapping[str, str]) -> Simulati
 
 
 def experiment_text(
-    title: str,
-    configs: Iterable[SimulationConfig],
-    names: Mapping[str, str],
-    varies: Sequence[str] = (),
-    repeats: int = 1,
+    title: str, configs: Iterable[SimulationConfig], names: dict[str, str], varies: Sequence[str] = (), repeats: int = 1
 ) -> str:
     """Return an experiment file that plays all of `configs` again, with the files that `names` maps to their copies.
 

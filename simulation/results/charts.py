@@ -50,6 +50,7 @@ SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
 PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
 NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
 BEYOND = 1.4  # a winning number above BEYOND * max_value is labelled, but not drawn
+Lines = Mapping[str, Mapping[int, float]]  # numbers by name and round
 
 mpl.rcdefaults()  # discard the user's matplotlibrc, which may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
@@ -85,7 +86,7 @@ def histogram_rows(game: Game, tally: Tally) -> list[tuple[Any, ...]]:
     return [("from", "to", "participants"), *zip(first, last, counts.tolist(), strict=True)]
 
 
-def line_rows(rounds: int, lines: Mapping[str, Mapping[int, float]]) -> list[tuple[Any, ...]]:
+def line_rows(rounds: int, lines: Lines) -> list[tuple[Any, ...]]:
     """Return the rows of a CSV file with numbers by round, after a row of headings. A missing number is empty."""
     return [("round", *lines)] + [(at, *(each.get(at, "") for each in lines.values())) for at in range(1, rounds + 1)]
 
@@ -129,17 +130,12 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def draw_lines(
-    axes: Axes,
-    rounds: int,
-    lines: Mapping[str, Mapping[int, float]],
-    styles: Sequence[dict[str, Any]] = (),
-    bands: Sequence[Mapping[int, tuple[float, float]]] = (),
-    unit: str = "average",
+    axes: Axes, rounds: int, lines: Lines, styles: Sequence[Any] = (), bands: Sequence[Any] = (), unit: str = "average"
 ) -> None:
-    """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
+    """Draw lines. A missing number leaves a gap. `unit` is the title of the y-axis.
 
     Lines at the same position share it by alternating dashes and markers. `styles` and `bands`, if given, have one
-    entry per line. A band shades intervals by round. `unit` is the title of the y-axis.
+    entry per line. A band shades intervals by round.
     """
     every = [*range(1, rounds + 1)]
     positions = [{each: f"{number:.3g}" for each, number in numbers.items()} for numbers in lines.values()]
@@ -182,7 +178,7 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     draw_lines(axes, len(run.results), drawn, [{"color": "average"}, dashes], unit=number_axis(run.game))
 
 
-def draw_stacks(axes: Axes, parts: Mapping[str, Mapping[int, float]], unit: str) -> None:
+def draw_stacks(axes: Axes, parts: Lines, unit: str) -> None:
     """Draw a stacked bar for each round. Its segments are `parts`, which map names to numbers by round, in `unit`."""
     rounds = sorted({each for numbers in parts.values() for each in numbers})
     below = np.zeros(len(rounds))
@@ -234,23 +230,21 @@ def all_rounds(run: SavedRun) -> Figure:
 
 
 def picture(
-    draw: Callable[[Axes], None],
-    title: str,
-    histograms: Sequence[tuple[str, Game, RoundResult]],
-    histograms_title: str,
-    legend: dict[str, Any],
-    legend_inches: float = 0.3,
+    draw: Callable[[Axes], None], title: str, histograms: Sequence[Any], heading: str, legend: Any, inches: float = 0.3
 ) -> Figure:
-    """Return a figure for a PNG file: a line chart by round, its legend, and histograms with their titles below it."""
+    """Return a figure for a PNG file: a line chart by round, and below it its legend, which is `inches` high.
+
+    Then follow `histograms`, tuples of a title, a game and a result, with the title `heading`.
+    """
     columns = 2 if len(histograms) == 4 else min(len(histograms) or 1, 3)
     rows = -(-len(histograms) // columns) or 1
-    heights = (3.6 + legend_inches, 2.4 * rows)
+    heights = (3.6 + inches, 2.4 * rows)
     figure = Figure(figsize=(PICTURE_INCHES, sum(heights)), layout="constrained")
     above, below = cast(Any, figure.subfigures(2, 1, height_ratios=heights))
     draw(axes := above.subplots())
     axes.set_title(textwrap.fill(title, 80), weight="bold", fontsize=12)
     above.legend(loc="outside lower center", **legend)
-    below.suptitle(histograms_title)
+    below.suptitle(heading)
     grid = list(below.subplots(rows, columns, squeeze=False).flat)
     for axes, (text, game, result) in zip(grid, histograms, strict=False):
         draw_answers(axes, game, result)

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from simulation.errors import printable
 from simulation.files import is_there, real
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, merge
@@ -28,7 +29,7 @@ from simulation.results import charts
 from simulation.results.charts import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, folder_names, unfinished_lines
 from simulation.results.report_page import flat, write_page
-from simulation.results.run_directory import REPORT, SWEEP, about_of, results_errors, script_command, write_whole
+from simulation.results.run_directory import REPORT, SWEEP, results_errors, script_command, sweep_position, write_whole
 from simulation.results.tables import as_csv, column_lines, columns_of, value_text
 from simulation.settings import SETTINGS
 
@@ -79,8 +80,8 @@ class Treatment:
     def estimates(self, name: str) -> dict[int, Estimate]:
         """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds.
 
-        The last figures of a run that has converged count in all later rounds, too.
-        If an answer is a choice between two numbers, so is the winning number, which then has no mean.
+        The last figures of a run that has converged count in all later rounds, too. A winning number that is one of two
+        numbers has no mean.
         """
         numbers: dict[int, list[float]] = {}
         for run in self.runs if name != "winning_number" or self.runs[0].game.numbers > 2 else ():
@@ -179,9 +180,8 @@ def _text(name: str, value: Any) -> str:
 
 def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
     """Return the words for each figure of the outcomes, by name. If games differ in them, the average comes first."""
-    outcomes = [run.figures for run in runs if run.figures] or [
-        {"average": "average", "winning_number": "winning number"}
-    ]
+    usual = {"average": "average", "winning_number": "winning number"}
+    outcomes = [run.figures for run in runs if run.figures] or [usual]
     alike = all(each == outcomes[0] for each in outcomes)
     figures = {} if alike else {"average": "average"}  # of the answers, which each game has
     for name, words in itertools.chain(*(each.items() for each in outcomes)):
@@ -202,10 +202,8 @@ def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
     for run, folder, values in zip(runs, folder_names(runs), differing, strict=True):
         entries = run.summary["rounds"]
         row: Row = {"run": folder} | {_plain(name): _text(name, values[name]) for name in values if name in shown}
-        for heading, name, index in figures:
-            row[heading] = figure_of(entries[index], name) if entries else None
-        row |= {"played": len(entries)}
-        row |= {key: sum(entry[key] for entry in entries) for key in ("answered", "failed")}
+        row |= {heading: figure_of(entries[at], name) if entries else None for heading, name, at in figures}
+        row |= {"played": len(entries)} | {key: sum(each[key] for each in entries) for key in ("answered", "failed")}
         row |= {"status": run.status_in_words, "equilibrium": _equilibrium(run.game)}
         rows.append(row | {"seconds": run.summary["seconds"]["total"]})
     return rows
@@ -292,10 +290,11 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
     """Return the template variables of the comparison page. Its links to reports are relative to `folder`."""
     treatments, reports = treatments_of(runs), [real(run.path) / REPORT for run in runs]
     drawn, script = _to_draw(treatments), folder / EXPERIMENT
+    position: Any = sweep_position(runs[0].path) if real(runs[0].path).parent == real(folder) else None
     return {
         "runs": runs,
         "all_runs": all_runs,
-        "about": about_of(folder),
+        "about": printable((position or {}).get("about", "")),
         "entries": [entry for run in runs for entry in run.summary["rounds"]],
         "files": [DATA, PICTURE, *(name for name in (EXPERIMENT, SWEEP) if is_there(folder / name))],
         "repeat": script_command("--experiment", script) if is_there(script) else "",
@@ -338,8 +337,7 @@ def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: s
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
             axes.plot(*zip(*run.by_round(name).items(), strict=True), color=colour, linewidth=0.6)
     estimates = [each.estimates(name) for each in drawn]
-    repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates]
-    bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
+    bands = [{number: each[-2:] for number, each in found.items() if each.runs > 1} for found in estimates]
     charts.draw_lines(axes, *_lines(drawn, name), bands=bands, unit=unit)
 
 

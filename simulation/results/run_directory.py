@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, printable, reason
+from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game, Pairs
@@ -66,14 +66,6 @@ def sweep_position(path: Path) -> SweepPosition | None:
         return run_files.POSITION.validate_python(position | {"runs": len(sweep["runs"])})
     except (OSError, *run_files.DAMAGED):  # a damaged file is reported when the experiment is resumed
         return None
-
-
-def about_of(path: Path) -> str:
-    """Return the description in the experiment's folder `path`, or "" if there is none."""
-    try:
-        return printable(json.loads(read_text(path / SWEEP))["about"] or "")
-    except (OSError, *run_files.DAMAGED):  # as above
-        return ""
 
 
 def script_command(flag: str, path: Path, *flags: str) -> str:
@@ -160,8 +152,7 @@ class RunDirectory:
                 break
             for entry in summary["rounds"]:  # answers.parquet still contains all causes, and analysis.json all analyses
                 entry["failures"] = run_files.most_frequent(entry["failures"], causes)
-                if lost == 0:
-                    entry.pop("analysis", None)
+                entry.pop("analysis" if lost == 0 else "", None)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
         if not self._whole._was_latest:  # only once: a run that was started later remains the latest
@@ -205,10 +196,7 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def pairs(self, round_number: int, count: int, scale: int) -> Iterator[Pairs]:
-        """Yield the answers of the participants 0 .. count-1 that answered in this round and the last, piece by piece.
-
-        Yield nothing for the first round. `scale` is 10^decimals.
-        """
+        """Yield, in pieces, the answers of participants 0 .. count-1 who answered in this round and the last."""
         size = answers_parquet.ROWS_AT_ONCE
         for first in range(0, count, size) if round_number > 1 else ():
             values = self.values(first, min(size, count - first), round_number, round_number - 2)
@@ -271,7 +259,6 @@ class RunDirectory:
                         part.unlink()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write `content` to the JSON file `name` in the folder."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
