@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -245,12 +245,9 @@ def picture(
     axes.set_title(textwrap.fill(title, 80), weight="bold", fontsize=12)
     above.legend(loc="outside lower center", **legend)
     below.suptitle(heading)
-    grid = list(below.subplots(rows, columns, squeeze=False).flat)
-    for axes, (text, game, result) in zip(grid, histograms, strict=False):
-        draw_answers(axes, game, result)
+    for place, (text, game, result) in enumerate(histograms, start=1):
+        draw_answers(axes := below.add_subplot(rows, columns, place), game, result)
         axes.set_title(textwrap.fill(text, TITLE_WIDTH))
-    for axes in grid[len(histograms) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -272,10 +269,10 @@ def short(number: float, _index: float = 0) -> str:
 
 def limit_ticks(axes: Axes, across: int, up: int, whole: str) -> None:
     """Show about `across` ticks on the x-axis and `up` on the y-axis. The axes in `whole` have only whole numbers."""
-    names: tuple[Literal["x", "y"], ...] = ("x", "y")
-    for name, axis, most in zip(names, (axes.xaxis, axes.yaxis), (across, up), strict=True):
-        axes.locator_params(name, nbins=most, integer=name in whole, min_n_ticks=1)  # a single round has one tick
-        axis.set_major_formatter(short)
+    axes.locator_params("x", nbins=across, integer="x" in whole, min_n_ticks=1)  # a single round has one tick
+    axes.locator_params("y", nbins=up, integer="y" in whole, min_n_ticks=1)
+    axes.xaxis.set_major_formatter(short)
+    axes.yaxis.set_major_formatter(short)
 
 
 def write_png(path: Path, figure: Figure) -> None:

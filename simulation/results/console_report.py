@@ -70,9 +70,7 @@ def _number(units: int, game: Game) -> str:
 
 def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> str:
     """Format a figure with three more decimals than an answer has, but an int as it is. None becomes `missing`."""
-    if number is None:
-        return missing
-    text = number_text(number, game.decimals + 3, padded=True)
+    text = missing if number is None else number_text(number, game.decimals + 3, padded=True)
     return text if isinstance(number, int) else text.replace(",", "")
 
 

@@ -252,11 +252,10 @@ def result_in_words(run: SavedRun) -> str:
     text = " and ".join(f"{each} in round {number}" if several else each for number, each in shown.items())
     count, names = last.winners.count, listed(f"P{index}" for index in last.winners.lowest)
     names = names if count <= NAMED else f"{count:,} participants"
-    won = f"by {names} with" if several else f"{names} won with"
+    won = f"Round {last.round} was won by {names} with" if several else f"{names} won with"
+    ending = f"{won} {winning_answers(last, run.game)}"
     if not count:
         ending = f"No answer won round {last.round}" if several else "no answer won"
-    else:
-        ending = f"{f'Round {last.round} was won ' if several else ''}{won} {winning_answers(last, run.game)}"
     return f"The {words} was {text}{'. ' if several else ', and '}{ending}."
 
 
@@ -310,11 +309,11 @@ def _repeat_command(run: SavedRun) -> str:
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
     scale, tallies = run.game.scale, run.tallies_by_part[topic]
-    rounds, last = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)], tallies[-1]
+    rounds, last = [*enumerate(tallies, start=1)], tallies[-1]
     rows = PART_ROWS // len(run.tallies_by_part)
     listed = largest(last, max(rows // 3, 1))
     shown = [rounds[index] for index in selection(len(rounds), max(rows // len(listed), 1))]
-    averages = {name: [(at, each[name].average()) for at, each in rounds] for name in largest(last, PART_LINES)}
+    averages = [(name, [(at, each[name].average()) for at, each in rounds]) for name in largest(last, PART_LINES)]
     drawn = [(name, charts.histogram_rows(run.game, last[name])) for name in largest(last, PARTS_DRAWN)]
     return {
         "name": topic,
@@ -324,9 +323,7 @@ def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
         "rounds": len(shown),
         "rows": [(name, number, each[name]) for number, each in shown for name in listed],
         "answers": [(topic, *drawn[0][1][0]), *((name, *row) for name, table in drawn for row in table[1:] if row[2])],
-        "lines": {
-            name: {at: float(each / scale) for at, each in by if each is not None} for name, by in averages.items()
-        },
+        "lines": {name: {at: float(each / scale) for at, each in by if each is not None} for name, by in averages},
     }
 
 

@@ -338,9 +338,9 @@ class FailedAnswer(TypedDict):
 
 def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:
     """Parse a JSON lines file of `shape` entries. Return [] if it is missing. Raises SettingsError if it is damaged."""
-    lines = TypeAdapter(list[shape], config=SHAPE)  # type: ignore[valid-type]
 
     def parse(text: str) -> list[T]:
-        return lines.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+        return TypeAdapter(list[shape], config=SHAPE).validate_python(lines)  # type: ignore[valid-type]
 
     return read_run_file(path, name, parse) if is_there(path / name) else []

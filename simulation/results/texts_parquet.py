@@ -1,5 +1,6 @@
 """Writing what language models wrote: Parquet files of texts, and of the prompts they answer."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -83,8 +84,7 @@ class RecordedTexts:
             prompts = pa.concat_tables(chain.from_iterable(rows_in(path, PROMPTS) for path in self._prompts))
             same = prompts.filter(pc.is_in(prompts["system"], pa.array(sorted(systems), pa.string())))["prompt"]
             rows = rows.filter(pc.is_in(rows["prompt"], same.combine_chunks()))
-        rounds = rows["round"].to_numpy()
-        return dict(zip(*(each.tolist() for each in np.unique(rounds, return_counts=True)), strict=True))
+        return Counter(rows["round"].to_pylist())
 
 
 def write_texts(
