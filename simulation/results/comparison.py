@@ -210,7 +210,6 @@ def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
 
 
 def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
-    """Return a table row for each treatment, with estimates of the last round."""
     rows: list[Row] = []
     figures = [*_figures([run for each in treatments for run in each.runs]).items()][:FIGURES_SHOWN]
     for treatment in treatments:
@@ -222,11 +221,10 @@ def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
             interval, std, its = mean, mean, "" if (name, words) == figures[0] else f"{words}: "
             if (found := treatment.estimates(name).get(last)) is not None:
                 mean = ("{} ({} of {})", found.mean, found.runs, known) if found.runs < known else found.mean
-                if found.runs > 1:
-                    interval, std = ("{} to {}", found.low, found.high), found.std
-            row |= {words: mean, f"{its}95 % interval": interval} | ({} if its else {"std": std})
+                interval, std = (("{} to {}", found.low, found.high), found.std) if found.runs > 1 else (None, None)
+            row |= {words: mean, f"{its}95 % interval": interval}
             if not its:
-                row |= {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
+                row |= {"std": std} | {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
         row["runs"] = ("{} of {}", known, count) if known < count else count
         row["failed"] = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
         states = Counter(run.status_in_words for run in treatment.runs)
@@ -316,7 +314,6 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
 
 
 def _to_draw(treatments: Sequence[Treatment]) -> list[Treatment]:
-    """Return at most LINES treatments. Omit those without results."""
     played = [each for each in treatments if any(run.results for run in each.runs)]
     return [played[index] for index in charts.selection(len(played), LINES)]
 

@@ -59,7 +59,6 @@ class SavedSummary:
 
     @property
     def rounds_finished(self) -> int:
-        """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
     def has_converged(self, limit: float | None) -> bool:
@@ -68,7 +67,6 @@ class SavedSummary:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the run has no rounds left."""
         return self.rounds_finished >= self.config.rounds or "converged_after" in self.summary
 
     def by_round(self, name: str) -> dict[int, float]:
@@ -87,7 +85,6 @@ class SavedSummary:
 
     @property
     def status_in_words(self) -> str:
-        """Return the status, and after which round the answers had converged, if they had."""
         converged = self.summary.get("converged_after")
         return f"{self.summary['status']}{f', converged after round {converged}' if converged else ''}"
 

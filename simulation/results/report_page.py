@@ -65,24 +65,10 @@ def seconds(duration: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def csv_link(rows: Iterable[Sequence[Any]]) -> str:
-    """Return a link that contains `rows` as a CSV file."""
-    return f"data:text/csv;charset=utf-8,{quote(as_csv(rows), safe=',')}"
-
-
-def file_name(label: str) -> str:
-    """Return a label as a file name without an ending."""
-    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.").lower()[:80] or "chart"
-
-
 def column(numbers: Sequence[Any], game: Game, digits: int | None = None) -> list[str]:
     """Format the figures of a game in one column of a table. All have `digits` decimals (default: `decimals_of`)."""
     digits = decimals_of(numbers, game.decimals + 3) if digits is None else digits
     return [number_text(None if each is None else float(each), digits, padded=True) for each in numbers]
-
-
-def in_numbers(units: Iterable[Any], game: Game) -> list[Any]:
-    return [each and each / game.scale for each in units]
 
 
 def by_round(entries: Sequence[dict[str, Any]], names: Iterable[tuple[str, str]]) -> dict[str, dict[int, float]]:
@@ -103,10 +89,13 @@ def flat(analysis: Mapping[str, Any], start: str = "") -> dict[str, float | None
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
-OF_TEMPLATES = (by_round, column, figure_of, in_numbers, page_chart, series_style, winning_answers)
+OF_TEMPLATES = (by_round, column, figure_of, page_chart, series_style, winning_answers)
 ENVIRONMENT.globals |= {each.__name__: each for each in OF_TEMPLATES} | {"charts": charts}
 ENVIRONMENT.globals |= {"text_shown": TEXT_SHOWN, "text_folded": TEXT_FOLDED}
-ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds, "csv_link": csv_link, "file_name": file_name}
+ENVIRONMENT.globals["in_numbers"] = lambda units, game: [each and each / game.scale for each in units]
+ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds}
+ENVIRONMENT.filters["csv_link"] = lambda rows: f"data:text/csv;charset=utf-8,{quote(as_csv(rows), safe=',')}"
+ENVIRONMENT.filters["file_name"] = lambda text: re.sub(r"[^\w.=+-]+", "-", text).strip("-.").lower()[:80] or "chart"
 ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 

@@ -262,7 +262,6 @@ PEOPLE = TypeAdapter(dict[Literal["people"], tuple[HumanData, ...]])  # the cont
 
 
 def game_to_json(game: Game) -> dict[str, Any]:
-    """Return the content of game.json."""
     cast, known = game.population, {"equilibrium": game.equilibrium(), "numbers_announced": game.numbers_announced}
     entry: dict[str, Any] = {"personas": cast.persona_sets, "models": cast.models, "turns": cast.round_robin_models}
     entry |= {"players": cast.players, "block": cast.block}
@@ -307,7 +306,6 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
 
 
 def people_to_json(people: tuple[HumanData, ...]) -> dict[str, Any]:
-    """Return the content of human.json."""
     return PEOPLE.dump_python({"people": people}, mode="json", exclude_defaults=True)
 
 
