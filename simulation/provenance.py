@@ -149,10 +149,7 @@ def with_copies(config: SimulationConfig, copies: Mapping[str, str]) -> Simulati
 def experiment_text(
     title: str, configs: Iterable[SimulationConfig], names: dict[str, str], varies: Sequence[str] = (), repeats: int = 1
 ) -> str:
-    """Return an experiment file that plays all of `configs` again, with the files that `names` maps to their copies.
-
-    `configs` are all combinations of some values of the settings `varies`, and each of them was played `repeats` times.
-    """
+    """Return an experiment file that plays `configs`, combinations of values of `varies`, again. `names` map paths."""
     values: dict[str, list[Any]] = {"repeats": [repeats]}
     for config in configs:
         own = {name: getattr(config, name) for name, each in SETTINGS.items() if each.game} | renamed(config, names)

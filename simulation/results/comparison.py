@@ -115,10 +115,7 @@ class Treatment:
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
-    """Group the runs by their compared settings, in the order in which the treatments first occur.
-
-    Runs that differ in `rounds` only are repeats, of which some were continued, unless their seeds are equal.
-    """
+    """Group runs by compared settings. Runs that differ in `rounds` only are repeats unless their seeds are equal."""
     differing = _differing(runs)
     names = _ranked(differing)
     seeds = {(run.config.seed, *(each[name] for name in names)) for run, each in zip(runs, differing, strict=True)}
@@ -155,10 +152,7 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
 
 
 def _ranked(differing: Sequence[dict[str, Any]], by_rounds: bool = False) -> list[str]:
-    """Return the settings that define treatments, the important ones first, with `rounds` only if `by_rounds`.
-
-    Each distinguishes, together with those before it, as many runs as possible.
-    """
+    """Return the settings that define treatments. Each distinguishes, with those before it, as many runs as it can."""
 
     def distinct(*names: str) -> int:
         return len({tuple(each[name] for name in names) for each in differing})

@@ -108,20 +108,14 @@ def usage_line(before: Usage, after: Usage, round_s: float) -> str:
 
 
 def histogram(tally: Tally, low: int, high: int, bars: int) -> tuple[Units, Units]:
-    """Return edges and counts of at most `bars` bins (see `bins_of`) over the answers low .. high, in units.
-
-    The last edge is high + 1. If no equal bins are possible, the last bin is therefore narrower.
-    """
+    """Return edges and counts of at most `bars` bins (see `bins_of`), in units. The last edge is high + 1."""
     width, bins = bins_of(high - low + 1, bars)
     edges = np.minimum(low + width * np.arange(bins + 1, dtype=np.int64), high + 1)
     return edges, np.bincount((tally.units - low) // width, tally.counts, bins).astype(np.int64)
 
 
 def histogram_lines(result: RoundResult, game: Game) -> list[str]:
-    """Return the title and the rows of a text histogram of a round's answers. The rows fit the width of the terminal.
-
-    Bins without answers have no row; `...` replaces those between two rows.
-    """
+    """Return the lines of a text histogram that fits the terminal. `...` replaces the rows of bins without answers."""
     tally = result.tally
     if not tally.answered:
         return []

@@ -144,10 +144,7 @@ class SavedRun(SavedSummary):
                 yield number, (units, before)
 
     def sample_texts(self, parts: Grouping, names: Collection[str], number: int, limit: int) -> dict[str, list[Any]]:
-        """Return what models wrote: up to `limit` rows of texts.parquet of round `number` for each of `names`.
-
-        The names are those of `parts`. Each row also has the `value` of the answer.
-        """
+        """Return up to `limit` rows of texts.parquet of round `number`, with the `value`, for `names` in `parts`."""
         of_round, participant = ds.field("round") == number, ds.field("participant")
         with _damage(self.path, "texts.parquet"):
             texts, answers = (ds.dataset(files_of(self.path, kind)) for kind in ("texts", "answers"))
@@ -175,10 +172,7 @@ class SavedRun(SavedSummary):
         return tallies
 
     def analysis(self) -> dict[str, Any]:
-        """Return the content of analysis.json: analysis and mean payoff of each round, of all and of the largest parts.
-
-        If there are more than MOST_PAIRS participants, the analyses of parts know no single answers.
-        """
+        """Return the content of analysis.json. Above MOST_PAIRS participants, parts have no analyses of pairs."""
         results, parts = self.results, self.tallies_by_part
         shown = {topic: largest(tallies[-1], PARTS_ANALYSED) for topic, tallies in parts.items()}
         pairs = self._pairs_by_part(shown) if any(result.analysis for result in results[1:]) else {}
@@ -226,18 +220,14 @@ def figure_of(entry: Mapping[str, Any], name: str) -> Any:
 
 
 def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
-    """Read a run: summary, game and answers. Error messages about the summary start with `flag`.
-
-    Only if `trusted`, execute the file of a user's game to count the results again, instead of reading them.
-    """
+    """Read a run. Errors in the summary start with `flag`. Only if `trusted`, execute the file of a user's game."""
     saved = read_summary(path, flag)
     _, copies = kept_files(path, saved.summary.get("sources", []) if trusted else [], flag)
     game = read_game(path, with_copies(saved.config, copies), trusted)
     people = run_files.read_run_file(path, HUMAN, run_files.parse_people) if is_there(path / HUMAN) else ()
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game), people=people)
-    for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams else []):
-        averages = ((name, tally.average()) for name, tally in tallies.items())
-        teams = tuple((name, units and units / game.scale) for name, units in averages)
+    for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams or "", [])):
+        teams = tuple((name, (units := each.average()) and units / game.scale) for name, each in tallies.items())
         run.results[index] = replace(run.results[index], teams=teams)
     return run
 

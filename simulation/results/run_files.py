@@ -1,7 +1,7 @@
 """The JSON files of a run folder: their schemas, and functions that build, read and validate their content."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, get_args
@@ -174,7 +174,7 @@ def summarise(
     position: SweepPosition | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json. `status` is one of the values that `Summary` allows."""
-    llm = config.uses_models
+    llm, texts = config.uses_models, [each.texts for each in rounds if each.texts]
     rpc_s = seconds["rounds"] - usage.answering_s  # `answering_s` and `client_s` are times of the slowest group
     llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
     llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
@@ -187,13 +187,13 @@ def summarise(
         "cluster": cluster | (llm_seconds if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [round_entry(result, 10**config.decimals) for result in rounds],
-        **({"texts": _texts_entry([each.texts for each in rounds if each.texts])} if llm else {}),
+        **(
+            {"texts": {"kept": sum(each[0] for each in texts), "replaced": sum(each[1] for each in texts)}}
+            if llm
+            else {}
+        ),
         "llm": {name: getattr(usage, name) for name in counts} if llm else None,
     }
-
-
-def _texts_entry(counts: Sequence[tuple[int, int]]) -> TextsEntry:
-    return {"kept": sum(kept for kept, _ in counts), "replaced": sum(replaced for _, replaced in counts)}
 
 
 def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "winning_number": None if winning is None else float(winning),
         "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
-        **({"texts": _texts_entry([result.texts])} if result.texts is not None else {}),
+        **({"texts": {"kept": texts[0], "replaced": texts[1]}} if (texts := result.texts) is not None else {}),
         "seconds": round(result.seconds, 4),
     }
 
@@ -284,10 +284,7 @@ class RecordedGame(Game):
 
 
 def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Game:
-    """Return the game that `config` and a game.json's `text` describe. Raises SettingsError or an error in DAMAGED.
-
-    Only if `trusted`, execute the file of a game that is not in games/. Otherwise, return a `RecordedGame`.
-    """
+    """Return a game. Only if `trusted`, execute the file of a user's. Raises SettingsError or one of DAMAGED."""
     content = GAME_FILE.validate_json(text)
     cast, players = content["cast"], content["cast"].get("players", ())
     parts = (cast["personas"], cast["models"], cast["turns"], players, cast.get("block", 1))

@@ -86,10 +86,7 @@ def value_text(name: str, value: Any) -> str:
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns to show in a line of `room` characters. Columns of width 0 are omitted.
-
-    Columns are separated by `gap` spaces. `dropped` lists the columns that may be omitted, the least important first.
-    """
+    """Return the columns with widths above 0 that fit into `room`, without the first of `dropped` if they do not."""
     columns = [column for column, width in enumerate(widths) if width]
     for index in dropped:
         if sum(widths[column] + gap for column in columns) - gap <= room:

@@ -75,10 +75,7 @@ class RecordedTexts:
             yield [RecordedText(*row) for row in zip(*(piece[name].to_pylist() for name in TEXTS.names), strict=True)]
 
     def counts(self, participants: int, systems: Collection[str] | None) -> dict[int, int]:
-        """Return how many texts of participants 0 .. participants-1 are recorded, by round.
-
-        Do not count texts whose system prompt is known and not one of `systems` (None: count all).
-        """
+        """Return by round how many texts of the first `participants` are recorded with one of `systems` or none."""
         rows = self._rows.slice(0, int(np.searchsorted(self._participants, participants)))
         if systems is not None and self._prompts:
             prompts = pa.concat_tables(chain.from_iterable(rows_in(path, PROMPTS) for path in self._prompts))
@@ -90,10 +87,7 @@ class RecordedTexts:
 def write_texts(
     texts: IO[bytes], prompts: IO[bytes], round_number: int, pieces: Iterable[list[KeptText]]
 ) -> tuple[int, int]:
-    """Write the texts of one round and their distinct prompts to two files, piece by piece.
-
-    Return how many texts there are, and in how many of them characters were replaced (see `well_formed`).
-    """
+    """Write texts and their distinct prompts. Return how many there are, and how many have replaced characters."""
     kept, replaced, distinct = 0, 0, Distinct()
     with row_writer(texts, TEXTS) as write, row_writer(prompts, PROMPTS) as write_prompts:
         for piece in pieces:
