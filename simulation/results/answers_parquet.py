@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
     [("round", pa.int32()), ("participant", pa.int64()), ("value", pa.float64()), ("failure", pa.string())]
 )
 SETTINGS_KEY = "simulation.settings"  # key of the settings, as JSON, in a file's metadata
-# A file of ten million answers has 9 MB. With the library's defaults it has 60 MB, and takes three times as long.
+# A file of ten million answers then has 9 MB; with the library's defaults 60 MB, and it takes three times as long.
 ENCODING = {"participant": "DELTA_BINARY_PACKED"}
 NO_DICTIONARY = ("participant", "won")
 ROWS_AT_ONCE, TEXTS_AT_ONCE = 250_000, 10_000  # maximum numbers of answers and of texts read at once
@@ -124,9 +124,12 @@ def write_csv(path: Path, target: Path) -> None:
 
 def values_in(path: Path, first: int, count: int) -> NDArray[np.float64]:
     """Return the answers of participants first .. first+count-1 from a file of one round. Failed answers are NaN."""
-    participant = pc.field("participant")
-    wanted = (participant >= first) & (participant < first + count)
-    return pq.read_table(path, columns=["value"], filters=wanted)["value"].to_numpy()
+    with pq.ParquetFile(path) as file:  # three times as fast as a filter
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        stops = np.cumsum(sizes)
+        low, high = np.searchsorted(stops, (first, first + count - 1), side="right")
+        column = file.read_row_groups(list(range(low, high + 1)), columns=["value"])["value"]
+    return column.slice(first - int(stops[low]) + sizes[low], count).to_numpy()
 
 
 def tally_in(table: pa.Table, scale: int) -> Tally:
