@@ -75,8 +75,8 @@ def _text_file(path: str) -> UserFile:
 
 def _files_of_run(folder: Path) -> tuple[UserFile, ...]:
     """Return the files of a recorded run that surrogates need. Their names start with the name of its folder."""
-    files = [folder / RUN_FILE, folder / "game.json", *files_in(folder, ".parquet")]
-    files = [each for each in files if not each.name.startswith(("texts", "prompts"))]
+    answers = [each for each in files_in(folder, ".parquet") if not each.name.startswith(("texts", "prompts"))]
+    files = (folder / RUN_FILE, folder / "game.json", *answers)
     return tuple(UserFile(f"{folder.name}/{each.name}", str(each), each.read_bytes()) for each in files)
 
 
@@ -143,21 +143,13 @@ def renamed(config: SimulationConfig, paths: Mapping[str, str]) -> dict[str, str
 
 def with_copies(config: SimulationConfig, copies: Mapping[str, str]) -> SimulationConfig:
     """Return the settings with the paths of copies in place of those of the users' files."""
-    changes: dict[str, Any] = dict(renamed(config, copies))
-    return replace(config, **changes)
+    return replace(config, **dict[str, Any](renamed(config, copies)))
 
 
 def experiment_text(
-    title: str,
-    configs: Iterable[SimulationConfig],
-    names: Mapping[str, str],
-    varies: Sequence[str] = (),
-    repeats: int = 1,
+    title: str, configs: Iterable[SimulationConfig], names: dict[str, str], varies: Sequence[str] = (), repeats: int = 1
 ) -> str:
-    """Return an experiment file that plays all of `configs` again, with the files that `names` maps to their copies.
-
-    `configs` are all combinations of some values of the settings `varies`, and each of them was played `repeats` times.
-    """
+    """Return an experiment file that plays `configs`, combinations of values of `varies`, again. `names` map paths."""
     values: dict[str, list[Any]] = {"repeats": [repeats]}
     for config in configs:
         own = {name: getattr(config, name) for name, each in SETTINGS.items() if each.game} | renamed(config, names)

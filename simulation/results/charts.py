@@ -49,8 +49,8 @@ TITLE_WIDTH = 36  # maximum number of characters in a line of a histogram's titl
 SMALL_MULTIPLES = 6  # maximum number of histograms in a PNG file
 PARTS_DRAWN, PART_LINES = 24, 8  # maximum number of personas or models in histograms, and in a line chart
 NAME_LENGTH = 18  # maximum length of a persona's or model's name in a chart
-STATISTICS: dict[str, Callable[[Tally], Fraction | None]] = {"median": Tally.median, "maximum": Tally.maximum}
 BEYOND = 1.4  # a winning number above BEYOND * max_value is labelled, but not drawn
+Lines = Mapping[str, Mapping[int, float]]  # numbers by name and round
 
 mpl.rcdefaults()  # discard the user's matplotlibrc, which may require LaTeX, for example
 get_named_colors_mapping().update(COLOURS)
@@ -63,7 +63,6 @@ def selection(count: int, limit: int) -> list[int]:
 
 
 def number_axis(game: Game) -> str:
-    """Return the title of an axis of answers."""
     return f"number ({game.low:,} to {game.high:,})"
 
 
@@ -75,26 +74,26 @@ def rounded(game: Game, number: Fraction | float | None) -> str:
 
 def statistic_of(game: Game, result: RoundResult) -> tuple[str, Fraction | None]:
     """Return name and value of the statistic of the answers in the outcome of a round (default: the average)."""
-    name = next((name for name in ("average", *STATISTICS) if name in result.outcome), "average")
-    units = result.tally.average() if name == "average" else STATISTICS[name](result.tally)
+    name = next((each for each in ("average", "median", "maximum") if each in result.outcome), "average")
+    units = getattr(result.tally, name)()
     return name, units and units / game.scale
 
 
-def histogram_rows(game: Game, tally: Tally, bins: int = BINS) -> list[tuple[Any, ...]]:
+def histogram_rows(game: Game, tally: Tally) -> list[tuple[Any, ...]]:
     """Return the rows of a CSV file with the histogram of all answers, after a row of headings."""
-    edges, counts = histogram(tally, game.lowest, game.lowest + game.numbers - 1, bins)
+    edges, counts = histogram(tally, game.lowest, game.lowest + game.numbers - 1, BINS)
     first, last = ([f"{each / game.scale:.{game.decimals}f}" for each in ends] for ends in (edges[:-1], edges[1:] - 1))
     return [("from", "to", "participants"), *zip(first, last, counts.tolist(), strict=True)]
 
 
-def line_rows(rounds: int, lines: Mapping[str, Mapping[int, float]]) -> list[tuple[Any, ...]]:
+def line_rows(rounds: int, lines: Lines) -> list[tuple[Any, ...]]:
     """Return the rows of a CSV file with numbers by round, after a row of headings. A missing number is empty."""
     return [("round", *lines)] + [(at, *(each.get(at, "") for each in lines.values())) for at in range(1, rounds + 1)]
 
 
 def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:
     """Draw a histogram of the answers of a round. Mark the statistic that decides, and the winning number."""
-    _draw_histogram(axes, game, result.tally, BINS, game.lowest + game.numbers - 1)
+    _draw_histogram(axes, game, result.tally, game.lowest + game.numbers - 1)
     axes.set(xlabel=number_axis(game), ylabel="participants")
     (name, middle), winning = statistic_of(game, result), result.winning_number
     if middle is not None:
@@ -107,9 +106,8 @@ def draw_answers(axes: Axes, game: Game, result: RoundResult) -> None:
             axes.set_xlim(right=max(axes.get_xlim()[1], float(winning) * 1.01))
 
 
-def _draw_histogram(axes: Axes, game: Game, tally: Tally, bins: int, top: int) -> None:
-    """Draw a histogram of the answers up to `top` units with at most `bins` bins."""
-    edges, counts = histogram(tally, game.lowest, top, bins)
+def _draw_histogram(axes: Axes, game: Game, tally: Tally, top: int) -> None:
+    edges, counts = histogram(tally, game.lowest, top, BINS)
     borders = (edges - 0.5) / game.scale  # a bin starts half a unit below its lowest answer
     heights = counts * (edges[1] - edges[0]) / np.diff(edges)  # the area of a narrower last bin is its count
     axes.stairs(heights, borders, fill=True, color="bars", label="answers")
@@ -127,23 +125,17 @@ def draw_equilibria(axes: Axes, game: Game, **style: Any) -> None:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return the style of a chart's line `index` (from 0)."""
     colour, dashes = series_style(index)
     return {"color": colour, "linestyle": dashes, "marker": MARKERS[LINE_STYLES.index(dashes)]}
 
 
 def draw_lines(
-    axes: Axes,
-    rounds: int,
-    lines: Mapping[str, Mapping[int, float]],
-    styles: Sequence[dict[str, Any]] = (),
-    bands: Sequence[Mapping[int, tuple[float, float]]] = (),
-    unit: str = "average",
+    axes: Axes, rounds: int, lines: Lines, styles: Sequence[Any] = (), bands: Sequence[Any] = (), unit: str = "average"
 ) -> None:
-    """Draw a line for each entry of `lines`, which maps a name to numbers by round. A missing number leaves a gap.
+    """Draw lines. A missing number leaves a gap. `unit` is the title of the y-axis.
 
     Lines at the same position share it by alternating dashes and markers. `styles` and `bands`, if given, have one
-    entry per line. A band shades intervals by round. `unit` is the title of the y-axis.
+    entry per line. A band shades intervals by round.
     """
     every = [*range(1, rounds + 1)]
     positions = [{each: f"{number:.3g}" for each, number in numbers.items()} for numbers in lines.values()]
@@ -156,8 +148,8 @@ def draw_lines(
             style["marker"] = ""
         axes.plot(every, [numbers.get(each, math.nan) for each in every], label=name, **style)
     for index, band in enumerate(bands):
-        ends = ([band.get(each, (math.nan, math.nan))[end] for each in every] for end in (0, 1))
-        lows, highs = (np.maximum(each, 0) for each in ends)  # there is no space below 0
+        ends = [band.get(each, (math.nan, math.nan)) for each in every]
+        lows, highs = np.maximum(ends, 0).T  # there is no space below 0
         axes.fill_between(every, lows, highs, color=series_style(index)[0], alpha=0.2, linewidth=0)
         if len(band) == 1:  # an area would have no width
             axes.vlines(every, lows, highs, color=series_style(index)[0], linewidth=1.2)
@@ -180,16 +172,13 @@ def draw_averages(axes: Axes, run: SavedRun) -> None:
     """Draw the lines of `averages_of`, and the equilibria."""
     label = f"equilibrium {run.game.equilibrium_words()}"
     draw_equilibria(axes, run.game, color="equilibrium", linewidth=3, label=label)
-    highest = BEYOND * run.game.high
     dashes = {"color": "winning", "linestyle": "dashed", "marker": "D", "clip_on": False}
-    lines = {
-        name: {index: each if each <= highest else math.nan for index, each in numbers.items()}
-        for name, numbers in averages_of(run).items()
-    }
-    draw_lines(axes, len(run.results), lines, [{"color": "average"}, dashes], unit=number_axis(run.game))
+    lines, highest = averages_of(run).items(), BEYOND * run.game.high
+    drawn = {name: {at: each for at, each in numbers.items() if each <= highest} for name, numbers in lines}
+    draw_lines(axes, len(run.results), drawn, [{"color": "average"}, dashes], unit=number_axis(run.game))
 
 
-def draw_stacks(axes: Axes, parts: Mapping[str, Mapping[int, float]], unit: str) -> None:
+def draw_stacks(axes: Axes, parts: Lines, unit: str) -> None:
     """Draw a stacked bar for each round. Its segments are `parts`, which map names to numbers by round, in `unit`."""
     rounds = sorted({each for numbers in parts.values() for each in numbers})
     below = np.zeros(len(rounds))
@@ -212,7 +201,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
     figure = Figure(figsize=(WIDTH_INCHES, height))
     grid = figure.subplots(len(names), 1, sharex=True, squeeze=False, gridspec_kw={**sides, "hspace": 0.16})
     for axes, name, text in zip(grid.flat, names, texts, strict=True):
-        _draw_histogram(axes, game, tallies[name], BINS, top)
+        _draw_histogram(axes, game, tallies[name], top)
         axes.grid(visible=False)
         axes.set_yticks([])
         axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9.5, color="ink")
@@ -225,8 +214,7 @@ def parts_chart(label: str, game: Game, tallies: Mapping[str, Tally]) -> Markup:
 def last_round(run: SavedRun) -> Figure:
     """Return a figure for a PNG file: the histogram of the last round."""
     result, figure = run.results[-1], Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    draw_answers(axes, run.game, result)
+    draw_answers(axes := figure.subplots(), run.game, result)
     title = f"Round {result.round}: {result.tally.answered:,} of {result.tally.asked:,} participants answered"
     axes.set_title(title, loc="center", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3)
@@ -242,33 +230,24 @@ def all_rounds(run: SavedRun) -> Figure:
 
 
 def picture(
-    draw: Callable[[Axes], None],
-    title: str,
-    histograms: Sequence[tuple[str, Game, RoundResult]],
-    histograms_title: str,
-    legend: dict[str, Any],
-    legend_inches: float = 0.3,
+    draw: Callable[[Axes], None], title: str, histograms: Sequence[Any], heading: str, legend: Any, inches: float = 0.3
 ) -> Figure:
-    """Return a figure for a PNG file: a line chart by round, its legend, and histograms below it.
+    """Return a figure for a PNG file: a line chart by round, and below it its legend, which is `inches` high.
 
-    `histograms` lists titles, games and results of rounds.
+    Then follow `histograms`, tuples of a title, a game and a result, with the title `heading`.
     """
     columns = 2 if len(histograms) == 4 else min(len(histograms) or 1, 3)
     rows = -(-len(histograms) // columns) or 1
-    heights = (3.6 + legend_inches, 2.4 * rows)
+    heights = (3.6 + inches, 2.4 * rows)
     figure = Figure(figsize=(PICTURE_INCHES, sum(heights)), layout="constrained")
     above, below = cast(Any, figure.subfigures(2, 1, height_ratios=heights))
-    axes = above.subplots()
-    draw(axes)
+    draw(axes := above.subplots())
     axes.set_title(textwrap.fill(title, 80), weight="bold", fontsize=12)
     above.legend(loc="outside lower center", **legend)
-    below.suptitle(histograms_title)
-    grid = list(below.subplots(rows, columns, squeeze=False).flat)
-    for axes, (text, game, result) in zip(grid, histograms, strict=False):
-        draw_answers(axes, game, result)
+    below.suptitle(heading)
+    for place, (text, game, result) in enumerate(histograms, start=1):
+        draw_answers(axes := below.add_subplot(rows, columns, place), game, result)
         axes.set_title(textwrap.fill(text, TITLE_WIDTH))
-    for axes in grid[len(histograms) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -305,10 +284,7 @@ def write_png(path: Path, figure: Figure) -> None:
 
 
 def page_chart(label: str, height_inches: float, draw: Callable[..., Any], *arguments: Any, **options: Any) -> Markup:
-    """Draw a chart with `draw(axes, *arguments, **options)`. Return inline SVG.
-
-    The titles of both axes are horizontal. The chart itself has none, because the page has a caption.
-    """
+    """Return `draw(axes, *arguments, **options)` as inline SVG. The titles of both axes are horizontal."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     bottom, top = BELOW / height_inches, 1 - ABOVE / height_inches
     axes = figure.add_axes((0.115, bottom, 0.85, top - bottom))
@@ -348,8 +324,7 @@ class _PageRenderer(RendererBase):
             for numbers, code in steps
         )
         style = f"fill: {'none' if rgbFace is None else _variable(rgbFace)}"
-        if rgbFace is not None and len(rgbFace) > 3 and rgbFace[3] < 1:
-            style += f"; fill-opacity: {rgbFace[3]:g}"
+        style += f"; fill-opacity: {rgbFace[3]:g}" if rgbFace is not None and [*rgbFace, 1][3] < 1 else ""
         if width := gc.get_linewidth():
             offset, lengths = gc.get_dashes()
             dashes = " ".join(f"{length:.4g}" for length in lengths or ()) or "none"

@@ -3,8 +3,6 @@
 Runs with equal settings are one treatment: they are compared by means and confidence intervals over its runs.
 """
 
-import csv
-import io
 import itertools
 import math
 import os
@@ -22,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from simulation.errors import printable
 from simulation.files import is_there, real
 from simulation.game.game import Game
 from simulation.game.tally import RoundResult, merge
@@ -30,33 +29,18 @@ from simulation.results import charts
 from simulation.results.charts import series_style, write_png
 from simulation.results.reader import SavedRun, figure_of, folder_names, unfinished_lines
 from simulation.results.report_page import flat, write_page
-from simulation.results.run_directory import REPORT, SWEEP, about_of, results_errors, script_command, write_whole
-from simulation.results.tables import column_lines, columns_of, value_text
+from simulation.results.run_directory import REPORT, SWEEP, results_errors, script_command, sweep_position, write_whole
+from simulation.results.tables import as_csv, column_lines, columns_of, value_text
 from simulation.settings import SETTINGS
 
 PAGE, PICTURE, DATA = "comparison.html", "comparison.png", "comparison.csv"
 # Cluster settings that affect the speed. The comparison shows them in addition to the settings of the game.
 COMPARED = ("dispatch", "hosts", "server_per_host", "moderator_per_host", "model_per_host", "max_in_flight")
-NOT_COMPARED = (
-    "repeats",
-    "payoffs",
-    "compare_with",
-    "keep_going",
-    "keep_texts",
-)  # settings of the game that change no figure of a run
+# Settings of the game that change no figure of a run
+NOT_COMPARED = ("repeats", "payoffs", "compare_with", "keep_going", "keep_texts")
 WORDS = {"participant_num": "participants", "max_value": "upper bound"}
-HEADINGS = (
-    "run",
-    "treatment",
-    "runs",
-    "round",
-    "played",
-    "answered",
-    "failed",
-    "status",
-    "equilibrium",
-    "std",
-)  # of columns
+# Headings of columns
+HEADINGS = ("run", "treatment", "runs", "round", "played", "answered", "failed", "status", "equilibrium", "std")
 LABEL_SETTINGS = 2  # maximum number of settings that a label mentions
 SETTINGS_SHOWN, FIGURES_SHOWN = 6, 3  # maximum numbers in a table; the CSV file has all
 HAVE_EQUILIBRIA = ("average", "median", "maximum")  # figures with the unit of an answer
@@ -75,7 +59,6 @@ class Estimate(NamedTuple):
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
-    """Return the estimate from one or more numbers."""
     runs, mean = len(numbers), statistics.fmean(numbers)
     if runs == 1:
         return Estimate(runs, mean)
@@ -97,23 +80,19 @@ class Treatment:
     def estimates(self, name: str) -> dict[int, Estimate]:
         """Estimate a figure of each round from the runs that have it. Of several runs, omit interrupted rounds.
 
-        The last figures of a run that has converged count in all later rounds, too.
-        If an answer is a choice between two numbers, so is the winning number, which then has no mean.
+        The last figures of a run that has converged count in all later rounds, too. A winning number that is one of two
+        numbers has no mean.
         """
         numbers: dict[int, list[float]] = {}
         for run in self.runs if name != "winning_number" or self.runs[0].game.numbers > 2 else ():
             values = run.by_round(name)
             if "converged_after" in run.summary and (last := len(run.results)) in values:
-                values |= dict.fromkeys(range(last + 1, self.longest + 1), values[last])
+                longest = max(len(each.results) for each in self.runs)
+                values |= dict.fromkeys(range(last + 1, longest + 1), values[last])
             for number, value in values.items():
                 if number <= run.rounds_finished or number > len(run.results) or len(self.runs) == 1:
                     numbers.setdefault(number, []).append(value)
         return {number: estimate(each) for number, each in sorted(numbers.items())}
-
-    @property
-    def longest(self) -> int:
-        """Return the number of rounds of the longest run."""
-        return max(len(run.results) for run in self.runs)
 
     @cached_property
     def last(self) -> int:
@@ -136,35 +115,28 @@ class Treatment:
 
 
 def treatments_of(runs: Sequence[SavedRun]) -> list[Treatment]:
-    """Group the runs by their compared settings, in the order in which the treatments first occur.
-
-    Runs that differ in `rounds` only are repeats, of which some were continued, unless their seeds are equal.
-    """
+    """Group runs by compared settings. Runs that differ in `rounds` only are repeats unless their seeds are equal."""
     differing = _differing(runs)
     names = _ranked(differing)
     seeds = {(run.config.seed, *(each[name] for name in names)) for run, each in zip(runs, differing, strict=True)}
     if "rounds" in differing[0] and len(seeds) < len(runs):
         names = _ranked(differing, by_rounds=True)
-    groups: dict[tuple[Any, ...], list[SavedRun]] = {}
+    groups, treatments = dict[tuple[Any, ...], list[SavedRun]](), list[Treatment]()
     for run, settings in zip(runs, differing, strict=True):
         groups.setdefault(tuple(settings[name] for name in names), []).append(run)
-    treatments: list[Treatment] = []
     for values, group in groups.items():
         shown = [*zip(names, values, strict=True)][:SETTINGS_SHOWN]
-        words = [(_plain(name), _text(name, value)) for name, value in shown[:LABEL_SETTINGS]]
+        words = ((_plain(name), _text(name, value)) for name, value in shown[:LABEL_SETTINGS])
         label = ", ".join(f"no {word}" if text == "-" else f"{word} {text}" for word, text in words)
         treatments.append(Treatment(label or f"{len(group)} runs", dict(shown[LABEL_SETTINGS:]), group))
-    labels = [each.label for each in treatments]
-    return [
-        replace(each, label=f"{each.label} ({number})") if labels.count(each.label) > 1 else each
-        for number, each in enumerate(treatments, start=1)
-    ]
+    counts, numbered = Counter(each.label for each in treatments), enumerate(treatments, start=1)
+    return [replace(each, label=f"{each.label} ({at})") if counts[each.label] > 1 else each for at, each in numbered]
 
 
 def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
     """Return a dictionary for each run. It maps the names of the settings in which the runs differ to their values."""
     compared = [name for name, each in SETTINGS.items() if (each.game and name not in NOT_COMPARED) or name in COMPARED]
-    values: list[dict[str, Any]] = []
+    values = list[dict[str, Any]]()
     mixed = len({(run.config.players, run.config.agent_class) for run in runs}) > 1
     for run in runs:
         values.append({name: getattr(run.config, name) for name in compared} | {"max_value": run.game.high})
@@ -180,10 +152,7 @@ def _differing(runs: Sequence[SavedRun]) -> list[dict[str, Any]]:
 
 
 def _ranked(differing: Sequence[dict[str, Any]], by_rounds: bool = False) -> list[str]:
-    """Return the settings that define treatments, the important ones first, with `rounds` only if `by_rounds`.
-
-    Each distinguishes, together with those before it, as many runs as possible.
-    """
+    """Return the settings that define treatments. Each distinguishes, with those before it, as many runs as it can."""
 
     def distinct(*names: str) -> int:
         return len({tuple(each[name] for name in names) for each in differing})
@@ -205,12 +174,12 @@ def _text(name: str, value: Any) -> str:
 
 def _figures(runs: Sequence[SavedRun]) -> dict[str, str]:
     """Return the words for each figure of the outcomes, by name. If games differ in them, the average comes first."""
-    outcomes = [run.figures for run in runs if run.figures]
-    figures = outcomes[0] if outcomes else {"average": "average", "winning_number": "winning number"}
-    if any(each != figures for each in outcomes):
-        figures = {"average": "average"}  # of the answers, which each game has
-        for name, words in itertools.chain(*(each.items() for each in outcomes)):
-            figures[name] = words if figures.get(name, words) == words else _plain(name)
+    usual = {"average": "average", "winning_number": "winning number"}
+    outcomes = [run.figures for run in runs if run.figures] or [usual]
+    alike = all(each == outcomes[0] for each in outcomes)
+    figures = {} if alike else {"average": "average"}  # of the answers, which each game has
+    for name, words in itertools.chain(*(each.items() for each in outcomes)):
+        figures[name] = words if figures.get(name, words) == words else _plain(name)
     return figures
 
 
@@ -220,7 +189,6 @@ def _equilibrium(game: Game) -> str:
 
 
 def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
-    """Return a table row for each run."""
     differing, ((main, words), *others) = _differing(runs), [*_figures(runs).items()][:FIGURES_SHOWN]
     figures = [(f"first {words}", main, 0), (f"last {words}", main, -1), *((text, name, -1) for name, text in others)]
     shown = [*_ranked(differing)[:SETTINGS_SHOWN], "seed"]
@@ -228,17 +196,14 @@ def _run_rows(runs: Sequence[SavedRun]) -> list[Row]:
     for run, folder, values in zip(runs, folder_names(runs), differing, strict=True):
         entries = run.summary["rounds"]
         row: Row = {"run": folder} | {_plain(name): _text(name, values[name]) for name in values if name in shown}
-        for heading, name, index in figures:
-            row[heading] = figure_of(entries[index], name) if entries else None
-        row |= {"played": len(entries)}
-        row |= {key: sum(entry[key] for entry in entries) for key in ("answered", "failed")}
+        row |= {heading: figure_of(entries[at], name) if entries else None for heading, name, at in figures}
+        row |= {"played": len(entries)} | {key: sum(each[key] for each in entries) for key in ("answered", "failed")}
         row |= {"status": run.status_in_words, "equilibrium": _equilibrium(run.game)}
         rows.append(row | {"seconds": run.summary["seconds"]["total"]})
     return rows
 
 
 def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
-    """Return a table row for each treatment, with estimates of the last round."""
     rows: list[Row] = []
     figures = [*_figures([run for each in treatments for run in each.runs]).items()][:FIGURES_SHOWN]
     for treatment in treatments:
@@ -250,11 +215,10 @@ def _treatment_rows(treatments: Sequence[Treatment]) -> list[Row]:
             interval, std, its = mean, mean, "" if (name, words) == figures[0] else f"{words}: "
             if (found := treatment.estimates(name).get(last)) is not None:
                 mean = ("{} ({} of {})", found.mean, found.runs, known) if found.runs < known else found.mean
-                if found.runs > 1:
-                    interval, std = ("{} to {}", found.low, found.high), found.std
-            row |= {words: mean, f"{its}95 % interval": interval} | ({} if its else {"std": std})
+                interval, std = (("{} to {}", found.low, found.high), found.std) if found.runs > 1 else (None, None)
+            row |= {words: mean, f"{its}95 % interval": interval}
             if not its:
-                row |= {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
+                row |= {"std": std} | {_plain(name): _text(name, value) for name, value in treatment.settings.items()}
         row["runs"] = ("{} of {}", known, count) if known < count else count
         row["failed"] = sum(entry["failed"] for run in treatment.runs for entry in run.summary["rounds"])
         states = Counter(run.status_in_words for run in treatment.runs)
@@ -297,7 +261,7 @@ def write_comparison(folder: Path, runs: Sequence[SavedRun], all_runs: bool = Fa
 
 def csv_text(runs: Sequence[SavedRun]) -> str:
     """Return the content of comparison.csv: a row per run and round, with all settings in which the runs differ."""
-    rows: list[dict[str, Any]] = []
+    rows = list[dict[str, Any]]()
     repeats = {run.path: repeat for each in treatments_of(runs) for repeat, run in enumerate(each.runs, start=1)}
     for run, folder, settings in zip(runs, folder_names(runs), _differing(runs), strict=True):
         start = {"run": folder, "run_id": run.run_id, "repeat": repeats[run.path], "status": run.summary["status"]}
@@ -310,21 +274,19 @@ def csv_text(runs: Sequence[SavedRun]) -> str:
             taken = start.keys() | figures.keys()
             named = {f"set {name}" if name in taken else name: value for name, value in settings.items()}
             rows.append(start | named | figures)
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*rows))] or ["run"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    head = [*dict.fromkeys(itertools.chain(*rows))] or ["run"]
+    return as_csv([head, *([row.get(name) for name in head] for row in rows)])
 
 
 def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False) -> dict[str, Any]:
     """Return the template variables of the comparison page. Its links to reports are relative to `folder`."""
     treatments, reports = treatments_of(runs), [real(run.path) / REPORT for run in runs]
     drawn, script = _to_draw(treatments), folder / EXPERIMENT
+    position: Any = sweep_position(runs[0].path) if real(runs[0].path).parent == real(folder) else None
     return {
         "runs": runs,
         "all_runs": all_runs,
-        "about": about_of(folder),
+        "about": printable((position or {}).get("about", "")),
         "entries": [entry for run in runs for entry in run.summary["rounds"]],
         "files": [DATA, PICTURE, *(name for name in (EXPERIMENT, SWEEP) if is_there(folder / name))],
         "repeat": script_command("--experiment", script) if is_there(script) else "",
@@ -340,19 +302,14 @@ def page_content(folder: Path, runs: Sequence[SavedRun], all_runs: bool = False)
         "has_equilibria": _has_equilibria,
         "main": next(iter(_figures(runs).items())),
         "draw_figure": _draw_figure,
-        "lines_of": lambda name: charts.line_rows(_rounds(drawn), _means(drawn, name)),
-        "last_rounds": _last_rounds(drawn),
+        "lines_of": lambda name: charts.line_rows(*_lines(drawn, name)),
+        "last_rounds": [(each.label, each.runs[0].game, each.last_round()) for each in drawn],
     }
 
 
 def _to_draw(treatments: Sequence[Treatment]) -> list[Treatment]:
-    """Return at most LINES treatments. Omit those without results."""
     played = [each for each in treatments if any(run.results for run in each.runs)]
     return [played[index] for index in charts.selection(len(played), LINES)]
-
-
-def _last_rounds(drawn: Sequence[Treatment]) -> list[tuple[str, Game, RoundResult]]:
-    return [(each.label, each.runs[0].game, each.last_round()) for each in drawn]
 
 
 def _has_equilibria(drawn: Sequence[Treatment], name: str) -> bool:
@@ -371,25 +328,26 @@ def _draw_figure(axes: Axes, drawn: Sequence[Treatment], all_runs: bool, name: s
         for run in treatment.runs if all_runs and len(treatment.runs) > 1 else ():
             axes.plot(*zip(*run.by_round(name).items(), strict=True), color=colour, linewidth=0.6)
     estimates = [each.estimates(name) for each in drawn]
-    repeated = [{number: each for number, each in found.items() if each.runs > 1} for found in estimates]
-    bands = [{number: (each.low, each.high) for number, each in found.items()} for found in repeated]
-    charts.draw_lines(axes, _rounds(drawn), _means(drawn, name), bands=bands, unit=unit)
+    bands = [{number: each[-2:] for number, each in found.items() if each.runs > 1} for found in estimates]
+    charts.draw_lines(axes, *_lines(drawn, name), bands=bands, unit=unit)
 
 
-def _rounds(drawn: Sequence[Treatment]) -> int:
-    return max((len(run.results) for each in drawn for run in each.runs), default=1)
-
-
-def _means(drawn: Sequence[Treatment], name: str) -> dict[str, dict[int, float]]:
-    """Return each treatment's mean of a figure by round, by label."""
-    return {each.label: {number: its.mean for number, its in each.estimates(name).items()} for each in drawn}
+def _lines(drawn: Sequence[Treatment], name: str) -> tuple[int, dict[str, dict[int, float]]]:
+    """Return the most rounds of a run, and each treatment's mean of a figure by round, by label."""
+    rounds = max((len(run.results) for each in drawn for run in each.runs), default=1)
+    return rounds, {each.label: {at: its.mean for at, its in each.estimates(name).items()} for each in drawn}
 
 
 def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
     """Return a figure with the averages by round at the top, and histograms of some last rounds below."""
+
+    def shown(selected: Sequence[Treatment]) -> str:
+        return f" ({len(selected)} of {len(treatments)} shown)" if len(selected) < len(treatments) else ""
+
     drawn = _to_draw(treatments)
     selected = [drawn[index] for index in charts.selection(len(drawn), charts.SMALL_MULTIPLES)]
-    histograms = [(f"{label}, round {each.round}", game, each) for label, game, each in _last_rounds(selected)]
+    rounds = [(each, each.last_round()) for each in selected]
+    histograms = [(f"{each.label}, round {result.round}", each.runs[0].game, result) for each, result in rounds]
     main, words = next(iter(_figures([run for each in treatments for run in each.runs]).items()))
     dotted = "; dotted: equilibrium" if _has_equilibria(drawn, main) else ""
     bands = "; bands: 95 % interval over repeats" if any(len(each.runs) > 1 for each in drawn) else ""
@@ -403,14 +361,9 @@ def _picture(treatments: Sequence[Treatment], all_runs: bool) -> Figure:
             break
     return charts.picture(
         partial(_draw_figure, drawn=drawn, all_runs=all_runs, name=main, unit=words),
-        f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{_shown(drawn, treatments)}",
+        f"{words[:1].upper()}{words[1:]} by round{dotted}{bands}{shown(drawn)}",
         histograms,
-        f"Answers of the last round{_shown(selected, treatments)}",
+        f"Answers of the last round{shown(selected)}",
         legend,
         box.height / page.dpi,
     )
-
-
-def _shown(selected: Sequence[Treatment], treatments: Sequence[Treatment]) -> str:
-    """Return a note such as ` (6 of 9 shown)`, or "" if no treatment is omitted."""
-    return f" ({len(selected)} of {len(treatments)} shown)" if len(selected) < len(treatments) else ""

@@ -46,9 +46,7 @@ def announcement_lines(result: RoundResult, game: Game) -> list[str]:
     names += f" and {more} more" if more else ""
     numbers = winning_answers(result, game)
     won = game.words.won or game.words.goal + (f" ({winning})" if winning not in ("", numbers, *texts.values()) else "")
-    ending = (
-        f"{'wins' if result.winners.count == 1 else 'win'} with {numbers}, {won.replace('{winning_number}', winning)}."
-    )
+    ending = f"win{'s' * (result.winners.count == 1)} with {numbers}, {won.replace('{winning_number}', winning)}."
     lines.append(f"Moderator: {names} {ending}" if names else f"Moderator: Nobody wins with {game.words.goal}.")
     if result.teams:
         averages = ", ".join(f"{name} {_text(average, game, 'none')}" for name, average in result.teams)
@@ -72,17 +70,12 @@ def _number(units: int, game: Game) -> str:
 
 def _text(number: Fraction | float | None, game: Game, missing: str = "-") -> str:
     """Format a figure with three more decimals than an answer has, but an int as it is. None becomes `missing`."""
-    if number is None:
-        return missing
-    text = number_text(number, game.decimals + 3, padded=True)
+    text = missing if number is None else number_text(number, game.decimals + 3, padded=True)
     return text if isinstance(number, int) else text.replace(",", "")
 
 
 def failure_lines(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> list[str]:
-    """Return a line that states how many participants failed, why, and some answers in `examples`, if any failed.
-
-    Participants whose round was interrupted are not counted: `announcement_lines` states their number.
-    """
+    """Return a line that states how many participants failed, why, and some answers in `examples`, if any failed."""
     causes, failures = [], {cause: count for cause, count in tally.failures.items() if cause != INTERRUPTED}
     for cause, count in most_frequent(failures).items():
         texts = dict.fromkeys(each["text"] for each in examples if each["failure"] == cause and "text" in each)
@@ -93,48 +86,36 @@ def failure_lines(tally: Tally, examples: Sequence[FailedAnswer] = ()) -> list[s
 
 
 def structured_output_lines(tally: Tally, asking: int, kind: str) -> list[str]:
-    """Return a line with advice if the models seem to ignore the structured output `kind` (--structured-output).
-
-    `asking` is the number of participants that ask models.
-    """
-    unread = {NO_NUMBER, UNCERTAIN, OUT_OF_RANGE, NO_TEXT}
+    """Return a line with advice if the models of `asking` participants seem to ignore --structured-output `kind`."""
+    unread = (NO_NUMBER, UNCERTAIN, OUT_OF_RANGE, NO_TEXT)
     cut = [cause for cause in tally.failures if cause.startswith("answer cut off") and "while thinking" not in cause]
     failed = sum(tally.failures.get(cause, 0) for cause in {*unread, *cut})
     others = [each for each in ("response_format", "none") if each != kind]
-    if kind == "none" or not asking or failed < IGNORED_SHARE * asking:
-        return []
-    return [f"the model server seems to ignore {kind}; --structured-output {' or '.join(others)} may help"]
+    line = f"the model server seems to ignore {kind}; --structured-output {' or '.join(others)} may help"
+    return [line] if kind != "none" and asking and failed >= IGNORED_SHARE * asking else []
 
 
 def usage_line(before: Usage, after: Usage, round_s: float) -> str:
     """Return a line about the usage in a round of `round_s` seconds. `before` and `after` are cumulative usages."""
-    answering_s, client_s = after.answering_s - before.answering_s, after.client_s - before.client_s
-    replayed = after.replayed - before.replayed
+    used = Usage(**{name: value - getattr(before, name) for name, value in vars(after).items()})
     return (
-        f"{f'{replayed:,} recorded answers, ' if replayed else ''}"
-        f"{after.requests - before.requests:,} requests ({after.retries - before.retries:,} repeated), "
-        f"{after.prompt_tokens - before.prompt_tokens:,} tokens of prompts and "
-        f"{after.completion_tokens - before.completion_tokens:,} of answers; "
-        f"{max(answering_s - client_s, 0):.2f} s waiting for the model, {client_s:.2f} s client work, "
-        f"{max(round_s - answering_s, 0):.2f} s RPC"
+        f"{f'{used.replayed:,} recorded answers, ' if used.replayed else ''}"
+        f"{used.requests:,} requests ({used.retries:,} repeated), "
+        f"{used.prompt_tokens:,} tokens of prompts and {used.completion_tokens:,} of answers; "
+        f"{max(used.answering_s - used.client_s, 0):.2f} s waiting for the model, {used.client_s:.2f} s client work, "
+        f"{max(round_s - used.answering_s, 0):.2f} s RPC"
     )
 
 
 def histogram(tally: Tally, low: int, high: int, bars: int) -> tuple[Units, Units]:
-    """Return edges and counts of at most `bars` bins (see `bins_of`) over the answers low .. high, in units.
-
-    The last edge is high + 1. If no equal bins are possible, the last bin is therefore narrower.
-    """
+    """Return edges and counts of at most `bars` bins (see `bins_of`), in units. The last edge is high + 1."""
     width, bins = bins_of(high - low + 1, bars)
     edges = np.minimum(low + width * np.arange(bins + 1, dtype=np.int64), high + 1)
     return edges, np.bincount((tally.units - low) // width, tally.counts, bins).astype(np.int64)
 
 
 def histogram_lines(result: RoundResult, game: Game) -> list[str]:
-    """Return the title and the rows of a text histogram of a round's answers. The rows fit the width of the terminal.
-
-    Bins without answers have no row; `...` replaces those between two rows.
-    """
+    """Return the lines of a text histogram that fits the terminal. `...` replaces the rows of bins without answers."""
     tally = result.tally
     if not tally.answered:
         return []
@@ -157,9 +138,8 @@ def histogram_lines(result: RoundResult, game: Game) -> list[str]:
 
 def summaries_text(folders: Iterable[Path], several: bool) -> str:
     """Return the content of the summary.json in each of `folders` that has one. If `several`, return a JSON array."""
-    folders = [folder for folder in folders if is_there(folder / "summary.json")]
-    texts = [read_run_file(folder, "summary.json", str.strip) for folder in folders]
-    text = ",\n".join(texts)
+    there = (folder for folder in folders if is_there(folder / "summary.json"))
+    text = ",\n".join(read_run_file(folder, "summary.json", str.strip) for folder in there)
     return f"[{text}]" if several else text
 
 
@@ -167,10 +147,8 @@ def run_lines(run: SavedRun) -> list[str]:
     """Return a run's text report: announcements, histogram and tables of the last round, and the status of the run."""
     lines: list[str] = []
     for result in run.results:
-        lines += announcement_lines(result, run.game)
-        lines += failure_lines(result.tally)
-    if run.results:
-        lines += histogram_lines(run.results[-1], run.game)
+        lines += announcement_lines(result, run.game) + failure_lines(result.tally)
+    lines += histogram_lines(run.results[-1], run.game) if run.results else []
     for topic, rounds in run.tallies_by_part.items():
         rows = []
         for name, tally in rounds[-1].items():

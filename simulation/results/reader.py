@@ -7,7 +7,7 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, takewhile
@@ -30,18 +30,9 @@ from simulation.game.rules import game_fields
 from simulation.game.tally import RoundResult, Tally, Winners, score
 from simulation.llm.responses import Usage
 from simulation.provenance import kept_files, with_copies
-from simulation.results import run_files
-from simulation.results.answers_parquet import TEXTS_AT_ONCE, rows_by_round, tally_in
-from simulation.results.run_directory import (
-    AGENTS,
-    FAILED_ANSWERS,
-    GAME,
-    HUMAN,
-    SWEEP,
-    WHOLE,
-    resume_command,
-    sweep_position,
-)
+from simulation.results import run_directory, run_files
+from simulation.results.answers_parquet import rows_by_round, tally_in
+from simulation.results.run_directory import AGENTS, FAILED_ANSWERS, GAME, HUMAN, SWEEP, WHOLE, sweep_position
 from simulation.rpc.endpoints import Endpoint
 from simulation.settings import FLAGS_OF_GAMES, OF_SET, SETTINGS, SimulationConfig, flag_of
 
@@ -68,7 +59,6 @@ class SavedSummary:
 
     @property
     def rounds_finished(self) -> int:
-        """Return the number of rounds that were not interrupted."""
         return sum(entry["ended"] != "interrupted" for entry in self.summary["rounds"])
 
     def has_converged(self, limit: float | None) -> bool:
@@ -77,7 +67,6 @@ class SavedSummary:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the run has no rounds left."""
         return self.rounds_finished >= self.config.rounds or "converged_after" in self.summary
 
     def by_round(self, name: str) -> dict[int, float]:
@@ -96,7 +85,6 @@ class SavedSummary:
 
     @property
     def status_in_words(self) -> str:
-        """Return the status, and after which round the answers had converged, if they had."""
         converged = self.summary.get("converged_after")
         return f"{self.summary['status']}{f', converged after round {converged}' if converged else ''}"
 
@@ -140,11 +128,10 @@ class SavedRun(SavedSummary):
         and twice the highest as one up.
         """
         low, high, counts = self.game.lowest, self.game.lowest + self.game.numbers - 1, np.zeros(3, np.int64)
-        for number, (was, now) in self._successive():
-            if number <= rounds:
-                both, stays = (was >= 0) & (now >= 0), was == now
-                down, up = (now < was) | stays & (now == low), (now > was) | stays & (now == high)
-                counts += [int((each & both).sum()) for each in (down, up, both)]
+        for _, (was, now) in takewhile(lambda pair: pair[0] <= rounds, self._successive()):
+            both, stays = (was >= 0) & (now >= 0), was == now
+            down, up = (now < was) | stays & (now == low), (now > was) | stays & (now == high)
+            counts += [int((each & both).sum()) for each in (down, up, both)]
         return counts.tolist()
 
     def _successive(self) -> Iterator[tuple[int, Pairs]]:
@@ -152,44 +139,28 @@ class SavedRun(SavedSummary):
         before = np.empty(0, np.int64)
         for number, tables in groupby(_rows_of(self, self.game), itemgetter(0)):
             values = np.concatenate([rows["value"].to_numpy() for _, rows in tables])
-            units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64)
-            if len(before):
-                yield number, (before, units)
-            before = units
+            before, units = np.rint(np.nan_to_num(values * self.game.scale, nan=-1)).astype(np.int64), before
+            if len(units):
+                yield number, (units, before)
 
-    def sample_texts(
-        self, parts: Grouping | None, names: Collection[str], number: int, limit: int
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Return what models wrote: up to `limit` rows of texts.parquet of round `number` for each of `names`.
-
-        The names are those of `parts`; all participants are of the only name if `parts` is None. Each row also has the
-        `value` of the answer.
-        """
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    def sample_texts(self, parts: Grouping, names: Collection[str], number: int, limit: int) -> dict[str, list[Any]]:
+        """Return up to `limit` rows of texts.parquet of round `number`, with the `value`, for `names` in `parts`."""
+        of_round, participant = ds.field("round") == number, ds.field("participant")
         with _damage(self.path, "texts.parquet"):
-            files = ds.dataset(files_of(self.path, "texts"), format="parquet")
-            for batch in files.to_batches(filter=ds.field("round") == number, batch_size=TEXTS_AT_ONCE):
-                for index, participant in enumerate(batch["participant"].to_pylist()):
-                    name = next(iter(names)) if parts is None else parts.labels[parts.part_of(participant)]
-                    if len(found.get(name, range(limit))) < limit:
-                        found[name] += batch.slice(index, 1).to_pylist()
-                if all(len(rows) == limit for rows in found.values()):
-                    break
-        rows = [row for each in found.values() for row in each]
-        wanted = (ds.field("round") == number) & ds.field("participant").isin([row["participant"] for row in rows])
-        with _damage(self.path, WHOLE):
-            answers = ds.dataset(files_of(self.path, "answers"), format="parquet")
+            texts, answers = (ds.dataset(files_of(self.path, kind)) for kind in ("texts", "answers"))
+            writers = texts.to_table(["participant"], filter=of_round)["participant"].to_numpy()
+            places = parts.name_indices(0, self.config.participant_num)[writers]
+            chosen = {name: writers[places == parts.names.index(name)][:limit].tolist() for name in names}
+            every = [each for found in chosen.values() for each in found]
+            wanted = of_round & (participant <= max(every, default=0)) & participant.isin(every)
             values = answers.to_table(["participant", "value"], filter=wanted).to_pydict()
-        by_participant = dict(zip(values["participant"], values["value"], strict=True))
-        for row in rows:
-            row["value"] = by_participant.get(row["participant"])
-        return found
+            by_participant = dict(zip(values["participant"], values["value"], strict=True))
+            rows = {row["participant"]: row for row in texts.to_table(filter=wanted).to_pylist()}
+        return {name: [rows[at] | {"value": by_participant.get(at)} for at in found] for name, found in chosen.items()}
 
     def tallies_of(self, groupings: Sequence[Grouping | Combination]) -> dict[str, list[dict[Any, Tally]]]:
         """Read the answers. Return a tally for each part of each grouping: `[topic][index in self.results][name]`."""
-        tallies: dict[str, list[dict[Any, Tally]]] = {
-            parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings
-        }
+        tallies = {parts.topic: [dict.fromkeys(parts.names, Tally(0)) for _ in self.results] for parts in groupings}
         for number, rows in _rows_of(self, self.game) if groupings else ():
             for parts in groupings if 0 < number <= len(self.results) else ():
                 indices = parts.name_indices(rows["participant"][0].as_py(), len(rows))
@@ -201,43 +172,39 @@ class SavedRun(SavedSummary):
         return tallies
 
     def analysis(self) -> dict[str, Any]:
-        """Return the content of analysis.json: analysis and mean payoff of each round, of all and of the largest parts.
-
-        If there are more than MOST_PAIRS participants, the analyses of parts know no single answers.
-        """
-        game, results, parts = self.game, self.results, self.tallies_by_part
+        """Return the content of analysis.json. Above MOST_PAIRS participants, parts have no analyses of pairs."""
+        results, parts = self.results, self.tallies_by_part
         shown = {topic: largest(tallies[-1], PARTS_ANALYSED) for topic, tallies in parts.items()}
         pairs = self._pairs_by_part(shown) if any(result.analysis for result in results[1:]) else {}
         entries = []
         for index, result in enumerate(results):
-            outcomes = [each.outcome for each in results[: index + 1]]
-            by: dict[str, dict[str, Any]] = {topic: {} for topic in parts}
+            payoffs = partial(mean_payoffs, self.game, result.tally, result.outcome)
+            outcomes, by = [each.outcome for each in results[: index + 1]], {topic: dict[str, Any]() for topic in parts}
             for topic, names in shown.items():
-                paid = mean_payoffs(game, result.tally, result.outcome, parts[topic][index])
+                paid = payoffs(parts[topic][index])
                 for name in names:
-                    tallies = [each[name] for each in parts[topic][: index + 1]]
-                    known = pairs.get((topic, name), {}).get(index)
-                    analysis = analyse(game, tallies, outcomes, known and [known])
-                    by[topic][name] = {"mean_payoff": paid[name], **analysis}
-            paid = mean_payoffs(game, result.tally, result.outcome, {"all": result.tally})
-            entries.append({"round": result.round, "mean_payoff": paid["all"], **result.analysis, "by": by})
+                    tallies, known = [each[name] for each in parts[topic][: index + 1]], pairs.get((topic, name, index))
+                    analysed = analyse(self.game, tallies, outcomes, known)
+                    by[topic][name] = {"mean_payoff": paid[name], **analysed}
+            entry = {"round": result.round, **payoffs({"mean_payoff": result.tally}), **result.analysis, "by": by}
+            entries.append(entry)
         omitted = {topic: len(tallies[-1]) - len(shown[topic]) for topic, tallies in parts.items()}
         return {"run_id": self.run_id, "rounds": entries, "parts_omitted": omitted}
 
-    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], dict[int, Pairs]]:
+    def _pairs_by_part(self, shown: Mapping[str, Sequence[str]]) -> dict[tuple[str, str, int], list[Pairs]]:
         """Return the pairs of successive answers in units (see `Game.analyses`), by part and index in `results`."""
-        count, pairs = self.config.participant_num, defaultdict[Any, dict[int, Pairs]](dict)
+        count, pairs = self.config.participant_num, dict[tuple[str, str, int], list[Pairs]]()
         if count > MOST_PAIRS or not shown:
             return pairs
-        members = {}
-        for grouping in self.game.population.groupings:
-            indices = grouping.name_indices(0, count)
-            for name in shown[grouping.topic]:
-                members[grouping.topic, name] = np.flatnonzero(indices == grouping.names.index(name))
+        members, by_topic = dict[tuple[str, str], Any](), self.game.population.by_topic
+        for topic, names in shown.items():
+            indices, every = by_topic[topic].name_indices(0, count), by_topic[topic].names
+            members |= {(topic, name): np.flatnonzero(indices == every.index(name)) for name in names}
         for number, (before, after) in self._successive():
             for part, indices in members.items():
                 was, now = before[indices], after[indices]
-                pairs[part][number - 1] = was[(was >= 0) & (now >= 0)], now[(was >= 0) & (now >= 0)]
+                both = (was >= 0) & (now >= 0)
+                pairs[*part, number - 1] = [(was[both], now[both])]
         return pairs
 
 
@@ -253,18 +220,14 @@ def figure_of(entry: Mapping[str, Any], name: str) -> Any:
 
 
 def read_run(path: Path, flag: str = "", trusted: bool = False) -> SavedRun:
-    """Read a run: summary, game and answers. Error messages about the summary start with `flag`.
-
-    Only if `trusted`, execute the file of a user's game to count the results again, instead of reading them.
-    """
+    """Read a run. Errors in the summary start with `flag`. Only if `trusted`, execute the file of a user's game."""
     saved = read_summary(path, flag)
     _, copies = kept_files(path, saved.summary.get("sources", []) if trusted else [], flag)
     game = read_game(path, with_copies(saved.config, copies), trusted)
     people = run_files.read_run_file(path, HUMAN, run_files.parse_people) if is_there(path / HUMAN) else ()
     run = SavedRun(**vars(saved), game=game, results=_read_rounds(saved, game), people=people)
-    for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams, []) if saved.config.teams else []):
-        averages = ((name, tally.average()) for name, tally in tallies.items())
-        teams = tuple((name, units and units / game.scale) for name, units in averages)
+    for index, tallies in enumerate(run.tallies_by_part.get(saved.config.teams or "", [])):
+        teams = tuple((name, (units := each.average()) and units / game.scale) for name, each in tallies.items())
         run.results[index] = replace(run.results[index], teams=teams)
     return run
 
@@ -287,7 +250,10 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
     for name, _, text in (each.partition("=") for each in given.pop("set", ())):
         known = (config.value_of(f"{OF_SET}{each}") for each in (name, name.rpartition(".")[2]))
         was = next((each for each in known if each is not None), None)
-        if was is None or not _same_value(was, text):
+        differs = was is None or was.casefold() != text.casefold()
+        with suppress(ValueError):  # not numbers
+            differs = was is None or float(was) != float(text)
+        if differs:
             start = f"--set {name}={text}: the run in {path} was started {f'with {was}' if was else 'without it'}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     changed = replace(config, **given)
@@ -297,13 +263,6 @@ def config_to_resume(path: Path, config: SimulationConfig, given: dict[str, Any]
             start = f"{flag_of(name)} {value}: the run in {path} was started with {before}"
             raise SettingsError(f"{start}; this setting cannot be changed on resume")
     return changed
-
-
-def _same_value(one: str, other: str) -> bool:
-    try:
-        return float(one) == float(other)
-    except ValueError:
-        return one.casefold() == other.casefold()
 
 
 def read_summary(path: Path, flag: str = "") -> SavedSummary:
@@ -343,7 +302,7 @@ def unfinished_lines(named: Sequence[Path], runs: Sequence[SavedRun]) -> list[st
         finished = sum(run.is_finished for run in existing)
         if position is not None and finished < position["runs"]:
             left = f"{position['runs'] - finished} of {position['runs']} runs of {printable(position['experiment'])}"
-            lines.append(f"{left} have rounds left; to go on with them: {resume_command(path)}")
+            lines.append(f"{left} have rounds left; to go on with them: {run_directory.resume_command(path)}")
     return lines
 
 
@@ -375,11 +334,10 @@ def read_game(path: Path, config: SimulationConfig, trusted: bool = False) -> Ga
 
 def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
     """Compute the results of all rounds from the saved answers. Raises SettingsError if they contradict the summary."""
-    path, entries = saved.path, saved.summary["rounds"]
-    tallies: dict[int, Tally] = {}
+    path, entries, results = saved.path, saved.summary["rounds"], list[RoundResult]()
+    tallies = defaultdict[int, Tally](lambda: Tally(0))
     for number, rows in _rows_of(saved, game) if entries else ():
-        tallies[number] = tallies.get(number, Tally(0)) + tally_in(rows, game.scale)
-    results: list[RoundResult] = []
+        tallies[number] += tally_in(rows, game.scale)
     for entry in entries:
         number = entry["round"]
         if number not in tallies:
@@ -399,8 +357,8 @@ def _read_rounds(saved: SavedSummary, game: Game) -> list[RoundResult]:
             raise SettingsError(f"{path}: answers.parquet and summary.json say different things of round {number}")
         winners = Winners(entry["winners"]["count"], tuple(int(name[1:]) for name in entry["winners"]["participants"]))
         texts = (each["kept"], each["replaced"]) if (each := entry.get("texts")) else None
-        others = {"seconds": entry["seconds"], "reassigned": entry["reassigned"], "texts": texts}
-        results.append(replace(result, winners=winners, **others))
+        times = {"seconds": entry["seconds"], "reassigned": entry["reassigned"]}
+        results.append(replace(result, winners=winners, texts=texts, **times))
     return results
 
 
@@ -431,7 +389,7 @@ def _damage(path: Path, name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise SettingsError(f"{path}: its {name} is missing") from None
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         raise SettingsError(f"{path}: cannot read its {name}: {one_line(error)}") from None
 
 

@@ -3,8 +3,6 @@
 The templates escape all text, because failure causes and persona names are not trusted.
 """
 
-import csv
-import io
 import json
 import re
 import shlex
@@ -30,7 +28,7 @@ from simulation.results.console_report import winning_answers
 from simulation.results.reader import SavedRun, figure_of, files_of, largest
 from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, write_whole
 from simulation.results.run_files import ANALYSIS_FILE, RecordedGame, RoundEntry, position_in_words, read_run_file
-from simulation.results.tables import decimals_of, number_text
+from simulation.results.tables import as_csv, decimals_of, number_text
 from simulation.rpc.endpoints import ranges
 from simulation.settings import from_root
 
@@ -61,34 +59,16 @@ PART_ROWS = 1500  # maximum number of rows in all tables by persona or model; if
 
 
 def seconds(duration: float) -> str:
-    """Format a duration that is given in seconds."""
     if duration < 59.995:
         return f"{duration:.2f} s"
     minutes, rest = divmod(round(duration), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
-def csv_link(rows: Iterable[Sequence[Any]]) -> str:
-    """Return a link that contains `rows` as a CSV file."""
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return f"data:text/csv;charset=utf-8,{quote(file.getvalue(), safe=',')}"
-
-
-def file_name(label: str) -> str:
-    """Return a label as a file name without an ending."""
-    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.").lower()[:80] or "chart"
-
-
 def column(numbers: Sequence[Any], game: Game, digits: int | None = None) -> list[str]:
     """Format the figures of a game in one column of a table. All have `digits` decimals (default: `decimals_of`)."""
     digits = decimals_of(numbers, game.decimals + 3) if digits is None else digits
     return [number_text(None if each is None else float(each), digits, padded=True) for each in numbers]
-
-
-def in_numbers(units: Iterable[Any], game: Game) -> list[Any]:
-    """Convert units to numbers. None stays None."""
-    return [each and each / game.scale for each in units]
 
 
 def by_round(entries: Sequence[dict[str, Any]], names: Iterable[tuple[str, str]]) -> dict[str, dict[int, float]]:
@@ -102,26 +82,25 @@ def flat(analysis: Mapping[str, Any], start: str = "") -> dict[str, float | None
     for name, value in analysis.items():
         words = f"{start}{name}".replace("_", " ")
         found |= flat(value, f"{words}: ") if isinstance(value, dict) else {words: value}
-    texts = [words for words, value in found.items() if isinstance(value, str)]
-    missing = [words.removesuffix(" reason") for words in texts]  # a figure whose reason is given
-    return {words: value for words, value in found.items() if words not in (*texts, *missing)}
+    texts = [words for words, value in found.items() if isinstance(value, str)]  # reasons why a figure is missing
+    return {name: found[name] for name in found if name not in texts and f"{name} reason" not in texts}
 
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(PAGES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
 )
-OF_TEMPLATES = (by_round, column, figure_of, in_numbers, page_chart, series_style, winning_answers)
+OF_TEMPLATES = (by_round, column, figure_of, page_chart, series_style, winning_answers)
 ENVIRONMENT.globals |= {each.__name__: each for each in OF_TEMPLATES} | {"charts": charts}
 ENVIRONMENT.globals |= {"text_shown": TEXT_SHOWN, "text_folded": TEXT_FOLDED}
-ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds, "csv_link": csv_link, "file_name": file_name}
+ENVIRONMENT.globals["in_numbers"] = lambda units, game: [each and each / game.scale for each in units]
+ENVIRONMENT.filters |= {"number": number_text, "seconds": seconds}
+ENVIRONMENT.filters["csv_link"] = lambda rows: f"data:text/csv;charset=utf-8,{quote(as_csv(rows), safe=',')}"
+ENVIRONMENT.filters["file_name"] = lambda text: re.sub(r"[^\w.=+-]+", "-", text).strip("-.").lower()[:80] or "chart"
 ENVIRONMENT.filters["with_capital"] = lambda text: text[:1].upper() + text[1:]
 
 
 def draw_all(run: SavedRun) -> None:
-    """Write a run's report, pictures and analysis.json.
-
-    Raises SettingsError if answers are damaged, ResultsError if a write fails.
-    """
+    """Write a run's report, pictures and analysis.json. Raises SettingsError if answers are damaged."""
     analysis: Any = None
     if not isinstance(run.game, RecordedGame):
         analysis = run.analysis()
@@ -129,7 +108,11 @@ def draw_all(run: SavedRun) -> None:
         analysis = read_run_file(run.path, ANALYSIS, ANALYSIS_FILE.validate_json)
     content = page_content(run, analysis)
     if analysis is not None:
-        analysis["people"] = [_people_to_json(**each) for each in content["people"]]
+        analysis["people"] = []
+        for each in content["people"]:
+            figures = [row._asdict() | {"difference": row.difference} for row in each["rows"]]
+            named = {"name": each["data"].name, "source": each["data"].source}
+            analysis["people"].append(named | {"figures": figures, "distance": each.get("distance")})
         write_whole(run.path / ANALYSIS, (json.dumps(analysis, indent=1) + "\n").encode())
     write_page(run.path / REPORT, content)
     if run.results:
@@ -172,16 +155,14 @@ def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
     """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
     results = [result for result in run.results if result.analysis]
     steps = [{"round": each.round, **each.analysis, **each.analysis.get("steps", {})} for each in results]
-    names = dict.fromkeys(name for each in results for name in each.analysis)
+    names, notes = dict.fromkeys(name for each in results for name in each.analysis), run.game.words.notes
     ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
     return {
         "rounds": [(results[at].round, flat(results[at].analysis)) for at in selection(len(results), ROUNDS_ANALYSED)],
         "omitted": max(len(results) - ROUNDS_ANALYSED, 0),
         "steps": by_round([each for each in steps if "steps" in each], STEP_NAMES.items()),
         "texts": _reasons((f"Round {each.round}", each.analysis) for each in results),
-        "notes": [
-            (name.replace("_", " "), run.game.words.notes[name]) for name in names if name in run.game.words.notes
-        ],
+        "notes": [(name.replace("_", " "), notes[name]) for name in names if name in notes],
         "parts": [
             (topic, number, {name: flat(figures) for name, figures in parts.items()}, _reasons(parts.items()))
             for topic in run.tallies_by_part
@@ -209,18 +190,8 @@ def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
 
 def _reasons(analyses: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Return the texts in analyses, such as why there is no tau."""
-    return [
-        f"{start}, {name.replace('_', ' ')}: {text}"
-        for start, analysis in analyses
-        for name, text in analysis.items()
-        if isinstance(text, str)
-    ]
-
-
-def _people_to_json(data: HumanData, rows: Sequence[Any], **others: Any) -> dict[str, Any]:
-    """Return the comparison with people in analysis.json."""
-    figures = [row._asdict() | {"difference": row.difference} for row in rows]
-    return {"name": data.name, "source": data.source, "figures": figures, "distance": others.get("distance")}
+    every = [(f"{start}, {name.replace('_', ' ')}", text) for start, each in analyses for name, text in each.items()]
+    return [f"{words}: {text}" for words, text in every if isinstance(text, str)]
 
 
 def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
@@ -229,8 +200,7 @@ def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
     for topic, tallies in run.tallies_by_part.items():
         if topic != KIND and len(tallies[-1]) <= NAMES_LISTED:  # the title names kinds
             texts.append(f"{topic}: {', '.join(f'{each.asked:,} {name}' for name, each in tallies[-1].items())}.")
-    tau = run.results[0].analysis.get("tau") if run.results else None
-    if tau is not None:
+    if (tau := run.results[0].analysis.get("tau") if run.results else None) is not None:
         ends = f"{tau['low']:.2f} to {'more' if tau['high'] is None else format(tau['high'], '.2f')}"
         texts.append(f"Tau is {tau['estimate']:.2f} ({ends}).")
     for each in people:
@@ -242,17 +212,15 @@ def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
 
 def _columns(run: SavedRun) -> list[tuple[str, str, list[str]]]:
     """Return the columns of the table of rounds, the important ones first: heading, key and texts."""
-    names = {name: words for name, words in run.figures.items() if name not in RoundEntry.__annotations__}
-    deciding = {name: words for name, words in run.figures.items() if name in ("average", "median", "winning_number")}
-    names = {**deciding, **names, "answered": "answered", "failed": "failed"}
-    names |= {name: words for name, words in {"average": "average", "median": "median"}.items() if name not in names}
+    plain = {name: name for name in ("average", "median")}
+    deciding = {name: words for name, words in run.figures.items() if name in (*plain, "winning_number")}
+    others = {name: words for name, words in run.figures.items() if name not in RoundEntry.__annotations__}
+    names = {**deciding, **others, "answered": "answered", "failed": "failed"}
+    names |= {name: words for name, words in plain.items() if name not in names}
     names |= {"std": "spread", "min": "lowest", "max": "highest", "asked": "asked", "reassigned": "moved"}
-    names["seconds"] = "seconds"
-    digits, columns = {"min": run.game.decimals, "max": run.game.decimals, "seconds": 2}, []
-    for name, words in names.items():
-        values = [figure_of(entry, name) for entry in run.summary["rounds"]]
-        columns.append((words, name, column(values, run.game, digits.get(name))))
-    return columns
+    digits = {"min": run.game.decimals, "max": run.game.decimals, "seconds": 2}
+    values = {name: [figure_of(entry, name) for entry in run.summary["rounds"]] for name in (*names, "seconds")}
+    return [(names.get(name, name), name, column(each, run.game, digits.get(name))) for name, each in values.items()]
 
 
 def _failures(run: SavedRun) -> dict[int, int]:
@@ -273,11 +241,10 @@ def result_in_words(run: SavedRun) -> str:
     text = " and ".join(f"{each} in round {number}" if several else each for number, each in shown.items())
     count, names = last.winners.count, listed(f"P{index}" for index in last.winners.lowest)
     names = names if count <= NAMED else f"{count:,} participants"
-    won = f"by {names} with" if several else f"{names} won with"
+    won = f"Round {last.round} was won by {names} with" if several else f"{names} won with"
+    ending = f"{won} {winning_answers(last, run.game)}"
     if not count:
         ending = f"No answer won round {last.round}" if several else "no answer won"
-    else:
-        ending = f"{f'Round {last.round} was won ' if several else ''}{won} {winning_answers(last, run.game)}"
     return f"The {words} was {text}{'. ' if several else ', and '}{ending}."
 
 
@@ -297,12 +264,10 @@ def problems(run: SavedRun) -> list[str]:
         texts.append(f"The run {verb} after {finished} of {planned} rounds{reasons.get(last['ended'], '')}.")
     if counts := _failures(run):
         text = f"{max(counts.values()):,} of {run.config.participant_num:,} participants gave no usable answer"
-        if len(counts) > 1:
-            text = (
-                f"Up to {text}, in {len(counts)} rounds"
-                if len({*counts.values()}) > 1
-                else f"{text} in each of {len(counts)} rounds"
-            )
+        if len({*counts.values()}) > 1:
+            text = f"Up to {text}, in {len(counts)} rounds"
+        elif len(counts) > 1:
+            text += f" in each of {len(counts)} rounds"
         elif len(entries) > 1:
             text += f" in round {next(iter(counts))}"
         causes = [each for each in failures_by_cause(entries) if each["cause"] != INTERRUPTED]
@@ -313,10 +278,10 @@ def problems(run: SavedRun) -> list[str]:
 
 def _files(run: SavedRun) -> list[tuple[str, str]]:
     """Return pairs of a path, relative to the page, and what the file holds."""
-    pictures = {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}
-    experiment = {"../comparison.html": sweep_position(run.path) is not None}
-    known = {name: is_there(run.path / name) for name in FILES} | pictures | experiment
-    known[ANALYSIS] |= not isinstance(run.game, RecordedGame)  # it is written after the page was filled
+    known = {name: is_there(run.path / name) for name in FILES}
+    known |= {"histogram.png": bool(run.results), "rounds.png": len(run.results) > 1}  # written after the page
+    known |= {"../comparison.html": sweep_position(run.path) is not None}
+    known[ANALYSIS] |= not isinstance(run.game, RecordedGame)
     return [(name, words) for name, words in FILES.items() if known[name]]
 
 
@@ -332,25 +297,22 @@ def _repeat_command(run: SavedRun) -> str:
 
 def _topic(run: SavedRun, topic: str) -> dict[str, Any]:
     """Return the template variables of the tables and the line chart for `topic`, a persona set or "model"."""
-    game, tallies = run.game, run.tallies_by_part[topic]
-    rounds = [(result.round, each) for result, each in zip(run.results, tallies, strict=True)]
+    scale, tallies = run.game.scale, run.tallies_by_part[topic]
+    rounds, last = [*enumerate(tallies, start=1)], tallies[-1]
     rows = PART_ROWS // len(run.tallies_by_part)
-    listed = largest(tallies[-1], max(rows // 3, 1))
+    listed = largest(last, max(rows // 3, 1))
     shown = [rounds[index] for index in selection(len(rounds), max(rows // len(listed), 1))]
-    lines = {}
-    for name in largest(tallies[-1], PART_LINES):
-        averages = {number: each[name].average() for number, each in rounds}
-        lines[name] = {number: float(units / game.scale) for number, units in averages.items() if units is not None}
-    drawn = [(name, charts.histogram_rows(game, tallies[-1][name])) for name in largest(tallies[-1], PARTS_DRAWN)]
+    averages = [(name, [(at, each[name].average()) for at, each in rounds]) for name in largest(last, PART_LINES)]
+    drawn = [(name, charts.histogram_rows(run.game, last[name])) for name in largest(last, PARTS_DRAWN)]
     return {
         "name": topic,
-        "last": tallies[-1],
+        "last": last,
         "listed": listed,
-        "last_rows": [(name, rounds[-1][0], tallies[-1][name]) for name in listed],
+        "last_rows": [(name, rounds[-1][0], last[name]) for name in listed],
         "rounds": len(shown),
         "rows": [(name, number, each[name]) for number, each in shown for name in listed],
         "answers": [(topic, *drawn[0][1][0]), *((name, *row) for name, table in drawn for row in table[1:] if row[2])],
-        "lines": lines,
+        "lines": {name: {at: float(each / scale) for at, each in by if each is not None} for name, by in averages},
     }
 
 
@@ -360,14 +322,14 @@ def _texts(run: SavedRun) -> list[tuple[str, dict[str, list[dict[str, Any]]]]]:
     if not kept or not run.results or not is_there(files_of(run.path, "texts")[0]):
         return []
     personas = [each for each in population.groupings if each.topic in population.persona_sets]
-    topics: Sequence[Grouping | None] = personas or population.groupings or [None]
+    everyone = Grouping("", ("all participants",), (), 0)
+    topics: Sequence[Grouping] = personas or population.groupings or [everyone]
     rounds, found = dict.fromkeys((run.results[0].round, run.results[-1].round)), []
     for parts in topics:
-        tallies = {"all participants": Tally(0)} if parts is None else run.tallies_by_part[parts.topic][-1]
+        tallies = run.tallies_by_part[parts.topic][-1] if parts is not everyone else {"all participants": Tally(0)}
         names = largest(tallies, max(TEXT_PARTS // len(topics), 1))
         samples = [run.sample_texts(parts, names, number, TEXTS_EACH) for number in rounds]
-        rows = {name: [row for sample in samples for row in sample[name]] for name in names}
-        found.append(("" if parts is None else parts.topic, rows))
+        found.append((parts.topic, {name: [row for sample in samples for row in sample[name]] for name in names}))
     return found
 
 

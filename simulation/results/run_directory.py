@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,22 +22,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, printable, reason
+from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
 from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game, Pairs
 from simulation.game.tally import RoundResult
 from simulation.llm.prompts import KeptText
-from simulation.results import run_files
-from simulation.results.answers_parquet import (
-    ROWS_AT_ONCE,
-    SCHEMA,
-    joined_rows,
-    rows_by_round,
-    tables_of,
-    values_in,
-    write_rows,
-)
+from simulation.results import answers_parquet, run_files
+from simulation.results.answers_parquet import SCHEMA, joined_rows, rows_by_round, tables_of, values_in, write_rows
 from simulation.results.run_files import FailedAnswer, SweepPosition
 from simulation.results.texts_parquet import PROMPTS, TEXTS, Distinct, write_texts
 from simulation.settings import SimulationConfig
@@ -75,19 +68,6 @@ def sweep_position(path: Path) -> SweepPosition | None:
         return None
 
 
-def about_of(path: Path) -> str:
-    """Return the description in the experiment's folder `path`, or "" if there is none."""
-    try:
-        return printable(json.loads(read_text(path / SWEEP))["about"] or "")
-    except (OSError, *run_files.DAMAGED):  # as above
-        return ""
-
-
-def resume_command(path: Path, *flags: str) -> str:
-    """Return the shell command that resumes the run or the experiment in the folder `path`, with `flags` appended."""
-    return script_command("--resume", path, *flags)
-
-
 def script_command(flag: str, path: Path, *flags: str) -> str:
     """Return a shell command with the flag `flag`, whose value is `path`, and with `flags`."""
     script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
@@ -95,12 +75,15 @@ def script_command(flag: str, path: Path, *flags: str) -> str:
     return shlex.join([script, flag, f"./{folder}" if folder.startswith("-") else folder, *flags])
 
 
+resume_command = partial(script_command, "--resume")  # of a run or an experiment
+
+
 class RunDirectory:
     """The folder of a run or of an experiment, created and locked by the constructor.
 
-    The folder must be missing or empty unless `resumed` is True. `within` is the folder of the experiment, if this run
-    is played together with the other runs of the experiment. The constructor raises SettingsError if the folder cannot
-    be used, and ResultsError if the disk is full. A method raises ResultsError if it cannot read or write a file.
+    The folder must be missing or empty unless `resumed`. `within` is the folder of the experiment, if all its runs are
+    played. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is full. A
+    method raises ResultsError if it cannot read or write a file.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
@@ -109,8 +92,7 @@ class RunDirectory:
         self.failed_now: list[FailedAnswer] = []  # some failures of the latest round
         self.config = SimulationConfig()  # the settings of the run, set before its first round
         self._failed: list[FailedAnswer] = []
-        self._made: list[Path] = []
-        self._locks: list[int] = []
+        self._made, self._locks = list[Path](), list[int]()
         self._whole = within or self  # all runs of an experiment together update runs/latest once
         self._was_latest = False
         try:
@@ -170,8 +152,7 @@ class RunDirectory:
                 break
             for entry in summary["rounds"]:  # answers.parquet still contains all causes, and analysis.json all analyses
                 entry["failures"] = run_files.most_frequent(entry["failures"], causes)
-                if lost == 0:
-                    entry.pop("analysis", None)
+                entry.pop("analysis" if lost == 0 else "", None)
             summary["cluster"]["lost"] = summary["cluster"]["lost"][:lost]
         self.write_json("summary.json", summary)
         if not self._whole._was_latest:  # only once: a run that was started later remains the latest
@@ -215,28 +196,22 @@ class RunDirectory:
         self.write_lines(FAILED_ANSWERS, self._failed)
 
     def pairs(self, round_number: int, count: int, scale: int) -> Iterator[Pairs]:
-        """Yield the answers of the participants 0 .. count-1 that answered in this round and the last, piece by piece.
-
-        Yield nothing for the first round. `scale` is 10^decimals.
-        """
-        parts = [self._part(number) for number in (round_number - 1, round_number) if round_number > 1]
-        for first in range(0, count, ROWS_AT_ONCE) if parts else ():
-            with results_errors(f"read the answers in {self.path}"):
-                values = np.stack([values_in(part, first, min(ROWS_AT_ONCE, count - first)) for part in parts])
+        """Yield, in pieces, the answers of participants 0 .. count-1 who answered in this round and the last."""
+        size = answers_parquet.ROWS_AT_ONCE
+        for first in range(0, count, size) if round_number > 1 else ():
+            values = self.values(first, min(size, count - first), round_number, round_number - 2)
             before, after = np.rint(values[:, ~np.isnan(values).any(axis=0)] * scale).astype(np.int64)
             yield before, after
 
-    def values(self, first: int, count: int, rounds: int) -> NDArray[np.float64]:
-        """Return a (rounds, count) array of the answers of participants first .. first+count-1. NaN: no answer."""
+    def values(self, first: int, count: int, rounds: int, skipped: int = 0) -> NDArray[np.float64]:
+        """Return a (rounds - skipped, count) array: answers of participants first .. first+count-1. NaN: no answer."""
         with results_errors(f"read the answers in {self.path}"):
-            return np.stack([values_in(self._part(number + 1), first, count) for number in range(rounds)])
+            return np.stack([values_in(self._part(number + 1), first, count) for number in range(skipped, rounds)])
 
     def write_texts(self, round_number: int, texts: Iterator[list[KeptText]]) -> tuple[int, int]:
         """Write what models wrote in one round. Return the numbers of texts and of those with replaced characters."""
-        with (
-            _on_disk(self._part(round_number, "texts")) as file,
-            _on_disk(self._part(round_number, "prompts")) as other,
-        ):
+        parts = (self._part(round_number, kind) for kind in ("texts", "prompts"))
+        with _on_disk(next(parts)) as file, _on_disk(next(parts)) as other:
             return write_texts(file, other, round_number, texts)
 
     def _part(self, round_number: int, kind: str = "answers") -> Path:
@@ -284,7 +259,6 @@ class RunDirectory:
                         part.unlink()
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write `content` to the JSON file `name` in the folder."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_lines(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The JSON files of a run folder: their schemas, and functions that build, read and validate their content."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, get_args
@@ -66,21 +66,16 @@ class SourceEntry(TypedDict):
 
 
 SOURCES: TypeAdapter[list[SourceEntry]] = TypeAdapter(list[SourceEntry])
-
-
 # The analysis of a round (see `Game.analyses`)
 Figure = int | float | str | None
 Analysis = dict[str, Figure | dict[str, Figure | dict[str, Figure]]]
+# How many texts are kept, and how many of them could not be encoded as they were
+TextsEntry = Annotated[dict[Literal["kept", "replaced"], int], Field(min_length=2)]
 
 
 class WinnersEntry(TypedDict):
     count: int
     participants: list[Annotated[str, Field(pattern=r"^P[0-9]{1,10}$")]]
-
-
-class TextsEntry(TypedDict):
-    kept: int
-    replaced: int  # of them, how many could not be encoded as they were
 
 
 class RoundEntry(TypedDict):
@@ -143,16 +138,12 @@ class Summary(TypedDict):
 
 @with_config(SHAPE)
 class AnalysedRound(TypedDict):
-    """The part of a round's entry in analysis.json that differs by kind, persona set and model."""
-
     round: int
     by: dict[str, dict[str, Analysis]]
 
 
 @with_config(SHAPE)
 class AnalysisFile(TypedDict):
-    """The content of analysis.json."""
-
     rounds: list[AnalysedRound]
 
 
@@ -165,8 +156,8 @@ def parse_summary(text: str) -> tuple[SimulationConfig, dict[str, Any]]:
     summary = SUMMARY.validate_python(json.loads(text))
     if [entry["round"] for entry in summary["rounds"]] != list(range(1, len(summary["rounds"]) + 1)):
         raise ValueError("its rounds are not 1, 2, ...")
+    by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
     for entry in summary["rounds"]:
-        by_cause = {INTERRUPTED: "interrupted", OUT_OF_TOKENS: "out_of_tokens"}
         entry.setdefault("outcome", {"average": entry["average"], "winning_number": entry["winning_number"]})
         entry.setdefault("ended", next((by_cause[each] for each in by_cause if each in entry["failures"]), "complete"))
     return SimulationConfig.from_json(summary["config"]), summary
@@ -183,7 +174,7 @@ def summarise(
     position: SweepPosition | None = None,
 ) -> dict[str, Any]:
     """Return the content of summary.json. `status` is one of the values that `Summary` allows."""
-    llm = config.uses_models
+    llm, texts = config.uses_models, [each.texts for each in rounds if each.texts]
     rpc_s = seconds["rounds"] - usage.answering_s  # `answering_s` and `client_s` are times of the slowest group
     llm_s = {"model": usage.answering_s - usage.client_s, "client": usage.client_s, "rpc": rpc_s}
     llm_seconds = {"llm_seconds": {name: round(max(value, 0.0), 4) for name, value in llm_s.items()}}
@@ -196,13 +187,13 @@ def summarise(
         "cluster": cluster | (llm_seconds if llm else {}),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "rounds": [round_entry(result, 10**config.decimals) for result in rounds],
-        **({"texts": _texts_entry([each.texts for each in rounds if each.texts])} if llm else {}),
+        **(
+            {"texts": {"kept": sum(each[0] for each in texts), "replaced": sum(each[1] for each in texts)}}
+            if llm
+            else {}
+        ),
         "llm": {name: getattr(usage, name) for name in counts} if llm else None,
     }
-
-
-def _texts_entry(counts: Sequence[tuple[int, int]]) -> TextsEntry:
-    return {"kept": sum(kept for kept, _ in counts), "replaced": sum(replaced for _, replaced in counts)}
 
 
 def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
@@ -226,15 +217,15 @@ def round_entry(result: RoundResult, scale: int) -> dict[str, Any]:
         "winning_number": None if winning is None else float(winning),
         "winners": {"count": result.winners.count, "participants": [f"P{index}" for index in result.winners.lowest]},
         "winning_answers": [units / scale for units in result.winning_units[:NUMBERS_NAMED]],
-        **({"texts": _texts_entry([result.texts])} if result.texts is not None else {}),
+        **({"texts": {"kept": texts[0], "replaced": texts[1]}} if (texts := result.texts) is not None else {}),
         "seconds": round(result.seconds, 4),
     }
 
 
 def most_frequent(failures: dict[str, int], kept: int = CAUSES_SHOWN) -> dict[str, int]:
     """Return the `kept` most frequent failure causes with their counts. Merge the remaining causes into one entry."""
-    named = [(cause, count) for cause, count in failures.items() if cause != OTHER_CAUSES]
-    first = dict(sorted(named, key=lambda item: (-item[1], item[0]))[:kept])
+    named = sorted(failures.keys() - {OTHER_CAUSES}, key=lambda cause: (-failures[cause], cause))
+    first = {cause: failures[cause] for cause in named[:kept]}
     others = sum(failures.values()) - sum(first.values())
     return first | ({OTHER_CAUSES: others} if others else {})
 
@@ -266,18 +257,16 @@ class GameFile(TypedDict):
     rules: NotRequired[RecordedRules]  # absent in old runs
 
 
-GAME_FILE = TypeAdapter(GameFile)
+GAME_FILE: TypeAdapter[Any] = TypeAdapter(GameFile)
 PEOPLE = TypeAdapter(dict[Literal["people"], tuple[HumanData, ...]])  # the content of human.json
 
 
 def game_to_json(game: Game) -> dict[str, Any]:
-    """Return the content of game.json."""
-    cast = game.population
-    entry = PopulationEntry(personas=cast.persona_sets, models=cast.models, turns=cast.round_robin_models)
+    cast, known = game.population, {"equilibrium": game.equilibrium(), "numbers_announced": game.numbers_announced}
+    entry: dict[str, Any] = {"personas": cast.persona_sets, "models": cast.models, "turns": cast.round_robin_models}
     entry |= {"players": cast.players, "block": cast.block}
-    rules = RecordedRules(words=game.words, low=game.low, high=game.high, equilibrium=game.equilibrium())
-    rules["numbers_announced"] = game.numbers_announced
-    return GAME_FILE.dump_python(GameFile(wording=game.prompt, cast=entry, rules=rules), mode="json")
+    rules = {"words": game.words, "low": game.low, "high": game.high, **known}
+    return GAME_FILE.dump_python({"wording": game.prompt, "cast": entry, "rules": rules}, mode="json")
 
 
 class RecordedGame(Game):
@@ -295,17 +284,12 @@ class RecordedGame(Game):
 
 
 def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Game:
-    """Return the game that `config` and a game.json's `text` describe. Raises SettingsError or an error in DAMAGED.
-
-    Only if `trusted`, execute the file of a game that is not in games/. Otherwise, return a `RecordedGame`.
-    """
+    """Return a game. Only if `trusted`, execute the file of a user's. Raises SettingsError or one of DAMAGED."""
     content = GAME_FILE.validate_json(text)
-    cast = content["cast"]
-    players = cast.get("players", ())
+    cast, players = content["cast"], content["cast"].get("players", ())
     parts = (cast["personas"], cast["models"], cast["turns"], players, cast.get("block", 1))
     population = Population(config.seed or 0, config.participant_num, *parts)
-    mixtures: list[tuple[Persona | ModelShare | PlayerShare, ...]]
-    mixtures = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
+    mixtures: list[Any] = [*cast["personas"].values(), cast["models"], players, *(each.models for each in players)]
     if len({each.label for each in players}) < len(players) or bool(players) is (config.players is None):
         raise ValueError("its kinds of players are not those of the settings")
     if any(mixture and sum(each.share for each in mixture) != 1 for mixture in mixtures):
@@ -314,13 +298,11 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
         raise ValueError("a name cannot be displayed")
     if trusted or ".py" not in config.game:
         return game_of(config, content["wording"], population)
-    fields = game_fields(config, content["wording"], population)
-    announced = content["rules"].get("numbers_announced", False)
-    return RecordedGame(**{**fields, "recorded": content["rules"], "numbers_announced": announced})
+    recorded = {"recorded": content["rules"], "numbers_announced": content["rules"].get("numbers_announced", False)}
+    return RecordedGame(**{**game_fields(config, content["wording"], population), **recorded})
 
 
 def people_to_json(people: tuple[HumanData, ...]) -> dict[str, Any]:
-    """Return the content of human.json."""
     return PEOPLE.dump_python({"people": people}, mode="json", exclude_defaults=True)
 
 
@@ -351,9 +333,9 @@ class FailedAnswer(TypedDict):
 
 def read_json_lines(path: Path, name: str, shape: type[T]) -> list[T]:
     """Parse a JSON lines file of `shape` entries. Return [] if it is missing. Raises SettingsError if it is damaged."""
-    lines = TypeAdapter(list[shape], config=SHAPE)  # type: ignore[valid-type]
 
     def parse(text: str) -> list[T]:
-        return lines.validate_python([json.loads(line) for line in text.split("\n") if line.strip()])
+        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+        return TypeAdapter(list[shape], config=SHAPE).validate_python(lines)  # type: ignore[valid-type]
 
     return read_run_file(path, name, parse) if is_there(path / name) else []

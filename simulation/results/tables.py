@@ -1,5 +1,7 @@
 """Aligned text tables, and numbers as text. On a terminal, columns that do not fit are omitted."""
 
+import csv
+import io
 import math
 import re
 import shutil
@@ -21,10 +23,8 @@ def number_text(number: Fraction | float | None, digits: int = 3, padded: bool =
 
     If `padded`, a number that is not an int has exactly `digits` decimals. None becomes a dash.
     """
-    if number is None:
-        return "–"
-    if isinstance(number, int):
-        return f"{number:,}"
+    if number is None or isinstance(number, int):
+        return "–" if number is None else f"{number:,}"
     number = float(number)
     if 0 < abs(number) < 0.1 and not padded:
         return f"{number:.3g}"
@@ -42,6 +42,13 @@ def decimals_of(numbers: Iterable[Fraction | float | None], most: int) -> int:
         return 0
     large, small = (-math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
     return min(most, max(large + 3, min(small + 1, large + 5), 0))
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Return `rows` as the text of a CSV file."""
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
 
 
 class Column(NamedTuple):
@@ -72,20 +79,14 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 def value_text(name: str, value: Any) -> str:
     """Return the value of a setting in words, without the folders of files."""
-    if value is None:
-        return "none"
-    if name == "players":
+    if name == "players" and value is not None:
         return printable(players_text(value).removesuffix("=1"))
-    if isinstance(value, tuple):
-        value = " ".join(value)
-    return printable(Path(value).name if name in ("agent_class", "game") else str(value))
+    text = "none" if value is None else " ".join(value) if isinstance(value, tuple) else str(value)
+    return printable(Path(text).name if name in ("agent_class", "game") else text)
 
 
 def fitting(widths: Sequence[int], dropped: Iterable[int], room: int, gap: int) -> list[int]:
-    """Return the indices of the columns to show in a line of `room` characters. Columns of width 0 are omitted.
-
-    Columns are separated by `gap` spaces. `dropped` lists the columns that may be omitted, the least important first.
-    """
+    """Return the columns with widths above 0 that fit into `room`, without the first of `dropped` if they do not."""
     columns = [column for column, width in enumerate(widths) if width]
     for index in dropped:
         if sum(widths[column] + gap for column in columns) - gap <= room:
@@ -113,19 +114,17 @@ def table_lines(
         columns = fitting(widths, order, shutil.get_terminal_size().columns - INDENT, gap=2)
     lines = []
     for row in (head, *rows):
-        aligned = row if len(row) == len(head) else row[:-1]
-        cells = []
-        for column in [column for column in columns if column < len(aligned)]:
+        aligned, cells = len(row) if len(row) == len(head) else len(row) - 1, list[str]()
+        for column in [column for column in columns if column < aligned]:
             blanks = " " * (widths[column] - cell_len(row[column]))
             cells.append(row[column] + blanks if head[column] in lefts else blanks + row[column])
-        lines.append("  ".join([*cells, *row[len(aligned) :]]).rstrip())
+        lines.append("  ".join([*cells, *row[aligned:]]).rstrip())
     return lines
 
 
 def column_lines(columns: Sequence[Column], dropped: Iterable[str], page: str) -> list[str]:
     """Return `table_lines` of columns, and a line that names the omitted ones, which the file `page` has."""
-    head, *rows = table_lines(
-        [each.heading for each in columns], [*zip(*(each.texts for each in columns), strict=True)], dropped
-    )
-    omitted = [each.heading for each in columns if each.heading not in re.split(" {2,}", head.strip())]
-    return [head, *rows, *([f"not shown here, but in {page}: {', '.join(omitted)}"] if omitted else [])]
+    headings, *rows = [each.heading for each in columns], *zip(*(each.texts for each in columns), strict=True)
+    head, *lines = table_lines(headings, rows, dropped)
+    omitted = [each for each in headings if each not in re.split(" {2,}", head.strip())]
+    return [head, *lines, *([f"not shown here, but in {page}: {', '.join(omitted)}"] if omitted else [])]

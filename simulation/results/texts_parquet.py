@@ -1,9 +1,10 @@
 """Writing what language models wrote: Parquet files of texts, and of the prompts they answer."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +14,9 @@ from simulation.llm.prompts import HASH_DIGITS, KeptText, RecordedText, hash_of
 from simulation.results.answers_parquet import SCHEMA, row_writer, rows_in
 from simulation.rpc.endpoints import TEXTS_PER_MESSAGE
 
-TEXTS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("participant", pa.int64()),
-        ("model", pa.dictionary(pa.int32(), pa.string())),  # the name on its server
-        ("prompt", pa.string()),
-        ("text", pa.string()),
-        ("thoughts", pa.string()),
-    ]
-)
+_MODEL = ("model", pa.dictionary(pa.int32(), pa.string()))  # the name on its server
+_WRITTEN = [(name, pa.string()) for name in ("prompt", "text", "thoughts")]
+TEXTS = pa.schema([("round", pa.int32()), ("participant", pa.int64()), _MODEL, *_WRITTEN])
 # Each prompt is in the file once, with the round that was the first to use it
 PROMPTS = pa.schema([("first_round", pa.int32()), *((name, pa.string()) for name in ("prompt", "system", "user"))])
 
@@ -69,8 +63,7 @@ class RecordedTexts:
             rows = rows.filter(pc.and_(pc.is_valid(rows["value"]), pc.less_equal(rows["round"], rounds)))
             values = pa.array([f"{value:.15g}" for value in rows["value"].to_pylist()], pa.string())
             none = pa.nulls(len(rows), pa.string())
-            columns = [rows["round"], rows["participant"], none, none, values, none]
-            rows = pa.table(columns, names=TEXTS.names)
+            rows = pa.table([rows["round"], rows["participant"], none, none, values, none], names=TEXTS.names)
         self._rows = rows.sort_by("participant")
         self._participants = self._rows["participant"].to_numpy()
 
@@ -82,26 +75,19 @@ class RecordedTexts:
             yield [RecordedText(*row) for row in zip(*(piece[name].to_pylist() for name in TEXTS.names), strict=True)]
 
     def counts(self, participants: int, systems: Collection[str] | None) -> dict[int, int]:
-        """Return how many texts of participants 0 .. participants-1 are recorded, by round.
-
-        Do not count texts whose system prompt is known and not one of `systems` (None: count all).
-        """
+        """Return by round how many texts of the first `participants` are recorded with one of `systems` or none."""
         rows = self._rows.slice(0, int(np.searchsorted(self._participants, participants)))
         if systems is not None and self._prompts:
             prompts = pa.concat_tables(chain.from_iterable(rows_in(path, PROMPTS) for path in self._prompts))
             same = prompts.filter(pc.is_in(prompts["system"], pa.array(sorted(systems), pa.string())))["prompt"]
             rows = rows.filter(pc.is_in(rows["prompt"], same.combine_chunks()))
-        rounds = rows["round"].to_numpy()
-        return dict(zip(*(each.tolist() for each in np.unique(rounds, return_counts=True)), strict=True))
+        return Counter(rows["round"].to_pylist())
 
 
 def write_texts(
     texts: IO[bytes], prompts: IO[bytes], round_number: int, pieces: Iterable[list[KeptText]]
 ) -> tuple[int, int]:
-    """Write the texts of one round and their distinct prompts to two files, piece by piece.
-
-    Return how many texts there are, and in how many of them characters were replaced (see `well_formed`).
-    """
+    """Write texts and their distinct prompts. Return how many there are, and how many have replaced characters."""
     kept, replaced, distinct = 0, 0, Distinct()
     with row_writer(texts, TEXTS) as write, row_writer(prompts, PROMPTS) as write_prompts:
         for piece in pieces:
@@ -111,12 +97,8 @@ def write_texts(
             hashes = {prompt: hash_of(prompt) for prompt in dict.fromkeys(row.prompt for row in piece)}
             rows = zip(piece, written, strict=True)
             values = [(round_number, row.participant, row.model, hashes[row.prompt], *each) for row, each in rows]
-            write(_table(values, TEXTS))
             used = [(round_number, name, *map(well_formed, prompt[:2])) for prompt, name in hashes.items()]
-            write_prompts(distinct(_table(used, PROMPTS)))
+            if piece:
+                write(pa.table([*zip(*values, strict=True)], schema=TEXTS))
+                write_prompts(distinct(pa.table([*zip(*used, strict=True)], schema=PROMPTS)))
     return kept, replaced
-
-
-def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    columns = [*zip(*rows, strict=True)] or [()] * len(schema)
-    return pa.table([pa.array(values, each.type) for values, each in zip(columns, schema, strict=True)], schema=schema)
