@@ -1,4 +1,6 @@
-"""The exceptions that this program raises on purpose. A message is one line. The numbers are exit statuses of main.py.
+"""The exceptions that this program raises on purpose, and their exit statuses of main.py.
+
+A message is one line: what failed, where it failed, and what to do.
 
 SimulationError          1   a bug in this program
 ├── SettingsError        2   a flag, setting or file is invalid; nothing was started
@@ -41,8 +43,6 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errn
 
 
 class SimulationError(Exception):
-    """The base class of the program's errors. A message is one line: what failed, where it failed, and what to do."""
-
     exit_status = 1
 
 

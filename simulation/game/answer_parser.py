@@ -76,7 +76,7 @@ def _statement(language: str) -> re.Pattern[str]:
     )
 
 
-@lru_cache(maxsize=256)  # models often give the same answers
+@lru_cache(maxsize=1024)  # models often give the same answers
 def stated_number(text: str) -> float:
     """Return the author's own number: 37 for "I choose 37.", "**37**" and "37 of 100".
 
