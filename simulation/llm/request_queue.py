@@ -62,11 +62,12 @@ class ModelClient:
             try:
                 if now >= next_tick or not self._queue:
                     next_tick = now + TICK_S
+                    for request in self._queue:
+                        request.postpone_if_paused(now)
                     if now > self._rate_full_since:  # no request expires because it waits for the limit per minute
                         waited_s, self._rate_full_since = now - self._rate_full_since, now
                         for request in self._queue:
-                            request.queued_at += waited_s
-                            request.deadline += waited_s
+                            request.postpone(waited_s)
                     self._queue = deque(request for request in self._queue if not self._prune(request))
                     self._semaphore.beat(waiting=bool(self._queue) and now >= self._pause_until)
                 while now >= self._pause_until and self._send_next():
@@ -108,9 +109,9 @@ class ModelClient:
             chat, several = request.chat, request.fields.get("temperature") != 0  # vLLM refuses n > 1 at temperature 0
             several = several and request.config not in chat.n_unsupported
             wanted = request.sharing(chat.settings.samples_per_request if several else 1)
-            count = min(wanted, chat.budget.affordable(request))
+            count = 0 if chat.paused else min(wanted, chat.budget.affordable(request))
             if count == 0:
-                if not chat.tasks:  # otherwise, a request in flight may return reserved tokens
+                if not (chat.tasks or chat.paused):  # otherwise, a request in flight may return reserved tokens
                     request.fail(OUT_OF_TOKENS, Ended.OUT_OF_TOKENS)
                 self._queue.rotate(-1)
                 continue

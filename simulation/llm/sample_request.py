@@ -43,6 +43,17 @@ class SampleRequest:
     cause: str | None = None  # cause of the last error
     single_worked: bool = False  # after errors with several answers, a request for one answer succeeded
     reserved: float = 0.0  # tokens reserved in the group's budget
+    _paused_at: float = math.inf  # until when the pause of the run is part of the deadline (time.monotonic)
+
+    def postpone(self, seconds: float) -> None:
+        """Let the request expire later."""
+        self.queued_at += seconds
+        self.deadline += seconds
+
+    def postpone_if_paused(self, now: float) -> None:
+        """Let the request expire later by the time for which its run has been paused. Call this regularly."""
+        self.postpone(max(now - self._paused_at, 0.0))
+        self._paused_at = now if self.chat.paused else math.inf
 
     def tokens(self, samples: int) -> int:
         """Return the maximum number of tokens of a request for so many samples, with an estimate for the prompt."""
