@@ -169,6 +169,21 @@ def test_the_button_stops_the_run_and_keeps_results(cluster, page, tmp_path):
     assert "stopping; results so far are kept" in run.log.read_text()
 
 
+def test_the_button_pauses_the_run_and_lets_it_continue(cluster, page, tmp_path):
+    run = Run(cluster, tmp_path / "stderr", "3", "300", "--rounds", "4", "--sleep-time", "1")
+    page.goto(run.url)
+    until(lambda: page.locator("#played tr").count() >= 1, 20, "a round is played")
+    page.get_by_role("button", name="Pause", exact=True).click()
+    page.locator("#status.paused").wait_for(timeout=90_000)
+    until(lambda: run.state()["run"]["round"] is None, 60, "the round under way has ended")
+    played = len(run.state()["run"]["rounds"])
+    page.wait_for_timeout(2_000)  # longer than a round
+    assert played < 4 and len(run.state()["run"]["rounds"]) == played
+    page.get_by_role("button", name="Continue", exact=True).click()
+    run.end(0)
+    assert len(cluster.summary()["rounds"]) == 4
+
+
 def test_requests_of_other_origins_are_refused(cluster, tmp_path):
     run = Run(cluster, tmp_path / "stderr", "3", "300", "--sleep-time", "600", port=cluster.base_port + 23)
     policy = urllib.request.urlopen(run.url).headers["Content-Security-Policy"]
@@ -183,7 +198,7 @@ def test_requests_of_other_origins_are_refused(cluster, tmp_path):
         {"Origin": own, "Sec_Fetch_Site": "cross-site"},
     ):
         assert run.ask("stop", "POST", **headers) == 403, headers
-    assert run.ask("stop") == 405 and run.ask("report?run=../x") == 404
+    assert run.ask("stop") == 403 and run.ask("report?run=../x") == 404
     assert run.ask("", Host=f"evil.example:{run.port}") == 403 and run.ask("state", Host="127.0.0.1") == 403
     assert run.ask("state", Sec_Fetch_Site="cross-site") == 403
     with pytest.raises(OSError):
@@ -249,7 +264,7 @@ def test_only_a_run_with_a_dashboard_imports_it(cluster, asked):
     done = subprocess.run(command, cwd=cluster.path, capture_output=True, text=True, timeout=60, check=True)
     modules = done.stdout.splitlines()[-1].split()
     assert "simulation.runs.run" in modules, done.stderr
-    page = {"simulation.monitoring.dashboard", "simulation.monitoring.dashboard_state", "aiohttp.web"}
+    page = {"simulation.monitoring.dashboard", "aiohttp.web"}
     assert page & {*modules} == (page if asked else set())
 
 
@@ -295,7 +310,7 @@ def test_heartbeats_carry_histograms_and_the_load_of_the_server_when_asked(monke
 
     def seen(cpu_s: float, clock_s: float, numbers: int = 101) -> HeartbeatReply:
         clock[0], used[0] = clock_s, cpu_s
-        reply = HeartbeatReply.from_json(servicer.heartbeat(json.dumps(["run", 1, 0.0, numbers]).encode(), None))
+        reply = HeartbeatReply.from_json(servicer.heartbeat(json.dumps(["run", 1, 0.0, numbers, {}]).encode(), None))
         assert reply is not None
         return reply
 
@@ -488,7 +503,7 @@ def test_the_page_of_several_runs_shows_the_current_one(page):
     assert "first is failed" in page.locator("#runs").text_content()
 
 
-def test_a_page_reports_a_killed_run_and_shows_the_next_one(cluster, browser, tmp_path):
+def test_a_page_reports_a_killed_run_and_does_not_show_another(cluster, browser, tmp_path):
     page = browser.new_page()
     run = Run(cluster, tmp_path / "killed", "3", "300", "--sleep-time", "600", port=cluster.base_port + 23)
     page.goto(run.url)
@@ -501,6 +516,10 @@ def test_a_page_reports_a_killed_run_and_shows_the_next_one(cluster, browser, tm
     assert page.locator("#notice").is_visible() and page.locator("#stop").is_disabled()
     assert page.title().startswith("no answer")
     again = Run(cluster, tmp_path / "again", "3", "300", "--sleep-time", "600", port=run.port)
+    with page.expect_response(lambda response: response.status == 403):  # the other run has another token
+        pass
+    assert page.locator("#status").text_content().startswith("no answer")
+    page.goto(again.url)
     page.get_by_text(f"{300} random participants").wait_for()
     page.locator("#status").get_by_text("running").wait_for(timeout=90_000)
     page.get_by_role("button", name="Stop and keep results").click()

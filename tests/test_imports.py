@@ -21,8 +21,8 @@ except SystemExit as end:
 print(json.dumps([status, sorted(sys.modules)]))
 """
 AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.http_client")
-DASHBOARD = ("simulation.monitoring.dashboard", "simulation.monitoring.dashboard_state", "aiohttp.web")
-PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "scipy", "socketio")
+DASHBOARD = ("simulation.monitoring.dashboard", "aiohttp.web")
+PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "prometheus_client", "scipy", "socketio")
 
 
 def modules_after(checkout: Checkout, *arguments: str, status: int = 0) -> set[str]:
