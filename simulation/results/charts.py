@@ -144,8 +144,7 @@ def draw_lines(
         shared, before = positions.count(positions[index]), positions[:index].count(positions[index])
         if shared > 1:
             style |= {"linestyle": (DASH * before, (DASH, DASH * (shared - 1))), "markevery": (before, shared)}
-        if rounds > MARKED_ROUNDS:
-            style["marker"] = ""
+        style |= {"marker": ""} if rounds > MARKED_ROUNDS else {}
         axes.plot(every, [numbers.get(each, math.nan) for each in every], label=name, **style)
     for index, band in enumerate(bands):
         ends = [band.get(each, (math.nan, math.nan)) for each in every]
@@ -232,10 +231,7 @@ def all_rounds(run: SavedRun) -> Figure:
 def picture(
     draw: Callable[[Axes], None], title: str, histograms: Sequence[Any], heading: str, legend: Any, inches: float = 0.3
 ) -> Figure:
-    """Return a figure for a PNG file: a line chart by round, and below it its legend, which is `inches` high.
-
-    Then follow `histograms`, tuples of a title, a game and a result, with the title `heading`.
-    """
+    """Return a figure: a line chart, a legend of `inches`, and `histograms` (title, game, result) below a `heading`."""
     columns = 2 if len(histograms) == 4 else min(len(histograms) or 1, 3)
     rows = -(-len(histograms) // columns) or 1
     heights = (3.6 + inches, 2.4 * rows)

@@ -196,10 +196,9 @@ def _reasons(analyses: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 def _details(run: SavedRun, people: Sequence[dict[str, Any]]) -> list[str]:
     """Return sentences for the first screen: who played, how they reasoned, and how far they are from people."""
-    texts = []
-    for topic, tallies in run.tallies_by_part.items():
-        if topic != KIND and len(tallies[-1]) <= NAMES_LISTED:  # the title names kinds
-            texts.append(f"{topic}: {', '.join(f'{each.asked:,} {name}' for name, each in tallies[-1].items())}.")
+    few = {topic: tallies[-1] for topic, tallies in run.tallies_by_part.items() if len(tallies[-1]) <= NAMES_LISTED}
+    counts = {topic: ", ".join(f"{each.asked:,} {name}" for name, each in last.items()) for topic, last in few.items()}
+    texts = [f"{topic}: {words}." for topic, words in counts.items() if topic != KIND]  # the title names kinds
     if (tau := run.results[0].analysis.get("tau") if run.results else None) is not None:
         ends = f"{tau['low']:.2f} to {'more' if tau['high'] is None else format(tau['high'], '.2f')}"
         texts.append(f"Tau is {tau['estimate']:.2f} ({ends}).")

@@ -79,11 +79,10 @@ resume_command = partial(script_command, "--resume")  # of a run or an experimen
 
 
 class RunDirectory:
-    """The folder of a run or of an experiment, created and locked by the constructor.
+    """The folder of a run or of an experiment, created and locked by the constructor. It is new unless `resumed`.
 
-    The folder must be missing or empty unless `resumed`. `within` is the folder of the experiment, if all its runs are
-    played. The constructor raises SettingsError if the folder cannot be used, and ResultsError if the disk is full. A
-    method raises ResultsError if it cannot read or write a file.
+    `within` is the folder of the experiment, if all its runs are played. Raises SettingsError if the folder cannot be
+    used. The constructor (for a full disk) and all methods raise ResultsError for files.
     """
 
     def __init__(self, path: Path, resumed: bool = False, within: "RunDirectory | None" = None) -> None:
