@@ -5,6 +5,8 @@ The commands with a language model are run by test_vllm.py, whose tests share th
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 import subprocess
@@ -109,3 +111,22 @@ def test_every_test_named_in_faults_exists():
     assert len(named) > 15
     for file, test in named:
         assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_the_averages_of_the_demo_model_are_those_of_its_runs():
+    """Of the tables in docs/paper.md; the averages by level of education are not in summary.json."""
+    table, section = (ROOT / "docs/paper.md").read_text().split("## With the demo model")
+    rows = re.findall(r"^\| `(\w+)\.yaml` \| .*? \| (\d+) \| (.*?) \|$", section, re.MULTILINE)
+    found = []
+    for path in sorted((ROOT / "docs/runs").rglob("summary.json")):
+        summary = json.loads(path.read_text())
+        (played,) = summary["rounds"]
+        width = 1.96 * played["std"] / math.sqrt(played["answered"])
+        found.append((path.relative_to(ROOT / "docs/runs").parts[0], played["answered"], played["average"], width))
+        assert (summary["status"], played["failed"]) == ("complete", 0) and summary["seconds"]["total"] < 600
+    texts = [(name, str(count), f"{average:.1f} ± {width:.1f}") for name, count, average, width in found]
+    assert sorted(rows) == sorted(texts) and len(rows) == 12
+    for name in ("ratios", "prompts", "temperature"):
+        (row,) = (line for line in table.splitlines() if f"`{name}.yaml`" in line and line.startswith("|"))
+        averages = row.split("|")[-2].strip().split(", ")
+        assert averages == [text for each, _, text in rows if each == name]
