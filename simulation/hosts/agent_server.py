@@ -113,9 +113,8 @@ class SimulationServicer(AgentServerServicer):
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)
         memory_mb, model_troubles, repeatable = None, dict[str, str](), list[str]()
         if messages.MEMORY in directives:
-            memory = (
-                psutil.Process().memory_full_info()
-            )  # pss includes a share of the shared memory; some have only uss
+            memory = psutil.Process().memory_full_info()
+            # pss includes a share of the shared memory; some systems report only uss
             memory_mb = round((getattr(memory, "pss", 0) or memory.uss) / 2**20, 1)
         if messages.CHECK_MODELS in directives:
             from simulation.llm.http_client import check_models, repeatable_models  # noqa: PLC0415 - imports openai
@@ -159,6 +158,9 @@ class SimulationServicer(AgentServerServicer):
 
     def delete_agent(self, request: Any, context: Any) -> GeneralResponse:
         return GeneralResponse(ok=self._drop(request.value))
+
+    def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
+        return GeneralResponse(ok=all([self._drop(agent_id) for agent_id in self._hosted()]))
 
     def drop_expired(self) -> None:
         """Delete the objects of all runs whose lease has expired."""
