@@ -160,7 +160,9 @@ class SimulationServicer(AgentServerServicer):
         return GeneralResponse(ok=self._drop(request.value))
 
     def delete_all_agents(self, request: Any, context: Any) -> GeneralResponse:
-        return GeneralResponse(ok=all([self._drop(agent_id) for agent_id in self._hosted()]))
+        for agent_id in self._hosted():
+            self._drop(agent_id)
+        return GeneralResponse(ok=True)
 
     def drop_expired(self) -> None:
         """Delete the objects of all runs whose lease has expired."""
