@@ -174,6 +174,31 @@ def test_usage_comes_with_an_example(shell, arguments, said):
     assert re.search(example[arguments[0]], line)
 
 
+def stand_in_for_slurm(folder: Path) -> dict[str, str]:
+    """Write commands that do what Slurm's do in a job on this machine alone. Return the environment of the job."""
+    folder.mkdir()
+    (folder / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (folder / "srun").write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURMD_NODENAME": "localhost", "TMPDIR": str(folder), **job}
+
+
+def test_a_job_array_of_slurm_plays_repeats(checkout, tmp_path):
+    env = stand_in_for_slurm(tmp_path / "slurm") | {"SLURM_SUBMIT_DIR": str(checkout.path), "SLURM_ARRAY_JOB_ID": "6"}
+    env |= {"MODERATOR_NUM": "1", "MODERATOR_PER_HOST": "1"}
+    for task in ("1", "2"):
+        flags = ("2", "20", "--sleep-time", "0", "--rounds", "2")
+        done = checkout.run("examples/slurm/simulation.sbatch", *flags, env=env | {"SLURM_ARRAY_TASK_ID": task})
+        assert done.returncode == 0 and "localhost is ready" in done.stderr, done.stderr
+        assert checkout.summary(checkout.path / "runs/6" / task)["config"]["seed"] == int(task)
+        assert (checkout.path / "run/slurm-7/localhost/launcher.log").exists()
+    assert not checkout.processes() and not list((tmp_path / "slurm").glob("simulation-*"))
+    compared = checkout.run("main.py", "--role", "report", "runs/6/1", "runs/6/2")
+    assert compared.returncode == 0, compared.stderr
+
+
 @pytest.mark.parametrize("command", [("simulation.sbatch", "10", "1000"), ("simulation.sbatch",), ("node.sh", "10")])
 def test_slurm_scripts_are_refused_without_slurm(shell, command):
     done = shell(f"examples/slurm/{command[0]}", *command[1:], echo=False)
