@@ -56,7 +56,7 @@ class SampleRequest:
         self._paused_at = now if self.chat.paused else math.inf
 
     def tokens(self, samples: int) -> int:
-        """Return the maximum number of tokens of a request for so many samples, with an estimate for the prompt."""
+        """Return the maximum number of tokens of a request for `samples` samples, with an estimate for the prompt."""
         return self.prompt.tokens + samples * self._tokens_each
 
     @property
