@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from games.minority import Minority
 
 FOUR = ["round", "participant", "value", "failure"]
-RANDOM = ("run_simulation.sh", "3", "120", "--sleep-time", "0")
+RANDOM = ("run_simulation.sh", "3", "120", "--sleep-time", "0", "--seed", "7")
 
 
 def schema_of(cluster) -> pa.Schema:
@@ -19,7 +19,7 @@ def schema_of(cluster) -> pa.Schema:
 
 
 def test_a_run_without_differences_has_four_columns(cluster):
-    assert cluster.run(*RANDOM, "--seed", "7").returncode == 0
+    assert cluster.run(*RANDOM).returncode == 0
     schema = schema_of(cluster)
     assert schema.names == FOUR
     settings = json.loads(schema.metadata[b"simulation.settings"])
