@@ -23,6 +23,7 @@ from loguru import logger
 from simulation.errors import ClusterError, SettingsError, SimulationError, nearest, printable, reason
 from simulation.files import shown
 from simulation.monitoring.dashboard_state import DashboardState
+from simulation.results.run_directory import CONTROL
 from simulation.results.tables import table_lines
 from simulation.runs.console import ConsoleProgress
 from simulation.settings import KINDS, SETTINGS, flag_of, to_number
@@ -30,7 +31,6 @@ from simulation.settings import KINDS, SETTINGS, flag_of, to_number
 if TYPE_CHECKING:
     from simulation.runs.run import Run
 
-FILE = "control.json"  # in the folder of a run or sweep, while it is played
 COMMANDS = ("status", "pause", "continue", "stop", "set")
 CHANGEABLE = ("rounds", "max_tokens", "max_in_flight", "heartbeat_timeout")  # by the command `set`
 SHORT, LONGEST = Path("/tmp"), 80  # folder for the socket if the path of the usual one is too long
@@ -75,12 +75,12 @@ class Control:
         """Write the path of the socket to the folder of a run or sweep during the `with` block."""
         content = {"socket": str(self._folder / "socket"), "host": socket.gethostname(), "pid": os.getpid()}
         with contextlib.suppress(OSError):  # a full disk is reported by what must be written
-            (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
+            (folder / CONTROL).write_text(json.dumps(content), encoding="utf-8")
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                (folder / FILE).unlink(missing_ok=True)
+                (folder / CONTROL).unlink(missing_ok=True)
 
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
@@ -140,7 +140,7 @@ def send(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """Send a command to the run or sweep in `folder` and return the reply. Raises ClusterError or SettingsError."""
     words, flag = checked(words), f"--role control {shown(folder)}"
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
         if found["host"] != socket.gethostname():
             raise ClusterError(f"{flag}: is played on host {found['host']}; run this command there")
         with socket.socket(socket.AF_UNIX) as connection:

@@ -47,6 +47,7 @@ REPORT, ANALYSIS = "report.html", "analysis.json"
 PICTURES = (REPORT, ANALYSIS, "histogram.png", "rounds.png")
 SWEEP = "sweep.json"  # only the folder of an experiment contains this file
 PROBE, PROBE_BYTES = ".probe.new", 256 * 1024  # a test file: detects a full disk before servers start
+CONTROL = "control.json"  # contains, while the run is played, where commands for it are received
 DRAFTS, DRAFTS_OF_LATEST = ".*.new", "latest." + 8 * "[0-9a-f]"
 
 
@@ -279,7 +280,7 @@ def _drafts(path: Path) -> set[Path]:
     """Return the leftover drafts in `path`, and drafts of the link runs/latest whose target is `path` or missing."""
     links = (link for link in LATEST.parent.glob(DRAFTS_OF_LATEST) if link.is_symlink())
     drafts = {link for link in links if real(link) == path or not is_there(link)}
-    return drafts | {*path.glob(DRAFTS)}
+    return drafts | {*path.glob(DRAFTS), *path.glob(CONTROL)}
 
 
 def write_whole(path: Path, content: bytes) -> None:
