@@ -35,6 +35,7 @@ COMMANDS = ("status", "pause", "continue", "stop", "set")
 CHANGEABLE = ("rounds", "max_tokens", "max_in_flight", "heartbeat_timeout")  # by the command `set`
 SHORT, LONGEST = Path("/tmp"), 80  # folder for the socket if the path of the usual one is too long
 TIMEOUT_S = 30.0
+POLL_S = 0.02  # longest time that `close` waits for the thread
 REQUEST_BYTES = 4096
 
 
@@ -62,7 +63,7 @@ class Control:
 
         self._server = socketserver.ThreadingUnixStreamServer(str(self._folder / "socket"), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, name="control", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(POLL_S,), name="control", daemon=True).start()
 
     def close(self) -> None:
         """Close the socket and remove its folder."""
