@@ -314,6 +314,30 @@ def test_a_class_may_have_its_own_rng(group_of):
     assert group.answers(0, 10).units.tolist() == list(range(10))
 
 
+class Sometimes(Participant):
+    async def answer(self, question):
+        if self.index % 2:
+            raise ValueError("no")
+        return 5
+
+
+@pytest.mark.parametrize("cls", [Sometimes, Blocking])
+def test_outcomes_are_recorded_one_at_a_time(group_of, monkeypatch, cls):
+    """Threads and the event loop record at the same time: without the lock, a count would be lost at times."""
+    group, owned = group_of(cls, 8), []
+    for name in ("record", "record_many", "fail"):
+        whole = getattr(AnswerSheet, name)
+
+        def note(sheet, *arguments, whole=whole):
+            owned.append(group._changed._is_owned())
+            return whole(sheet, *arguments)
+
+        monkeypatch.setattr(AnswerSheet, name, note)
+    group.begin(question_for(GAME, 1, ()))
+    until(lambda: group.progress(1.0).finished, 10, "answered")
+    assert owned and all(owned)
+
+
 @pytest.mark.parametrize("attempt", range(10))
 def test_halting_at_any_moment_loses_no_participant(group_of, attempt):
     group = group_of(Sleeper, 2000)

@@ -207,11 +207,13 @@ class HostedParticipants:
         def answered(indices: list[int], answers: list[Any]) -> None:
             for index in indices if self.uses_rng else ():
                 self._drop_rng(agents[index])
-            sheet.record_many(indices if everyone else [offsets[index] for index in indices], answers, self.game)
+            with self._changed:  # threads record, too, in a mixture of kinds: no count must be lost
+                sheet.record_many(indices if everyone else [offsets[index] for index in indices], answers, self.game)
 
         def failed(index: int, error: BaseException) -> None:
             self._drop_rng(agents[index])
-            sheet.fail(offsets[index], failure_of(error), error)
+            with self._changed:
+                sheet.fail(offsets[index], failure_of(error), error)
 
         chat = self.chat if way == MODEL else None
         limit = None if chat is None else max(TURN, 2 * chat.settings.samples_per_request)
