@@ -1,6 +1,6 @@
 """A hook that logs runs to MLflow: settings as parameters, figures of each round as metrics, and the report.
 
-    .venv/bin/pip install mlflow-skinny
+    .venv/bin/python -m pip install mlflow-skinny
     MLFLOW_ALLOW_FILE_STORE=true ./run_simulation.sh 10 1000 --rounds 3 --hook examples/mlflow_hook.py
 
 Without MLFLOW_TRACKING_URI, MLflow writes to the folder mlruns.

@@ -23,12 +23,18 @@ fail() { # fail <exit status> <message>
 
 # nearest <name> <known name>...: print the most similar known name, or all of them if none is similar.
 nearest() {
-  # the number of different letters; capitals, dashes and underscores make no difference
-  awk 'function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
-    function changes(a, b,   i, at, more) {
-      for (i = 1; i <= length(a); i++)
-        if ((at = index(b, substr(a, i, 1))) > 0) b = substr(b, 1, at - 1) substr(b, at + 1); else more++
-      return more > length(b) ? more : length(b)
+  # letters to change, add, leave out or swap with the next one; capitals, dashes and underscores make no difference
+  awk 'function least(a, b) { return a < b ? a : b }
+    function plain(name) { name = tolower(name); gsub(/[-_]/, "", name); return name }
+    function changes(a, b,   i, j, d) {
+      for (i = 0; i <= length(a); i++) d[i, 0] = i
+      for (j = 0; j <= length(b); j++) d[0, j] = j
+      for (i = 1; i <= length(a); i++) for (j = 1; j <= length(b); j++) {
+        d[i, j] = least(least(d[i-1, j], d[i, j-1]) + 1, d[i-1, j-1] + (substr(a, i, 1) != substr(b, j, 1)))
+        if (i > 1 && j > 1 && substr(a, i, 1) == substr(b, j-1, 1) && substr(a, i-1, 1) == substr(b, j, 1))
+          d[i, j] = least(d[i, j], d[i-2, j-2] + 1)
+      }
+      return d[length(a), length(b)]
     }
     BEGIN {
       name = plain(ARGV[1]); fewest = length(name) / 3
@@ -36,7 +42,7 @@ nearest() {
         all = all (place > 2 ? ", " : "") ARGV[place]
         known = plain(ARGV[place]); number = changes(name, known)
         if (length(name) > 2 && index(known, name) == 1) number = (length(known) - length(name)) / 100 # a prefix
-        if (number < fewest) { fewest = number; meant = ARGV[place] }
+        if (number <= fewest) { fewest = number; meant = ARGV[place] }
       }
       print meant == "" ? "known are " all : "did you mean " meant "?"
     }' "$@"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import psutil
 import pytest
 from conftest import one_line, until
 from waiting import Gates
+
+from simulation.monitoring.control import Control
+from simulation.runs.console import ConsoleProgress
 
 LLM = ("--agent-type", "llm", "--seed", "7", "--samples-per-request", "1")
 
@@ -90,7 +95,7 @@ def test_a_paused_game_survives_suspend_and_resume_of_the_machine(cluster, contr
     everything = {psutil.Process(run.pid), *cluster.processes()}
     for process in everything:
         process.suspend()
-    time.sleep(5)  # longer than the timeout of heartbeats and the lease, as a night is
+    time.sleep(5)  # what is tested is a time longer than the timeout of heartbeats and the lease
     for process in everything:
         process.resume()
     fake.held = None
@@ -155,6 +160,30 @@ def test_only_the_owner_opens_the_socket(cluster, control, started):
     run.communicate(timeout=60)
     assert not path.parent.exists()
     assert "no command plays this run now" in control("status", status=3, run=folder)
+
+
+def test_a_run_without_a_socket_is_played(cluster, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "file"))  # in which no folder can be made
+    control = Control(ConsoleProgress())
+    with control.announce(tmp_path):
+        assert not (tmp_path / "control.json").exists()
+    assert control.execute(["pause"])["paused"]  # as the button of the live page
+    control.close()
+
+
+def test_what_is_no_command_ends_no_run(cluster, control, started):
+    run, folder = started("10", "--sleep-time", "60")
+    path = json.loads((cluster.path / folder / "control.json").read_text())["socket"]
+    for text in (b"nonsense\n", b"5\n", b"[]\n", b"\n", b'["set"]\n'):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            connection.sendall(text)
+            connection.makefile("rb").read()
+    assert "in progress" in control("status", run=folder)
+    control("stop", run=folder)
+    _, log = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in log
 
 
 @pytest.mark.parametrize(

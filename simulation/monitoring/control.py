@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from simulation.errors import ClusterError, SettingsError, SimulationError, nearest, printable, reason
+from simulation.errors import ClusterError, SettingsError, SimulationError, nearest, one_line, printable, reason
 from simulation.files import shown
 from simulation.monitoring.dashboard_state import DashboardState
 from simulation.results.run_directory import CONTROL
@@ -45,8 +45,16 @@ class Control:
     def __init__(self, console: ConsoleProgress) -> None:
         self.console = console
         self.state: DashboardState | None = None  # of the current run, or of the last one
-        usual = Path(tempfile.gettempdir())
-        self._folder = Path(tempfile.mkdtemp(prefix="run-", dir=usual if len(str(usual)) < LONGEST else SHORT))
+        self._folder: Path | None = None  # None: no socket could be opened
+        self._server: socketserver.BaseServer | None = None
+        try:
+            usual = Path(tempfile.gettempdir())
+            self._folder = Path(tempfile.mkdtemp(prefix="run-", dir=usual if len(str(usual)) < LONGEST else SHORT))
+            self._server = self._listening(str(self._folder / "socket"))
+        except OSError as error:  # the game needs no commands
+            logger.warning(f"--role control cannot reach this run: no socket can be opened: {reason(error)}")
+
+    def _listening(self, path: str) -> socketserver.BaseServer:
         execute = self.execute
 
         class Handler(socketserver.StreamRequestHandler):
@@ -54,29 +62,35 @@ class Control:
 
             def handle(self) -> None:
                 try:
-                    reply = execute(json.loads(self.rfile.readline(REQUEST_BYTES)))
-                except SimulationError as error:
-                    reply = {"error": str(error)}
-                except (ValueError, TypeError, OSError):  # no command of ours
-                    return
-                self.wfile.write(json.dumps(reply).encode() + b"\n")
+                    words = json.loads(self.rfile.readline(REQUEST_BYTES))
+                    try:
+                        reply = execute([*map(str, words)])
+                    except SimulationError as error:
+                        reply = {"error": str(error)}
+                    self.wfile.write(json.dumps(reply).encode() + b"\n")
+                except (ValueError, TypeError, OSError) as error:
+                    logger.warning(f"no command for the run, or its sender has gone: {one_line(error)}")
 
-        self._server = socketserver.ThreadingUnixStreamServer(str(self._folder / "socket"), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(POLL_S,), name="control", daemon=True).start()
+        server = socketserver.ThreadingUnixStreamServer(path, Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(POLL_S,), name="control", daemon=True).start()
+        return server
 
     def close(self) -> None:
         """Close the socket and remove its folder."""
-        self._server.shutdown()
-        self._server.server_close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def announce(self, folder: Path) -> Iterator[None]:
         """Write the path of the socket to the folder of a run or sweep during the `with` block."""
-        content = {"socket": str(self._folder / "socket"), "host": socket.gethostname(), "pid": os.getpid()}
-        with contextlib.suppress(OSError):  # a full disk is reported by what must be written
-            (folder / CONTROL).write_text(json.dumps(content), encoding="utf-8")
+        if self._server is not None:
+            content = {"socket": f"{self._folder}/socket", "host": socket.gethostname(), "pid": os.getpid()}
+            with contextlib.suppress(OSError):  # a full disk is reported by what must be written
+                (folder / CONTROL).write_text(json.dumps(content), encoding="utf-8")
         try:
             yield
         finally:
@@ -130,8 +144,8 @@ class Control:
 def checked(words: Sequence[str]) -> Sequence[str]:
     """Return the words of a command. Raises SettingsError if there is no such command."""
     flag = f"--role control {printable(' '.join(words))}"
-    if words[0] not in COMMANDS:
-        raise SettingsError(f"{flag}: there is no such command; {nearest(words[0], COMMANDS)}")
+    if not words or words[0] not in COMMANDS:
+        raise SettingsError(f"{flag}: there is no such command; {nearest(''.join(words[:1]), COMMANDS)}")
     if len(words) != (3 if words[0] == "set" else 1):
         raise SettingsError(f"{flag}: " + ("write set NAME VALUE" if words[0] == "set" else f"write {words[0]} alone"))
     return words

@@ -23,7 +23,7 @@ class Hook:
     """
 
     def run_started(self, summary: dict[str, Any], folder: Path) -> None:
-        """Called when the participants are created. A resumed run has finished rounds already."""
+        """Called before the first round. A resumed run has finished rounds already."""
 
     def round_finished(self, summary: dict[str, Any], folder: Path) -> None:
         """Called after each round, which is the last in `summary["rounds"]`."""
