@@ -1,7 +1,8 @@
 """The entry point of all roles. The role `main` plays the game, on temporary servers if none are running.
 
-README.md lists the exit statuses. The loop over the rounds of a run is in simulation/runs/run.py. Modules that need
-AgentScope are imported inside functions, so that --help, usage errors and --stop respond at once.
+README.md lists the exit statuses. simulation/playing.py starts servers and plays the runs; the loop over the rounds of
+a run is in simulation/runs/run.py. Modules that need AgentScope are imported inside functions, so that --help, usage
+errors and --stop respond at once.
 """
 
 import os
@@ -33,22 +34,12 @@ for name in [name for name in os.environ if name.startswith(OF_OTHER_PROGRAMS)]:
     del os.environ[name]
 
 import io
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simulation.cli import OTHER_ROLES, Command, describe_damage, exclude_from_proxy, parse
-from simulation.errors import Interrupted, SettingsError, SimulationError, say
-from simulation.files import shown
-from simulation.settings import SimulationConfig
+from simulation.errors import SettingsError, SimulationError, say
+from simulation.rpc.lean_import import import_pyarrow
 
-if TYPE_CHECKING:
-    from simulation.monitoring.control import Control
-    from simulation.runs.console import ConsoleProgress
-    from simulation.runs.run import Run
-    from simulation.runs.session import Observe
+WITH_RESULTS = ("main", "ask", "report", "control", "verify")  # roles that write or read run folders
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         if command is None:  # a help page was printed
             return 0
         exclude_from_proxy(*command.config.hosts, command.config.host_name)
-        return {**OTHER_ROLES, "main": play, "verify": verify}[command.config.role](command)
+        if command.config.role in WITH_RESULTS:
+            import_pyarrow()
+        return {**OTHER_ROLES, "main": play}[command.config.role](command)
     except SimulationError as error:
         say(f"error: {error}", sys.stderr)
         return error.exit_status
@@ -75,138 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def play(command: Command) -> int:
-    """Check the settings, start servers if none are running, play, and clean up. Return the exit status."""
-    from simulation.cluster.preflight import check_models_here
-    from simulation.monitoring.control import Control
-    from simulation.rpc.channels import install_tls
-    from simulation.rpc.cluster_key import load, load_or_make
+    """Play the runs that the flags describe, or print what they would play. Return the exit status."""
+    from simulation import playing
     from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
-    from simulation.runs.session import session_of
 
-    log_to_stderr(command.config.quiet)
-    with ExitStack() as cleanup:
-        session = session_of(command.config, command.given, cleanup)
-        if command.config.dry_run:
-            say("\n".join(session.plan_lines()))
-            return 0
-        folder = session.config.cluster_key_dir
-        # If only the resumed run names this key folder, make no key in it: a new key would not match its servers
-        named = folder in (command.config.cluster_key_dir, SimulationConfig.cluster_key_dir)
-        install_tls((load_or_make if named else load)(Path(folder)))
-        progress = ConsoleProgress(command.config.quiet, command.config.json)
-        on_stop_signals(progress.signalled)
-        control = cleanup.enter_context(closing(Control(progress)))
-        observe = observers_of(command.config, control, cleanup)  # of this command, not of the resumed run
-        cleanup.callback(session.close)
-        cleanup.callback(progress.close)
-        needs_servers = bool(session.unfinished) and has_no_servers(session.config)
-        if needs_servers and "keep_agents" in command.given:
-            raise SettingsError("--keep-agents: needs servers that stay up; run ./start_all_server.sh first")
-        if needs_servers:
-            games = [(spec.game, spec.asked_models) for spec in session.unfinished if not spec.config.offline]
-            check_models_here(games, session.config.connect_timeout)
-        session.open()
-        cleanup.enter_context(control.announce(session.folder))
-        if needs_servers:
-            start_servers(session.config, progress, cleanup)
-        cleanup.callback(progress.close)  # called before all other cleanup, to remove the progress bar
-        return session.play_runs(progress, observe)
-
-
-def observers_of(config: SimulationConfig, control: "Control", cleanup: ExitStack) -> "Observe":
-    """Start what observes runs. Return a function that returns a context in which all of it observes a run."""
-    observers: list[Observe] = [control.observe]
-    if config.dashboard is not None:
-        from simulation.monitoring.dashboard import Dashboard
-
-        observers.append(cleanup.enter_context(closing(Dashboard(config.dashboard, control))).observe)
-    if config.metrics is not None:
-        from simulation.monitoring.metrics import Metrics
-
-        observers.append(cleanup.enter_context(closing(Metrics(config.metrics, control.console))).observe)
-    if config.hook is not None:
-        from simulation.monitoring.hooks import HookCaller, load_hook
-
-        observers.append(HookCaller(load_hook(config.hook)).observe)
-
-    @contextmanager
-    def observe(run: "Run") -> Iterator[None]:
-        with ExitStack() as stack:
-            for each in observers:
-                stack.enter_context(each(run))
-            yield
-
-    return observe
-
-
-def verify(command: Command) -> int:
-    """Ask each round of a saved run again, on temporary servers if none are running. Return the exit status."""
-    from simulation.cluster.preflight import check_models_here
-    from simulation.rpc.channels import install_tls
-    from simulation.rpc.cluster_key import load_or_make
-    from simulation.rpc.lean_import import import_agentscope
-    from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
-    from simulation.runs.run_spec import resumed_run
-
-    log_to_stderr()
-    if len(command.runs) != 1:
-        raise SettingsError("--role verify: give the folder of one run")
-    given = {**command.given, "role": "main", "replay": None, "offline": False}
-    spec = resumed_run(Path(shown(command.runs[0])), given, flag="--role verify ")
-    install_tls(load_or_make(Path(spec.config.cluster_key_dir)))
-    with ExitStack() as cleanup:
-        progress = cleanup.enter_context(closing(ConsoleProgress()))
-        on_stop_signals(progress.signalled)
-        if has_no_servers(spec.config):
-            check_models_here([(spec.game, spec.asked_models)], spec.config.connect_timeout)
-            start_servers(spec.config, progress, cleanup)
-        import_agentscope()
-        from simulation.runs.verify import verify as ask_again
-
-        return ask_again(spec, progress)
-
-
-def has_no_servers(config: SimulationConfig) -> bool:
-    """Return whether the only host is localhost and has no servers. Raises ClusterError if another run owns servers."""
-    from simulation.hosts.pid_files import any_port_in_use, check_not_owned
-
-    if config.hosts != ("localhost",):
-        return False
-    check_not_owned()
-    if not any_port_in_use(config.ports):
-        return True  # the usual case on a laptop, decided without importing AgentScope
-    from simulation.cluster.preflight import identify_all
-
-    return not identify_all(config)[0]
-
-
-def start_servers(config: SimulationConfig, progress: "ConsoleProgress", cleanup: ExitStack) -> None:
-    """Start agent servers on this host, and stop them when `cleanup` exits. Raises Interrupted on a stop signal."""
-    from loguru import logger
-
-    from simulation.hosts import local_cluster
-
-    def show_ready(done: int, total: int) -> None:
-        progress.progress("agent servers ready", done, total)
-        if progress.stop_signal is not None:
-            raise Interrupted(progress.stop_signal)
-
-    def import_meanwhile() -> None:
-        from simulation.rpc.lean_import import import_agentscope
-
-        import_agentscope()
-        import simulation.runs.run  # noqa: F401
-
-    logger.info(
-        f"no agent servers of this cluster run here: starting {config.server_per_host} for participants and "
-        f"{config.moderator_per_host} for moderators, for this run"
-    )
-    started = time.monotonic()
-    stop = local_cluster.start(config, True, show_ready, import_meanwhile)
-    if stop is not None:
-        cleanup.callback(logger.info, f"stopped the {len(config.ports)} agent servers of this run")
-        cleanup.callback(stop)
-    logger.info(f"{len(config.ports)} agent servers are ready [takes {time.monotonic() - started:.2f} s]")
+    config = command.config
+    log_to_stderr(config.quiet)
+    if config.dry_run:
+        say(playing.plan(config, command.given))
+        return 0
+    console = ConsoleProgress(config.quiet, config.json)
+    _, status = playing.play(config, command.given, console, ready=lambda: on_stop_signals(console.signalled))
+    return status
 
 
 if __name__ == "__main__":

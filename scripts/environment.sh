@@ -63,7 +63,10 @@ ensure_venv() {
     "$python" -I -m venv --clear --without-pip "$venv" >>"$log" 2>&1 ||
       fail 2 "cannot make $venv: $(tail -n 1 "$log"); see $log"
   fi
-  say "installing group $group of pyproject.toml into $venv"
+  case "$group" in
+    run) say "installing the dependencies in pyproject.toml into $venv" ;;
+    *) say "installing group $group of pyproject.toml into $venv" ;;
+  esac
   # Without these files the environment counts as incomplete
   rm -f "$venv"/installed-* || fail 2 "cannot write in $venv: install with the user whose folder it is"
   "$venv/bin/python" -I "$ROOT/scripts/install.py" "$group" "$log" "$venv/installed-files" || exit $?

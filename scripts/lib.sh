@@ -166,7 +166,8 @@ stop_servers() {
     -h | --help) show_help && return ;;
     *) refuse_unknown "$5" "$4" --help ;;
   esac
-  if ! [ -e "$ROOT/run/$2" ] && { ! [ -e "$ROOT/run" ] || [ -x "$ROOT/run" ]; }; then # otherwise Python reports the error
+  local run="${SIMULATION_HOME:-$ROOT}/run"
+  if ! [ -e "$run/$2" ] && { ! [ -e "$run" ] || [ -x "$run" ]; }; then # otherwise Python reports the error
     echo "no $3 were running"
     return
   fi

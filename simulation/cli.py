@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from simulation.errors import ClusterError, Interrupted, SettingsError, meant_by, printable, say
-from simulation.files import ROOT, full_path, shown
+from simulation.files import CODE, full_path, shown
 from simulation.settings import DASHBOARD_PORT, KINDS, ROLES, SETTINGS, Setting, SimulationConfig, flag_of, to_number
 
 HELP_WIDTH = 100  # maximum number of columns
@@ -138,13 +138,19 @@ def parse(arguments: list[str]) -> Command | None:
         raise SettingsError("--json: does not go with --dry-run, which writes no results")
     SimulationConfig.check_who_plays(given)
     config = SimulationConfig(**given)
-    plays = role == "main" and config.resume is None  # a resumed run has a saved model_per_host
-    asks = role == "participant" or (plays and (config.uses_models or config.experiment is not None))
-    if action is None and asks and "model_per_host" not in given:
-        from simulation.hosts.vllm_servers import servers_per_host
+    return Command(config if action is not None else count_models(config, given), given, action, runs, for_vllm)
 
-        given["model_per_host"] = servers_per_host(config)
-    return Command(SimulationConfig(**given), given, action, runs, for_vllm)
+
+def count_models(config: SimulationConfig, given: dict[str, Any]) -> SimulationConfig:
+    """Return the settings with the number of model servers of this host, unless `given` has it, and add it to it."""
+    plays = config.role == "main" and config.resume is None  # a resumed run has a saved model_per_host
+    asks = config.role == "participant" or (plays and (config.uses_models or config.experiment is not None))
+    if not asks or "model_per_host" in given:
+        return config
+    from simulation.hosts.vllm_servers import servers_per_host
+
+    given["model_per_host"] = servers_per_host(config)
+    return replace(config, model_per_host=given["model_per_host"])
 
 
 def parse_flags(flags: list[str], role: str) -> tuple[dict[str, Any], list[str]]:
@@ -180,7 +186,7 @@ def exclude_from_proxy(*hosts: str) -> None:
 
 def describe_damage(error: ImportError) -> str:
     """Return the error text for a damaged environment. If it is .venv, mark it so that the next script repairs it."""
-    for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == ROOT / ".venv" else ():
+    for stamp in Path(sys.prefix).glob("installed-*") if Path(sys.prefix) == CODE / ".venv" else ():
         with contextlib.suppress(OSError):
             stamp.unlink()
     what = f"has no module {error.name}" if isinstance(error, ModuleNotFoundError) else f"is damaged: {error}"
@@ -270,31 +276,41 @@ def interruptible_progress() -> Iterator[Callable[..., None]]:
 
 def ask(command: Command) -> int:
     """Send one message to one participant and print its answer. Return the exit status."""
-    from simulation.game.rules import Question, plain_number
-    from simulation.game.tally import announcement_of
-    from simulation.results.reader import first_winner, read_agents, read_run
-    from simulation.rpc.channels import install_tls
-    from simulation.rpc.cluster_key import load
-    from simulation.rpc.lean_import import import_agentscope
+    from simulation.playing import ask as ask_participant
 
     config = command.config
-    path = Path(shown(str(config.run_dir)))
-    run = read_run(path)
-    played = run.config
-    participant = config.participant if config.participant is not None else first_winner(run)
-    if participant >= played.participant_num:
-        raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
-    install_tls(load(Path((config if "cluster_key_dir" in command.given else played).cluster_key_dir)))
-    import_agentscope()
-    from simulation.cluster.rounds import ask as ask_participant
-
-    announcements = tuple(announcement_of(each, run.game) for each in run.results)
-    question = Question(0, str(config.text), int(run.game.high), announcements, played.decimals, int(run.game.low))
-    answer = ask_participant(*read_agents(path, participant), question)
-    if re.fullmatch(r"-?[0-9]+\.[0-9]+", answer):  # the participant replied with a number
-        answer = plain_number(float(answer), played.decimals)
+    key_folder = config.cluster_key_dir if "cluster_key_dir" in command.given else None
+    answer = ask_participant(Path(shown(str(config.run_dir))), config.participant, str(config.text), key_folder)
     say("\n".join(map(printable, answer.splitlines())))  # a model may return control characters
     return 0
+
+
+def verify(command: Command) -> int:
+    """Ask each round of a saved run again, on temporary servers if none are running. Return the exit status."""
+    from simulation.cluster.preflight import check_models_here
+    from simulation.playing import has_no_servers, start_servers
+    from simulation.rpc.channels import install_tls
+    from simulation.rpc.cluster_key import load_or_make
+    from simulation.rpc.lean_import import import_agentscope
+    from simulation.runs.console import ConsoleProgress, log_to_stderr, on_stop_signals
+    from simulation.runs.run_spec import resumed_run
+
+    log_to_stderr()
+    if len(command.runs) != 1:
+        raise SettingsError("--role verify: give the folder of one run")
+    given = {**command.given, "role": "main", "replay": None, "offline": False}
+    spec = resumed_run(Path(shown(command.runs[0])), given, flag="--role verify ")
+    install_tls(load_or_make(Path(spec.config.cluster_key_dir)))
+    with contextlib.ExitStack() as cleanup:
+        console = cleanup.enter_context(contextlib.closing(ConsoleProgress()))
+        on_stop_signals(console.signalled)
+        if has_no_servers(spec.config):
+            check_models_here([(spec.game, spec.asked_models)], spec.config.connect_timeout)
+            start_servers(spec.config, console, cleanup)
+        import_agentscope()
+        from simulation.runs.verify import verify as ask_again
+
+        return ask_again(spec, console)
 
 
 def control(command: Command) -> int:
@@ -355,4 +371,7 @@ def report(command: Command) -> int:
     return 0
 
 
-OTHER_ROLES = {"participant": serve, "vllm": serve_models, "ask": ask, "control": control, "report": report}
+OTHER_ROLES = {
+    **{"participant": serve, "vllm": serve_models},
+    **{"ask": ask, "control": control, "report": report, "verify": verify},
+}

@@ -9,8 +9,16 @@ from pathlib import Path
 
 from simulation.errors import UNSUPPORTED, SettingsError, printable, reason
 
-ROOT = Path(__file__).resolve().parent.parent
-SERVERS = ROOT / "run" / "servers"
+PACKAGE = Path(__file__).resolve().parent
+CODE = PACKAGE.parent  # folder of the program's modules: the checkout, or site-packages
+IS_CHECKOUT = (CODE / "main.py").exists() and (CODE / "pyproject.toml").exists()
+CONFIGS = (CODE if IS_CHECKOUT else PACKAGE) / "configs"
+MAIN = CODE / "main.py" if IS_CHECKOUT else PACKAGE / "__main__.py"  # an installed package has it under this name
+# The folder that contains runs/, run/ and .cluster/
+HOME = Path(os.environ.get("SIMULATION_HOME") or (CODE if IS_CHECKOUT else "")).absolute()
+# Servers that belong to a Python process have their pid files and logs in another folder
+SERVERS = Path(os.environ.get("SIMULATION_SERVERS") or HOME / "run" / "servers")
+CLASS_FILES = (".py", ".pkl")  # endings of the files of users' classes; a .pkl holds a class of a notebook
 SOURCE = "source"  # a folder of copies of users' files in the folder of each run or experiment
 
 
@@ -99,6 +107,27 @@ def content_of(path: str | Path) -> bytes | None:
         return Path(path).read_bytes()
     except OSError:
         return None
+
+
+def from_root(path: str) -> str:
+    """Return a path for a run folder: relative if it or its link target is in HOME or in the program's folder."""
+    for form in (Path(path), real(path)):
+        for folder in (HOME, CONFIGS.parent):
+            if form.is_relative_to(folder) and ".." not in form.parts and to_root(form.relative_to(folder)) == form:
+                return str(form.relative_to(folder))
+    return path
+
+
+def to_root(path: str | Path) -> Path:
+    """Return the absolute path that `from_root` has made relative. An absolute path stays as it is."""
+    ours, others = HOME / path, CONFIGS.parent / path
+    is_theirs = not os.path.exists(ours) and os.path.exists(others)  # noqa: PTH110 - raises nothing
+    return others if is_theirs else ours
+
+
+def names_file(spec: str) -> bool:
+    """Return whether `spec` is `FILE` or `FILE:CLASS` with a file of a user's class, not the name of a game."""
+    return any(ending in spec for ending in CLASS_FILES)
 
 
 def real(path: str | Path) -> Path:

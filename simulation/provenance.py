@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from simulation.errors import SettingsError, reason
-from simulation.files import ROOT, SOURCE, content_of, files_in, real, shown, warn_once
-from simulation.settings import OF_SET, SETTINGS, SimulationConfig, from_root, with_paths
+from simulation.files import CODE, IS_CHECKOUT, SOURCE, content_of, files_in, from_root, real, shown, to_root, warn_once
+from simulation.settings import OF_SET, SETTINGS, SimulationConfig, with_paths
 from simulation.user_code import UserFile, file_of, files_of
 
+PROJECT = "large-scale-simulation"  # the name of the installed package
 RUN_FILE = "summary.json"  # which each run folder contains
 EXPERIMENT = "experiment.yaml"  # a file beside the copies of users' files, which repeats the run
 ALWAYS = ("participant_num", "rounds", "seed")  # settings in each EXPERIMENT, even if they have their default values
@@ -29,21 +30,25 @@ MOST_FILES, GIT_TIMEOUT_S = 100, 5
 @functools.cache
 def versions(code: str) -> dict[str, Any]:
     """Return the versions of the program, whose files have the hash `code`, of Python and of the libraries."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    names = [re.split(r"[^\w.-]", each)[0] for each in project["dependency-groups"]["run"]]
+    if IS_CHECKOUT:
+        project = tomllib.loads((CODE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        version, needed = project["version"], project["dependencies"]
+    else:
+        version, needed = importlib.metadata.version(PROJECT), importlib.metadata.requires(PROJECT) or ()
+    names = [re.split(r"[^\w.-]", each)[0] for each in needed]
     packages: dict[str, str | None] = {}
     for name in sorted(names):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # the user has removed it, and nothing needs it
             packages[name] = None
-    program = {"version": project["project"]["version"], "code": code, "git": _commit()}
+    program = {"version": version, "code": code, "git": _commit()}
     return {"program": program, "python": platform.python_version(), "packages": packages}
 
 
 def _commit() -> str | None:
     """Return the commit of the checkout, or None if it is not a git repository or git does not answer."""
-    command = ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "--verify", "HEAD"]
+    command = ["git", f"--git-dir={CODE / '.git'}", "rev-parse", "--verify", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=GIT_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -97,7 +102,7 @@ def arranged(groups: Iterable[Sequence[UserFile]]) -> tuple[UserFile, ...]:
 def entries_of(sources: Iterable[UserFile]) -> list[Any]:
     """Return the entries of files in summary.json and sweep.json. Paths in the checkout are relative to it."""
     return [
-        {"name": each.name, "file": str(Path(from_root("", str(Path(each.path).parent)), Path(each.path).name))}
+        {"name": each.name, "file": str(Path(from_root(str(Path(each.path).parent)), Path(each.path).name))}
         | {"sha256": each.sha256}
         for each in sources
     ]
@@ -111,7 +116,7 @@ def kept_files(folder: Path, entries: Iterable[Mapping[str, Any]], flag: str = "
     """
     files, current = [], []
     for each in entries:
-        copy, path = folder / SOURCE / each["name"], ROOT / each["file"]
+        copy, path = folder / SOURCE / each["name"], to_root(each["file"])
         try:
             files.append(UserFile(each["name"], str(path), copy.read_bytes()))
         except OSError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simulation.errors import SettingsError, meant_by, nearest, printable
-from simulation.files import ROOT, full_path, real, shown
+from simulation.files import CONFIGS, HOME, from_root, full_path, names_file, real, shown, to_root
 
 DASHBOARD_PORT = 8050
 LAST_PORT = 65_535
@@ -26,11 +26,12 @@ FINEST = 10**9  # largest denominator of a fraction
 OF_SET = "set."  # prefix of the names of parameters (see --set) where they stand beside settings
 FLAGS_OF_GAMES = ("ratio", "offset")  # parameters of games that have flags of their own
 KIND_OF_PLAYER = re.compile(
-    r"random|surrogate:(?P<run>.+)|(?:llm:)?(?P<agent_class>.+\.py(?::[^:]+)?)|llm(?::(?P<model>.+))?", re.DOTALL
+    r"random|surrogate:(?P<run>.+)|(?:llm:)?(?P<agent_class>.+\.(?:py|pkl)(?::[^:]+)?)|llm(?::(?P<model>.+))?",
+    re.DOTALL,
 )
 KEEP_TEXTS = re.compile(r"auto|all|none|[1-9][0-9]{0,8}")
 KINDS_OF_PLAYERS = ("random", "llm", "llm:MODEL", "FILE.py:CLASS", "surrogate:RUN")
-NEXT_KIND = re.compile(r"\s*(random\b|llm\b|surrogate:|/|[^=]*\.py)")
+NEXT_KIND = re.compile(r"\s*(random\b|llm\b|surrogate:|/|[^=]*\.(py|pkl))")
 SHARE = re.compile(rf"=\s*({FRACTION.pattern})\s*(?:,|$)")
 MOST_KINDS = 100  # fewer than 256: a group stores the kind of a participant in one byte
 COMMAS_FROM = 100_000  # smaller numbers, such as ports, are shown without commas
@@ -78,7 +79,7 @@ class Setting:
         default = self.without or ("off" if self.default is False else self.default)
         default = as_written(default) if isinstance(default, int | float) else default
         bounds = f"; from {as_written(self.low)} to {as_written(self.high)}" if self.low is not None else ""
-        return f"{self.about}{bounds} (default: {str(default or 'none').removeprefix(f'{ROOT}/')})"
+        return f"{self.about}{bounds} (default: {from_root(default) if self.path and default else default or 'none'})"
 
 
 def setting(*declaration: Any, **options: Any) -> Any:
@@ -119,8 +120,8 @@ class SimulationConfig:
     personas: str | None = rule(None, "set of personas in the personas file, or several: education+occupation")
     models: str | None = rule(None, "shares of models, as model_1=2/3,model_2=1/3", without="all of a host in turn")
     teams: str | None = rule(None, "teams, whose averages are announced too: a set of personas, or model")
-    prompts_file: str = rule(f"{ROOT}/configs/prompts.yaml", "prompts, in YAML", path=True)
-    personas_file: str = rule(f"{ROOT}/configs/personas.yaml", "personas, in YAML", path=True)
+    prompts_file: str = rule(f"{CONFIGS}/prompts.yaml", "prompts, in YAML", path=True)
+    personas_file: str = rule(f"{CONFIGS}/personas.yaml", "personas, in YAML", path=True)
     compare_with: str | None = setting(
         None,
         "figures of people for the report: a name in configs/human, your own YAML file, or none",
@@ -140,7 +141,7 @@ class SimulationConfig:
     base_port: int = setting(12330, "first port of the agent servers on each host", 1, LAST_PORT, roles=SERVERS)
     server_per_host: int = setting(10, "participant servers per host", 1, 4096, roles=SERVERS)
     moderator_per_host: int = setting(4, "moderator servers per host, on the next ports", 1, 4096, roles=SERVERS)
-    cluster_key_dir: str = setting(f"{ROOT}/.cluster", "folder of the cluster key", roles=(*SERVERS, "ask"), path=True)
+    cluster_key_dir: str = setting(f"{HOME}/.cluster", "folder of the cluster key", roles=(*SERVERS, "ask"), path=True)
     connect_timeout: float = setting(5.0, "seconds to wait for all agent servers to answer", 0.1, 3600, roles=SERVERS)
     heartbeat_timeout: float = setting(10.0, "seconds without a heartbeat until a server is dropped", 0.5, 3600)
     min_servers: int | None = setting(None, "end the game when fewer participant servers are left", 1, 10**6)
@@ -151,7 +152,7 @@ class SimulationConfig:
         None, "model servers per host", 1, 1024, without="set by start_vllm.sh", roles=SERVERS, group="LLM participants"
     )
     model_configs: str = setting(
-        f"{ROOT}/configs/model_configs.json", "the models, in AgentScope's format", roles=MODELS, path=True
+        f"{CONFIGS}/model_configs.json", "the models, in AgentScope's format", roles=MODELS, path=True
     )
     allow_remote_model: bool = setting(False, "allow models outside the cluster's hosts, which may cost money")
     structured_output: str = setting(
@@ -267,7 +268,7 @@ class SimulationConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the settings for a run folder. Make paths inside the checkout relative, because it can be moved."""
         values = {name: _from_text(value) for name, _, value in (each.partition("=") for each in self.set)}
-        return asdict(self) | with_paths(vars(self), from_root) | {"set": values}
+        return asdict(self) | with_paths(vars(self), lambda _name, path: from_root(path)) | {"set": values}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SimulationConfig":
@@ -280,7 +281,7 @@ class SimulationConfig:
             if not {type(value) for value in (data[name] if ... in KINDS[name] else [data[name]])} <= kinds:
                 raise TypeError(f"{name} has a value of another type")
         moved_from = f"{_checkout_of(data)}/"
-        paths = with_paths(data, lambda _name, path: str(ROOT / f"{path}/".removeprefix(moved_from)))
+        paths = with_paths(data, lambda _name, path: str(to_root(f"{path}/".removeprefix(moved_from))))
         return cls(**{**data, **paths, "hosts": tuple(data["hosts"])})
 
     def value_of(self, name: str) -> Any:
@@ -342,8 +343,8 @@ def moved(name: str, value: str, change: Callable[[str], str]) -> str:
         return ",".join(f"{kind.text.removesuffix(path)}{path and change(path)}={kind.share}" for kind, path in paths)
     if name == "extra_pythonpath":
         return ":".join(change(each) for each in value.split(":") if each)
-    is_name = {"game": ".py" not in value, "compare_with": not value.endswith(DATA_FILES)}  # of a file of the program
-    return value if is_name.get(name, False) else change(value)
+    is_file = {"game": names_file(value), "compare_with": value.endswith(DATA_FILES)}  # else a name in the program
+    return change(value) if is_file.get(name, True) else value
 
 
 class Kind(NamedTuple):
@@ -370,7 +371,8 @@ class Kind(NamedTuple):
     def label(self) -> str:
         """Return a short name, such as `LevelK`, `llm` or `surrogate`."""
         path = Path(self.agent_class or "").name
-        return "surrogate" if self.run else path.partition(".py:")[2] or path or self.text
+        _, of_class, name = path.rpartition(":")
+        return "surrogate" if self.run else name if of_class else path or self.text
 
     def named(self, parts: int) -> str:
         """Return the kind with the last `parts` parts of its path, such as `surrogate:recorded`; 0: its label."""
@@ -434,21 +436,13 @@ def _from_text(text: str) -> Any:
     return value if isinstance(value, int | float) else text
 
 
-def from_root(_name: str, path: str) -> str:
-    """Return a path for `to_json`: relative to ROOT if the path or its link target is inside ROOT, else unchanged."""
-    for form in (Path(path), Path(os.path.realpath(path))):
-        if form.is_relative_to(ROOT) and ".." not in form.parts:
-            return str(form.relative_to(ROOT))
-    return path
-
-
 def _checkout_of(data: Mapping[str, Any]) -> str:
-    """Guess the checkout that saved `data` from its paths of default files. If any is relative, return ROOT."""
-    defaults = {name: str(each.default) for name, each in SETTINGS.items() if str(each.default).startswith(f"{ROOT}/")}
-    paths = {path.removeprefix(str(ROOT)): data[name] for name, path in defaults.items() if name in data}
+    """Guess the checkout that saved `data` from its paths of default files. If any is relative, return HOME."""
+    defaults = {name: each.default for name, each in SETTINGS.items() if each.path and "/" in str(each.default)}
+    paths = {f"/{from_root(path)}": data[name] for name, path in defaults.items() if name in data}
     roots = [path.removesuffix(end) for end, path in paths.items() if path.endswith(end)]
     is_old = all(path.startswith("/") for path in paths.values())
-    return max(roots, key=roots.count, default=str(ROOT)) if is_old else str(ROOT)
+    return max(roots, key=roots.count, default=str(HOME)) if is_old else str(HOME)
 
 
 def as_written(number: float) -> str:

@@ -2,11 +2,19 @@
 
 A file is executed again whenever it, or a module that it imports from its own folder, has changed. These modules are
 pickled by value, as the file is, so that servers need no copy of them and never use an old one.
+
+The Python interface saves the class of a notebook or of a module in a .pkl file, which is used like a .py file.
 """
 
 import ast
 import importlib.util
+import inspect
+import io
+import os
+import pickle
 import sys
+import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -14,14 +22,16 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cloudpickle
 
 from simulation.errors import OWN, SettingsError, listed, meant_by, near_file, one_line
-from simulation.files import append_to_path, content_of, full_path, is_there, shown
+from simulation.files import CLASS_FILES, append_to_path, content_of, full_path, is_there, real, shown
 
 Context = AbstractContextManager[object]
 NO_CONTEXT = nullcontext()
+PACKAGES = {"site-packages", "dist-packages"}  # names of the folders of installed packages
 PROGRAM = ("games", "main", "moderator", "participant", "simulation")  # modules that are not the user's in any folder
 
 
@@ -51,7 +61,7 @@ def find_class(flag: str, spec: str, base: type, context: Context = NO_CONTEXT) 
     """
     start, file = f"{flag} {shown(spec)}", file_of(shown(spec))
     name = shown(spec)[len(file) + 1 :]
-    if not file.endswith(".py"):
+    if not file.endswith(CLASS_FILES):
         raise SettingsError(f"{start}: write it as my_file.py:My{base.__name__}")
     module = load_module(start, file, context)
     own = {name: each for name, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__}
@@ -70,7 +80,7 @@ def find_class(flag: str, spec: str, base: type, context: Context = NO_CONTEXT) 
 
 def file_of(spec: str) -> str:
     """Return the file in a spec `FILE.py:CLASS` or `FILE.py`."""
-    return spec if spec.endswith(".py") else spec.rpartition(":")[0]
+    return spec if spec.endswith(CLASS_FILES) else spec.rpartition(":")[0]
 
 
 def files_of(file: str) -> tuple[UserFile, ...]:
@@ -104,6 +114,12 @@ def load_module(start: str, file: str, context: Context = NO_CONTEXT) -> ModuleT
         module = ModuleType(f"{OWN}{path.stem}_{sha256(bytes(path)).hexdigest()[:12]}")
         module.__file__ = str(path)  # absolute: servers run in another folder
         with context, _import_folder(path.parent):
+            if path.suffix == ".pkl":
+                cls = _Unpickler(io.BytesIO(content)).load()
+                vars(module)[cls.__name__] = cls
+                files = [UserFile(each.name, str(each), each.read_bytes()) for each in (path, _source_of(path))]
+                _loaded[str(path)] = module, tuple(files)
+                return module
             sys.modules[module.__name__] = module
             # not `exec_module`: it may run old bytecode if two versions of equal size are saved in one second
             exec(compile(content, path, "exec", dont_inherit=True), vars(module))
@@ -157,3 +173,71 @@ def _late(content: bytes, folder: Path) -> Iterator[str]:
             spec = importlib.util.find_spec(name) if name not in sys.modules and is_there(path) else None
             if spec is not None and spec.origin == str(path):  # and no module of another folder
                 yield str(path)
+
+
+# --- Classes of notebooks and modules --------------------------------------------------------------------------------
+
+
+def save_class(cls: type, folder: Path) -> str:
+    """Pickle a class by value into `folder`, with all that it uses of the user's modules. Return `FILE.pkl:CLASS`.
+
+    A text file beside it has the source. Raises SettingsError if the class cannot be pickled.
+    """
+    modules = [*{id(each): each for each in [*sys.modules.values()] if _is_users(each)}.values()]
+    with _by_value(modules):
+        try:
+            content = cloudpickle.dumps(cls)
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything
+            raise SettingsError(f"{cls.__name__} cannot be pickled: {one_line(error)}") from None
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        source = f"# the source of {cls.__name__} is not known\n"
+    digest = sha256(content + source.encode(errors="replace")).hexdigest()[:16]
+    path = folder / f"{cls.__name__}-{digest}.pkl"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, written in ((_source_of(path), source.encode(errors="replace")), (path, content)):
+        draft = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.new")  # another may write the same
+        draft.write_bytes(written)
+        draft.replace(file)
+    return f"{path}:{cls.__name__}"
+
+
+def _source_of(path: Path) -> Path:
+    return path.with_suffix(".txt")
+
+
+def _is_users(module: Any) -> bool:
+    """Return whether a module is neither the program's, nor Python's, nor that of an installed package.
+
+    `__main__` is not among them, because cloudpickle always pickles it by value.
+    """
+    name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None)
+    if not file or name == "__main__" or name.partition(".")[0] in PROGRAM or not file.endswith(".py"):
+        return False
+    path = real(file)
+    return not PACKAGES & {*path.parts} and not path.is_relative_to(real(sysconfig.get_path("stdlib")))
+
+
+@contextmanager
+def _by_value(modules: list[ModuleType]) -> Iterator[None]:
+    """Pickle what is defined in these modules by value in the `with` block."""
+    known = cloudpickle.list_registry_pickle_by_value()
+    added = [each for each in modules if each.__name__ not in known]
+    for each in added:
+        cloudpickle.register_pickle_by_value(each)
+    try:
+        yield
+    finally:
+        for each in added:
+            cloudpickle.unregister_pickle_by_value(each)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads classes as new ones. cloudpickle would change the class of the same origin in this process instead."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if module.startswith("cloudpickle") and name in ("_make_skeleton_class", "_make_skeleton_enum"):
+            return lambda *arguments: found(*arguments[:-2], None, arguments[-1])  # without the id of the origin
+        return found

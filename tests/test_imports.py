@@ -22,7 +22,7 @@ print(json.dumps([status, sorted(sys.modules)]))
 """
 AGENTSCOPE, MODEL_CLIENT = ("agentscope", "participant"), ("openai", "simulation.llm.http_client")
 DASHBOARD = ("simulation.monitoring.dashboard", "aiohttp.web")
-PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "prometheus_client", "scipy", "socketio")
+PICTURES, NEVER = ("matplotlib", "jinja2"), ("dashscope", "pandas", "prometheus_client", "scipy", "socketio")
 
 
 def modules_after(checkout: Checkout, *arguments: str, status: int = 0) -> set[str]:
@@ -74,12 +74,12 @@ def test_user_files_do_not_replace_modules_of_the_program(checkout, name):
 def test_hidden_files_of_editors_do_not_change_the_version(checkout, monkeypatch):
     (checkout.path / "simulation/.#run.py").symlink_to("somebody@some-host.1234:1600000000")  # Emacs' lock
     (checkout.path / "simulation/.run.py").write_text("a draft")
-    monkeypatch.setattr("simulation.rpc.messages.ROOT", checkout.path)
+    monkeypatch.setattr("simulation.rpc.messages.CODE", checkout.path)
     assert _code_version() == CODE_VERSION
 
 
 def test_a_changed_file_in_any_folder_changes_the_version(checkout, monkeypatch):
-    monkeypatch.setattr("simulation.rpc.messages.ROOT", checkout.path)
+    monkeypatch.setattr("simulation.rpc.messages.CODE", checkout.path)
     folders = {path.parent for path in checkout.path.glob("simulation/**/*.py")} | {checkout.path}
     assert len(folders) >= 9  # the top level, simulation/ and its folders
     for folder in folders:

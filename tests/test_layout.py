@@ -31,7 +31,11 @@ MAY_IMPORT = {  # folders of simulation/, "agents of the top level" and main.py,
     "monitoring": {"", "game", "llm", "rpc", "agents", "top", "cluster", "results", "runs", "monitoring"},
     "main": {"", "game", "llm", "rpc", "agents", "top", "hosts", "cluster", "results", "runs", "monitoring", "main"},
 }
-TOP = {"main.py": "main", "simulation/cli.py": "main", "moderator.py": "top", "participant.py": "top"}
+TOP = {
+    **dict.fromkeys(("main.py", "simulation/cli.py", "simulation/playing.py"), "main"),
+    **dict.fromkeys(("simulation/__init__.py", "simulation/api.py", "simulation/study.py"), "main"),
+    **{"moderator.py": "top", "participant.py": "top"},
+}
 MOST_FILES = 11  # in a folder
 # Files that touch AgentScope, in any way; all others would work with another engine
 AGENTSCOPE = {

@@ -19,8 +19,7 @@ import pytest
 from conftest import MODELS, NO_UTF8, ROOT, one_line
 
 import main
-from simulation import cli
-from simulation import settings as config
+from simulation import cli, files
 from simulation.errors import SettingsError, meant_by, nearest
 from simulation.files import files_in, shown
 from simulation.hosts.pid_files import ProcessId
@@ -320,7 +319,7 @@ def test_only_the_environment_of_the_checkout_is_repaired(monkeypatch, tmp_path)
         prefix.mkdir()
         (prefix / "installed-run").touch()
         monkeypatch.setattr(sys, "prefix", str(prefix))
-        monkeypatch.setattr(cli, "ROOT", tmp_path)
+        monkeypatch.setattr(cli, "CODE", tmp_path)
         assert f"{prefix} has no module x: " in cli.describe_damage(ModuleNotFoundError(name="x"))
         assert (prefix / "installed-run").exists() is fixed_on_resume
 
@@ -392,12 +391,12 @@ def test_paths_inside_the_checkout_move_with_it(tmp_path, monkeypatch, given, wr
     places = {"root": tmp_path / "root", "link": tmp_path / "link", "other": tmp_path / "other"}
     places["root"].mkdir()
     places["link"].symlink_to("root")
-    monkeypatch.setattr(config, "ROOT", places["root"])
+    monkeypatch.setattr(files, "HOME", places["root"])
     names = [name for name in ONE_PATH if name != "experiment"]  # which excludes --resume
     folders = "{0}:{0}/lib".format(given.format(**places))
     said = SimulationConfig(**dict.fromkeys(names, given.format(**places)), extra_pythonpath=folders).to_json()
     assert {said[name] for name in names} == {written.format(**places)}
-    monkeypatch.setattr(config, "ROOT", places["other"])
+    monkeypatch.setattr(files, "HOME", places["other"])
     again = SimulationConfig.from_json(json.loads(json.dumps(said)))
     assert {getattr(again, name) for name in names} == {read.format(**places)}
     assert again.extra_pythonpath == "{0}:{0}/lib".format(read.format(**places))

@@ -55,6 +55,5 @@ def unregistered() -> Iterator[None]:
     try:
         yield
     finally:
-        logger.enable(RpcMeta.__module__)
         for name in set(RpcMeta._REGISTRY) - before:
             RpcMeta._REGISTRY.pop(name, None)

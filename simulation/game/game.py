@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulation.errors import SettingsError, nearest
-from simulation.files import ROOT, files_in
+from simulation.files import CODE, files_in, names_file
 from simulation.game.population import Population
 from simulation.settings import SimulationConfig
 from simulation.user_code import find_class
@@ -159,9 +159,9 @@ def closest(units: Units, target: Fraction) -> NDArray[np.bool_]:
 
 def game_class(spec: str) -> type[Game]:
     """Return the class of the game in games/ that is named `spec`, or that of `FILE.py:CLASS`. Raises SettingsError."""
-    if ".py" in spec:
+    if names_file(spec):
         return find_class("--game", spec, Game)
-    names = [path.stem for path in files_in(ROOT / "games", ".py") if not path.stem.startswith("_")]
+    names = [path.stem for path in files_in(CODE / "games", ".py") if not path.stem.startswith("_")]
     if spec not in names:
         advice = "(a game of your own is written as my_file.py:MyGame)"
         raise SettingsError(f"--game {spec}: there is no such game; {nearest(spec, names)} {advice}")

@@ -27,7 +27,7 @@ from loguru import logger
 from moderator import Moderator
 from simulation.agents.group import ParticipantGroup
 from simulation.errors import KnownCause, SettingsError, one_line
-from simulation.files import ROOT
+from simulation.files import CODE
 from simulation.llm.chat import load_models
 from simulation.llm.model_configs import ModelConfig
 from simulation.llm.prompts import Probe
@@ -107,7 +107,7 @@ class SimulationServicer(AgentServerServicer):
         """Execute directives of the request, such as the end of a run. Return the identity and state of this server."""
         if not Path(__file__).exists():  # the code is gone: later imports would fail
             restart = "stop all agent servers of this host, and start them again"
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {ROOT} was moved or removed; {restart}")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"its checkout {CODE} was moved or removed; {restart}")
         directives = json.loads(request)
         for directive in directives.keys() & {messages.KEEP_RUN, messages.END_RUN}:
             self._end_run(directives[directive], keep=directive == messages.KEEP_RUN)

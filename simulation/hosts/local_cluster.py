@@ -3,15 +3,25 @@
 import contextlib
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from simulation.errors import ClusterError, ServerUnreachable, listed
-from simulation.files import ROOT
-from simulation.hosts.pid_files import AGENT_SERVERS, LAUNCHER, check_not_owned, one_at_a_time
+from simulation.files import HOME, MAIN
+from simulation.hosts.pid_files import (
+    AGENT_SERVERS,
+    LAUNCHER,
+    ServerProcesses,
+    check_not_owned,
+    free_ports,
+    one_at_a_time,
+    private_servers,
+)
 from simulation.llm.model_configs import read_models
 from simulation.rpc.channels import call_all, call_all_or_raise, handshake, identify, install_tls
 from simulation.rpc.cluster_key import load
@@ -32,13 +42,15 @@ STOP_FIRST = f"run {AGENT_SERVERS.stop_command} first"
 stop = AGENT_SERVERS.stop
 
 
-def _stop_owned(launcher: subprocess.Popen[bytes]) -> None:
+def _stop_owned(launcher: subprocess.Popen[bytes], servers: ServerProcesses) -> None:
     """Stop this run's launcher and its servers by closing the launcher's standard input. Kill processes that hang."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        launcher.communicate(timeout=AGENT_SERVERS.term_timeout_s)
-    if AGENT_SERVERS.running():  # the launcher hangs, or was killed before its servers
-        stop()
+        launcher.communicate(timeout=servers.term_timeout_s)
+    if servers.running():  # the launcher hangs, or was killed before its servers
+        servers.stop()
     launcher.wait()
+    if servers.is_private:
+        shutil.rmtree(servers.folder, ignore_errors=True)
 
 
 def start(
@@ -62,13 +74,43 @@ def start(
             _check_same(config, [int(name) for name in running if name != LAUNCHER], models)
             progress(len(config.ports), len(config.ports))
             return None
-        with AGENT_SERVERS.starting(config.host_name, config.ports, "BASE_PORT"):
-            launcher = _spawn_launcher(config, owned)
-            meanwhile()
-            AGENT_SERVERS.wait_until_ready(
-                config.ports, partial(_answers, config), lambda done, total, _: progress(done, total), READY_TIMEOUT_S
-            )
-    return partial(_stop_owned, launcher) if owned else None
+        stop_started = _start(config, owned, progress, meanwhile, AGENT_SERVERS)
+    return stop_started if owned else None
+
+
+def start_private(
+    config: SimulationConfig, progress: Callable[[int, int], None], meanwhile: Callable[[], None] = lambda: None
+) -> tuple[int, Callable[[], None]]:
+    """Start agent servers for this process alone, on free ports. Return their first port and a function to stop them.
+
+    The caller must have called `install_tls`. Other processes and commands leave these servers alone. They also stop if
+    this process exits. Raises ClusterError if a server does not start.
+    """
+    add_extra_folders(config.extra_pythonpath)
+    with one_at_a_time(quiet=True):
+        for folder in (HOME / "run").glob("python-*"):  # records of servers that have stopped with their process
+            if not private_servers(folder).running():
+                shutil.rmtree(folder, ignore_errors=True)
+        config = replace(config, base_port=free_ports(len(config.ports)))
+        servers = private_servers(HOME / "run" / f"python-{config.base_port}")
+        return config.base_port, _start(config, True, progress, meanwhile, servers)
+
+
+def _start(
+    config: SimulationConfig,
+    owned: bool,
+    progress: Callable[[int, int], None],
+    meanwhile: Callable[[], None],
+    servers: ServerProcesses,
+) -> Callable[[], None]:
+    """Start servers and return a function that stops those of an `owned` launcher. Callers hold `one_at_a_time`."""
+    with servers.starting(config.host_name, config.ports, "BASE_PORT"):
+        launcher = _spawn_launcher(config, owned, servers)
+        meanwhile()
+        servers.wait_until_ready(
+            config.ports, partial(_answers, config), lambda done, total, _: progress(done, total), READY_TIMEOUT_S
+        )
+    return partial(_stop_owned, launcher, servers)
 
 
 def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, str]) -> None:
@@ -93,18 +135,19 @@ def _check_same(config: SimulationConfig, ports: list[int], models: dict[str, st
             raise ClusterError(f"the running agent servers {difference}; {STOP_FIRST}")
 
 
-def _spawn_launcher(config: SimulationConfig, owned: bool) -> subprocess.Popen[bytes]:
+def _spawn_launcher(config: SimulationConfig, owned: bool, servers: ServerProcesses) -> subprocess.Popen[bytes]:
     # -P: a spawned server must not import modules from the current folder
-    command = [sys.executable, "-P", str(ROOT / "main.py"), "--role", "participant"]
+    command = [sys.executable, "-P", str(MAIN), "--role", "participant"]
     command.append("--owned" if owned else "--launch")
     for name in SERVER_SETTINGS:
         if getattr(config, name) is not None:
             command += [flag_of(name), str(getattr(config, name))]
     command += ["--agent-type", "llm"] if config.uses_models else []
     # Prevent OpenBLAS from starting threads, because a process with several threads cannot fork safely
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "SIMULATION_HOME": str(HOME)}
+    env["SIMULATION_SERVERS"] = str(servers.folder)
     stdin = subprocess.PIPE if owned else subprocess.DEVNULL
-    return AGENT_SERVERS.spawn(LAUNCHER, command, stdin=stdin, env=env, cwd=ROOT)
+    return servers.spawn(LAUNCHER, command, stdin=stdin, env=env, cwd=HOME)
 
 
 def _answers(config: SimulationConfig, port: int) -> bool:

@@ -4,12 +4,14 @@ import contextlib
 import errno
 import math
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +21,12 @@ from typing import Any
 import psutil
 
 from simulation.errors import ClusterError, SettingsError, reason, say
-from simulation.files import ROOT, SERVERS, content_of, files_in, is_there, lock
+from simulation.files import HOME, MAIN, SERVERS, content_of, files_in, is_there, lock
 from simulation.hosts.process_id import ProcessId
 from simulation.rpc.endpoints import address_of
 
 LAUNCHER = "launcher"  # name of the process that starts the agent servers
+PRIVATE_PORTS = range(13_000, 15_000)  # for servers that belong to a Python process
 KILL_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
 PROBE_BYTES = 64 * 1024
@@ -33,8 +36,11 @@ DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Hold the lock for starting and stopping servers. Raises SettingsError if a file of servers cannot be written."""
+def one_at_a_time(quiet: bool = False) -> Iterator[None]:
+    """Hold the lock for starting and stopping servers. Unless `quiet`, print that it waits for another command.
+
+    Raises SettingsError if a file of servers cannot be written.
+    """
     advice = "start and stop servers with one command at a time"
     try:
         SERVERS.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,8 @@ def one_at_a_time() -> Iterator[None]:
             try:
                 lock(file.fileno(), SERVERS, advice, wait=False)
             except BlockingIOError:
-                say("waiting for another command that starts or stops servers of this checkout", sys.stderr)
+                if not quiet:
+                    say("waiting for another command that starts or stops servers of this checkout", sys.stderr)
                 lock(file.fileno(), SERVERS, advice)
             yield
     except OSError as error:
@@ -54,9 +61,9 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Defer TERM, HUP and INT signals that arrive during the block until it ends."""
-    received: list[int] = []
-    numbers = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    """Defer TERM, HUP and INT signals that arrive during the block until it ends. Only the main thread gets any."""
+    received, is_main = list[int](), threading.current_thread() is threading.main_thread()
+    numbers = [each for each in ENDING if is_main and signal.getsignal(each) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, lambda which, _: received.append(which)) for number in numbers}
     try:
         yield
@@ -76,6 +83,7 @@ class ServerProcesses:
     stop_command: str
     term_timeout_s: float  # time after TERM until the processes are killed (s)
     is_ours: Callable[[psutil.Process], bool]  # whether a process is of this kind
+    is_private: bool = False  # whether the processes belong to a Python process, which alone stops them
     _spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def pid_file(self, name: str | int) -> Path:
@@ -193,7 +201,7 @@ class ServerProcesses:
 
     def stop(self) -> int:
         """Stop all servers. Return how many were running. Raises ClusterError if some cannot be stopped from here."""
-        with one_at_a_time():
+        with one_at_a_time(quiet=self.is_private):
             running = self.running().keys() - {LAUNCHER}
             self.terminate(self.names())
             self.check_same_host()
@@ -259,8 +267,8 @@ def _is_agent_server(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         seen = process.as_dict(["cmdline", "cwd"])
         command = {*(seen["cmdline"] or [])}
-        launched = str(ROOT / "main.py") in command and bool(command & {"--launch", "--owned"})
-        return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(ROOT))  # a spawned server
+        launched = str(MAIN) in command and bool(command & {"--launch", "--owned"})
+        return launched or ("--multiprocessing-fork" in command and seen["cwd"] == str(HOME))  # a spawned server
     return False
 
 
@@ -274,6 +282,22 @@ def check_not_owned() -> None:
             "another run of this checkout has agent servers of its own, and stops them at its end: wait for it, "
             "or start servers that runs share with ./start_all_server.sh first"
         )
+
+
+def free_ports(count: int) -> int:
+    """Return the first of `count` successive ports in PRIVATE_PORTS that are free. Raises ClusterError if none are."""
+    starts = [*PRIVATE_PORTS[: max(len(PRIVATE_PORTS) - count + 1, 0)]]
+    for first in random.sample(starts, len(starts)):
+        with contextlib.suppress(ClusterError):
+            for port in range(first, first + count):
+                check_free("localhost", port, "base_port")
+            return first
+    raise ClusterError(f"no {count} successive ports from {PRIVATE_PORTS[0]} to {PRIVATE_PORTS[-1]} are free")
+
+
+def private_servers(folder: Path) -> ServerProcesses:
+    """Return the processes of servers that belong to a Python process. No command stops them."""
+    return ServerProcesses("agent server", folder, "the stop method of these servers", 5.0, _is_agent_server, True)
 
 
 def check_free(host_name: str, port: int, setting: str) -> None:

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import psutil
 
 from simulation.errors import ClusterError, SettingsError, listed, one_line
-from simulation.files import ROOT, full_path, is_there, shown
+from simulation.files import CODE, HOME, full_path, is_there, shown
 from simulation.hosts.pid_files import ServerProcesses, one_at_a_time
 from simulation.llm.model_configs import REPEATABLE, read_models
 from simulation.settings import SimulationConfig
 
-VENV = ROOT / ".venv-vllm"  # separate, because vLLM and AgentScope need different versions of protobuf
+VENV = CODE / ".venv-vllm"  # separate, because vLLM and AgentScope need different versions of protobuf
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "large-scale-simulation")  # noqa: PTH111
 LINK = CACHE / f"vllm-{hashlib.sha256(os.fsencode(VENV)).hexdigest()[:16]}"  # used by _venv_without_spaces
 HOST = "127.0.0.1"
@@ -54,7 +54,7 @@ def _is_vllm(process: psutil.Process) -> bool:
     return False
 
 
-SERVERS = ServerProcesses("vLLM server", ROOT / "run" / "vllm", "./stop_vllm.sh", TERM_TIMEOUT_S, _is_vllm)
+SERVERS = ServerProcesses("vLLM server", HOME / "run" / "vllm", "./stop_vllm.sh", TERM_TIMEOUT_S, _is_vllm)
 
 
 class Plan(NamedTuple):
@@ -219,7 +219,7 @@ def _venv_without_spaces() -> Path:
     if not re.search(r"\s", str(VENV)):
         return VENV
     if re.search(r"\s", str(LINK)) or not LINK.is_absolute():
-        advice = f"move {ROOT}, or set XDG_CACHE_HOME to one without"
+        advice = f"move {CODE}, or set XDG_CACHE_HOME to one without"
         raise SettingsError(f"vLLM does not run from a path with a space: {advice}")
     try:
         LINK.parent.mkdir(parents=True, exist_ok=True)

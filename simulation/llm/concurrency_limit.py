@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simulation.errors import reason
-from simulation.files import SERVERS, lock, warn_once
+from simulation.files import HOME, lock, warn_once
 
-FOLDER = SERVERS / "in-flight"
+FOLDER = HOME / "run" / "servers" / "in-flight"  # of all servers of this host
 NO_LOCK = "--max-in-flight may be exceeded for moments"
 WAITING_LOST_NS = 2 * 10**9  # after this time without a heartbeat, a process no longer counts as waiting
 HOLDING_LOST_NS = 20 * 10**9  # after this time without a heartbeat, the permits of a process are free

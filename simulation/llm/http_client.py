@@ -14,6 +14,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Awaitable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -221,7 +222,8 @@ def _run_all(works: Iterable[Awaitable[V]]) -> list[V]:
     async def gather() -> list[V]:
         return await asyncio.gather(*works)
 
-    return asyncio.run(gather())
+    with ThreadPoolExecutor(1) as pool:  # this thread may have a running event loop, as in a notebook
+        return pool.submit(lambda: asyncio.run(gather())).result()
 
 
 def proxy_of(url: str) -> str | None:

@@ -20,7 +20,7 @@ from aiohttp import web
 from loguru import logger
 
 from simulation.errors import Interrupted, SettingsError
-from simulation.files import ROOT, SOURCE, is_there
+from simulation.files import PACKAGE, SOURCE, is_there
 from simulation.monitoring.control import Control
 from simulation.monitoring.dashboard_state import DashboardState
 from simulation.provenance import EXPERIMENT
@@ -29,7 +29,7 @@ from simulation.results.run_directory import REPORT, resume_command, script_comm
 if TYPE_CHECKING:
     from simulation.runs.run import Run
 
-PAGE = ROOT / "simulation/results/pages/dashboard.html"
+PAGE = PACKAGE / "results/pages/dashboard.html"
 ADDRESS = "127.0.0.1"
 NAMES = (ADDRESS, "localhost")  # accepted host names; other names may belong to a foreign site (DNS rebinding)
 OPEN_S = 3.0  # a page counts as open until this time after its last request

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simulation.errors import Ended, listed, printable
-from simulation.files import ROOT, SOURCE, is_there
+from simulation.files import HOME, SOURCE, from_root, is_there
 from simulation.game.game import Game
 from simulation.game.human import MOST_TESTED, HumanData, distance
 from simulation.game.human import rows as compare
@@ -30,7 +30,6 @@ from simulation.results.run_directory import ANALYSIS, REPORT, sweep_position, w
 from simulation.results.run_files import ANALYSIS_FILE, RecordedGame, RoundEntry, position_in_words, read_run_file
 from simulation.results.tables import as_csv, decimals_of, number_text
 from simulation.rpc.endpoints import ranges
-from simulation.settings import from_root
 
 FILES = {
     "summary.json": "settings, versions, and all figures of all rounds",
@@ -140,7 +139,7 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
         "many_failed": max(_failures(run).values(), default=0) >= max(MANY_FAILURES * run.config.participant_num, 1),
         "files": _files(run),
         "repeat": _repeat_command(run),
-        "replay": run.config.replay and from_root("", run.config.replay),
+        "replay": run.config.replay and from_root(run.config.replay),
         "settings": [f", {each.replace('=', ' ', 1)}" for each in run.config.set],
         "topics": [_topic(run, topic) for topic in run.tallies_by_part],
         "failures": failures_by_cause(entries),
@@ -288,8 +287,8 @@ def _repeat_command(run: SavedRun) -> str:
     """Return the shell command that plays the game again, or "" for runs of old versions."""
     if "sources" not in run.summary:
         return ""
-    folder = from_root("", str(run.config.run_dir or ROOT / "runs" / run.run_id))
-    replay = ["--replay", from_root("", run.config.replay)] if run.config.replay is not None else []
+    folder = from_root(str(run.config.run_dir or HOME / "runs" / run.run_id))
+    replay = ["--replay", from_root(run.config.replay)] if run.config.replay is not None else []
     replay += ["--offline"] if run.config.offline else []
     return shlex.join(["./run_simulation.sh", "--experiment", f"{folder}/{SOURCE}/{EXPERIMENT}", *replay])
 

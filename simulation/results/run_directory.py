@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from simulation.errors import UNSUPPORTED, ResultsError, SettingsError, SimulationError, reason
-from simulation.files import ROOT, SOURCE, is_there, lock, read_text, real, shown, warn_once
+from simulation.files import CODE, HOME, SOURCE, is_there, lock, read_text, real, shown, warn_once
 from simulation.game.answer_sheet import KEPT, Answers
 from simulation.game.game import Game, Pairs
 from simulation.game.tally import RoundResult
@@ -37,7 +37,7 @@ from simulation.settings import SimulationConfig
 if TYPE_CHECKING:
     from simulation.user_code import UserFile
 
-LATEST = ROOT / "runs" / "latest"
+LATEST = HOME / "runs" / "latest"
 SUMMARY_BYTES = 250_000
 WHOLE = "answers.parquet"
 SCHEMAS = {"answers": SCHEMA, "texts": TEXTS, "prompts": PROMPTS}  # of files that are written round by round
@@ -71,7 +71,7 @@ def sweep_position(path: Path) -> SweepPosition | None:
 
 def script_command(flag: str, path: Path, *flags: str) -> str:
     """Return a shell command with the flag `flag`, whose value is `path`, and with `flags`."""
-    script = "./run_simulation.sh" if real(Path()) == ROOT else str(ROOT / "run_simulation.sh")
+    script = "./run_simulation.sh" if real(Path()) == CODE else str(CODE / "run_simulation.sh")
     folder = shown(path)
     return shlex.join([script, flag, f"./{folder}" if folder.startswith("-") else folder, *flags])
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from simulation.errors import SettingsError, printable, reason
-from simulation.files import is_there, read_text
+from simulation.files import is_there, names_file, read_text
 from simulation.game.game import Game, PromptTemplate, Rules
 from simulation.game.human import HumanData
 from simulation.game.population import ModelShare, Persona, PlayerShare, Population
@@ -296,7 +296,7 @@ def parse_game(text: str, config: SimulationConfig, trusted: bool = False) -> Ga
         raise ValueError("shares do not add up to 1")
     if any(name != printable(name) for parts in population.groupings for name in (parts.topic, *parts.names)):
         raise ValueError("a name cannot be displayed")
-    if trusted or ".py" not in config.game:
+    if trusted or not names_file(config.game):
         return game_of(config, content["wording"], population)
     recorded = {"recorded": content["rules"], "numbers_announced": content["rules"].get("numbers_announced", False)}
     return RecordedGame(**{**game_fields(config, content["wording"], population), **recorded})

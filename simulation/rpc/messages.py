@@ -6,7 +6,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 
-from simulation.files import ROOT
+from simulation.files import CODE
 from simulation.settings import SimulationConfig
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
@@ -64,9 +64,9 @@ class HeartbeatReply:
 def _code_version() -> str:
     """Return a hash of the program's Python files at import time. Users' files are not included."""
     digest = hashlib.sha256()
-    top = (ROOT / name for name in ("main.py", "moderator.py", "participant.py"))
-    for path in (*top, *sorted(ROOT.glob("simulation/**/[!.]*.py")), *sorted(ROOT.glob("games/[!.]*.py"))):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    top = (path for name in ("main.py", "moderator.py", "participant.py") for path in CODE.glob(name))
+    for path in (*top, *sorted(CODE.glob("simulation/**/[!.]*.py")), *sorted(CODE.glob("games/[!.]*.py"))):
+        digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from simulation.errors import say
-from simulation.files import ROOT
+from simulation.files import HOME
 from simulation.results.tables import fitting
 
 LINE_EVERY_S = 5.0
@@ -25,7 +25,7 @@ WARNINGS_KEPT = 100
 SAME_SIGNAL_S = 1.0  # `timeout` and similar tools send the same signal twice
 SHORTEST_BAR, LONGEST_BAR, USUAL_WIDTH = 8, 40, 80  # terminal columns
 LONGEST_LEFT_S = 1e8  # a longer estimate, of about 3 years, is not shown
-DEFECT_LOG = ROOT / "run" / "defects.log"
+DEFECT_LOG = HOME / "run" / "defects.log"
 
 
 def log_to_stderr(quiet: bool = False) -> None:
@@ -33,6 +33,7 @@ def log_to_stderr(quiet: bool = False) -> None:
 
     On a terminal, a line has only the time of day and the text.
     """
+    logger.enable("simulation")
     logger.remove()
     line = _short_line if sys.stderr.isatty() else "{time:YYYY-MM-DD HH:mm:ss.SSS} | {level: <8} | {message}"
     logger.add(sys.stderr, format=line, level="WARNING" if quiet else "INFO")
@@ -146,6 +147,10 @@ class ConsoleProgress:
         for line in lines:
             (logger.info if self.json else say)(line)
 
+    def explain(self, text: str) -> None:
+        """Print a text on standard error."""
+        say(text, sys.stderr)
+
     def warn(self, line: str) -> None:
         """Log a warning about a server, and store the warning for the dashboard."""
         self.warnings.append((time.time(), line))
@@ -176,6 +181,59 @@ class ConsoleProgress:
         # Do not use the log: the interrupted code may have locked it
         with contextlib.suppress(OSError):  # the terminal is closed
             os.write(2, b"stopping; results so far are kept (once more to end at once)\n")
+
+
+class PythonProgress(ConsoleProgress):
+    """Progress for the Python interface. Nothing is printed if `quiet`. If `bar`, a bar shows each stage."""
+
+    def __init__(self, quiet: bool, bar: bool) -> None:
+        super().__init__(quiet)
+        self._shows_bar = bar
+        self._bar: Any = None  # of tqdm
+
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        is_new = not self._is_open or self.stage is None or name != self.stage.name
+        super().progress(name, done, total, note)
+        if not self._shows_bar:
+            return
+        from tqdm.auto import tqdm  # noqa: PLC0415 - a widget in a notebook
+
+        if is_new:
+            self._close_bar()
+            self._bar = tqdm(total=total, desc=name, leave=False)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def stop(self, number: int) -> None:
+        self._signalled_at, self.stop_signal = time.monotonic(), number
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def close(self) -> None:
+        self._close_bar()
+        super().close()
+
+    def _replace_bar(self, line: str) -> None:
+        if not (self.quiet or self._shows_bar):
+            super()._replace_bar(line)
+
+    def say(self, lines: Iterable[str]) -> None:
+        if not self.quiet:
+            super().say(lines)
+
+    def explain(self, text: str) -> None:
+        if not self.quiet:
+            super().explain(text)
+
+    def signalled(self, number: int, _frame: FrameType | None) -> None:
+        """Request an early stop. Raise KeyboardInterrupt if that was requested at least SAME_SIGNAL_S before."""
+        if self.stop_signal is None:
+            self.stop(number)
+        elif time.monotonic() >= self._signalled_at + SAME_SIGNAL_S:
+            raise KeyboardInterrupt
 
 
 def progress_line(stage: Stage, now: float, note: str, room: int) -> str:

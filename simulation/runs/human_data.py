@@ -10,13 +10,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from simulation.errors import SettingsError, listed, nearest, printable
-from simulation.files import ROOT, files_in
+from simulation.files import CONFIGS, files_in
 from simulation.game.game import Game
 from simulation.game.human import HumanData, HumanRound
 from simulation.settings import DATA_FILES, SimulationConfig, fraction
 from simulation.yaml_file import YamlFile, text_of
 
-FLAG, FOLDER = "--compare-with", ROOT / "configs" / "human"
+FLAG, FOLDER = "--compare-with", CONFIGS / "human"
 HUMAN_DATA = TypeAdapter(HumanData)
 HIGHEST_RATIO = 10
 FIELDS = [[each.name for each in fields(cls)] + ["games"] * (cls is HumanData) for cls in (HumanData, HumanRound)]

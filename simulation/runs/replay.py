@@ -9,7 +9,7 @@ import pyarrow as pa
 from loguru import logger
 
 from simulation.errors import SettingsError, reason
-from simulation.files import shown
+from simulation.files import names_file, shown
 from simulation.game.game import Game
 from simulation.results import reader
 from simulation.results.texts_parquet import RecordedTexts
@@ -56,7 +56,7 @@ def _rounds_alike(spec: "RunSpec", before: reader.SavedRun) -> int:
         cast = game.population if game.population.groupings else replace(game.population, seed=0, total=0, block=1)
         return config.game, {*config.set}, config.ratio, config.offset, config.teams, game.prompt, game.words, cast
 
-    users = ".py" in spec.config.game or any(kind.agent_class is not None for kind in spec.config.kinds)
+    users = names_file(spec.config.game) or any(kind.agent_class is not None for kind in spec.config.kinds)
     if users or of(spec.config, spec.game) != of(before.config, before.game):
         return 0
     whole = sum(1 for _ in takewhile(lambda result: not result.tally.failed, before.results))

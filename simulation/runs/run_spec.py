@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulation.errors import SettingsError, listed
-from simulation.files import ROOT, is_there, real, shown, warn_once
+from simulation.files import HOME, is_there, names_file, real, shown, warn_once
 from simulation.game.game import Game, game_class
 from simulation.game.human import HumanData
 from simulation.game.parameters import all_assignments, declared
@@ -267,7 +267,7 @@ def new_run(config: SimulationConfig, given: Collection[str] = (), copies: Mappi
     copies = copies or {}
     used, run_id = with_copies(config, copies), new_run_id()
     models, assignments = _checked(used)
-    game, folder = build_game(used, models, given), Path(config.run_dir or ROOT / "runs" / run_id)
+    game, folder = build_game(used, models, given), Path(config.run_dir or HOME / "runs" / run_id)
     texts = {"prompts_file": game.prompt, "personas_file": game.population.persona_sets}
     resolved: dict[str, Any] = {name: str(getattr(game, name)) for name in FLAGS_OF_GAMES if hasattr(game, name)}
     config = replace(config, **resolved, set=assignments)
@@ -337,7 +337,7 @@ def _prepare_for_users_files(config: SimulationConfig) -> None:
 
     Both try to import modules that are missing on this system.
     """
-    if ".py" in config.game or any(kind.agent_class is not None for kind in config.kinds):
+    if names_file(config.game) or any(kind.agent_class is not None for kind in config.kinds):
         import_agentscope()
         import_module("simulation.results.comparison")  # imports all that draws
         add_extra_folders(config.extra_pythonpath)

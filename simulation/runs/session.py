@@ -4,7 +4,6 @@ import contextlib
 import json
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from simulation.errors import RunAborted, SettingsError, printable, say
-from simulation.files import ROOT, SOURCE, is_there, shown
+from simulation.files import HOME, SOURCE, is_there, shown, to_root
 from simulation.llm.model_configs import check_model_is_local, is_within
 from simulation.provenance import EXPERIMENT, arranged, entries_of, experiment_text, kept_files
 from simulation.results import reader
@@ -65,6 +64,15 @@ class Session:
         cost = f", at most about {tokens:,} tokens{price_text(tokens, self.config)}" if tokens else ""
         return [*lines, f"in all: {len(self.unfinished)} runs, {rounds:,} rounds{cost}"]
 
+    def use_port(self, base_port: int) -> None:
+        """Play on agent servers whose first port is `base_port`."""
+        self.specs = [replace(each, config=replace(each.config, base_port=base_port)) for each in self.specs]
+        self.config = self.specs[0].config
+        self.unfinished = [spec for spec in self.specs if spec.rounds_left]
+        if self.sweep is not None:
+            configs = {name: replace(each, base_port=base_port) for name, each in self.sweep.configs.items()}
+            self.sweep = replace(self.sweep, configs=configs)
+
     def open(self) -> None:
         """Create and lock the folder, unless this was already done. Raises SettingsError or ResultsError."""
         self._directory = self._directory or RunDirectory(self.folder)
@@ -113,7 +121,7 @@ class Session:
                 sources = arranged(spec.sources for spec in self.specs)
                 self._directory.write_sources(sources)
                 self.sweep = replace(self.sweep, sources=tuple(entries_of(sources)))
-            names = {str(ROOT / each["file"]): f"{SOURCE}/{each['name']}" for each in self.sweep.sources}
+            names = {str(to_root(each["file"])): f"{SOURCE}/{each['name']}" for each in self.sweep.sources}
             combinations = [spec.config for spec in self.specs[: self.sweep.combinations]]
             title = f"all runs of experiment {self.sweep.sweep_id}"
             text = experiment_text(title, combinations, names, self.sweep.varies, self.sweep.repeats)
@@ -200,12 +208,17 @@ def _progress_of(spec: RunSpec) -> tuple[str, list[str]] | None:
 # --- Building sessions -----------------------------------------------------------------------------------------------
 
 
-def session_of(config: SimulationConfig, given: dict[str, Any], cleanup: contextlib.ExitStack) -> Session:
+def session_of(
+    config: SimulationConfig,
+    given: dict[str, Any],
+    cleanup: contextlib.ExitStack,
+    tell: Callable[[str], None] = say,
+) -> Session:
     """Build the session that the settings describe. Settings in `given` come from flags and override those in files.
 
-    The folder of a resumed run or sweep is locked until the exit of `cleanup`.
-    If models outside the cluster are used, print the plan. Raises SettingsError if a setting or file is invalid, or if
-    the runs of an experiment may cost more than the token budget.
+    The folder of a resumed run or sweep is locked until the exit of `cleanup`. If models outside the cluster are used,
+    `tell` receives the plan. Raises SettingsError if a setting or file is invalid, or if the runs of an experiment may
+    cost more than the token budget.
     """
     if config.resume is not None:
         if config.run_dir is not None:
@@ -233,7 +246,7 @@ def session_of(config: SimulationConfig, given: dict[str, Any], cleanup: context
         raise SettingsError(f"--max-tokens {allowed}: {cost}; {advice}")
     remote = [model for model in session.models if not is_within(model.base_url, session.config.hosts)]
     if remote and not config.dry_run:
-        say("\n".join(session.plan_lines()), sys.stderr)
+        tell("\n".join(session.plan_lines()))
         check_model_is_local(session.config, remote[0].name, remote[0].base_url)
     return session
 
@@ -246,7 +259,7 @@ def _new_session(
     if sweep.repeats > 1 and (replay := next(iter(sweep.configs.values())).replay) is not None:
         raise SettingsError(f"--replay {shown(replay)}: does not go with repeats, which would take the same answers")
     chosen = () if {"agent_type", "players"} & {*sweep.varies} else settings
-    folder = Path(run_dir or ROOT / "runs" / sweep.sweep_id)
+    folder = Path(run_dir or HOME / "runs" / sweep.sweep_id)
     for name, config in sweep.configs.items():
         try:
             spec = new_run(replace(config, run_dir=str(folder / name)) if several else config, chosen)

@@ -1,0 +1,183 @@
+"""Results in Python: runs and studies as pandas tables, their reports, and questions to participants."""
+
+import html
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.dataset as ds
+
+from simulation.errors import SettingsError, printable
+from simulation.files import full_path, is_there
+from simulation.playing import ask
+from simulation.results import reader
+from simulation.results.run_directory import SWEEP
+from simulation.results.run_files import read_run_file
+from simulation.runs.experiment import Sweep
+from simulation.settings import OF_SET
+
+REPORT_HEIGHT = 800  # of a page in a notebook (pixels)
+
+
+class Report:
+    """A page of results: `path` is an HTML file. In a notebook, the page displays itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Report({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: {REPORT_HEIGHT}px; border: 0"></iframe>'
+
+
+class Run:
+    """A saved run in the folder `path`. Tables and summary are read when they are first used.
+
+    If its agents were kept on servers of this process, the servers run until `close`, or as long as this object exists.
+    """
+
+    def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
+        self._saved = reader.read_summary(path)
+        self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return self._saved.summary
+
+    @property
+    def status(self) -> str:
+        """How the run ended: complete, partial, interrupted or failed."""
+        return str(self.summary["status"])
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """One row per round: the figures of summary.json, and the outcome of the game."""
+        return pd.DataFrame([_flat(entry) for entry in self.summary["rounds"]])
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """One row per round and participant: the columns of answers.parquet."""
+        return self._table("answers")
+
+    @cached_property
+    def texts(self) -> pd.DataFrame:
+        """One row per kept text of a language model: the columns of texts.parquet. Empty without texts."""
+        return self._table("texts")
+
+    def _table(self, kind: str) -> pd.DataFrame:
+        files = [file for file in reader.files_of(self.path, kind) if is_there(file)]
+        return ds.dataset(files).to_table().to_pandas() if files else pd.DataFrame()
+
+    @property
+    def report(self) -> Report:
+        """The page with figures and pictures of the run."""
+        return Report(self.path / "report.html")
+
+    def ask(self, participant: int | None, text: str) -> str:
+        """Send a message to a participant (None: the first winner) of a run with kept agents. Return the answer.
+
+        Raises SettingsError for an unknown participant, and ClusterError if the agents are gone.
+        """
+        return ask(self.path, participant, text)
+
+    def close(self) -> None:
+        """Stop the servers that keep the agents of this run."""
+        self._close()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        count, played = self._saved.config.participant_num, self._saved.rounds_finished
+        return f"<Run {self._saved.run_id}: {self.status}, {count:,} participants, rounds played: {played}>"
+
+
+class Study:
+    """The runs of a sweep or of repeats in the folder `path`. Tables have a column for each setting that varies.
+
+    Servers of this process that keep agents run until `close`, or as long as this object exists.
+    """
+
+    def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
+        self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
+        self._sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)))
+        self.runs = [Run(each) for each in reader.runs_in(path)]
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per run: the settings that vary, the seed, the status, and the figures of the last round."""
+        rows = []
+        for run in self.runs:
+            last: dict[Any, Any] = {} if run.rounds.empty else run.rounds.iloc[-1].to_dict()
+            rows.append({**self._settings(run), "status": run.status, **last})
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """The rounds of all runs."""
+        return self._joined("rounds")
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """The answers of all runs."""
+        return self._joined("answers")
+
+    @property
+    def report(self) -> Report:
+        """The page that compares the runs."""
+        return Report(self.path / "comparison.html")
+
+    def close(self) -> None:
+        """Stop the servers that keep agents of these runs."""
+        self._close()
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        config = self._sweep.configs[run.path.name]
+        varied = {name.removeprefix(OF_SET): config.value_of(name) for name in self._sweep.varies}
+        return {"run": run.path.name, **varied, "seed": config.seed}
+
+    def _joined(self, kind: str) -> pd.DataFrame:
+        tables = [getattr(run, kind).assign(**self._settings(run)) for run in self.runs]
+        tables = [
+            each[[*self._settings(run), *getattr(run, kind)]] for run, each in zip(self.runs, tables, strict=True)
+        ]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: int) -> Run:
+        return self.runs[index]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        varied = ", ".join(name.removeprefix(OF_SET) for name in self._sweep.varies) or "the seed"
+        return (
+            f"<Study {self.path.name}: {len(self.runs)} of {len(self._sweep.configs)} runs, which differ in {varied}>"
+        )
+
+
+def read(path: str | os.PathLike[str], servers: ExitStack | None = None) -> Run | Study:
+    """Return the run or the study in a folder, such as `runs/latest`. Raises SettingsError if there is none."""
+    folder = Path(full_path("read", os.fspath(path)))
+    if not is_there(folder):
+        raise SettingsError(f"read {printable(str(path))}: there is no such folder")
+    return Study(folder, servers) if is_there(folder / SWEEP) else Run(folder, servers)
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a round: its numbers and texts, the figures of its outcome, and the number of winners."""
+    plain = {name: value for name, value in entry.items() if not isinstance(value, dict | list)}
+    return {**plain, **entry["outcome"], "winners": entry["winners"]["count"]}
