@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from simulation.files import ROOT
+from simulation.files import CODE
 from simulation.hosts.pid_files import AGENT_SERVERS
 
 GAME = ("./run_simulation.sh", "10", "1000", "--sleep-time", "0")
@@ -38,7 +38,7 @@ EXIT_STATUS = {"a usage error": 2}
 def seconds_of(name: str, command: tuple[str, ...]) -> float:
     """Run a command and return its duration in seconds. Raises RuntimeError on an unexpected exit status."""
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=False, env=os.environ)
     took = time.perf_counter() - began
     if done.returncode != EXIT_STATUS.get(name, 0):
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")

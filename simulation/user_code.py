@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import inspect
 import io
+import linecache
 import os
 import pickle
 import sys
@@ -181,7 +182,7 @@ def _late(content: bytes, folder: Path) -> Iterator[str]:
 def save_class(cls: type, folder: Path) -> str:
     """Pickle a class by value into `folder`, with all that it uses of the user's modules. Return `FILE.pkl:CLASS`.
 
-    A text file beside it has the source. Raises SettingsError if the class cannot be pickled.
+    A file beside it has the text of the cell or file that defines the class. Raises SettingsError if this fails.
     """
     modules = [*{id(each): each for each in [*sys.modules.values()] if _is_users(each)}.values()]
     with _by_value(modules):
@@ -189,10 +190,9 @@ def save_class(cls: type, folder: Path) -> str:
             content = cloudpickle.dumps(cls)
         except BaseException as error:  # noqa: BLE001 - user code may raise anything
             raise SettingsError(f"{cls.__name__} cannot be pickled: {one_line(error)}") from None
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        source = f"# the source of {cls.__name__} is not known\n"
+    code = next((each.__code__ for each in vars(cls).values() if inspect.isfunction(each)), None)
+    source = "".join(linecache.getlines(code.co_filename)) if code is not None else ""
+    source = source or f"# the source of {cls.__name__} is not known\n"
     digest = sha256(content + source.encode(errors="replace")).hexdigest()[:16]
     path = folder / f"{cls.__name__}-{digest}.pkl"
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_line
+from conftest import ROOT, one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ from simulation.llm.model_configs import read_models
 from simulation.llm.prompts import prompt_for, rules
 from simulation.runs.experiment import Experiment, Sweep
 from simulation.runs.scenario import build_game
-from simulation.settings import ROOT, SimulationConfig
+from simulation.settings import SimulationConfig
 
 MARKET = '''
 import numpy as np
