@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from loguru import logger
@@ -25,15 +26,14 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 from simulation import playing
 from simulation.cli import count_models, exclude_from_proxy
 from simulation.errors import SettingsError, SimulationError, nearest, printable
-from simulation.files import HOME
+from simulation.files import HOME, full_path
+from simulation.hosts.local_cluster import SERVER_SETTINGS
+from simulation.monitoring.hooks import Hook, as_hook
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import PythonProgress
-from simulation.settings import KINDS, OF_SET, SETTINGS, SimulationConfig, flag_of
+from simulation.settings import KINDS, OF_SET, SETTINGS, SimulationConfig, flag_of, moved
 from simulation.study import Run, Study, read
 from simulation.user_code import save_class
-
-if TYPE_CHECKING:
-    from simulation.monitoring.hooks import Hook
 
 logger.disable("simulation")  # a library is silent; `play(quiet=False)` shows the log
 import_agentscope(silent=True)
@@ -49,11 +49,11 @@ OWN = {
     ),
     "game": (type | str, "average", "the game: its name, your class, or its file as my_file.py:MyGame"),
     "set": (Mapping[str, Any], None, "parameters of the game or of your participants, as {'noise': 5}"),
-    "hook": (object, None, "your Hook, or its class, which is called at each round"),
+    "hook": (Hook | type[Hook] | str | None, None, "your Hook, or its class, which is called at each round"),
     "quiet": (bool, True, "print nothing; False: the log, and the results as main.py prints them"),
     "progress": (bool, False, "show a bar for each stage"),
 }
-SERVER_SETTINGS = ("server_per_host", "moderator_per_host", "extra_pythonpath", "cluster_key_dir")
+SERVERS = [name for name in SERVER_SETTINGS if name not in ("host_name", "base_port")]  # settings of `servers`
 FRACTIONS = ("ratio", "offset")
 LARGEST_DENOMINATOR = 10**6  # of a fraction that a float stands for
 _playing = threading.RLock()  # one run at a time in this process: its connections are shared
@@ -101,22 +101,24 @@ class servers:  # noqa: N801 - used like a function
 
     def __init__(self, server_per_host: int = SimulationConfig.server_per_host, **settings: Any) -> None:
         with _playing, _readable_errors():
-            unknown = sorted(settings.keys() - {*SERVER_SETTINGS, "progress"})
-            if unknown:
-                raise SettingsError(f"{unknown[0]}: is no setting of servers; {nearest(unknown[0], SERVER_SETTINGS)}")
+            from simulation.hosts.vllm_servers import servers_per_host
             from simulation.rpc.channels import install_tls
             from simulation.rpc.cluster_key import load_or_make
 
             console = PythonProgress(True, bool(settings.pop("progress", False)))
-            given = {name: _value(name, value) for name, value in settings.items()}
-            config = SimulationConfig(server_per_host=_value("server_per_host", server_per_host), **given)
+            settings["server_per_host"] = server_per_host
+            for name in settings.keys() - {*SERVERS}:
+                raise SettingsError(f"{name}: is no setting of servers; {nearest(name, SERVERS)}")
+            given = {name: _value(name, value) for name, value in settings.items() if value is not None}
+            given.setdefault("model_per_host", servers_per_host(SimulationConfig(**given)))
+            config = SimulationConfig(**given)
             install_tls(load_or_make(Path(config.cluster_key_dir)))
             self._stack = ExitStack()
             with self._stack as started, _interruptible(console):
                 base_port = playing.start_servers(config, console, started, private=True)
                 console.close()
                 self._stack = started.pop_all()
-            used = {name: getattr(config, name) for name in SERVER_SETTINGS}
+            used = {name: value for name in SERVERS if (value := getattr(config, name)) is not None}
             self.settings = used | {"hosts": config.hosts, "base_port": base_port}
 
     def enter(self) -> "servers":
@@ -144,7 +146,7 @@ class servers:  # noqa: N801 - used like a function
 # --- From keywords to settings ---------------------------------------------------------------------------------------
 
 
-def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any], "Hook | None", bool]:
+def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any], Hook | None, bool]:
     """Return the settings, those that were given, the hook and whether to show a bar. Raises SettingsError."""
     known = {*_parameters()}
     for name in settings.keys() - known:
@@ -160,8 +162,8 @@ def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any]
             raise SettingsError(f"participant {printable(repr(wrong[0]), 60)}: {problem}")
         given["agent_class"] = _values("participant", [_spec(each) for each in classes])
         given.setdefault("agent_type", "llm" if any(map(_asks_models, classes)) else "random")
-    if isinstance(players := given.get("players"), Mapping):
-        given["players"] = ",".join(f"{_kind(kind)}={_fraction('players', share)}" for kind, share in players.items())
+    if "players" in given:
+        given["players"] = _values("players", [_players(each) for each in _each(given["players"])])
     if "game" in given:
         given["game"] = _values("game", [_spec(each) for each in _each(given["game"])])
     assigned = dict(given.pop("set", {}))
@@ -181,12 +183,12 @@ def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any]
             raise SettingsError(f"{name} {given[name]}: the servers of this block have {value}")
     SimulationConfig.check_who_plays(given)
     config = count_models(SimulationConfig(**given), given)
-    return config, given, hook() if isinstance(hook, type) else hook, bar
+    return config, given, None if hook is None else as_hook(hook), bar
 
 
 def _study(given: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """Write an experiment file of the settings of the game. Return the other settings, and the file's name."""
-    of_game = {name: value for name, value in given.items() if SETTINGS[name].game}
+    of_game = {name: _whole(name, value) for name, value in given.items() if SETTINGS[name].game}
     if wrong := [name for name, value in given.items() if isinstance(value, list) and name not in of_game]:
         raise SettingsError(f"{wrong[0]}: is no setting of the game: give one value, not a list")
     if "experiment" in given:
@@ -196,6 +198,13 @@ def _study(given: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return {name: value for name, value in given.items() if name not in of_game} | {"experiment": str(path)}
+
+
+def _whole(name: str, value: Any) -> Any:
+    """Return the value, or the values, of a setting with absolute paths."""
+    if not SETTINGS[name].path:
+        return value
+    return _values(name, [moved(name, each, partial(full_path, name)) for each in _each(value)])
 
 
 def _each(value: Any) -> list[Any]:
@@ -220,8 +229,12 @@ def _asks_models(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, LLMParticipant)
 
 
-def _kind(kind: Any) -> str:
-    return "llm:" * _asks_models(kind) + _spec(kind)
+def _players(value: Any) -> Any:
+    """Return shares of kinds of players as text."""
+    if not isinstance(value, Mapping):
+        return value
+    kinds = {f"{'llm:' * _asks_models(kind)}{_spec(kind)}": share for kind, share in value.items()}
+    return ",".join(f"{kind}={_fraction('players', share)}" for kind, share in kinds.items())
 
 
 def _value(name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, copy_checkout, until
+from fake_model import FakeModel
 
 import simulation
 
@@ -152,6 +154,11 @@ def test_classes_and_games_travel_by_value(python):
 
 
 def test_a_study_of_lists_and_repeats(python):
+    for number in (1, 2):
+        (python.path / f"mine_{number}.py").write_text(
+            "from participant import Participant\n\n\nclass Mine(Participant):\n"
+            f"    async def answer(self, question):\n        return {number}\n"
+        )
     seen = python.run("""
         class Mine(simulation.Participant):
             level: int = 1
@@ -161,6 +168,7 @@ def test_a_study_of_lists_and_repeats(python):
         few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
         study = simulation.play(participant=Mine, set={"level": [1, 2]}, repeats=2, rounds=2, **few)
         sizes = simulation.play(participant_num=[10, 20], sleep_time=0, server_per_host=1, moderator_per_host=1)
+        files = simulation.play(agent_class=["mine_1.py", "mine_2.py"], **few)
         more = simulation.play(resume=study, repeats=3)
         print(json.dumps({
             "summary": study.summary[["run", "level", "status", "average"]].to_dict("list"),
@@ -168,6 +176,7 @@ def test_a_study_of_lists_and_repeats(python):
             "answers": study.answers.groupby("level").value.mean().to_dict(),
             "seeds": study.summary.seed.nunique(), "report": study.report.path.exists(),
             "sizes": sizes.summary.answered.tolist(), "repr": repr(study), "more": [len(more), more[5].status],
+            "files": files.summary.average.tolist(),
             "old": simulation.read(study).summary.equals(more.summary),
         }))
     """)
@@ -175,7 +184,28 @@ def test_a_study_of_lists_and_repeats(python):
     assert seen["summary"]["level"] == ["1", "2", "1", "2"] and seen["seeds"] == 2 and seen["report"]
     assert seen["rounds"] == [["run", "level", "seed"], 8] and seen["answers"] == {"1": 10, "2": 20}
     assert seen["sizes"] == [10, 20] and "4 of 4 runs, which differ in level" in seen["repr"]
-    assert seen["more"] == [6, "complete"] and seen["old"]
+    assert seen["more"] == [6, "complete"] and seen["old"] and seen["files"] == [1, 2]
+
+
+def test_a_language_model(python):
+    """With servers of several games, and with those of a single one."""
+    with contextlib.closing(FakeModel()) as fake:
+        seen = python.run(f"""
+            class Terse(simulation.LLMParticipant):
+                pass
+
+            few = dict(participant_num=20, vllm_base_port={fake.port}, model_per_host=1)
+            with simulation.servers(1, vllm_base_port={fake.port}, model_per_host=1):
+                runs = [simulation.play(participant=Terse, **few), simulation.play(agent_type="llm", **few)]
+            players = {{"llm": 0.25, "random": "3/4"}}
+            runs.append(simulation.play(players=players, sleep_time=0, server_per_host=1, **few))
+            plan = simulation.plan(agent_type="llm", **few)
+            texts = [len(run.texts) for run in runs]
+            print(json.dumps([[run.status for run in runs], texts, runs[0].answers.value.tolist(), plan]))
+        """)
+    status, texts, values, plan = seen
+    assert status == ["complete"] * 3 and texts == [20, 20, 5] and len(values) == 20 and None not in values
+    assert f"http://localhost:{fake.port}" in plan or f"http://127.0.0.1:{fake.port}" in plan
 
 
 def test_the_page_of_the_interface_plays(python):
@@ -227,7 +257,7 @@ def test_a_thread_a_running_loop_and_after_an_error(python):
         for wrong in (
             {"participant_num": 0}, {"participants": 5}, {"ratio": 0.12345678912}, {"rounds": []}, {"rounds": "x"},
             {"participant": "my_file.py"}, {"agent_class": "my_file.py"}, {"hosts": "nowhere.invalid"},
-            {"heartbeat_timeout": [1, 2]},
+            {"heartbeat_timeout": [1, 2]}, {"hook": 5}, {"hook": int},
         ):
             try:
                 simulation.play(**few | wrong)
@@ -250,6 +280,10 @@ def test_a_thread_a_running_loop_and_after_an_error(python):
         print(json.dumps([errors, status]))
     """)
     errors, status = seen
+    assert errors[9:] == [
+        "SettingsError: hook 5: must be a Hook, or a class derived from Hook",
+        "SettingsError: hook int: must be derived from simulation.Hook",
+    ]
     assert status == ["complete"] * 3
     assert errors[:4] == [
         "SettingsError: participant_num 0: must be from 1 to 1,000,000,000",

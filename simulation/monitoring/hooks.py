@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from simulation.errors import SettingsError, one_line
+from simulation.errors import SettingsError, one_line, printable
 from simulation.user_code import find_class
 
 if TYPE_CHECKING:
@@ -34,11 +34,21 @@ class Hook:
 
 def load_hook(spec: str) -> Hook:
     """Return an instance of the class that `spec` names. Raises SettingsError if the class is unusable."""
-    cls = find_class("--hook", spec, Hook)
+    return as_hook(find_class("--hook", spec, Hook))
+
+
+def as_hook(hook: Any) -> Hook:
+    """Return a hook, or an instance of its class. Raises SettingsError if it is neither, or cannot be created."""
+    if not isinstance(hook, type):
+        if not isinstance(hook, Hook):
+            raise SettingsError(f"--hook {printable(repr(hook), 60)}: must be a Hook, or a class derived from Hook")
+        return hook
+    if not issubclass(hook, Hook):
+        raise SettingsError(f"--hook {hook.__name__}: must be derived from simulation.Hook")
     try:
-        return cls()
+        return hook()
     except BaseException as error:  # noqa: BLE001 - code of the user's may raise anything
-        raise SettingsError(f"--hook {spec}: {cls.__name__}() fails: {one_line(error)}") from None
+        raise SettingsError(f"--hook {hook.__name__}: {hook.__name__}() fails: {one_line(error)}") from None
 
 
 class HookCaller:
