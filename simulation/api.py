@@ -5,7 +5,6 @@ The settings are those of main.py; `play` has its signature and its documentatio
 
 import inspect
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,18 +24,20 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 
 from simulation import playing
 from simulation.cli import count_models, exclude_from_proxy
-from simulation.errors import SettingsError, SimulationError, nearest, printable
+from simulation.errors import SettingsError, nearest, printable
 from simulation.files import HOME, full_path
 from simulation.hosts.local_cluster import SERVER_SETTINGS
 from simulation.monitoring.hooks import Hook, as_hook
 from simulation.rpc.lean_import import import_agentscope
 from simulation.runs.console import PythonProgress
-from simulation.settings import KINDS, OF_SET, SETTINGS, SimulationConfig, flag_of, moved
-from simulation.study import Run, Study, read
+from simulation.settings import KINDS, OF_SET, SETTINGS, SimulationConfig, moved
+from simulation.study import Run, Study, in_python, read, readable_errors
 from simulation.user_code import save_class
 
 logger.disable("simulation")  # a library is silent; `play(quiet=False)` shows the log
 import_agentscope(silent=True)
+from participant import LLMParticipant
+from simulation.agents.participant import Participant
 
 FOLDER = HOME / "run" / "python"  # of the classes and the studies that were played from Python
 NOT_HERE = ("role", "dry_run", "json")  # settings of main.py that `play` has in another form, or not
@@ -68,7 +69,7 @@ def play(**settings: Any) -> Run | Study:
     `base_port` name; otherwise this process starts its own on free ports, and stops them afterwards. An interrupt
     (Ctrl-C) ends the game after the answers so far, which are returned. Raises the exceptions of simulation.errors.
     """
-    with _playing, _readable_errors(), ExitStack() as cleanup:
+    with _playing, readable_errors(), ExitStack() as cleanup:
         config, given, hook, bar = _command(settings)
         own = cleanup.enter_context(ExitStack())  # stops the servers that are started here
         shared = bool(_servers) or bool({"hosts", "base_port"} & given.keys())
@@ -79,7 +80,9 @@ def play(**settings: Any) -> Run | Study:
         console = PythonProgress(config.quiet, bar)
         cleanup.enter_context(_interruptible(console))
         session, _ = playing.play(config, given, console, private=None if shared else own, hook=hook)
-        return read(session.folder, own.pop_all() if config.keep_agents else None)
+        results = read(session.folder, own.pop_all() if config.keep_agents else None)
+        results.warnings = [in_python(text) for _, text in console.warnings]
+        return results
 
 
 def plan(**settings: Any) -> str:
@@ -87,7 +90,7 @@ def plan(**settings: Any) -> str:
 
     Raises SettingsError.
     """
-    with _playing, _readable_errors():
+    with _playing, readable_errors():
         config, given, _, _ = _command(settings)
         return playing.plan(replace(config, dry_run=True), given)
 
@@ -100,7 +103,7 @@ class servers:  # noqa: N801 - used like a function
     """
 
     def __init__(self, server_per_host: int = SimulationConfig.server_per_host, **settings: Any) -> None:
-        with _playing, _readable_errors():
+        with _playing, readable_errors():
             from simulation.hosts.vllm_servers import servers_per_host
             from simulation.rpc.channels import install_tls
             from simulation.rpc.cluster_key import load_or_make
@@ -157,8 +160,8 @@ def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any]
         given["hook"], hook = hook, None
     if "participant" in given:
         classes = _each(given.pop("participant"))
-        if wrong := [each for each in classes if not isinstance(each, type)]:
-            problem = "must be a class; agent_class takes a file, as my_file.py:MyParticipant"
+        if wrong := [each for each in classes if not (isinstance(each, type) and issubclass(each, Participant))]:
+            problem = "must be a class derived from simulation.Participant; agent_class takes a file"
             raise SettingsError(f"participant {printable(repr(wrong[0]), 60)}: {problem}")
         given["agent_class"] = _values("participant", [_spec(each) for each in classes])
         given.setdefault("agent_type", "llm" if any(map(_asks_models, classes)) else "random")
@@ -224,8 +227,6 @@ def _spec(value: Any) -> str:
 
 
 def _asks_models(value: Any) -> bool:
-    from participant import LLMParticipant
-
     return isinstance(value, type) and issubclass(value, LLMParticipant)
 
 
@@ -268,18 +269,6 @@ def _fraction(name: str, value: Any) -> str:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Name settings in error messages as in Python: `participant_num`, not `--participant-num`."""
-    flags = {flag_of(name): name for name in _parameters()} | {"--agent-class": "participant"}
-    try:
-        yield
-    except SimulationError as error:
-        text = re.sub(r"--[a-z][a-z-]*", lambda match: flags.get(match[0], match[0]), str(error))
-        error.args = (text, *error.args[1:])
-        raise
 
 
 @contextmanager

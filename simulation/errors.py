@@ -133,7 +133,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _is_own(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith(OWN)
+    """Return whether a frame is in a user's file, or in a class of a notebook or script, which came by value."""
+    name, file = str(frame.f_globals.get("__name__")), frame.f_code.co_filename
+    return name.startswith(OWN) or ((name == "__main__" or name not in sys.modules) and not file.startswith("<"))
 
 
 def traceback_of(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def _observers_of(config: SimulationConfig, control: "Control", hook: "Hook | No
     if config.hook is not None or hook is not None:
         from simulation.monitoring.hooks import HookCaller, load_hook
 
-        observers.append(HookCaller(hook or load_hook(str(config.hook))).observe)
+        observers.append(HookCaller(hook or load_hook(str(config.hook)), control.console).observe)
 
     @contextmanager
     def observe(run: "Run") -> Iterator[None]:
@@ -169,7 +169,7 @@ def ask(path: Path, participant: int | None, text: str, key_folder: str | None =
     run = read_run(path)
     played = run.config
     participant = first_winner(run) if participant is None else participant
-    if participant >= played.participant_num:
+    if not 0 <= participant < played.participant_num:
         raise SettingsError(f"--participant {participant}: the run has participants 0 to {played.participant_num - 1}")
     install_tls(load(Path(key_folder or played.cluster_key_dir)))
     import_agentscope()

@@ -3,9 +3,10 @@
 import html
 import json
 import os
+import re
 import weakref
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,32 @@ from typing import Any
 import pandas as pd
 import pyarrow.dataset as ds
 
-from simulation.errors import SettingsError, printable
+from simulation.errors import SettingsError, SimulationError, printable
 from simulation.files import full_path, is_there
 from simulation.playing import ask
 from simulation.results import reader
 from simulation.results.run_directory import SWEEP
 from simulation.results.run_files import read_run_file
 from simulation.runs.experiment import Sweep
-from simulation.settings import OF_SET
+from simulation.settings import OF_SET, SETTINGS, flag_of
 
 REPORT_HEIGHT = 800  # of a page in a notebook (pixels)
+FLAGS = {flag_of(name): name for name in SETTINGS}
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Name settings in the messages of errors as in Python."""
+    try:
+        yield
+    except SimulationError as error:
+        error.args = (in_python(str(error)), *error.args[1:])
+        raise
+
+
+def in_python(text: str) -> str:
+    """Return a message with `participant_num` in place of `--participant-num`, and so on."""
+    return re.sub(r"--[a-z][a-z-]*", lambda match: FLAGS.get(match[0], match[0]), text)
 
 
 class Report:
@@ -42,11 +59,13 @@ class Report:
 class Run:
     """A saved run in the folder `path`. Tables and summary are read when they are first used.
 
+    `warnings` are those about servers and hooks, if this process has played the run.
     If its agents were kept on servers of this process, the servers run until `close`, or as long as this object exists.
     """
 
     def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
         self._saved = reader.read_summary(path)
+        self.warnings: list[str] = []
         self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
 
     @property
@@ -88,7 +107,10 @@ class Run:
 
         Raises SettingsError for an unknown participant, and ClusterError if the agents are gone.
         """
-        return ask(self.path, participant, text)
+        if participant is not None and type(participant) is not int:
+            raise SettingsError(f"participant {participant!r}: must be a number, such as 17 for P17")
+        with readable_errors():
+            return ask(self.path, participant, text)
 
     def close(self) -> None:
         """Stop the servers that keep the agents of this run."""
@@ -99,7 +121,9 @@ class Run:
 
     def __repr__(self) -> str:
         count, played = self._saved.config.participant_num, self._saved.rounds_finished
-        return f"<Run {self._saved.run_id}: {self.status}, {count:,} participants, rounds played: {played}>"
+        failed = sum(entry["failed"] for entry in self.summary["rounds"])
+        words = f"{self.status}, {count:,} participants, rounds played: {played}"
+        return f"<Run {self.path.name}: {words}{f', failed answers: {failed:,}' if failed else ''}>"
 
 
 class Study:
@@ -109,6 +133,7 @@ class Study:
     """
 
     def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
+        self.warnings: list[str] = []
         self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
         self._sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)))
         self.runs = [Run(each) for each in reader.runs_in(path)]

@@ -71,15 +71,20 @@ def test_user_files_do_not_replace_modules_of_the_program(checkout, name):
         assert done.returncode == 0, done.stderr
 
 
+def use_files_of(checkout, monkeypatch):
+    monkeypatch.setattr("simulation.rpc.messages.CODE", checkout.path)
+    monkeypatch.setattr("simulation.rpc.messages.MAIN", checkout.path / "main.py")
+
+
 def test_hidden_files_of_editors_do_not_change_the_version(checkout, monkeypatch):
     (checkout.path / "simulation/.#run.py").symlink_to("somebody@some-host.1234:1600000000")  # Emacs' lock
     (checkout.path / "simulation/.run.py").write_text("a draft")
-    monkeypatch.setattr("simulation.rpc.messages.CODE", checkout.path)
+    use_files_of(checkout, monkeypatch)
     assert _code_version() == CODE_VERSION
 
 
 def test_a_changed_file_in_any_folder_changes_the_version(checkout, monkeypatch):
-    monkeypatch.setattr("simulation.rpc.messages.CODE", checkout.path)
+    use_files_of(checkout, monkeypatch)
     folders = {path.parent for path in checkout.path.glob("simulation/**/*.py")} | {checkout.path}
     assert len(folders) >= 9  # the top level, simulation/ and its folders
     for folder in folders:

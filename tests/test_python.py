@@ -296,6 +296,26 @@ def test_a_thread_a_running_loop_and_after_an_error(python):
     assert errors[7].startswith("ClusterError: nowhere.invalid") and "give one value, not a list" in errors[8]
 
 
+def test_failures_name_the_line_and_hooks_that_fail_are_told(python):
+    seen = python.run("""
+        class Wrong(simulation.Participant):
+            async def answer(self, question):
+                return self.nothing if question.round == 2 else 5
+
+        class Raises(simulation.Hook):
+            def round_finished(self, summary, folder):
+                raise ValueError("no disk")
+
+        few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
+        run = simulation.play(participant=Wrong, rounds=2, hook=Raises(), **few)
+        print(json.dumps([run.rounds.failed.tolist(), run.summary["rounds"][1]["failures"], run.warnings, repr(run)]))
+    """)
+    failed, causes, warnings, text = seen
+    assert failed == [0, 20] and text.endswith("partial, 20 participants, rounds played: 2, failed answers: 20>")
+    assert causes == {"AttributeError: 'Wrong' object has no attribute 'nothing' (script.py, line 5)": 20}
+    assert warnings == ["hook: Raises.round_finished fails: ValueError: no disk (script.py, line 9)"] * 2
+
+
 def test_an_interrupt_ends_the_game_and_returns_what_there_is(python):
     process = python.start("""
         class Slow(simulation.Participant):

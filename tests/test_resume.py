@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,19 @@ def test_recreated_participants_remember(checkout, mindful, gate):
     assert checkout.answers() == undisturbed
     assert [played["reassigned"] for played in checkout.summary()["rounds"]] == [0, 0, 100, 0]
     assert checkout.run("stop_all_server.sh").returncode == 0
+
+
+def test_an_interrupted_round_that_is_no_longer_wanted_leaves_no_answers(checkout, mindful, gate):
+    gate.unlink()
+    game = play(checkout, "2", "300", *mindful)
+    until(lambda: "round 3: asking" in log_of(checkout), 30, "round 3")
+    game.send_signal(signal.SIGINT)
+    game.communicate(timeout=120)
+    assert {row["round"] for row in checkout.answers()} == {1, 2, 3}
+    resumed = checkout.run("run_simulation.sh", "--resume", "runs/latest", "--rounds", "2")
+    assert resumed.returncode in (0, 4), resumed.stderr
+    assert [entry["round"] for entry in checkout.summary()["rounds"]] == [1, 2]
+    assert Counter(row["round"] for row in checkout.answers()) == {1: 300, 2: 300}
 
 
 @pytest.mark.parametrize(

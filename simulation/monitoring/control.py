@@ -164,7 +164,7 @@ def send(folder: Path, words: Sequence[str]) -> dict[str, Any]:
             connection.sendall(json.dumps([*words]).encode() + b"\n")
             reply = json.loads(connection.makefile("rb").readline())
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
-        raise ClusterError(f"{flag}: no command plays this run now") from None
+        raise ClusterError(f"{flag}: no command plays this run now; --run-dir names another") from None
     except (OSError, ValueError, KeyError) as error:
         raise ClusterError(f"{flag}: no answer from the run: {reason(error)}") from None
     if "error" in reply:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loguru import logger
-
 from simulation.errors import SettingsError, one_line, printable
+from simulation.runs.console import ConsoleProgress
 from simulation.user_code import find_class
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class Hook:
         """Called before the first round. A resumed run has finished rounds already."""
 
     def round_finished(self, summary: dict[str, Any], folder: Path) -> None:
-        """Called after each round, which is the last in `summary["rounds"]`."""
+        """Called after each round, the last in `summary["rounds"]`. Its `ended` says whether it was interrupted."""
 
     def run_finished(self, summary: dict[str, Any], folder: Path) -> None:
         """Called at the end of a run, also of an interrupted or failed one. The report is written."""
@@ -54,8 +53,8 @@ def as_hook(hook: Any) -> Hook:
 class HookCaller:
     """Calls a hook at the events of each run that it observes."""
 
-    def __init__(self, hook: Hook) -> None:
-        self._hook = hook
+    def __init__(self, hook: Hook, console: ConsoleProgress) -> None:
+        self._hook, self._console = hook, console
 
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
@@ -81,4 +80,4 @@ class HookCaller:
             summary = json.loads(json.dumps(run.summary))  # a copy, which the hook may change
             getattr(self._hook, event)(summary, run.directory.path)
         except BaseException as error:  # noqa: BLE001 - code of the user's may raise anything
-            logger.warning(f"--hook: {type(self._hook).__name__}.{event} fails: {one_line(error)}")
+            self._console.warn(f"--hook: {type(self._hook).__name__}.{event} fails: {one_line(error)}")

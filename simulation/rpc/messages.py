@@ -6,7 +6,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 
-from simulation.files import CODE
+from simulation.files import CODE, MAIN
 from simulation.settings import SimulationConfig
 
 SERVICE, HANDSHAKE, HEARTBEAT = "simulation.AgentServer", "handshake", "heartbeat"  # gRPC service and method names
@@ -62,11 +62,15 @@ class HeartbeatReply:
 
 
 def _code_version() -> str:
-    """Return a hash of the program's Python files at import time. Users' files are not included."""
-    digest = hashlib.sha256()
-    top = (path for name in ("main.py", "moderator.py", "participant.py") for path in CODE.glob(name))
+    """Return a hash of the program's Python files at import time. Users' files are not included.
+
+    The hash of an installed package is that of the checkout from which it was built.
+    """
+    digest = hashlib.sha256(MAIN.read_bytes())
+    top = (CODE / name for name in ("moderator.py", "participant.py"))
     for path in (*top, *sorted(CODE.glob("simulation/**/[!.]*.py")), *sorted(CODE.glob("games/[!.]*.py"))):
-        digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes())
+        if path != MAIN:
+            digest.update(str(path.relative_to(CODE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -196,7 +197,8 @@ class PythonProgress(ConsoleProgress):
         super().progress(name, done, total, note)
         if not self._shows_bar:
             return
-        from tqdm.auto import tqdm  # noqa: PLC0415 - a widget in a notebook
+        with warnings.catch_warnings(action="ignore"):  # without ipywidgets, a notebook shows text instead of a widget
+            from tqdm.auto import tqdm  # noqa: PLC0415 - takes 0.1 s
 
         if is_new:
             self._close_bar()

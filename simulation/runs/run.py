@@ -84,6 +84,8 @@ class Run:
         if self._saved is not None:
             logger.info(f"run {self.run_id} has played {len(self.results)} of {self.config.rounds} rounds")
         if not self.rounds_left:
+            if self._saved is not None and len(self._saved.summary["rounds"]) > len(self.results):
+                self._go_back()  # the last round was interrupted, and is no longer wanted
             return self._finish()
         began = time.monotonic()
         servers, repeatable = check_cluster(self.config, self.game)
@@ -92,8 +94,7 @@ class Run:
         if self.config.uses_models:
             self._seed_models(repeatable)
         if self._saved is not None:  # only now: if the servers are not ready, the run folder stays unchanged
-            self._write("interrupted")  # before the next line deletes answers that the old summary refers to
-            self.directory.go_back_to(len(self.results))
+            self._go_back()
         if self._repeats or not self.config.uses_models:
             labels = labels_of(self.config.kinds)
             classes = [label for label, kind in zip(labels, self.config.kinds, strict=True) if kind.agent_class]
@@ -130,6 +131,11 @@ class Run:
             self._write_after_error(error)
             raise
         return self._finish()
+
+    def _go_back(self) -> None:
+        """Delete the files of rounds after the last finished one."""
+        self._write("interrupted")  # before the next line deletes answers that the old summary refers to
+        self.directory.go_back_to(len(self.results))
 
     @property
     def _repeats(self) -> bool:
