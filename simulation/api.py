@@ -4,18 +4,22 @@ The settings are those of main.py; `play` has its signature and its documentatio
 """
 
 import inspect
+import itertools
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from loguru import logger
 
@@ -24,7 +28,7 @@ os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
 
 from simulation import playing
 from simulation.cli import count_models, exclude_from_proxy
-from simulation.errors import SettingsError, nearest, printable
+from simulation.errors import ClusterError, SettingsError, nearest, printable
 from simulation.files import HOME, full_path
 from simulation.hosts.local_cluster import SERVER_SETTINGS
 from simulation.monitoring.hooks import Hook, as_hook
@@ -71,14 +75,14 @@ def play(**settings: Any) -> Run | Study:
     """
     with _playing, readable_errors(), ExitStack() as cleanup:
         config, given, hook, bar = _command(settings)
+        console = PythonProgress(config.quiet, bar)
+        cleanup.enter_context(_interruptible(console))
         own = cleanup.enter_context(ExitStack())  # stops the servers that are started here
         shared = bool(_servers) or bool({"hosts", "base_port"} & given.keys())
         exclude_from_proxy(*config.hosts)
         if not config.quiet:
             logger.enable("simulation")
             cleanup.callback(logger.disable, "simulation")
-        console = PythonProgress(config.quiet, bar)
-        cleanup.enter_context(_interruptible(console))
         session, _ = playing.play(config, given, console, private=None if shared else own, hook=hook)
         results = read(session.folder, own.pop_all() if config.keep_agents else None)
         results.warnings = [in_python(text) for _, text in console.warnings]
@@ -116,7 +120,7 @@ class servers:  # noqa: N801 - used like a function
             given.setdefault("model_per_host", servers_per_host(SimulationConfig(**given)))
             config = SimulationConfig(**given)
             install_tls(load_or_make(Path(config.cluster_key_dir)))
-            self._stack = ExitStack()
+            self._stack, self._is_stopped = ExitStack(), False
             with self._stack as started, _interruptible(console):
                 base_port = playing.start_servers(config, console, started, private=True)
                 console.close()
@@ -125,7 +129,9 @@ class servers:  # noqa: N801 - used like a function
             self.settings = used | {"hosts": config.hosts, "base_port": base_port}
 
     def enter(self) -> "servers":
-        """Play all games on these servers until `stop`."""
+        """Play all games on these servers until `stop`. Raises ClusterError if they were stopped."""
+        if self._is_stopped:
+            raise ClusterError(f"{self!r}: were stopped; start others with simulation.servers")
         _servers.append(self)
         return self
 
@@ -134,6 +140,7 @@ class servers:  # noqa: N801 - used like a function
     def stop(self) -> None:
         """Stop the servers."""
         with _playing:
+            self._is_stopped = True
             if self in _servers:
                 _servers.remove(self)
             self._stack.close()
@@ -158,25 +165,22 @@ def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any]
     bar, hook = bool(given.pop("progress", False)), given.pop("hook", None)
     if isinstance(hook, str):
         given["hook"], hook = hook, None
-    if "participant" in given:
-        classes = _each(given.pop("participant"))
-        if wrong := [each for each in classes if not (isinstance(each, type) and issubclass(each, Participant))]:
-            problem = "must be a class derived from simulation.Participant; agent_class takes a file"
-            raise SettingsError(f"participant {printable(repr(wrong[0]), 60)}: {problem}")
-        given["agent_class"] = _values("participant", [_spec(each) for each in classes])
-        given.setdefault("agent_type", "llm" if any(map(_asks_models, classes)) else "random")
-    if "players" in given:
-        given["players"] = _values("players", [_players(each) for each in _each(given["players"])])
+    assigned = given.pop("set", {})
+    if not isinstance(assigned, Mapping):
+        raise SettingsError(f"set {printable(repr(assigned), 60)}: must be a mapping, as {{'noise': 5}}")
+    texts = {name: _values(name, [_text(each) for each in _each(value)]) for name, value in assigned.items()}
+    given = {"quiet": True, **_with_players(given)}
     if "game" in given:
         given["game"] = _values("game", [_spec(each) for each in _each(given["game"])])
-    assigned = dict(given.pop("set", {}))
-    texts = {name: _values(name, [_text(each) for each in _each(value)]) for name, value in assigned.items()}
-    for name in given.keys() - {"hosts"}:
-        given[name] = _values(name, [_value(name, each) for each in _each(given[name])])
     if "hosts" in given:
-        hosts = given["hosts"]
-        given["hosts"] = (hosts,) if isinstance(hosts, str) else tuple(hosts)
-    given = {"quiet": True, **given}
+        hosts = given.pop("hosts")
+        hosts = (hosts,) if isinstance(hosts, str) else (*_each(hosts),)
+        if not all(isinstance(host, str) for host in hosts):
+            raise SettingsError(f"hosts {printable(repr(hosts), 60)}: must be names of hosts")
+    else:
+        hosts = None
+    given = {name: _values(name, [_value(name, each) for each in _each(value)]) for name, value in given.items()}
+    given |= {"hosts": hosts} if hosts is not None else {}
     if any(isinstance(value, list) for value in (*given.values(), *texts.values())):
         given = _study(given, texts)
     elif texts:
@@ -189,13 +193,31 @@ def _command(settings: dict[str, Any]) -> tuple[SimulationConfig, dict[str, Any]
     return config, given, None if hook is None else as_hook(hook), bar
 
 
+def _with_players(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with texts in place of classes of participants and of mappings of players."""
+    for first, second in itertools.combinations(("participant", "players", "agent_class"), 2):
+        if {first, second} <= given.keys():
+            raise SettingsError(f"{first}: does not go with {second}; one of them says who plays")
+    if "players" in given:
+        return given | {"players": _values("players", [_players(each) for each in _each(given["players"])])}
+    if "participant" not in given:
+        return given
+    classes = _each(given["participant"])
+    if wrong := [each for each in classes if not (isinstance(each, type) and issubclass(each, Participant))]:
+        problem = "must be a class derived from simulation.Participant; agent_class takes a file"
+        raise SettingsError(f"participant {printable(repr(wrong[0]), 60)}: {problem}")
+    chosen = {"agent_class": _values("participant", [_spec(each) for each in classes])}
+    chosen["agent_type"] = given.get("agent_type", "llm" if any(map(_asks_models, classes)) else "random")
+    return {name: value for name, value in given.items() if name != "participant"} | chosen
+
+
 def _study(given: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
     """Write an experiment file of the settings of the game. Return the other settings, and the file's name."""
     of_game = {name: _whole(name, value) for name, value in given.items() if SETTINGS[name].game}
     if wrong := [name for name, value in given.items() if isinstance(value, list) and name not in of_game]:
         raise SettingsError(f"{wrong[0]}: is no setting of the game: give one value, not a list")
-    if "experiment" in given:
-        raise SettingsError("experiment: does not go with lists of values; write them into the file")
+    for name in {"experiment", "resume"} & given.keys():
+        raise SettingsError(f"{name}: does not go with lists of values")
     content = yaml.safe_dump(of_game | ({OF_SET.rstrip("."): texts} if texts else {}), sort_keys=False).encode()
     path = FOLDER / f"study-{sha256(content).hexdigest()[:8]}.yaml"
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -211,7 +233,9 @@ def _whole(name: str, value: Any) -> Any:
 
 
 def _each(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | range) else [value]
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    return list(value) if isinstance(value, list | tuple | range) else [value]
 
 
 def _values(name: str, values: list[Any]) -> Any:
@@ -222,7 +246,9 @@ def _values(name: str, values: list[Any]) -> Any:
 
 
 def _spec(value: Any) -> str:
-    """Return `FILE:CLASS` for a class, which is saved; otherwise the text itself."""
+    """Return `FILE:CLASS` for a class, which is saved, the kind of player for a run, and a text as it is."""
+    if isinstance(value, os.PathLike):
+        return f"surrogate:{os.fspath(value)}"
     return save_class(value, FOLDER) if isinstance(value, type) else str(value)
 
 
@@ -241,6 +267,7 @@ def _players(value: Any) -> Any:
 def _value(name: str, value: Any) -> Any:
     """Return the value of a setting with the type that its declaration names. Raises SettingsError."""
     kinds, kind = KINDS[name], KINDS[name][0]
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if name in FRACTIONS:
@@ -259,7 +286,10 @@ def _value(name: str, value: Any) -> Any:
 
 def _fraction(name: str, value: Any) -> str:
     """Return an exact number as text. A float such as 2/3 stands for the simplest fraction that it is equal to."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise SettingsError(f"{name} {value}: must be a finite number")
         simple = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
         if float(simple) != value:
             raise SettingsError(f"{name} {value}: is not exact; write it as a text, such as '2/3' or '0.51'")
@@ -268,6 +298,12 @@ def _fraction(name: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    """Return the value of a parameter as text. Raises SettingsError unless it is a number, a truth value or a text."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, bool | int | float | str | Fraction | Decimal):
+        raise SettingsError(f"set {printable(repr(value), 60)}: must be a number, a truth value or a text")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

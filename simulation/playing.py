@@ -89,7 +89,7 @@ def _observers_of(config: SimulationConfig, control: "Control", hook: "Hook | No
     if config.hook is not None or hook is not None:
         from simulation.monitoring.hooks import HookCaller, load_hook
 
-        observers.append(HookCaller(hook or load_hook(str(config.hook)), control.console).observe)
+        observers.append(HookCaller(load_hook(str(config.hook)) if hook is None else hook, control.console).observe)
 
     @contextmanager
     def observe(run: "Run") -> Iterator[None]:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from simulation.results import reader
 from simulation.results.run_directory import SWEEP
 from simulation.results.run_files import read_run_file
 from simulation.runs.experiment import Sweep
-from simulation.settings import OF_SET, SETTINGS, flag_of
+from simulation.settings import OF_SET, SETTINGS, flag_of, moved
 
 REPORT_HEIGHT = 800  # of a page in a notebook (pixels)
 FLAGS = {flag_of(name): name for name in SETTINGS}
@@ -40,6 +40,18 @@ def readable_errors() -> Iterator[None]:
 def in_python(text: str) -> str:
     """Return a message with `participant_num` in place of `--participant-num`, and so on."""
     return re.sub(r"--[a-z][a-z-]*", lambda match: FLAGS.get(match[0], match[0]), text)
+
+
+# Columns of tables; a parameter of one of these names has a column `set.NAME`
+TAKEN = {"run", "seed", "status", "participant", "value", "failure", "payoff", "won", "kind", "model", "team"}
+
+
+class _Kept:
+    """Keeps the servers of a run or study: they stop at `close`, or when all objects that share this are gone."""
+
+    def __init__(self, servers: ExitStack) -> None:
+        owner = os.getpid()  # not in a forked process
+        self.close = weakref.finalize(self, lambda: servers.close() if os.getpid() == owner else None)
 
 
 class Report:
@@ -63,10 +75,10 @@ class Run:
     If its agents were kept on servers of this process, the servers run until `close`, or as long as this object exists.
     """
 
-    def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
+    def __init__(self, path: Path, kept: _Kept | None = None) -> None:
         self._saved = reader.read_summary(path)
+        self.path, self._kept = path, kept
         self.warnings: list[str] = []
-        self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -81,7 +93,18 @@ class Run:
     @cached_property
     def rounds(self) -> pd.DataFrame:
         """One row per round: the figures of summary.json, and the outcome of the game."""
-        return pd.DataFrame([_flat(entry) for entry in self.summary["rounds"]])
+        entries = self.summary["rounds"]
+        names = dict.fromkeys(name for entry in entries for name in entry["outcome"])
+        # A figure of the game may have the name of another column
+        columns = {
+            name: f"outcome.{name}"
+            if any(entry.get(name, own) != own for entry, own in _figures(entries, name))
+            else name
+            for name in names
+        }
+        table = pd.DataFrame([_flat(entry, columns) for entry in entries])
+        unknown = [name for name in table if table[name].isna().all()]  # None in every round
+        return table.astype(dict.fromkeys(unknown, float))
 
     @cached_property
     def answers(self) -> pd.DataFrame:
@@ -99,8 +122,8 @@ class Run:
 
     @property
     def report(self) -> Report:
-        """The page with figures and pictures of the run."""
-        return Report(self.path / "report.html")
+        """The page with figures and pictures of the run. Raises SettingsError if there is none yet."""
+        return _report(self.path / "report.html")
 
     def ask(self, participant: int | None, text: str) -> str:
         """Send a message to a participant (None: the first winner) of a run with kept agents. Return the answer.
@@ -109,12 +132,15 @@ class Run:
         """
         if participant is not None and type(participant) is not int:
             raise SettingsError(f"participant {participant!r}: must be a number, such as 17 for P17")
+        if not isinstance(text, str) or not text.strip():
+            raise SettingsError(f"text {text!r}: must be a question")
         with readable_errors():
             return ask(self.path, participant, text)
 
     def close(self) -> None:
-        """Stop the servers that keep the agents of this run."""
-        self._close()
+        """Stop the servers that keep the agents of this run, or of its study."""
+        if self._kept is not None:
+            self._kept.close()
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -132,11 +158,11 @@ class Study:
     Servers of this process that keep agents run until `close`, or as long as this object exists.
     """
 
-    def __init__(self, path: Path, servers: ExitStack | None = None) -> None:
+    def __init__(self, path: Path, kept: _Kept | None = None) -> None:
+        self.path, self._kept = path, kept
         self.warnings: list[str] = []
-        self.path, self._close = path, weakref.finalize(self, servers.close if servers is not None else int)
         self._sweep = read_run_file(path, SWEEP, lambda text: Sweep.from_json(json.loads(text)))
-        self.runs = [Run(each) for each in reader.runs_in(path)]
+        self.runs = [Run(each, kept) for each in reader.runs_in(path)]
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -157,25 +183,37 @@ class Study:
         """The answers of all runs."""
         return self._joined("answers")
 
+    @cached_property
+    def texts(self) -> pd.DataFrame:
+        """The kept texts of all runs."""
+        return self._joined("texts")
+
     @property
     def report(self) -> Report:
-        """The page that compares the runs."""
-        return Report(self.path / "comparison.html")
+        """The page that compares the runs. Raises SettingsError if there is none yet."""
+        return _report(self.path / "comparison.html")
 
     def close(self) -> None:
         """Stop the servers that keep agents of these runs."""
-        self._close()
+        if self._kept is not None:
+            self._kept.close()
 
     def _settings(self, run: Run) -> dict[str, Any]:
         config = self._sweep.configs[run.path.name]
-        varied = {name.removeprefix(OF_SET): config.value_of(name) for name in self._sweep.varies}
+        parameters, taken, varied = config.to_json()["set"], TAKEN | {*run.rounds}, dict[str, Any]()
+        for name in self._sweep.varies:
+            plain = name.removeprefix(OF_SET)
+            value = config.value_of(name) if plain == name else parameters.get(plain)
+            is_path = isinstance(value, str) and name in ("agent_class", "game", "players")
+            value = moved(name, value, lambda path: Path(path).name) if is_path else value
+            varied[name if name != plain and plain in taken else plain] = value
         return {"run": run.path.name, **varied, "seed": config.seed}
 
     def _joined(self, kind: str) -> pd.DataFrame:
-        tables = [getattr(run, kind).assign(**self._settings(run)) for run in self.runs]
-        tables = [
-            each[[*self._settings(run), *getattr(run, kind)]] for run, each in zip(self.runs, tables, strict=True)
-        ]
+        tables = []
+        for run in self.runs:
+            table, settings = getattr(run, kind), self._settings(run)
+            tables.append(table.assign(**settings)[[*settings, *table]])
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def __len__(self) -> int:
@@ -195,14 +233,35 @@ class Study:
 
 
 def read(path: str | os.PathLike[str], servers: ExitStack | None = None) -> Run | Study:
-    """Return the run or the study in a folder, such as `runs/latest`. Raises SettingsError if there is none."""
+    """Return the run or the study in a folder, such as `runs/latest`. Raises SettingsError if there is none.
+
+    `servers` stops the servers that keep agents of these runs.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise SettingsError(f"read {printable(repr(path), 60)}: must be a path")
+    kept = _Kept(servers) if servers is not None else None
     folder = Path(full_path("read", os.fspath(path)))
     if not is_there(folder):
         raise SettingsError(f"read {printable(str(path))}: there is no such folder")
-    return Study(folder, servers) if is_there(folder / SWEEP) else Run(folder, servers)
+    return Study(folder, kept) if is_there(folder / SWEEP) else Run(folder, kept)
 
 
-def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a round: its numbers and texts, the figures of its outcome, and the number of winners."""
+def _report(path: Path) -> Report:
+    if not is_there(path):
+        raise SettingsError(f"{path}: is not written yet, or was removed; main.py --role report writes it")
+    return Report(path)
+
+
+def _figures(entries: Iterable[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Yield each round whose outcome has the figure `name`, and that figure."""
+    return ((entry, entry["outcome"][name]) for entry in entries if name in entry["outcome"])
+
+
+def _flat(entry: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the columns of a round: its numbers and texts, the number of winners, and the figures of its outcome."""
     plain = {name: value for name, value in entry.items() if not isinstance(value, dict | list)}
-    return {**plain, **entry["outcome"], "winners": entry["winners"]["count"]}
+    return {
+        **plain,
+        "winners": entry["winners"]["count"],
+        **{columns[name]: own for name, own in entry["outcome"].items()},
+    }

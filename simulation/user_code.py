@@ -7,12 +7,15 @@ The Python interface saves the class of a notebook or of a module in a .pkl file
 """
 
 import ast
+import copyreg
+import functools
 import importlib.util
 import inspect
 import io
 import linecache
 import os
 import pickle
+import re
 import sys
 import sysconfig
 import threading
@@ -184,23 +187,42 @@ def save_class(cls: type, folder: Path) -> str:
 
     A file beside it has the text of the cell or file that defines the class. Raises SettingsError if this fails.
     """
-    modules = [*{id(each): each for each in [*sys.modules.values()] if _is_users(each)}.values()]
-    with _by_value(modules):
-        try:
-            content = cloudpickle.dumps(cls)
-        except BaseException as error:  # noqa: BLE001 - user code may raise anything
-            raise SettingsError(f"{cls.__name__} cannot be pickled: {one_line(error)}") from None
-    code = next((each.__code__ for each in vars(cls).values() if inspect.isfunction(each)), None)
-    source = "".join(linecache.getlines(code.co_filename)) if code is not None else ""
-    source = source or f"# the source of {cls.__name__} is not known\n"
-    digest = sha256(content + source.encode(errors="replace")).hexdigest()[:16]
-    path = folder / f"{cls.__name__}-{digest}.pkl"
+    for module in filter(_is_users, [*sys.modules.values()]):
+        cloudpickle.register_pickle_by_value(module)  # for ever: the class will be pickled again, for the servers
+    try:
+        content = cloudpickle.dumps(cls)
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
+        raise SettingsError(f"{cls.__name__} cannot be pickled: {one_line(error)}") from None
+    source = _text_of(cls).encode(errors="replace")
+    # A class that is defined again, in the same words, differs only in an id that cloudpickle draws
+    digest = sha256(re.sub(rb"\x8c [0-9a-f]{32}", b"", content) + source).hexdigest()[:16]
+    name = re.sub(r"\W", "_", cls.__name__)
+    path = folder / f"{name}-{digest}.pkl"
     folder.mkdir(parents=True, exist_ok=True)
-    for file, written in ((_source_of(path), source.encode(errors="replace")), (path, content)):
+    for file, written in ((_source_of(path), source), (path, content)) if not is_there(path) else ():
         draft = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.new")  # another may write the same
         draft.write_bytes(written)
         draft.replace(file)
     return f"{path}:{cls.__name__}"
+
+
+def _text_of(cls: type) -> str:
+    """Return the text of the cell or file that defines a class: that of its first method, or of its module."""
+    unwrapped = [inspect.unwrap(each) for each in vars(cls).values() if inspect.isfunction(each)]
+    own = [each for each in unwrapped if each.__module__ == cls.__module__]
+    module_file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    file = own[0].__code__.co_filename if own else module_file
+    return "".join(linecache.getlines(file or "")) or f"# the source of {cls.__name__} is not known\n"
+
+
+def _cached_property(function: Any, name: str) -> Any:
+    """Return a cached_property, of which some versions of Python hold a lock that cannot be pickled."""
+    made = functools.cached_property(function)
+    made.__set_name__(object, name)
+    return made
+
+
+copyreg.pickle(functools.cached_property, lambda each: (_cached_property, (each.func, each.attrname)))
 
 
 def _source_of(path: Path) -> Path:
@@ -217,20 +239,6 @@ def _is_users(module: Any) -> bool:
         return False
     path = real(file)
     return not PACKAGES & {*path.parts} and not path.is_relative_to(real(sysconfig.get_path("stdlib")))
-
-
-@contextmanager
-def _by_value(modules: list[ModuleType]) -> Iterator[None]:
-    """Pickle what is defined in these modules by value in the `with` block."""
-    known = cloudpickle.list_registry_pickle_by_value()
-    added = [each for each in modules if each.__name__ not in known]
-    for each in added:
-        cloudpickle.register_pickle_by_value(each)
-    try:
-        yield
-    finally:
-        for each in added:
-            cloudpickle.unregister_pickle_by_value(each)
 
 
 class _Unpickler(pickle.Unpickler):

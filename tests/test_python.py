@@ -103,13 +103,23 @@ def test_classes_and_games_travel_by_value(python):
         "    async def answer(self, question):\n        return BASE + self.index % 2\n"
     )
     (python.path / "further.py").write_text("BASE = 30\n")
+    (python.path / "tools.py").write_text("def double(number):\n    return 2 * number\n")
     seen = python.run("""
+        import functools, tools
         from beside import Beside
 
         class Mine(simulation.Participant):
             level: int = 1
             async def answer(self, question):
                 return 10 * self.level
+
+        class Helped(Mine):
+            @functools.cached_property
+            def number(self):
+                return tools.double(4)
+
+            async def answer(self, question):
+                return self.number
 
         class Sum(simulation.Game):
             places: int = simulation.setting(3, "places", 1, 10)
@@ -119,7 +129,9 @@ def test_classes_and_games_travel_by_value(python):
             def outcome(self, tally):
                 return {"ones": int(tally.counts[tally.units == 1].sum())}
             def payoffs(self, units, outcome):
-                return units
+                return tools.double(units)
+            def analyses(self, tallies, outcomes, pairs):
+                return {"share": 0.5, "steps": 3}
 
         few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
         first = simulation.play(participant=Mine, **few)
@@ -135,12 +147,14 @@ def test_classes_and_games_travel_by_value(python):
             simulation.play(participant=Beside, **few),
             simulation.play(players={Mine: "1/4", "random": 3 / 4}, sleep_time=0, **few),
             simulation.play(game=Sum, set={"places": 5}, sleep_time=0, **few),
+            simulation.play(participant=Helped, **few),
+            simulation.play(players={first: 1}, **few),
         ]
         print(json.dumps([[each.summary, str(each.path)] for each in runs]))
     """)
     averages = [[entry["average"] for entry in summary["rounds"]] for summary, _ in seen]
     assert averages[0] == [10] and averages[1] == [77] and averages[2] == [10, 10] and averages[3] == [30.5]
-    assert len({path for _, path in seen}) == 5  # one was resumed
+    assert averages[6:] == [[8], [10]] and len({path for _, path in seen}) == 7  # one was resumed
     for summary, path in seen[:4]:
         names = [each["name"] for each in summary["sources"]]
         assert len(names) == 2 and {Path(name).suffix for name in names} == {".pkl", ".txt"}
@@ -151,6 +165,28 @@ def test_classes_and_games_travel_by_value(python):
     assert json.loads(answered)["rounds"][0]["max"] >= 77
     game = seen[5][0]
     assert game["rounds"][0]["outcome"]["ones"] > 0 and game["config"]["set"] == {"places": 5}
+    assert game["rounds"][0]["analysis"] == {"share": 0.5, "steps": 3}
+    assert "Analyses of the game" in (Path(seen[5][1]) / "report.html").read_text()
+
+
+def test_a_class_that_is_defined_again_in_the_same_words_is_the_same(python):
+    seen = python.run("""
+        def define():
+            class Mine(simulation.Participant):
+                std: float = 1.0
+                async def answer(self, question):
+                    return 50
+            return Mine
+
+        few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
+        first = simulation.play(participant=define(), **few)
+        resumed = simulation.play(resume=first, participant=define(), rounds=2)
+        study = simulation.play(participant=define(), set={"std": [1, 10]}, **few)
+        columns = [study.summary["set.std"].tolist(), study.rounds["std"].tolist(), study.answers.columns.is_unique]
+        print(json.dumps([len(resumed.rounds), columns]))
+    """)
+    assert seen == [2, [[1.0, 10.0], [0.0, 0.0], True]]
+    assert len([*(python.home / "run/python").glob("*.pkl")]) == 1
 
 
 def test_a_study_of_lists_and_repeats(python):
@@ -181,7 +217,7 @@ def test_a_study_of_lists_and_repeats(python):
         }))
     """)
     assert seen["summary"]["average"] == [10, 20, 10, 20] and {*seen["summary"]["status"]} == {"complete"}
-    assert seen["summary"]["level"] == ["1", "2", "1", "2"] and seen["seeds"] == 2 and seen["report"]
+    assert seen["summary"]["level"] == [1, 2, 1, 2] and seen["seeds"] == 2 and seen["report"]
     assert seen["rounds"] == [["run", "level", "seed"], 8] and seen["answers"] == {"1": 10, "2": 20}
     assert seen["sizes"] == [10, 20] and "4 of 4 runs, which differ in level" in seen["repr"]
     assert seen["more"] == [6, "complete"] and seen["old"] and seen["files"] == [1, 2]
@@ -258,6 +294,8 @@ def test_a_thread_a_running_loop_and_after_an_error(python):
             {"participant_num": 0}, {"participants": 5}, {"ratio": 0.12345678912}, {"rounds": []}, {"rounds": "x"},
             {"participant": "my_file.py"}, {"agent_class": "my_file.py"}, {"hosts": "nowhere.invalid"},
             {"heartbeat_timeout": [1, 2]}, {"hook": 5}, {"hook": int},
+            {"ratio": float("nan")}, {"hosts": 5}, {"set": "a=1"},
+            {"set": {"a": None}}, {"participant": int}, {"players": {"random": 1}, "agent_class": "my_file.py"},
         ):
             try:
                 simulation.play(**few | wrong)
@@ -280,7 +318,16 @@ def test_a_thread_a_running_loop_and_after_an_error(python):
         print(json.dumps([errors, status]))
     """)
     errors, status = seen
-    assert errors[9:] == [
+    assert errors[11:] == [
+        "SettingsError: ratio nan: must be a finite number",
+        "SettingsError: hosts (5,): must be names of hosts",
+        "SettingsError: set 'a=1': must be a mapping, as {'noise': 5}",
+        "SettingsError: set None: must be a number, a truth value or a text",
+        "SettingsError: participant <class 'int'>: "
+        "must be a class derived from simulation.Participant; agent_class takes a file",
+        "SettingsError: players: does not go with agent_class; one of them says who plays",
+    ]
+    assert errors[9:11] == [
         "SettingsError: hook 5: must be a Hook, or a class derived from Hook",
         "SettingsError: hook int: must be derived from simulation.Hook",
     ]
@@ -355,6 +402,19 @@ def _answers_of(run: Path) -> int:
     state = json.loads(done.stdout)["run"] if done.returncode == 0 else None
     current = state and state["round"]
     return current["done"] if current and current["number"] == 2 and current["done"] == 10 else 0
+
+
+def test_an_interrupt_while_the_servers_stop_loses_nothing(python):
+    seen = python.run(f"""
+        import os, signal, threading
+
+        class Late(simulation.Hook):
+            def run_finished(self, summary, folder):
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        print(json.dumps(simulation.play(participant_num=5, hook=Late, {SMALL}).status))
+    """)
+    assert seen == "complete"
 
 
 def test_processes_do_not_disturb_each_other(python, checkout):

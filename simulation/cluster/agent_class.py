@@ -35,6 +35,7 @@ def load_agent_class(
     advice = "give --agent-type llm, too" if flag == "--agent-class" else f"write it as llm:{shown(spec)}"
     problems = {
         f"{cls.__name__} asks a model: {advice}": issubclass(cls, LLMParticipant) and not asks_models,
+        f"{cls.__name__} is a dataclass: write it without @dataclass": "__dataclass_fields__" in vars(cls),
         f"{cls.__name__} defines neither answer nor reply": not answers_many(cls) and cls.reply is Participant.reply,
         "answer must be written as 'async def answer(self, question)'": not inspect.iscoroutinefunction(cls.answer),
         "reply must be an ordinary method; its async kind is called answer": inspect.iscoroutinefunction(

@@ -287,7 +287,7 @@ def check_not_owned() -> None:
 def free_ports(count: int) -> int:
     """Return the first of `count` successive ports in PRIVATE_PORTS that are free. Raises ClusterError if none are."""
     starts = [*PRIVATE_PORTS[: max(len(PRIVATE_PORTS) - count + 1, 0)]]
-    for first in random.sample(starts, len(starts)):
+    for first in random.SystemRandom().sample(starts, len(starts)):
         with contextlib.suppress(ClusterError):
             for port in range(first, first + count):
                 check_free("localhost", port, "base_port")
@@ -311,7 +311,8 @@ def check_free(host_name: str, port: int, setting: str) -> None:
             raise SettingsError(f"port {port} needs root: choose a {setting} from 1024") from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise SettingsError(f"--host-name {host_name}: is not an address of this host") from None
-        taken = f"port {port} of {host_name} is taken by another program"
+        others = ", or by agent servers with another cluster key" if setting == "BASE_PORT" else ""
+        taken = f"port {port} of {host_name} is taken by another program{others}"
         raise ClusterError(f"{taken}: stop it, or choose another {setting}") from None
 
 

@@ -153,13 +153,13 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
 def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
     results = [result for result in run.results if result.analysis]
-    steps = [{"round": each.round, **each.analysis, **each.analysis.get("steps", {})} for each in results]
+    steps = [{"round": each.round, **each.analysis["steps"]} for each in results if _has_steps(each.analysis)]
     names, notes = dict.fromkeys(name for each in results for name in each.analysis), run.game.words.notes
     ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
     return {
         "rounds": [(results[at].round, flat(results[at].analysis)) for at in selection(len(results), ROUNDS_ANALYSED)],
         "omitted": max(len(results) - ROUNDS_ANALYSED, 0),
-        "steps": by_round([each for each in steps if "steps" in each], STEP_NAMES.items()),
+        "steps": by_round(steps, STEP_NAMES.items()) if steps else {},
         "texts": _reasons((f"Round {each.round}", each.analysis) for each in results),
         "notes": [(name.replace("_", " "), notes[name]) for name in names if name in notes],
         "parts": [
@@ -169,6 +169,12 @@ def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
             if (parts := each["by"].get(topic))
         ],
     }
+
+
+def _has_steps(analysis: Mapping[str, Any]) -> bool:
+    """Return whether an analysis has shares of steps of reasoning; a user's game may have another figure `steps`."""
+    shares = analysis.get("steps")
+    return isinstance(shares, Mapping) and STEP_NAMES.keys() <= shares.keys()
 
 
 def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
