@@ -1,11 +1,12 @@
 """A hook that logs runs to MLflow: settings as parameters, figures of each round as metrics, and the report.
 
-    .venv/bin/python -m pip install mlflow-skinny
+    .venv/bin/python -m pip install -c constraints.txt mlflow-skinny
     MLFLOW_ALLOW_FILE_STORE=true ./run_simulation.sh 10 1000 --rounds 3 --hook examples/mlflow_hook.py
 
-Without MLFLOW_TRACKING_URI, MLflow writes to the folder mlruns.
+Without MLFLOW_TRACKING_URI, it writes to the folder mlruns.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ FIGURES = ("average", "median", "std", "winning_number", "answered", "failed", "
 
 class MLflowHook(Hook):
     """Logs each run of the simulation as a run of MLflow."""
+
+    def __init__(self) -> None:
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", Path("mlruns").absolute().as_uri()))
 
     def run_started(self, summary: dict[str, Any], folder: Path) -> None:
         mlflow.start_run(run_name=summary["run_id"], tags={"folder": str(folder)})

@@ -142,6 +142,48 @@ def test_a_game_is_paused_between_rounds_and_stopped(cluster, control, started, 
     assert resumed.returncode == 0 and len(cluster.summary(cluster.path / folder)["rounds"]) == 4
 
 
+def test_no_further_round_is_played_if_the_last_is_the_present_one(cluster, control, started, tmp_path):
+    gates = Gates(tmp_path)
+    run, folder = started("30", *gates.flags, "--rounds", "4")
+    until(lambda: "round 1:" in control(run=folder), 60, "round 1 is under way")
+    control("pause", run=folder)
+    gates.open()
+    until(lambda: len(cluster.summary(cluster.path / folder)["rounds"]) == 1, 60, "the round under way ends")
+    control("set", "rounds", "1", run=folder)
+    control("continue", run=folder)
+    run.communicate(timeout=60)
+    summary = cluster.summary(cluster.path / folder)
+    assert run.returncode == 0 and summary["status"] == "complete"
+    assert len(summary["rounds"]) == summary["config"]["rounds"] == 1
+
+
+def test_settings_do_not_change_after_the_last_round(cluster, control, tmp_path):
+    hook = tmp_path / "slow.py"
+    hook.write_text(
+        "from pathlib import Path\nimport time\nfrom simulation.monitoring.hooks import Hook\n\n\nclass Slow(Hook):\n"
+        "    def run_finished(self, summary, folder):\n"
+        f"        while not Path({str(tmp_path / 'go')!r}).exists():\n            time.sleep(0.02)\n"
+    )
+    folder = f"runs/control-{time.monotonic_ns()}"
+    flags = ("--sleep-time", "0", "--hook", str(hook), "--run-dir", folder)
+    run = cluster.start("run_simulation.sh", "3", "30", *flags)
+    summary = cluster.path / folder / "summary.json"
+    until(lambda: summary.exists() and json.loads(summary.read_text())["status"] == "complete", 60, "it is over")
+    assert "rounds: the last round of the run was played" in control("set", "rounds", "5", status=2, run=folder)
+    (tmp_path / "go").touch()
+    run.communicate(timeout=60)
+    assert run.returncode == 0 and len(cluster.summary(cluster.path / folder)["rounds"]) == 1
+
+
+def test_a_damaged_control_file_is_an_error_in_one_line(cluster, control):
+    folder = cluster.path / "runs/damaged"
+    folder.mkdir(parents=True)
+    for text in ("[]", "null", "{", "{}", '{"host": "\\u001b[1m\\n", "socket": 5}'):
+        (folder / "control.json").write_text(text)
+        line = control("status", status=3, run="runs/damaged")
+        assert "is damaged" in line or "is played on host" in line
+
+
 def test_an_experiment_is_controlled_through_its_folder(cluster, control, started):
     run, folder = started("10", "--sleep-time", "60", "--repeats", "2")
     until(lambda: "round 1:" in control(run=folder), 60, "round 1 is under way")
@@ -175,7 +217,7 @@ def test_a_run_without_a_socket_is_played(cluster, tmp_path, monkeypatch):
 def test_what_is_no_command_ends_no_run(cluster, control, started):
     run, folder = started("10", "--sleep-time", "60")
     path = json.loads((cluster.path / folder / "control.json").read_text())["socket"]
-    for text in (b"nonsense\n", b"5\n", b"[]\n", b"\n", b'["set"]\n'):
+    for text in (b"nonsense\n", b"5\n", b"[]\n", b"\n", b'["set"]\n', b'"stop"\n', b"[" * 4000 + b"\n"):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
             connection.sendall(text)

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, free_ports, one_line, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from simulation.monitoring.metrics import COUNTERS
+
 FLAGS = ("--sleep-time", "0", "--seed", "7")
 HOOK = """
 import json
@@ -81,6 +83,26 @@ def test_the_metrics_of_a_run_are_those_of_its_summary(cluster, tmp_path):
     assert run.returncode == 130
 
 
+def test_counters_are_sums_over_the_runs_of_a_command(cluster, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from participant import Participant\n\n\nclass Mine(Participant):\n    waits: int = 0\n\n"
+        "    async def answer(self, question):\n"
+        "        await self.think(3600 * self.waits)\n        return 20\n"
+    )
+    (tmp_path / "two.yaml").write_text(
+        f"agent_class: {tmp_path / 'mine.py'}\nparticipant_num: 40\nset: {{waits: [0, 1]}}\n"
+    )
+    port = free_ports(1)
+    flags = ("--experiment", str(tmp_path / "two.yaml"), "--metrics", str(port), "--server-per-host", "3")
+    run = cluster.start("main.py", *flags, "--base-port", str(cluster.base_port))
+    until(lambda: "waits 1" in str([*try_to(scraped, port)]), 60, "the second run plays")
+    found = scraped(port)
+    assert found["simulation_rounds_total",] == 1 and found["simulation_answers_total",] == 40
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    assert run.returncode == 130
+
+
 def try_to(call, *arguments):
     try:
         return call(*arguments)
@@ -106,7 +128,7 @@ def test_the_metrics_of_language_models_are_counted(cluster, fake):
 
 def test_the_dashboard_of_grafana_names_only_metrics_that_exist():
     source = (ROOT / "simulation/monitoring/metrics.py").read_text()
-    counters = {f"{name}_total" for name in re.findall(r'CounterMetricFamily(?:\(|, )"(\w+)"', source)}
+    counters = {f"simulation_{name}_total" for name in COUNTERS}
     gauges = {*re.findall(r'GaugeMetricFamily(?:\(|, )"(\w+)"', source)}
     panels = json.loads((ROOT / "examples/grafana.json").read_text())["panels"]
     queries = " ".join(target["expr"] for panel in panels for target in panel["targets"])
@@ -167,11 +189,12 @@ def test_an_unusable_hook_is_one_line(cluster, tmp_path, text, problem):
     assert done.returncode == 2 and problem in one_line(done.stderr)
 
 
-def test_the_hook_of_the_examples_logs_runs_to_mlflow(cluster, tmp_path):
-    env = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+def test_the_hook_of_the_examples_logs_runs_to_mlflow(cluster):
+    env = {"MLFLOW_ALLOW_FILE_STORE": "true"}
     flags = (*FLAGS, "--rounds", "2", "--hook", str(ROOT / "examples/mlflow_hook.py"))
     done = cluster.run("run_simulation.sh", "3", "50", *flags, env=env)
     assert done.returncode == 0 and "--hook" not in done.stderr, done.stderr
+    env |= {"MLFLOW_TRACKING_URI": (cluster.path / "mlruns").as_uri()}
     reader = (
         "import json, mlflow, sys\n"
         "(run,) = mlflow.search_runs(output_format='list')\n"

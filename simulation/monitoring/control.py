@@ -63,15 +63,20 @@ class Control:
             def handle(self) -> None:
                 try:
                     words = json.loads(self.rfile.readline(REQUEST_BYTES))
+                    if not isinstance(words, list):
+                        raise ValueError("it is no list of words")
                     try:
                         reply = execute([*map(str, words)])
                     except SimulationError as error:
                         reply = {"error": str(error)}
                     self.wfile.write(json.dumps(reply).encode() + b"\n")
-                except (ValueError, TypeError, OSError) as error:
+                except (ValueError, RecursionError, OSError) as error:
                     logger.warning(f"no command for the run, or its sender has gone: {one_line(error)}")
 
-        server = socketserver.ThreadingUnixStreamServer(path, Handler)
+        class Server(socketserver.ThreadingUnixStreamServer):
+            request_queue_size = 128  # commands that wait while the run is busy
+
+        server = Server(path, Handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(POLL_S,), name="control", daemon=True).start()
         return server
@@ -138,7 +143,7 @@ class Control:
         value = None if text == "none" and type(None) in kind else to_number(kind[0], flag, text)
         SETTINGS[name].check(flag, value)
         self.state.run.change(**{name: value})
-        logger.info(f"{flag} is {text} from now on")
+        logger.info(f"{flag} is {value if value is not None else 'none'} from now on")
 
 
 def checked(words: Sequence[str]) -> Sequence[str]:
@@ -157,7 +162,7 @@ def send(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     try:
         found = json.loads((folder / CONTROL).read_text(encoding="utf-8"))
         if found["host"] != socket.gethostname():
-            raise ClusterError(f"{flag}: is played on host {found['host']}; run this command there")
+            raise ClusterError(f"{flag}: is played on host {printable(str(found['host']))}; run this command there")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(TIMEOUT_S)
             connection.connect(found["socket"])
@@ -165,8 +170,10 @@ def send(folder: Path, words: Sequence[str]) -> dict[str, Any]:
             reply = json.loads(connection.makefile("rb").readline())
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         raise ClusterError(f"{flag}: no command plays this run now; --run-dir names another") from None
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise ClusterError(f"{flag}: no answer from the run: {reason(error)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ClusterError(f"{flag}: its {CONTROL}, or the answer of the run, is damaged") from None
     if "error" in reply:
         raise SettingsError(reply["error"])
     return dict(reply)

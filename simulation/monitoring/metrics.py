@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from simulation.runs.run import Run
 
 ADDRESS = "127.0.0.1"
+COUNTERS = {  # sums over the runs of a command: the help text and the label of each
+    "rounds": ("Finished rounds.", ""),
+    "answers": ("Answers in finished rounds.", ""),
+    "failures": ("Participants without an answer in finished rounds, by cause.", "cause"),
+    "seconds": ("Seconds by part of the runs.", "part"),
+    "llm_requests": ("Requests to language models.", ""),
+    "llm_tokens": ("Tokens of prompts and of completions.", "kind"),
+    "llm_retries": ("Repeated requests.", ""),
+}
 
 
 class Metrics(Collector):
@@ -40,7 +49,8 @@ class Metrics(Collector):
             problem = f"port {port} of {ADDRESS} is not available ({os.strerror(error.errno or 0)})"
             raise SettingsError(f"--metrics {port}: {problem}; give another one, or 0 for a free one") from None
         self._watch = watch
-        self._run: Run | None = None  # the current run, or the last one
+        # The sums of the counters of earlier runs of this command, and the current run, or the last one
+        self._shown: tuple[Counter[tuple[str, str]], Run | None] = (Counter(), None)
         registry.register(self)
         self.port = int(self._server.server_port)
         logger.info(f"metrics: http://{ADDRESS}:{self.port}/metrics")
@@ -48,7 +58,11 @@ class Metrics(Collector):
     @contextmanager
     def observe(self, run: "Run") -> Iterator[None]:
         """Show the metrics of `run` from now on."""
-        self._run = run
+        before, last = self._shown
+        sums = before.copy()
+        if last is not None:
+            sums.update(_counts(last))
+        self._shown = (sums, run)
         yield
 
     def close(self) -> None:
@@ -63,34 +77,27 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics of the current run, or none before the first run."""
-        if self._run is None:
+        sums, run = self._shown
+        if run is None:
             return
-        run, results, stage = self._run, list(self._run.results), self._watch.stage
+        results, stage, counts = list(run.results), self._watch.stage, sums.copy()
+        counts.update(_counts(run))
         simulation = run.simulation
         facts = {"run_id": run.run_id, "game": run.config.game, "label": run.spec.label}
         yield InfoMetricFamily("simulation_run", "The run that the other metrics describe.", facts)
         yield GaugeMetricFamily("simulation_participants", "Number of participants.", run.config.participant_num)
-        yield CounterMetricFamily("simulation_rounds", "Finished rounds.", len(results))
-        answers, failures = sum(result.tally.answered for result in results), Counter[str]()
-        for result in results:
-            failures.update(result.tally.failures)
-        yield CounterMetricFamily("simulation_answers", "Answers in finished rounds.", answers)
-        about = "Participants without an answer in finished rounds, by cause."
-        yield _by(CounterMetricFamily, "simulation_failures", about, "cause", failures)
+        for name, (about, label) in COUNTERS.items():
+            values = {each: value for (counter, each), value in counts.items() if counter == name}
+            if label:
+                yield _by(CounterMetricFamily, f"simulation_{name}", about, label, values)
+            elif values:
+                yield CounterMetricFamily(f"simulation_{name}", about, values[""])
         asks = stage is not None and stage.name == ANSWERS and stage.began >= run.under_way[1]
         done = stage.done if stage is not None and asks and run.under_way[0] > len(results) else 0
         yield GaugeMetricFamily("simulation_round_outcomes", "Answers and failures so far in the current round.", done)
         average = round_entry(results[-1], run.game.scale)["average"] if results else None
         if average is not None:
             yield GaugeMetricFamily("simulation_average", "Average of the last finished round.", average)
-        yield _by(CounterMetricFamily, "simulation_seconds", "Seconds by part of the run.", "part", run.seconds)
-        if run.config.uses_models:
-            usage = simulation.usage if simulation is not None else run.usage
-            yield CounterMetricFamily("simulation_llm_requests", "Requests to language models.", usage.requests)
-            tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
-            about = "Tokens of prompts and of completions."
-            yield _by(CounterMetricFamily, "simulation_llm_tokens", about, "kind", tokens)
-            yield CounterMetricFamily("simulation_llm_retries", "Repeated requests.", usage.retries)
         memory = {"main": psutil.Process().memory_info().rss}
         if simulation is not None:
             statuses = [*simulation.cluster.observe().values()]
@@ -98,6 +105,22 @@ class Metrics(Collector):
             yield _by(GaugeMetricFamily, "simulation_servers", "Agent servers by state.", "state", states)
             memory["servers"] = sum(int((each.reply.memory_mb or 0) * 2**20) for each in statuses if each.up)
         yield _by(GaugeMetricFamily, "simulation_memory_bytes", "Resident memory.", "process", memory)
+
+
+def _counts(run: "Run") -> Counter[tuple[str, str]]:
+    """Return the counters of a run so far, by the name of the counter and the value of its label."""
+    results, simulation = list(run.results), run.simulation
+    counts = Counter({("rounds", ""): len(results), ("answers", ""): sum(each.tally.answered for each in results)})
+    for result in results:
+        counts.update({("failures", cause): count for cause, count in result.tally.failures.items()})
+    seconds: Counter[Any] = Counter({("seconds", part): value for part, value in run.seconds.items()})
+    counts.update(seconds)
+    if run.config.uses_models:
+        usage = simulation.usage if simulation is not None else run.usage
+        counts.update({("llm_requests", ""): usage.requests, ("llm_retries", ""): usage.retries})
+        counts.update({("llm_tokens", "prompt"): usage.prompt_tokens})
+        counts.update({("llm_tokens", "completion"): usage.completion_tokens})
+    return counts
 
 
 def _by(kind: Any, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -34,7 +34,7 @@ from simulation.rpc.endpoints import remote_run
 from simulation.rpc.messages import CODE_VERSION
 from simulation.runs.console import ConsoleProgress
 from simulation.runs.run_spec import RunSpec
-from simulation.settings import labels_of
+from simulation.settings import flag_of, labels_of
 from simulation.user_code import UserFile
 
 REPORT_PAGE = "simulation.results.report_page"  # takes 1 s to import
@@ -59,6 +59,7 @@ class Run:
         self.usage = Usage()
         self.seconds = dict.fromkeys(("connect", "create", "rounds", "total"), 0.0)
         self.cluster_summary: dict[str, Any] = {"servers": 0, "moderators": 0, "lost": [], "times": []}
+        self._is_over = False  # whether the last round was played
         self._saved, self._recorded = spec.saved, spec.recorded
         if self._saved is not None:
             self.results, self.usage = [*self._saved.results], self._saved.usage
@@ -113,12 +114,13 @@ class Run:
                 self.simulation = simulation
                 self._create_agents(simulation)
                 imports.submit(import_module, REPORT_PAGE)  # while participants answer; an error occurs again below
-                while self.rounds_left and self._may_continue():
+                while self._may_continue() and self.rounds_left:  # fewer may be left after a pause
                     self._play_round(simulation, self.rounds_left.start)
                     is_over = not self.rounds_left and not self.results[-1].error
                     self.ended_early = not is_over and self._cannot_continue(simulation)
                     if self.console.stop_signal is not None or self.ended_early or not self.rounds_left:
                         break
+                self._is_over = True
                 if self.config.keep_agents:
                     agents = [
                         {"oid": each.oid, **asdict(each.server), "first": each.first, "count": each.count}
@@ -158,8 +160,11 @@ class Run:
 
     def change(self, **changes: Any) -> None:
         """Change settings, and pause the run if the console is paused; for other threads. Raises SettingsError."""
-        if changes.get("rounds", self.config.rounds) < self.under_way[0]:
-            problem = f"round {self.under_way[0]} is under way, or was played"
+        if changes and self._is_over:
+            raise errors.SettingsError(f"{flag_of(next(iter(changes)))}: the last round of the run was played")
+        played = max(self.under_way[0], len(self.results))
+        if "rounds" in changes and changes["rounds"] < played:
+            problem = f"round {played} is under way, or was played"
             raise errors.SettingsError(f"--rounds {changes['rounds']}: {problem}")
         self.config = replace(self.config, **changes)
         if self.simulation is not None:
