@@ -15,7 +15,8 @@ set -euo pipefail +o posix
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/lib.sh"
 
 # The program's own files: a checkout may also hold files of the researcher who works in it, in examples/ for instance
-CODE=(main.py moderator.py participant.py games scripts simulation tests examples/level_k.py examples/read_answers.py
+CODE=(main.py moderator.py participant.py games scripts simulation tests
+  examples/level_k.py examples/mlflow_hook.py examples/python.ipynb examples/read_answers.py
   benchmarks/call_counter/sitecustomize.py benchmarks/commands.py benchmarks/common.py benchmarks/dashboard.py benchmarks/faults.py
   benchmarks/llm.py benchmarks/own_participants.py benchmarks/rounds.py benchmarks/scale.py benchmarks/scale_network.py)
 SCRIPTS=(run_simulation.sh start_all_server.sh stop_all_server.sh start_vllm.sh stop_vllm.sh on_all_hosts.sh run_tests.sh

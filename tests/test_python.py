@@ -406,13 +406,15 @@ def _answers_of(run: Path) -> int:
 
 def test_an_interrupt_while_the_servers_stop_loses_nothing(python):
     seen = python.run(f"""
-        import os, signal, threading
+        import os, signal
+        import simulation.hosts.local_cluster as local_cluster
 
-        class Late(simulation.Hook):
-            def run_finished(self, summary, folder):
-                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        def stop(*arguments, usual=local_cluster._stop_owned):
+            os.kill(os.getpid(), signal.SIGINT)
+            usual(*arguments)
 
-        print(json.dumps(simulation.play(participant_num=5, hook=Late, {SMALL}).status))
+        local_cluster._stop_owned = stop
+        print(json.dumps(simulation.play(participant_num=5, {SMALL}).status))
     """)
     assert seen == "complete"
 

@@ -89,7 +89,8 @@ def start_private(
     add_extra_folders(config.extra_pythonpath)
     with one_at_a_time(quiet=True):
         for folder in (HOME / "run").glob("python-*"):  # records of servers that have stopped with their process
-            if not private_servers(folder).running():
+            others = private_servers(folder)
+            if not any(others.process(name) or others.noted(name).elsewhere for name in others.names()):
                 shutil.rmtree(folder, ignore_errors=True)
         config = replace(config, base_port=free_ports(len(config.ports)))
         servers = private_servers(HOME / "run" / f"python-{config.base_port}")
