@@ -20,6 +20,7 @@ from conftest import ROOT, copy_checkout, until
 from fake_model import FakeModel
 
 import simulation
+from simulation.errors import SettingsError
 
 SMALL = "server_per_host=1, moderator_per_host=1, sleep_time=0"
 
@@ -80,6 +81,7 @@ def test_a_run_as_tables(python):
             "summary": run.summary, "status": run.status, "path": str(run.path), "repr": repr(run),
             "same": again.rounds.equals(run.rounds) and again.answers.equals(run.answers),
             "report": [run.report._repr_html_().startswith("<iframe srcdoc="), run.report.path.exists()],
+            "main": "main" in __import__("sys").modules,
             "handler": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
         }}))
     """)
@@ -90,7 +92,7 @@ def test_a_run_as_tables(python):
     assert seen["rounds"]["winners"] == [entry["winners"]["count"] for entry in summary["rounds"]]
     assert seen["rounds"]["answered"] == [500, 500]
     assert seen["answers"] == [1000, pytest.approx(summary["rounds"][0]["average"], abs=0.001)]
-    assert seen["same"] and seen["report"] == [True, True] and seen["handler"]
+    assert seen["same"] and seen["report"] == [True, True] and seen["handler"] and not seen["main"]
     assert seen["repr"] == f"<Run {summary['run_id']}: complete, 500 participants, rounds played: 2>"
     assert Path(seen["path"]).parent == python.home / "runs"
     assert not [*(python.home / "run").glob("python-*")]
@@ -497,6 +499,18 @@ def test_the_signature_is_that_of_the_settings():
         for name in of_main - {"quiet", "set", "game", "hook", "players"}:
             assert parameters[name].default == SETTINGS[name].default
             assert f"{name}: {SETTINGS[name].help}" in function.__doc__
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "tests/data/old_runs").iterdir()), ids=lambda path: path.name)
+def test_runs_of_earlier_versions_are_tables(folder):
+    read = simulation.read(folder)
+    for run in read.runs if isinstance(read, simulation.Study) else [read]:
+        rounds = run.summary["rounds"]
+        assert run.rounds["round"].tolist() == [entry["round"] for entry in rounds]
+        assert run.answers.value.notna().sum() == sum(entry["answered"] for entry in rounds)
+        assert len(run.answers) == sum(entry["asked"] for entry in rounds)
+    with pytest.raises(SettingsError, match="is not written yet, or was removed"):
+        _ = read.report
 
 
 @pytest.mark.slow
