@@ -153,7 +153,8 @@ def page_content(run: SavedRun, analysis: Mapping[str, Any] | None = None) -> di
 def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the template variables of the analyses. `entries` are the rounds in analysis.json, if it is there."""
     results = [result for result in run.results if result.analysis]
-    steps = [{"round": each.round, **each.analysis["steps"]} for each in results if _has_steps(each.analysis)]
+    with_steps = [each for each in results if _has_steps(each.analysis)]
+    steps = [{"round": each.round, **each.analysis, **each.analysis["steps"]} for each in with_steps]
     names, notes = dict.fromkeys(name for each in results for name in each.analysis), run.game.words.notes
     ends = {each["round"]: each for each in (*entries[:1], *entries[-1:])}
     return {
@@ -174,7 +175,7 @@ def _analysis(run: SavedRun, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
 def _has_steps(analysis: Mapping[str, Any]) -> bool:
     """Return whether an analysis has shares of steps of reasoning; a user's game may have another figure `steps`."""
     shares = analysis.get("steps")
-    return isinstance(shares, Mapping) and STEP_NAMES.keys() <= shares.keys()
+    return isinstance(shares, Mapping) and STEP_NAMES.keys() <= {*shares, "between_steps"}
 
 
 def _beside(run: SavedRun, people: HumanData) -> dict[str, Any]:
