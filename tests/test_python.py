@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT, copy_checkout, until
 from fake_model import FakeModel
+from loguru import logger
 
 import simulation
 from simulation.errors import SettingsError
@@ -57,6 +58,14 @@ class Python:
             if started and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return [each for each in found if each.ppid() not in {process.pid for process in found}]
+
+
+@pytest.fixture(autouse=True)
+def log_of_other_tests():
+    """The interface keeps the log of the process silent, and other tests in this process read it."""
+    yield
+    logger.enable("simulation")
+    logger.enable("agentscope")
 
 
 @pytest.fixture
