@@ -144,7 +144,8 @@ def test_classes_and_games_travel_by_value(python):
             def analyses(self, tallies, outcomes, pairs):
                 return {"share": 0.5, "steps": 3}
 
-        few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
+        servers = simulation.servers(1, moderator_per_host=1).enter()
+        few = dict(participant_num=20)
         first = simulation.play(participant=Mine, **few)
 
         class Mine(simulation.Participant):
@@ -161,6 +162,7 @@ def test_classes_and_games_travel_by_value(python):
             simulation.play(participant=Helped, **few),
             simulation.play(players={first: 1}, **few),
         ]
+        servers.stop()
         print(json.dumps([[each.summary, str(each.path)] for each in runs]))
     """)
     averages = [[entry["average"] for entry in summary["rounds"]] for summary, _ in seen]
@@ -189,11 +191,13 @@ def test_a_class_that_is_defined_again_in_the_same_words_is_the_same(python):
                     return 50
             return Mine
 
-        few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
+        servers = simulation.servers(1, moderator_per_host=1).enter()
+        few = dict(participant_num=20)
         first = simulation.play(participant=define(), **few)
         resumed = simulation.play(resume=first, participant=define(), rounds=2)
         study = simulation.play(participant=define(), set={"std": [1, 10]}, **few)
         columns = [study.summary["set.std"].tolist(), study.rounds["std"].tolist(), study.answers.columns.is_unique]
+        servers.stop()
         print(json.dumps([len(resumed.rounds), columns]))
     """)
     assert seen == [2, [[1.0, 10.0], [0.0, 0.0], True]]
@@ -212,11 +216,13 @@ def test_a_study_of_lists_and_repeats(python):
             async def answer(self, question):
                 return 10 * self.level
 
-        few = dict(participant_num=20, server_per_host=1, moderator_per_host=1)
+        servers = simulation.servers(1, moderator_per_host=1).enter()
+        few = dict(participant_num=20)
         study = simulation.play(participant=Mine, set={"level": [1, 2]}, repeats=2, rounds=2, **few)
-        sizes = simulation.play(participant_num=[10, 20], sleep_time=0, server_per_host=1, moderator_per_host=1)
+        sizes = simulation.play(participant_num=[10, 20], sleep_time=0)
         files = simulation.play(agent_class=["mine_1.py", "mine_2.py"], **few)
         more = simulation.play(resume=study, repeats=3)
+        servers.stop()
         print(json.dumps({
             "summary": study.summary[["run", "level", "status", "average"]].to_dict("list"),
             "rounds": [list(study.rounds.columns[:3]), len(study.rounds)],
@@ -255,6 +261,7 @@ def test_a_language_model(python):
     assert f"http://localhost:{fake.port}" in plan or f"http://127.0.0.1:{fake.port}" in plan
 
 
+@pytest.mark.slow
 def test_the_page_of_the_interface_plays(python):
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
